@@ -1,0 +1,1 @@
+"""Federated distillation that knows when to trust."""
