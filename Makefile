@@ -1,0 +1,64 @@
+# Everything a newcomer needs; each target makes .venv and installs by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+## help: list the targets
+.PHONY: help
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+# Made again when pyproject.toml changes. The torch and torchvision of one index belong together: both are plain.
+$(INSTALLED): pyproject.toml
+	@echo "Installing into $(VENV) (the first time takes some minutes: torch with CUDA is 6 GB unpacked)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -c 'import lightning, torchvision, fedekd'
+	touch $@
+
+## install: make .venv and install the package with its development tools
+.PHONY: install
+install: $(INSTALLED)
+
+## fit: run FedeKD on the digits, from nothing to figures (options: ARGS="--seed 1")
+.PHONY: fit
+fit: $(INSTALLED)
+	$(BIN)/python orchestrator.py fit --config digits.yaml $(ARGS)
+
+## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
+.PHONY: test
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules $(ARGS)
+
+## lint: check style and types
+.PHONY: lint
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## format: put the sources in order
+.PHONY: format
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## notebooks: run the notebooks
+.PHONY: notebooks
+notebooks: $(INSTALLED)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+## wheel: build the wheel and the source archive into dist/
+.PHONY: wheel
+wheel: $(INSTALLED)
+	$(BIN)/python -m build
+
+## clean: remove what was built and cached, but no run and no data
+.PHONY: clean
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
