@@ -1,0 +1,167 @@
+"""The LightningModule under all others: a network trained on a sum of objectives, perhaps with a frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from fedekd.errors import UserError, nearest
+from fedekd.functional import at_least_float32
+from fedekd.modules.objectives import Objective
+from fedekd.modules.prediction import Prediction, predict, teach
+from fedekd.tasks import TASKS, Task
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """The paper's optimizer: Adam with learning rate 1e-4."""
+    return torch.optim.Adam(parameters, lr=1e-4)
+
+
+def build_metrics(task: Task) -> MetricCollection:
+    """What a network is scored by: accuracy, or root mean squared error."""
+    metrics: dict[str, Metric | MetricCollection] = (
+        {"rmse": MeanSquaredError(squared=False)}
+        if task == "regression"
+        else {"accuracy": MulticlassAccuracy(num_classes=None, average="micro")}  # type: ignore[arg-type]
+    )
+    return MetricCollection(metrics)
+
+
+class ObjectiveModule(LightningModule):
+    """Trains `network` on the sum of its objectives.
+
+    A batch is `(x, y)`: images (B, C, H, W), and classes (B,) or real targets (B,). A third and fourth item, where
+    there are any, are the teacher's output and features for these samples, computed beforehand; otherwise the
+    teacher runs at every step. The teacher stays in evaluation mode, gets no gradient and is not optimized.
+
+    Logged once an epoch: `loss`, `loss/NAME` for each objective and what the objectives record; on validation and
+    test `val/loss`, `val/accuracy` or `val/rmse`, and the same under `test/`. (`loss` of an evaluation is the
+    supervised one.) Sums stay on the device: no step waits for it.
+
+    Args:
+        network: What is trained.
+        objectives: The terms of the loss.
+        task: `classification` or `regression`.
+        optimizer: Makes the optimizer from the parameters.
+        teacher: The frozen network, if any.
+        with_features: Whether the objectives need the networks' features.
+
+    Raises:
+        UserError: If the task is not known.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objectives: Sequence[Objective],
+        task: Task = "classification",
+        optimizer: OptimizerCallable = default_optimizer,
+        teacher: nn.Module | None = None,
+        with_features: bool = False,
+    ) -> None:
+        super().__init__()
+        if task not in TASKS:
+            raise UserError(f"task is {task!r}, which is not known; {nearest(task, TASKS)}")
+        self.network, self.teacher, self.objectives = network, teacher, objectives
+        self.task, self.make_optimizer, self.with_features = task, optimizer, with_features
+        self.optimizer_state: dict[str, Any] | None = None
+        self.epoch_means: dict[str, float] = {}
+        self.val_metrics = build_metrics(task).clone(prefix="val/")
+        self.test_metrics = build_metrics(task).clone(prefix="test/")
+        self._sums: dict[str, Tensor] = {}
+        self._seen = 0
+        self._batch_size = 0
+
+    def forward(self, x: Tensor) -> Any:
+        """The network's own output."""
+        return self.network(x)
+
+    def train(self, mode: bool = True) -> ObjectiveModule:
+        """Switch the network's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Lightning keeps the mode it finds, and a network that was scored before is in evaluation mode."""
+        self.train()
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Add a batch's mean to the epoch's mean of `name`, weighted by the batch's size."""
+        weighted = value.detach() * self._batch_size
+        self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The sum of the objectives, a scalar."""
+        x, y, *taught = batch
+        self._batch_size = len(x)
+        self._seen += len(x)
+        teacher = self._teach(x, tuple(taught))
+        student = predict(self.network, x, self.with_features)
+        losses = {}
+        for objective in self.objectives:
+            losses[objective.name] = objective(student, teacher, y, self.record)
+        for name, loss in losses.items():
+            self.record(f"loss/{name}", loss)
+        total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        self.record("loss", total)
+        return total
+
+    def _teach(self, x: Tensor, taught: tuple[Tensor, ...]) -> Prediction | None:
+        if self.teacher is None:
+            return None
+        if taught:
+            return Prediction.from_tensors(taught)
+        return teach(self.teacher, x, self.with_features)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the epoch's means anew."""
+        self._sums, self._seen = {}, 0
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means, and keep them as `epoch_means`."""
+        if self._seen:
+            names = list(self._sums)
+            means = torch.stack([self._sums[name].double() for name in names]).cpu() / self._seen
+            self.epoch_means = dict(zip(names, means.tolist(), strict=True))
+            self.log_dict(self.epoch_means, batch_size=self._seen, sync_dist=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score the network on a validation batch."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score the network on a test batch."""
+        self._evaluate(batch, self.test_metrics, "test")
+
+    def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
+        x, y, *_ = batch
+        output = at_least_float32(predict(self.network, x).output)
+        if self.task == "regression":
+            output = output.reshape(-1)
+            loss = torch.nn.functional.mse_loss(output, y.to(output.dtype))
+        else:
+            loss = torch.nn.functional.cross_entropy(output, y)
+        metrics.update(output, y)
+        self.log(f"{stage}/loss", loss, batch_size=len(x), on_epoch=True)
+        self.log_dict(metrics, batch_size=len(x))  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The network's optimizer; it goes on from `optimizer_state` where there is one."""
+        optimizer = self.make_optimizer(self.network.parameters())
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict(self.optimizer_state)
+        return optimizer
+
+    def on_train_end(self) -> None:
+        """Keep the optimizer's state: Lightning makes a new optimizer for every fit."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        self.optimizer_state = optimizer.state_dict()

@@ -1,0 +1,130 @@
+"""The terms of which a loss is the sum. Each is a small object over `fedekd.functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedekd import functional as F
+from fedekd.errors import UserError, nearest
+from fedekd.modules.energies import Energy
+from fedekd.modules.prediction import Prediction
+from fedekd.tasks import Task
+
+Record = Callable[[str, Tensor], None]
+Gate = Literal["energy", "shuffled", "none"]
+
+
+class Objective(Protocol):
+    """One term of a loss.
+
+    Attributes:
+        name: Its name in the logs, as in `loss/supervised`.
+    """
+
+    name: str
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The term's value, a scalar; `record(name, value)` notes what else is worth knowing of the batch."""
+        ...
+
+
+def per_sample_distillation(task: Task, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """The distillation loss (B,) of the task: KL(teacher || student) T^2, or the squared error."""
+    if task == "regression":
+        return F.squared_error_distillation(student, teacher)
+    return F.kl_distillation(student, teacher, temperature)
+
+
+class Supervised:
+    """L_sup: cross-entropy for classification, mean squared error for regression."""
+
+    name = "supervised"
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The mean over the batch."""
+        output = F.at_least_float32(student.output)
+        if self.task == "regression":
+            return torch.nn.functional.mse_loss(output, targets.to(output.dtype).reshape(output.shape))
+        return torch.nn.functional.cross_entropy(output, targets)
+
+
+class Distilled:
+    """Plain distillation of the teacher, averaged over the batch (the forward stage of Algorithm 1)."""
+
+    name = "distilled"
+
+    def __init__(self, task: Task, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise UserError(f"temperature is {temperature}, and must be above 0")
+        self.task, self.temperature = task, temperature
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The mean over the batch."""
+        assert teacher is not None
+        return per_sample_distillation(self.task, student.output, teacher.output, self.temperature).mean()
+
+
+def energy_weights(energy: Tensor, beta: float) -> Tensor:
+    """The gate (Eq. 3)."""
+    return F.trust_weights(energy, beta)
+
+
+def shuffled_weights(energy: Tensor, beta: float) -> Tensor:
+    """The gate's own weights, permuted within the batch: does its ranking matter, or only its mean of 1/2?"""
+    return F.trust_weights(energy, beta)[torch.randperm(len(energy), device=energy.device)]
+
+
+def full_weights(energy: Tensor, beta: float) -> Tensor:
+    """No gate: weight 1 for every sample."""
+    return torch.ones_like(energy)
+
+
+GATES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "energy": energy_weights,
+    "shuffled": shuffled_weights,
+    "none": full_weights,
+}
+
+
+class Gated:
+    """lambda_kd L_BKD: distillation of the proxy, trusted sample by sample (Eq. 3-5).
+
+    Records `gate/weight_mean` and `gate/energy_mean`.
+
+    Args:
+        task: Decides the distillation loss.
+        energy: E(x).
+        beta: Sharpness of the gate, above 0.
+        lambda_kd: Weight of the term, at least 0.
+        gate: `energy` is Eq. 3; `none` trusts every sample fully; `shuffled` is the control.
+    """
+
+    name = "gated"
+
+    def __init__(self, task: Task, energy: Energy, beta: float, lambda_kd: float, gate: Gate = "energy") -> None:
+        if not beta > 0:
+            raise UserError(f"beta is {beta}, and must be above 0")
+        if not lambda_kd >= 0:
+            raise UserError(f"lambda_kd is {lambda_kd}, and must be at least 0")
+        if gate not in GATES:
+            raise UserError(f"gate is {gate!r}, which is not known; {nearest(gate, GATES)}")
+        self.task, self.energy, self.beta, self.lambda_kd = task, energy, beta, lambda_kd
+        self.weigh = GATES[gate]
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The weighted mean over the batch, times lambda_kd."""
+        assert teacher is not None
+        with torch.no_grad():
+            energy = self.energy(student.detach(), teacher)
+            weights = self.weigh(energy, self.beta)
+        record("gate/weight_mean", weights.mean())
+        record("gate/energy_mean", energy.mean())
+        loss = per_sample_distillation(self.task, student.output, teacher.output)
+        return self.lambda_kd * F.gated_distillation(loss, weights)

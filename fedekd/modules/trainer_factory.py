@@ -1,0 +1,168 @@
+"""The one place that makes a Lightning Trainer, and decides on which device, in what precision and on how many threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fedekd.errors import UserError, nearest
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+_AUTOCAST: dict[str, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def _cuda_precision() -> Precision:
+    # Emulated bf16 (before Ampere) is slower than float16 with a loss scaler.
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def _cpu_precision() -> Precision:
+    # Without native instructions bf16 on a CPU is emulated and slower than float32.
+    capabilities: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)  # from torch 2.12 on
+    native = capabilities() if capabilities is not None else {}
+    bf16 = any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return "bf16-mixed" if bf16 else "32-true"
+
+
+@dataclass(frozen=True)
+class TrainerFactory:
+    """How training is run; `resolve` replaces every `auto` by what this machine does well.
+
+    Args:
+        accelerator: `cpu`, `cuda` or `auto`: CUDA where there is a device.
+        device: Index of the CUDA device.
+        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`, or `auto`: bf16-mixed on CUDA (16-mixed on cards
+            without bf16), bf16-mixed on a CPU with native bf16, else 32-true.
+        threads: CPU threads per client; `auto` takes all. Another number of threads changes the last bits.
+        channels_last: Keep images and convolutions channels last, which is faster on CPUs and on tensor cores.
+    """
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    device: int = 0
+    precision: Precision = "auto"
+    threads: int | Literal["auto"] = "auto"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        for flag, value, allowed in (
+            ("accelerator", self.accelerator, ("auto", "cpu", "cuda")),
+            ("precision", self.precision, ("auto", *_AUTOCAST, "32-true", "64-true")),
+        ):
+            if value not in allowed:
+                raise UserError(f"trainer.{flag} is {value!r}, which is not known; {nearest(value, allowed)}")
+        if self.threads != "auto" and (not isinstance(self.threads, int) or self.threads < 1):
+            raise UserError(f"trainer.threads is {self.threads!r}, and must be auto or at least 1")
+        if self.device < 0:
+            raise UserError(f"trainer.device is {self.device}, and must be at least 0")
+
+    def resolve(self) -> TrainerFactory:
+        """The same with every `auto` decided for this machine.
+
+        Raises:
+            UserError: If the device asked for is not there.
+        """
+        accelerator = self.accelerator
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        if accelerator == "cuda" and self.device >= torch.cuda.device_count():
+            raise UserError(
+                f"trainer.accelerator is cuda and trainer.device {self.device}, but this machine has"
+                f" {torch.cuda.device_count()} CUDA devices; use --trainer.accelerator cpu"
+            )
+        precision = self.precision
+        if precision == "auto":
+            precision = _cuda_precision() if accelerator == "cuda" else _cpu_precision()
+        if precision == "16-mixed" and accelerator == "cpu":
+            raise UserError("trainer.precision is 16-mixed, which needs CUDA; on a CPU use bf16-mixed or 32-true")
+        threads = len(os.sched_getaffinity(0)) if self.threads == "auto" else self.threads
+        return replace(self, accelerator=accelerator, precision=precision, threads=threads)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors live during training."""
+        return torch.device("cuda", self.device) if self.accelerator == "cuda" else torch.device("cpu")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and convolution weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and images."""
+        return torch.float64 if self.precision == "64-true" else torch.float32
+
+    @contextmanager
+    def numerics(self) -> Iterator[None]:
+        """Inside, the number of threads is `threads`; afterwards it is what it was."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(int(self.threads))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a network runs outside a Trainer, at the precision it was trained in."""
+        dtype = _AUTOCAST.get(self.precision)
+        return torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None)
+
+    def build(self, max_epochs: int, callbacks: Sequence[Callback] = ()) -> Trainer:
+        """A Trainer for one phase of one client: no logger, no files, no bars."""
+        return Trainer(
+            accelerator=self.accelerator,
+            devices=[self.device] if self.accelerator == "cuda" else 1,
+            precision=self.precision if self.precision != "auto" else None,
+            max_epochs=max_epochs,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+
+    def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
+        """Train a module in a Trainer of its own, without Lightning's greetings, and leave nothing behind.
+
+        Lightning's teardown moves the module to the CPU; it is moved back to where its data lie.
+        """
+        with _quiet():
+            self.build(epochs).fit(module, train_dataloaders=batches)
+        module.trainer = None  # a Trainer that is still referred to is never freed
+        module.to(self.torch_device)
+
+
+#: What a federation knows and a user of one Trainer might not.
+_EXPECTED = (
+    ".*You defined a `validation_step` but have no `val_dataloader`",
+    ".*module\\(s\\) in eval mode at the start of training",  # the frozen teacher
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own, with newer torch
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
