@@ -1,0 +1,115 @@
+"""What every client and the server are built from: models, data shape, optimizer and seeds, as plain values."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedekd.errors import UserError
+from fedekd.models import build_model
+from fedekd.modules import TrainerFactory
+from fedekd.seeding import derive_seed
+from fedekd.tasks import Task
+
+Spec = Mapping[str, Any]  # {"class_path": ..., "init_args": {...}}
+
+
+def _adam() -> Spec:
+    return {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}}
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """What a client trains, and for how long.
+
+    Args:
+        local_epochs: Epochs of each training phase of a round, at least 1.
+        private_model: The large model that stays with its client: class_path and init_args. A class of
+            fedekd.models, or any image classifier, such as torchvision.models.resnet18.
+        proxy_model: The small model that travels.
+        optimizer: A torch.optim class: class_path and init_args.
+    """
+
+    local_epochs: int = 2
+    private_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN", "init_args": {}})
+    proxy_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN", "init_args": {}})
+    optimizer: Spec = field(default_factory=_adam)
+
+    def __post_init__(self) -> None:
+        if self.local_epochs < 1:
+            raise UserError(f"client.local_epochs is {self.local_epochs}, and must be at least 1")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Builds networks and optimizers alike wherever they are needed, from values that can travel.
+
+    Attributes:
+        task: `classification` or `regression`.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images.
+        num_outputs: Classes, or 1 for regression.
+        batch_size: Samples of a training batch.
+        eval_batch_size: Samples of an evaluation batch.
+        seed: The federation's seed.
+        client: What a client trains.
+        trainer: How it is trained; resolved.
+    """
+
+    task: Task
+    in_channels: int
+    image_size: tuple[int, int]
+    num_outputs: int
+    batch_size: int
+    eval_batch_size: int
+    seed: int
+    client: ClientOptions
+    trainer: TrainerFactory
+
+    def network(self, role: str, owner: int | str) -> nn.Module:
+        """A freshly initialized network on the training device.
+
+        Args:
+            role: `private` or `proxy`: which of the client's model specs.
+            owner: A client's number, or `server`; each has initial weights of its own.
+        """
+        spec = {"private": self.client.private_model, "proxy": self.client.proxy_model}[role]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, owner, role, "initial weights"))
+            network = build_model(
+                spec,
+                in_channels=self.in_channels,
+                image_size=self.image_size,
+                num_classes=self.num_outputs,
+                flag=f"client.{role}_model",
+            )
+        return network.to(
+            device=self.trainer.torch_device, dtype=self.trainer.dtype, memory_format=self.trainer.memory_format
+        )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The client's optimizer over `parameters`, in its fused form where the class has one."""
+        class_path, init_args = self.client.optimizer["class_path"], dict(self.client.optimizer.get("init_args") or {})
+        module, _, name = class_path.rpartition(".")
+        optimizer_class = getattr(importlib.import_module(module), name)
+        # jsonargparse fills in the defaults, so "not said" arrives as None.
+        if init_args.get("fused", None) is None and not init_args.get("foreach"):
+            if "fused" in inspect.signature(optimizer_class).parameters:
+                init_args["fused"] = True
+        try:
+            optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"client.optimizer {class_path} does not take {init_args}: {error}") from error
+        return optimizer
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything here that decides a trained number, as plain values; for content hashes."""
+        values = asdict(self)
+        values["trainer"].pop("device")  # which of several equal devices it was
+        return values

@@ -1,0 +1,153 @@
+"""A client: its data, its networks, and all that must last from one round to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
+from fedekd.metrics import score
+from fedekd.methods.blueprint import Blueprint
+from fedekd.modules import ObjectiveModule, Prediction, predict
+from fedekd.seeding import derive_seed
+
+
+@contextmanager
+def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the global generators start from `seed`; afterwards they are as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class Client:
+    """One client of a federation, wherever it runs.
+
+    All that must last is in `state_dict`: networks, optimizer states, what the method keeps, and how many
+    supervised epochs the private model has had. The data is given from outside and never part of it.
+
+    Args:
+        number: The client's number, from 0.
+        splits: Which samples are its own.
+        images: The data set, shared by all clients of a process, on the training device.
+        blueprint: How networks are built and trained.
+
+    Attributes:
+        networks: By role: `private`, and what else the method equips the client with.
+        optimizer_states: By role: the states of optimizers that are carried from round to round.
+        memory: What the method keeps on the client, as a plain state_dict.
+        supervised_epochs: Epochs of supervised training that the private model has had.
+    """
+
+    def __init__(self, number: int, splits: ClientSplits, images: ImageData, blueprint: Blueprint) -> None:
+        self.number, self.splits, self.images, self.blueprint = number, splits, images, blueprint
+        self.networks: dict[str, nn.Module] = {"private": blueprint.network("private", number)}
+        self.optimizer_states: dict[str, dict[str, Any]] = {}
+        self.memory: dict[str, Any] = {}
+        self.supervised_epochs = 0
+        self.steps = 0
+
+    def train(
+        self,
+        role: str,
+        module: ObjectiveModule,
+        round: int,
+        *,
+        epochs: int | None = None,
+        taught: tuple[Tensor, ...] = (),
+        carry_optimizer: bool = False,
+    ) -> dict[str, float]:
+        """Train a network of this client on its training split: one phase of a round.
+
+        The order of the batches and every other random choice depend on (seed, client, round, role) alone.
+
+        Args:
+            role: Which network; names the phase and the optimizer state.
+            module: The LightningModule that trains it.
+            round: The round, for the seed.
+            epochs: How many; the client's `local_epochs` by default.
+            taught: The frozen teacher's tensors for the training split, in order (`Prediction.tensors`).
+            carry_optimizer: Go on from the optimizer state of the last phase of this role, and keep the new one.
+
+        Returns:
+            What the module recorded in the last epoch, such as `loss` and `gate/weight_mean`.
+        """
+        blueprint, trainer = self.blueprint, self.blueprint.trainer
+        epochs = blueprint.client.local_epochs if epochs is None else epochs
+        seed = derive_seed(blueprint.seed, self.number, round, role)
+        batches = TensorBatches(
+            self.images.images,
+            self.images.targets,
+            self.splits.train,
+            blueprint.batch_size,
+            generator=torch.Generator().manual_seed(seed),
+            extras=taught,
+            min_batch=2 if _has_batch_norm(module.network) else 1,
+            channels_last=trainer.channels_last,
+        )
+        if carry_optimizer:
+            module.optimizer_state = self.optimizer_states.get(role)
+        with isolated_rng(seed, trainer.torch_device):
+            trainer.fit(module, batches, epochs)
+        if carry_optimizer:
+            assert module.optimizer_state is not None
+            self.optimizer_states[role] = module.optimizer_state
+        self.steps += epochs * len(batches)
+        return module.epoch_means
+
+    @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
+    def predict(self, role: str, split: str, with_features: bool = False) -> Prediction:
+        """A network's predictions for all samples of a split, in order, in evaluation mode.
+
+        Args:
+            role: Which network.
+            split: `train`, `validation`, `selection`, `calibration`, `certificate` or `test`.
+            with_features: Also the features.
+        """
+        network, trainer = self.networks[role], self.blueprint.trainer
+        indices = getattr(self.splits, split).to(self.images.images.device)
+        was_training = network.training
+        network.eval()
+        parts = []
+        with trainer.autocast():
+            for chosen in indices.split(self.blueprint.eval_batch_size):
+                x = scale(self.images.images[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
+                parts.append(predict(network, x, with_features))
+        network.train(was_training)
+        if not parts:
+            empty = torch.empty(0, self.blueprint.num_outputs, device=self.images.images.device)
+            return Prediction((empty,))
+        exits = tuple(torch.cat(outputs) for outputs in zip(*(part.exits for part in parts), strict=True))
+        features = torch.cat([part.features for part in parts if part.features is not None]) if with_features else None
+        return Prediction(exits, features)
+
+    def score(self, split: str = "test") -> float:
+        """Accuracy or RMSE of the private model on one of the client's own splits."""
+        targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
+        return score(self.predict("private", split).output, targets, self.blueprint.task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that must last, as plain tensors and numbers."""
+        return {
+            "networks": {role: network.state_dict() for role, network in self.networks.items()},
+            "optimizer_states": self.optimizer_states,
+            "memory": self.memory,
+            "supervised_epochs": self.supervised_epochs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what `state_dict` described."""
+        for role, network_state in state["networks"].items():
+            self.networks[role].load_state_dict(network_state)
+        self.optimizer_states = state["optimizer_states"]
+        self.memory = state["memory"]
+        self.supervised_epochs = state["supervised_epochs"]
+
+
+def _has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())

@@ -1,0 +1,113 @@
+"""FedeKD: federated distillation through proxies, gated by energy (arXiv 2605.05553, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fedekd.errors import UserError, nearest
+from fedekd.functional import average_state_dicts
+from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, ProxyDistillModule
+from fedekd.modules.energies import Source
+from fedekd.modules.objectives import Gate
+
+OptimizerState = Literal["carry", "reset"]
+
+
+class FedeKD(Method):
+    """Proxies travel, private models stay, and a gate decides sample by sample how far the global proxy is trusted.
+
+    Args:
+        beta: Sharpness of the gate (Eq. 3), above 0.
+        lambda_kd: Weight of the gated distillation (Eq. 5), at least 0; with 0 the private models are Local's.
+        energy: kl (Eq. 1; for regression Eq. 2), entropy, margin, logsumexp (Eq. 6-8), feature (Eq. 9), or the
+            class path of an Energy.
+        gate: energy (Eq. 3); none trusts every sample fully; shuffled permutes the weights within the batch.
+        energy_of: Whose logits entropy, margin and logsumexp look at: proxy or private.
+        temperature: Temperature of the forward distillation, above 0.
+        proxy_epochs: Epochs of the forward distillation; null takes client.local_epochs.
+        private_optimizer_state: carry it from round to round, or reset it.
+        proxy_optimizer_state: reset by default, since averaging replaces the proxy's weights.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        lambda_kd: float = 1.0,
+        energy: str | Energy = "kl",
+        gate: Gate = "energy",
+        energy_of: Source = "proxy",
+        temperature: float = 1.0,
+        proxy_epochs: int | None = None,
+        private_optimizer_state: OptimizerState = "carry",
+        proxy_optimizer_state: OptimizerState = "reset",
+    ) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise UserError(f"method.beta is {beta}, and must be above 0")
+        if isinstance(energy, str) and energy not in ENERGIES:
+            raise UserError(f"method.energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")
+        if not lambda_kd >= 0:
+            raise UserError(f"method.lambda_kd is {lambda_kd}, and must be at least 0")
+        if not temperature > 0:
+            raise UserError(f"method.temperature is {temperature}, and must be above 0")
+        if proxy_epochs is not None and proxy_epochs < 1:
+            raise UserError(f"method.proxy_epochs is {proxy_epochs}, and must be at least 1, or null")
+        self.beta, self.lambda_kd, self.energy, self.gate, self.energy_of = beta, lambda_kd, energy, gate, energy_of
+        self.temperature, self.proxy_epochs = temperature, proxy_epochs
+        self.carry_private = private_optimizer_state == "carry"
+        self.carry_proxy = proxy_optimizer_state == "carry"
+
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial proxy for all."""
+        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
+
+    def equip(self, client: Client) -> None:
+        """A client carries a proxy beside its private model."""
+        client.networks["proxy"] = client.blueprint.network("proxy", "server")
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        """The global proxy (line 8)."""
+        return Broadcast(self.server_state)
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """The backward stage (lines 9-17): the private model learns from labels and from the global proxy."""
+        private, proxy = client.networks["private"], client.networks["proxy"]
+        proxy.load_state_dict(received)
+        if round == 0:
+            return {}
+        module = GatedPrivateModule(
+            private,
+            proxy,
+            client.blueprint.task,
+            self.energy,
+            self.beta,
+            self.lambda_kd,
+            client.blueprint.optimizer,
+            self.gate,
+            self.energy_of,
+        )
+        # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
+        taught = client.predict("proxy", "train", module.with_features).tensors if self.lambda_kd else ()
+        logs = client.train("private", module, round, taught=taught, carry_optimizer=self.carry_private)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        return logs
+
+    def upload(self, client: Client, round: int) -> Update:
+        """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""
+        private, proxy = client.networks["private"], client.networks["proxy"]
+        module = ProxyDistillModule(
+            proxy, private, client.blueprint.task, self.temperature, client.blueprint.optimizer
+        )
+        taught = client.predict("private", "train").tensors
+        client.train(
+            "proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy
+        )
+        return Update(client.number, dict(proxy.state_dict()), len(client.splits.train))
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        """The uniform average of the proxies (line 7)."""
+        self.server_state = average_state_dicts([update.state for update in updates])
