@@ -1,1 +1,39 @@
-"""Federated distillation that knows when to trust."""
+"""Federated distillation that knows when to trust.
+
+The public names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedekd.data import FederatedDataModule as FederatedDataModule
+    from fedekd.federation import Orchestrator as Orchestrator
+    from fedekd.modules import GatedPrivateModule as GatedPrivateModule
+    from fedekd.modules import ProxyDistillModule as ProxyDistillModule
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "FederatedDataModule": "fedekd.data",
+    "GatedPrivateModule": "fedekd.modules",
+    "Orchestrator": "fedekd.federation",
+    "ProxyDistillModule": "fedekd.modules",
+}
+_ROOMS = ("data", "federation", "functional", "methods", "metrics", "models", "modules", "reporting")
+
+__all__ = ["FederatedDataModule", "GatedPrivateModule", "Orchestrator", "ProxyDistillModule", "__version__", *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    if name in _ROOMS:
+        return import_module(f"fedekd.{name}")
+    raise AttributeError(f"module 'fedekd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

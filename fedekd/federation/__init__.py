@@ -1,0 +1,11 @@
+"""The round loop of a federation, where its clients run, and what it keeps on disk."""
+
+from fedekd.federation.engine import Engine, InProcessEngine, Visit
+from fedekd.federation.guard import Guard
+from fedekd.federation.interrupts import Interrupted
+from fedekd.federation.observer import Observer
+from fedekd.federation.options import RoundOptions
+from fedekd.federation.orchestrator import Orchestrator
+from fedekd.federation.run_folder import RunFolder
+
+__all__ = ["Engine", "Guard", "InProcessEngine", "Interrupted", "Observer", "Orchestrator", "RoundOptions", "RunFolder", "Visit"]

@@ -1,0 +1,139 @@
+"""Where clients run. An engine holds the clients and lets them do what a round asks of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedekd.data import FederatedDataModule
+from fedekd.federation.observer import Observer
+from fedekd.federation.reference import LocalReference, train_reference
+from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a client has to show for one round.
+
+    Attributes:
+        client: Its number.
+        score: Accuracy or RMSE on its test split, right after it absorbed; NaN before the first aggregation.
+        supervised_rounds: Rounds of supervised training that its private model has had.
+        logs: What absorbing recorded, such as `gate/weight_mean`.
+        update: What it sends; None after the last aggregate.
+    """
+
+    client: int
+    score: float
+    supervised_rounds: float
+    logs: dict[str, float]
+    update: Update | None
+
+
+class Engine(Protocol):
+    """Holds the clients of a federation."""
+
+    def references(self, rounds: Mapping[int, int]) -> dict[int, LocalReference]:
+        """Local's reference for each client, after so many rounds."""
+        ...
+
+    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+        """Let each participant absorb, score it, and if asked let it upload."""
+        ...
+
+    def score(self, number: int) -> float:
+        """A client's score as it is now."""
+        ...
+
+    def client_state(self, number: int) -> Any:
+        """All that must last of a client."""
+        ...
+
+    def load_client_state(self, number: int, state: Any) -> None:
+        """Set a client to a state it had."""
+        ...
+
+
+class InProcessEngine:
+    """Runs the clients one after another in this process, over one copy of the data set.
+
+    Args:
+        method: The method, for its two verbs on the client.
+        data: The federation's data, set up.
+        blueprint: How networks are built and trained.
+        reference_folder: Where Local's references are kept; None trains them anew.
+        observer: Is told of each phase.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        blueprint: Blueprint,
+        reference_folder: Path | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.method, self.blueprint, self.reference_folder = method, blueprint, reference_folder
+        self.observer = observer or Observer()
+        device = blueprint.trainer.torch_device
+        self.images = replace(data.images, images=data.images.images.to(device), targets=data.images.targets.to(device))
+        self.splits = data.clients
+        self.clients: dict[int, Client] = {}
+
+    def _new_client(self, number: int) -> Client:
+        return Client(number, self.splits[number], self.images, self.blueprint)
+
+    def _client(self, number: int) -> Client:
+        if number not in self.clients:
+            client = self._new_client(number)
+            self.method.equip(client)
+            self.clients[number] = client
+        return self.clients[number]
+
+    def client_steps(self, number: int) -> int:
+        """Training steps of one phase of a client, as the display counts them."""
+        batches = -(-len(self.splits[number].train) // self.blueprint.batch_size)
+        return batches * self.blueprint.client.local_epochs
+
+    def references(self, rounds: Mapping[int, int]) -> dict[int, LocalReference]:
+        """Local's reference for each client; one client's networks are in memory at a time."""
+        found = {}
+        with self.blueprint.trainer.numerics():
+            for number, wanted in rounds.items():
+                self.observer.phase_started(number, "local")
+                found[number] = train_reference(self._new_client(number), wanted, self.reference_folder)
+                self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
+        return found
+
+    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+        """One participant after the other."""
+        with self.blueprint.trainer.numerics():
+            for number in participants:
+                client = self._client(number)
+                self.observer.phase_started(number, "absorb")
+                logs = self.method.absorb(client, broadcast.to(number), round)
+                score = client.score() if round else math.nan
+                self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)
+                update = None
+                if upload:
+                    self.observer.phase_started(number, "upload")
+                    update = self.method.upload(client, round)
+                    self.observer.phase_finished(number, "upload", self.client_steps(number))
+                trained = client.supervised_epochs / self.blueprint.client.local_epochs
+                yield Visit(number, score, trained, logs, update)
+
+    def score(self, number: int) -> float:
+        """A client's score as it is now."""
+        with self.blueprint.trainer.numerics():
+            return self._client(number).score()
+
+    def client_state(self, number: int) -> Any:
+        """All that must last of a client."""
+        return self._client(number).state_dict()
+
+    def load_client_state(self, number: int, state: Any) -> None:
+        """Set a client to a state it had."""
+        self._client(number).load_state_dict(state)

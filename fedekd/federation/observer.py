@@ -1,0 +1,32 @@
+"""Who watches a federation: a display, a test, a notebook."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+
+class Observer:
+    """Is told what happens, and does nothing; a subclass overrides what it cares for."""
+
+    def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
+        """The work begins, or goes on: training steps in all, and those already done."""
+
+    def round_started(self, round: int) -> None:
+        """The participants are about to absorb aggregate number `round`."""
+
+    def phase_started(self, client: int, phase: str) -> None:
+        """A client begins a phase: `local`, `absorb` or `upload`."""
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        """A client has ended a phase, which counted for `steps` training steps."""
+
+    def round_finished(self, row: Mapping[str, float]) -> None:
+        """A round's scores are known and on disk."""
+
+    def warn(self, text: str) -> None:
+        """Something was put right or left out, and the user should know."""
+        print(f"warning: {text}", file=sys.stderr)
+
+    def finished(self) -> None:
+        """No more will come."""

@@ -1,0 +1,260 @@
+"""The round loop of a federation, and nothing that a method, an engine or a file format could know better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.federation.engine import Engine, InProcessEngine
+from fedekd.federation.guard import Guard
+from fedekd.federation.interrupts import Interrupts
+from fedekd.federation.observer import Observer
+from fedekd.federation.options import RoundOptions
+from fedekd.federation.participation import lost_updates, participants
+from fedekd.federation.progress import Progress
+from fedekd.federation.reference import LocalReference
+from fedekd.federation.run_folder import RunFolder
+from fedekd.federation.summary import summarize
+from fedekd.methods import Blueprint, Broadcast, ClientOptions, Method, Update
+from fedekd.methods.base import num_bytes
+from fedekd.modules import TrainerFactory
+from fedekd.reporting import Tracker
+
+EngineFactory = Callable[[Method, FederatedDataModule, Blueprint, Path | None, Observer], Engine]
+
+
+class Orchestrator:
+    """Runs a federation: `Orchestrator(FedeKD(), FederatedDataModule("digits")).run()`.
+
+    Every random choice is drawn from (seed, client, round, phase): the order in which clients run, the engine, and
+    a stop and resume change no number.
+
+    Args:
+        method: What is federated.
+        data: Whose data.
+        client: What a client trains.
+        trainer: On which device, in what precision, on how many threads.
+        rounds: How many rounds, and who takes part.
+        seed: Seeds everything but the partition, which `data.seed` seeds.
+        output: The run's folder; None writes nothing at all.
+        reference_folder: Where Local's references are kept for all runs; None trains them anew.
+        loggers: Lightning loggers; each gets one call a round.
+        observer: Is told what happens.
+        config: What the run was configured with; kept beside the results and compared on resume.
+        engine: Where clients run; in this process by default.
+
+    Raises:
+        UserError: If the parts do not fit together, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        client: ClientOptions | None = None,
+        trainer: TrainerFactory | None = None,
+        rounds: RoundOptions | None = None,
+        seed: int = 0,
+        output: Path | None = None,
+        reference_folder: Path | None = None,
+        loggers: Sequence[Logger] = (),
+        observer: Observer | None = None,
+        config: Mapping[str, Any] | None = None,
+        engine: EngineFactory = InProcessEngine,
+    ) -> None:
+        self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
+        self.observer = observer or Observer()
+        data.prepare_data()
+        data.setup()
+        self.data, self.task = data, data.task
+        self.num_clients = len(data.clients)
+        if self.options.quorum > self.num_clients:
+            raise UserError(f"quorum is {self.options.quorum}, above the {self.num_clients} clients of data.num_clients")
+        images = data.images
+        self.blueprint = Blueprint(
+            task=data.task,
+            in_channels=images.in_channels,
+            image_size=images.image_size,
+            num_outputs=images.num_outputs,
+            batch_size=data.batch_size,
+            eval_batch_size=data.eval_batch_size,
+            seed=seed,
+            client=client or ClientOptions(),
+            trainer=(trainer or TrainerFactory()).resolve(),
+        )
+        self.engine = engine(method, data, self.blueprint, reference_folder, self.observer)
+        self.guard = Guard(self.options.max_update_norm)
+        self.folder = RunFolder(output, config or {}) if output is not None else None
+        self.tracker = Tracker(loggers, output if output is not None else Path())
+        self.progress = Progress()
+        self.references: dict[int, LocalReference] | None = None
+        self.interrupts = Interrupts()
+
+    def run(self) -> dict[str, Any]:
+        """Run, or go on from the newest whole checkpoint, to the end.
+
+        Returns:
+            The summary, as `summary.json` holds it.
+
+        Raises:
+            UserError: If the checkpoint belongs to another configuration or other data.
+            Interrupted: On Ctrl-C; what was finished is kept.
+        """
+        with self.interrupts:
+            began = time.monotonic()
+            try:
+                self.method.start(self.blueprint)
+                self._restore()
+                self._announce()
+                self._train_references()
+                for round in range(self.progress.round, self.options.rounds + 1):
+                    taking_part = self._run_round(round)
+                    self.progress.seconds += time.monotonic() - began
+                    began = time.monotonic()
+                    self._keep(round, taking_part)
+                summary = summarize(self)
+                self._conclude(summary)
+            except BaseException:
+                self.tracker.close("failed")
+                raise
+            self.tracker.close()
+        return summary
+
+    def rescore(self) -> dict[str, Any]:
+        """Score the clients of a finished run again, from its checkpoint.
+
+        Returns:
+            The summary that the scores give; nothing is written.
+
+        Raises:
+            UserError: If there is no whole checkpoint of a finished run.
+        """
+        self.method.start(self.blueprint)
+        self._restore()
+        if self.progress.round <= self.options.rounds:
+            raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
+        self._train_references()
+        for number in range(self.num_clients):
+            self.progress.records[number].score = self.engine.score(number)
+        return summarize(self)
+
+    def _run_round(self, round: int) -> list[int]:
+        """Broadcast aggregate `round`; let participants absorb, be scored and upload; aggregate what is accepted.
+
+        Returns:
+            The participants: the clients that have changed.
+        """
+        last = round == self.options.rounds
+        self.observer.round_started(round)
+        taking_part = participants(self.options, self.num_clients, self.seed, round)
+        broadcast = self.method.broadcast(taking_part, round)
+        updates = []
+        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last):
+            self.progress.note_down(num_bytes(broadcast.to(visit.client)))
+            if round > 0:
+                self.progress.note_visit(visit)
+            if visit.update is not None:
+                updates.append(visit.update)
+        if round > 0:
+            self.progress.row(round, self.task, self.references)
+        if not last:
+            self._aggregate(updates, broadcast, round)
+        self.progress.round = round + 1
+        return taking_part
+
+    def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round: int) -> None:
+        """Hand the method the updates that arrived and are sound, in the order of their clients."""
+        lost = lost_updates(self.options, self.num_clients, self.seed, round)
+        accepted = []
+        for update in sorted(updates, key=lambda update: update.client):
+            if update.client in lost:
+                self.observer.warn(f"round {round + 1}: the update of client {update.client} was lost")
+                continue
+            self.progress.note_up(num_bytes(update.state))
+            if reason := self.guard.objection(update.state, broadcast.to(update.client)):
+                self.observer.warn(f"round {round + 1}: refused the update of client {update.client}: {reason}")
+                continue
+            accepted.append(update)
+        self.progress.traffic.updates = len(accepted)
+        if len(accepted) >= self.options.quorum:
+            self.method.aggregate(accepted, round)
+        else:
+            self.observer.warn(
+                f"round {round + 1}: {len(accepted)} updates are fewer than the quorum of {self.options.quorum};"
+                " the server keeps its state"
+            )
+
+    def _train_references(self) -> None:
+        """Local, before round 0: for each client as many rounds as it will be trained for at most."""
+        if self.method.is_reference:
+            return
+        visits = [participants(self.options, self.num_clients, self.seed, r) for r in range(self.options.rounds)]
+        rounds = {
+            number: min(self.options.rounds, 1 + sum(number in taking_part for taking_part in visits))
+            for number in range(self.num_clients)
+        }
+        self.references = self.engine.references(rounds)
+
+    def _restore(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        if self.folder is None:
+            return
+        checkpoint, complaints = self.folder.restore(self._identity())
+        for complaint in complaints:
+            where = "starting anew" if checkpoint is None else f"going on from round {checkpoint.round}"
+            self.observer.warn(f"{complaint}; {where}")
+        if checkpoint is None:
+            return
+        self.progress = Progress.from_json(checkpoint.progress)
+        self.method.server_state = checkpoint.server
+        for number, state in checkpoint.clients.items():
+            self.engine.load_client_state(number, state)
+
+    def _keep(self, round: int, changed: Sequence[int]) -> None:
+        """Make the round count: checkpoint first, then everything that can be written again from it."""
+        if self.folder is not None:
+            with self.interrupts.shield():
+                self.folder.keep(
+                    self.progress,
+                    self.method.server_state,
+                    {number: self.engine.client_state(number) for number in changed},
+                    self._identity(),
+                )
+        if round > 0:
+            self.tracker.log_round(self.progress.history[-1])
+            self.observer.round_finished(self.progress.history[-1])
+
+    def _conclude(self, summary: Mapping[str, Any]) -> None:
+        """Write and log what is left to say."""
+        if self.folder is not None:
+            self.folder.conclude(summary, self.progress.history, self.data)
+            self.tracker.log_artifacts(self.folder.checkpoints.folder)
+        self.tracker.log_summary(summary)
+        self.observer.finished()
+
+    def _announce(self) -> None:
+        """Tell the display how much there is to do, and the loggers what they may have missed."""
+        if self.folder is not None:
+            self.tracker.log_config(self.folder.config)
+        self.tracker.replay(self.progress.history)
+        steps = [-(-len(splits.train) // self.data.batch_size) for splits in self.data.clients]
+        epochs = self.blueprint.client.local_epochs
+        total = 0 if self.method.is_reference else self.options.rounds * sum(steps) * epochs
+        done = 0
+        for round in range(self.options.rounds + 1):
+            phases = (round > 0) + (round < self.options.rounds)
+            taking_part = participants(self.options, self.num_clients, self.seed, round)
+            cost = phases * epochs * sum(steps[number] for number in taking_part)
+            total += cost
+            done += cost if round < self.progress.round else 0
+        self.observer.started(self.options.rounds, total, done)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, beyond the configuration."""
+        return {"data": self.data.images.digest()}

@@ -1,0 +1,126 @@
+"""What the orchestrator knows besides models: scores, history and traffic. It travels in the manifest as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from fedekd.federation.engine import Visit
+from fedekd.federation.reference import LocalReference
+from fedekd.metrics import SCORE_NAME, negative_transfer
+from fedekd.tasks import Task
+
+#: Quantities of which a row also holds the mean over clients.
+GATE_NAMES = ("gate/weight_mean", "gate/energy_mean")
+
+
+@dataclass
+class ClientRecord:
+    """The newest that is known of a client.
+
+    Attributes:
+        score: Its score after it last absorbed.
+        supervised_rounds: How many rounds of supervised training that took.
+        logs: What absorbing recorded.
+    """
+
+    score: float
+    supervised_rounds: float
+    logs: dict[str, float]
+
+
+@dataclass
+class Traffic:
+    """Bytes and updates since the last row."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    updates: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a federation stands.
+
+    Attributes:
+        round: The next round.
+        history: A row for each finished round.
+        records: By client number.
+        traffic: Since the last row.
+        bytes_up: In all.
+        bytes_down: In all.
+        seconds: Spent in all, over stops and resumes.
+    """
+
+    round: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    records: dict[int, ClientRecord] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+    def note_visit(self, visit: Visit) -> None:
+        """Take in what a visit showed."""
+        self.records[visit.client] = ClientRecord(visit.score, visit.supervised_rounds, visit.logs)
+
+    def note_down(self, size: int) -> None:
+        """Count bytes sent to a client."""
+        self.traffic.bytes_down += size
+        self.bytes_down += size
+
+    def note_up(self, size: int) -> None:
+        """Count bytes that arrived from a client."""
+        self.traffic.bytes_up += size
+        self.bytes_up += size
+
+    def row(self, round: int, task: Task, references: Mapping[int, LocalReference] | None) -> dict[str, float]:
+        """The row of a finished round; closes the account of its traffic.
+
+        Delta is against Local after the same number of supervised rounds. A client that has not taken part yet has
+        no score, and is left out of the means.
+        """
+        name = SCORE_NAME[task]
+        numbers = sorted(self.records)
+        scores = [self.records[number].score for number in numbers]
+        local = self.local_scores(references)
+        delta = negative_transfer(scores, [local[number] for number in numbers], task)
+        row: dict[str, float] = {
+            "round": round,
+            f"{name}/mean": sum(scores) / len(scores),
+            f"{name}/worst": min(scores) if task == "classification" else max(scores),
+        }
+        row |= {f"delta/{key}": float(value) for key, value in delta.items() if key != "client"}
+        for gate in GATE_NAMES:
+            values = [self.records[number].logs[gate] for number in numbers if gate in self.records[number].logs]
+            if values:
+                row[gate] = sum(values) / len(values)
+        row |= {f"comm/{key}": value for key, value in asdict(self.traffic).items()}
+        for number, change in zip(numbers, delta["client"].tolist(), strict=True):
+            record = self.records[number]
+            row[f"client_{number}/{name}"] = record.score
+            row[f"client_{number}/local"] = local[number]
+            row[f"client_{number}/delta"] = change
+            row |= {f"client_{number}/{key}": value for key, value in record.logs.items()}
+        self.history.append(row)
+        self.traffic = Traffic()
+        return row
+
+    def local_scores(self, references: Mapping[int, LocalReference] | None) -> dict[int, float]:
+        """Local's score for each known client; its own where the method is Local itself."""
+        if references is None:
+            return {number: record.score for number, record in self.records.items()}
+        return {
+            number: references[number].after(int(record.supervised_rounds)) for number, record in self.records.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, exact."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`, after a journey through JSON."""
+        records = {int(number): ClientRecord(**record) for number, record in values["records"].items()}
+        return cls(**{**values, "records": records, "traffic": Traffic(**values["traffic"])})

@@ -1,0 +1,97 @@
+"""The folder of a run: its configuration, checkpoints, metrics, summary and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedekd.atomic import atomic_file
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.federation.checkpoint import Checkpoint, CheckpointFolder
+from fedekd.federation.progress import Progress
+from fedekd.reporting import figures, write_metrics_csv
+
+
+def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first place at which two nested configurations differ, as (key, ours, theirs).
+
+    Example:
+        >>> first_difference({"data": {"alpha": 0.1}}, {"data": {"alpha": 0.3}})
+        ('data.alpha', 0.1, 0.3)
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted({*ours, *theirs}):
+            found = first_difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+        return None
+    return None if ours == theirs else (path, ours, theirs)
+
+
+class RunFolder:
+    """Where a run writes.
+
+    Args:
+        folder: The run's folder; made if missing.
+        config: What the run was configured with, as JSON values; enough to repeat it.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, dict(config)
+        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        folder.mkdir(parents=True, exist_ok=True)
+        if config and not (folder / "config.yaml").exists():
+            with atomic_file(folder / "config.yaml") as file:
+                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+
+    def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, if it is one of this configuration and this data.
+
+        Raises:
+            UserError: If it is not.
+        """
+        checkpoint, complaints = self.checkpoints.load()
+        if checkpoint is not None:
+            kept = checkpoint.progress
+            if difference := first_difference(kept["config"], self.config):
+                key, before, now = difference
+                raise UserError(
+                    f"{self.folder} was run with {key}: {before!r}, and the configuration now says {now!r};"
+                    " resume with the same configuration, or start a new run with --output"
+                )
+            if difference := first_difference(kept["identity"], dict(identity)):
+                key, before, now = difference
+                raise UserError(f"{self.folder} was run on other data: {key} was {before}, and is now {now}")
+        return checkpoint, complaints
+
+    def keep(self, progress: Progress, server: Any, clients: Mapping[int, Any], identity: Mapping[str, Any]) -> None:
+        """Write a checkpoint that makes the last round count, and metrics.csv from it."""
+        notes = {**progress.to_json(), "config": self.config, "identity": dict(identity)}
+        self.checkpoints.save(progress.round, notes, server, clients)
+        if progress.history:
+            write_metrics_csv(progress.history, self.folder / "metrics.csv")
+
+    def conclude(
+        self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]], data: FederatedDataModule
+    ) -> None:
+        """Write the figures, metrics.csv and, last of all, summary.json."""
+        folder = self.folder / "figures"
+        figures.save(figures.partition(data.class_counts()), folder / "partition.png")
+        figures.save(figures.delta_per_client(summary), folder / "delta_per_client.png")
+        figures.save(figures.score_per_round(history, summary), folder / f"{summary['metric']}_per_round.png")
+        if (gate := figures.gate_weights(history)) is not None:
+            figures.save(gate, folder / "gate_weights.png")
+        write_metrics_csv(history, self.folder / "metrics.csv")
+        with atomic_file(self.folder / "summary.json") as file:
+            file.write((json.dumps(dict(summary), indent=2) + "\n").encode())
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None before that."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None

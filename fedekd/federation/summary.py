@@ -1,0 +1,58 @@
+"""The figures of a finished federation, as `summary.json` holds them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import fedekd
+from fedekd.metrics import SCORE_NAME, negative_transfer
+
+if TYPE_CHECKING:
+    from fedekd.federation.orchestrator import Orchestrator
+
+
+def summarize(run: Orchestrator) -> dict[str, Any]:
+    """All that is worth keeping of a finished run; everything but `seconds` and `versions` is repeatable."""
+    local = run.progress.local_scores(run.references)
+    numbers = sorted(run.progress.records)
+    scores = [run.progress.records[number].score for number in numbers]
+    delta = negative_transfer(scores, [local[number] for number in numbers], run.task)
+    changes = delta.pop("client").tolist()
+    worst = min if run.task == "classification" else max
+    counts = run.data.class_counts()
+    clients = [
+        {
+            "client": number,
+            "train": len(run.data.clients[number].train),
+            "test": len(run.data.clients[number].test),
+            "classes": [label for label, count in enumerate(counts[number]) if count],
+            "local": local[number],
+            "method": score,
+            "delta": change,
+        }
+        for number, score, change in zip(numbers, scores, changes, strict=True)
+    ]
+    return {
+        "dataset": run.data.images.name,
+        "alpha": run.data.alpha,
+        "seed": run.seed,
+        "method": type(run.method).__name__,
+        "task": run.task,
+        "metric": SCORE_NAME[run.task],
+        "rounds": run.options.rounds,
+        "mean": sum(scores) / len(scores),
+        "worst": worst(scores),
+        "local_mean": sum(local.values()) / len(local),
+        "delta": {name: float(value) for name, value in delta.items()},
+        "clients": clients,
+        "seconds": run.progress.seconds,
+        "bytes_up": run.progress.bytes_up,
+        "bytes_down": run.progress.bytes_down,
+        "versions": {
+            "fedekd": fedekd.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("lightning", "numpy", "torch")},
+        },
+    }
