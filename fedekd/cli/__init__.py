@@ -1,0 +1,76 @@
+"""The command line. Nothing heavy is imported before it is known which command needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fedekd.errors import UserError, nearest
+
+#: Command name to (module of this package, one line of help). A command is one file with `run(argv) -> exit code`.
+COMMANDS = {
+    "fit": ("fedekd.cli.fit", "run a federation, or go on with one: fit --config digits.yaml, fit --resume RUN"),
+    "test": ("fedekd.cli.test", "score a finished run again from its checkpoint: test RUN"),
+}
+
+OK, MISTAKE, INTERRUPTED = 0, 2, 130
+
+
+def overview() -> str:
+    """What `--help` prints."""
+    lines = [
+        "usage: python orchestrator.py COMMAND [OPTIONS]        (installed: fedekd COMMAND [OPTIONS])",
+        "",
+        "Federated distillation that knows when to trust.",
+        "",
+        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "COMMAND --help tells the options of a command.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The command's name and its options; `sys.argv` by default.
+
+    Returns:
+        The exit code: 0; 2 for a user's mistake, told in one line on stderr; 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return OK
+    if argv[0] in ("-V", "--version"):
+        from fedekd import __version__
+
+        print(f"fedekd {__version__}")
+        return OK
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
+        code: int = import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        return _fail(f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone; keep Python from failing again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return code
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return MISTAKE

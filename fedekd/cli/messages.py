@@ -1,0 +1,136 @@
+"""A parser's complaint, which may run over ten lines, as one line that names the flag, the value and what is allowed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+from jsonargparse import ArgumentParser
+
+from fedekd.errors import nearest
+
+
+def explain(text: str, parser: ArgumentParser) -> str:
+    """The complaint in one line.
+
+    Args:
+        text: What jsonargparse says.
+        parser: Whose complaint it is; the nearest valid names are looked up in it.
+    """
+    for pattern, tell in _COMPLAINTS:
+        if match := re.search(pattern, text):
+            return tell(match, text, parser)
+    # Unknown to us, so said in the parser's own words, up to where it begins to repeat the input.
+    return " ".join(text.split("Given value type:")[0].split())
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    return [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+
+
+def _flag(text: str) -> str:
+    """The outermost key that a complaint is about, as a flag."""
+    match = re.search(r'Parser key "([^"]+)"', text)
+    return f"--{match[1]}" if match else "the configuration"
+
+
+def _unrecognized(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    given = match[1].split()[0]
+    if not given.startswith("-"):
+        return f"{given!r} belongs to no option; options begin with --"
+    return f"unknown option {given.split('=')[0]}; {_near_option(given.split('=')[0].lstrip('-'), parser)}"
+
+
+def _near_option(name: str, parser: ArgumentParser) -> str:
+    group, _, _ = name.rpartition(".")
+    known = _options(parser)
+    siblings = [option for option in known if option.startswith(f"{group}.")] if group else []
+    return nearest(name, siblings or known).replace("'", "--", 1).replace("'", "", 1)
+
+
+def _unexpected_key(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    name = match[1]
+    return f"unknown key {name!r} in the configuration; {nearest(name, _options(parser))}"
+
+
+def _unexpected_in_group(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    group, name = match[1], match[2]
+    known = [option.removeprefix(f"{group}.") for option in _options(parser) if option.startswith(f"{group}.")]
+    return f"unknown option {group}.{name}; {nearest(name, known)}"
+
+
+def _unexpected_in_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    class_path, name = match[1], match[2]
+    module, _, attribute = class_path.rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), attribute)).parameters
+    return f"{_flag(text)} {class_path} takes no {name!r}; {nearest(name, parameters)}"
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for subclass in base.__subclasses__():
+        if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
+            yield subclass
+        yield from _subclasses(subclass)
+
+
+def _unknown_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    name = match[1]
+    flag = _flag(text)
+    base = re.search(r"Subtypes: \[?<class '([^']+)'>", text)
+    hint = "give a class path, as in package.module.Class"
+    if base:
+        module, _, attribute = base[1].rpartition(".")
+        known = {found.__name__ for found in _subclasses(getattr(import_module(module), attribute))}
+        suggestion = nearest(name, known)
+        # torch.nn.Module has hundreds of subclasses: a list of them all is no help.
+        hint = suggestion if suggestion.startswith("did") or len(known) < 20 else hint
+    return f"{flag} {name}: there is no such class; {hint}"
+
+
+def _broken_class_path(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return f"{_flag(text)} {match[1]}: {' '.join(match[2].split())}"
+
+
+def _wrong_type(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    expected = re.sub(r"<class '([^']+)'>", r"\1", match[1])
+    expected = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", expected)
+    value = match[2].strip()
+    return f"--{'.'.join(keys)} is {value!r}, and must be {_plain(expected)}"
+
+
+def _plain(expected: str) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return names.get(expected, expected)
+
+
+def _missing(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    names = ", ".join(f"--{name.strip()}" for name in match[1].split(","))
+    return f"{names} must be given, there or in a configuration: --config digits.yaml"
+
+
+def _not_yaml(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return f"a configuration is not valid YAML: {' '.join(match[1].split())}"
+
+
+def _not_a_mapping(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return f"a configuration must hold keys and values, not {' '.join(match[1].split())[:60]!r}"
+
+
+Complaint = Callable[[re.Match[str], str, ArgumentParser], str]
+
+_COMPLAINTS: list[tuple[str, Complaint]] = [
+    (r"unrecognized arguments: (.+)", _unrecognized),
+    (r"^Option '([^']+)' is not accepted", _unexpected_key),
+    (r"Group '([^']+)' does not accept option '([^']+)'", _unexpected_in_group),
+    (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unexpected_in_class),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"Expected a (.+?)\. Got value: (.*)", _wrong_type),
+    (r"Problem with given class_path '([^']+)':\s+(.+)", _broken_class_path),
+    (r"the following arguments are required: (.+)", _missing),
+    (r"(?s)Problems parsing config: (.+)", _not_yaml),
+    (r"(?s)Unexpected config: (.+)", _not_a_mapping),
+]
+

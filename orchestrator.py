@@ -1,0 +1,8 @@
+"""The command line of fedekd: `python orchestrator.py fit --config digits.yaml`."""
+
+import sys
+
+from fedekd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
