@@ -1,0 +1,93 @@
+"""Distillation losses, one number a sample, and their gated mean (FedeKD Eq. 4).
+
+Pure functions: gradients flow to whatever asks for them. Whoever trains only the student detaches the
+teacher.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fedekd.functional.precision import at_least_float32
+from fedekd.functional.shapes import require_matrix, require_same_shape
+
+
+def kl_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""KL divergence of the student from the teacher, $T^2\, \mathrm{KL}(q \| p)$.
+
+    Here $p = \mathrm{softmax}(z_{student}/T)$ and $q = \mathrm{softmax}(z_{teacher}/T)$. At T = 1 this is
+    FedeKD's $\ell_{KD}$, whose gradient with respect to the student's logits is $p - q$ (Corollary 2). The
+    factor $T^2$ keeps the gradient's size when T changes (Hinton et al., 2015).
+
+    Args:
+        student_logits: Shape (B, C).
+        teacher_logits: Shape (B, C).
+        temperature: T, above 0.
+
+    Returns:
+        Losses in nats, shape (B,).
+
+    Raises:
+        ValueError: The shapes differ or are not (B, C), or `temperature` is not a positive number.
+
+    Example:
+        >>> import torch
+        >>> kl_distillation(torch.tensor([[0.0, 0.0]]), torch.tensor([[100.0, 0.0]]))
+        tensor([0.6931])
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, but is {temperature}")
+    require_matrix(student_logits=student_logits, teacher_logits=teacher_logits)
+    log_p = (at_least_float32(student_logits) / temperature).log_softmax(dim=1)
+    log_q = (at_least_float32(teacher_logits) / temperature).log_softmax(dim=1)
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim=1)
+
+
+def squared_error_distillation(student_output: Tensor, teacher_output: Tensor) -> Tensor:
+    r"""Squared distance of the student from the teacher, $\|f(x) - g(x)\|_2^2$ (FedeKD Section 3.5).
+
+    Args:
+        student_output: Shape (B, D), or (B,) for scalar outputs.
+        teacher_output: The same shape.
+
+    Returns:
+        Losses in the squared unit of the target, shape (B,).
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> import torch
+        >>> squared_error_distillation(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]))
+        tensor([4., 0.])
+    """
+    require_same_shape(student_output=student_output, teacher_output=teacher_output)
+    residual = at_least_float32(student_output) - at_least_float32(teacher_output)
+    return residual.square().unsqueeze(-1).flatten(1).sum(dim=1)
+
+
+def gated_distillation(per_sample_loss: Tensor, weights: Tensor) -> Tensor:
+    r"""The gated loss of one batch, $\frac{1}{n} \sum_i \mathrm{sg}(w_i)\, \ell_i$ (FedeKD Eq. 4).
+
+    The weights are held constant, so each sample's gradient keeps its direction and shrinks by $w_i$
+    (Proposition 4). The sum is divided by n, not by the sum of the weights.
+
+    Args:
+        per_sample_loss: Shape (B,).
+        weights: Shape (B,), as `trust_weights` gives them.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> import torch
+        >>> gated_distillation(torch.tensor([4.0, 2.0]), torch.tensor([0.25, 0.5]))
+        tensor(1.)
+    """
+    require_same_shape(per_sample_loss=per_sample_loss, weights=weights)
+    return (at_least_float32(weights.detach()) * at_least_float32(per_sample_loss)).mean()

@@ -1,0 +1,158 @@
+"""Energies: how little a proxy can be trusted, one number a sample (FedeKD Eq. 1, 2 and 6-9).
+
+Low is trustworthy. An energy has no scale of its own: `trust_weights` ranks it within its batch. All are
+computed in at least float32 and stay finite, gradients included, for logits of ±10⁴.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedekd.functional.precision import at_least_float32
+from fedekd.functional.shapes import require_matrix, require_same_shape
+
+
+def kl_energy(private_logits: Tensor, proxy_logits: Tensor, eps: float = 1e-8) -> Tensor:
+    r"""Disagreement of two classifiers, relative to how unsure they are: FedeKD's energy (Eq. 1).
+
+    $$E = \frac{\frac12 (\mathrm{KL}(p \| q) + \mathrm{KL}(q \| p))}{H(p) + H(q) + \epsilon_H}$$
+
+    with $p$ and $q$ the softmax of the private and of the proxy logits. It is symmetric, zero where both
+    agree, and large where both are sure of different classes.
+
+    Args:
+        private_logits: Shape (B, C).
+        proxy_logits: Shape (B, C).
+        eps: $\epsilon_H$.
+
+    Returns:
+        Energies of at least 0, shape (B,).
+
+    Raises:
+        ValueError: The shapes differ, or are not (B, C).
+
+    Example:
+        >>> sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0]])
+        >>> bool(kl_energy(sure, -sure) > kl_energy(unsure, -unsure))
+        True
+    """
+    require_matrix(private_logits=private_logits, proxy_logits=proxy_logits)
+    log_p = at_least_float32(private_logits).log_softmax(dim=1)
+    log_q = at_least_float32(proxy_logits).log_softmax(dim=1)
+    p, q = log_p.exp(), log_q.exp()
+    # KL(p‖q) + KL(q‖p) in one sum, none of whose terms is negative: rounding cannot make an energy negative.
+    divergence = 0.5 * ((p - q) * (log_p - log_q)).sum(dim=1)
+    entropies = -(p * log_p).sum(dim=1) - (q * log_q).sum(dim=1)
+    return divergence / (entropies + eps)
+
+
+def squared_error_energy(private_output: Tensor, proxy_output: Tensor) -> Tensor:
+    r"""Disagreement of two regressors: $E = \frac12 \|f(x) - g(x)\|_2^2$ (FedeKD Eq. 2).
+
+    Args:
+        private_output: Shape (B, D), or (B,) for scalar outputs.
+        proxy_output: The same shape.
+
+    Returns:
+        Energies of at least 0, shape (B,).
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> squared_error_energy(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [1.0]]))
+        tensor([2., 0.])
+    """
+    require_same_shape(private_output=private_output, proxy_output=proxy_output)
+    residual = at_least_float32(private_output) - at_least_float32(proxy_output)
+    return 0.5 * residual.square().unsqueeze(-1).flatten(1).sum(dim=1)
+
+
+def entropy_energy(logits: Tensor, eps: float = 1e-8) -> Tensor:
+    r"""Entropy of one classifier's prediction, $E = -\sum_c p_c \log(p_c + \epsilon)$ (FedeKD Eq. 6).
+
+    Args:
+        logits: Shape (B, C).
+        eps: $\epsilon$, above 0 so that a class of probability 0 counts as 0. It makes the energy of a
+            certain prediction $-\epsilon$ instead of 0.
+
+    Returns:
+        Energies in nats, from $-\epsilon$ to $\log C$, shape (B,).
+
+    Raises:
+        ValueError: The shape is not (B, C).
+
+    Example:
+        >>> entropy_energy(torch.tensor([[0.0, 0.0]]))
+        tensor([0.6931])
+    """
+    require_matrix(logits=logits)
+    p = at_least_float32(logits).softmax(dim=1)
+    return -(p * (p + eps).log()).sum(dim=1)
+
+
+def margin_energy(logits: Tensor) -> Tensor:
+    r"""Lead of the likeliest class over the second, negated: $E = -(z_{(1)} - z_{(2)})$ (FedeKD Eq. 7).
+
+    Args:
+        logits: Shape (B, C), with C of at least 2.
+
+    Returns:
+        Energies of at most 0, shape (B,).
+
+    Raises:
+        ValueError: The shape is not (B, C), or C is 1: there is no second class.
+
+    Example:
+        >>> margin_energy(torch.tensor([[1.0, 5.0, 3.0]]))
+        tensor([-2.])
+    """
+    require_matrix(logits=logits)
+    if logits.shape[1] < 2:
+        raise ValueError(f"margin_energy needs logits of at least 2 classes, but has {tuple(logits.shape)}")
+    first, second = at_least_float32(logits).topk(2, dim=1).values.unbind(dim=1)
+    return second - first
+
+
+def logsumexp_energy(logits: Tensor) -> Tensor:
+    r"""The free energy of a classifier's logits, $E = -\log \sum_c \exp z_c$ (FedeKD Eq. 8).
+
+    Args:
+        logits: Shape (B, C).
+
+    Returns:
+        Energies of any sign, shape (B,).
+
+    Raises:
+        ValueError: The shape is not (B, C).
+
+    Example:
+        >>> logsumexp_energy(torch.tensor([[10_000.0, 10_000.0]]))
+        tensor([-10000.6934])
+    """
+    require_matrix(logits=logits)
+    return -at_least_float32(logits).logsumexp(dim=1)
+
+
+def feature_distance_energy(proxy_features: Tensor, private_features: Tensor) -> Tensor:
+    r"""Distance of two models' features, $E = \|h_{proxy} - h_{private}\|_2$ (FedeKD Eq. 9).
+
+    Args:
+        proxy_features: Shape (B, D).
+        private_features: Shape (B, D): the private model's features after their projection to D dimensions.
+
+    Returns:
+        Energies of at least 0, shape (B,). Where the features are equal, the gradient is 0.
+
+    Raises:
+        ValueError: The shapes differ, or are not (B, D).
+
+    Example:
+        >>> feature_distance_energy(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]))
+        tensor([5.])
+    """
+    require_matrix(proxy_features=proxy_features, private_features=private_features)
+    difference = at_least_float32(proxy_features) - at_least_float32(private_features)
+    distance: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return distance

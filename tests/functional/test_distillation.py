@@ -1,0 +1,134 @@
+"""Distillation losses, Eq. 4 and the output-level gradients of Appendix F."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedekd.functional import (
+    gated_distillation,
+    kl_distillation,
+    kl_energy,
+    squared_error_distillation,
+    trust_weights,
+)
+
+
+def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    p, q = torch.softmax(student / temperature, 1), torch.softmax(teacher / temperature, 1)
+    return temperature**2 * (q * torch.log(q / p)).sum(1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_distillation_equals_the_literal_equation(temperature: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = (
+        (2 * torch.randn(5, 4, dtype=torch.float64)).requires_grad_(),
+        torch.randn(5, 4).double(),
+    )
+    teacher.requires_grad_()
+    ours, literal = kl_distillation(student, teacher, temperature), literal_kl(student, teacher, temperature)
+    torch.testing.assert_close(ours, literal, rtol=1e-12, atol=1e-12)
+    weights = torch.rand(5, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((weights * ours).sum(), (student, teacher)),
+        torch.autograd.grad((weights * literal).sum(), (student, teacher)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_kl_distillation_weighs_by_the_teacher() -> None:
+    sure, unsure = torch.tensor([[math.log(9.0), 0.0]]), torch.tensor([[0.0, 0.0]])
+    towards_sure = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert kl_distillation(student_logits=unsure, teacher_logits=sure).item() == pytest.approx(towards_sure)
+
+
+rows = st.lists(st.floats(-30, 30), min_size=8, max_size=8)
+
+
+@given(st.lists(rows, min_size=1, max_size=6), st.floats(0.1, 4))
+def test_corollary_2_the_gated_gradient_of_each_logit_is_w_times_p_minus_q(
+    batch: list[list[float]], beta: float
+) -> None:
+    student, teacher = torch.tensor(batch, dtype=torch.float64).split(4, dim=1)
+    student = student.clone().requires_grad_()
+    weights = trust_weights(kl_energy(student, teacher), beta=beta)
+    n = len(batch)
+    (gated,) = torch.autograd.grad(gated_distillation(kl_distillation(student, teacher), weights), student)
+    (plain,) = torch.autograd.grad(kl_distillation(student, teacher).mean(), student)
+    difference = student.detach().softmax(1) - teacher.softmax(1)
+    torch.testing.assert_close(n * gated, weights[:, None] * difference, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gated, weights[:, None] * plain, rtol=1e-9, atol=1e-14)
+    assert ((n * gated).norm(dim=1) <= difference.norm(dim=1) + 1e-12).all()
+    assert (difference.norm(dim=1) <= math.sqrt(2) + 1e-12).all()
+
+
+def test_corollary_1_the_gated_gradient_of_each_output_is_2wr() -> None:
+    torch.manual_seed(3)
+    student, teacher = torch.randn(2, 6, 2, dtype=torch.float64)
+    student.requires_grad_()
+    weights = torch.rand(6, dtype=torch.float64)
+    (gated,) = torch.autograd.grad(
+        gated_distillation(squared_error_distillation(student, teacher), weights), student
+    )
+    residual = student.detach() - teacher
+    torch.testing.assert_close(6 * gated, 2 * weights[:, None] * residual)
+
+
+def test_squared_error_distillation_sums_over_the_outputs() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 5.0], [0.0, 1.0]])
+    assert torch.equal(squared_error_distillation(student, teacher), torch.tensor([13.0, 1.0]))
+    assert torch.equal(squared_error_distillation(student[:, 0], teacher[:, 0]), torch.tensor([4.0, 0.0]))
+    assert squared_error_distillation(torch.zeros(0, 1), torch.zeros(0, 1)).shape == (0,)
+
+
+def test_gated_distillation_holds_the_weights_constant_and_divides_by_n() -> None:
+    loss = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    weights = torch.tensor([0.5, 0.25, 0.0], requires_grad=True)
+    total = gated_distillation(loss, weights)
+    assert total.item() == pytest.approx(1.0 / 3)
+    total.backward()
+    assert weights.grad is None
+    torch.testing.assert_close(loss.grad, torch.tensor([0.5, 0.25, 0.0]) / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_is_promoted_and_double_stays(dtype: torch.dtype) -> None:
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    student, teacher = torch.tensor([[3.0, 1.0]], dtype=dtype), torch.tensor([[1.0, 1.5]], dtype=dtype)
+    for loss in (kl_distillation(student, teacher, 3.0), squared_error_distillation(student, teacher)):
+        assert loss.dtype == wanted
+        assert gated_distillation(loss, torch.ones(1, dtype=dtype)).dtype == wanted
+    exact = kl_distillation(student.double(), teacher.double(), 3.0)
+    torch.testing.assert_close(kl_distillation(student, teacher, 3.0).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_extreme_logits_stay_finite_with_their_gradients(dtype: torch.dtype) -> None:
+    student = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4], [-1e4, 1e4], [-1e4, 1e4]])
+    loss = kl_distillation(student.to(dtype), teacher.to(dtype))
+    torch.testing.assert_close(loss.detach(), torch.tensor([2e4, 0.0, math.log(2)]), rtol=0.01, atol=1e-6)
+    loss.sum().backward()
+    torch.testing.assert_close(student.grad, torch.tensor([[1.0, -1.0], [0.0, 0.0], [0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, math.nan])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        kl_distillation(torch.zeros(1, 2), torch.zeros(1, 2), temperature)
+
+
+def test_shapes_that_would_broadcast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"student_output \(4, 1\), teacher_output \(4,\)"):
+        squared_error_distillation(torch.zeros(4, 1), torch.zeros(4))
+    with pytest.raises(ValueError, match="shapes differ"):
+        gated_distillation(torch.zeros(4), torch.zeros(4, 1))
+    with pytest.raises(ValueError, match="shapes differ"):
+        kl_distillation(torch.zeros(4, 3), torch.zeros(4, 1))
