@@ -1,0 +1,6 @@
+"""How well clients are served: their scores, and what they gain or lose by taking part."""
+
+from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
+from fedekd.metrics.scores import SCORE_NAME, score
+
+__all__ = ["SCORE_NAME", "NegativeTransfer", "negative_transfer", "score"]
