@@ -33,8 +33,8 @@ class TensorBatches:
         generator: A CPU generator that orders each pass; None visits the samples as `indices` lists them.
         extras: Further tensors of n rows each, aligned with `indices` (a frozen teacher's outputs, say); each
             comes as one more item of the batch.
-        min_batch: A last batch of fewer samples is left out, unless it is the only one (BatchNorm cannot train
-            on a single sample: give 2).
+        min_batch: A last batch of fewer samples is left out, unless it is the only one (BatchNorm cannot
+            train on a single sample: give 2).
         channels_last: Lay out the images channels last.
     """
 
@@ -68,7 +68,9 @@ class TensorBatches:
             order = torch.arange(n, device=device)
         else:
             order = torch.randperm(n, generator=self.generator).to(device)
-        for positions in order[: self.num_visited].split(self.batch_size):
+        order = order[: self.num_visited]
+        for start in range(0, self.num_visited, self.batch_size):
+            positions = order[start : start + self.batch_size]
             chosen = self.indices[positions]
             x = scale(self.images[chosen]).contiguous(memory_format=self.memory_format)
             yield (x, self.targets[chosen], *(extra[positions] for extra in self.extras))

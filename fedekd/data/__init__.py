@@ -1,0 +1,29 @@
+"""Images, how they are dealt to clients, and the batches that clients see."""
+
+from fedekd.data.batches import TensorBatches, scale
+from fedekd.data.datamodule import ClientSplits, FederatedDataModule
+from fedekd.data.images import ImageData
+from fedekd.data.partition import (
+    PARTITIONS,
+    cut_validation,
+    dirichlet_cluster_partition,
+    dirichlet_label_partition,
+    iid_partition,
+    split_indices,
+)
+from fedekd.data.sources import load_images
+
+__all__ = [
+    "PARTITIONS",
+    "ClientSplits",
+    "FederatedDataModule",
+    "ImageData",
+    "TensorBatches",
+    "cut_validation",
+    "dirichlet_cluster_partition",
+    "dirichlet_label_partition",
+    "iid_partition",
+    "load_images",
+    "scale",
+    "split_indices",
+]

@@ -1,0 +1,185 @@
+"""One labelled image data set, held once in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedekd.errors import UserError
+from fedekd.tasks import Task, require_task
+
+CHANNELS = (1, 3, 4)
+MIN_SIZE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """All images of a data set, its official splits pooled, with one target each.
+
+    Args:
+        name: What the data set is called.
+        images: Pixels 0..255, uint8, shape (N, C, H, W), contiguous.
+        targets: Classes, int64, or for regression grades, float32; shape (N,).
+        task: `classification` or `regression`.
+        num_classes: Number of classes or grades; labels are 0..num_classes-1.
+        splits: Sizes of the official splits, in the order in which they are pooled.
+    """
+
+    name: str
+    images: Tensor
+    targets: Tensor
+    task: Task
+    num_classes: int
+    splits: dict[str, int]
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        images: npt.NDArray[Any],
+        targets: npt.NDArray[Any],
+        task: Task,
+        num_classes: int | None,
+        splits: dict[str, int],
+    ) -> ImageData:
+        """Check arrays as a data file holds them and lay them out as tensors.
+
+        Args:
+            name: What the data set is called.
+            images: uint8, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, at least 8 x 8 pixels.
+            targets: Whole numbers, shape (N,) or, as in MedMNIST, (N, 1).
+            task: `classification` or `regression`.
+            num_classes: Number of classes or grades; None takes the largest label + 1.
+            splits: Sizes of the official splits, in the order in which they are pooled; they sum to N.
+
+        Raises:
+            UserError: If the arrays do not hold what is described above; it names the data set and the value.
+        """
+        require_task(task)
+        pixels = _checked_images(name, images)
+        labels = _checked_labels(name, targets)
+        if len(pixels) != len(labels):
+            raise UserError(
+                f"data.dataset: {name!r} has {len(pixels)} images but {len(labels)} labels; "
+                "each image needs one label"
+            )
+        if sum(splits.values()) != len(pixels):
+            raise ValueError(f"splits {splits} do not sum to {len(pixels)} images")
+        highest = int(labels.max())
+        if num_classes is None:
+            num_classes = highest + 1
+        if num_classes < 2:
+            raise UserError(
+                f"data.num_classes: {name!r} has num_classes={num_classes}; at least 2 are needed"
+            )
+        if labels.min() < 0 or highest >= num_classes:
+            wrong = int(labels.min()) if labels.min() < 0 else highest
+            raise UserError(
+                f"data.dataset: {name!r} has the label {wrong}; labels are 0..{num_classes - 1} "
+                f"with num_classes={num_classes} (data.num_classes sets it)"
+            )
+        return cls(
+            name=name,
+            images=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            targets=torch.from_numpy(labels if task == "classification" else labels.astype(np.float32)),
+            task=task,
+            num_classes=num_classes,
+            splits=dict(splits),
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes, or in regression grades, as int64, shape (N,)."""
+        return self.targets.to(torch.int64)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs a network needs: a logit per class, or one number in regression."""
+        return self.num_classes if self.task == "classification" else 1
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of task, shape, pixels and targets: equal for equal contents, whatever the name."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return content_digest(self, [torch.arange(len(self))])
+
+
+def content_digest(data: ImageData, groups: list[Tensor]) -> str:
+    """SHA-256 (hex) of the task and of the pixels and targets of groups of samples, in order.
+
+    Args:
+        data: The images.
+        groups: Index tensors, int64; where one group ends and the next begins counts too.
+    """
+    digest = sha256(f"{data.task} {data.num_classes} {tuple(data.images.shape[1:])}".encode())
+    for group in groups:
+        digest.update(f" {len(group)} ".encode())
+        # A few thousand samples at a time: the digest must not double the memory a large data set takes.
+        for part in torch.split(group, 4096):
+            digest.update(data.images[part].numpy().tobytes())
+            digest.update(data.targets[part].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checked_images(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The images as (N, H, W, C)."""
+    if images.dtype != np.uint8:
+        kind = f"{images.dtype}"
+        if np.issubdtype(images.dtype, np.floating) and np.isnan(images).any():
+            kind += " with NaN pixels"
+        raise UserError(f"data.dataset: images of {name!r} are {kind}; allowed: uint8, pixels 0..255")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or (len(images) and images.shape[-1] not in CHANNELS):
+        shape = images.shape if images.ndim != 4 or images.shape[-1] != 1 else images.shape[:-1]
+        raise UserError(
+            f"data.dataset: images of {name!r} have the shape {shape}; allowed: (N, H, W) or (N, H, W, C) "
+            "with 1, 3 or 4 channels C"
+        )
+    if not len(images):
+        raise UserError(f"data.dataset: {name!r} is empty; at least one image is needed")
+    height, width = images.shape[1:3]
+    if min(height, width) < MIN_SIZE:
+        raise UserError(
+            f"data.dataset: images of {name!r} are {height}x{width}; allowed: {MIN_SIZE}x{MIN_SIZE} or larger"
+        )
+    return images
+
+
+def _checked_labels(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The labels as int64 of shape (N,)."""
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.ndim != 1:
+        raise UserError(
+            f"data.dataset: labels of {name!r} have the shape {targets.shape}; "
+            "allowed: one label an image, (N,) or (N, 1)"
+        )
+    if targets.dtype.kind not in "biuf":
+        raise UserError(f"data.dataset: labels of {name!r} are {targets.dtype}; allowed: whole numbers")
+    whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
+    if not whole.all():
+        raise UserError(f"data.dataset: {name!r} has the label {targets[~whole][0]}; allowed: whole numbers")
+    return targets.astype(np.int64)

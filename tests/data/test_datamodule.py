@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonargparse
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedekd.data import FederatedDataModule, dirichlet_label_partition
+from fedekd.errors import UserError
+
+WriteNpz = Any
+
+
+@pytest.fixture
+def tiny(write_npz: WriteNpz) -> str:
+    return str(write_npz(sizes=(200, 40, 60)))
+
+
+def indices_of(data: FederatedDataModule, client: int) -> Tensor:
+    own = data.clients[client]
+    return torch.cat([own.train, own.validation, own.test])
+
+
+def test_clients_partition_the_images(tiny: str) -> None:
+    data = FederatedDataModule(tiny, num_clients=4, alpha=0.5)
+    everything = torch.cat([indices_of(data, client) for client in range(4)])
+    assert everything.sort().values.tolist() == list(range(300))
+    for k, own in enumerate(data.clients):
+        assert own.client == k
+        assert len(own) >= 10
+        assert len(own.train) == int(0.6 * len(own) + 0.5)
+        thirds = torch.cat([own.selection, own.calibration, own.certificate])
+        assert thirds.sort().values.tolist() == own.validation.tolist()
+        assert own.train.dtype == torch.int64
+
+
+def test_class_counts(tiny: str) -> None:
+    data = FederatedDataModule(tiny, num_clients=4, alpha=0.5, num_classes=5)
+    counts = data.class_counts()
+    assert counts.shape == (4, 5)
+    assert counts.sum(0).tolist() == [101, 100, 99, 0, 0]
+    for k in range(4):
+        assert (
+            counts[k].tolist()
+            == torch.bincount(data.images.labels[indices_of(data, k)], minlength=5).tolist()
+        )
+
+
+def test_setup_loads_and_deals_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FederatedDataModule(tiny)
+    data.prepare_data()
+    Path(tiny).unlink()
+    data.setup("fit")
+    images, clients = data.images, data.clients
+    data.setup("test")
+    assert data.images is images
+    assert data.clients is clients
+    assert (data.task, data.num_classes) == ("classification", 3)
+
+
+def test_nothing_is_loaded_before_it_is_needed() -> None:
+    data = FederatedDataModule("gone.npz")
+    assert "gone.npz" in str(data)
+    with pytest.raises(UserError, match=r"no such file 'gone\.npz'"):
+        data.setup()
+
+
+def test_the_seed_decides_everything(tiny: str) -> None:
+    one, again, other = (FederatedDataModule(tiny, num_clients=3, alpha=1.0, seed=seed) for seed in (0, 0, 1))
+    for k in range(3):
+        assert torch.equal(one.clients[k].train, again.clients[k].train)
+        assert torch.equal(one.clients[k].certificate, again.clients[k].certificate)
+    assert not all(torch.equal(one.clients[k].train, other.clients[k].train) for k in range(3))
+    first, second, third = (
+        torch.cat([y for _, y in data.train_dataloader()]) for data in (one, again, other)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_clients_are_split_by_seeds_of_their_own(tiny: str) -> None:
+    data = FederatedDataModule(tiny, num_clients=2, partition="iid")
+    ranks = [
+        torch.searchsorted(indices_of(data, k).sort().values, data.clients[k].train).tolist()
+        for k in range(2)
+    ]
+    assert ranks[0] != ranks[1]
+
+
+def test_default_partition_follows_the_task(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for name in ("label", "cluster", "iid"):
+
+        def note(*args: Any, name: str = name) -> list[Any]:
+            chosen.append(name)
+            return np.array_split(np.arange(300), 6)
+
+        monkeypatch.setitem(sys.modules["fedekd.data.partition"].PARTITIONS, name, note)
+    FederatedDataModule(tiny).setup()
+    FederatedDataModule(tiny, task="regression").setup()
+    FederatedDataModule(tiny, task="regression", partition="label").setup()
+    FederatedDataModule(tiny, partition="iid").setup()
+    assert chosen == ["label", "cluster", "label", "iid"]
+
+
+def test_arguments_reach_the_partition(tiny: str) -> None:
+    data = FederatedDataModule(tiny, num_clients=3, alpha=0.2, min_samples=40, seed=5)
+    from fedekd.seeding import derive_seed
+
+    expected = dirichlet_label_partition(data.images.labels, 3, 0.2, derive_seed(5, "partition"), 40)
+    for k in range(3):
+        assert indices_of(data, k).sort().values.tolist() == expected[k].tolist()
+
+
+def test_partition_of_ones_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("my_partitions")
+    module.halves = lambda images, k, alpha, seed, least: np.array_split(np.arange(len(images)), k)  # type: ignore[attr-defined]
+    module.twice = lambda images, k, alpha, seed, least: [np.arange(20)] * k  # type: ignore[attr-defined]
+    module.outside = lambda images, k, alpha, seed, least: [np.array([0, 1]), np.array([2, 300])]  # type: ignore[attr-defined]
+    module.one = lambda images, k, alpha, seed, least: [np.arange(20)]  # type: ignore[attr-defined]
+    module.table = {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_partitions", module)
+    data = FederatedDataModule(tiny, num_clients=2, partition="my_partitions.halves")
+    assert indices_of(data, 1).sort().values.tolist() == list(range(150, 300))
+    for name in ("twice", "outside", "one"):
+        with pytest.raises(UserError, match=r"data\.partition: its function gave .* 0\.\.299"):
+            FederatedDataModule(tiny, num_clients=2, partition=f"my_partitions.{name}").setup()
+    with pytest.raises(UserError, match=r"'my_partitions\.table' is a dict"):
+        FederatedDataModule(tiny, partition="my_partitions.table")
+    with pytest.raises(UserError, match=r"cannot import 'my_partitions\.gone'"):
+        FederatedDataModule(tiny, partition="my_partitions.gone")
+    with pytest.raises(UserError, match=r"cannot import 'no_such_module\.f'"):
+        FederatedDataModule(tiny, partition="no_such_module.f")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "texts"),
+    [
+        ({"num_clients": 0}, ["data.num_clients=0", "at least 1"]),
+        ({"batch_size": 0}, ["data.batch_size=0"]),
+        ({"eval_batch_size": -1}, ["data.eval_batch_size=-1"]),
+        ({"min_samples": 1}, ["data.min_samples=1", "at least 2"]),
+        ({"num_classes": 1}, ["data.num_classes=1"]),
+        ({"alpha": 0.0}, ["data.alpha=0.0"]),
+        ({"alpha": float("nan")}, ["data.alpha=nan"]),
+        ({"fractions": (0.5, 0.2, 0.2)}, ["data.fractions"]),
+        ({"client": 6}, ["data.client=6", "0..5"]),
+        ({"client": -1}, ["data.client=-1"]),
+        ({"partition": "lable"}, ["data.partition", "'lable'", "did you mean 'label'?"]),
+        ({"task": "rank"}, ["task", "'rank'"]),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(kwargs: dict[str, Any], texts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        FederatedDataModule("gone.npz", **kwargs)
+    assert "\n" not in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def test_loaders_pool_the_clients_or_serve_one(tiny: str) -> None:
+    pooled = FederatedDataModule(tiny, num_clients=3, alpha=1.0, batch_size=16, eval_batch_size=50)
+    single = FederatedDataModule(tiny, num_clients=3, alpha=1.0, client=2)
+    for loader, split in (("train", "train"), ("val", "validation"), ("test", "test"), ("predict", "test")):
+        expected = [getattr(own, split) for own in pooled.clients]
+        both = getattr(pooled, f"{loader}_dataloader")(), getattr(single, f"{loader}_dataloader")()
+        assert both[0].indices.tolist() == torch.cat(expected).tolist()
+        assert both[1].indices.tolist() == expected[2].tolist()
+    assert max(len(y) for _, y in pooled.test_dataloader()) == 50
+    assert max(len(y) for _, y in pooled.train_dataloader()) == 16
+    one, two = (torch.cat([y for _, y in pooled.train_dataloader()]) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, pooled.images.targets[pooled.train_dataloader().indices])
+
+
+def test_regression_batches_are_float(tiny: str) -> None:
+    data = FederatedDataModule(tiny, task="regression", partition="iid")
+    x, y = next(iter(data.test_dataloader()))
+    assert x.dtype == y.dtype == torch.float32
+    assert x.abs().max() <= 1
+
+
+def test_digest_follows_the_contents(write_npz: WriteNpz) -> None:
+    path = str(write_npz("one", sizes=(90, 0, 30)))
+    data = FederatedDataModule(path, num_clients=2, partition="iid")
+    again = FederatedDataModule(path, num_clients=2, partition="iid")
+    digests = [own.digest(data.images) for own in data.clients]
+    assert digests == [own.digest(again.images) for own in again.clients]
+    assert digests[0] != digests[1]
+    again.images.images[again.clients[0].test[0], 0, 0, 0] += 1
+    assert again.clients[0].digest(again.images) != digests[0]
+    assert again.clients[1].digest(again.images) == digests[1]
+
+
+class Linear(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 3)
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.seen.append(batch[1])
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_an_ordinary_trainer_takes_it(tiny: str) -> None:
+    data = FederatedDataModule(tiny, num_clients=3, alpha=1.0, client=1)
+    module = Linear()
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    labels = data.images.labels[data.clients[1].train]
+    assert torch.equal(torch.cat(module.seen).sort().values, torch.cat([labels, labels]).sort().values)
+
+
+def test_the_command_line_builds_it(tiny: str) -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FederatedDataModule, "data")
+    arguments = [
+        f"--data.dataset={tiny}",
+        "--data.alpha=0.5",
+        "--data.fractions=[0.5,0.25,0.25]",
+        "--data.client=1",
+    ]
+    data = parser.instantiate(parser.parse_args(arguments)).data
+    assert (data.alpha, tuple(data.fractions), data.client) == (0.5, (0.5, 0.25, 0.25), 1)
+    assert len(data.clients[1].test) == len(data.test_dataloader().indices)
+    help_text = parser.format_help()
+    assert "Concentration of the Dirichlet partition" in help_text
+    assert "a 2D flag of MedMNIST" in " ".join(help_text.split())

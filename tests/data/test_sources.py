@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+from fedekd.data import load_images
+from fedekd.errors import UserError
+
+WriteNpz = Any
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No network: every address that is asked for is noted and refused."""
+    asked: list[str] = []
+
+    def refuse(request: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(getattr(request, "full_url", request))
+        print("chatter of a package")
+        raise URLError("no network\nin a test")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    return asked
+
+
+def write_idx(path: Path, array: Any) -> None:
+    """An array of uint8 in the format of the MNIST files."""
+    header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_fashionmnist(root: Path) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    labels = np.array([9, 0, 3, 1, 2, 8, 4], np.uint8)
+    for part, chosen in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
+        write_idx(root / f"FashionMNIST/raw/{part}-images-idx3-ubyte", images[chosen])
+        write_idx(root / f"FashionMNIST/raw/{part}-labels-idx1-ubyte", labels[chosen])
+    return images, labels
+
+
+def test_digits() -> None:
+    digits = load_images("digits", download=False)
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.splits == {"train": 1797, "val": 0, "test": 0}
+    assert (digits.name, digits.task, digits.num_classes) == ("digits", "classification", 10)
+    assert torch.bincount(digits.targets).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    levels = sorted(set(digits.images.flatten().tolist()))
+    assert levels == [round(level * 255 / 16) for level in range(17)]
+
+
+def test_a_path_is_a_classification_of_the_labels_it_holds(write_npz: WriteNpz) -> None:
+    data = load_images(str(write_npz("mine", classes=4, shape=(8, 10, 3))))
+    assert (data.name, data.task, data.num_classes) == ("mine", "classification", 4)
+    assert data.images.shape == (42, 3, 8, 10)
+    assert data.splits == {"train": 30, "val": 0, "test": 12}
+
+
+def test_task_and_classes_can_be_given(write_npz: WriteNpz) -> None:
+    data = load_images(str(write_npz("mine")), task="regression", num_classes=7)
+    assert (data.task, data.num_classes, data.targets.dtype) == ("regression", 7, torch.float32)
+    known = load_images(str(write_npz("retinamnist")), task="classification", num_classes=3)
+    assert (known.task, known.num_classes) == ("classification", 3)
+
+
+def test_a_name_is_first_looked_for_under_root(
+    write_npz: WriteNpz, tmp_path: Path, offline: list[str]
+) -> None:
+    write_npz("digits")
+    assert len(load_images("digits", tmp_path)) == 42
+    assert len(load_images("digits", tmp_path / "elsewhere")) == 1797
+    write_npz("anything")
+    assert load_images("anything", str(tmp_path)).num_classes == 3
+    assert not offline
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "num_classes"),
+    [
+        ("cifar10", "classification", 10),
+        ("octmnist", "classification", 4),
+        ("organamnist", "classification", 11),
+        ("organamnist_64", "classification", 11),
+        ("pneumoniamnist_224", "classification", 2),
+        ("retinamnist", "regression", 5),
+        ("retinamnist_128", "regression", 5),
+        ("diabetic_retinopathy", "regression", 5),
+    ],
+)
+def test_known_names_know_their_task(
+    write_npz: WriteNpz, tmp_path: Path, name: str, task: str, num_classes: int
+) -> None:
+    path = write_npz(name, classes=2)
+    for data in (load_images(name, tmp_path, download=False), load_images(str(path))):
+        assert (data.name, data.task, data.num_classes) == (name, task, num_classes)
+
+
+def test_labels_outside_the_known_classes(write_npz: WriteNpz, tmp_path: Path) -> None:
+    write_npz("retinamnist", classes=6)
+    with pytest.raises(UserError, match=r"'retinamnist' has the label 5; labels are 0\.\.4"):
+        load_images("retinamnist", tmp_path)
+    assert load_images("retinamnist", tmp_path, num_classes=6).num_classes == 6
+
+
+def test_fashionmnist_through_torchvision(
+    tmp_path: Path, offline: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = write_fashionmnist(tmp_path)
+    data = load_images("fashionmnist", tmp_path)
+    assert np.array_equal(data.images.numpy()[:, 0], images)
+    assert data.targets.tolist() == labels.tolist()
+    assert data.splits == {"train": 5, "val": 0, "test": 2}
+    assert (data.task, data.num_classes) == ("classification", 10)
+    assert not offline
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_fashionmnist(tmp_path: Path, offline: list[str]) -> None:
+    write_fashionmnist(tmp_path)
+    path = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="'fashionmnist' is not readable under"):
+        load_images("fashionmnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "octmnist", "retinamnist_64"])
+def test_what_cannot_be_downloaded_says_where_to_put_it(
+    tmp_path: Path, offline: list[str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    root = tmp_path / "new"
+    with pytest.raises(UserError) as caught:
+        load_images(name, root)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"'{name}'" in line
+    assert "could not be downloaded" in line
+    assert str(root / f"{name}.npz") in line
+    assert offline
+    assert capsys.readouterr().out == ""
+    assert not list(root.glob("*.npz"))
+    assert not list(root.glob(".download*"))
+
+
+@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "octmnist"])
+def test_nothing_is_downloaded_unless_allowed(tmp_path: Path, offline: list[str], name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.download is false"):
+        load_images(name, tmp_path, download=False)
+    assert not offline
+
+
+def test_a_download_must_have_the_right_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets.utils as utils
+
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops=3: url)
+    monkeypatch.setattr(
+        utils, "_urlretrieve", lambda url, filename: Path(filename).write_bytes(b"half a file")
+    )
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_images("octmnist", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_is_kept(write_npz: WriteNpz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = write_npz("source", classes=4).read_bytes()
+    asked = []
+
+    def download(url: str, root: str, filename: str, md5: str) -> None:
+        asked.append(url)
+        (Path(root) / filename).write_bytes(content)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    root = tmp_path / "root"
+    for _ in range(2):
+        assert len(load_images("octmnist_64", root)) == 42
+    assert len(asked) == 1
+    assert "octmnist_64.npz" in asked[0]
+    assert [path.name for path in root.iterdir()] == ["octmnist_64.npz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("cifra10", ["unknown data set 'cifra10'", "cifra10.npz", "did you mean 'cifar10'?"]),
+        ("organmnist", ["did you mean 'organ"]),
+        ("zzz", ["choose from: bloodmnist, ", "retinamnist"]),
+        ("chestmnist", ["'chestmnist' cannot be used", "multi-label"]),
+        ("chestmnist_128", ["multi-label"]),
+        ("nodulemnist3d", ["'nodulemnist3d' cannot be used", "volumes"]),
+        ("gone.npz", ["no such file 'gone.npz'"]),
+    ],
+)
+def test_names_that_cannot_be_used(tmp_path: Path, offline: list[str], name: str, texts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_images(name, tmp_path)
+    assert "\n" not in str(caught.value)
+    for text in ("data.dataset", *texts):
+        assert text in str(caught.value)
+    assert not offline
+
+
+GRADES = {"task_name": "DR level", "task_target": "ORDINAL_REGRESSION", "labels": dict.fromkeys(range(5), "")}
+CLARITY = {
+    "task_name": "Clarity",
+    "task_target": "ORDINAL_REGRESSION",
+    "labels": dict.fromkeys((1, 4, 6, 8, 10), ""),
+}
+
+
+def fake_medimeta(monkeypatch: pytest.MonkeyPatch, tasks: list[Any]) -> None:
+    """A stand-in for the package, with what it offers of one data set of 9 images."""
+
+    class MedIMeta:
+        def __init__(
+            self, data_path: str, dataset_id: str, task_name: str, *, transform: Any, use_hdf5: bool
+        ) -> None:
+            assert (dataset_id, task_name, use_hdf5) == ("dr_regular", "DR level", False)
+            self.transform = transform
+
+        @staticmethod
+        def get_info_dict(data_path: str, dataset_id: str) -> dict[str, Any]:
+            return {"tasks": tasks, "splits_num_samples": {"train": 5, "val": 0, "test": 4}}
+
+        def get_split_indices(self, split: str) -> list[int]:
+            return {"train": [0, 2, 4, 6, 8], "test": [1, 3, 5, 7]}[split]
+
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            return self.transform(np.full((16, 16, 3), index, np.uint8)), torch.as_tensor(index % 5)
+
+    module = ModuleType("medimeta")
+    module.MedIMeta = MedIMeta  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "medimeta", module)
+
+
+@pytest.mark.parametrize("folder", ["MedIMeta/dr_regular", "dr_regular"])
+def test_diabetic_retinopathy_through_medimeta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    fake_medimeta(monkeypatch, [CLARITY, GRADES])
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "info.yaml").touch()
+    data = load_images("diabetic_retinopathy", tmp_path)
+    assert data.images.shape == (9, 3, 16, 16)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert data.targets.tolist() == [0, 2, 4, 1, 3, 1, 3, 0, 2]
+    assert data.splits == {"train": 5, "val": 0, "test": 4}
+    assert (data.task, data.num_classes) == ("regression", 5)
+
+
+def test_medimeta_without_the_graded_task_lists_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_medimeta(monkeypatch, [CLARITY])
+    (tmp_path / "dr_regular").mkdir()
+    (tmp_path / "dr_regular/info.yaml").touch()
+    with pytest.raises(UserError, match=r"grades 0\.\.4, such as 'DR level'; .* has the tasks 'Clarity'"):
+        load_images("diabetic_retinopathy", tmp_path)
+
+
+def test_medimeta_not_installed_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"zenodo.*MedIMeta/dr_regular"):
+        load_images("diabetic_retinopathy", tmp_path)
+    monkeypatch.setitem(sys.modules, "medimeta", None)
+    (tmp_path / "dr_regular").mkdir()
+    (tmp_path / "dr_regular/info.yaml").touch()
+    with pytest.raises(UserError, match=r"pip install 'fedekd\[medimeta\]'"):
+        load_images("diabetic_retinopathy", tmp_path)
+
+
+def shared_root(file: str) -> Path:
+    root = Path(os.environ.get("FEDEKD_DATA", Path(__file__).parents[2] / "data"))
+    if not (root / file).exists():
+        pytest.skip(f"no {file} in {root}: set FEDEKD_DATA to a folder of the real data sets")
+    return root
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "file", "splits", "counts"),
+    [
+        ("fashionmnist", "FashionMNIST/raw", (60000, 0, 10000), [7000] * 10),
+        ("retinamnist", "retinamnist.npz", (1080, 120, 400), [714, 186, 326, 282, 92]),
+        ("cifar10", "cifar10.npz", (50000, 0, 10000), [6000] * 10),
+    ],
+)
+def test_real_data(name: str, file: str, splits: tuple[int, int, int], counts: list[int]) -> None:
+    data = load_images(name, shared_root(file), download=False)
+    assert tuple(data.splits.values()) == splits
+    assert len(data) == sum(splits)
+    assert torch.bincount(data.labels).tolist() == counts
+    assert data.task == ("regression" if name == "retinamnist" else "classification")
