@@ -43,14 +43,14 @@ def federation_parser() -> ArgumentParser:
     parser.add_argument(
         "--reference_dir", type=str, default="runs/local", help="Where Local's references are kept for all runs."
     )
-    parser.add_class_arguments(RoundOptions)
+    parser.add_class_arguments(RoundOptions, instantiate=False)
     parser.add_subclass_arguments(Method, "method", help="The method: class_path, or the name of one in fedekd.methods.")
-    parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"})
-    parser.add_class_arguments(ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"})
+    parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
+    parser.add_class_arguments(ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False)
     for role in ("private_model", "proxy_model"):
         parser.add_subclass_arguments(torch.nn.Module, f"client.{role}", skip=_FROM_DATA, instantiate=False)
     parser.add_subclass_arguments(torch.optim.Optimizer, "client.optimizer", skip={"params"}, instantiate=False)
-    parser.add_class_arguments(TrainerFactory, "trainer")
+    parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_argument("--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path.")
     defaults = ClientOptions()
     parser.set_defaults(
@@ -74,7 +74,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """A parsed configuration as plain values: what `config.yaml` holds, enough to repeat a run."""
-    values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_validation=True))
+    values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
 
 

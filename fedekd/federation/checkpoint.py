@@ -26,13 +26,13 @@ class Checkpoint:
 
     Attributes:
         round: The round to begin with.
-        progress: What the orchestrator noted, as JSON values.
+        notes: What else was kept, as JSON values.
         server: The method's server state.
         clients: By client number: the client's state.
     """
 
     round: int
-    progress: dict[str, Any]
+    notes: dict[str, Any]
     server: Any
     clients: dict[int, Any]
 
@@ -47,12 +47,12 @@ class CheckpointFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, round: int, progress: Mapping[str, Any], server: Any, clients: Mapping[int, Any]) -> None:
+    def save(self, round: int, notes: Mapping[str, Any], server: Any, clients: Mapping[int, Any]) -> None:
         """Write a checkpoint, and then drop those that are no longer needed.
 
         Args:
             round: The round to begin with when going on from here.
-            progress: JSON values.
+            notes: JSON values.
             server: The method's server state.
             clients: The states of the clients that changed since the last checkpoint; the others keep the file
                 that the checkpoint before this one names.
@@ -62,7 +62,7 @@ class CheckpointFolder:
         for number, state in clients.items():
             files[f"client-{number:03d}"] = self._write(f"client-{number:03d}", round, state)
         files["server"] = self._write("server", round, server)
-        manifest = {"round": round, "files": files, "progress": dict(progress)}
+        manifest = {"round": round, "files": files, "notes": dict(notes)}
         with atomic_file(self._path(round)) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         self._prune(round)
@@ -77,16 +77,6 @@ class CheckpointFolder:
                 complaints.append(f"the checkpoint of round {round} is damaged ({error})")
         return None, complaints
 
-    def progress(self) -> dict[str, Any] | None:
-        """The notes of the newest readable manifest, without its files; None if there is none."""
-        for round in reversed(self._rounds()):
-            try:
-                progress: dict[str, Any] = self._manifest(round)["progress"]
-            except (OSError, ValueError, KeyError):
-                continue
-            return progress
-        return None
-
     def _load(self, round: int) -> Checkpoint:
         manifest = self._manifest(round)
         states = {}
@@ -97,7 +87,7 @@ class CheckpointFolder:
             states[key] = unpack(content)
         server = states.pop("server")
         clients = {int(key.removeprefix("client-")): state for key, state in states.items()}
-        return Checkpoint(manifest["round"], manifest["progress"], server, clients)
+        return Checkpoint(manifest["round"], manifest["notes"], server, clients)
 
     def _write(self, key: str, round: int, state: Any) -> dict[str, str]:
         content = pack(state)

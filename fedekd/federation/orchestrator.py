@@ -211,7 +211,7 @@ class Orchestrator:
             self.observer.warn(f"{complaint}; {where}")
         if checkpoint is None:
             return
-        self.progress = Progress.from_json(checkpoint.progress)
+        self.progress = Progress.from_json(checkpoint.notes["progress"])
         self.method.server_state = checkpoint.server
         for number, state in checkpoint.clients.items():
             self.engine.load_client_state(number, state)

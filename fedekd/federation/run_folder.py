@@ -57,7 +57,7 @@ class RunFolder:
         """
         checkpoint, complaints = self.checkpoints.load()
         if checkpoint is not None:
-            kept = checkpoint.progress
+            kept = checkpoint.notes
             if difference := first_difference(kept["config"], self.config):
                 key, before, now = difference
                 raise UserError(
@@ -71,7 +71,7 @@ class RunFolder:
 
     def keep(self, progress: Progress, server: Any, clients: Mapping[int, Any], identity: Mapping[str, Any]) -> None:
         """Write a checkpoint that makes the last round count, and metrics.csv from it."""
-        notes = {**progress.to_json(), "config": self.config, "identity": dict(identity)}
+        notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)
         if progress.history:
             write_metrics_csv(progress.history, self.folder / "metrics.csv")

@@ -1,0 +1,19 @@
+"""Reporting: what becomes of a run's numbers: logs, a live display, tables and figures.
+
+`WandbRunLogger` lies in `fedekd.reporting.wandb_logger`, which loads Lightning and Weights & Biases; nothing
+here does.
+"""
+
+from fedekd.reporting import figures
+from fedekd.reporting.console import Display, client_table
+from fedekd.reporting.tracking import FederationLogger, Tracker, read_metrics_csv, write_metrics_csv
+
+__all__ = [
+    "Display",
+    "FederationLogger",
+    "Tracker",
+    "client_table",
+    "figures",
+    "read_metrics_csv",
+    "write_metrics_csv",
+]

@@ -1,0 +1,47 @@
+"""Small federations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedekd.data import FederatedDataModule
+from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.methods import ClientOptions, FedeKD, Method
+from fedekd.modules import TrainerFactory
+
+Federate = Callable[..., Orchestrator]
+
+
+@pytest.fixture
+def federate(npz: Path) -> Federate:
+    """Makes an orchestrator over three clients of a small data set; keyword arguments replace its parts."""
+
+    def make(method: Method | None = None, **parts: Any) -> Orchestrator:
+        defaults: dict[str, Any] = {
+            "data": FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8),
+            "client": ClientOptions(
+                local_epochs=1,
+                private_model={"class_path": "fedekd.models.PrivateCNN"},
+                proxy_model={"class_path": "fedekd.models.ProxyCNN"},
+                optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+            ),
+            "trainer": TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+            "rounds": RoundOptions(rounds=2),
+        }
+        return Orchestrator(method or FedeKD(), **{**defaults, **parts})
+
+    return make
+
+
+def weights(orchestrator: Orchestrator, role: str = "private") -> dict[str, Any]:
+    """All clients' weights of one network, by client and name."""
+    engine: Any = orchestrator.engine
+    return {
+        f"{number}/{name}": tensor
+        for number, client in sorted(engine.clients.items())
+        for name, tensor in client.networks[role].state_dict().items()
+    }

@@ -1,0 +1,304 @@
+"""What a federation promises about its numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.federation import InProcessEngine, Observer, Orchestrator, RoundOptions, Visit
+from fedekd.methods import Broadcast, ClientOptions, FedeKD, Local, Method, Update
+from fedekd.methods.base import num_bytes
+from fedekd.modules import TrainerFactory
+
+from .conftest import Federate, weights
+
+
+def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
+
+
+def assert_same_weights(one: Orchestrator, two: Orchestrator, role: str = "private") -> None:
+    ours, theirs = weights(one, role), weights(two, role)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_lambda_zero_is_local_bit_for_bit(federate: Federate, npz: Path, task: Any) -> None:
+    parts = {"data": FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=8, task=task)}
+    alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
+    ours, theirs = federated.run(), alone.run()
+    assert_same_weights(alone, federated)
+    assert ours["delta"]["avg"] == ours["delta"]["worst"] == 0.0
+    assert [client["method"] for client in ours["clients"]] == [client["method"] for client in theirs["clients"]]
+    assert [client["local"] for client in ours["clients"]] == [client["method"] for client in theirs["clients"]]
+
+
+def test_the_gate_changes_the_weights(federate: Federate) -> None:
+    one, two, three = federate(FedeKD(lambda_kd=0)), federate(FedeKD()), federate(FedeKD(gate="none"))
+    for each in (one, two, three):
+        each.run()
+    name = "0/head.weight"
+    assert not torch.equal(weights(one)[name], weights(two)[name])
+    assert not torch.equal(weights(two)[name], weights(three)[name])
+
+
+def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path: Path) -> None:
+    contents = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        summary = federate(output=tmp_path / folder, seed=seed).run()
+        files = {path.name: path.read_bytes() for path in (tmp_path / folder / "checkpoints").glob("*.pt")}
+        files["metrics.csv"] = (tmp_path / folder / "metrics.csv").read_bytes()
+        files["summary"] = json.dumps(repeatable(summary)).encode()
+        contents.append(files)
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+class BackwardsEngine(InProcessEngine):
+    """Lets the clients run in reverse."""
+
+    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+        yield from super().visit(list(reversed(participants)), broadcast, round, upload)
+
+    def references(self, rounds: Any) -> Any:
+        return super().references(dict(reversed(rounds.items())))
+
+
+def test_order_of_clients_changes_no_number(federate: Federate) -> None:
+    forwards, backwards = federate(), federate(engine=BackwardsEngine)
+    assert repeatable(forwards.run()) == repeatable(backwards.run())
+    assert_same_weights(forwards, backwards)
+    assert_same_weights(forwards, backwards, "proxy")
+    assert [*forwards.progress.history] == [*backwards.progress.history]
+
+
+class Stop(Exception):
+    """Ends a run at a chosen moment."""
+
+
+class StopAfter(Observer):
+    """Raises at the n-th event."""
+
+    def __init__(self, events: int) -> None:
+        self.left = events
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+    def phase_started(self, client: int, phase: str) -> None:
+        self._count()
+
+    def round_finished(self, row: Any) -> None:
+        self._count()
+
+
+@pytest.mark.parametrize("events", [1, 2, 4, 7, 10, 11, 13, 16, 18, 20])
+def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(federate: Federate, tmp_path: Path, events: int) -> None:
+    whole = federate()
+    expected = whole.run()
+    with pytest.raises(Stop):
+        federate(output=tmp_path / "run", reference_folder=tmp_path / "local", observer=StopAfter(events)).run()
+    again = federate(output=tmp_path / "run", reference_folder=tmp_path / "local")
+    assert repeatable(again.run()) == repeatable(expected)
+    assert again.progress.history == whole.progress.history
+    assert_same_weights(whole, again)
+
+
+def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(federate: Federate, tmp_path: Path) -> None:
+    rounds = RoundOptions(rounds=4, participation=0.4)  # one client of three
+    whole = federate(rounds=rounds)
+    expected = whole.run()
+    with pytest.raises(Stop):
+        federate(rounds=rounds, output=tmp_path, observer=StopAfter(9)).run()
+    again = federate(rounds=rounds, output=tmp_path)
+    assert repeatable(again.run()) == repeatable(expected)
+    assert_same_weights(whole, again)
+    assert whole.progress.history[0]["comm/updates"] == 1
+    # Delta is against Local after as many supervised rounds as the client itself has had.
+    engine: Any = whole.engine
+    assert whole.references is not None
+    for client in expected["clients"]:
+        trained = engine.clients[client["client"]].supervised_epochs
+        assert client["local"] == whole.references[client["client"]].scores[trained - 1]
+
+
+class FirstTeachesNone(Method):
+    """Counts, in its own state, what each verb was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int, int]] = []
+
+    def start(self, blueprint: Any) -> None:
+        self.server_state = {"total": torch.zeros(1)}
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        return Broadcast(self.server_state, {1: {"extra": torch.ones(2)}})
+
+    def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
+        self.calls.append(("absorb", client.number, round))
+        assert ("extra" in received) == (client.number == 1)
+        return {}
+
+    def upload(self, client: Any, round: int) -> Update:
+        self.calls.append(("upload", client.number, round))
+        state = {"total": torch.tensor([float(client.number)])}
+        if client.number == 1:
+            state["extra"] = torch.ones(2)
+        return Update(client.number, state, len(client.splits.train))
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        assert [update.client for update in updates] == sorted(update.client for update in updates)
+        self.server_state = {"total": self.server_state["total"] + sum(u.state["total"] for u in updates)}
+
+
+def test_verbs_come_in_the_order_of_algorithm_1(federate: Federate) -> None:
+    method = FirstTeachesNone()
+    federate(method).run()
+    expected = []
+    for round in range(3):
+        for client in range(3):
+            expected.append(("absorb", client, round))
+            if round < 2:
+                expected.append(("upload", client, round))
+    assert method.calls == expected
+    assert method.server_state["total"].item() == 2 * (0 + 1 + 2)
+
+
+def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
+    run = federate()
+    summary = run.run()
+    proxy = num_bytes(run.method.server_state)
+    assert summary["bytes_up"] == 2 * 3 * proxy
+    assert summary["bytes_down"] == 3 * 3 * proxy  # the initial proxy too
+    assert sum(row["comm/bytes_up"] for row in run.progress.history) == summary["bytes_up"]
+    assert sum(row["comm/bytes_down"] for row in run.progress.history) == summary["bytes_down"]
+
+
+class Poisoner(FedeKD):
+    """Client 1 sends NaN in the first round."""
+
+    def upload(self, client: Any, round: int) -> Update:
+        update = super().upload(client, round)
+        if client.number == 1 and round == 0:
+            return Update(1, {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}, 1)
+        return update
+
+
+class Listener(Observer):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_poisoned_update_is_refused_by_name(federate: Federate) -> None:
+    listener = Listener()
+    run = federate(Poisoner(), observer=listener)
+    run.run()
+    assert len(listener.warnings) == 1
+    assert "round 1: refused the update of client 1" in listener.warnings[0]
+    assert "not finite" in listener.warnings[0]
+    assert [row["comm/updates"] for row in run.progress.history] == [2, 3]
+    assert all(torch.isfinite(tensor).all() for tensor in run.method.server_state.values())
+
+
+def test_too_few_updates_leave_the_server_as_it_was(federate: Federate) -> None:
+    listener = Listener()
+    run = federate(Poisoner(), observer=listener, rounds=RoundOptions(rounds=1, quorum=3))
+    run.run()
+    assert "quorum of 3" in listener.warnings[-1]
+    initial = run.blueprint.network("proxy", "server").state_dict()
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in run.method.server_state.items())
+
+
+def test_lost_updates_are_counted_and_told(federate: Federate) -> None:
+    listener = Listener()
+    run = federate(observer=listener, rounds=RoundOptions(rounds=4, dropout=0.5))
+    run.run()
+    lost = [text for text in listener.warnings if "was lost" in text]
+    arrived = sum(row["comm/updates"] for row in run.progress.history)
+    assert len(lost) + arrived == 4 * 3
+    assert 0 < len(lost) < 12
+
+
+def test_local_is_trained_once_and_then_read(federate: Federate, tmp_path: Path) -> None:
+    first = federate(reference_folder=tmp_path / "local")
+    expected = first.run()
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()}
+    assert len(kept) == 3
+    second = federate(FedeKD(beta=3.0), reference_folder=tmp_path / "local").run()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()} == kept
+    assert [c["local"] for c in second["clients"]] == [c["local"] for c in expected["clients"]]
+    # More rounds go on from what is there, and give what training at once gives.
+    longer = federate(reference_folder=tmp_path / "local", rounds=RoundOptions(rounds=3)).run()
+    at_once = federate(rounds=RoundOptions(rounds=3)).run()
+    assert [c["local"] for c in longer["clients"]] == [c["local"] for c in at_once["clients"]]
+
+
+def test_damaged_reference_is_trained_anew(federate: Federate, tmp_path: Path) -> None:
+    expected = federate(reference_folder=tmp_path / "local").run()
+    for path in (tmp_path / "local").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert repeatable(federate(reference_folder=tmp_path / "local").run()) == repeatable(expected)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"client": ClientOptions(local_epochs=2)}])
+def test_a_reference_belongs_to_its_seed_and_model(federate: Federate, tmp_path: Path, other: dict[str, Any]) -> None:
+    federate(reference_folder=tmp_path / "local").run()
+    federate(reference_folder=tmp_path / "local", **other).run()
+    assert len(list((tmp_path / "local").iterdir())) == 6
+
+
+def test_rescoring_gives_the_summary_again(federate: Federate, tmp_path: Path) -> None:
+    expected = federate(output=tmp_path).run()
+    assert repeatable(federate(output=tmp_path).rescore()) == repeatable(expected)
+
+
+def test_resume_with_another_configuration_or_other_data_is_refused(federate: Federate, tmp_path: Path) -> None:
+    federate(output=tmp_path, config={"method": {"beta": 1.0}}).run()
+    with pytest.raises(UserError, match=r"method\.beta.*1\.0.*2\.0"):
+        federate(output=tmp_path, config={"method": {"beta": 2.0}}).run()
+
+
+def test_quorum_above_the_number_of_clients_is_a_mistake(federate: Federate) -> None:
+    with pytest.raises(UserError, match="quorum is 4"):
+        federate(rounds=RoundOptions(quorum=4))
+
+
+def test_optimizer_that_takes_other_arguments_is_a_mistake(federate: Federate) -> None:
+    client = ClientOptions(optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}})
+    with pytest.raises(UserError, match=r"client\.optimizer"):
+        federate(client=client).run()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
+def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: Any) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    parts = {"trainer": TrainerFactory(accelerator="cuda", precision=precision)}
+    alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
+    alone.run()
+    federated.run()
+    assert_same_weights(alone, federated)
+    whole = federate(**parts)
+    expected = whole.run()
+    with pytest.raises(Stop):
+        federate(**parts, output=tmp_path, observer=StopAfter(13)).run()
+    again = federate(**parts, output=tmp_path)
+    assert repeatable(again.run()) == repeatable(expected)
+    assert_same_weights(whole, again)

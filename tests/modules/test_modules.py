@@ -1,0 +1,291 @@
+"""The two public modules: their losses against a literal transcription, and their life in a plain Trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedekd import GatedPrivateModule, ProxyDistillModule
+from fedekd.errors import UserError
+from fedekd.models import PrivateCNN, ProxyCNN
+from fedekd.modules import ObjectiveModule, Prediction, SupervisedModule
+from fedekd.tasks import Task
+
+
+def networks(task: Task = "classification", classes: int = 4) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    outputs = 1 if task == "regression" else classes
+    return PrivateCNN(1, 8, outputs), ProxyCNN(1, 8, outputs)
+
+
+def batch(task: Task = "classification", n: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 1, 8, 8, generator=generator)
+    y = torch.randint(0, 4, (n,), generator=generator)
+    return x, y.float() if task == "regression" else y
+
+
+def loader(task: Task = "classification", n: int = 24) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*batch(task, n)), batch_size=8)
+
+
+def plain_trainer(folder: Path, epochs: int = 2) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def literal_private_loss(p_logits: Tensor, q_logits: Tensor, y: Tensor, beta: float, lam: float) -> Tensor:
+    """Eq. 1, 3, 4 and 5, written out sample by sample."""
+    energies, losses = [], []
+    for p_row, q_row in zip(p_logits, q_logits, strict=True):
+        p, q = p_row.softmax(0), q_row.softmax(0)
+        kl_pq, kl_qp = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+        entropy_p, entropy_q = -(p * p.log()).sum(), -(q * q.log()).sum()
+        energies.append(0.5 * (kl_pq + kl_qp) / (entropy_p + entropy_q + 1e-8))
+        losses.append(kl_qp)
+    energy = torch.stack(energies).detach()
+    normalised = (energy - energy.mean()) / (((energy - energy.mean()) ** 2).mean().sqrt() + 1e-8)
+    weights = 1 / (1 + torch.exp(beta * normalised))
+    supervised = torch.stack([-row.softmax(0)[label].log() for row, label in zip(p_logits, y, strict=True)]).mean()
+    return supervised + lam * (weights * torch.stack(losses)).sum() / len(losses)
+
+
+@pytest.mark.parametrize(("beta", "lam"), [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0)])
+def test_private_step_is_equation_5_in_value_and_gradient(beta: float, lam: float) -> None:
+    private, proxy = (network.double() for network in networks())
+    x, y = batch()
+    x = x.double()
+    module = GatedPrivateModule(private, proxy, beta=beta, lambda_kd=lam)
+    loss = module.training_step((x, y), 0)
+    loss.backward()
+    ours = [parameter.grad.clone() for parameter in private.parameters()]
+    private.zero_grad()
+    with torch.no_grad():
+        q_logits = proxy(x)
+    literal = literal_private_loss(private(x), q_logits, y, beta, lam)
+    literal.backward()
+    torch.testing.assert_close(loss, literal, rtol=1e-12, atol=1e-12)
+    for mine, parameter in zip(ours, private.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_private_regression_step_is_equations_2_to_5() -> None:
+    private, proxy = (network.double() for network in networks("regression"))
+    x, y = batch("regression")
+    x, y = x.double(), y.double()
+    loss = GatedPrivateModule(private, proxy, task="regression", beta=2.0).training_step((x, y), 0)
+    f, g = private(x).squeeze(1), proxy(x).squeeze(1)
+    energy = 0.5 * (f - g) ** 2
+    weights = torch.sigmoid(-2.0 * (energy - energy.mean()) / (energy.std(correction=0) + 1e-8))
+    torch.testing.assert_close(loss, ((f - y) ** 2).mean() + (weights * (f - g) ** 2).mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_proxy_step_is_the_mean_divergence_from_the_private_model() -> None:
+    private, proxy = (network.double() for network in networks())
+    x, y = batch()
+    x = x.double()
+    loss = ProxyDistillModule(proxy, private, temperature=2.0).training_step((x, y), 0)
+    p, q = (private(x) / 2).softmax(1), (proxy(x) / 2).softmax(1)
+    torch.testing.assert_close(loss, 4 * (p * (p / q).log()).sum(1).mean(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_teacher_outputs_that_come_with_the_batch_are_the_teacher_s(task: Task) -> None:
+    private, proxy = networks(task)
+    x, y = batch(task)
+    with torch.no_grad():
+        taught = proxy(x)
+    module = GatedPrivateModule(private, proxy, task=task)
+    torch.testing.assert_close(module.training_step((x, y, taught), 0), module.training_step((x, y), 0))
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("which", ["private", "proxy"])
+def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, which: str, tmp_path: Path) -> None:
+    private, proxy = networks(task)
+    module: ObjectiveModule = (
+        GatedPrivateModule(private, proxy, task=task) if which == "private" else ProxyDistillModule(proxy, private, task=task)
+    )
+    assert module.teacher is not None
+    student_before, teacher_before = copy.deepcopy(module.network.state_dict()), copy.deepcopy(module.teacher.state_dict())
+    trainer = plain_trainer(tmp_path)
+    trainer.fit(module, loader(task), loader(task))
+    assert any(not torch.equal(a, b) for a, b in zip(student_before.values(), module.network.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher_before.values(), module.teacher.state_dict().values(), strict=True))
+    score = "val/rmse" if task == "regression" else "val/accuracy"
+    expected = {"loss", "val/loss", score}
+    expected |= {"loss/supervised", "loss/gated", "gate/weight_mean", "gate/energy_mean"} if which == "private" else {"loss/distilled"}
+    assert expected <= set(trainer.callback_metrics)
+    if which == "private":
+        assert trainer.callback_metrics["gate/weight_mean"] == pytest.approx(0.5, abs=0.2)
+    [tested] = trainer.test(module, loader(task), verbose=False)
+    x, y = batch(task, 24)
+    with torch.no_grad():
+        output = module.network(x)
+    by_hand = (output.squeeze(1) - y).square().mean().sqrt() if task == "regression" else (output.argmax(1) == y).float().mean()
+    assert tested[score.replace("val", "test")] == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_logged_means_weigh_batches_by_size(tmp_path: Path) -> None:
+    network, _ = networks()
+    module = SupervisedModule(network, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    trainer = plain_trainer(tmp_path, epochs=1)
+    x, y = batch(n=20)  # batches of 8, 8 and 4
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=8))
+    assert module.epoch_means["loss"] == pytest.approx(float(nn.functional.cross_entropy(network(x), y)), rel=1e-5)
+
+
+def test_student_trains_and_teacher_evaluates_whatever_mode_they_were_left_in(tmp_path: Path) -> None:
+    class Watch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[bool] = []
+            self.layer = nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.modes.append(self.training)
+            return self.layer(x.flatten(1))
+
+    student, teacher = Watch().eval(), Watch().train()
+    plain_trainer(tmp_path, epochs=1).fit(ProxyDistillModule(student, teacher), loader())
+    assert student.modes == [True] * 3
+    assert teacher.modes == [False] * 3
+
+
+def test_lambda_zero_is_supervised_training_bit_for_bit(tmp_path: Path) -> None:
+    private, proxy = networks()
+    alone = copy.deepcopy(private)
+    plain_trainer(tmp_path).fit(GatedPrivateModule(private, proxy, lambda_kd=0.0), loader())
+    plain_trainer(tmp_path).fit(SupervisedModule(alone), loader())
+    for mine, local in zip(private.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, local)
+
+
+def test_optimizer_state_is_carried_over_fits(tmp_path: Path) -> None:
+    once, twice = networks()[0], networks()[0]
+    plain_trainer(tmp_path, epochs=2).fit(SupervisedModule(once), loader())
+    state = None
+    for _ in range(2):
+        module = SupervisedModule(twice)
+        module.optimizer_state = state
+        plain_trainer(tmp_path, epochs=1).fit(module, loader())
+        state = module.optimizer_state
+    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("energy", ["kl", "entropy", "margin", "logsumexp", "feature"])
+@pytest.mark.parametrize("gate", ["energy", "none", "shuffled"])
+def test_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
+    private, proxy = networks()
+    module = GatedPrivateModule(private, proxy, energy=energy, gate=gate)
+    loss = module.training_step(batch(), 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in private.parameters())
+    weight = float(module._sums["gate/weight_mean"]) / 12
+    assert weight == pytest.approx(1.0 if gate == "none" else 0.5, abs=0.2)
+
+
+def test_shuffled_gate_has_the_gate_s_weights_in_another_order() -> None:
+    from fedekd.modules.objectives import GATES
+
+    energy = torch.arange(50.0)
+    torch.manual_seed(3)
+    weights, shuffled = GATES["energy"](energy, 1.0), GATES["shuffled"](energy, 1.0)
+    assert not torch.equal(weights, shuffled)
+    assert torch.equal(weights.sort().values, shuffled.sort().values)
+
+
+def test_uncertainty_energy_looks_at_whom_it_is_told_to() -> None:
+    from fedekd.functional import entropy_energy
+    from fedekd.modules import build_energy
+
+    private, proxy = networks()
+    x, _ = batch()
+    seen = {"private": Prediction((private(x),)), "proxy": Prediction((proxy(x),))}
+    for of in ("private", "proxy"):
+        energy = build_energy("entropy", "classification", of, private, proxy)
+        torch.testing.assert_close(energy(seen["private"], seen["proxy"]), entropy_energy(seen[of].output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"energy": "kll"}, "did you mean 'kl'"),
+        ({"beta": 0.0}, "beta"),
+        ({"beta": float("nan")}, "beta"),
+        ({"lambda_kd": -1.0}, "lambda_kd"),
+        ({"gate": "energetic"}, "did you mean 'energy'"),
+        ({"task": "ranking"}, "ranking"),
+        ({"task": "regression", "energy": "margin"}, "classification"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as told:
+        GatedPrivateModule(*networks(), **arguments)
+    assert "\n" not in str(told.value)
+
+
+def test_feature_energy_of_a_network_without_features_is_a_clear_mistake() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(UserError, match="Sequential"):
+        GatedPrivateModule(plain, networks()[1], energy="feature")
+
+
+class Data(LightningDataModule):
+    """Somebody's own data module."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+def test_module_works_under_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cnn: Callable[[str], list[str]] = lambda name: [  # noqa: E731
+        f"--model.{name}.in_channels=1",
+        f"--model.{name}.image_size=8",
+        f"--model.{name}.num_classes=4",
+    ]
+    cli = LightningCLI(
+        GatedPrivateModule,
+        Data,
+        save_config_callback=None,
+        args=[
+            "fit",
+            "--model.private=fedekd.models.PrivateCNN",
+            *cnn("private"),
+            "--model.proxy=fedekd.models.ProxyCNN",
+            *cnn("proxy"),
+            "--model.beta=2.0",
+            "--model.optimizer=torch.optim.SGD",
+            "--model.optimizer.lr=0.05",
+            "--trainer.max_epochs=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+        ],
+    )
+    assert isinstance(cli.model.network, PrivateCNN)
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.SGD)
+    assert cli.trainer.callback_metrics["gate/weight_mean"] == pytest.approx(0.5, abs=0.25)
