@@ -24,7 +24,14 @@ _WHERE = {
 }
 _ROOMS = ("data", "federation", "functional", "methods", "metrics", "models", "modules", "reporting")
 
-__all__ = ["FederatedDataModule", "GatedPrivateModule", "Orchestrator", "ProxyDistillModule", "__version__", *_ROOMS]
+__all__ = [
+    "FederatedDataModule",
+    "GatedPrivateModule",
+    "Orchestrator",
+    "ProxyDistillModule",
+    "__version__",
+    *_ROOMS,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,10 @@ from fedekd.errors import UserError, nearest
 
 #: Command name to (module of this package, one line of help). A command is one file with `run(argv) -> exit code`.
 COMMANDS = {
-    "fit": ("fedekd.cli.fit", "run a federation, or go on with one: fit --config digits.yaml, fit --resume RUN"),
+    "fit": (
+        "fedekd.cli.fit",
+        "run a federation, or go on with one: fit --config digits.yaml, fit --resume RUN",
+    ),
     "test": ("fedekd.cli.test", "score a finished run again from its checkpoint: test RUN"),
 }
 
@@ -61,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume")
+        return _fail(
+            f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume"
+        )
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

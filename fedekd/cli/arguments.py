@@ -34,24 +34,49 @@ def federation_parser() -> ArgumentParser:
         description="Run a federation, or go on with one.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML file, by path or by its name in configs/; repeatable.")
-    parser.add_argument("--output", type=str | None, default=None, help="The run's folder (default: a new one in runs/).")
-    parser.add_argument("--resume", type=str | None, default=None, help="The folder of a run to go on with; needs nothing else.")
-    parser.add_argument("--quiet", type=bool, default=False, help="Print warnings only.")
-    parser.add_argument("--seed", type=int, default=0, help="Seeds everything: partition, weights, batches, participation.")
-    parser.add_argument("--task", type=str | None, default=None, help="classification or regression (default: the data set's own).")
     parser.add_argument(
-        "--reference_dir", type=str, default="runs/local", help="Where Local's references are kept for all runs."
+        "--config", action="config", help="A YAML file, by path or by its name in configs/; repeatable."
+    )
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="The run's folder (default: a new one in runs/)."
+    )
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="The folder of a run to go on with; needs nothing else.",
+    )
+    parser.add_argument("--quiet", type=bool, default=False, help="Print warnings only.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seeds everything: partition, weights, batches, participation."
+    )
+    parser.add_argument(
+        "--task",
+        type=str | None,
+        default=None,
+        help="classification or regression (default: the data set's own).",
+    )
+    parser.add_argument(
+        "--reference_dir",
+        type=str,
+        default="runs/local",
+        help="Where Local's references are kept for all runs.",
     )
     parser.add_class_arguments(RoundOptions, instantiate=False)
-    parser.add_subclass_arguments(Method, "method", help="The method: class_path, or the name of one in fedekd.methods.")
+    parser.add_subclass_arguments(
+        Method, "method", help="The method: class_path, or the name of one in fedekd.methods."
+    )
     parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
-    parser.add_class_arguments(ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False)
+    parser.add_class_arguments(
+        ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False
+    )
     for role in ("private_model", "proxy_model"):
         parser.add_subclass_arguments(torch.nn.Module, f"client.{role}", skip=_FROM_DATA, instantiate=False)
     parser.add_subclass_arguments(torch.optim.Optimizer, "client.optimizer", skip={"params"}, instantiate=False)
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
-    parser.add_argument("--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path.")
+    parser.add_argument(
+        "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."
+    )
     defaults = ClientOptions()
     parser.set_defaults(
         {
@@ -78,6 +103,20 @@ def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
 
 
+def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
+    """The method and the loggers; what their constructors object to comes out as it was said."""
+    try:
+        built: Namespace = parser.instantiate(config)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
+    return built
+
+
 def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The parts of a federation, as `Orchestrator` takes them; `config` gets every `auto` of the trainer decided.
 
@@ -90,7 +129,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         config.trainer[name] = getattr(trainer, name)
     rounds = RoundOptions(**{name: plain[name] for name in RoundOptions.__dataclass_fields__})
     data = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
-    built = parser.instantiate(config)
+    built = _instantiate(parser, config)
     loggers = built.logger
     return {
         "method": built.method,
@@ -102,4 +141,3 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),
     }
-

@@ -28,7 +28,10 @@ def find_config(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     known = {
-        str(path.relative_to(folder)) for folder in config_folders() for path in folder.rglob("*.yaml") if path.is_file()
+        str(path.relative_to(folder))
+        for folder in config_folders()
+        for path in folder.rglob("*.yaml")
+        if path.is_file()
     }
     raise UserError(f"--config {name}: there is no such file, here or in configs/; {nearest(name, known)}")
 

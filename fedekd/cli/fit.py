@@ -77,7 +77,9 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Pa
     before, after = as_values(parser, saved), as_values(parser, now)
     if difference := first_difference(before, after):
         key, old, new = difference
-        raise UserError(f"--resume {folder} was begun with {key} {old!r}, and cannot go on with {new!r}; start a new run")
+        raise UserError(
+            f"--resume {folder} was begun with {key} {old!r}, and cannot go on with {new!r}; start a new run"
+        )
     return now, folder
 
 
@@ -106,4 +108,3 @@ def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
             continue
         return folder
     raise UserError("runs/ is full; name the run's folder with --output")
-

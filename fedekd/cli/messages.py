@@ -1,4 +1,4 @@
-"""A parser's complaint, which may run over ten lines, as one line that names the flag, the value and what is allowed."""
+"""A parser's complaint, which may run over ten lines, as one that names the flag, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def _unexpected_in_class(match: re.Match[str], text: str, parser: ArgumentParser
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    subclass: type
     for subclass in base.__subclasses__():
         if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
             yield subclass
@@ -133,4 +134,3 @@ _COMPLAINTS: list[tuple[str, Complaint]] = [
     (r"(?s)Problems parsing config: (.+)", _not_yaml),
     (r"(?s)Unexpected config: (.+)", _not_a_mapping),
 ]
-

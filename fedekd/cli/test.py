@@ -31,10 +31,10 @@ def run(argv: Sequence[str]) -> int:
     summary = Orchestrator(**parts, output=folder, reference_folder=Path(config.reference_dir)).rescore()
     console = Console()
     console.print(client_table(summary))
-    repeatable = [{k: v for k, v in each.items() if k not in _UNREPEATABLE} for each in (kept, summary)]
-    if difference := first_difference(*repeatable):
-        key, before, now = difference
-        console.print(f"differs from summary.json: {key} was {before}, and is now {now}", soft_wrap=True)
+    before, now = ({k: v for k, v in each.items() if k not in _UNREPEATABLE} for each in (kept, summary))
+    if difference := first_difference(before, now):
+        key, was, is_now = difference
+        console.print(f"differs from summary.json: {key} was {was}, and is now {is_now}", soft_wrap=True)
         return 1
     console.print("the same as summary.json, to the last digit")
     return 0

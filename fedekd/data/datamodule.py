@@ -132,9 +132,7 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def __str__(self) -> str:
         # Lightning's own loads the data and fails on loaders that are no DataLoader.
-        return (
-            f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
-        )
+        return f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
 
     def prepare_data(self) -> None:
         """Load the images, and download them where that is needed and allowed.
@@ -188,9 +186,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         """Samples of each class or grade that each client has, shape (num_clients, num_classes)."""
         labels = self.images.labels
         counts = [
-            torch.bincount(
-                labels[torch.cat([own.train, own.validation, own.test])], minlength=self.num_classes
-            )
+            torch.bincount(labels[torch.cat([own.train, own.validation, own.test])], minlength=self.num_classes)
             for own in self.clients
         ]
         return np.asarray(torch.stack(counts).numpy())
@@ -221,9 +217,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         return TensorBatches(self.images.images, self.images.targets, indices, size, generator=generator)
 
     def _split(self, client: int, indices: npt.NDArray[np.int64]) -> ClientSplits:
-        train, validation, test = split_indices(
-            indices, self.fractions, derive_seed(self.seed, client, "split")
-        )
+        train, validation, test = split_indices(indices, self.fractions, derive_seed(self.seed, client, "split"))
         parts = cut_validation(validation, derive_seed(self.seed, client, "validation"))
         return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
 

@@ -67,8 +67,7 @@ class ImageData:
         labels = _checked_labels(name, targets)
         if len(pixels) != len(labels):
             raise UserError(
-                f"data.dataset: {name!r} has {len(pixels)} images but {len(labels)} labels; "
-                "each image needs one label"
+                f"data.dataset: {name!r} has {len(pixels)} images but {len(labels)} labels; each image needs one label"
             )
         if sum(splits.values()) != len(pixels):
             raise ValueError(f"splits {splits} do not sum to {len(pixels)} images")
@@ -76,9 +75,7 @@ class ImageData:
         if num_classes is None:
             num_classes = highest + 1
         if num_classes < 2:
-            raise UserError(
-                f"data.num_classes: {name!r} has num_classes={num_classes}; at least 2 are needed"
-            )
+            raise UserError(f"data.num_classes: {name!r} has num_classes={num_classes}; at least 2 are needed")
         if labels.min() < 0 or highest >= num_classes:
             wrong = int(labels.min()) if labels.min() < 0 else highest
             raise UserError(

@@ -38,9 +38,7 @@ def read_npz(path: Path) -> Splits:
         present = [key for key in _keys(split) if key in arrays]
         if len(present) == 1:
             missing = next(key for key in _keys(split) if key not in arrays)
-            raise UserError(
-                f"data.dataset: '{path}' has '{present[0]}' but no '{missing}'; a split needs both"
-            )
+            raise UserError(f"data.dataset: '{path}' has '{present[0]}' but no '{missing}'; a split needs both")
         if present:
             images, labels = (np.atleast_1d(arrays[key]) for key in _keys(split))
             splits[split] = images, labels

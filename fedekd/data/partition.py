@@ -158,9 +158,7 @@ def split_indices(
     samples = np.asarray(indices, dtype=np.int64)
     n = len(samples)
     if n < 2:
-        raise UserError(
-            f"data.min_samples: a client with {n} samples cannot train and test; at least 2 are needed"
-        )
+        raise UserError(f"data.min_samples: a client with {n} samples cannot train and test; at least 2 are needed")
     first, second = (_rounded(n * share) for share in np.cumsum(fractions)[:2])
     first = min(max(first, 1), n - 1)
     second = min(max(second, first), n - 1)
@@ -209,9 +207,7 @@ def _check_clients(num_samples: int, num_clients: int, min_samples: int) -> None
     if num_clients < 1:
         raise UserError(f"data.num_clients={num_clients}: at least 1 client is needed")
     if num_clients > num_samples:
-        raise UserError(
-            f"data.num_clients={num_clients}: more clients than samples; the data set has {num_samples}"
-        )
+        raise UserError(f"data.num_clients={num_clients}: more clients than samples; the data set has {num_samples}")
     if num_clients * min_samples > num_samples:
         raise UserError(
             f"data.min_samples={min_samples}: {num_samples} samples cannot give {num_clients} clients "
@@ -255,15 +251,11 @@ def _rounded(share: float) -> int:
     return int(np.floor(share + 0.5 + 1e-9))
 
 
-def _by_label(
-    images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int
-) -> list[Indices]:
+def _by_label(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     return dirichlet_label_partition(images.labels.numpy(), num_clients, alpha, seed, min_samples)
 
 
-def _by_cluster(
-    images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int
-) -> list[Indices]:
+def _by_cluster(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     # Pixels unscaled, which spares a copy: mapping them to [-1, 1] changes no cluster.
     pixels = images.images.numpy()
     return dirichlet_cluster_partition(pixels, num_clients, alpha, seed, min_samples=min_samples)

@@ -171,17 +171,14 @@ def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: 
 def _medimeta(name: str, root: Path, download: bool) -> Splits:
     """The grades of DeepDRiD's regular fundus images: MedIMeta's `dr_regular`, task `DR level`."""
     dataset_id = "dr_regular"
-    folders = [
-        folder for folder in (root / "MedIMeta", root) if (folder / dataset_id / "info.yaml").is_file()
-    ]
+    folders = [folder for folder in (root / "MedIMeta", root) if (folder / dataset_id / "info.yaml").is_file()]
     if not folders:
         raise FileNotFoundError("MedIMeta is downloaded by hand, from https://zenodo.org/records/7884735")
     try:
         from medimeta import MedIMeta
     except ImportError as error:
         raise UserError(
-            f"data.dataset: {name!r} needs the package medimeta ({one_line(error)}); "
-            "pip install 'fedekd[medimeta]'"
+            f"data.dataset: {name!r} needs the package medimeta ({one_line(error)}); pip install 'fedekd[medimeta]'"
         ) from error
     data_path = str(folders[0])
     info = MedIMeta.get_info_dict(data_path, dataset_id)
@@ -246,9 +243,7 @@ def _hint(name: str) -> str:
 
 SOURCES = {
     "digits": Source("classification", 10, _digits),
-    "fashionmnist": Source(
-        "classification", 10, partial(_torchvision, "FashionMNIST"), "FashionMNIST/raw/*-ubyte"
-    ),
+    "fashionmnist": Source("classification", 10, partial(_torchvision, "FashionMNIST"), "FashionMNIST/raw/*-ubyte"),
     "cifar10": Source("classification", 10, partial(_torchvision, "CIFAR10"), "cifar-10-batches-py/*"),
     "diabetic_retinopathy": Source("regression", 5, _medimeta, "MedIMeta/dr_regular/*"),
 }

@@ -3,9 +3,20 @@
 from fedekd.federation.engine import Engine, InProcessEngine, Visit
 from fedekd.federation.guard import Guard
 from fedekd.federation.interrupts import Interrupted
-from fedekd.federation.observer import Observer
+from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.orchestrator import Orchestrator
 from fedekd.federation.run_folder import RunFolder
 
-__all__ = ["Engine", "Guard", "InProcessEngine", "Interrupted", "Observer", "Orchestrator", "RoundOptions", "RunFolder", "Visit"]
+__all__ = [
+    "Engine",
+    "Guard",
+    "InProcessEngine",
+    "Interrupted",
+    "Observer",
+    "Orchestrator",
+    "RoundOptions",
+    "RunFolder",
+    "SilentObserver",
+    "Visit",
+]

@@ -69,7 +69,7 @@ class CheckpointFolder:
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, or None; and what is wrong with those that were passed over."""
-        complaints = []
+        complaints: list[str] = []
         for round in reversed(self._rounds()):
             try:
                 return self._load(round), complaints

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedekd.data import FederatedDataModule
-from fedekd.federation.observer import Observer
+from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
 
@@ -77,7 +77,7 @@ class InProcessEngine:
         observer: Observer | None = None,
     ) -> None:
         self.method, self.blueprint, self.reference_folder = method, blueprint, reference_folder
-        self.observer = observer or Observer()
+        self.observer = observer or SilentObserver()
         device = blueprint.trainer.torch_device
         self.images = replace(data.images, images=data.images.images.to(device), targets=data.images.targets.to(device))
         self.splits = data.clients

@@ -13,8 +13,8 @@ from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.engine import Engine, InProcessEngine
 from fedekd.federation.guard import Guard
-from fedekd.federation.interrupts import Interrupts
-from fedekd.federation.observer import Observer
+from fedekd.federation.interrupts import Interrupted, Interrupts
+from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
@@ -69,13 +69,15 @@ class Orchestrator:
         engine: EngineFactory = InProcessEngine,
     ) -> None:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
-        self.observer = observer or Observer()
+        self.observer = observer or SilentObserver()
         data.prepare_data()
         data.setup()
         self.data, self.task = data, data.task
         self.num_clients = len(data.clients)
         if self.options.quorum > self.num_clients:
-            raise UserError(f"quorum is {self.options.quorum}, above the {self.num_clients} clients of data.num_clients")
+            raise UserError(
+                f"quorum is {self.options.quorum}, above the {self.num_clients} clients of data.num_clients"
+            )
         images = data.images
         self.blueprint = Blueprint(
             task=data.task,
@@ -120,10 +122,9 @@ class Orchestrator:
                     self._keep(round, taking_part)
                 summary = summarize(self)
                 self._conclude(summary)
-            except BaseException:
-                self.tracker.close("failed")
+            except BaseException as error:
+                self.tracker.close("interrupted" if isinstance(error, Interrupted) else "failed")
                 raise
-            self.tracker.close()
         return summary
 
     def rescore(self) -> dict[str, Any]:
@@ -231,11 +232,14 @@ class Orchestrator:
             self.observer.round_finished(self.progress.history[-1])
 
     def _conclude(self, summary: Mapping[str, Any]) -> None:
-        """Write and log what is left to say."""
+        """Say what is left to say; the run counts as finished only when everybody has heard it."""
         if self.folder is not None:
-            self.folder.conclude(summary, self.progress.history, self.data)
+            self.folder.draw(summary, self.progress.history, self.data)
             self.tracker.log_artifacts(self.folder.checkpoints.folder)
         self.tracker.log_summary(summary)
+        self.tracker.close()
+        if self.folder is not None:
+            self.folder.conclude(summary, self.progress.history)
         self.observer.finished()
 
     def _announce(self) -> None:

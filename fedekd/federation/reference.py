@@ -17,15 +17,15 @@ from fedekd.methods import Client, Local
 
 def reference_key(client: Client) -> str:
     """A hash of everything that decides what Local gives a client: its samples, model, optimizer, seed, numerics."""
+    blueprint = client.blueprint.fingerprint()
+    blueprint["client"].pop("proxy_model")  # the proxy takes no part in local training
     content = {
         "data": client.splits.digest(client.images),
         "client": client.number,
-        "blueprint": client.blueprint.fingerprint(),
+        "blueprint": blueprint,
         "torch": torch.__version__,
         "fedekd": fedekd.__version__,
     }
-    # The proxy takes no part in local training.
-    content["blueprint"]["client"].pop("proxy_model")
     return digest(json.dumps(content, sort_keys=True, default=str).encode())
 
 

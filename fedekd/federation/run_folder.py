@@ -76,16 +76,19 @@ class RunFolder:
         if progress.history:
             write_metrics_csv(progress.history, self.folder / "metrics.csv")
 
-    def conclude(
+    def draw(
         self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]], data: FederatedDataModule
     ) -> None:
-        """Write the figures, metrics.csv and, last of all, summary.json."""
+        """Write the figures of a finished run."""
         folder = self.folder / "figures"
         figures.save(figures.partition(data.class_counts()), folder / "partition.png")
         figures.save(figures.delta_per_client(summary), folder / "delta_per_client.png")
         figures.save(figures.score_per_round(history, summary), folder / f"{summary['metric']}_per_round.png")
         if (gate := figures.gate_weights(history)) is not None:
             figures.save(gate, folder / "gate_weights.png")
+
+    def conclude(self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
+        """Write metrics.csv and, last of all, summary.json, by which a run counts as finished."""
         write_metrics_csv(history, self.folder / "metrics.csv")
         with atomic_file(self.folder / "summary.json") as file:
             file.write((json.dumps(dict(summary), indent=2) + "\n").encode())

@@ -6,4 +6,14 @@ from fedekd.methods.client import Client
 from fedekd.methods.fedekd import FedeKD
 from fedekd.methods.local import Local
 
-__all__ = ["Blueprint", "Broadcast", "Client", "ClientOptions", "FedeKD", "Local", "Method", "StateDict", "Update"]
+__all__ = [
+    "Blueprint",
+    "Broadcast",
+    "Client",
+    "ClientOptions",
+    "FedeKD",
+    "Local",
+    "Method",
+    "StateDict",
+    "Update",
+]

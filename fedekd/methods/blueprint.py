@@ -89,19 +89,22 @@ class Blueprint:
                 num_classes=self.num_outputs,
                 flag=f"client.{role}_model",
             )
-        return network.to(
-            device=self.trainer.torch_device, dtype=self.trainer.dtype, memory_format=self.trainer.memory_format
-        )
+        network.to(self.trainer.torch_device, self.trainer.dtype)
+        # Of the layout, PyTorch's own stubs know only a call of its own.
+        return network.to(memory_format=self.trainer.memory_format)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The client's optimizer over `parameters`, in its fused form where the class has one."""
-        class_path, init_args = self.client.optimizer["class_path"], dict(self.client.optimizer.get("init_args") or {})
+        class_path, init_args = (
+            self.client.optimizer["class_path"],
+            dict(self.client.optimizer.get("init_args") or {}),
+        )
         module, _, name = class_path.rpartition(".")
         optimizer_class = getattr(importlib.import_module(module), name)
         # jsonargparse fills in the defaults, so "not said" arrives as None.
-        if init_args.get("fused", None) is None and not init_args.get("foreach"):
-            if "fused" in inspect.signature(optimizer_class).parameters:
-                init_args["fused"] = True
+        unsaid = init_args.get("fused") is None and not init_args.get("foreach")
+        if unsaid and "fused" in inspect.signature(optimizer_class).parameters:
+            init_args["fused"] = True
         try:
             optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
         except (TypeError, ValueError) as error:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
-from fedekd.metrics import score
 from fedekd.methods.blueprint import Blueprint
+from fedekd.metrics import score
 from fedekd.modules import ObjectiveModule, Prediction, predict
 from fedekd.seeding import derive_seed
 

@@ -56,7 +56,13 @@ class FedeKD(Method):
             raise UserError(f"method.temperature is {temperature}, and must be above 0")
         if proxy_epochs is not None and proxy_epochs < 1:
             raise UserError(f"method.proxy_epochs is {proxy_epochs}, and must be at least 1, or null")
-        self.beta, self.lambda_kd, self.energy, self.gate, self.energy_of = beta, lambda_kd, energy, gate, energy_of
+        self.beta, self.lambda_kd, self.energy, self.gate, self.energy_of = (
+            beta,
+            lambda_kd,
+            energy,
+            gate,
+            energy_of,
+        )
         self.temperature, self.proxy_epochs = temperature, proxy_epochs
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
@@ -99,13 +105,9 @@ class FedeKD(Method):
     def upload(self, client: Client, round: int) -> Update:
         """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        module = ProxyDistillModule(
-            proxy, private, client.blueprint.task, self.temperature, client.blueprint.optimizer
-        )
+        module = ProxyDistillModule(proxy, private, client.blueprint.task, self.temperature, client.blueprint.optimizer)
         taught = client.predict("private", "train").tensors
-        client.train(
-            "proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy
-        )
+        client.train("proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy)
         return Update(client.number, dict(proxy.state_dict()), len(client.splits.train))
 
     def aggregate(self, updates: Sequence[Update], round: int) -> None:

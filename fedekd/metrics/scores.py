@@ -46,8 +46,7 @@ def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"accuracy needs logits (N, C) and labels (N,), but has {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}"
+            f"accuracy needs logits (N, C) and labels (N,), but has {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     # Counted here: torchmetrics divides in float32, and 0.9338 would read 0.9337999820709229 in a summary.
     return (logits.argmax(dim=1) == labels).to(torch.float64).mean().item()

@@ -55,9 +55,7 @@ def build_model(
     facts = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
     for name in facts.keys() & init_args.keys():
         if not _same(name, init_args[name], facts[name]):
-            raise UserError(
-                f"{flag}: {name} is {init_args[name]}, but the data have {facts[name]}; leave it out"
-            )
+            raise UserError(f"{flag}: {name} is {init_args[name]}, but the data have {facts[name]}; leave it out")
     parameters = inspect.signature(factory).parameters
     taken = facts.keys() & parameters.keys()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -105,9 +103,7 @@ def _locate(class_path: str, flag: str) -> Callable[..., Any]:
 
 
 def _is_model(candidate: Any) -> bool:
-    return (
-        isinstance(candidate, type) and issubclass(candidate, nn.Module) and candidate is not ImageClassifier
-    )
+    return isinstance(candidate, type) and issubclass(candidate, nn.Module) and candidate is not ImageClassifier
 
 
 def _same(name: str, given: Any, fact: Any) -> bool:

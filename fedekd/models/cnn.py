@@ -95,12 +95,8 @@ class PrivateCNN(_ConvNet):
         torch.Size([2, 5])
     """
 
-    def __init__(
-        self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10
-    ) -> None:
-        super().__init__(
-            (64, 128, 128), 256, in_channels=in_channels, image_size=image_size, num_classes=num_classes
-        )
+    def __init__(self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
+        super().__init__((64, 128, 128), 256, in_channels=in_channels, image_size=image_size, num_classes=num_classes)
 
 
 class ProxyCNN(_ConvNet):
@@ -124,9 +120,5 @@ class ProxyCNN(_ConvNet):
         torch.Size([2, 1])
     """
 
-    def __init__(
-        self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10
-    ) -> None:
-        super().__init__(
-            (32, 64), 128, in_channels=in_channels, image_size=image_size, num_classes=num_classes
-        )
+    def __init__(self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
+        super().__init__((32, 64), 128, in_channels=in_channels, image_size=image_size, num_classes=num_classes)

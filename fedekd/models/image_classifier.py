@@ -62,9 +62,7 @@ def _take_head(backbone: nn.Module, num_classes: int) -> nn.Linear:
     name, head = next(reversed(linear.items()), ("", None))
     if head is None or head.out_features != num_classes:
         found = "has none" if head is None else f"has {head.out_features} outputs in its last one"
-        raise UserError(
-            f"{type(backbone).__name__} must end in a linear layer of {num_classes} outputs, but {found}"
-        )
+        raise UserError(f"{type(backbone).__name__} must end in a linear layer of {num_classes} outputs, but {found}")
     parent, _, attribute = name.rpartition(".")
     setattr(backbone.get_submodule(parent), attribute, nn.Identity())
     return head

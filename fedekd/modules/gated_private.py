@@ -49,6 +49,11 @@ class GatedPrivateModule(ObjectiveModule):
         gated = Gated(task, built, beta, lambda_kd, gate)
         objectives: list[Objective] = [Supervised(task), gated] if lambda_kd else [Supervised(task)]
         super().__init__(
-            private, objectives, task, optimizer, teacher=proxy if lambda_kd else None, with_features=built.needs_features
+            private,
+            objectives,
+            task,
+            optimizer,
+            teacher=proxy if lambda_kd else None,
+            with_features=built.needs_features,
         )
         self.energy = built  # registered, so that a projection moves to the device with the networks

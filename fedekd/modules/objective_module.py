@@ -29,7 +29,7 @@ def build_metrics(task: Task) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = (
         {"rmse": MeanSquaredError(squared=False)}
         if task == "regression"
-        else {"accuracy": MulticlassAccuracy(num_classes=None, average="micro")}  # type: ignore[arg-type]
+        else {"accuracy": MulticlassAccuracy(num_classes=None, average="micro")}
     )
     return MetricCollection(metrics)
 
@@ -152,7 +152,7 @@ class ObjectiveModule(LightningModule):
             loss = torch.nn.functional.cross_entropy(output, y)
         metrics.update(output, y)
         self.log(f"{stage}/loss", loss, batch_size=len(x), on_epoch=True)
-        self.log_dict(metrics, batch_size=len(x))  # type: ignore[arg-type]
+        self.log_dict(metrics, batch_size=len(x))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The network's optimizer; it goes on from `optimizer_state` where there is one."""

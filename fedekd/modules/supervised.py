@@ -20,6 +20,9 @@ class SupervisedModule(ObjectiveModule):
     """
 
     def __init__(
-        self, network: nn.Module, task: Task = "classification", optimizer: OptimizerCallable = default_optimizer
+        self,
+        network: nn.Module,
+        task: Task = "classification",
+        optimizer: OptimizerCallable = default_optimizer,
     ) -> None:
         super().__init__(network, [Supervised(task)], task, optimizer)

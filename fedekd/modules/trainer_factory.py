@@ -1,4 +1,4 @@
-"""The one place that makes a Lightning Trainer, and decides on which device, in what precision and on how many threads."""
+"""The one place that makes a Lightning Trainer, and decides on which device, in what precision, on how many threads."""
 
 from __future__ import annotations
 

@@ -47,11 +47,7 @@ def partition(counts: ArrayLike, class_names: Sequence[str] | None = None) -> Fi
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"counts must have shape (clients, classes), both above 0, got {table.shape}")
     clients, classes = table.shape
-    names = (
-        [str(label) for label in range(classes)]
-        if class_names is None
-        else [str(name) for name in class_names]
-    )
+    names = [str(label) for label in range(classes)] if class_names is None else [str(name) for name in class_names]
     if len(names) != classes:
         raise ValueError(f"{len(names)} class names for {classes} classes")
 
@@ -129,9 +125,7 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     figure, axes = _figure(6.8, 4.4)
     series = client_series(history, metric)
     for rounds, values in series.values() if len(series) > 1 else ():
-        axes.plot(
-            rounds, values, color=BLUE, alpha=0.3, linewidth=1.0, marker=".", markersize=4, label="a client"
-        )
+        axes.plot(rounds, values, color=BLUE, alpha=0.3, linewidth=1.0, marker=".", markersize=4, label="a client")
     mean = [(int(row["round"]), row[f"{metric}/mean"]) for row in history if f"{metric}/mean" in row]
     if mean:
         axes.plot(*zip(*mean, strict=True), color=BLUE, linewidth=2.6, marker="o", markersize=5, label="mean")

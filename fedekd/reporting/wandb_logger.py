@@ -135,15 +135,11 @@ class WandbRunLogger(WandbLogger):
         import wandb
 
         metric = summary["metric"]
-        scores = {
-            f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary
-        }
+        scores = {f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary}
         deltas = {f"delta/{name}": value for name, value in summary["delta"].items()}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
         names = ["client", "train", "test", "local", "method", "delta"]
-        table = wandb.Table(
-            columns=names, data=[[client[name] for name in names] for client in summary["clients"]]
-        )
+        table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
         self.experiment.summary.update({**scores, **deltas, **costs, "clients": table})
 
     @rank_zero_only

@@ -47,10 +47,7 @@ def test_class_counts(tiny: str) -> None:
     assert counts.shape == (4, 5)
     assert counts.sum(0).tolist() == [101, 100, 99, 0, 0]
     for k in range(4):
-        assert (
-            counts[k].tolist()
-            == torch.bincount(data.images.labels[indices_of(data, k)], minlength=5).tolist()
-        )
+        assert counts[k].tolist() == torch.bincount(data.images.labels[indices_of(data, k)], minlength=5).tolist()
 
 
 def test_setup_loads_and_deals_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,19 +75,14 @@ def test_the_seed_decides_everything(tiny: str) -> None:
         assert torch.equal(one.clients[k].train, again.clients[k].train)
         assert torch.equal(one.clients[k].certificate, again.clients[k].certificate)
     assert not all(torch.equal(one.clients[k].train, other.clients[k].train) for k in range(3))
-    first, second, third = (
-        torch.cat([y for _, y in data.train_dataloader()]) for data in (one, again, other)
-    )
+    first, second, third = (torch.cat([y for _, y in data.train_dataloader()]) for data in (one, again, other))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
 
 
 def test_clients_are_split_by_seeds_of_their_own(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=2, partition="iid")
-    ranks = [
-        torch.searchsorted(indices_of(data, k).sort().values, data.clients[k].train).tolist()
-        for k in range(2)
-    ]
+    ranks = [torch.searchsorted(indices_of(data, k).sort().values, data.clients[k].train).tolist() for k in range(2)]
     assert ranks[0] != ranks[1]
 
 

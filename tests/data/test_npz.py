@@ -17,9 +17,7 @@ def test_splits_are_pooled_in_order(write_npz: WriteNpz) -> None:
     path = write_npz(sizes=(3, 2, 4))
     images, labels, sizes = pool("tiny", read_npz(path))
     with np.load(path) as file:
-        assert np.array_equal(
-            images, np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")])
-        )
+        assert np.array_equal(images, np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")]))
     assert labels[:, 0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]
     assert sizes == {"train": 3, "val": 2, "test": 4}
 

@@ -95,10 +95,7 @@ def test_shares_of_a_class_are_dirichlet() -> None:
     num_clients, alpha = 4, 0.5
     shares = np.array(
         [
-            [
-                len(part) / 1000
-                for part in dirichlet_label_partition(np.zeros(1000, int), num_clients, alpha, seed, 0)
-            ]
+            [len(part) / 1000 for part in dirichlet_label_partition(np.zeros(1000, int), num_clients, alpha, seed, 0)]
             for seed in range(400)
         ]
     )

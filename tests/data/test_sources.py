@@ -73,9 +73,7 @@ def test_task_and_classes_can_be_given(write_npz: WriteNpz) -> None:
     assert (known.task, known.num_classes) == ("classification", 3)
 
 
-def test_a_name_is_first_looked_for_under_root(
-    write_npz: WriteNpz, tmp_path: Path, offline: list[str]
-) -> None:
+def test_a_name_is_first_looked_for_under_root(write_npz: WriteNpz, tmp_path: Path, offline: list[str]) -> None:
     write_npz("digits")
     assert len(load_images("digits", tmp_path)) == 42
     assert len(load_images("digits", tmp_path / "elsewhere")) == 1797
@@ -162,9 +160,7 @@ def test_a_download_must_have_the_right_checksum(tmp_path: Path, monkeypatch: py
     import torchvision.datasets.utils as utils
 
     monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops=3: url)
-    monkeypatch.setattr(
-        utils, "_urlretrieve", lambda url, filename: Path(filename).write_bytes(b"half a file")
-    )
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, filename: Path(filename).write_bytes(b"half a file"))
     with pytest.raises(UserError, match="could not be downloaded"):
         load_images("octmnist", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -220,9 +216,7 @@ def fake_medimeta(monkeypatch: pytest.MonkeyPatch, tasks: list[Any]) -> None:
     """A stand-in for the package, with what it offers of one data set of 9 images."""
 
     class MedIMeta:
-        def __init__(
-            self, data_path: str, dataset_id: str, task_name: str, *, transform: Any, use_hdf5: bool
-        ) -> None:
+        def __init__(self, data_path: str, dataset_id: str, task_name: str, *, transform: Any, use_hdf5: bool) -> None:
             assert (dataset_id, task_name, use_hdf5) == ("dr_regular", "DR level", False)
             self.transform = transform
 
@@ -242,9 +236,7 @@ def fake_medimeta(monkeypatch: pytest.MonkeyPatch, tasks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("folder", ["MedIMeta/dr_regular", "dr_regular"])
-def test_diabetic_retinopathy_through_medimeta(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
+def test_diabetic_retinopathy_through_medimeta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     fake_medimeta(monkeypatch, [CLARITY, GRADES])
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "info.yaml").touch()
@@ -256,9 +248,7 @@ def test_diabetic_retinopathy_through_medimeta(
     assert (data.task, data.num_classes) == ("regression", 5)
 
 
-def test_medimeta_without_the_graded_task_lists_its_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_medimeta_without_the_graded_task_lists_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_medimeta(monkeypatch, [CLARITY])
     (tmp_path / "dr_regular").mkdir()
     (tmp_path / "dr_regular/info.yaml").touch()

@@ -15,7 +15,8 @@ from fedekd.federation.storage import pack, unpack
 
 
 def state(value: float) -> dict[str, Any]:
-    return {"networks": {"private": {"weight": torch.full((3,), value)}}, "supervised_epochs": int(value)}
+    tensor = {"weight": torch.full((3,), value)}
+    return {"networks": {"private": tensor}, "optimizers": {"private": tensor}, "supervised_epochs": int(value)}
 
 
 @pytest.fixture
@@ -95,7 +96,9 @@ def test_only_two_checkpoints_are_kept(folder: CheckpointFolder) -> None:
     ]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, left = os.fsync, [2]
 
     def fsync(descriptor: int) -> None:
@@ -115,11 +118,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder: CheckpointFolder, 
 
 def test_equal_states_are_equal_bytes_and_no_code_is_run_on_reading() -> None:
     assert pack(state(1)) == pack(state(1))
+    assert pack(unpack(pack(state(1)))) == pack(state(1))
     assert pack(state(1)) != pack(state(2))
 
     class Evil:
         def __reduce__(self) -> Any:
             return os.system, ("true",)
 
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         unpack(pack({"evil": Evil()}))

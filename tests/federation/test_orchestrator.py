@@ -12,7 +12,7 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import InProcessEngine, Observer, Orchestrator, RoundOptions, Visit
+from fedekd.federation import InProcessEngine, Orchestrator, RoundOptions, SilentObserver, Visit
 from fedekd.methods import Broadcast, ClientOptions, FedeKD, Local, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.modules import TrainerFactory
@@ -82,11 +82,11 @@ def test_order_of_clients_changes_no_number(federate: Federate) -> None:
     assert [*forwards.progress.history] == [*backwards.progress.history]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Ends a run at a chosen moment."""
 
 
-class StopAfter(Observer):
+class StopAfter(SilentObserver):
     """Raises at the n-th event."""
 
     def __init__(self, events: int) -> None:
@@ -95,7 +95,7 @@ class StopAfter(Observer):
     def _count(self) -> None:
         self.left -= 1
         if self.left == 0:
-            raise Stop
+            raise StoppedError
 
     def phase_started(self, client: int, phase: str) -> None:
         self._count()
@@ -105,10 +105,12 @@ class StopAfter(Observer):
 
 
 @pytest.mark.parametrize("events", [1, 2, 4, 7, 10, 11, 13, 16, 18, 20])
-def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(federate: Federate, tmp_path: Path, events: int) -> None:
+def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(
+    federate: Federate, tmp_path: Path, events: int
+) -> None:
     whole = federate()
     expected = whole.run()
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         federate(output=tmp_path / "run", reference_folder=tmp_path / "local", observer=StopAfter(events)).run()
     again = federate(output=tmp_path / "run", reference_folder=tmp_path / "local")
     assert repeatable(again.run()) == repeatable(expected)
@@ -116,11 +118,13 @@ def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(federate: Fe
     assert_same_weights(whole, again)
 
 
-def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(federate: Federate, tmp_path: Path) -> None:
+def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(
+    federate: Federate, tmp_path: Path
+) -> None:
     rounds = RoundOptions(rounds=4, participation=0.4)  # one client of three
     whole = federate(rounds=rounds)
     expected = whole.run()
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         federate(rounds=rounds, output=tmp_path, observer=StopAfter(9)).run()
     again = federate(rounds=rounds, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)
@@ -197,7 +201,7 @@ class Poisoner(FedeKD):
         return update
 
 
-class Listener(Observer):
+class Listener(SilentObserver):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
@@ -297,7 +301,7 @@ def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: 
     assert_same_weights(alone, federated)
     whole = federate(**parts)
     expected = whole.run()
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         federate(**parts, output=tmp_path, observer=StopAfter(13)).run()
     again = federate(**parts, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)

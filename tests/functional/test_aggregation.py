@@ -47,9 +47,7 @@ def test_only_the_ratios_of_weights_matter(weights: list[int], factor: int) -> N
         assert torch.equal(value, scaled[key])
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("weights", [None, [3.7]])
 def test_one_state_is_its_own_average(dtype: torch.dtype, weights: list[float] | None) -> None:
     (state,) = states(1, dtype)

@@ -74,9 +74,7 @@ def test_corollary_1_the_gated_gradient_of_each_output_is_2wr() -> None:
     student, teacher = torch.randn(2, 6, 2, dtype=torch.float64)
     student.requires_grad_()
     weights = torch.rand(6, dtype=torch.float64)
-    (gated,) = torch.autograd.grad(
-        gated_distillation(squared_error_distillation(student, teacher), weights), student
-    )
+    (gated,) = torch.autograd.grad(gated_distillation(squared_error_distillation(student, teacher), weights), student)
     residual = student.detach() - teacher
     torch.testing.assert_close(6 * gated, 2 * weights[:, None] * residual)
 

@@ -110,9 +110,7 @@ def test_half_precision_is_promoted_and_double_stays(
     values = energy(*given)
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Nothing but the inputs is rounded to half precision: the result is that of the same inputs in float64.
-    torch.testing.assert_close(
-        values.double(), energy(*(t.detach().double() for t in given)), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(values.double(), energy(*(t.detach().double() for t in given)), rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(values.sum(), given)
     assert all(gradient.dtype == dtype for gradient in gradients)
 
@@ -170,12 +168,8 @@ def test_eps_is_the_argument() -> None:
     private, proxy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     p, q = softmax([1, 0]), softmax([0, 1])
     half_sum = 0.5 * (kl(p, q) + kl(q, p))
-    assert kl_energy(private, proxy, eps=0.5).item() == pytest.approx(
-        half_sum / (2 * entropy(p) + 0.5), rel=1e-6
-    )
-    assert entropy_energy(private, eps=0.5).item() == pytest.approx(
-        -sum(a * math.log(a + 0.5) for a in p), rel=1e-6
-    )
+    assert kl_energy(private, proxy, eps=0.5).item() == pytest.approx(half_sum / (2 * entropy(p) + 0.5), rel=1e-6)
+    assert entropy_energy(private, eps=0.5).item() == pytest.approx(-sum(a * math.log(a + 0.5) for a in p), rel=1e-6)
 
 
 def test_scalar_outputs_may_come_without_their_second_dimension() -> None:

@@ -72,9 +72,7 @@ def test_proposition_2_its_bounds_are_reached() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.1, -3.3, 1e-30, 2e12])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64])
 def test_equal_energies_give_exactly_one_half(n: int, value: float, dtype: torch.dtype) -> None:
-    assert torch.equal(
-        trust_weights(torch.full((n,), value, dtype=dtype)).double(), torch.full((n,), 0.5).double()
-    )
+    assert torch.equal(trust_weights(torch.full((n,), value, dtype=dtype)).double(), torch.full((n,), 0.5).double())
 
 
 @given(st.floats(-20, 20), betas)
@@ -99,14 +97,10 @@ def test_the_mean_weight_is_near_one_half(energy: list[float]) -> None:
 
 
 @given(energies, st.floats(-1e3, 1e3), st.floats(0.1, 100))
-def test_weights_ignore_the_origin_and_the_unit_of_energies(
-    energy: list[float], shift: float, unit: float
-) -> None:
+def test_weights_ignore_the_origin_and_the_unit_of_energies(energy: list[float], shift: float, unit: float) -> None:
     exact = torch.tensor(energy, dtype=torch.float64)
     assume(len(energy) == 1 or exact.std() > 1e-3)  # else eps and rounding are not small beside the spread
-    torch.testing.assert_close(
-        trust_weights(exact * unit + shift), trust_weights(exact), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(trust_weights(exact * unit + shift), trust_weights(exact), rtol=1e-4, atol=1e-4)
 
 
 def test_huge_energies_do_not_overflow() -> None:

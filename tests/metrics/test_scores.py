@@ -39,9 +39,7 @@ def test_rmse_equals_scikit_learn_whatever_the_column(shape: tuple[int, ...]) ->
 
 
 def test_rmse_takes_integer_targets() -> None:
-    assert score(torch.tensor([[1.0], [2.0]]), torch.tensor([4, 2]), "regression") == pytest.approx(
-        np.sqrt(4.5)
-    )
+    assert score(torch.tensor([[1.0], [2.0]]), torch.tensor([4, 2]), "regression") == pytest.approx(np.sqrt(4.5))
 
 
 def test_no_samples_have_no_score() -> None:

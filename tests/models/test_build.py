@@ -53,9 +53,7 @@ class GreyNet(nn.Module):
         super().__init__()
         if width < 1:
             raise ValueError("width must be\nat least 1")
-        self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, width, 8), nn.Flatten(), nn.Linear(width, num_classes)
-        )
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, width, 8), nn.Flatten(), nn.Linear(width, num_classes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)

@@ -19,9 +19,7 @@ both = pytest.mark.parametrize(("network_class", "channels", "num_features"), NE
     ("in_channels", "image_size", "num_classes"),
     [(1, 28, 10), (3, 32, 10), (1, 8, 10), (3, 28, 1), (1, (8, 20), 4), (2, [9, 15], 3)],
 )
-def test_shapes_and_parameter_counts(
-    network_class, channels, num_features, in_channels, image_size, num_classes
-):
+def test_shapes_and_parameter_counts(network_class, channels, num_features, in_channels, image_size, num_classes):
     network = network_class(in_channels=in_channels, image_size=image_size, num_classes=num_classes)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     x = torch.randn(2, in_channels, height, width)
@@ -35,9 +33,7 @@ def test_shapes_and_parameter_counts(
     convolutions = sum(9 * a * b + b for a, b in pairwise(widths))
     pixels = (height // 2**pools) * (width // 2**pools)
     fully_connected = channels[-1] * pixels * num_features + num_features
-    assert (
-        num_parameters(network) == convolutions + fully_connected + num_features * num_classes + num_classes
-    )
+    assert num_parameters(network) == convolutions + fully_connected + num_features * num_classes + num_classes
 
 
 def test_parameters_of_the_paper_at_28_pixels():

@@ -120,17 +120,31 @@ def test_teacher_outputs_that_come_with_the_batch_are_the_teacher_s(task: Task) 
 def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, which: str, tmp_path: Path) -> None:
     private, proxy = networks(task)
     module: ObjectiveModule = (
-        GatedPrivateModule(private, proxy, task=task) if which == "private" else ProxyDistillModule(proxy, private, task=task)
+        GatedPrivateModule(private, proxy, task=task)
+        if which == "private"
+        else ProxyDistillModule(proxy, private, task=task)
     )
     assert module.teacher is not None
-    student_before, teacher_before = copy.deepcopy(module.network.state_dict()), copy.deepcopy(module.teacher.state_dict())
+    student_before, teacher_before = (
+        copy.deepcopy(module.network.state_dict()),
+        copy.deepcopy(module.teacher.state_dict()),
+    )
     trainer = plain_trainer(tmp_path)
     trainer.fit(module, loader(task), loader(task))
-    assert any(not torch.equal(a, b) for a, b in zip(student_before.values(), module.network.state_dict().values(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(teacher_before.values(), module.teacher.state_dict().values(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(student_before.values(), module.network.state_dict().values(), strict=True)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(teacher_before.values(), module.teacher.state_dict().values(), strict=True)
+    )
     score = "val/rmse" if task == "regression" else "val/accuracy"
     expected = {"loss", "val/loss", score}
-    expected |= {"loss/supervised", "loss/gated", "gate/weight_mean", "gate/energy_mean"} if which == "private" else {"loss/distilled"}
+    expected |= (
+        {"loss/supervised", "loss/gated", "gate/weight_mean", "gate/energy_mean"}
+        if which == "private"
+        else {"loss/distilled"}
+    )
     assert expected <= set(trainer.callback_metrics)
     if which == "private":
         assert trainer.callback_metrics["gate/weight_mean"] == pytest.approx(0.5, abs=0.2)
@@ -138,7 +152,11 @@ def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, whic
     x, y = batch(task, 24)
     with torch.no_grad():
         output = module.network(x)
-    by_hand = (output.squeeze(1) - y).square().mean().sqrt() if task == "regression" else (output.argmax(1) == y).float().mean()
+    by_hand = (
+        (output.squeeze(1) - y).square().mean().sqrt()
+        if task == "regression"
+        else (output.argmax(1) == y).float().mean()
+    )
     assert tested[score.replace("val", "test")] == pytest.approx(float(by_hand), rel=1e-5)
 
 

@@ -1,0 +1,366 @@
+"""The real commands, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fedekd.cli import main
+from fedekd.cli.configs import config_folders, find_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def fit(npz: Path, *options: str, rounds: int = 1) -> int:
+    return main(
+        [
+            "fit",
+            *FAST,
+            f"--data.dataset={npz}",
+            "--data.num_clients=3",
+            "--data.alpha=1.0",
+            "--data.batch_size=16",
+            f"--rounds={rounds}",
+            *options,
+        ]
+    )
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr, which must be one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+def test_fit_writes_the_whole_folder(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, "--output=runs/one", rounds=2) == 0
+    run = here / "runs" / "one"
+    printed = capsys.readouterr().out
+    assert "round 2/2" in printed
+    assert "Delta" in printed
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == {
+        *(
+            "dataset",
+            "alpha",
+            "seed",
+            "method",
+            "task",
+            "metric",
+            "rounds",
+            "mean",
+            "worst",
+            "local_mean",
+            "delta",
+        ),
+        *("clients", "seconds", "bytes_up", "bytes_down", "versions"),
+    }
+    assert set(summary["delta"]) == {"avg", "worst", "p10"}
+    assert {"client", "train", "test", "local", "method", "delta"} <= set(summary["clients"][0])
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert [row["round"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["delta/avg"]) == summary["delta"]["avg"]
+    assert float(rows[-1]["client_2/accuracy"]) == summary["clients"][2]["method"]
+    assert {path.name for path in (run / "figures").iterdir()} == {
+        *("partition.png", "delta_per_client.png", "accuracy_per_round.png", "gate_weights.png"),
+    }
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["precision"] != "auto"
+    assert config["trainer"]["threads"] == 1
+    # Nothing of this machine in what must be repeatable.
+    repeatable = [run / "metrics.csv", *(run / "checkpoints").glob("*.pt")]
+    assert all(str(here).encode() not in path.read_bytes() for path in repeatable)
+
+
+def test_config_of_a_run_repeats_it(npz: Path, here: Path) -> None:
+    assert fit(npz, "--output=a", "--seed=3", "--method.beta=2.5") == 0
+    assert main(["fit", "--config", "a/config.yaml", "--output=b"]) == 0
+    assert Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
+    assert Path("a/config.yaml").read_bytes() == Path("b/config.yaml").read_bytes()
+    weights = [sorted(Path(run, "checkpoints").glob("*.pt")) for run in "ab"]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+
+
+def test_regression_run(npz: Path, here: Path) -> None:
+    assert fit(npz, "--output=a", "--task=regression", "--data.alpha=10") == 0
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert (summary["task"], summary["metric"]) == ("regression", "rmse")
+    assert set(summary["delta"]) == {"avg", "worst", "p90"}
+    assert Path("a/figures/rmse_per_round.png").exists()
+
+
+def test_test_reproduces_the_figures(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a")
+    assert main(["test", "a"]) == 0
+    assert "the same as summary.json, to the last digit" in capsys.readouterr().out
+    summary = json.loads(Path("a/summary.json").read_text())
+    summary["clients"][0]["method"] += 1e-16 + 1e-3
+    Path("a/summary.json").write_text(json.dumps(summary))
+    assert main(["test", "a"]) == 1
+    assert "differs from summary.json" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_does_nothing(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a")
+    before = {path: path.stat().st_mtime_ns for path in Path("a").rglob("*")}
+    assert main(["fit", "--resume", "a"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("a").rglob("*")} == before
+
+
+def test_resume_without_a_checkpoint_starts_anew(npz: Path, here: Path) -> None:
+    fit(npz, "--output=a")
+    expected = Path("a/metrics.csv").read_bytes()
+    for path in [*Path("a/checkpoints").iterdir(), Path("a/summary.json"), Path("a/metrics.csv")]:
+        path.unlink()
+    assert main(["fit", "--resume", "a"]) == 0
+    assert Path("a/metrics.csv").read_bytes() == expected
+
+
+def test_a_checkpoint_cut_short_falls_back_and_ends_the_same(
+    npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(npz, "--output=a", rounds=3)
+    expected = Path("a/metrics.csv").read_bytes()
+    Path("a/summary.json").unlink()
+    victim = sorted(Path("a/checkpoints").glob("client-001-*.pt"))[-1]
+    victim.write_bytes(victim.read_bytes()[:1000])
+    capsys.readouterr()
+    assert main(["fit", "--resume", "a"]) == 0
+    warning = capsys.readouterr().err
+    assert "damaged" in warning
+    assert "going on from round 3" in warning
+    assert Path("a/metrics.csv").read_bytes() == expected
+
+
+def test_resume_with_a_changed_value_names_it(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a", rounds=1)
+    Path("a/summary.json").unlink()
+    capsys.readouterr()
+    assert main(["fit", "--resume", "a", "--method.beta=3"]) == 2
+    assert "method.init_args.beta" in told(capsys)
+    config = Path("a/config.yaml").read_text()
+    Path("a/config.yaml").write_text(config.replace("rounds: 1", "rounds: 4"))
+    assert main(["fit", "--resume", "a"]) == 2
+    assert "rounds: 1" in told(capsys)
+
+
+def test_default_output_is_a_new_folder_each_time(npz: Path, here: Path) -> None:
+    assert fit(npz) == 0
+    assert fit(npz) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "blobs-fedekd-001",
+        "blobs-fedekd-002",
+        "local",
+    ]
+
+
+def test_an_override_before_the_configuration_is_not_lost(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--seed", "7", "--config", "digits.yaml", "--method.beta", "2", "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["seed"] == 7
+    assert config["method"]["init_args"]["beta"] == 2.0
+
+
+def test_later_configurations_win(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.yaml").write_text("rounds: 9\ndata:\n  alpha: 0.5\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "digits.yaml", "--config", "more.yaml", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["rounds"], config["data"]["alpha"], config["data"]["dataset"]) == (9, 0.5, "digits")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_runs(name: str, here: Path) -> None:
+    """On a small data set in the place of its own, under the same name."""
+    own = yaml.safe_load((ROOT / "configs" / name).read_text())["data"]["dataset"]
+    classes = {"octmnist": 4, "organamnist": 11, "retinamnist": 5, "diabetic_retinopathy": 5}.get(own, 10)
+    labels = np.arange(330) % classes
+    images = np.random.default_rng(0).integers(0, 256, (330, 8, 8, 3), dtype=np.uint8)
+    Path("data").mkdir()
+    np.savez(f"data/{own}.npz", train_images=images, train_labels=labels[:, None])
+    options = [
+        "--rounds=1",
+        "--client.local_epochs=1",
+        "--data.alpha=5",
+        "--logger=null",
+        "--trainer.threads=1",
+    ]
+    assert main(["fit", "--config", name, "--output=run", *options]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["dataset"] == own
+    assert summary["task"] == ("regression" if own in ("retinamnist", "diabetic_retinopathy") else "classification")
+
+
+def test_every_sweep_names_options_that_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweeps = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+    assert sweeps
+    for path in sweeps:
+        sweep = yaml.safe_load(path.read_text())
+        command = [part for part in sweep["command"] if not part.startswith("${")]
+        options = [f"--{name}={spec['values'][0]}" for name, spec in sweep["parameters"].items()]
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *options, "--print_config"])
+        assert ended.value.code == 0
+        capsys.readouterr()
+
+
+def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
+    options = [
+        "--client.private_model=torchvision.models.mobilenet_v3_small",
+        "--client.private_model.dropout=0.1",
+    ]
+    assert fit(npz, "--output=a", *options) == 0
+    config = yaml.safe_load(Path("a/config.yaml").read_text())
+    assert config["client"]["private_model"]["class_path"] == "torchvision.models.mobilenet_v3_small"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method.betta=2"], "did you mean 'beta'"),
+        (["--clent.local_epochs=2"], "did you mean --client.local_epochs"),
+        (["--method=FedKD"], "did you mean 'FedeKD'"),
+        (["--client.private_model=PrivatCNN"], "did you mean 'PrivateCNN'"),
+        (["--client.private_model=torchvision.models.squeezenet1_0"], "squeezenet"),
+        (["--client.optimizer=Adm"], "did you mean 'Adam'"),
+        (["--client.optimizer.lr=-1"], "client.optimizer"),
+        (["--method.energy=kll"], "did you mean 'kl'"),
+        (["--method.gate=open"], "--method.gate"),
+        (["--method.beta=0"], "method.beta is 0"),
+        (["--method.lambda_kd=-0.5"], "method.lambda_kd is -0.5"),
+        (["--data.alpha=0"], "data.alpha=0"),
+        (["--data.alpha=-1"], "data.alpha=-1"),
+        (["--data.alpha=one"], "--data.alpha is 'one', and must be a number"),
+        (["--data.num_clients=500"], "data.num_clients"),
+        (["--data.partition=labels"], "did you mean 'label'"),
+        (["--data.dataset=fashionmist"], "did you mean 'fashionmnist'"),
+        (["--data.dataset=no/such.npz"], "no/such.npz"),
+        (["--data.dataset=octmnist", "--data.download=false"], "octmnist.npz"),
+        (["--rounds=0"], "rounds is 0"),
+        (["--rounds=five"], "--rounds is 'five', and must be a whole number"),
+        (["--rounds"], "--rounds"),
+        (["--participation=0"], "participation is 0"),
+        (["--quorum=9"], "quorum is 9"),
+        (["--client.local_epochs=0"], "client.local_epochs is 0"),
+        (["--task=ranking"], "ranking"),
+        (["--trainer.precision=bf15"], "--trainer.precision"),
+        (["--trainer.accelerator=cuda", "--trainer.device=99"], "CUDA"),
+        (["--trainer.threads=0"], "threads"),
+        (["--config=digit.yaml"], "did you mean 'digits.yaml'"),
+        (["--logger=WandbRunLoger"], "WandbRunLog"),
+        (["--resume=nowhere"], "nowhere"),
+        (["rounds", "3"], "'rounds'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    options: list[str], words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(npz, *options) == 2
+    assert words in told(capsys)
+    assert not list(here.rglob("summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clent:\n  local_epochs: 2\n", "did you mean 'client.local_epochs'"),
+        ("data:\n  alhpa: 2\n", "did you mean 'alpha'"),
+        ("method:\n  class_path: FedeKD\n  init_args:\n    betta: 2\n", "did you mean 'beta'"),
+        ("rounds: five\n", "--rounds is 'five'"),
+        ("rounds: [\n", "not valid YAML"),
+        ("- rounds\n", "keys and values"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(
+    text: str, words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(text)
+    assert fit(npz, "--config=mine.yaml") == 2
+    assert words in told(capsys)
+
+
+def test_an_existing_folder_is_not_touched(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a").mkdir()
+    Path("a/thesis.txt").write_text("years of work")
+    assert fit(npz, "--output=a") == 2
+    assert "--output a exists already" in told(capsys)
+    assert [path.name for path in Path("a").iterdir()] == ["thesis.txt"]
+
+
+def test_damaged_data_is_told_in_one_line(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = npz.read_bytes()
+    npz.write_bytes(content[: len(content) // 2])
+    assert fit(npz) == 2
+    assert "blobs.npz" in told(capsys)
+
+
+def test_a_label_outside_the_classes_is_told(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, "--data.num_classes=2") == 2
+    assert "label 2" in told(capsys)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(
+    npz: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real, left = os.fsync, [12]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        assert fit(npz, "--output=a", rounds=3) == 2
+    assert "no space left on the disk" in told(capsys)
+    assert main(["fit", "--resume", "a"]) == 0
+    assert fit(npz, "--output=b", rounds=3) == 0
+    assert Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
+
+
+def test_unknown_command_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    assert "did you mean 'fit'" in told(capsys)
+    assert main(["--help"]) == 0
+    assert "fit --resume RUN" in capsys.readouterr().out
+    assert main(["test"]) == 2
+    assert "runs/NAME" in told(capsys)
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from fedekd.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_configurations_are_found_by_bare_name(here: Path) -> None:
+    assert find_config("digits.yaml").name == "digits.yaml"
+    Path("configs").mkdir()
+    Path("configs/digits.yaml").write_text("rounds: 1\n")
+    assert find_config("digits.yaml").resolve() == (here / "configs/digits.yaml").resolve()
+    assert config_folders()[0] == Path("configs")

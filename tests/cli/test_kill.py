@@ -1,0 +1,167 @@
+"""kill -9 at any moment, Ctrl-C at any moment: nothing is lost, and the numbers are those of the quiet run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedekd.cli import main
+
+#: Runs the command in a process of its own, which kills itself with SIGKILL at the n-th event of a kind.
+VICTIM = """
+import os, pathlib, signal, sys
+from fedekd.cli import main
+from fedekd.data import batches
+
+kind, count = sys.argv[1].split(":")
+left = int(count)
+
+def die_at_last(here):
+    global left
+    if here == kind:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+real_fsync, real_replace, real_scale = os.fsync, pathlib.Path.replace, batches.scale
+
+def fsync(descriptor):  # written, but not yet safe
+    die_at_last("fsync")
+    real_fsync(descriptor)
+
+def replace(path, target):  # safe, but not yet in its place
+    die_at_last("replace")
+    done = real_replace(path, target)
+    die_at_last("replaced")
+    return done
+
+def scale(images):  # a training batch
+    die_at_last("batch")
+    return real_scale(images)
+
+os.fsync, pathlib.Path.replace, batches.scale = fsync, replace, scale
+main(sys.argv[2:])
+"""
+
+
+def options(npz: Path, *more: str) -> list[str]:
+    return [
+        "fit",
+        *("--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1"),
+        *(
+            f"--data.dataset={npz}",
+            "--data.num_clients=3",
+            "--data.alpha=1.0",
+            "--data.batch_size=16",
+            "--rounds=3",
+        ),
+        *more,
+    ]
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """metrics.csv and the final weights."""
+    last = sorted((run / "checkpoints").glob("*-0004.pt"))
+    assert len(last) == 4  # the server and three clients
+    return {path.name: path.read_bytes() for path in [run / "metrics.csv", *last]}
+
+
+@pytest.fixture(scope="module")
+def quiet_run(
+    tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[..., Path]
+) -> tuple[Path, dict[str, bytes]]:
+    """A data set, and what an undisturbed run on it writes."""
+    folder = tmp_path_factory.mktemp("quiet")
+    npz = write_blobs(folder / "blobs.npz")
+    assert main(options(npz, f"--output={folder}/run", f"--reference_dir={folder}/local", "--logger=null")) == 0
+    return npz, contents(folder / "run")
+
+
+# Batches: 18 of Local, 18 of proxies, 18 of private models. Files: of Local 3 clients x 3 rounds, a file each; then 4 checkpoints of 5 files; metrics.csv after all but the first.
+MOMENTS = [
+    "batch:5",
+    "batch:20",
+    "batch:33",
+    "batch:46",
+    "batch:53",
+    "fsync:3",
+    "fsync:12",
+    "replace:15",
+    "replaced:16",
+    "fsync:21",
+    "replaced:27",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_and_resume(moment: str, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    npz, expected = quiet_run
+    arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", "--logger=null")
+    killed = subprocess.run(
+        [sys.executable, "-c", VICTIM, moment, *arguments], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
+    assert contents(tmp_path / "run") == expected
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_wandb_holds_every_round_once_after_a_kill(
+    quiet_run: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    read_history: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    npz, _ = quiet_run
+    logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
+    arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", logger)
+    killed = subprocess.run(
+        [sys.executable, "-c", VICTIM, "fsync:26", *arguments], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
+    runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
+    rounds = [row["round"] for run in runs for row in read_history(run) if "round" in row]
+    assert rounds == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_says_how_to_go_on(
+    number: signal.Signals, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    npz, expected = quiet_run
+    run = tmp_path / "run"
+    arguments = options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))",
+            *arguments,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "manifest-0001.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, told
+    assert f"fit --resume {run}" in told
+    assert "Traceback" not in told
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert contents(run) == expected

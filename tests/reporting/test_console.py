@@ -1,0 +1,134 @@
+"""The table, the lines and the live display."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from fedekd.reporting import Display, client_table
+from fedekd.reporting.console import _ranges
+
+
+def rendered(table, **options) -> str:
+    console = Console(file=StringIO(), width=80, **options)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+
+
+def test_table_rows_and_footer(make_summary):
+    text = rendered(client_table(make_summary((0.5, 0.75), (0.75, 0.625))))
+    assert cells(text) == [
+        ["0", "100", "30", "0-2, 4", "0.5000", "0.7500", "+0.2500"],
+        ["1", "101", "31", "0-2, 5", "0.7500", "0.6250", "-0.1250"],
+        ["mean", "", "", "", "0.6250", "0.6875", "+0.0625"],
+        ["worst", "", "", "", "", "0.6250", "-0.1250"],
+        ["P10", "", "", "", "", "", "-0.0625"],
+    ]
+    assert "FedeKD on digits, accuracy" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("metric", "harmed"), [("accuracy", "-0.125"), ("rmse", "+0.25")])
+def test_table_marks_harm_red(make_summary, metric, harmed):
+    summary = make_summary((0.5, 0.75), (0.75, 0.625), metric=metric)
+    text = rendered(client_table(summary), force_terminal=True, color_system="standard")
+    red = [part.partition("\x1b[0m")[0] for part in text.split("\x1b[31m")[1:]]
+    assert {float(part) for part in red if part.strip()} >= {float(harmed)}
+    assert all((float(part) < 0) == (metric == "accuracy") for part in red if part.strip())
+
+
+def test_table_of_a_regression_has_a_p90_and_no_classes(make_summary):
+    summary = make_summary((1234.5, 0.00123), metric="rmse")
+    for client in summary["clients"]:
+        del client["classes"]
+    text = rendered(client_table(summary))
+    assert "classes" not in text
+    assert cells(text)[0] == ["0", "100", "30", "1234", "0.00123", "-1234"]
+    assert cells(text)[-1][0] == "P90"
+
+
+def test_classes_in_short():
+    assert _ranges([3, 1, 0, 2, 7, 5, 8]) == "0-3, 5, 7, 8"
+    assert _ranges([]) == ""
+    assert _ranges(["cat", "dog"]) == "cat, dog"
+    assert _ranges(list(range(0, 100, 2))) == "50 classes"
+    assert _ranges(list(range(100))) == "0-99"
+
+
+def run(display: Display) -> None:
+    with display:
+        display.started(rounds=2, total_steps=50, done_steps=10)
+        for round_ in (1, 2):
+            display.round_started(round_)
+            display.phase_started(3, "distil private to proxy")
+            display.phase_finished(3, "distil private to proxy", 20)
+            display.round_finished({"round": round_, "accuracy/mean": 0.913, "delta/avg": 0.0021, "delta/worst": -0.01})
+        display.warn("client 3 was\nleft out [of round 2]")
+
+
+def test_without_a_terminal_one_plain_line_a_round(capsys):
+    console = Console(file=StringIO(), force_terminal=False, width=30)
+    run(Display(console))
+    line = "round {}/2  accuracy 0.9130  delta avg +0.0021 worst -0.0100\n"
+    assert console.file.getvalue() == line.format(1) + line.format(2)
+    assert capsys.readouterr() == ("", "warning: client 3 was left out [of round 2]\n")
+
+
+def test_quiet_leaves_only_warnings(capsys):
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    run(Display(console, quiet=True))
+    assert console.file.getvalue() == ""
+    assert capsys.readouterr() == ("", "warning: client 3 was left out [of round 2]\n")
+
+
+def test_on_a_terminal_a_bar_shows_the_work_and_vanishes(capsys):
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=120)
+    display = Display(console)
+    run(display)
+    text = console.file.getvalue()
+    assert "round 1/2  accuracy 0.9130" in text
+    assert "client 3: distil private to proxy" in text
+    assert "50/50" in text
+    assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased at the end
+    assert capsys.readouterr().err == "warning: client 3 was left out [of round 2]\n"
+
+
+def test_skipped_steps_do_not_count_as_speed():
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    with Display(console) as display:
+        display.started(rounds=2, total_steps=100, done_steps=60)
+        task = display._progress.tasks[0]
+        assert (task.completed, task.speed) == (60, None)
+        display.phase_finished(0, "train", 10)
+        assert task.completed == 70
+        assert not task.speed
+
+
+def test_a_row_without_scores_is_still_a_line():
+    console = Console(file=StringIO())
+    display = Display(console)
+    display.started(rounds=5, total_steps=1)
+    display.round_finished({"round": 4, "comm/bytes_up": 3})
+    assert console.file.getvalue() == "round 4/5\n"
+
+
+def test_the_display_ends_when_a_run_fails():
+    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    display = Display(console)
+
+    def fail():
+        with display:
+            display.started(rounds=2, total_steps=10)
+            display.round_started(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not display._progress.live.is_started
+    assert console.file.getvalue().endswith("\x1b[2K")

@@ -1,0 +1,48 @@
+"""Names of metrics and what is read from them."""
+
+from __future__ import annotations
+
+from fedekd.reporting.rows import client_series, column_order, harmed
+
+
+def test_columns_start_with_round_and_count_clients_as_numbers():
+    names = [
+        "client_2/b",
+        "client_10/a",
+        "zeta",
+        "client_2/a",
+        "alpha/10",
+        "alpha/9",
+        "round",
+        "client_1/loss/kd",
+    ]
+    expected = [
+        "round",
+        "alpha/9",
+        "alpha/10",
+        "zeta",
+        "client_1/loss/kd",
+        "client_2/a",
+        "client_2/b",
+        "client_10/a",
+    ]
+    assert column_order(names) == column_order(reversed(names)) == expected
+
+
+def test_client_series_takes_the_whole_name_and_keeps_gaps():
+    history = [
+        {
+            "round": 1,
+            "client_2/gate/weight_mean": 0.1,
+            "gate/weight_mean": 9.0,
+            "client_2/gate/weight_mean_max": 9.0,
+        },
+        {"round": 2, "client_10/gate/weight_mean": 0.2},
+        {"round": 3, "client_2/gate/weight_mean": 0.3},
+    ]
+    assert client_series(history, "gate/weight_mean") == {2: ([1, 3], [0.1, 0.3]), 10: ([2], [0.2])}
+
+
+def test_harm_is_a_lower_accuracy_or_a_higher_error():
+    assert [harmed(delta, "accuracy") for delta in (-0.1, 0.0, 0.1)] == [True, False, False]
+    assert [harmed(delta, "rmse") for delta in (-0.1, 0.0, 0.1)] == [False, False, True]

@@ -1,0 +1,139 @@
+"""Rows on their way to a file and to loggers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedekd.atomic import atomic_file
+from fedekd.reporting import Tracker, read_metrics_csv, write_metrics_csv
+
+
+def test_csv_bytes(tmp_path):
+    rows = [
+        {"client_10/delta": 0.1, "round": 1, "delta/avg": 0.1 + 0.2, "comm/bytes_up": 12},
+        {"round": 2, "client_2/delta": -1e-17, "delta/avg": float("nan"), "accuracy/mean": 1.0},
+    ]
+    write_metrics_csv(rows, tmp_path / "new" / "metrics.csv")
+    assert (tmp_path / "new" / "metrics.csv").read_bytes() == (
+        b"round,accuracy/mean,comm/bytes_up,delta/avg,client_2/delta,client_10/delta\n"
+        b"1,,12,0.30000000000000004,,0.1\n"
+        b"2,1.0,,nan,-1e-17,\n"
+    )
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["metrics.csv"]
+
+
+def test_csv_bytes_depend_on_numbers_not_on_types_or_order(tmp_path):
+    plain = [{"round": 1, "a": 0.1, "b": 7}]
+    numpy = [{"b": np.int64(7), "a": np.float64(0.1), "round": np.int32(1)}]
+    for name, rows in (("plain", plain), ("numpy", numpy)):
+        write_metrics_csv(rows, tmp_path / name)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "numpy").read_bytes() == b"round,a,b\n1,0.1,7\n"
+
+
+def test_csv_of_no_rounds_is_a_header(tmp_path):
+    write_metrics_csv([], tmp_path / "metrics.csv")
+    assert (tmp_path / "metrics.csv").read_bytes() == b"round\n"
+    assert read_metrics_csv(tmp_path / "metrics.csv") == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z]+/[a-z]+", fullmatch=True), st.floats(allow_nan=False) | st.integers()))
+def test_csv_reads_back_number_for_number(tmp_path_factory, numbers):
+    path = tmp_path_factory.mktemp("csv") / "metrics.csv"
+    rows = [{"round": 1, **numbers}, {"round": 2}]
+    write_metrics_csv(rows, path)
+    back = read_metrics_csv(path)
+    assert back == rows
+    assert {name: type(value) for name, value in back[0].items()} == {
+        name: type(value) for name, value in rows[0].items()
+    }
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write_half():
+        with atomic_file(path) as file:
+            file.write(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+class RecordingLogger:
+    """An ordinary Lightning logger, as far as Tracker is concerned."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name in {"log_hyperparams", "log_metrics", "save", "finalize"}:
+            return lambda *args, **kwargs: self.calls.append((name, *args, *kwargs.values()))
+        raise AttributeError(name)
+
+
+class HoldingLogger(RecordingLogger):
+    """One that keeps rounds across processes."""
+
+    def bind(self, run_dir):
+        self.calls.append(("bind", run_dir))
+
+    def rounds_held(self):
+        return 2
+
+    def log_summary(self, summary):
+        self.calls.append(("log_summary", summary))
+
+    def log_artifacts(self, folder):
+        self.calls.append(("log_artifacts", folder))
+
+    def finish(self, status):
+        self.calls.append(("finish", status))
+
+
+def test_tracker_gives_each_logger_the_rounds_it_lacks(tmp_path, make_row):
+    plain, holding = RecordingLogger(), HoldingLogger()
+    tracker = Tracker([plain, holding], tmp_path)
+    tracker.log_config({"seed": 0})
+    tracker.replay([make_row(1), make_row(2)])
+    tracker.log_round(make_row(3))
+    tracker.log_round(make_row(3))
+    tracker.log_summary({"mean": 1.0})
+    tracker.log_artifacts(tmp_path)
+    tracker.close()
+    tracker.close()
+    logged = [("log_metrics", make_row(round_), round_) for round_ in (1, 2, 3)]
+    assert [call for call in plain.calls if call[0] == "log_metrics"] == logged
+    assert [call[0] for call in plain.calls[:3]] == ["log_hyperparams", "log_metrics", "save"]
+    assert plain.calls[-1] == ("finalize", "success")
+    assert holding.calls == [
+        ("bind", tmp_path),
+        ("log_hyperparams", {"seed": 0}),
+        logged[2],
+        ("save",),
+        ("log_summary", {"mean": 1.0}),
+        ("log_artifacts", tmp_path),
+        ("finalize", "success"),
+        ("finish", "success"),
+    ]
+
+
+def test_tracker_with_lightnings_csv_logger_survives_a_resume(tmp_path, make_row):
+    from lightning.pytorch.loggers import CSVLogger
+
+    tracker = Tracker([CSVLogger(tmp_path, name="log", version="v")], tmp_path)
+    tracker.log_round(make_row(1))  # no close: a kill right after the round must not lose it
+    assert len(read_metrics_csv(tmp_path / "log" / "v" / "metrics.csv")) == 1
+    tracker = Tracker([CSVLogger(tmp_path, name="log", version="v")], tmp_path)
+    tracker.replay([make_row(1)])
+    tracker.log_round(make_row(2))
+    tracker.close()
+    rows = read_metrics_csv(tmp_path / "log" / "v" / "metrics.csv")
+    assert [row["round"] for row in rows] == [1, 2]
+    assert rows[1]["delta/avg"] == make_row(2)["delta/avg"]

@@ -1,0 +1,244 @@
+"""What lies on the disk after an offline run, stopped and resumed at awkward moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedekd.errors import UserError
+from fedekd.reporting import Tracker
+
+wandb = pytest.importorskip("wandb")
+
+from fedekd.reporting.wandb_logger import WandbRunLogger, _logged_in, _mode  # noqa: E402
+
+KILLED_RUN = """
+import os, signal, sys, time
+from fedekd.reporting import Tracker
+from fedekd.reporting.wandb_logger import WandbRunLogger
+
+tracker = Tracker([WandbRunLogger(offline=True)], sys.argv[1])
+tracker.log_config({"seed": 0})
+tracker.log_round({"round": 1, "delta/avg": 0.25})
+tracker.log_round({"round": 2, "delta/avg": 0.5})
+time.sleep(float(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    yield
+    if wandb.run is not None:
+        wandb.run.finish()
+
+
+def start(run_dir: Path, **arguments) -> Tracker:
+    return Tracker([WandbRunLogger(offline=True, **arguments)], run_dir)
+
+
+def test_offline_run_holds_each_round_once_with_every_name(
+    tmp_path, make_row, make_summary, run_folders, read_history, read_records, capfd
+):
+    rows = [make_row(round_) for round_ in (1, 2, 3)]
+    tracker = start(tmp_path, group="g", tags=["t"], name="n")
+    tracker.log_config({"seed": 3, "method": {"beta": 1.0}})
+    for row in rows:
+        tracker.log_round(row)
+    tracker.log_summary(make_summary((0.5, 0.75), (0.5, 0.25)))
+    tracker.close()
+
+    assert capfd.readouterr() == ("", "")
+    (folder,) = run_folders(tmp_path)
+    assert read_history(folder) == rows
+    run = read_records(folder, "run")[0]
+    assert (run.project, run.run_group, run.job_type, run.display_name) == ("fedekd", "g", "federation", "n")
+    config = {item.key: item.value_json for record in read_records(folder, "config") for item in record.update}
+    assert config["seed"] == "3"
+    assert json.loads(config["method"]) == {"beta": 1.0}
+    (metric,) = [metric for metric in read_records(folder, "metric") if metric.glob_name == "*"]
+    assert metric.step_metric == "round"
+    assert not metric.summary.last  # else a sweep finds {"last": x} in the place of the number
+
+
+def test_summary_keeps_metric_names_flat(tmp_path, make_row, make_summary):
+    tracker = start(tmp_path)
+    tracker.log_round(make_row(1))
+    tracker.log_summary(make_summary((0.5, 0.75), (0.5, 0.25)))
+    summary = tracker.loggers[0].experiment.summary
+    assert summary["delta/worst"] == -0.25
+    assert summary["delta/p10"] == -0.125
+    assert summary["accuracy/local_mean"] == 0.5
+    assert summary["bytes_down"] == 2048
+    assert summary["clients"]["nrows"] == 2
+    tracker.close()
+
+
+def test_resume_holds_each_round_once(tmp_path, make_row, run_folders, read_history):
+    tracker = start(tmp_path)
+    tracker.replay([make_row(1), make_row(2)])
+    tracker.close("interrupted")
+    tracker = start(tmp_path)
+    tracker.replay([make_row(1)])  # the checkpoint is a round behind
+    tracker.log_round(make_row(2))
+    tracker.log_round(make_row(3))
+    tracker.close()
+    (folder,) = run_folders(tmp_path)
+    assert read_history(folder) == [make_row(round_) for round_ in (1, 2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 0.4])
+def test_resume_after_a_kill_holds_each_round_once(tmp_path, make_row, run_folders, read_history, pause):
+    killed = subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path), str(pause)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert killed.stdout == killed.stderr == b""  # W&B is silent
+    (before,) = run_folders(tmp_path)
+
+    # The checkpoint is a round behind the logger: round 2 is run again.
+    tracker = start(tmp_path)
+    tracker.replay([make_row(1)])
+    tracker.log_round(make_row(2))
+    tracker.log_round(make_row(3))
+    tracker.close()
+
+    (after,) = run_folders(tmp_path)
+    assert read_history(after) == [make_row(round_) for round_ in (1, 2, 3)]
+    assert before.name.rpartition("-")[2] == after.name.rpartition("-")[2]  # the same run id
+
+
+def test_a_resume_leaves_other_runs_alone(tmp_path, make_row, run_folders):
+    shared_dir = tmp_path / "shared"
+    for name in ("a", "b", "b"):
+        tracker = Tracker([WandbRunLogger(offline=True, save_dir=shared_dir)], tmp_path / name)
+        tracker.replay([make_row(1)])
+        tracker.close()
+    ids = [(tmp_path / name / "wandb" / "run-id").read_text().strip() for name in ("a", "b")]
+    assert ids[0] != ids[1]
+    assert sorted(folder.name.rpartition("-")[2] for folder in run_folders(shared_dir)) == sorted(ids)
+
+
+def test_checkpoints_become_an_artifact_only_on_request(tmp_path, make_row, run_folders, read_records):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "server.pt").write_bytes(b"weights")
+    for name, wanted in (("without", False), ("with", True)):
+        tracker = start(tmp_path / name, log_checkpoints=wanted)
+        tracker.log_round(make_row(1))
+        tracker.log_artifacts(checkpoints)
+        tracker.close()
+        (folder,) = run_folders(tmp_path / name)
+        entries = [
+            entry.path
+            for artifact in read_records(folder, "artifact")
+            if artifact.type == "model"
+            for entry in artifact.manifest.contents
+        ]
+        assert entries == (["server.pt"] if wanted else [])
+
+
+def test_an_active_run_is_used_and_left_open(tmp_path, make_row):
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True, console="off")) as run:
+        run.log({"mine": 1.0}, step=40)
+        tracker = start(tmp_path / "run")
+        tracker.log_round(make_row(1))
+        tracker.close()
+        assert wandb.run is run
+        assert run.summary["delta/avg"] == make_row(1)["delta/avg"]
+        assert not (tmp_path / "run" / "wandb").exists()
+
+
+class FakeRun:
+    """An online run that goes on: the server's summary may lag behind the rows it holds."""
+
+    def __init__(self, summary, step):
+        self.resumed, self.offline, self.logged = True, False, []
+        self.summary, self.step = summary, step
+
+    def define_metric(self, *_, **__): ...
+
+    def log(self, metrics, step, commit):
+        assert commit
+        self.logged.append((step, metrics["round"]))
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize(("summary", "step"), [({"round": 2}, 3), ({"round": 1}, 3), ({"round": 2}, 0)])
+def test_online_resume_logs_only_what_the_server_lacks(tmp_path, make_row, monkeypatch, summary, step):
+    run, given = FakeRun(summary, step), {}
+    monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
+    tracker = Tracker([WandbRunLogger(offline=False)], tmp_path)
+    tracker.replay([make_row(1)])
+    for round_ in (2, 3, 4):
+        tracker.log_round(make_row(round_))
+    tracker.close("failed")
+    tracker.close("success")
+    assert run.logged == [(3, 3), (4, 4)]
+    assert run.exit_code == 1
+    assert (given["mode"], given["resume"], given["project"]) == ("online", "allow", "fedekd")
+    assert given["id"] == (tmp_path / "wandb" / "run-id").read_text().strip()
+
+
+def test_a_sweep_agent_settles_project_and_id(tmp_path, make_row, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "agent")
+    run, given = FakeRun({}, 0), {}
+    monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
+    Tracker([WandbRunLogger()], tmp_path).log_round(make_row(1))
+    assert not {"id", "project"} & set(given)
+    assert (tmp_path / "wandb" / "run-id").read_text() == "agent\n"  # for a resume by hand, without the agent
+
+
+def test_a_refused_run_is_the_users_mistake(tmp_path, make_row, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.UsageError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"api_key not configured .*WANDB_MODE=offline") as raised:
+        Tracker([WandbRunLogger(offline=False)], tmp_path).log_round(make_row(1))
+    assert "\n" not in str(raised.value)
+
+
+def test_mode_follows_wandb_mode_then_the_argument_then_the_credentials(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        wandb,
+        "setup",
+        lambda: SimpleNamespace(settings=SimpleNamespace(base_url="https://wandb.example.org")),
+    )
+    assert (_mode(None), _mode(True), _mode(False)) == ("offline", "offline", "online")
+    (tmp_path / "netrc").write_text("machine other.example.org login user password x\n")
+    assert not _logged_in()
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password x\n")
+    assert _logged_in()
+    assert _mode(None) is None  # W&B's own settings decide
+    (tmp_path / "netrc").write_text("not a netrc file")
+    assert _mode(None) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert _mode(None) is None
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert (_mode(None), _mode(False)) == ("disabled", "disabled")
+
+
+def test_disabled_mode_writes_nothing(tmp_path, make_row, make_summary, monkeypatch, run_folders):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = Tracker([WandbRunLogger()], tmp_path)
+    tracker.log_config({"seed": 0})
+    tracker.replay([make_row(1)])
+    tracker.log_summary(make_summary((0.5, 0.75)))
+    tracker.close()
+    assert run_folders(tmp_path) == []
