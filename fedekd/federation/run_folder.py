@@ -55,6 +55,8 @@ class RunFolder:
         Raises:
             UserError: If it is not.
         """
+        for draft in self.folder.glob(".*.tmp"):  # what a killed process left behind: nobody else writes here
+            draft.unlink()
         checkpoint, complaints = self.checkpoints.load()
         if checkpoint is not None:
             kept = checkpoint.notes

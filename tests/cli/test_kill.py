@@ -85,7 +85,8 @@ def quiet_run(
     return npz, contents(folder / "run")
 
 
-# Batches: 18 of Local, 18 of proxies, 18 of private models. Files: of Local 3 clients x 3 rounds, a file each; then 4 checkpoints of 5 files; metrics.csv after all but the first.
+# Batches: 18 each of Local, of proxies and of private models. Files: config.yaml; 9 of Local (3 clients x 3 rounds);
+# 4 checkpoints of 5 files each; metrics.csv after all but the first.
 MOMENTS = [
     "batch:5",
     "batch:20",
