@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,15 +22,15 @@ def scale(images: Tensor) -> Tensor:
 class TensorBatches:
     """An iterable of `(x, y)` batches, or `(x, y, *extras)`, over some samples of tensors held in memory.
 
-    It stands in for a DataLoader: a Lightning Trainer takes it as it is. Each pass draws the next permutation
-    from `generator`, so a pass is repeatable from the generator's seed alone.
+    It stands in for a DataLoader: a Lightning Trainer takes it as it is.
 
     Args:
         images: All images, uint8, shape (N, C, H, W). Scaled to [-1, 1] batch by batch.
         targets: All targets, shape (N,).
         indices: Which samples to visit, int64, shape (n,).
         batch_size: Samples a batch; the last batch holds the rest.
-        generator: A CPU generator that orders each pass; None visits the samples as `indices` lists them.
+        generator: A CPU generator, from which each pass draws the next permutation; or a function that gives the
+            generator of pass 0, 1, ...; None visits the samples as `indices` lists them.
         extras: Further tensors of n rows each, aligned with `indices` (a frozen teacher's outputs, say); each
             comes as one more item of the batch.
         min_batch: A last batch of fewer samples is left out, unless it is the only one (BatchNorm cannot
@@ -45,7 +45,7 @@ class TensorBatches:
         indices: Tensor,
         batch_size: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Callable[[int], torch.Generator] | None = None,
         extras: tuple[Tensor, ...] = (),
         min_batch: int = 1,
         channels_last: bool = False,
@@ -57,6 +57,7 @@ class TensorBatches:
         rest = len(indices) % batch_size
         too_small = 0 < rest < min_batch and len(indices) > batch_size
         self.num_visited = len(indices) - rest if too_small else len(indices)
+        self._passes = 0
 
     def __len__(self) -> int:
         return -(-self.num_visited // self.batch_size)
@@ -67,7 +68,9 @@ class TensorBatches:
         if self.generator is None:
             order = torch.arange(n, device=device)
         else:
-            order = torch.randperm(n, generator=self.generator).to(device)
+            generator = self.generator(self._passes) if callable(self.generator) else self.generator
+            order = torch.randperm(n, generator=generator).to(device)
+        self._passes += 1
         order = order[: self.num_visited]
         for start in range(0, self.num_visited, self.batch_size):
             positions = order[start : start + self.batch_size]

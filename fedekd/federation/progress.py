@@ -12,7 +12,7 @@ from fedekd.metrics import SCORE_NAME, negative_transfer
 from fedekd.tasks import Task
 
 #: Quantities of which a row also holds the mean over clients.
-GATE_NAMES = ("gate/weight_mean", "gate/energy_mean")
+GATE_NAMES = ("gate/weight_mean", "gate/weight_std", "gate/energy_mean")
 
 
 @dataclass

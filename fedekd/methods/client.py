@@ -17,11 +17,9 @@ from fedekd.seeding import derive_seed
 
 
 @contextmanager
-def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the global generators start from `seed`; afterwards they are as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+def isolated_rng(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn from the global generators inside, afterwards they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
@@ -59,18 +57,21 @@ class Client:
         round: int,
         *,
         epochs: int | None = None,
+        first_epoch: int = 0,
         taught: tuple[Tensor, ...] = (),
         carry_optimizer: bool = False,
     ) -> dict[str, float]:
         """Train a network of this client on its training split: one phase of a round.
 
-        The order of the batches and every other random choice depend on (seed, client, round, role) alone.
+        The order of the batches and every other random choice of an epoch depend on (seed, client, round, role,
+        epoch) alone: a phase may be trained in one go, or epoch by epoch in turn with another.
 
         Args:
             role: Which network; names the phase and the optimizer state.
             module: The LightningModule that trains it.
             round: The round, for the seed.
             epochs: How many; the client's `local_epochs` by default.
+            first_epoch: Number of the first of them within the phase, for the seed.
             taught: The frozen teacher's tensors for the training split, in order (`Prediction.tensors`).
             carry_optimizer: Go on from the optimizer state of the last phase of this role, and keep the new one.
 
@@ -79,20 +80,25 @@ class Client:
         """
         blueprint, trainer = self.blueprint, self.blueprint.trainer
         epochs = blueprint.client.local_epochs if epochs is None else epochs
-        seed = derive_seed(blueprint.seed, self.number, round, role)
+
+        def begin_epoch(epoch: int) -> torch.Generator:
+            seed = derive_seed(blueprint.seed, self.number, round, role, first_epoch + epoch)
+            torch.manual_seed(seed)  # what layers such as dropout draw from
+            return torch.Generator().manual_seed(seed)
+
         batches = TensorBatches(
             self.images.images,
             self.images.targets,
             self.splits.train,
             blueprint.batch_size,
-            generator=torch.Generator().manual_seed(seed),
+            generator=begin_epoch,
             extras=taught,
             min_batch=2 if _has_batch_norm(module.network) else 1,
             channels_last=trainer.channels_last,
         )
         if carry_optimizer:
             module.optimizer_state = self.optimizer_states.get(role)
-        with isolated_rng(seed, trainer.torch_device):
+        with isolated_rng(trainer.torch_device):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None

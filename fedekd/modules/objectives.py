@@ -96,7 +96,7 @@ GATES: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Gated:
     """lambda_kd L_BKD: distillation of the proxy, trusted sample by sample (Eq. 3-5).
 
-    Records `gate/weight_mean` and `gate/energy_mean`.
+    Records `gate/weight_mean`, `gate/weight_std` (both within the batch) and `gate/energy_mean`.
 
     Args:
         task: Decides the distillation loss.
@@ -125,6 +125,7 @@ class Gated:
             energy = self.energy(student.detach(), teacher)
             weights = self.weigh(energy, self.beta)
         record("gate/weight_mean", weights.mean())
+        record("gate/weight_std", weights.std(correction=0))
         record("gate/energy_mean", energy.mean())
         loss = per_sample_distillation(self.task, student.output, teacher.output)
         return self.lambda_kd * F.gated_distillation(loss, weights)

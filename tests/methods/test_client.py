@@ -1,0 +1,100 @@
+"""A client's training is a function of (seed, client, round, role, epoch)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedekd.data import FederatedDataModule
+from fedekd.methods import Blueprint, Client, ClientOptions
+from fedekd.modules import SupervisedModule, TrainerFactory
+
+
+@pytest.fixture
+def client(blobs: FederatedDataModule) -> Client:
+    """A client whose private model has dropout and BatchNorm."""
+    blueprint = Blueprint(
+        task="classification",
+        in_channels=1,
+        image_size=(8, 8),
+        num_outputs=3,
+        batch_size=8,
+        eval_batch_size=16,
+        seed=0,
+        client=ClientOptions(local_epochs=3),
+        trainer=TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+    )
+    client = Client(1, blobs.clients[1], blobs.images, blueprint)
+    torch.manual_seed(0)
+    client.networks["private"] = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3)
+    )
+    return client
+
+
+def module(client: Client) -> SupervisedModule:
+    return SupervisedModule(client.networks["private"], "classification", client.blueprint.optimizer)
+
+
+def weights(client: Client) -> dict[str, Any]:
+    return copy.deepcopy(client.networks["private"].state_dict())
+
+
+def test_epochs_in_turn_are_epochs_in_one_go(client: Client) -> None:
+    start = weights(client)
+    client.train("private", module(client), 2, carry_optimizer=True)
+    at_once = weights(client)
+    client.networks["private"].load_state_dict(start)
+    client.optimizer_states.clear()
+    for epoch in range(3):
+        client.train("private", module(client), 2, epochs=1, first_epoch=epoch, carry_optimizer=True)
+        torch.randn(100)  # somebody else draws in between
+    in_turn = weights(client)
+    assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
+
+
+@pytest.mark.parametrize("other", [{"round": 3}, {"role": "proxy"}, {"first_epoch": 1}])
+def test_another_purpose_draws_another_order(client: Client, other: dict[str, Any]) -> None:
+    start = weights(client)
+    results = []
+    for arguments in ({}, {}, other):
+        client.networks["private"].load_state_dict(start)
+        client.train(**{"role": "private", "module": module(client), "round": 2, **arguments})
+        results.append(weights(client))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in start)
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in start)
+
+
+def test_training_leaves_the_global_generator_as_it_was(client: Client) -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    client.train("private", module(client), 0)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_predictions_come_in_the_order_of_the_split(client: Client) -> None:
+    network = client.networks["private"].eval()
+    output = client.predict("private", "train").output
+    from fedekd.data import scale
+
+    with torch.no_grad():
+        expected = network(scale(client.images.images[client.splits.train]))
+    torch.testing.assert_close(output, expected)
+
+
+def test_state_dict_round_trip(client: Client) -> None:
+    client.train("private", module(client), 0, carry_optimizer=True)
+    client.memory = {"g": {"w": torch.ones(2)}}
+    client.supervised_epochs = 3
+    state = copy.deepcopy(client.state_dict())
+    client.train("private", module(client), 1, carry_optimizer=True)
+    after = weights(client)
+    client.load_state_dict(copy.deepcopy(state))
+    assert client.memory["g"]["w"].sum() == 2
+    client.train("private", module(client), 1, carry_optimizer=True)
+    assert all(torch.equal(after[name], weights(client)[name]) for name in after)
