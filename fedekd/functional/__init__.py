@@ -1,6 +1,15 @@
-"""The mathematics, without state: energies, the gate, distillation losses and averages of models."""
+"""The mathematics, without state: energies, the gate, distillation losses, conformal sets and averages of models."""
 
 from fedekd.functional.aggregation import average_state_dicts
+from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean
+from fedekd.functional.conformal import (
+    conformal_quantile,
+    fit_temperature,
+    prediction_sets,
+    regularized_scores,
+    set_agreement,
+    set_ranking_loss,
+)
 from fedekd.functional.distillation import gated_distillation, kl_distillation, squared_error_distillation
 from fedekd.functional.energies import (
     entropy_energy,
@@ -14,15 +23,25 @@ from fedekd.functional.gate import trust_weights
 from fedekd.functional.precision import at_least_float32
 
 __all__ = [
+    "Aggregator",
+    "CoordinateMedian",
+    "Mean",
+    "TrimmedMean",
     "at_least_float32",
     "average_state_dicts",
+    "conformal_quantile",
     "entropy_energy",
     "feature_distance_energy",
+    "fit_temperature",
     "gated_distillation",
     "kl_distillation",
     "kl_energy",
     "logsumexp_energy",
     "margin_energy",
+    "prediction_sets",
+    "regularized_scores",
+    "set_agreement",
+    "set_ranking_loss",
     "squared_error_distillation",
     "squared_error_energy",
     "trust_weights",

@@ -40,12 +40,43 @@ def average_state_dicts(
         >>> average_state_dicts([a, b], weights=[30, 10])
         {'weight': tensor([1.5000])}
     """
-    if not state_dicts:
-        raise ValueError("there are no state dicts to average")
+    require_alike(state_dicts)
     shares = _normalize([1.0] * len(state_dicts) if weights is None else weights, len(state_dicts))
-    _require_alike(state_dicts)
     kept = [(share, state) for share, state in zip(shares, state_dicts, strict=True) if share > 0]
     return {key: _average([(share, state[key]) for share, state in kept]) for key in state_dicts[0]}
+
+
+def require_alike(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Hold all state dicts to the first one's keys, shapes and dtypes.
+
+    Raises:
+        ValueError: There is none, or a key, a shape or a dtype differs (the message names the key).
+    """
+    if not state_dicts:
+        raise ValueError("there are no state dicts to average")
+    first = state_dicts[0]
+    for position, state in enumerate(state_dicts):
+        differing = first.keys() ^ state.keys()
+        if differing:
+            raise ValueError(f"state dict {position} and the first differ in key '{min(differing)}'")
+        for key, tensor in state.items():
+            if (tensor.shape, tensor.dtype) != (first[key].shape, first[key].dtype):
+                raise ValueError(
+                    f"'{key}' is {tensor.dtype} {tuple(tensor.shape)} in state dict {position}, "
+                    f"but {first[key].dtype} {tuple(first[key].shape)} in the first"
+                )
+
+
+def widened(tensor: Tensor, first: Tensor) -> Tensor:
+    """The tensor in (at least) float64, without its graph, on the device of the `first`."""
+    return tensor.detach().to(device=first.device, dtype=torch.promote_types(first.dtype, torch.float64))
+
+
+def narrowed(value: Tensor, first: Tensor) -> Tensor:
+    """A float64 result in the dtype of the `first` of its inputs; integers rounded to the nearest, ties to even."""
+    if not (first.is_floating_point() or first.is_complex()):
+        value = value.round()
+    return value.to(first.dtype)
 
 
 def _normalize(weights: Sequence[float], count: int) -> list[float]:
@@ -60,25 +91,6 @@ def _normalize(weights: Sequence[float], count: int) -> list[float]:
     return [value / total for value in values]
 
 
-def _require_alike(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
-    first = state_dicts[0]
-    for position, state in enumerate(state_dicts):
-        differing = first.keys() ^ state.keys()
-        if differing:
-            raise ValueError(f"state dict {position} and the first differ in key '{min(differing)}'")
-        for key, tensor in state.items():
-            if (tensor.shape, tensor.dtype) != (first[key].shape, first[key].dtype):
-                raise ValueError(
-                    f"'{key}' is {tensor.dtype} {tuple(tensor.shape)} in state dict {position}, "
-                    f"but {first[key].dtype} {tuple(first[key].shape)} in the first"
-                )
-
-
 def _average(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     first = terms[0][1]
-    exact = torch.promote_types(first.dtype, torch.float64)
-    scaled = (share * tensor.detach().to(device=first.device, dtype=exact) for share, tensor in terms)
-    total = reduce(torch.add, scaled)
-    if not (first.is_floating_point() or first.is_complex()):
-        total = total.round()
-    return total.to(first.dtype)
+    return narrowed(reduce(torch.add, (share * widened(tensor, first) for share, tensor in terms)), first)
