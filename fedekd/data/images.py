@@ -135,8 +135,8 @@ def content_digest(data: ImageData, groups: list[Tensor]) -> str:
         digest.update(f" {len(group)} ".encode())
         # A few thousand samples at a time: the digest must not double the memory a large data set takes.
         for part in torch.split(group, 4096):
-            digest.update(data.images[part].numpy().tobytes())
-            digest.update(data.targets[part].numpy().tobytes())
+            digest.update(data.images[part].cpu().numpy().tobytes())
+            digest.update(data.targets[part].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -89,6 +89,8 @@ class Orchestrator:
             seed=seed,
             client=client or ClientOptions(),
             trainer=(trainer or TrainerFactory()).resolve(),
+            num_clients=self.num_clients,
+            rounds=self.options.rounds,
         )
         self.engine = engine(method, data, self.blueprint, reference_folder, self.observer)
         self.guard = Guard(self.options.max_update_norm)

@@ -19,6 +19,7 @@ def reference_key(client: Client) -> str:
     """A hash of everything that decides what Local gives a client: its samples, model, optimizer, seed, numerics."""
     blueprint = client.blueprint.fingerprint()
     blueprint["client"].pop("proxy_model")  # the proxy takes no part in local training
+    blueprint["client"]["private_model"] = client.blueprint.private_model(client.number)
     content = {
         "data": client.splits.digest(client.images),
         "client": client.number,

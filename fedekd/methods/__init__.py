@@ -3,14 +3,29 @@
 from fedekd.methods.base import Broadcast, Method, StateDict, Update
 from fedekd.methods.blueprint import Blueprint, ClientOptions
 from fedekd.methods.client import Client
+from fedekd.methods.ditto import Ditto
+from fedekd.methods.fedavg import FedAvg
+from fedekd.methods.feddyn import FedDyn
 from fedekd.methods.fedekd import FedeKD
+from fedekd.methods.fedper import FedPer
+from fedekd.methods.fedprox import FedProx
+from fedekd.methods.fedtype import FedType
+from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
 
 __all__ = [
+    "FML",
     "Blueprint",
     "Broadcast",
     "Client",
     "ClientOptions",
+    "Ditto",
+    "FedAvg",
+    "FedDyn",
+    "FedKD",
+    "FedPer",
+    "FedProx",
+    "FedType",
     "FedeKD",
     "Local",
     "Method",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,10 +20,6 @@ from fedekd.tasks import Task
 Spec = Mapping[str, Any]  # {"class_path": ..., "init_args": {...}}
 
 
-def _adam() -> Spec:
-    return {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}}
-
-
 @dataclass(frozen=True)
 class ClientOptions:
     """What a client trains, and for how long.
@@ -31,15 +27,16 @@ class ClientOptions:
     Args:
         local_epochs: Epochs of each training phase of a round, at least 1.
         private_model: The large model that stays with its client: class_path and init_args. A class of
-            fedekd.models, or any image classifier, such as torchvision.models.resnet18.
+            fedekd.models, or any image classifier, such as torchvision.models.resnet18. A list gives each client
+            a model of its own.
         proxy_model: The small model that travels.
         optimizer: A torch.optim class: class_path and init_args.
     """
 
     local_epochs: int = 2
-    private_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN", "init_args": {}})
-    proxy_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN", "init_args": {}})
-    optimizer: Spec = field(default_factory=_adam)
+    private_model: Spec | Sequence[Spec] = field(default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN"})
+    proxy_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN"})
+    optimizer: Spec = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}})
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:
@@ -58,6 +55,8 @@ class Blueprint:
         batch_size: Samples of a training batch.
         eval_batch_size: Samples of an evaluation batch.
         seed: The federation's seed.
+        num_clients: How many clients there are.
+        rounds: How many rounds there will be.
         client: What a client trains.
         trainer: How it is trained; resolved.
     """
@@ -71,6 +70,15 @@ class Blueprint:
     seed: int
     client: ClientOptions
     trainer: TrainerFactory
+    num_clients: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        models = self.client.private_model
+        if not isinstance(models, Mapping) and len(models) != self.num_clients:
+            raise UserError(
+                f"client.private_model lists {len(models)} models, and data.num_clients is {self.num_clients}"
+            )
 
     def network(self, role: str, owner: int | str) -> nn.Module:
         """A freshly initialized network on the training device.
@@ -79,7 +87,7 @@ class Blueprint:
             role: `private` or `proxy`: which of the client's model specs.
             owner: A client's number, or `server`; each has initial weights of its own.
         """
-        spec = {"private": self.client.private_model, "proxy": self.client.proxy_model}[role]
+        spec = self.client.proxy_model if role == "proxy" else self.private_model(owner)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, owner, role, "initial weights"))
             network = build_model(
@@ -92,6 +100,23 @@ class Blueprint:
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # Of the layout, PyTorch's own stubs know only a call of its own.
         return network.to(memory_format=self.trainer.memory_format)
+
+    def private_model(self, owner: int | str) -> Spec:
+        """The private model of a client, or the one that the server starts from."""
+        models = self.client.private_model
+        if isinstance(models, Mapping):
+            return models
+        return models[owner if isinstance(owner, int) else 0]
+
+    def require_one_architecture(self, method: str) -> None:
+        """Hold the clients to one private model.
+
+        Raises:
+            UserError: If they have several; it names the method that cannot use them.
+        """
+        models = self.client.private_model
+        if not isinstance(models, Mapping) and any(model != models[0] for model in models):
+            raise UserError(f"method {method} averages private models, and client.private_model lists different ones")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The client's optimizer over `parameters`, in its fused form where the class has one."""
@@ -112,7 +137,9 @@ class Blueprint:
         return optimizer
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything here that decides a trained number, as plain values; for content hashes."""
+        """Everything here that decides what a client trains on its own, as plain values; for content hashes."""
         values = asdict(self)
+        for name in ("num_clients", "rounds"):
+            values.pop(name)
         values["trainer"].pop("device")  # which of several equal devices it was
         return values

@@ -132,10 +132,10 @@ class Client:
         features = torch.cat([part.features for part in parts if part.features is not None]) if with_features else None
         return Prediction(exits, features)
 
-    def score(self, split: str = "test") -> float:
-        """Accuracy or RMSE of the private model on one of the client's own splits."""
+    def score(self, split: str = "test", role: str = "private") -> float:
+        """Accuracy or RMSE of one of the client's networks on one of its own splits."""
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
-        return score(self.predict("private", split).output, targets, self.blueprint.task)
+        return score(self.predict(role, split).output, targets, self.blueprint.task)
 
     def state_dict(self) -> dict[str, Any]:
         """All that must last, as plain tensors and numbers."""

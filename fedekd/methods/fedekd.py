@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional import average_state_dicts
+from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import Broadcast, Method, StateDict, Update
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
@@ -31,6 +31,7 @@ class FedeKD(Method):
         proxy_epochs: Epochs of the forward distillation; null takes client.local_epochs.
         private_optimizer_state: carry it from round to round, or reset it.
         proxy_optimizer_state: reset by default, since averaging replaces the proxy's weights.
+        aggregator: Another way to merge the proxies, by class_path; null takes the uniform mean (line 7).
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FedeKD(Method):
         proxy_epochs: int | None = None,
         private_optimizer_state: OptimizerState = "carry",
         proxy_optimizer_state: OptimizerState = "reset",
+        aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__()
         if not beta > 0:
@@ -64,6 +66,7 @@ class FedeKD(Method):
             energy_of,
         )
         self.temperature, self.proxy_epochs = temperature, proxy_epochs
+        self.merge = aggregator if aggregator is not None else Mean()
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
 
@@ -111,5 +114,5 @@ class FedeKD(Method):
         return Update(client.number, dict(proxy.state_dict()), len(client.splits.train))
 
     def aggregate(self, updates: Sequence[Update], round: int) -> None:
-        """The uniform average of the proxies (line 7)."""
-        self.server_state = average_state_dicts([update.state for update in updates])
+        """The average of the proxies (line 7)."""
+        self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])

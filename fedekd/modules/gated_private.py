@@ -14,9 +14,9 @@ from fedekd.tasks import Task
 class GatedPrivateModule(ObjectiveModule):
     """Trains a private model on L_sup + lambda_kd L_BKD with a frozen proxy as teacher (Eq. 5; Algorithm 1, 10-16).
 
-    Works under any `lightning.Trainer` with batches `(x, y)`; logs per epoch `loss`, `loss/supervised`,
-    `loss/gated`, `gate/weight_mean` (in 0..1, about 1/2), `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy is
-    not asked at all, and training is exactly the supervised one.
+    Works under any `lightning.Trainer` with batches `(x, y)`; logs per epoch `loss`, `loss/supervised`, `loss/gated`,
+    `gate/weight_mean` (in 0..1, about 1/2), `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy
+    is not asked at all, and training is exactly the supervised one.
 
     Args:
         private: The large model, which is trained.

@@ -27,6 +27,8 @@ def client(blobs: FederatedDataModule) -> Client:
         seed=0,
         client=ClientOptions(local_epochs=3),
         trainer=TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+        num_clients=3,
+        rounds=5,
     )
     client = Client(1, blobs.clients[1], blobs.images, blueprint)
     torch.manual_seed(0)

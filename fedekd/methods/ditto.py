@@ -1,0 +1,62 @@
+"""Ditto: a personal model held near the global one (Li et al., ICML 2021)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedekd.errors import UserError
+from fedekd.functional import Aggregator
+from fedekd.methods.base import StateDict, Update
+from fedekd.methods.client import Client
+from fedekd.methods.fedavg import FedAvg
+from fedekd.modules import Objective, ObjectiveModule, Supervised, SupervisedModule
+from fedekd.modules.regularizers import Proximal, trainable
+
+
+class Ditto(FedAvg):
+    """FedAvg in the background, and for each client a model of its own that minimises L_k(v) + (lam / 2) ||v - w||^2.
+
+    w is the global model. The personal models start where Local's do and are trained with its batches; with lam 0
+    they are Local's, bit for bit.
+
+    Args:
+        lam: How strongly a personal model is held to the global one, at least 0.
+        weights: uniform counts every client alike, samples by its training samples.
+        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
+    """
+
+    def __init__(
+        self,
+        lam: float = 0.1,
+        weights: Literal["uniform", "samples"] = "uniform",
+        aggregator: Aggregator | None = None,
+    ) -> None:
+        super().__init__(weights, aggregator)
+        if not lam >= 0:
+            raise UserError(f"method.lam is {lam}, and must be at least 0")
+        self.lam = lam
+
+    def equip(self, client: Client) -> None:
+        """A client also carries the global model."""
+        client.networks["global"] = client.blueprint.network("private", "server")
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Load the global model, and train the personal one beside it."""
+        client.networks["global"].load_state_dict(received)
+        if round == 0:
+            return {}
+        task, private = client.blueprint.task, client.networks["private"]
+        objectives: list[Objective] = [Supervised(task)]
+        if self.lam:
+            objectives.append(Proximal(private, trainable(client.networks["global"]), self.lam))
+        module = ObjectiveModule(private, objectives, task, client.blueprint.optimizer)
+        logs = client.train("private", module, round, carry_optimizer=True)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        return logs
+
+    def upload(self, client: Client, round: int) -> Update:
+        """Train the global model on the client's data, and send it."""
+        network = client.networks["global"]
+        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
+        client.train("global", module, round)
+        return Update(client.number, dict(network.state_dict()), len(client.splits.train))

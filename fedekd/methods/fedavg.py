@@ -1,0 +1,79 @@
+"""FedAvg: one global model, trained by all (McMahan et al., AISTATS 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from fedekd.errors import UserError
+from fedekd.functional import Aggregator, Mean
+from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.modules import Objective, ObjectiveModule, Supervised, SupervisedModule
+
+
+class FedAvg(Method):
+    """Every client trains the global model on its own data, and the server averages what comes back.
+
+    All start from one initialization, and the one global model is scored on every client's own test split.
+
+    Args:
+        weights: uniform counts every client alike (as the paper's grid does), samples by its training samples.
+        aggregator: Another way to merge, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null
+            takes the mean with `weights`.
+        finetune_epochs: After the last round each client trains the global model on its own for so many epochs.
+    """
+
+    def __init__(
+        self,
+        weights: Literal["uniform", "samples"] = "uniform",
+        aggregator: Aggregator | None = None,
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__()
+        if finetune_epochs < 0:
+            raise UserError(f"method.finetune_epochs is {finetune_epochs}, and must be at least 0")
+        self.merge = aggregator if aggregator is not None else Mean(weights)
+        self.finetune_epochs = finetune_epochs
+
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial model for all."""
+        blueprint.require_one_architecture(type(self).__name__)
+        self.server_state = {"model": dict(blueprint.network("private", "server").state_dict())}
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        """The global model."""
+        return Broadcast(self.server_state["model"])
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Load the global model; after the last round, make it the client's own."""
+        network = client.networks["private"]
+        network.load_state_dict(received)
+        if round < client.blueprint.rounds or not self.finetune_epochs:
+            return {}
+        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
+        logs = client.train("private", module, round, epochs=self.finetune_epochs)
+        client.supervised_epochs += self.finetune_epochs
+        return logs
+
+    def objectives(self, client: Client, network: nn.Module) -> list[Objective]:
+        """What a client minimises in a round: L_k."""
+        return [Supervised(client.blueprint.task)]
+
+    def upload(self, client: Client, round: int) -> Update:
+        """Train the global model on the client's data, and send it."""
+        network = client.networks["private"]
+        module = ObjectiveModule(
+            network, self.objectives(client, network), client.blueprint.task, client.blueprint.optimizer
+        )
+        client.train("private", module, round)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        return Update(client.number, dict(network.state_dict()), len(client.splits.train))
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        """The average of the clients' models."""
+        states, sizes = [update.state for update in updates], [update.num_samples for update in updates]
+        self.server_state = {"model": self.merge(states, sizes)}

@@ -1,0 +1,63 @@
+"""FedPer: a shared base and a personal head (Arivazhagan et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fedekd.errors import UserError
+from fedekd.functional import Aggregator
+from fedekd.methods.base import StateDict, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.methods.fedavg import FedAvg
+
+
+class FedPer(FedAvg):
+    """FedAvg of everything but the last layers, which stay with their client.
+
+    Args:
+        personal: Names of the parts that stay; the models of fedekd.models call their last layer `head`.
+        weights: uniform counts every client alike, samples by its training samples.
+        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
+        finetune_epochs: After the last round each client trains its model on its own for so many epochs.
+    """
+
+    def __init__(
+        self,
+        personal: list[str] | None = None,
+        weights: Literal["uniform", "samples"] = "uniform",
+        aggregator: Aggregator | None = None,
+        finetune_epochs: int = 0,
+    ) -> None:
+        super().__init__(weights, aggregator, finetune_epochs)
+        self.personal = ["head"] if personal is None else personal
+
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial base for all."""
+        super().start(blueprint)
+        model = self.server_state["model"]
+        for part in self.personal:
+            if not any(_belongs(name, part) for name in model):
+                raise UserError(f"method.personal is {self.personal}, but client.private_model has no part {part!r}")
+        self.server_state = {"model": self._base(model)}
+        if not self.server_state["model"]:
+            raise UserError(f"method.personal is {self.personal}, which leaves nothing to share")
+
+    def _base(self, state: StateDict) -> dict[str, Tensor]:
+        """What travels."""
+        return {name: value for name, value in state.items() if not any(_belongs(name, part) for part in self.personal)}
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Load the base, and keep the head."""
+        return super().absorb(client, {**client.networks["private"].state_dict(), **received}, round)
+
+    def upload(self, client: Client, round: int) -> Update:
+        """Train base and head together, and send the base."""
+        update = super().upload(client, round)
+        return Update(update.client, self._base(update.state), update.num_samples)
+
+
+def _belongs(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")

@@ -1,0 +1,129 @@
+"""FedType: proxies and private models that exchange conformal sets (Wang et al., ICML 2024, arXiv 2407.03247)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedekd.errors import UserError
+from fedekd.functional import average_state_dicts
+from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.modules import Distilled, Objective, ObjectiveModule, Supervised
+from fedekd.modules.reciprocal import ConformalModel, Reciprocal, Variant
+from fedekd.modules.regularizers import Proximal, trainable
+from fedekd.seeding import derive_seed
+
+#: The regularization of the private model's sets, and what the proxy's begins with.
+PRIVATE_LAM, PROXY_LAM = 1.0, 0.5
+
+
+class FedType(Method):
+    """In every local epoch the private model learns from the proxy's label sets, then the proxy from the private model.
+
+    Both conformal models are calibrated anew each epoch on the client's whole validation split. For classification.
+    The paper leaves open which logits the ranking loss is of (here the private model's), and which accuracy drives
+    the proxy's lam (here the proxy's own on the validation split; lam goes on from round to round).
+
+    Args:
+        alpha: The sets miss the true label at most this often, in (0, 1).
+        mu: Weight of a proximal term on the proxies, at least 0: 0 is FedAvg's aggregation, 0.01 FedProx's.
+        variant: paper; or released, the authors' code, in which no gradient of the ranking loss reaches the private
+            model: the private models are then Local's, bit for bit.
+    """
+
+    def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
+        super().__init__()
+        if not 0 < alpha < 1:
+            raise UserError(f"method.alpha is {alpha}, and must be in (0, 1)")
+        if not mu >= 0:
+            raise UserError(f"method.mu is {mu}, and must be at least 0")
+        self.alpha, self.mu, self.variant = alpha, mu, variant
+
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial proxy for all."""
+        if blueprint.task != "classification":
+            raise UserError("method FedType is for classification: a regression has no sets of labels")
+        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
+
+    def equip(self, client: Client) -> None:
+        """A client carries a proxy beside its private model."""
+        if not len(client.splits.validation):
+            raise UserError(
+                f"method FedType calibrates on validation samples, and client {client.number} has none;"
+                " raise data.min_samples or the second of data.fractions"
+            )
+        client.networks["proxy"] = client.blueprint.network("proxy", "server")
+        client.memory["lam"] = PROXY_LAM
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        """The global proxy."""
+        return Broadcast(self.server_state)
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Reset the proxy to the global one."""
+        client.networks["proxy"].load_state_dict(received)
+        return {}
+
+    def upload(self, client: Client, round: int) -> Update:
+        """Train both, a backward and a forward epoch in turn, and send the proxy."""
+        anchor = trainable(client.networks["proxy"])
+        client.optimizer_states.pop("proxy", None)
+        for epoch in range(client.blueprint.client.local_epochs):
+            self._backward_epoch(client, round, epoch)
+            self._forward_epoch(client, round, epoch, anchor)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        return Update(client.number, dict(client.networks["proxy"].state_dict()), len(client.splits.train))
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        """The uniform average of the proxies."""
+        self.server_state = average_state_dicts([update.state for update in updates])
+
+    def _backward_epoch(self, client: Client, round: int, epoch: int) -> None:
+        """The private model: CE + mean_i eta_i l_i, with the frozen proxy's sets."""
+        seed = derive_seed(client.blueprint.seed, client.number, round, "sets", epoch)
+        generator = torch.Generator().manual_seed(seed)
+        labels = client.images.targets[client.splits.validation.to(client.images.targets.device)]
+        models = {
+            role: ConformalModel.calibrate(
+                client.predict(role, "validation").output, labels, self.alpha, lam, generator
+            )
+            for role, lam in (("private", PRIVATE_LAM), ("proxy", client.memory["lam"]))
+        }
+        reciprocal = Reciprocal(models["private"], models["proxy"], self.variant, generator)
+        private, proxy = client.networks["private"], client.networks["proxy"]
+        objectives: list[Objective] = [Supervised("classification"), reciprocal]
+        module = ObjectiveModule(private, objectives, "classification", client.blueprint.optimizer, teacher=proxy)
+        # Local trains before it is scored in round r + 1, and draws from that round's seeds: so do we.
+        client.train(
+            "private",
+            module,
+            round + 1,
+            epochs=1,
+            first_epoch=epoch,
+            taught=client.predict("proxy", "train").tensors,
+            carry_optimizer=True,
+        )
+
+    def _forward_epoch(self, client: Client, round: int, epoch: int, anchor: StateDict) -> None:
+        """The proxy: CE + KL(private || proxy), near the global proxy if mu is above 0; then renew its lam."""
+        private, proxy = client.networks["private"], client.networks["proxy"]
+        before = client.score("validation", "proxy")
+        objectives: list[Objective] = [Supervised("classification"), Distilled("classification")]
+        if self.mu:
+            objectives.append(Proximal(proxy, anchor, self.mu))
+        module = ObjectiveModule(proxy, objectives, "classification", client.blueprint.optimizer, teacher=private)
+        client.train(
+            "proxy",
+            module,
+            round,
+            epochs=1,
+            first_epoch=epoch,
+            taught=client.predict("private", "train").tensors,
+            carry_optimizer=True,
+        )
+        change = client.score("validation", "proxy") - before
+        lam = client.memory["lam"]
+        client.memory["lam"] = lam if change >= 0 else lam - (1 - lam) * change

@@ -1,0 +1,96 @@
+"""Two networks that teach each other on every batch (deep mutual learning, Zhang et al. 2018)."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from fedekd.errors import UserError
+from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
+from fedekd.modules.objectives import Record, Supervised, per_sample_distillation
+from fedekd.modules.prediction import Prediction
+from fedekd.tasks import Task
+
+
+class Pair(nn.Module):
+    """A private model and a proxy side by side: gives the outputs of both, the private model's first.
+
+    Args:
+        private: The large model.
+        proxy: The small model.
+    """
+
+    def __init__(self, private: nn.Module, proxy: nn.Module) -> None:
+        super().__init__()
+        self.private, self.proxy = private, proxy
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Both networks' outputs for images (B, C, H, W)."""
+        return [self.private(x), self.proxy(x)]
+
+
+class Mutual:
+    """L_sup and distillation from the other, for both; neither teacher gets a gradient from its student.
+
+    Args:
+        task: Decides both losses.
+        private_weight: Weight in [0, 1] of the private model's own L_sup; the rest weighs what it is taught.
+        proxy_weight: The same for the proxy.
+        adaptive: Instead of the two weights: L_sup + distillation / (both models' L_sup), so that the less both
+            models know, the less they teach (FedKD, Wu et al. 2022, Eq. 1-4).
+    """
+
+    name = "mutual"
+
+    def __init__(self, task: Task, private_weight: float, proxy_weight: float, adaptive: bool = False) -> None:
+        for flag, weight in (("private_weight", private_weight), ("proxy_weight", proxy_weight)):
+            if not 0 <= weight <= 1:
+                raise UserError(f"method.{flag} is {weight}, and must be in [0, 1]")
+        self.task, self.weights, self.adaptive = task, (private_weight, proxy_weight), adaptive
+        self.supervised = Supervised(task)
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The sum of both models' losses."""
+        losses = [self.supervised(Prediction((exit_,)), None, targets, record) for exit_ in student.exits]
+        taught = [
+            per_sample_distillation(self.task, learner, other.detach()).mean()
+            for learner, other in (student.exits, student.exits[::-1])
+        ]
+        for name, loss, lesson in zip(("private", "proxy"), losses, taught, strict=True):
+            record(f"loss/{name}_supervised", loss)
+            record(f"loss/{name}_distilled", lesson)
+        if self.adaptive:
+            ignorance = torch.stack(losses).sum().detach().clamp_min(1e-8)
+            return torch.stack([loss + lesson / ignorance for loss, lesson in zip(losses, taught, strict=True)]).sum()
+        terms = zip(self.weights, losses, taught, strict=True)
+        return torch.stack([weight * loss + (1 - weight) * lesson for weight, loss, lesson in terms]).sum()
+
+
+class MutualModule(ObjectiveModule):
+    """Trains a private model and a proxy together, each on its labels and on what the other says.
+
+    Works under any `lightning.Trainer` with batches `(x, y)`. Validation and test score the proxy.
+
+    Args:
+        private: The large model.
+        proxy: The small model.
+        task: `classification` or `regression`.
+        private_weight: Weight in [0, 1] of the private model's own L_sup; the rest weighs what it is taught.
+        proxy_weight: The same for the proxy.
+        adaptive: Weigh what is taught by how little is known, instead (FedKD).
+        optimizer: Makes the optimizer of both from their parameters.
+    """
+
+    def __init__(
+        self,
+        private: nn.Module,
+        proxy: nn.Module,
+        task: Task = "classification",
+        private_weight: float = 0.5,
+        proxy_weight: float = 0.5,
+        adaptive: bool = False,
+        optimizer: OptimizerCallable = default_optimizer,
+    ) -> None:
+        objective = Mutual(task, private_weight, proxy_weight, adaptive)
+        super().__init__(Pair(private, proxy), [objective], task, optimizer)

@@ -1,0 +1,46 @@
+"""Small federations of any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedekd.data import FederatedDataModule
+from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.methods import ClientOptions, Method
+from fedekd.modules import TrainerFactory
+
+Federate = Callable[..., Orchestrator]
+
+
+@pytest.fixture
+def federate(npz: Path) -> Federate:
+    """Makes an orchestrator of a method over three clients; keyword arguments replace its parts."""
+
+    def make(method: Method, task: str | None = None, precision: str = "32-true", **parts: Any) -> Orchestrator:
+        defaults: dict[str, Any] = {
+            "data": FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=8, task=task),  # type: ignore[arg-type]
+            "client": ClientOptions(
+                local_epochs=2,
+                private_model={"class_path": "fedekd.models.ProxyCNN"},
+                optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+            ),
+            "trainer": TrainerFactory(accelerator="cpu", precision=precision, threads=1),  # type: ignore[arg-type]
+            "rounds": RoundOptions(rounds=2),
+        }
+        return Orchestrator(method, **{**defaults, **parts})
+
+    return make
+
+
+def weights(run: Orchestrator, role: str = "private") -> dict[str, Any]:
+    """All clients' weights of one network."""
+    engine: Any = run.engine
+    return {
+        f"{number}/{name}": tensor
+        for number, client in sorted(engine.clients.items())
+        for name, tensor in client.networks[role].state_dict().items()
+    }
