@@ -143,6 +143,9 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
 def gate_weights(history: Sequence[Row]) -> Figure | None:
     """How far each client's private model trusts the proxy: the mean trust weight per round (Eq. 3).
 
+    The mean is about 1/2 whatever the proxy is worth, since the gate ranks within a batch; the band, one standard
+    deviation within a batch to either side, shows how decided the ranking is.
+
     Up to eight clients are told apart by colour and marker; of more, only the mean stands out.
 
     Args:
@@ -153,9 +156,15 @@ def gate_weights(history: Sequence[Row]) -> Figure | None:
     """
     series = client_series(history, "gate/weight_mean")
     mean = [(int(row["round"]), row["gate/weight_mean"]) for row in history if "gate/weight_mean" in row]
+    gated = [row for row in history if {"gate/weight_mean", "gate/weight_std"} <= row.keys()]
     if not series and not mean:
         return None
     figure, axes = _figure(6.8, 4.4)
+    if gated:
+        low = [row["gate/weight_mean"] - row["gate/weight_std"] for row in gated]
+        high = [row["gate/weight_mean"] + row["gate/weight_std"] for row in gated]
+        label = "spread within a batch"
+        axes.fill_between([row["round"] for row in gated], low, high, color=GREY, alpha=0.2, linewidth=0, label=label)
     for place, (client, (rounds, values)) in enumerate(series.items()):
         if len(series) <= len(CLIENT_COLOURS):
             style: dict[str, Any] = {
