@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 from torch import Tensor
@@ -82,6 +82,7 @@ def test_one_wild_client_changes_little(aggregator: Aggregator, wild: float) -> 
 
 
 @every_aggregator
+@settings(deadline=None)  # the first call of assert_close takes a second
 @given(order=st.permutations(range(7)))
 def test_the_order_of_clients_does_not_matter(aggregator: Aggregator, order: list[int]) -> None:
     given_states, sizes = states(7), [3, 1, 4, 1, 5, 9, 2]
@@ -118,7 +119,7 @@ def test_integers_are_rounded_as_averages_are() -> None:
     counters = [{"n": torch.tensor(value)} for value in (1, 20, 21, 1000)]
     assert CoordinateMedian()(counters, [1] * 4)["n"].item() == 20  # 20.5, to even
     assert TrimmedMean(0.25)(counters, [1] * 4)["n"].item() == 20
-    assert TrimmedMean(0.1)(counters[:3], [1] * 3)["n"].item() == 14
+    assert CoordinateMedian()([{"n": state["n"] + 1} for state in counters], [1] * 4)["n"].item() == 22  # 21.5
     masks = [{"m": torch.tensor(value)} for value in (True, True, False)]
     assert CoordinateMedian()(masks, [1] * 3)["m"].item() is True
 
