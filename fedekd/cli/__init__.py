@@ -17,6 +17,7 @@ COMMANDS = {
         "run a federation, or go on with one: fit --config digits.yaml, fit --resume RUN",
     ),
     "test": ("fedekd.cli.test", "score a finished run again from its checkpoint: test RUN"),
+    "benchmark": ("fedekd.cli.benchmark", "run a grid of federations: benchmark --config benchmark/quick.yaml"),
 }
 
 OK, MISTAKE, INTERRUPTED = 0, 2, 130

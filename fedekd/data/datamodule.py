@@ -134,6 +134,10 @@ class FederatedDataModule(lightning.LightningDataModule):
         # Lightning's own loads the data and fails on loaders that are no DataLoader.
         return f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
 
+    def adopt(self, images: ImageData) -> None:
+        """Use images that are in memory already: what `load_images` gave for the same data set."""
+        self._images = images
+
     def prepare_data(self) -> None:
         """Load the images, and download them where that is needed and allowed.
 

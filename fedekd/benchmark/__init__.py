@@ -1,0 +1,7 @@
+"""The paper's grid: running it, keeping its results, and holding them against the published ones."""
+
+from fedekd.benchmark.grid import Block, Cell, cells, parse_filter
+from fedekd.benchmark.results import read_results, write_results
+from fedekd.benchmark.runner import GridObserver, run_grid
+
+__all__ = ["Block", "Cell", "GridObserver", "cells", "parse_filter", "read_results", "run_grid", "write_results"]

@@ -1,0 +1,162 @@
+"""A grid of federations: method x data set x alpha x seed, written as blocks of a YAML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from fedekd.cli.arguments import as_values, federation_parser, parse
+from fedekd.errors import UserError, nearest
+
+#: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
+_CIRCUMSTANCES = ("trainer", "logger", "reference_dir", "data.root", "data.download", "data.eval_batch_size")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A product of data sets, alphas, seeds and methods.
+
+    Args:
+        datasets: Names of data sets, each with its configuration of the same name.
+        alphas: Concentrations of the Dirichlet partition.
+        seeds: Seeds.
+        methods: By the label under which a method is reported: its class_path and init_args.
+        options: Further options of every run, such as rounds or client.local_epochs.
+    """
+
+    datasets: list[str]
+    alphas: list[float]
+    seeds: list[int]
+    methods: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation of a grid.
+
+    Attributes:
+        dataset: Name of the data set.
+        alpha: Concentration of the partition.
+        seed: The seed.
+        method: The label of the method.
+        values: The run's configuration, as `config.yaml` would hold it.
+        key: A hash of what decides its numbers; the same on every machine, and unmoved by options added later.
+    """
+
+    dataset: str
+    alpha: float
+    seed: int
+    method: str
+    values: Mapping[str, Any]
+    key: str
+
+    @property
+    def group(self) -> str:
+        """Cells of one group share data and seed, and so the training of Local."""
+        return f"{self.dataset} {self.alpha:g} {self.seed}"
+
+
+def _same(have: Any, wanted: str) -> bool:
+    if isinstance(have, int | float):
+        try:
+            return float(wanted) == have
+        except ValueError:
+            return False
+    return str(have).lower() == wanted.lower()
+
+
+def parse_filter(text: str) -> dict[str, str]:
+    """The conditions of `--filter dataset=retinamnist,alpha=0.1`.
+
+    Example:
+        >>> parse_filter("dataset=retinamnist,alpha=0.1")
+        {'dataset': 'retinamnist', 'alpha': '0.1'}
+    """
+    conditions = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        known = ("dataset", "alpha", "seed", "method")
+        if not equals:
+            raise UserError(f"--filter {text}: {part!r} is not NAME=VALUE, as in --filter dataset=digits,alpha=0.1")
+        if name not in known:
+            raise UserError(f"--filter {text}: {name!r} cannot be filtered; {nearest(name, known)}")
+        conditions[name] = value
+    return conditions
+
+
+def cells(blocks: Sequence[Block], conditions: Mapping[str, str] | None = None) -> list[Cell]:
+    """All cells of a grid that meet the conditions, each once; those that share Local come together.
+
+    Raises:
+        UserError: If a configuration is not valid; it is found before anything runs.
+    """
+    parser = federation_parser()
+    found: dict[str, Cell] = {}
+    for block in blocks:
+        for dataset, (label, method) in product(block.datasets, block.methods.items()):
+            own = {"dataset": dataset, "method": label}
+            places = [
+                (alpha, seed)
+                for alpha, seed in product(block.alphas, block.seeds)
+                if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
+            ]
+            if places:
+                values = _configuration(parser, dataset, method, block.options)
+            for alpha, seed in places:
+                data = {**values["data"], "alpha": float(alpha)}
+                of_cell = {**values, "data": data, "seed": seed}
+                cell = Cell(dataset, float(alpha), seed, label, of_cell, cell_key(of_cell, parser))
+                found.setdefault(cell.key, cell)
+    return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
+
+
+def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
+    return all(_same(place[name], value) for name, value in conditions.items())
+
+
+def _configuration(parser: ArgumentParser, dataset: str, method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    argv = ["--config", f"{dataset}.yaml", f"--method={json.dumps(method)}"]
+    argv += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    return as_values(parser, parse(parser, argv))
+
+
+def cell_key(values: Mapping[str, Any], parser: ArgumentParser) -> str:
+    """A hash of a configuration's departures from the defaults, its circumstances left out."""
+    chosen = {f"client.{part}": values["client"][part]["class_path"] for part in _CLASSES}
+    defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
+    decisive = {
+        name: value
+        for name, value in _leaves(values)
+        # What the defaults were taken of counts, though it is then a default itself.
+        if (name.endswith("class_path") or defaults.get(name, _NOTHING) != value)
+        and not any(name == part or name.startswith(f"{part}.") for part in _CIRCUMSTANCES)
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_CLASSES = ("private_model", "proxy_model", "optimizer")
+_NOTHING = object()
+_known_defaults: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+
+
+def _defaults(parser: ArgumentParser, chosen: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The values of a configuration that says no more than which classes it takes."""
+    if chosen not in _known_defaults:
+        argv = ["--data.dataset=", *(f"--{name}={class_path}" for name, class_path in chosen)]
+        _known_defaults[chosen] = dict(_leaves(as_values(parser, parse(parser, argv))))
+    return _known_defaults[chosen]
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, values

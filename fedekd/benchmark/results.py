@@ -1,0 +1,69 @@
+"""Results as rows of small CSV files, one file a data set, that can be committed and read anywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedekd.atomic import atomic_file
+
+#: The columns of a results file: what was run, what came out, and where from.
+COLUMNS = (
+    *("key", "dataset", "alpha", "seed", "method", "task", "metric", "rounds", "clients"),
+    *("mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "bytes_up", "bytes_down"),
+    *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads"),
+)
+
+Row = dict[str, str]
+
+
+def to_row(key: str, method: str, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> Row:
+    """A run's summary as one row; floats are written in the fewest digits that read back the same."""
+    delta = summary["delta"]
+    tail = next(value for name, value in delta.items() if name.startswith("p"))
+    values = {
+        "key": key,
+        "method": method,
+        **{name: summary[name] for name in ("dataset", "alpha", "seed", "task", "metric", "rounds", "mean", "worst")},
+        "local_mean": summary["local_mean"],
+        "clients": len(summary["clients"]),
+        "delta_avg": delta["avg"],
+        "delta_worst": delta["worst"],
+        "delta_tail": tail,
+        "bytes_up": summary["bytes_up"],
+        "bytes_down": summary["bytes_down"],
+        "seconds": round(summary["seconds"], 1),
+        "fedekd": summary["versions"]["fedekd"],
+        "torch": summary["versions"]["torch"],
+        **provenance,
+    }
+    return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in COLUMNS}
+
+
+def read_results(folder: Path) -> dict[str, Row]:
+    """All rows of a folder's CSV files, by key; none if the folder is not there."""
+    rows: dict[str, Row] = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows |= {row["key"]: row for row in csv.DictReader(file) if row.get("key")}
+    return rows
+
+
+def write_results(folder: Path, rows: Iterable[Row]) -> None:
+    """Write rows, sorted, into one file a data set, each atomically; a file that would not change is left alone."""
+    by_dataset: dict[str, list[Row]] = {}
+    for row in rows:
+        by_dataset.setdefault(row["dataset"], []).append(row)
+    for dataset, own in by_dataset.items():
+        own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(own)
+        path = folder / f"{dataset}.csv"
+        if not path.exists() or path.read_text() != text.getvalue():
+            with atomic_file(path) as file:
+                file.write(text.getvalue().encode())

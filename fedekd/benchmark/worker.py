@@ -1,0 +1,80 @@
+"""What a process of the benchmark does: one federation after another, with data loaded once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fedekd.benchmark.grid import Cell
+from fedekd.benchmark.results import Row, to_row
+from fedekd.cli.arguments import build_parts, federation_parser, parse
+from fedekd.data import ImageData, load_images
+from fedekd.federation import Orchestrator, SilentObserver
+
+
+@lru_cache(maxsize=1)  # cells come sorted by data set: the next one is needed only when this one is done with
+def _images(name: str, root: str, task: Any, num_classes: int | None, download: bool) -> ImageData:
+    return load_images(name, root, task, num_classes, download)
+
+
+def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
+    """Where a row comes from."""
+    on_cuda = trainer["accelerator"] == "cuda"
+    return {
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "precision": trainer["precision"],
+        "threads": trainer["threads"],
+    }
+
+
+def current_commit() -> str:
+    """The commit that the code stands at, with a + if it was changed; empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        told = [
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", str(here)))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told[0] + ("+" if told[1] else "")
+
+
+def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir: Path, commit: str) -> Row:
+    """Run one federation, or go on with it, and give its row.
+
+    Args:
+        cell: Which.
+        folder: The run's folder; its checkpoints are removed when it is finished.
+        trainer: Replaces the trainer's options of the configuration.
+        reference_dir: Where Local's references are shared.
+        commit: Of the code.
+    """
+    summary_path = folder / "summary.json"
+    parser = federation_parser()
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {**cell.values, "logger": None, "reference_dir": str(reference_dir)}
+    values["trainer"] = {**values["trainer"], **trainer}
+    request = folder / "request.yaml"
+    request.write_text(yaml.safe_dump(values))
+    config = parse(parser, ["--config", str(request)])
+    parts = build_parts(parser, config)
+    data = parts["data"]
+    data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
+    if summary_path.exists():
+        summary = json.loads(summary_path.read_text())
+    else:
+        run = Orchestrator(**parts, output=folder, reference_folder=reference_dir, observer=SilentObserver())
+        summary = run.run()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    resolved = {name: getattr(parts["trainer"], name) for name in ("accelerator", "precision", "threads")}
+    return to_row(cell.key, cell.method, summary, provenance(resolved, commit))

@@ -1,0 +1,166 @@
+"""A grid runs every cell once, whatever fails, dies or is stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedekd.benchmark import Block, Cell, cells, parse_filter, read_results, run_grid, write_results
+from fedekd.benchmark.results import COLUMNS
+from fedekd.cli import main
+from fedekd.errors import UserError
+
+BLOCK = Block(
+    datasets=["digits"],
+    alphas=[0.1, 0.5],
+    seeds=[0, 1],
+    methods={"FedeKD": {"class_path": "FedeKD"}, "FedAvg": {"class_path": "FedAvg"}},
+)
+
+
+def test_a_grid_is_the_product_and_each_cell_is_there_once() -> None:
+    grid = cells([BLOCK, BLOCK])
+    assert len(grid) == len({cell.key for cell in grid}) == 8
+    assert {(c.alpha, c.seed, c.method) for c in grid} == {
+        (alpha, seed, method) for alpha in (0.1, 0.5) for seed in (0, 1) for method in ("FedeKD", "FedAvg")
+    }
+    assert [cell.group for cell in grid] == sorted(cell.group for cell in grid)
+
+
+def key(method: Mapping[str, Any], **options: Any) -> str:
+    block = Block(["digits"], [0.1], [0], {"x": method}, options)
+    return cells([block])[0].key
+
+
+def test_the_key_is_of_what_decides_the_numbers() -> None:
+    plain = key({"class_path": "FedeKD"})
+    assert key({"class_path": "fedekd.methods.FedeKD", "init_args": {"beta": 1.0}}) == plain
+    assert key({"class_path": "FedeKD"}, **{"trainer.threads": 2, "data.root": "elsewhere"}) == plain
+    different = [
+        key({"class_path": "FedeKD", "init_args": {"beta": 2.0}}),
+        key({"class_path": "Local"}),
+        key({"class_path": "FedeKD"}, rounds=4),
+        key({"class_path": "FedeKD"}, **{"client.local_epochs": 3}),
+    ]
+    assert len({plain, *different}) == 5
+
+
+def test_filter() -> None:
+    assert parse_filter("") == {}
+    grid = cells([BLOCK], parse_filter("alpha=0.50,method=fedavg"))
+    assert {(cell.alpha, cell.method) for cell in grid} == {(0.5, "FedAvg")}
+    for text, words in (("alpha", "NAME=VALUE"), ("aplha=1", "did you mean 'alpha'")):
+        with pytest.raises(UserError, match=words):
+            parse_filter(text)
+
+
+def fake_row(cell: Cell) -> dict[str, str]:
+    row = dict.fromkeys(COLUMNS, "0")
+    return {**row, "key": cell.key, "dataset": cell.dataset, "alpha": str(cell.alpha), "method": cell.method}
+
+
+def fake_run(cell: Cell, folder: Path, trainer: Any, reference_dir: Path, commit: str) -> dict[str, str]:
+    """In place of a federation: notes that it ran; fails or dies where it is told to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "ran").open("a") as file:
+        file.write("x")
+    if cell.method == "fails":
+        raise ValueError("no luck\ntoday")
+    if cell.method == "dies":
+        os._exit(9)
+    return fake_row(cell)
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.begun: tuple[int, int] | None = None
+        self.finished: list[str] = []
+
+    def started(self, total: int, done: int) -> None:
+        self.begun = (total, done)
+
+    def cell_started(self, cell: Cell) -> None:
+        pass
+
+    def cell_finished(self, cell: Cell, row: Any) -> None:
+        self.finished.append(cell.method)
+
+    def cell_failed(self, cell: Cell, reason: str) -> None:
+        self.failed.append(f"{cell.method}: {reason}")
+
+
+def cell(method: str, seed: int = 0) -> Cell:
+    return Cell("digits", 0.1, seed, method, {}, f"{method}-{seed}")
+
+
+@pytest.mark.slow
+def test_failures_and_deaths_do_not_stop_the_rest(tmp_path: Path) -> None:
+    grid = [cell("fails"), cell("dies", seed=1), cell("a"), cell("b"), cell("c", seed=2)]
+    watch = Watch()
+    failures = run_grid(grid, tmp_path / "runs", tmp_path / "results", 2, {}, watch, fake_run)
+    assert sorted(c.method for c, _ in failures) == ["dies", "fails"]
+    assert sorted(watch.finished) == ["a", "b", "c"]
+    assert any(text == "fails: ValueError: no luck today" for text in watch.failed)
+    assert set(read_results(tmp_path / "results")) == {"a-0", "b-0", "c-2"}
+    # Again: what is finished is not run again, what failed is tried anew.
+    watch = Watch()
+    run_grid(grid[2:], tmp_path / "runs", tmp_path / "results", 2, {}, watch, fake_run)
+    assert watch.begun == (3, 3)
+    assert (tmp_path / "runs" / "a-0" / "ran").read_text() == "x"
+
+
+def test_results_are_sorted_and_written_once(tmp_path: Path) -> None:
+    rows = [fake_row(cell("b", 1)), fake_row(cell("a", 0))]
+    write_results(tmp_path, rows)
+    content = (tmp_path / "digits.csv").read_bytes()
+    stamp = (tmp_path / "digits.csv").stat().st_mtime_ns
+    write_results(tmp_path, reversed(rows))
+    assert (tmp_path / "digits.csv").read_bytes() == content
+    assert (tmp_path / "digits.csv").stat().st_mtime_ns == stamp
+    assert [row["method"] for row in csv.DictReader(content.decode().splitlines())] == ["a", "b"]
+    assert read_results(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.slow
+def test_benchmark_command_fills_the_results_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(
+        "blocks:\n- datasets: [digits]\n  alphas: [5.0]\n  seeds: [0]\n"
+        "  options: {rounds: 1, client.local_epochs: 1, data.batch_size: 256}\n"
+        "  methods: {FedeKD: {class_path: FedeKD}, Local: {class_path: Local}}\n"
+    )
+    command = ["benchmark", "--config", "grid.yaml", "--output", "out", "--accelerator", "cpu"]
+    assert main(command) == 0
+    rows = {row["method"]: row for row in read_results(Path("out/results")).values()}
+    assert set(rows) == {"FedeKD", "Local"}
+    assert float(rows["FedeKD"]["local_mean"]) == float(rows["Local"]["mean"])
+    assert rows["FedeKD"]["device"] == "cpu"
+    assert not list(Path("out/runs").rglob("checkpoints"))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "2 cells, 2 of them finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--config benchmark/quick.yaml"),
+        (["--config", "benchmark/quick.yaml", "--filter", "dataset=cifar"], "no cell"),
+        (["--config", "benchmark/quick.yaml", "--processes", "0"], "processes is 0"),
+        (["--config", "benchmark/quick.yml"], "did you mean 'benchmark/quick.yaml'"),
+        (["--config", "benchmark/quick.yaml", "--outptu", "x"], "did you mean --output"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", *options]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
