@@ -8,6 +8,7 @@ files of the manifest before it stay, so that whatever happens there is one comp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from fedekd.federation.storage import digest, pack, unpack
 
 #: How many manifests are kept: the newest, and one to fall back to.
 KEPT = 2
+
+#: The name of a manifest, exactly: somebody's copy of one beside it is none.
+_MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ class CheckpointFolder:
         return self.folder / f"manifest-{round:04d}.json"
 
     def _rounds(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("manifest-")) for path in self.folder.glob("manifest-*.json"))
+        found = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("manifest-*.json"))
+        return sorted(int(match[1]) for match in found if match)
 
     def _manifest(self, round: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(self._path(round).read_text())

@@ -28,7 +28,7 @@ class Visit:
 
     client: int
     score: float
-    supervised_rounds: float
+    supervised_rounds: int
     logs: dict[str, float]
     update: Update | None
 
@@ -115,14 +115,16 @@ class InProcessEngine:
                 client = self._client(number)
                 self.observer.phase_started(number, "absorb")
                 logs = self.method.absorb(client, broadcast.to(number), round)
+                trained = client.supervised_rounds
                 score = client.score() if round else math.nan
+                if round and math.isnan(score):
+                    self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)
                 update = None
                 if upload:
                     self.observer.phase_started(number, "upload")
                     update = self.method.upload(client, round)
                     self.observer.phase_finished(number, "upload", self.client_steps(number))
-                trained = client.supervised_epochs / self.blueprint.client.local_epochs
                 yield Visit(number, score, trained, logs, update)
 
     def score(self, number: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
-from fedekd.federation.reference import LocalReference
-from fedekd.federation.run_folder import RunFolder
+from fedekd.federation.run_folder import RunFolder, as_plain
 from fedekd.federation.summary import summarize
 from fedekd.methods import Blueprint, Broadcast, ClientOptions, Method, Update
 from fedekd.methods.base import num_bytes
+from fedekd.methods.client import has_batch_norm
 from fedekd.modules import TrainerFactory
 from fedekd.reporting import Tracker
 
@@ -74,10 +75,9 @@ class Orchestrator:
         data.setup()
         self.data, self.task = data, data.task
         self.num_clients = len(data.clients)
-        if self.options.quorum > self.num_clients:
-            raise UserError(
-                f"quorum is {self.options.quorum}, above the {self.num_clients} clients of data.num_clients"
-            )
+        in_a_round = len(participants(self.options, self.num_clients, seed, 0))
+        if self.options.quorum > in_a_round:
+            raise UserError(f"quorum is {self.options.quorum}, but only {in_a_round} clients take part in a round")
         images = data.images
         self.blueprint = Blueprint(
             task=data.task,
@@ -92,13 +92,27 @@ class Orchestrator:
             num_clients=self.num_clients,
             rounds=self.options.rounds,
         )
+        self._require_batches_that_can_be_normalized()
         self.engine = engine(method, data, self.blueprint, reference_folder, self.observer)
         self.guard = Guard(self.options.max_update_norm)
         self.folder = RunFolder(output, config or {}) if output is not None else None
-        self.tracker = Tracker(loggers, output if output is not None else Path())
+        self.tracker = Tracker(loggers, output)
         self.progress = Progress()
-        self.references: dict[int, LocalReference] | None = None
         self.interrupts = Interrupts()
+
+    def _require_batches_that_can_be_normalized(self) -> None:
+        """BatchNorm cannot train on one sample: say so now, not in the middle of a round."""
+        smallest = min(self.data.clients, key=lambda splits: len(splits.train))
+        single = self.data.batch_size == 1 or len(smallest.train) == 1
+        owners = range(self.num_clients) if single else ()
+        roles = [("private", owner) for owner in owners] + [("proxy", owner) for owner in list(owners)[:1]]
+        for role, owner in roles:
+            if has_batch_norm(self.blueprint.network(role, owner)):
+                raise UserError(
+                    f"client.{role}_model has BatchNorm, which cannot train on batches of one sample:"
+                    f" data.batch_size is {self.data.batch_size}, and client {smallest.client} has"
+                    f" {len(smallest.train)} training samples; raise data.batch_size or data.min_samples"
+                )
 
     def run(self) -> dict[str, Any]:
         """Run, or go on from the newest whole checkpoint, to the end.
@@ -165,10 +179,11 @@ class Orchestrator:
             if visit.update is not None:
                 updates.append(visit.update)
         if round > 0:
-            self.progress.row(round, self.task, self.references)
+            self.progress.row(round, self.task)
         if not last:
             self._aggregate(updates, broadcast, round)
         self.progress.round = round + 1
+        gc.collect()  # Trainers hold on to each other, and to what they trained
         return taking_part
 
     def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round: int) -> None:
@@ -176,7 +191,7 @@ class Orchestrator:
         lost = lost_updates(self.options, self.num_clients, self.seed, round)
         accepted = []
         for update in sorted(updates, key=lambda update: update.client):
-            if update.client in lost:
+            if update.client in lost and update.state:
                 self.observer.warn(f"round {round + 1}: the update of client {update.client} was lost")
                 continue
             self.progress.note_up(num_bytes(update.state))
@@ -195,14 +210,19 @@ class Orchestrator:
 
     def _train_references(self) -> None:
         """Local, before round 0: for each client as many rounds as it will be trained for at most."""
+        if not self.progress.local:
+            references = self.engine.references(self._reference_rounds())
+            self.progress.local = {number: reference.scores for number, reference in sorted(references.items())}
+
+    def _reference_rounds(self) -> dict[int, int]:
+        """How many rounds of Local each client is measured against at most."""
         if self.method.is_reference:
-            return
+            return {}
         visits = [participants(self.options, self.num_clients, self.seed, r) for r in range(self.options.rounds)]
-        rounds = {
+        return {
             number: min(self.options.rounds, 1 + sum(number in taking_part for taking_part in visits))
             for number in range(self.num_clients)
         }
-        self.references = self.engine.references(rounds)
 
     def _restore(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
@@ -251,8 +271,8 @@ class Orchestrator:
         self.tracker.replay(self.progress.history)
         steps = [-(-len(splits.train) // self.data.batch_size) for splits in self.data.clients]
         epochs = self.blueprint.client.local_epochs
-        total = 0 if self.method.is_reference else self.options.rounds * sum(steps) * epochs
-        done = 0
+        local = epochs * sum(steps[number] * rounds for number, rounds in self._reference_rounds().items())
+        total, done = local, local if self.progress.local else 0
         for round in range(self.options.rounds + 1):
             phases = (round > 0) + (round < self.options.rounds)
             taking_part = participants(self.options, self.num_clients, self.seed, round)
@@ -263,4 +283,10 @@ class Orchestrator:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with, beyond the configuration."""
-        return {"data": self.data.images.digest()}
+        settings = {name: value for name, value in vars(self.method).items() if name != "server_state"}
+        return {
+            "method": {type(self.method).__name__: as_plain(settings)},
+            "rounds": as_plain(self.options),
+            "blueprint": as_plain(self.blueprint.fingerprint()),
+            "data": [splits.digest(self.data.images) for splits in self.data.clients],
+        }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+import numpy as np
 
 from fedekd.federation.engine import Visit
 from fedekd.federation.reference import LocalReference
@@ -13,6 +15,12 @@ from fedekd.tasks import Task
 
 #: Quantities of which a row also holds the mean over clients.
 GATE_NAMES = ("gate/weight_mean", "gate/weight_std", "gate/energy_mean")
+
+
+def worst_score(scores: Sequence[float], task: Task) -> float:
+    """The lowest accuracy or the highest error; NaN if a client has no score."""
+    values = np.asarray(scores, dtype=np.float64)
+    return float(values.min() if task == "classification" else values.max())
 
 
 @dataclass
@@ -26,7 +34,7 @@ class ClientRecord:
     """
 
     score: float
-    supervised_rounds: float
+    supervised_rounds: int
     logs: dict[str, float]
 
 
@@ -51,6 +59,7 @@ class Progress:
         bytes_up: In all.
         bytes_down: In all.
         seconds: Spent in all, over stops and resumes.
+        local: Local's scores by client, as `LocalReference` has them; empty where the method is Local itself.
     """
 
     round: int = 0
@@ -60,6 +69,7 @@ class Progress:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    local: dict[int, list[float]] = field(default_factory=dict)
 
     def note_visit(self, visit: Visit) -> None:
         """Take in what a visit showed."""
@@ -75,7 +85,7 @@ class Progress:
         self.traffic.bytes_up += size
         self.bytes_up += size
 
-    def row(self, round: int, task: Task, references: Mapping[int, LocalReference] | None) -> dict[str, float]:
+    def row(self, round: int, task: Task) -> dict[str, float]:
         """The row of a finished round; closes the account of its traffic.
 
         Delta is against Local after the same number of supervised rounds. A client that has not taken part yet has
@@ -84,12 +94,12 @@ class Progress:
         name = SCORE_NAME[task]
         numbers = sorted(self.records)
         scores = [self.records[number].score for number in numbers]
-        local = self.local_scores(references)
+        local = self.local_scores()
         delta = negative_transfer(scores, [local[number] for number in numbers], task)
         row: dict[str, float] = {
             "round": round,
             f"{name}/mean": sum(scores) / len(scores),
-            f"{name}/worst": min(scores) if task == "classification" else max(scores),
+            f"{name}/worst": worst_score(scores, task),
         }
         row |= {f"delta/{key}": float(value) for key, value in delta.items() if key != "client"}
         for gate in GATE_NAMES:
@@ -107,13 +117,12 @@ class Progress:
         self.traffic = Traffic()
         return row
 
-    def local_scores(self, references: Mapping[int, LocalReference] | None) -> dict[int, float]:
+    def local_scores(self) -> dict[int, float]:
         """Local's score for each known client; its own where the method is Local itself."""
-        if references is None:
+        if not self.local:
             return {number: record.score for number, record in self.records.items()}
-        return {
-            number: references[number].after(int(record.supervised_rounds)) for number, record in self.records.items()
-        }
+        references = {number: LocalReference(scores) for number, scores in self.local.items()}
+        return {number: references[number].after(record.supervised_rounds) for number, record in self.records.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, exact."""
@@ -123,4 +132,5 @@ class Progress:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`, after a journey through JSON."""
         records = {int(number): ClientRecord(**record) for number, record in values["records"].items()}
-        return cls(**{**values, "records": records, "traffic": Traffic(**values["traffic"])})
+        local = {int(number): scores for number, scores in values["local"].items()}
+        return cls(**{**values, "records": records, "local": local, "traffic": Traffic(**values["traffic"])})

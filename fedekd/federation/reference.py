@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fedekd
 from fedekd.atomic import atomic_file
 from fedekd.federation.storage import digest, pack, unpack
 from fedekd.methods import Client, Local
 
+#: What trains a client: a reference made by other code is not reused.
+_TRAINING_CODE = ("data/batches.py", "functional", "methods/client.py", "methods/local.py", "modules", "seeding.py")
+
+
+@cache
+def _training_code() -> str:
+    root = Path(fedekd.__file__).parent
+    files = [root / part for part in _TRAINING_CODE if part.endswith(".py")]
+    files += [path for part in _TRAINING_CODE for path in sorted((root / part).glob("*.py"))]
+    return digest(b"".join(path.read_bytes() for path in files))
+
+
+def _model_code(network: nn.Module) -> str:
+    """A hash of the files that define a network's layers, PyTorch's own left to its version."""
+    modules = {type(module).__module__ for module in network.modules()}
+    own = sorted(name for name in modules if not name.startswith("torch."))
+    files = [getattr(sys.modules[name], "__file__", None) for name in own]
+    return digest(b"".join(Path(file).read_bytes() for file in files if file))
+
 
 def reference_key(client: Client) -> str:
-    """A hash of everything that decides what Local gives a client: its samples, model, optimizer, seed, numerics."""
+    """A hash of all that decides what Local gives a client: samples, model, weights, optimizer, seed and code."""
     blueprint = client.blueprint.fingerprint()
     blueprint["client"].pop("proxy_model")  # the proxy takes no part in local training
     blueprint["client"]["private_model"] = client.blueprint.private_model(client.number)
+    network = client.networks["private"]
     content = {
         "data": client.splits.digest(client.images),
         "client": client.number,
         "blueprint": blueprint,
+        "weights": digest(pack(network.state_dict())),
+        "model": _model_code(network),
+        "code": _training_code(),
         "torch": torch.__version__,
-        "fedekd": fedekd.__version__,
     }
     return digest(json.dumps(content, sort_keys=True, default=str).encode())
 
@@ -36,11 +61,9 @@ class LocalReference:
 
     Attributes:
         scores: Its test score after each round's supervised epochs: entry i after i + 1 rounds.
-        state: The client's state after the last of them.
     """
 
     scores: list[float]
-    state: dict[str, Any] | None = None
 
     def after(self, rounds: int) -> float:
         """The score after so many rounds of supervised training; the first and the last one bound it."""
@@ -60,23 +83,23 @@ def train_reference(client: Client, rounds: int, folder: Path | None) -> LocalRe
     """
     method = Local()
     path = None if folder is None else folder / f"{reference_key(client)}.pt"
-    kept = _read(path)
-    if kept.state is not None:
-        client.load_state_dict(kept.state)
-    for round in range(len(kept.scores) + 1, rounds + 1):
+    scores, state = _read(path)
+    if state is not None:
+        client.load_state_dict(state)
+    for round in range(len(scores) + 1, rounds + 1):
         method.absorb(client, {}, round)
-        kept = LocalReference([*kept.scores, client.score()], client.state_dict())
+        scores.append(client.score())
         if path is not None:
             with atomic_file(path) as file:
-                file.write(pack({"scores": kept.scores, "state": kept.state}))
-    return LocalReference(kept.scores[:rounds], kept.state if len(kept.scores) == rounds else None)
+                file.write(pack({"scores": scores, "state": client.state_dict()}))
+    return LocalReference(scores[:rounds])
 
 
-def _read(path: Path | None) -> LocalReference:
+def _read(path: Path | None) -> tuple[list[float], Any]:
     if path is None or not path.exists():
-        return LocalReference([])
+        return [], None
     try:
         content = unpack(path.read_bytes())
-        return LocalReference(list(content["scores"]), content["state"])
+        return list(content["scores"]), content["state"]
     except Exception:  # a damaged file is worth no more than none: it is trained and written anew
-        return LocalReference([])
+        return [], None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fedekd.atomic import atomic_file
@@ -16,21 +18,48 @@ from fedekd.federation.checkpoint import Checkpoint, CheckpointFolder
 from fedekd.federation.progress import Progress
 from fedekd.reporting import figures, write_metrics_csv
 
+#: Options that change no number: a run may go on with other ones.
+HARMLESS = ("data.root", "data.download", "reference_dir", "trainer.device", "logger")
 
-def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+
+def first_difference(
+    ours: Any, theirs: Any, ignored: Collection[str] = (), path: str = ""
+) -> tuple[str, Any, Any] | None:
     """The first place at which two nested configurations differ, as (key, ours, theirs).
+
+    Args:
+        ours: One configuration.
+        theirs: The other.
+        ignored: Dotted keys that may differ.
+        path: The dotted key at which the two lie.
 
     Example:
         >>> first_difference({"data": {"alpha": 0.1}}, {"data": {"alpha": 0.3}})
         ('data.alpha', 0.1, 0.3)
+        >>> first_difference({"data": {"root": "a"}}, {"data": {"root": "b"}}, HARMLESS)
     """
+    if path in ignored:
+        return None
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
-            found = first_difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
+            found = first_difference(ours.get(key), theirs.get(key), ignored, f"{path}.{key}" if path else str(key))
             if found is not None:
                 return found
         return None
-    return None if ours == theirs else (path, ours, theirs)
+    both_nan = ours != ours and theirs != theirs
+    return None if both_nan or ours == theirs else (path, ours, theirs)
+
+
+def as_plain(value: Any) -> Any:
+    """A configuration as values that JSON keeps as they are; an object as its class and its attributes."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    own = {} if isinstance(value, torch.nn.Module) else getattr(value, "__dict__", {})
+    return {"class": type(value).__qualname__, **as_plain(own)}
 
 
 class RunFolder:
@@ -60,7 +89,7 @@ class RunFolder:
         checkpoint, complaints = self.checkpoints.load()
         if checkpoint is not None:
             kept = checkpoint.notes
-            if difference := first_difference(kept["config"], self.config):
+            if difference := first_difference(kept["config"], self.config, HARMLESS):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder} was run with {key}: {before!r}, and the configuration now says {now!r};"
@@ -68,7 +97,7 @@ class RunFolder:
                 )
             if difference := first_difference(kept["identity"], dict(identity)):
                 key, before, now = difference
-                raise UserError(f"{self.folder} was run on other data: {key} was {before}, and is now {now}")
+                raise UserError(f"{self.folder} was run with other {key}: it was {before}, and is now {now}")
         return checkpoint, complaints
 
     def keep(self, progress: Progress, server: Any, clients: Mapping[int, Any], identity: Mapping[str, Any]) -> None:
@@ -97,6 +126,18 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that."""
+        """The summary of a finished run; None before that.
+
+        Raises:
+            UserError: If it cannot be read as one.
+        """
         path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            summary = json.loads(path.read_text())
+        except ValueError:  # JSONDecodeError, UnicodeDecodeError
+            summary = None
+        if not isinstance(summary, dict):
+            raise UserError(f"{path} is damaged; remove it and go on with fit --resume {shlex.quote(str(self.folder))}")
+        return summary

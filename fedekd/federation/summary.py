@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fedekd
+from fedekd.federation.progress import worst_score
 from fedekd.metrics import SCORE_NAME, negative_transfer
 
 if TYPE_CHECKING:
@@ -15,12 +16,11 @@ if TYPE_CHECKING:
 
 def summarize(run: Orchestrator) -> dict[str, Any]:
     """All that is worth keeping of a finished run; everything but `seconds` and `versions` is repeatable."""
-    local = run.progress.local_scores(run.references)
+    local = run.progress.local_scores()
     numbers = sorted(run.progress.records)
     scores = [run.progress.records[number].score for number in numbers]
     delta = negative_transfer(scores, [local[number] for number in numbers], run.task)
     changes = delta.pop("client").tolist()
-    worst = min if run.task == "classification" else max
     counts = run.data.class_counts()
     clients = [
         {
@@ -43,7 +43,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "metric": SCORE_NAME[run.task],
         "rounds": run.options.rounds,
         "mean": sum(scores) / len(scores),
-        "worst": worst(scores),
+        "worst": worst_score(scores, run.task),
         "local_mean": sum(local.values()) / len(local),
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,

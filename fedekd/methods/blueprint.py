@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +17,9 @@ from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
 
 Spec = Mapping[str, Any]  # {"class_path": ..., "init_args": {...}}
+
+#: Optimizers whose fused form runs on CPUs too, and agrees with the plain one.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Blueprint:
             raise UserError(f"method {method} averages private models, and client.private_model lists different ones")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The client's optimizer over `parameters`, in its fused form where the class has one."""
+        """The client's optimizer over `parameters`, fused where that is the same and faster on every device."""
         class_path, init_args = (
             self.client.optimizer["class_path"],
             dict(self.client.optimizer.get("init_args") or {}),
@@ -127,12 +129,12 @@ class Blueprint:
         module, _, name = class_path.rpartition(".")
         optimizer_class = getattr(importlib.import_module(module), name)
         # jsonargparse fills in the defaults, so "not said" arrives as None.
-        unsaid = init_args.get("fused") is None and not init_args.get("foreach")
-        if unsaid and "fused" in inspect.signature(optimizer_class).parameters:
+        unsaid = init_args.get("fused") is None
+        if unsaid and optimizer_class in _FUSED and not (init_args.get("foreach") or init_args.get("differentiable")):
             init_args["fused"] = True
         try:
             optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"client.optimizer {class_path} does not take {init_args}: {error}") from error
         return optimizer
 

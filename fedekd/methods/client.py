@@ -48,7 +48,11 @@ class Client:
         self.optimizer_states: dict[str, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
         self.supervised_epochs = 0
-        self.steps = 0
+
+    @property
+    def supervised_rounds(self) -> int:
+        """Rounds of supervised training that the private model has had: what its next one is paired with Local by."""
+        return self.supervised_epochs // self.blueprint.client.local_epochs
 
     def train(
         self,
@@ -93,17 +97,17 @@ class Client:
             blueprint.batch_size,
             generator=begin_epoch,
             extras=taught,
-            min_batch=2 if _has_batch_norm(module.network) else 1,
+            min_batch=2 if has_batch_norm(module.network) else 1,
             channels_last=trainer.channels_last,
         )
         if carry_optimizer:
+            module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
         with isolated_rng(trainer.torch_device):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None
             self.optimizer_states[role] = module.optimizer_state
-        self.steps += epochs * len(batches)
         return module.epoch_means
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
@@ -155,5 +159,6 @@ class Client:
         self.supervised_epochs = state["supervised_epochs"]
 
 
-def _has_batch_norm(network: nn.Module) -> bool:
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether a network normalizes over its batch, and so cannot train on a single sample."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())

@@ -50,7 +50,7 @@ class Ditto(FedAvg):
         if self.lam:
             objectives.append(Proximal(private, trainable(client.networks["global"]), self.lam))
         module = ObjectiveModule(private, objectives, task, client.blueprint.optimizer)
-        logs = client.train("private", module, round, carry_optimizer=True)
+        logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
         client.supervised_epochs += client.blueprint.client.local_epochs
         return logs
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Literal
+
+import torch
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import Aggregator, Mean
@@ -15,6 +18,27 @@ from fedekd.modules.energies import Source
 from fedekd.modules.objectives import Gate
 
 OptimizerState = Literal["carry", "reset"]
+
+
+def _imported(energy: str) -> Energy:
+    """An energy by its class path, as in package.module.MyEnergy.
+
+    Raises:
+        UserError: If there is no such energy, or it needs arguments.
+    """
+    module, _, name = energy.rpartition(".")
+    if not module:
+        raise UserError(f"method.energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"method.energy is {energy!r}, which cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Energy)):
+        raise UserError(f"method.energy is {energy!r}, which is no fedekd.modules.Energy")
+    try:
+        return found()
+    except TypeError as error:
+        raise UserError(f"method.energy is {energy!r}, which needs init_args beside its class_path: {error}") from error
 
 
 class FedeKD(Method):
@@ -51,7 +75,7 @@ class FedeKD(Method):
         if not beta > 0:
             raise UserError(f"method.beta is {beta}, and must be above 0")
         if isinstance(energy, str) and energy not in ENERGIES:
-            raise UserError(f"method.energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")
+            energy = _imported(energy)
         if not lambda_kd >= 0:
             raise UserError(f"method.lambda_kd is {lambda_kd}, and must be at least 0")
         if not temperature > 0:
@@ -88,22 +112,30 @@ class FedeKD(Method):
         proxy.load_state_dict(received)
         if round == 0:
             return {}
+        lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
         module = GatedPrivateModule(
             private,
             proxy,
             client.blueprint.task,
             self.energy,
             self.beta,
-            self.lambda_kd,
+            lambda_kd,
             client.blueprint.optimizer,
             self.gate,
             self.energy_of,
         )
         # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
-        taught = client.predict("proxy", "train", module.with_features).tensors if self.lambda_kd else ()
-        logs = client.train("private", module, round, taught=taught, carry_optimizer=self.carry_private)
+        taught = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
+        logs = client.train(
+            "private", module, client.supervised_rounds + 1, taught=taught, carry_optimizer=self.carry_private
+        )
         client.supervised_epochs += client.blueprint.client.local_epochs
         return logs
+
+    def _is_untrained(self, client: Client, received: StateDict) -> bool:
+        """Whether the global proxy is still the initial one, because no round has met its quorum yet."""
+        initial = client.blueprint.network("proxy", "server").state_dict()
+        return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 
     def upload(self, client: Client, round: int) -> Update:
         """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""

@@ -96,11 +96,10 @@ class FedType(Method):
         private, proxy = client.networks["private"], client.networks["proxy"]
         objectives: list[Objective] = [Supervised("classification"), reciprocal]
         module = ObjectiveModule(private, objectives, "classification", client.blueprint.optimizer, teacher=proxy)
-        # Local trains before it is scored in round r + 1, and draws from that round's seeds: so do we.
         client.train(
             "private",
             module,
-            round + 1,
+            client.supervised_rounds + 1,
             epochs=1,
             first_epoch=epoch,
             taught=client.predict("proxy", "train").tensors,

@@ -21,6 +21,6 @@ class Local(Method):
         if round == 0:
             return {}
         module = SupervisedModule(client.networks["private"], client.blueprint.task, client.blueprint.optimizer)
-        logs = client.train("private", module, round, carry_optimizer=True)
+        logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
         client.supervised_epochs += client.blueprint.client.local_epochs
         return logs

@@ -48,6 +48,8 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
         raise ValueError(
             f"accuracy needs logits (N, C) and labels (N,), but has {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
+    if not torch.isfinite(logits).all():
+        return math.nan  # argmax would take the first class for a model that has diverged
     # Counted here: torchmetrics divides in float32, and 0.9338 would read 0.9337999820709229 in a summary.
     return (logits.argmax(dim=1) == labels).to(torch.float64).mean().item()
 

@@ -98,7 +98,8 @@ class FeatureEnergy(Energy):
         """Eq. 9, (B,)."""
         assert private.features is not None
         assert proxy.features is not None
-        projected = private.features.float() @ self.projection
+        features = F.at_least_float32(private.features)
+        projected = features @ self.projection.to(features.dtype)
         return F.feature_distance_energy(proxy.features, projected)
 
 

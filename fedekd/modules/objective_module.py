@@ -69,8 +69,11 @@ class ObjectiveModule(LightningModule):
         super().__init__()
         if task not in TASKS:
             raise UserError(f"task is {task!r}, which is not known; {nearest(task, TASKS)}")
-        self.network, self.teacher, self.objectives = network, teacher, objectives
+        self.network, self.objectives = network, objectives
+        # Not a submodule: it is nobody's to train, to count, to save or to wrap for distributed training.
+        self._teacher = (teacher,)
         self.task, self.make_optimizer, self.with_features = task, optimizer, with_features
+        self.carries_optimizer_state = False
         self.optimizer_state: dict[str, Any] | None = None
         self.epoch_means: dict[str, float] = {}
         self.val_metrics = build_metrics(task).clone(prefix="val/")
@@ -83,16 +86,16 @@ class ObjectiveModule(LightningModule):
         """The network's own output."""
         return self.network(x)
 
-    def train(self, mode: bool = True) -> ObjectiveModule:
-        """Switch the network's mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen network, if any."""
+        return self._teacher[0]
 
     def on_fit_start(self) -> None:
         """Lightning keeps the mode it finds, and a network that was scored before is in evaluation mode."""
         self.train()
+        if self.teacher is not None:
+            self.teacher.to(device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
 
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch's size."""
@@ -130,7 +133,7 @@ class ObjectiveModule(LightningModule):
         """Log the epoch's means, and keep them as `epoch_means`."""
         if self._seen:
             names = list(self._sums)
-            means = torch.stack([self._sums[name].double() for name in names]).cpu() / self._seen
+            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self._seen
             self.epoch_means = dict(zip(names, means.tolist(), strict=True))
             self.log_dict(self.epoch_means, batch_size=self._seen, sync_dist=True)
 
@@ -146,7 +149,7 @@ class ObjectiveModule(LightningModule):
         x, y, *_ = batch
         output = at_least_float32(predict(self.network, x).output)
         if self.task == "regression":
-            output = output.reshape(-1)
+            output, y = output.reshape(-1), y.reshape(-1)
             loss = torch.nn.functional.mse_loss(output, y.to(output.dtype))
         else:
             loss = torch.nn.functional.cross_entropy(output, y)
@@ -155,13 +158,14 @@ class ObjectiveModule(LightningModule):
         self.log_dict(metrics, batch_size=len(x))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The network's optimizer; it goes on from `optimizer_state` where there is one."""
+        """The network's optimizer; where `carries_optimizer_state` is set, it goes on from `optimizer_state`."""
         optimizer = self.make_optimizer(self.network.parameters())
-        if self.optimizer_state is not None:
+        if self.carries_optimizer_state and self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         return optimizer
 
     def on_train_end(self) -> None:
-        """Keep the optimizer's state: Lightning makes a new optimizer for every fit."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        self.optimizer_state = optimizer.state_dict()
+        """Keep the optimizer's state if it is to be carried: Lightning makes a new optimizer for every fit."""
+        if self.carries_optimizer_state:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self.optimizer_state = optimizer.state_dict()

@@ -33,6 +33,11 @@ def _cpu_precision() -> Precision:
     return "bf16-mixed" if bf16 else "32-true"
 
 
+def _usable_cores() -> int:
+    affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class TrainerFactory:
     """How training is run; `resolve` replaces every `auto` by what this machine does well.
@@ -83,7 +88,7 @@ class TrainerFactory:
             precision = _cuda_precision() if accelerator == "cuda" else _cpu_precision()
         if precision == "16-mixed" and accelerator == "cpu":
             raise UserError("trainer.precision is 16-mixed, which needs CUDA; on a CPU use bf16-mixed or 32-true")
-        threads = len(os.sched_getaffinity(0)) if self.threads == "auto" else self.threads
+        threads = _usable_cores() if self.threads == "auto" else self.threads
         return replace(self, accelerator=accelerator, precision=precision, threads=threads)
 
     @property
@@ -103,13 +108,14 @@ class TrainerFactory:
 
     @contextmanager
     def numerics(self) -> Iterator[None]:
-        """Inside, the number of threads is `threads`; afterwards it is what it was."""
-        before = torch.get_num_threads()
+        """Inside, numbers can be repeated: `threads` threads, and of cuDNN's algorithms only deterministic ones."""
+        threads = torch.get_num_threads()
         torch.set_num_threads(int(self.threads))
         try:
-            yield
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+                yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads)
 
     def autocast(self) -> torch.autocast:
         """The context in which a network runs outside a Trainer, at the precision it was trained in."""

@@ -81,15 +81,16 @@ class Tracker:
 
     Args:
         loggers: Lightning loggers, such as CSVLogger, TensorBoardLogger or `WandbRunLogger`.
-        run_dir: The run's folder; a `FederationLogger` keeps there what must outlive a stop.
+        run_dir: The run's folder; a `FederationLogger` keeps there what must outlive a stop. None for a run that
+            keeps nothing.
     """
 
-    def __init__(self, loggers: Sequence[Logger], run_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, loggers: Sequence[Logger], run_dir: str | os.PathLike[str] | None) -> None:
         self.loggers = list(loggers)
         self._held: dict[int, int] = {}
         self._open = True
         for logger in self.loggers:
-            if isinstance(logger, FederationLogger):
+            if isinstance(logger, FederationLogger) and run_dir is not None:
                 logger.bind(Path(run_dir))
 
     def log_config(self, config: Mapping[str, Any]) -> None:

@@ -32,6 +32,17 @@ def weight(client: Any) -> float:
     return float(client["networks"]["private"]["weight"][0])
 
 
+def test_a_copied_manifest_is_none(folder: CheckpointFolder) -> None:
+    content = (folder.folder / "manifest-0002.json").read_text()
+    for name in ("manifest-0002 (copy).json", "manifest-7.json", "manifest-0009.json.json"):
+        (folder.folder / name).write_text(content)
+    checkpoint, complaints = folder.load()
+    assert checkpoint is not None
+    assert (checkpoint.round, complaints) == (2, [])
+    folder.save(3, {}, {}, {})
+    assert (folder.folder / "manifest-0002 (copy).json").exists()
+
+
 def test_newest_is_loaded_with_the_older_file_of_an_absent_client(folder: CheckpointFolder) -> None:
     checkpoint, complaints = folder.load()
     assert complaints == []

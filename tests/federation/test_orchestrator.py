@@ -13,7 +13,7 @@ import torch
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import InProcessEngine, Orchestrator, RoundOptions, SilentObserver, Visit
-from fedekd.methods import Broadcast, ClientOptions, FedeKD, Local, Method, Update
+from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.modules import TrainerFactory
 
@@ -132,10 +132,9 @@ def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(
     assert whole.progress.history[0]["comm/updates"] == 1
     # Delta is against Local after as many supervised rounds as the client itself has had.
     engine: Any = whole.engine
-    assert whole.references is not None
     for client in expected["clients"]:
         trained = engine.clients[client["client"]].supervised_epochs
-        assert client["local"] == whole.references[client["client"]].scores[trained - 1]
+        assert client["local"] == whole.progress.local[client["client"]][trained - 1]
 
 
 class FirstTeachesNone(Method):
@@ -272,6 +271,66 @@ def test_rescoring_gives_the_summary_again(federate: Federate, tmp_path: Path) -
     assert repeatable(federate(output=tmp_path).rescore()) == repeatable(expected)
 
 
+def test_without_teaching_partial_participation_is_local_too(federate: Federate) -> None:
+    summary = federate(FedeKD(lambda_kd=0), rounds=RoundOptions(rounds=5, participation=0.4)).run()
+    assert [client["delta"] for client in summary["clients"]] == [0.0, 0.0, 0.0]
+
+
+def test_delta_of_every_round_is_against_local_after_as_many_rounds(federate: Federate) -> None:
+    """FedAvg trains after it was scored, FedeKD before: in both, round t is held against Local's round t."""
+    for method in (FedAvg(), FedeKD()):
+        run = federate(method, rounds=RoundOptions(rounds=3))
+        run.run()
+        for row in run.progress.history:
+            for client in range(3):
+                assert row[f"client_{client}/local"] == run.progress.local[client][int(row["round"]) - 1]
+
+
+def test_before_a_round_has_met_its_quorum_nobody_is_taught(federate: Federate) -> None:
+    class Unlucky(FedeKD):
+        def upload(self, client: Any, round: int) -> Update:
+            update = super().upload(client, round)
+            spoilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
+            return Update(update.client, spoilt, 1) if round < 2 else update
+
+    run = federate(Unlucky(), rounds=RoundOptions(rounds=4), observer=Listener())
+    run.run()
+    taught = ["gate/weight_mean" in row for row in run.progress.history]
+    assert taught == [False, False, True, True]
+    assert [row["delta/avg"] for row in run.progress.history[:2]] == [0.0, 0.0]
+
+
+def test_a_model_that_diverges_has_no_score(federate: Federate) -> None:
+    listener = Listener()
+    client = ClientOptions(local_epochs=1, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}})
+    summary = federate(Local(), client=client, observer=listener).run()
+    assert all(client["method"] != client["method"] for client in summary["clients"])
+    assert summary["worst"] != summary["worst"]
+    assert any("client 0 has no score" in text for text in listener.warnings)
+
+
+@pytest.mark.parametrize("other", [{"seed": 3}, {"method": FedeKD(beta=9.0)}, {"rounds": RoundOptions(rounds=3)}])
+def test_a_folder_is_not_taken_up_by_another_experiment(federate: Federate, tmp_path: Path, other: Any) -> None:
+    federate(output=tmp_path / "run").run()
+    with pytest.raises(UserError, match="was run with other"):
+        federate(**other, output=tmp_path / "run").run()
+
+
+def test_a_run_without_a_folder_leaves_none_behind(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    federate().run()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_batchnorm_and_single_samples_are_refused_beforehand(federate: Federate, npz: Path) -> None:
+    client = ClientOptions(private_model={"class_path": "torchvision.models.resnet18"})
+    with pytest.raises(UserError, match=r"client\.private_model has BatchNorm.*data\.batch_size is 1"):
+        federate(client=client, data=FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=1))
+
+
 def test_resume_with_another_configuration_or_other_data_is_refused(federate: Federate, tmp_path: Path) -> None:
     federate(output=tmp_path, config={"method": {"beta": 1.0}}).run()
     with pytest.raises(UserError, match=r"method\.beta.*1\.0.*2\.0"):
@@ -293,7 +352,6 @@ def test_optimizer_that_takes_other_arguments_is_a_mistake(federate: Federate) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
 def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: Any) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
     parts = {"trainer": TrainerFactory(accelerator="cuda", precision=precision)}
     alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
     alone.run()

@@ -201,11 +201,55 @@ def test_optimizer_state_is_carried_over_fits(tmp_path: Path) -> None:
     state = None
     for _ in range(2):
         module = SupervisedModule(twice)
-        module.optimizer_state = state
+        module.carries_optimizer_state, module.optimizer_state = True, state
         plain_trainer(tmp_path, epochs=1).fit(module, loader())
         state = module.optimizer_state
     for one, two in zip(once.parameters(), twice.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_second_fit_starts_from_its_own_optimizer(tmp_path: Path) -> None:
+    module = SupervisedModule(networks()[0])
+    plain_trainer(tmp_path, epochs=1).fit(module, loader())
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    trainer = plain_trainer(tmp_path, epochs=1)
+    trainer.fit(module, loader())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_the_teacher_is_no_part_of_the_module() -> None:
+    private, proxy = networks()
+    module = GatedPrivateModule(private, proxy)
+    trained = {id(parameter) for parameter in private.parameters()}
+    assert {id(parameter) for parameter in module.parameters()} == trained
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_targets_of_shape_b_1_are_scored_like_those_of_shape_b(tmp_path: Path) -> None:
+    private, proxy = networks("regression")
+    x, y = batch("regression", 24)
+    module = GatedPrivateModule(private, proxy, task="regression")
+    trainer = plain_trainer(tmp_path, epochs=1)
+    results = []
+    for targets in (y, y.reshape(-1, 1)):
+        [scores] = trainer.test(module, DataLoader(TensorDataset(x, targets), batch_size=8), verbose=False)
+        results.append(scores)
+    assert results[0] == results[1]
+
+
+def test_double_precision_keeps_the_teacher_and_the_projection_along(tmp_path: Path) -> None:
+    module = GatedPrivateModule(*networks(), energy="feature")
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, loader())
+    assert torch.isfinite(trainer.callback_metrics["loss"])
 
 
 @pytest.mark.parametrize("energy", ["kl", "entropy", "margin", "logsumexp", "feature"])
