@@ -15,6 +15,7 @@ import yaml
 
 from fedekd import methods
 from fedekd.cli import main
+from fedekd.cli.benchmark import benchmark_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -131,6 +132,7 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
 
 def test_every_option_that_is_named_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = {"config", "print_config", "method.help"}
+    known |= {option.lstrip("-") for action in benchmark_parser()._actions for option in action.option_strings}
     for method in ("FedeKD", "FedAvg", "FedProx"):
         with pytest.raises(SystemExit):
             main(["fit", "--config", "digits.yaml", "--method", method, "--print_config"])
@@ -162,3 +164,15 @@ def test_every_configuration_and_method_is_listed() -> None:
         if isinstance(found, type) and issubclass(found, methods.Method) and found is not methods.Method
     }
     assert concrete <= set(inline_code(README))
+
+
+@pytest.mark.parametrize("dataset", ["fashionmnist", "retinamnist"])
+def test_the_measured_tables_are_those_of_the_results(
+    dataset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = f"benchmark --config benchmark/paper.yaml --filter dataset={dataset} --run false"
+    assert main(command.split()) == 0
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert table.count("\n") > 10
+    assert f"python orchestrator.py {command}\n```\n\n{table}\n" in (ROOT / "README.md").read_text()

@@ -3,5 +3,16 @@
 from fedekd.benchmark.grid import Block, Cell, cells, parse_filter
 from fedekd.benchmark.results import read_results, write_results
 from fedekd.benchmark.runner import GridObserver, run_grid
+from fedekd.benchmark.table import markdown_table
 
-__all__ = ["Block", "Cell", "GridObserver", "cells", "parse_filter", "read_results", "run_grid", "write_results"]
+__all__ = [
+    "Block",
+    "Cell",
+    "GridObserver",
+    "cells",
+    "markdown_table",
+    "parse_filter",
+    "read_results",
+    "run_grid",
+    "write_results",
+]

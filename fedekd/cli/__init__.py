@@ -55,26 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fedekd {__version__}")
         return OK
+    # Threads that spin while they wait make a busy machine many times slower; an idle one hardly notices.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
         code: int = import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(
-            f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume"
-        )
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has gone; keep Python from failing again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        return _fail(_told(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return code
+
+
+def _told(error: OSError) -> str:
+    """What the system refused, and where."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume"
+    text = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {text}" if error.filename else text
 
 
 def _fail(text: str) -> int:

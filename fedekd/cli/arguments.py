@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger
 
 from fedekd.cli.configs import resolve_configs
+from fedekd.cli.help import BriefHelp
 from fedekd.cli.messages import explain
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
@@ -25,6 +30,11 @@ _TRANSIENT = ("config", "output", "resume", "quiet")
 #: What the data decide about a model.
 _FROM_DATA = {"in_channels", "image_size", "num_classes"}
 
+#: Arguments of torchvision's models whose own defaults no parser takes.
+_UNPARSABLE = {"inverted_residual"}
+
+_MODELS = ("client.private_model", "client.proxy_model")
+
 
 def federation_parser() -> ArgumentParser:
     """The parser of `fit`, and of the `config.yaml` that every run keeps."""
@@ -32,6 +42,10 @@ def federation_parser() -> ArgumentParser:
         prog="orchestrator.py fit",
         usage="%(prog)s --config digits.yaml [--output runs/NAME] [OPTIONS]   |   %(prog)s --resume RUN",
         description="Run a federation, or go on with one.",
+        epilog="The arguments of a class are listed by --method.help, --logger.help, --client.optimizer.help,"
+        " --client.private_model.help and --client.proxy_model.help, each followed by the class.",
+        formatter_class=BriefHelp,
+        allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument(
@@ -46,7 +60,7 @@ def federation_parser() -> ArgumentParser:
         default=None,
         help="The folder of a run to go on with; needs nothing else.",
     )
-    parser.add_argument("--quiet", type=bool, default=False, help="Print warnings only.")
+    parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="Print warnings only.")
     parser.add_argument(
         "--seed", type=int, default=0, help="Seeds everything: partition, weights, batches, participation."
     )
@@ -71,8 +85,21 @@ def federation_parser() -> ArgumentParser:
         ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False
     )
     for role in ("private_model", "proxy_model"):
-        parser.add_subclass_arguments(torch.nn.Module, f"client.{role}", skip=_FROM_DATA, instantiate=False)
-    parser.add_subclass_arguments(torch.optim.Optimizer, "client.optimizer", skip={"params"}, instantiate=False)
+        parser.add_subclass_arguments(
+            torch.nn.Module,
+            f"client.{role}",
+            skip=_FROM_DATA | _UNPARSABLE,
+            instantiate=False,
+            help=f"The {role.replace('_', ' ')}: class_path, such as torchvision.models.resnet18, or a name of"
+            " fedekd.models; its arguments follow the name after a dot.",
+        )
+    parser.add_subclass_arguments(
+        torch.optim.Optimizer,
+        "client.optimizer",
+        skip={"params"},
+        instantiate=False,
+        help="The optimizer: class_path, or the name of one in torch.optim; as in --client.optimizer.lr 1e-3.",
+    )
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_argument(
         "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."
@@ -92,14 +119,63 @@ def federation_parser() -> ArgumentParser:
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse arguments; every mistake is a `UserError` of one line that names the nearest valid name."""
     try:
-        return parser.parse_args(resolve_configs(argv))
+        config = parser.parse_args(resolve_configs(argv))
     except ArgumentError as error:
         raise UserError(explain(str(error), parser)) from error
+    _require_values(parser, config)
+    return config
+
+
+def _require_values(parser: ArgumentParser, config: Namespace) -> None:
+    """Hold a configuration to what a parser lets pass: null, and numbers that are none.
+
+    Raises:
+        UserError: If a value is null whose default is not, or not finite.
+    """
+    defaults = parser.get_defaults(skip_validation=True)
+    for key, value in config.items():
+        part, within, argument = key.partition(".init_args.")
+        flag = key.replace(".init_args", "")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{flag} is {value}, and must be a finite number")
+        if value is None:
+            default = _class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
+            if default is not None:
+                raise UserError(f"--{flag} is null, and must have a value")
+
+
+@cache
+def _class_defaults(class_path: str) -> dict[str, Any]:
+    """The arguments of a class, or of a function that makes one, and their defaults as a parser sees them."""
+    module, _, name = class_path.rpartition(".")
+    made = getattr(import_module(module), name)
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isinstance(made, type) else parser.add_function_arguments
+    add(made, "made", fail_untyped=False)
+    arguments = parser.get_defaults(skip_validation=True).get("made")
+    return {} if arguments is None else dict(vars(arguments))
+
+
+def _only_chosen(config: Namespace) -> Namespace:
+    """The configuration without those arguments of models that nobody gave.
+
+    A default is not always a value that can be given: it may be a function, or stand for what a builder decides.
+    """
+    config = config.clone()
+    for role in _MODELS:
+        spec = config.get(role)
+        given = spec.pop("init_args", None) if spec else None
+        if given:
+            defaults = _class_defaults(spec.class_path)
+            chosen = {k: v for k, v in vars(given).items() if k not in defaults or v != defaults[k]}
+            if chosen:
+                spec.init_args = Namespace(**chosen)  # type: ignore[no-untyped-call]
+    return config
 
 
 def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """A parsed configuration as plain values: what `config.yaml` holds, enough to repeat a run."""
-    values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
+    values: dict[str, Any] = yaml.safe_load(parser.dump(_only_chosen(config), skip_validation=True, skip_unset=False))
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
 
 
@@ -107,13 +183,15 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     """The method and the loggers; what their constructors object to comes out as it was said."""
     try:
         built: Namespace = parser.instantiate(config)
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
+    except (ValueError, TypeError, ImportError) as error:
+        cause: BaseException = error
+        while not isinstance(cause, UserError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from error
+        if isinstance(cause, UserError):
+            raise cause from error
+        named = re.search(r"Problem with given class_path '([^']+)'", str(error))
+        what = named[1] if named else f"the method {config.method.class_path} or a logger"
+        raise UserError(f"{what} cannot be made: {str(cause).strip().partition(chr(10))[0]}") from error
     return built
 
 

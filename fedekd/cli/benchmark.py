@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedekd.benchmark import Block, Cell, cells, parse_filter, run_grid
+from fedekd.benchmark import Block, Cell, cells, markdown_table, parse_filter, read_results, run_grid
 from fedekd.benchmark.results import Row
 from fedekd.cli.arguments import parse
 from fedekd.errors import UserError
@@ -22,6 +22,7 @@ def benchmark_parser() -> ArgumentParser:
         prog="orchestrator.py benchmark",
         usage="%(prog)s --config benchmark/quick.yaml [OPTIONS]",
         description="Run a grid of federations; a cell whose key is in the results counts as finished.",
+        allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The grid, by path or by its name in configs/.")
@@ -32,6 +33,7 @@ def benchmark_parser() -> ArgumentParser:
     )
     parser.add_argument("--processes", type=int, default=1, help="How many federations run side by side.")
     parser.add_argument("--filter", type=str, default="", help="Some cells only: dataset=retinamnist,alpha=0.1")
+    parser.add_argument("--run", type=bool, default=True, help="false: tabulate what is finished, and run nothing.")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda.")
     parser.add_argument("--precision", type=str, default="auto", help="As trainer.precision of fit.")
     parser.add_argument(
@@ -98,10 +100,18 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--filter {config.filter} leaves no cell of the grid")
     output = Path(config.output)
     results = Path(config.results) if config.results else output / "results"
+    if config.threads != "auto" and not config.threads.isdecimal():
+        raise UserError(f"threads is {config.threads!r}, and must be a whole number or 'auto'")
     threads = config.threads if config.threads == "auto" else int(config.threads)
     trainer = {"accelerator": config.accelerator, "precision": config.precision, "threads": threads}
-    display = GridDisplay()
-    with display.progress:
-        failures = run_grid(grid, output / "runs", results, config.processes, trainer, display)
-    display.console.print(f"{len(grid) - len(failures)} of {len(grid)} cells in {results}", highlight=False)
+    failures = []
+    if config.run:
+        display = GridDisplay()
+        with display.progress:
+            failures = run_grid(grid, output / "runs", results, config.processes, trainer, display)
+    kept = read_results(results)
+    finished = [kept[cell.key] for cell in grid if cell.key in kept]
+    # Not by rich, which would wrap it: so it can go into a file as it is.
+    print(markdown_table(finished) if finished else "no cell of the grid is finished")
+    print(f"\n{len(finished)} of {len(grid)} cells are in {results}")
     return 1 if failures else 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from fedekd.cli.arguments import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
-from fedekd.federation.run_folder import first_difference
+from fedekd.federation.run_folder import HARMLESS, first_difference
 from fedekd.reporting import Display, client_table
 
 
@@ -22,17 +24,36 @@ def run(argv: Sequence[str]) -> int:
     parser = federation_parser()
     resume = _resumed_folder(argv)
     if resume is None:
+        # A configuration may say no more than which run to go on with.
+        parser.set_defaults({"data.dataset": ""})
         config = parse(parser, argv)
-        output = None
-    else:
-        config, output = _saved_configuration(parser, argv, resume)
-        if RunFolder(output, {}).summary is not None:
-            print(f"{output} is finished: nothing to do")
+        resume = None if config.resume is None else Path(config.resume)
+        if resume is None and not config.data.dataset:
+            raise UserError("--data.dataset must be given, there or in a configuration: --config digits.yaml")
+    if resume is not None:
+        config = _saved_configuration(parser, argv, resume)
+        if RunFolder(resume, {}).summary is not None:
+            print(f"{resume} is finished: nothing to do")
             return 0
     parts = build_parts(parser, config)
-    if output is None:
-        output = _new_folder(config.output, parts)
-    return federate(parts, config, output)
+    # What is wrong with the data is found before a new folder is there.
+    parts["data"].prepare_data()
+    parts["data"].setup()
+    output = resume if resume is not None else _new_folder(config.output, parts)
+    try:
+        return federate(parts, config, output)
+    except UserError:
+        if resume is None:
+            _give_back(output)
+        raise
+
+
+def _give_back(folder: Path) -> None:
+    """Remove the folder of a run that never began."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] in ([], ["config.yaml"]):
+            (folder / "config.yaml").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
@@ -44,7 +65,7 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
         try:
             summary = orchestrator.run()
         except Interrupted as stop:
-            print(f"{stop}; go on with: python orchestrator.py fit --resume {output}", file=sys.stderr)
+            print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
             return 128 + stop.signal_number
     if not config.quiet:
         display.console.print(client_table(summary))
@@ -52,19 +73,26 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
     return 0
 
 
+def _program() -> str:
+    """How this program was called, for a line to copy."""
+    return "python orchestrator.py" if Path(sys.argv[0]).name == "orchestrator.py" else "fedekd"
+
+
 def _resumed_folder(argv: Sequence[str]) -> Path | None:
+    """The run to go on with; the options beside it mean nothing before its own configuration is read."""
+    given = None
     for place, argument in enumerate(argv):
         if argument.startswith("--resume="):
-            return Path(argument.removeprefix("--resume="))
-        if argument == "--resume":
+            given = argument.removeprefix("--resume=")
+        elif argument == "--resume":
             if place + 1 == len(argv):
                 raise UserError("--resume needs the folder of a run")
-            return Path(argv[place + 1])
-    return None
+            given = argv[place + 1]
+    return None if given is None else Path(given)
 
 
-def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Path) -> tuple[Namespace, Path]:
-    """The configuration that a run was begun with.
+def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Path) -> Namespace:
+    """The configuration that a run was begun with, with what may change as it is said now.
 
     Raises:
         UserError: If there is none, or an option given now says something else.
@@ -74,13 +102,16 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Pa
         raise UserError(f"--resume {folder}: there is no run ({path} is missing)")
     saved = parse(parser, ["--config", str(path)])
     now = parse(parser, ["--config", str(path), *argv])
-    before, after = as_values(parser, saved), as_values(parser, now)
-    if difference := first_difference(before, after):
+    if now.output is not None:
+        raise UserError(
+            f"--output {now.output} cannot be given with --resume {folder}: a run goes on in its own folder"
+        )
+    if difference := first_difference(as_values(parser, saved), as_values(parser, now), HARMLESS):
         key, old, new = difference
         raise UserError(
             f"--resume {folder} was begun with {key} {old!r}, and cannot go on with {new!r}; start a new run"
         )
-    return now, folder
+    return now
 
 
 def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
@@ -92,11 +123,14 @@ def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
     if given is not None:
         folder = Path(given)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from error
-        if any(folder.iterdir()):
-            raise UserError(f"--output {folder} exists already; choose another, or go on with fit --resume {folder}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            if not folder.is_dir():
+                raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from error
+            if any(folder.iterdir()):
+                hint = f"go on with fit --resume {shlex.quote(given)}"
+                raise UserError(f"--output {folder} exists already; choose another, or {hint}") from error
         return folder
     stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):

@@ -65,7 +65,16 @@ def _unexpected_in_class(match: re.Match[str], text: str, parser: ArgumentParser
     class_path, name = match[1], match[2]
     module, _, attribute = class_path.rpartition(".")
     parameters = inspect.signature(getattr(import_module(module), attribute)).parameters
+    if name in _DECIDED:
+        return f"{_flag(text)}.{name} cannot be given: {_DECIDED[name]} it"
     return f"{_flag(text)} {class_path} takes no {name!r}; {nearest(name, parameters)}"
+
+
+#: Arguments that are filled in, and by what.
+_DECIDED = {
+    **dict.fromkeys(("in_channels", "image_size", "num_classes"), "the data decide"),
+    "params": "the models decide",
+}
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -95,16 +104,47 @@ def _broken_class_path(match: re.Match[str], text: str, parser: ArgumentParser) 
 
 
 def _wrong_type(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    expected = re.sub(r"<class '([^']+)'>", r"\1", match[1])
-    expected = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", expected)
-    value = match[2].strip()
-    return f"--{'.'.join(keys)} is {value!r}, and must be {_plain(expected)}"
+    return _must_be(text, match[2], [match[1]])
 
 
-def _plain(expected: str) -> str:
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    return names.get(expected, expected)
+def _wrong_union(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return _must_be(text, match[2], re.findall(r"<class '[^']+'>|typing\.Literal\[[^\]]*\]", match[1]))
+
+
+def _must_be(text: str, value: str, types: list[str]) -> str:
+    flag, value = ".".join(re.findall(r'Parser key "([^"]+)"', text)), value.strip()
+    allowed = " or ".join(filter(None, (_plain(expected, value) for expected in types)))
+    return f"--{flag} is {value!r}, and must be {allowed}"
+
+
+def _plain(expected: str, value: str) -> str:
+    """A type in plain words; nothing for one that nobody can type in."""
+    name = re.sub(r"<class '([^']+)'>", r"\1", expected)
+    if name == "float" and value.lower().strip("+-.") in ("nan", "inf", "infinity"):
+        return "a finite number"
+    if elements := re.fullmatch(r"tuple with (\d+) elements", name):
+        return f"a list of {elements[1]} values"
+    return _PLAIN.get(name, re.sub(r"typing\.Literal\[(.*?)\]", _choice, name))
+
+
+def _choice(literal: re.Match[str]) -> str:
+    return f"one of {literal[1]}" if "," in literal[1] else literal[1]
+
+
+_PLAIN = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
+    **{"tuple": "a list, as in [0.6,0.2,0.2]", "list": "a list", "dict": "keys and values", "torch.Tensor": ""},
+}
+
+
+def _not_a_subclass(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    given = text.rpartition("Given value: ")[2].strip()
+    return f"{_flag(text)} {given}: it is no {match[1]}"
+
+
+def _no_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    given = text.rpartition("Given value: ")[2].strip()
+    return f"{_flag(text)} is {given}, and must be a class path, or have a class_path and init_args"
 
 
 def _missing(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
@@ -127,9 +167,16 @@ _COMPLAINTS: list[tuple[str, Complaint]] = [
     (r"^Option '([^']+)' is not accepted", _unexpected_key),
     (r"Group '([^']+)' does not accept option '([^']+)'", _unexpected_in_group),
     (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unexpected_in_class),
+    (
+        r"(?s).*Subtypes: \[((?:<class '(?:int|float|str|bool)'>|typing\.Literal\[[^\]]*\])[^\n]*)\]\n"
+        r".*?Given value: ([^\n]*)",
+        _wrong_union,
+    ),
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Expected a (.+?)\. Got value: (.*)", _wrong_type),
     (r"Problem with given class_path '([^']+)':\s+(.+)", _broken_class_path),
+    (r"Import path does not correspond to a subclass of (\w+)", _not_a_subclass),
+    (r"Not a valid subclass of (\w+)|argument of type '\w+' is not iterable", _no_class),
     (r"the following arguments are required: (.+)", _missing),
     (r"(?s)Problems parsing config: (.+)", _not_yaml),
     (r"(?s)Unexpected config: (.+)", _not_a_mapping),

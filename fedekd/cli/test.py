@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     folder = finished_run("test", argv)
     kept = RunFolder(folder, {}).summary
     if kept is None:
-        raise UserError(f"{folder} is not finished; go on with: fit --resume {folder}")
+        raise UserError(f"{folder} is not finished; go on with: fit --resume {shlex.quote(str(folder))}")
     parser = federation_parser()
     config = parse(parser, ["--config", str(folder / "config.yaml")])
     parts = build_parts(parser, config)
@@ -46,7 +47,9 @@ def finished_run(command: str, argv: Sequence[str]) -> Path:
     Raises:
         UserError: If it is missing, or holds no run.
     """
-    parser = ArgumentParser(prog=f"orchestrator.py {command}", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"orchestrator.py {command}", description=__doc__, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("run", type=str, help="The folder of a run.")
     if not argv:
         raise UserError(f"{command} needs the folder of a run, as in: {command} runs/NAME")

@@ -74,6 +74,11 @@ class ImageData:
         highest = int(labels.max())
         if num_classes is None:
             num_classes = highest + 1
+            if num_classes > max(len(labels), 2):  # so far from the others that it is a slip
+                raise UserError(
+                    f"data.dataset: {name!r} has the label {highest} among only {len(labels)} samples; "
+                    "labels are 0..num_classes-1 (data.num_classes sets it)"
+                )
         if num_classes < 2:
             raise UserError(f"data.num_classes: {name!r} has num_classes={num_classes}; at least 2 are needed")
         if labels.min() < 0 or highest >= num_classes:

@@ -24,6 +24,7 @@ from fedekd.federation.summary import summarize
 from fedekd.methods import Blueprint, Broadcast, ClientOptions, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.methods.client import has_batch_norm
+from fedekd.models import check_model
 from fedekd.modules import TrainerFactory
 from fedekd.reporting import Tracker
 
@@ -92,7 +93,7 @@ class Orchestrator:
             num_clients=self.num_clients,
             rounds=self.options.rounds,
         )
-        self._require_batches_that_can_be_normalized()
+        self._require_models_that_fit()
         self.engine = engine(method, data, self.blueprint, reference_folder, self.observer)
         self.guard = Guard(self.options.max_update_norm)
         self.folder = RunFolder(output, config or {}) if output is not None else None
@@ -100,14 +101,23 @@ class Orchestrator:
         self.progress = Progress()
         self.interrupts = Interrupts()
 
-    def _require_batches_that_can_be_normalized(self) -> None:
-        """BatchNorm cannot train on one sample: say so now, not in the middle of a round."""
+    def _require_models_that_fit(self) -> None:
+        """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
         smallest = min(self.data.clients, key=lambda splits: len(splits.train))
         single = self.data.batch_size == 1 or len(smallest.train) == 1
-        owners = range(self.num_clients) if single else ()
-        roles = [("private", owner) for owner in owners] + [("proxy", owner) for owner in list(owners)[:1]]
-        for role, owner in roles:
-            if has_batch_norm(self.blueprint.network(role, owner)):
+        models = self.blueprint.client.private_model
+        owners = range(1) if isinstance(models, Mapping) else range(self.num_clients)
+        for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
+            network = self.blueprint.network(role, owner)
+            check_model(
+                network.float().cpu(),
+                in_channels=self.blueprint.in_channels,
+                image_size=self.blueprint.image_size,
+                num_outputs=self.blueprint.num_outputs,
+                flag=f"client.{role}_model",
+            )
+            # BatchNorm cannot train on one sample.
+            if single and has_batch_norm(network):
                 raise UserError(
                     f"client.{role}_model has BatchNorm, which cannot train on batches of one sample:"
                     f" data.batch_size is {self.data.batch_size}, and client {smallest.client} has"

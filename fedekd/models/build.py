@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedekd.errors import UserError, nearest
@@ -58,17 +59,84 @@ def build_model(
             raise UserError(f"{flag}: {name} is {init_args[name]}, but the data have {facts[name]}; leave it out")
     parameters = inspect.signature(factory).parameters
     taken = facts.keys() & parameters.keys()
+    hidden: dict[str, Any] = {}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         taken |= {"num_classes"}
+        hidden = _torchvision_arguments(factory, height_and_width(image_size))
     try:
-        model = factory(**{**{name: facts[name] for name in taken}, **init_args})
+        model = factory(**{**hidden, **{name: facts[name] for name in taken}, **init_args})
         if isinstance(model, nn.Module) and "in_channels" not in parameters:
             model = ImageClassifier(model, num_classes=num_classes, in_channels=in_channels)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"{flag} '{class_path}': {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError) as error:
+        raise UserError(f"{flag} '{class_path}': {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{flag} '{class_path}' gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def check_model(
+    model: nn.Module, *, in_channels: int, image_size: int | Sequence[int], num_outputs: int, flag: str = "model"
+) -> None:
+    """See a model answer two black images: what does not fit is told before anything is trained.
+
+    Its mode (training or evaluation) and its buffers stay what they were.
+
+    Args:
+        model: On any device, in any floating-point type.
+        in_channels: Channels of an image.
+        image_size: Height and width of an image; a single number is a square.
+        num_outputs: Classes, or 1 for regression.
+        flag: What to call the model in an error.
+
+    Raises:
+        UserError: The model fails, or its output (each one, if it gives several) is no tensor (2, num_outputs).
+
+    Example:
+        >>> check_model(nn.Flatten(), in_channels=1, image_size=8, num_outputs=64)
+        >>> check_model(nn.Flatten(), in_channels=1, image_size=8, num_outputs=10)
+        Traceback (most recent call last):
+        ...
+        fedekd.errors.UserError: model Flatten gives (2, 64) for 2 images; (2, 10) is needed
+    """
+    height, width = height_and_width(image_size)
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
+    name = type(getattr(model, "backbone", model)).__name__
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(images)
+    except Exception as error:  # a model of one's own may fail in any way
+        shape = f"{in_channels} x {height} x {width}"
+        raise UserError(f"{flag} {name} cannot take images of {shape}: {_said(error)}") from error
+    finally:
+        for part, training in modes:
+            part.training = training
+    for each in output if isinstance(output, list | tuple) else [output]:
+        if not isinstance(each, torch.Tensor) or each.shape != (2, num_outputs):
+            given = tuple(each.shape) if isinstance(each, torch.Tensor) else f"a {type(each).__name__}"
+            raise UserError(f"{flag} {name} gives {given} for 2 images; {(2, num_outputs)} is needed")
+
+
+def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -> dict[str, Any]:
+    """What some of torchvision's builders must be told through their `**kwargs`."""
+    package, _, family = factory.__module__.rpartition(".")
+    if package != "torchvision.models":
+        return {}
+    # Auxiliary heads would make the training output a tuple.
+    plain: dict[str, Any] = {"aux_logits": False, "init_weights": True}
+    hidden: dict[str, dict[str, Any]] = {
+        "vision_transformer": {"image_size": size[0]},
+        "maxvit": {"input_size": size},
+        "googlenet": plain,
+        "inception": plain,
+    }
+    return hidden.get(family, {})
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parse(spec: Any, flag: str) -> tuple[str, dict[str, Any]]:

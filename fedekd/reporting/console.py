@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -110,6 +112,15 @@ def round_line(row: Row, rounds: int) -> str:
     return "  ".join(parts)
 
 
+class _LastingConsole(Console):
+    """A console that falls silent when its reader has gone (`fit ... | head`), instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes standard output at exit, and would fail there again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """Live progress on a terminal; elsewhere one plain line a round. A context manager, and a run's observer.
 
@@ -122,7 +133,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console if console is not None else Console()
+        self.console = console if console is not None else _LastingConsole()
         self.quiet, self.rounds = quiet, 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -194,4 +205,5 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Print one line on standard error, quiet or not."""
-        print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):  # nobody reads it; the run goes on
+            print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import yaml
 
 from fedekd.cli import main
 from fedekd.cli.configs import config_folders, find_config
+from fedekd.federation import Interrupted, Orchestrator
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -164,6 +169,137 @@ def test_resume_with_a_changed_value_names_it(npz: Path, here: Path, capsys: pyt
     assert "rounds: 1" in told(capsys)
 
 
+def test_resume_may_look_elsewhere_for_data_and_references(npz: Path, here: Path) -> None:
+    fit(npz, "--output=a", "--data.download=false")
+    for path in [Path("a/summary.json"), *Path("a").glob("figures/*")]:
+        path.unlink()
+    harmless = ["--data.root=x", "--data.download=true", "--reference_dir=y", "--trainer.device=1"]
+    assert main(["fit", "--resume", "a", *harmless, "--logger=CSVLogger", "--logger.save_dir=logs"]) == 0
+    assert list(Path("logs").rglob("metrics.csv"))
+    for path in [Path("a/summary.json"), *Path("a/checkpoints").iterdir()]:
+        path.unlink()
+    assert main(["fit", "--resume", "a", *harmless]) == 0
+    assert list(Path("y").rglob("*"))
+
+
+def test_a_logger_that_cannot_be_made_is_told(
+    npz: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("my_loggers.py").write_text(
+        "from lightning.pytorch.loggers import CSVLogger\n"
+        "class Broken(CSVLogger):\n"
+        "    def __init__(self, save_dir: str):\n"
+        "        raise ModuleNotFoundError('no tensorboard\\ntry pip')\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+    assert fit(npz, "--logger=my_loggers.Broken", "--logger.save_dir=logs") == 2
+    assert told(capsys) == "error: my_loggers.Broken cannot be made: no tensorboard\n"
+
+
+def test_resume_goes_on_in_its_own_folder(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a")
+    capsys.readouterr()
+    assert main(["fit", "--resume", "a", "--output", "b"]) == 2
+    assert "--output b cannot be given with --resume a" in told(capsys)
+
+
+def test_resume_may_stand_in_a_configuration(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a")
+    Path("go_on.yaml").write_text("resume: a\n")
+    assert main(["fit", "--config=go_on.yaml"]) == 0
+    assert "a is finished: nothing to do" in capsys.readouterr().out
+
+
+def test_a_damaged_summary_is_told(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a b")
+    capsys.readouterr()
+    for junk, command in product(["{", "5", "\udcff"], [["fit", "--resume", "a b"], ["test", "a b"]]):
+        Path("a b/summary.json").write_text(junk, errors="surrogateescape")
+        assert main(command) == 2
+        assert "summary.json is damaged; remove it and go on with fit --resume 'a b'" in told(capsys)
+
+
+@pytest.mark.parametrize("options", [["--quiet"], ["--quiet", "true"]])
+def test_quiet_prints_nothing(options: list[str], npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, *options) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_energy_by_its_class_path(npz: Path, here: Path) -> None:
+    assert fit(npz, "--output=a") == 0
+    assert fit(npz, "--output=b", "--method.energy=fedekd.modules.energies.DisagreementEnergy") == 0
+    assert Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(npz: Path, here: Path) -> None:
+    code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = [*FAST, f"--data.dataset={npz}", "--data.num_clients=3", "--data.alpha=1", "--rounds=2", "--output=a"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        command = [sys.executable, "-c", code, "fit", *options]
+        ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert Path("a/summary.json").exists()
+
+
+def test_a_reader_that_left_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(argv: list[str]) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("fedekd.cli.fit.run", gone)
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(fileno=lambda: 1))
+    assert main(["fit"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/metrics.csv"), "a/metrics.csv: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "no space left on the disk while writing a/b"),
+        (OSError("the network is gone"), "the network is gone"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_one_line(
+    error: OSError, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("fedekd.cli.fit.run", refused)
+    assert main(["fit"]) == 2
+    assert words in told(capsys)
+
+
+@pytest.mark.parametrize(
+    ("called", "name"), [("/x/orchestrator.py", "python orchestrator.py"), ("/bin/fedekd", "fedekd")]
+)
+def test_the_hint_after_an_interruption_can_be_copied(
+    called: str, name: str, npz: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Orchestrator) -> None:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(Orchestrator, "run", interrupted)
+    monkeypatch.setattr("sys.argv", [called])
+    assert fit(npz, "--output=my run") == 130
+    assert f"go on with: {name} fit --resume 'my run'" in capsys.readouterr().err
+
+
+def test_help_can_be_read(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("\n") < 150
+    assert "--client.private_model" in text
+    assert "--method.help" in text
+    assert "[0.1]" in text  # a default
+
+
 def test_default_output_is_a_new_folder_each_time(npz: Path, here: Path) -> None:
     assert fit(npz) == 0
     assert fit(npz) == 0
@@ -241,7 +377,7 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
     [
         (["--method.betta=2"], "did you mean 'beta'"),
         (["--clent.local_epochs=2"], "did you mean --client.local_epochs"),
-        (["--method=FedKD"], "did you mean 'FedeKD'"),
+        (["--method=FedeD"], "did you mean 'FedeKD'"),
         (["--client.private_model=PrivatCNN"], "did you mean 'PrivateCNN'"),
         (["--client.private_model=torchvision.models.squeezenet1_0"], "squeezenet"),
         (["--client.optimizer=Adm"], "did you mean 'Adam'"),
@@ -271,15 +407,34 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         (["--config=digit.yaml"], "did you mean 'digits.yaml'"),
         (["--logger=WandbRunLoger"], "WandbRunLog"),
         (["--resume=nowhere"], "nowhere"),
+        (["--resum=nowhere"], "did you mean --resume"),
+        (["--client.private_model.in_channels=3"], "private_model.in_channels cannot be given: the data decide it"),
+        (["--client.optimizer.params=3"], "optimizer.params cannot be given: the models decide it"),
+        (["--client.optimizer.lr=nan"], "--client.optimizer.lr is 'nan', and must be a finite number"),
+        (["--method.beta=nan"], "--method.beta is 'nan', and must be a finite number"),
+        (["--method.lambda_kd=.inf"], "--method.lambda_kd is inf, and must be a finite number"),
+        (["--data.fractions=1"], "must be a list, as in [0.6,0.2,0.2]"),
+        (["--data.fractions=[1,2]"], "must be a list of 3 values"),
+        (["--trainer.threads=many"], "--trainer.threads is 'many', and must be a whole number or 'auto'"),
+        (["--method=torch.nn.Linear"], "--method torch.nn.Linear: it is no Method"),
+        (["--method.energy=no.such.Energy"], "cannot be imported"),
+        (["--method.energy=torch.nn.Linear"], "is no fedekd.modules.Energy"),
+        (["--method.energy=fedekd.modules.energies.FeatureEnergy"], "needs init_args"),
+        (["--quiet=maybe"], "--quiet is 'maybe', and must be true or false"),
+        (["--output=blobs.npz/a"], "--output blobs.npz/a cannot be a folder"),
+        ([f"--output={'a' * 300}"], "File name too long"),
+        (["--client.private_model=torchvision.models.vit_b_16"], "Input shape indivisible by patch size"),
         (["rounds", "3"], "'rounds'"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
     options: list[str], words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("blobs.npz").touch()
     assert fit(npz, *options) == 2
     assert words in told(capsys)
     assert not list(here.rglob("summary.json"))
+    assert not Path("runs").exists() or not list(Path("runs").glob("blobs*"))
 
 
 @pytest.mark.parametrize(
@@ -291,12 +446,28 @@ def test_a_mistake_is_told_in_one_line(
         ("rounds: five\n", "--rounds is 'five'"),
         ("rounds: [\n", "not valid YAML"),
         ("- rounds\n", "keys and values"),
+        ("participation: null\n", "--participation is null, and must have a value"),
+        ("logger: 5\n", "--logger is 5, and must be a class path"),
+        ("method: null\n", "--method is null"),
+        ("method: {class_path: FedeKD, init_args: {beta: null}}\n", "--method.beta is null"),
+        ("client: null\n", "client is null, and must hold keys and values"),
+        ("client: {optimizer: null}\n", "--client.optimizer is null"),
+        ("client: {optimizer: 5}\n", "--client.optimizer is 5, and must be a class path"),
+        ("trainer: 5\n", "trainer is 5, and must hold keys and values"),
+        ("data: 5\n", "data is 5, and must hold keys and values"),
+        ("data: {fractions: null}\n", "--data.fractions is null"),
+        ("reference_dir: null\n", "--reference_dir is null"),
+        ("task: 5\n", "--task is '5', and must be text or null"),
+        ("config: 5\n", "must be the name of a file"),
+        ("", "mine.yaml is empty"),
+        ("\udcff", "mine.yaml is not text in UTF-8"),
+        ("resume: nowhere\n", "--resume nowhere: there is no run"),
     ],
 )
 def test_a_mistake_in_a_file_is_told_in_one_line(
     text: str, words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("mine.yaml").write_text(text)
+    Path("mine.yaml").write_text(text, errors="surrogateescape")
     assert fit(npz, "--config=mine.yaml") == 2
     assert words in told(capsys)
 
@@ -356,6 +527,22 @@ def test_unknown_command_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys; from fedekd.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_configurations_of_others_are_not_looked_up(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Installed, the folder above the package is everybody's; and a sweep is no configuration of a run."""
+    for name in (
+        "site/configs/theirs.yaml",
+        "site/fedekd/configs/ours.yaml",
+        "site/fedekd/configs/sweeps/theirs2.yaml",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    monkeypatch.setattr("fedekd.cli.configs._PACKAGE", here / "site/fedekd")
+    assert main(["fit", "--config=theirs.yaml"]) == 2
+    assert "did you mean 'ours.yaml'" in told(capsys)
 
 
 def test_configurations_are_found_by_bare_name(here: Path) -> None:

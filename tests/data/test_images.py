@@ -78,6 +78,8 @@ ZEROS = np.zeros((6, 8, 8), np.uint8)
             ["label -1", "0..5", "data.num_classes"],
         ),
         ({"images": ZEROS, "targets": np.zeros(6, int)}, ["data.num_classes", "num_classes=1", "at least 2"]),
+        ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 1_000_000])}, ["label 1000000", "data.num_classes"]),
+        ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 6])}, ["label 6", "6 samples"]),
         ({"task": "regresion"}, ["task", "'regresion'", "did you mean 'regression'?"]),
     ],
 )

@@ -364,3 +364,10 @@ def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: 
     again = federate(**parts, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)
     assert_same_weights(whole, again)
+
+
+def test_a_model_of_other_outputs_is_refused_before_anything_is_trained(federate: Federate, tmp_path: Path) -> None:
+    client = ClientOptions(private_model={"class_path": "torchvision.models.alexnet"})  # too deep for 8 x 8 pixels
+    with pytest.raises(UserError, match=r"client\.private_model"):
+        federate(client=client, reference_folder=tmp_path / "local")
+    assert not (tmp_path / "local").exists()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedekd.errors import UserError
-from fedekd.models import ImageClassifier, PrivateCNN, ProxyCNN, build_model, num_parameters
+from fedekd.models import ImageClassifier, PrivateCNN, ProxyCNN, build_model, check_model, num_parameters
 
 DATA = {"in_channels": 1, "image_size": 8, "num_classes": 4}
 
@@ -114,3 +114,68 @@ def test_the_data_are_named_when_they_do_not_fit_the_model():
     with pytest.raises(UserError, match="'ProxyCNN': image_size must be at least 8, but is 4"):
         build_model("ProxyCNN", in_channels=1, image_size=4, num_classes=10)
     assert isinstance(build_model(ProxyCNN.__module__ + ".ProxyCNN", **DATA), ProxyCNN)
+
+
+class Answer(nn.Module):
+    """Gives what it is told, or raises it."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.output = output
+
+    def forward(self, x):
+        self.norm(x)
+        if isinstance(self.output, Exception):
+            raise self.output
+        return self.output
+
+
+@pytest.mark.parametrize("output", [torch.zeros(2, 4), [torch.zeros(2, 4), torch.ones(2, 4)]])
+def test_a_model_that_fits_is_left_as_it_was(output):
+    model = Answer(output).double()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_model(model, in_channels=1, image_size=(8, 9), num_outputs=4)
+    assert (model.training, model.norm.training) == (True, False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (torch.zeros(2, 5), r"gives \(2, 5\) for 2 images; \(2, 4\) is needed"),
+        (torch.zeros(2), r"gives \(2,\)"),
+        ([torch.zeros(2, 4), torch.zeros(2, 3)], r"gives \(2, 3\)"),
+        ((torch.zeros(2, 4), None), "gives a NoneType"),
+        ({"logits": torch.zeros(2, 4)}, "gives a dict"),
+        (
+            RuntimeError("mat1 and mat2\ncannot be multiplied"),
+            "images of 1 x 8 x 9: mat1 and mat2 cannot be multiplied",
+        ),
+        (KeyError(), "images of 1 x 8 x 9: KeyError"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_in_one_line(output, message):
+    model = Answer(output)
+    with pytest.raises(UserError, match=f"^client.private_model Answer .*{message}") as caught:
+        check_model(model, in_channels=1, image_size=(8, 9), num_outputs=4, flag="client.private_model")
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nmemory"), OSError("no weights")])
+def test_whatever_a_builder_raises_is_the_users_to_see(error, monkeypatch):
+    def builder(num_classes):
+        raise error
+
+    monkeypatch.setitem(__import__("sys").modules, "users", SimpleNamespace(__name__="users", builder=builder))
+    with pytest.raises(UserError, match=r"'users.builder': no (memory|weights)"):
+        build_model("users.builder", **DATA)
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("inception_v3", 28)])
+def test_a_model_for_larger_images_is_told_before_training(name, size):
+    model = build_model(f"torchvision.models.{name}", in_channels=1, image_size=size, num_classes=4)
+    with pytest.raises(UserError, match="cannot take images of 1 x 28 x 28"):
+        check_model(model, in_channels=1, image_size=size, num_outputs=4)
