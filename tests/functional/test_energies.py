@@ -70,7 +70,13 @@ PAIRS = [
     (logsumexp_energy, literal_logsumexp_energy, 1),
     (feature_distance_energy, literal_feature_distance_energy, 2),
 ]
-every_energy = pytest.mark.parametrize(("energy", "literal", "inputs"), PAIRS, ids=lambda value: str(value))
+
+
+def case_name(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+every_energy = pytest.mark.parametrize(("energy", "literal", "inputs"), PAIRS, ids=case_name)
 
 
 @every_energy
