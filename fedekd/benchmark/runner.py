@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,9 +14,6 @@ from typing import Any, Protocol
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import current_commit, run_cell
-
-#: How often a cell may be lost with its process before it counts as failed.
-TRIES = 3
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
 
@@ -73,49 +69,49 @@ def run_grid(
     failures: list[tuple[Cell, str]] = []
     running: dict[Future[Row], Cell] = {}
     led: set[str] = set()  # groups whose Local is trained
-    deaths: Counter[str] = Counter()
+    suspects: list[Cell] = []  # cells that were running when a process died; each is tried again alone
     commit = current_commit()
     pool = _pool(processes)
     try:
-        while waiting or running:
+        while waiting or suspects or running:
             busy = {cell.group for cell in running.values()} - led
-            for cell in list(waiting):
-                if len(running) == processes:
+            for cell in suspects[:1] or list(waiting):
+                if len(running) == (1 if suspects else processes):
                     break
                 if cell.group in busy:
                     continue
                 busy |= {cell.group} - led
-                waiting.remove(cell)
+                (suspects or waiting).remove(cell)
                 observer.cell_started(cell)
                 arguments = (cell, output / cell.key, trainer, output / "local", commit)
                 running[pool.submit(run, *arguments)] = cell
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            broken = False
+            lost: list[Cell] = []
             for future in finished:
                 cell = running.pop(future)
                 try:
                     row = future.result()
                 except BrokenProcessPool:
-                    # All that ran in the pool went down with it, though one alone was to blame.
-                    broken = True
-                    deaths[cell.key] += 1
-                    if deaths[cell.key] < TRIES:
-                        waiting.insert(0, cell)
-                        continue
-                    reason = f"its process died {TRIES} times"
+                    lost.append(cell)
                 except Exception as error:  # one bad cell must not stop the grid
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    failures.append((cell, " ".join(f"{type(error).__name__}: {error}".split())))
+                    observer.cell_failed(*failures[-1])
                 else:
                     led.add(cell.group)
                     rows[cell.key] = row
                     write_results(results, rows.values())
                     observer.cell_finished(cell, row)
-                    continue
-                failures.append((cell, reason))
-                observer.cell_failed(cell, reason)
-            if broken:
+            if lost:
+                # All that ran in the pool went down with one process: alone, each shows whether it is to blame.
+                lost += running.values()
+                running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = _pool(processes)
+                if len(lost) == 1:
+                    failures.append((lost[0], "its process died"))
+                    observer.cell_failed(*failures[-1])
+                else:
+                    suspects += lost
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return failures
