@@ -44,7 +44,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "rounds": run.options.rounds,
         "mean": sum(scores) / len(scores),
         "worst": worst_score(scores, run.task),
-        "local_mean": sum(local.values()) / len(local),
+        "local_mean": sum(local[number] for number in numbers) / len(numbers),
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,
         "seconds": run.progress.seconds,
