@@ -1,0 +1,24 @@
+"""Every method on real images, in both tasks where it is defined."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedekd.data import FederatedDataModule
+from fedekd.federation import RoundOptions
+from fedekd.methods import ClientOptions
+
+from .conftest import Federate
+from .test_methods import CASES, METHODS
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_every_method_runs_on_digits(name: str, task: str, federate: Federate) -> None:
+    data = FederatedDataModule("digits", num_clients=3, alpha=5.0, batch_size=128, task=task)  # type: ignore[arg-type]
+    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"})
+    summary = federate(METHODS[name](), data=data, client=client, rounds=RoundOptions(rounds=1)).run()
+    assert summary["dataset"] == "digits"
+    assert summary["metric"] == ("rmse" if task == "regression" else "accuracy")
+    assert all(math.isfinite(entry["method"]) and math.isfinite(entry["local"]) for entry in summary["clients"])
