@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fedekd.cli.arguments import as_values, federation_parser, parse
+from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.errors import UserError, nearest
 
 #: Parts of a configuration that say where and how a run is computed, not what: no part of its key.

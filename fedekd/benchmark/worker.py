@@ -15,7 +15,7 @@ import yaml
 
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, to_row
-from fedekd.cli.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
 from fedekd.federation import Orchestrator, SilentObserver
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedekd.benchmark import Block, Cell, cells, markdown_table, parse_filter, read_results, run_grid
 from fedekd.benchmark.results import Row
-from fedekd.cli.arguments import parse
+from fedekd.configuration.arguments import parse
 from fedekd.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fedekd.cli.arguments import as_values, build_parts, federation_parser, parse
+from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.run_folder import HARMLESS, first_difference

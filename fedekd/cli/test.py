@@ -9,7 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from fedekd.cli.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RunFolder
 from fedekd.federation.run_folder import first_difference

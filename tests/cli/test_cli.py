@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fedekd.cli import main
-from fedekd.cli.configs import config_folders, find_config
+from fedekd.configuration.configs import config_folders, find_config
 from fedekd.federation import Interrupted, Orchestrator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -540,7 +540,7 @@ def test_configurations_of_others_are_not_looked_up(
     ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    monkeypatch.setattr("fedekd.cli.configs._PACKAGE", here / "site/fedekd")
+    monkeypatch.setattr("fedekd.configuration.configs._PACKAGE", here / "site/fedekd")
     assert main(["fit", "--config=theirs.yaml"]) == 2
     assert "did you mean 'ours.yaml'" in told(capsys)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedekd.cli.arguments import as_values, federation_parser, parse
+from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.models import build_model, check_model
 
 

@@ -14,9 +14,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger
 
-from fedekd.cli.configs import resolve_configs
-from fedekd.cli.help import BriefHelp
-from fedekd.cli.messages import explain
+from fedekd.configuration.configs import resolve_configs
+from fedekd.configuration.help import BriefHelp
+from fedekd.configuration.messages import explain
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
