@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "test": ("fedekd.cli.test", "score a finished run again from its checkpoint: test RUN"),
     "benchmark": ("fedekd.cli.benchmark", "run a grid of federations: benchmark --config benchmark/quick.yaml"),
+    "report": ("fedekd.cli.report", "hold results against the paper: report RUNS"),
 }
 
 OK, MISTAKE, INTERRUPTED = 0, 2, 130
