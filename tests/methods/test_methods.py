@@ -99,14 +99,17 @@ def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_every_method_trains_resumes_and_does_not_mind_the_order(
     name: str, task: str, federate: Federate, tmp_path: Path
 ) -> None:
-    whole = federate(METHODS[name](), task)
+    # One epoch a phase: that epochs in turn are epochs in one go is tested on the client itself.
+    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"})
+    whole = federate(METHODS[name](), task, client=client)
     summary = whole.run()
     assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
     # Local's three references come first; then three phases in, in the middle of round 1.
     stop = 9 if name == "local" else 12
+    stopped = federate(METHODS[name](), task, client=client, output=tmp_path, observer=StopAfter(stop))
     with pytest.raises(StoppedError):
-        federate(METHODS[name](), task, output=tmp_path, observer=StopAfter(stop), engine=BackwardsEngine).run()
-    again = federate(METHODS[name](), task, output=tmp_path, engine=BackwardsEngine)
+        stopped.run()
+    again = federate(METHODS[name](), task, client=client, output=tmp_path, engine=BackwardsEngine)
     assert repeatable(again.run()) == repeatable(summary)
     assert_equal_weights(weights(whole), weights(again))
 
