@@ -29,6 +29,17 @@ install: $(INSTALLED)
 fit: $(INSTALLED)
 	$(BIN)/python orchestrator.py fit --config digits.yaml $(ARGS)
 
+## benchmark: run the quick grid on the digits, and hold it against the paper (options: ARGS="--processes 2")
+.PHONY: benchmark
+benchmark: $(INSTALLED)
+	$(BIN)/python orchestrator.py benchmark --config benchmark/quick.yaml $(ARGS)
+	$(BIN)/python orchestrator.py report runs/quick
+
+## tables: make the tables in README.md again from results/
+.PHONY: tables
+tables: $(INSTALLED)
+	$(BIN)/python orchestrator.py report results --fill README.md
+
 ## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
 .PHONY: test
 test: $(INSTALLED)

@@ -13,10 +13,19 @@ from typing import Any
 import yaml
 
 from fedekd.benchmark.grid import Block, Cell, cell_key, cells
+from fedekd.benchmark.measured import Measured
+from fedekd.benchmark.published import DATASETS
 from fedekd.benchmark.results import Row, read_results, to_row
 from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.configuration.configs import find_config
 from fedekd.errors import UserError
+
+
+def measured_in(folders: Sequence[Path]) -> Measured:
+    """The results of folders, those of other options than the paper's set apart."""
+    rows = collect(folders)
+    datasets = DATASETS.keys() & {row["dataset"] for row in rows}
+    return Measured(rows, {key for dataset in datasets for key in paper_grid(dataset)})
 
 
 def collect(folders: Sequence[Path]) -> list[Row]:

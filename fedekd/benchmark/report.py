@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fedekd.benchmark import figures
 from fedekd.benchmark.comparisons import COMPARED, Comparison, against, rankings
 from fedekd.benchmark.datasets import DatasetLine, dataset_lines
-from fedekd.benchmark.gate import gate_comparisons, gate_paragraph
+from fedekd.benchmark.gate import GateFinding, gate_comparisons, gate_finding
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.published import DATASETS
 from fedekd.benchmark.tables import Table, build_tables
@@ -44,7 +44,7 @@ class Report:
         drawings: Figures 2-4 and the rankings.
         comparisons: Paired tests of FedeKD against the other methods.
         gate: Of the gate against shuffled weights and none.
-        gate_paragraph: The same in words.
+        gate_finding: The same in words.
         provenance: Where the results come from, one entry a kind, with the number of runs.
         sources: What the report was made of.
     """
@@ -54,19 +54,24 @@ class Report:
     drawings: Sequence[Drawing]
     comparisons: Sequence[Comparison]
     gate: Sequence[Comparison]
-    gate_paragraph: str
+    gate_finding: GateFinding
     provenance: Sequence[tuple[Mapping[str, str], int]]
     sources: Sequence[str]
 
     @property
     def verdicts(self) -> Mapping[str, int]:
         """How many of the paper's printed cells have which verdict."""
-        return Counter(
-            entry.verdict
-            for table in self.tables
-            for _, _, _, entry in table.entries()
-            if entry.paper is not None and not entry.paper.derived
-        )
+        return verdicts(self.tables)
+
+
+def verdicts(tables: Sequence[Table]) -> Mapping[str, int]:
+    """How many of the paper's printed cells have which verdict."""
+    return Counter(
+        entry.verdict
+        for table in tables
+        for _, _, _, entry in table.entries()
+        if entry.paper is not None and not entry.paper.derived
+    )
 
 
 def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report:
@@ -85,7 +90,7 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
         drawings=_drawings(measured, tables),
         comparisons=against(measured),
         gate=gate_comparisons(measured),
-        gate_paragraph=gate_paragraph(measured),
+        gate_finding=gate_finding(measured),
         provenance=_provenance(measured),
         sources=list(sources),
     )

@@ -1,4 +1,4 @@
-"""The results of a grid as one table: mean and standard deviation over seeds."""
+"""Results as one table: mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ def spread(values: Sequence[float], signed: bool) -> str:
 def markdown_table(rows: Iterable[Row]) -> str:
     """A Markdown table with a line for each (data set, alpha, method), by data set and alpha, best Delta first.
 
+    Local, which every run holds its clients against, is in it without a run of its own.
+
     Args:
         rows: Rows of results, as `read_results` gives them.
     """
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["dataset"], float(row["alpha"]), row["method"]), []).append(row)
+    for place, of_local in _local(groups).items():
+        groups.setdefault((*place, "Local"), of_local)
 
     def rank(key: tuple[str, float, str]) -> tuple[str, float, float]:
         gain = mean(float(row["delta_avg"]) for row in groups[key])
@@ -44,6 +48,18 @@ def markdown_table(rows: Iterable[Row]) -> str:
         dataset, alpha, method = key
         own = groups[key]
         cells = [spread([float(row[name]) for row in own], name != "mean") for name in FIGURES]
+        if method == "Local":
+            cells[1:] = ["0"] * (len(cells) - 1)
         metric = own[0]["metric"]
         lines.append(f"| {dataset}, {metric} | {alpha:g} | {method} | {' | '.join(cells)} | {len(own)} |")
     return "\n".join(lines)
+
+
+def _local(groups: dict[tuple[str, float, str], list[Row]]) -> dict[tuple[str, float], list[Row]]:
+    """Local's rows by data set and alpha, one a seed, out of those of the methods held against it."""
+    found: dict[tuple[str, float], dict[str, Row]] = {}
+    for (dataset, alpha, _), rows in groups.items():
+        for row in rows:
+            local = {**row, "mean": row["local_mean"], **dict.fromkeys(FIGURES.keys() - {"mean"}, "0")}
+            found.setdefault((dataset, alpha), {}).setdefault(row["seed"], local)
+    return {place: list(rows.values()) for place, rows in found.items()}

@@ -8,9 +8,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from fedekd.benchmark.collect import collect, paper_grid
+from fedekd.atomic import atomic_file
+from fedekd.benchmark.collect import measured_in
+from fedekd.benchmark.fill import fill
 from fedekd.benchmark.measured import Measured
-from fedekd.benchmark.published import DATASETS
 from fedekd.benchmark.report import make_report
 from fedekd.benchmark.report_files import write_report
 from fedekd.configuration.arguments import parse
@@ -30,6 +31,9 @@ def report_parser() -> ArgumentParser:
         "runs", type=str, nargs="*", help="Folders of results: of `benchmark`, of its CSV files, or of runs of `fit`."
     )
     parser.add_argument("--output", type=str | None, default=None, help="The report's folder (default: RUNS/report).")
+    parser.add_argument(
+        "--fill", type=str | None, default=None, help="A Markdown file whose marked places get the tables instead."
+    )
     parser.add_argument("--root", type=str, default="data", help="Folder of the data files, for Table 3.")
     return parser
 
@@ -40,9 +44,11 @@ def run(argv: Sequence[str]) -> int:
     if not config.runs:
         raise UserError("report needs a folder of results, as in: report runs/quick")
     folders = [Path(name) for name in config.runs]
-    rows = collect(folders)
-    keys = {key for dataset in DATASETS.keys() & {row["dataset"] for row in rows} for key in paper_grid(dataset)}
-    report = make_report(Measured(rows, keys), config.root, config.runs)
+    measured = measured_in(folders)
+    if config.fill:
+        _fill(Path(config.fill), measured)
+        return 0
+    report = make_report(measured, config.root, config.runs)
     output = Path(config.output) if config.output else folders[0] / "report"
     write_report(report, output)
     console = Console()
@@ -53,3 +59,15 @@ def run(argv: Sequence[str]) -> int:
     ):
         console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def _fill(path: Path, measured: Measured) -> None:
+    """Rewrite a Markdown file with its marked places filled."""
+    if not path.is_file():
+        raise UserError(f"--fill {path}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    filled = fill(text, measured)
+    if filled != text:
+        with atomic_file(path) as file:
+            file.write(filled.encode())
+    print(f"{path}: {'filled anew' if filled != text else 'nothing to change'}")
