@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,33 @@ def test_benchmark_command_fills_the_results_and_repeats_nothing(
     capsys.readouterr()
     assert main(command) == 0
     assert "2 cells, 2 of them finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_repeats_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        "blocks:\n- datasets: [digits]\n  alphas: [5.0]\n  seeds: [0, 1, 2]\n"
+        "  options: {rounds: 1, client.local_epochs: 1, data.batch_size: 256}\n"
+        "  methods: {FedAvg: {class_path: FedAvg}}\n"
+    )
+    code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "benchmark", "--config", "grid.yaml", "--output", "out"]
+    kept = tmp_path / "out/results/digits.csv"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as running:
+        until = time.monotonic() + 300
+        while not kept.exists():
+            assert running.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        running.kill()
+    before = read_results(kept.parent)
+    assert 1 <= len(before) < 3
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"3 cells, {len(before)} of them finished" in ended.stdout
+    after = read_results(kept.parent)
+    assert len(after) == 3
+    # The seconds that a run took would differ if it had been run again.
+    assert {key: after[key] for key in before} == before
 
 
 @pytest.mark.parametrize(
