@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -13,6 +14,24 @@ import pytest
 import torch
 
 from fedekd.data import FederatedDataModule
+from fedekd.federation import RunFolder
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the collections at the end of each round need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Extension modules complain at exit of what is still frozen."""
+    gc.unfreeze()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no figures, which takes longer than to train on a hundred images."""
+    monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
 
 
 @pytest.fixture(autouse=True)

@@ -85,8 +85,8 @@ def p_value(value: float | None) -> str:
     """A p-value in two digits; empty if there is none.
 
     Example:
-        >>> p_value(0.00195), p_value(0.0000004), p_value(None)
-        ('0.002', '<0.0001', '')
+        >>> p_value(0.0123), p_value(0.0000004), p_value(None)
+        ('0.012', '<0.0001', '')
     """
     if value is None:
         return ""

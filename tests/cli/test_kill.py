@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from fedekd.cli import main
 
 #: Runs the command in a process of its own, which kills itself with SIGKILL at the n-th event of a kind.
 VICTIM = """
-import os, pathlib, signal, sys
+import os, pathlib, signal
 from fedekd.cli import main
 from fedekd.data import batches
 
-kind, count = sys.argv[1].split(":")
+kind, count = moment.split(":")
 left = int(count)
 
 def die_at_last(here):
@@ -48,8 +49,18 @@ def scale(images):  # a training batch
     return real_scale(images)
 
 os.fsync, pathlib.Path.replace, batches.scale = fsync, replace, scale
-main(sys.argv[2:])
+main(arguments)
 """
+
+
+def kill(moment: str, arguments: list[str]) -> None:
+    """Run a command until it kills itself; forked from a server that has imported everything already."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fedekd.cli.fit", "fedekd.reporting.wandb_logger"])
+    victim = context.Process(target=exec, args=(VICTIM, {"moment": moment, "arguments": arguments}))
+    victim.start()
+    victim.join(300)
+    assert victim.exitcode == -signal.SIGKILL
 
 
 def options(npz: Path, *more: str) -> list[str]:
@@ -107,10 +118,7 @@ MOMENTS = [
 def test_kill_and_resume(moment: str, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     npz, expected = quiet_run
     arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", "--logger=null")
-    killed = subprocess.run(
-        [sys.executable, "-c", VICTIM, moment, *arguments], capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill(moment, arguments)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     assert contents(tmp_path / "run") == expected
@@ -126,10 +134,7 @@ def test_wandb_holds_every_round_once_after_a_kill(
     npz, _ = quiet_run
     logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
     arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", logger)
-    killed = subprocess.run(
-        [sys.executable, "-c", VICTIM, "fsync:26", *arguments], capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill("fsync:26", arguments)
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
     rounds = [row["round"] for run in runs for row in read_history(run) if "round" in row]

@@ -17,7 +17,7 @@ Federate = Callable[..., Orchestrator]
 
 
 @pytest.fixture
-def federate(npz: Path) -> Federate:
+def federate(npz: Path, undrawn: None) -> Federate:
     """Makes an orchestrator over three clients of a small data set; keyword arguments replace its parts."""
 
     def make(method: Method | None = None, **parts: Any) -> Orchestrator:

@@ -17,7 +17,7 @@ Federate = Callable[..., Orchestrator]
 
 
 @pytest.fixture
-def federate(npz: Path) -> Federate:
+def federate(npz: Path, undrawn: None) -> Federate:
     """Makes an orchestrator of a method over three clients; keyword arguments replace its parts."""
 
     def make(method: Method, task: str | None = None, precision: str = "32-true", **parts: Any) -> Orchestrator:

@@ -1,0 +1,66 @@
+"""What a process needs: its peak memory, and the time until it answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from statistics import median
+
+import torch
+
+from benchmarks import bare, script
+from benchmarks.setting import Setting
+from benchmarks.timing import NAMES
+from fedekd.federation import InProcessEngine
+from fedekd.methods import Client, FedeKD
+
+
+def memory(options: list[str]) -> None:
+    """Peak memory of a process that runs one private phase and one proxy phase."""
+    print("\n## Peak memory of both phases\n")
+    for name in NAMES:
+        told = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench", *options, "--memory-of", name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        print(f"- {NAMES[name]}: {told.stdout.strip()}")
+
+
+def memory_of(setting: Setting, name: str) -> None:
+    """Run both phases of one contender and tell this process's peak."""
+    import resource
+
+    indices = setting.data.clients[0].train[:640]
+    networks = {role: setting.blueprint.network(role, 0) for role in ("private", "proxy")}
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name == "fedekd":
+        method = FedeKD()
+        method.start(setting.blueprint)
+        client = Client(0, setting.data.clients[0], setting.data.images, setting.blueprint)
+        client.images = InProcessEngine(method, setting.data, setting.blueprint).images
+        client.splits = type(client.splits)(**{**vars(client.splits), "train": indices})
+        method.equip(client)
+        method.absorb(client, method.upload(client, 0).state, 1)
+    else:
+        module = bare if name == "bare" else script
+        place = indices.to(setting.device) if name == "bare" else indices
+        module.proxy_phase(setting, networks["private"], networks["proxy"], place)
+        module.private_phase(setting, networks["private"], networks["proxy"], place)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = f"{peak / 1024:.0f} MiB, of which {(peak - base) / 1024:.0f} MiB for training"
+    if setting.device.type == "cuda":
+        told += f"; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU"
+    print(told)
+
+
+def start_up() -> None:
+    """Seconds until `--help` is there."""
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "orchestrator.py", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    print(f"\n## Start-up\n\n`python orchestrator.py --help`: {median(seconds):.2f} s (of five, median)")

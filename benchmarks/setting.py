@@ -1,0 +1,96 @@
+"""What all contenders share: data, models, number of steps, precision, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedekd.data import FederatedDataModule, ImageData, load_images
+from fedekd.errors import UserError
+from fedekd.methods import Blueprint, ClientOptions
+from fedekd.modules import TrainerFactory
+
+
+@dataclass
+class Setting:
+    """One benchmark's common ground.
+
+    Attributes:
+        data: FashionMNIST, or random images of its shape, dealt to six clients at alpha 0.1.
+        blueprint: How networks are built and trained.
+        images: All images, uint8, on the device.
+        targets: All labels, on the device.
+        source: Where the images come from.
+    """
+
+    data: FederatedDataModule
+    blueprint: Blueprint
+    images: Tensor
+    targets: Tensor
+    source: str
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    epochs: int = 2
+
+    @property
+    def trainer(self) -> TrainerFactory:
+        """Device, precision and threads."""
+        return self.blueprint.trainer
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.trainer.torch_device
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return self.trainer.autocast()
+
+    def synchronize(self) -> None:
+        """Wait for what was launched on a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def threads(self, number: int) -> Iterator[None]:
+        """Inside, so many CPU threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0) -> Setting:
+    """FashionMNIST's first `samples` images, or random ones where it is not at hand; nothing is downloaded."""
+    try:
+        whole, source = load_images("fashionmnist", root, download=False), "FashionMNIST"
+        images, targets = whole.images[:samples], whole.targets[:samples]
+    except UserError:
+        source = "random images of FashionMNIST's shape"
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (samples, 1, 28, 28), dtype=torch.uint8, generator=generator)
+        targets = torch.randint(0, 10, (samples,), generator=generator)
+    data = FederatedDataModule("fashionmnist", num_clients=6, alpha=0.1, seed=seed)
+    data.adopt(ImageData("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
+    data.setup()
+    blueprint = Blueprint(
+        task="classification",
+        in_channels=1,
+        image_size=(28, 28),
+        num_outputs=10,
+        batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        seed=seed,
+        client=ClientOptions(),
+        trainer=trainer.resolve(),
+        num_clients=6,
+        rounds=1,
+    )
+    device = blueprint.trainer.torch_device
+    return Setting(data, blueprint, data.images.images.to(device), data.images.targets.to(device), source)
