@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.statistics import MIN_PAIRS, PairedTest, Ranking, holm, paired, rank
-from fedekd.benchmark.tables import SWEEPS
 
 #: The measures that methods are compared in: harm on average, and at worst.
 COMPARED = {"delta_avg": "average Delta", "delta_worst": "worst Delta"}
+
+#: FedeKD, and the two controls of its gate: its weights dealt at random, and full trust.
+GATED, SHUFFLED, UNGATED = "FedeKD", "Shuffled gate", "No gating"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Comparison:
         measure: Column of the results.
         first: A method.
         second: The method that it is held against.
-        gain: +1 if a positive difference favours the first, -1 if a negative one does.
+        sign: +1 if a positive difference favours the first, -1 if a negative one does.
         test: The paired test.
         adjusted: Its p-value adjusted by Holm for its family; None where there is none.
     """
@@ -33,89 +36,108 @@ class Comparison:
     measure: str
     first: str
     second: str
-    gain: int
+    sign: int
     test: PairedTest
     adjusted: float | None = None
 
+    @property
+    def gain(self) -> float:
+        """What the first gains on the second: positive where it is better, whatever the score."""
+        return self.sign * self.test.difference
 
-def compare(measured: Measured, dataset: str, alpha: float, measure: str, first: str, second: str) -> Comparison | None:
-    """A comparison of two methods, or None if no seed has both."""
+    @property
+    def favours(self) -> str:
+        """The method with the better mean."""
+        return self.first if self.gain > 0 else self.second if self.gain < 0 else "neither"
+
+
+def compare(measured: Measured, first: str, second: str, dataset: str, alpha: float, measure: str) -> Comparison:
+    """A comparison of two methods, over the seeds that both have."""
     ours, theirs = (measured.values(measure, method, dataset, alpha) for method in (first, second))
-    test = paired(ours, theirs)
-    gain = 1 if measured.metric(dataset) == "accuracy" else -1
-    return Comparison(dataset, alpha, measure, first, second, gain, test) if test.pairs else None
+    sign = 1 if measured.metric(dataset) == "accuracy" else -1
+    return Comparison(dataset, alpha, measure, first, second, sign, paired(ours, theirs))
 
 
-def adjust(family: list[Comparison]) -> list[Comparison]:
-    """The comparisons with their p-values adjusted as one family."""
-    tested = [comparison for comparison in family if comparison.test.p is not None]
-    values = iter(holm([comparison.test.p for comparison in tested if comparison.test.p is not None]))
-    return [
-        comparison if comparison.test.p is None else replace(comparison, adjusted=next(values)) for comparison in family
-    ]
+def family(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those comparisons that have a pair, with their p-values adjusted together."""
+    found = [comparison for comparison in comparisons if comparison.test.pairs]
+    adjusted = iter(holm([c.test.p for c in found if c.test.p is not None]))
+    return [c if c.test.p is None else replace(c, adjusted=next(adjusted)) for c in found]
 
 
-def against(measured: Measured, method: str = "FedeKD") -> list[Comparison]:
-    """A method against every other; a family is one data set, alpha and measure."""
+def against(measured: Measured, method: str = GATED) -> list[Comparison]:
+    """A method against every other but the controls of its gate; a family is one data set, alpha and measure."""
     found: list[Comparison] = []
-    for dataset, alpha, measure in _places(measured):
-        others = [name for name in _unswept(measured, dataset) if name not in (method, "Local")]
-        family = [compare(measured, dataset, alpha, measure, method, other) for other in others]
-        found += adjust([comparison for comparison in family if comparison is not None])
+    for dataset in measured.datasets:
+        others = [name for name in measured.methods(dataset) if name not in (method, "Local", SHUFFLED, UNGATED)]
+        for alpha in measured.alphas(dataset):
+            for measure in COMPARED:
+                found += family(compare(measured, method, other, dataset, alpha, measure) for other in others)
     return found
 
 
-def rankings(measured: Measured) -> list[tuple[str, str, Ranking]]:
-    """For each data set and measure the ranking of the methods over (alpha, seed), Local among them.
+@dataclass(frozen=True)
+class Standing:
+    """How methods rank on a data set.
 
-    The repetitions are those that all ranked methods have; a method with too few is left out.
+    Attributes:
+        dataset: The data set.
+        measure: What they are ranked by.
+        ranking: The ranking, Local among the ranked.
+        alphas: Over which alphas.
+        omitted: Methods that share too few runs with the others.
     """
+
+    dataset: str
+    measure: str
+    ranking: Ranking
+    alphas: Sequence[float]
+    omitted: Sequence[str]
+
+
+def standings(measured: Measured) -> list[Standing]:
+    """For each data set and measure the ranking of the methods over (alpha, seed)."""
     found = []
     for dataset in measured.datasets:
         for measure in COMPARED:
-            scores = {name: _by_place(measured, dataset, measure, name) for name in _unswept(measured, dataset)}
-            scores.pop("Local", None)
-            common = _common(scores)
-            if len(common) >= MIN_PAIRS and len(scores) >= 2:
-                table = {name: [values[place] for place in common] for name, values in scores.items()}
-                # Doing without the others: its Delta is zero by definition.
+            scores = {
+                name: _scores(measured, dataset, measure, name) for name in measured.methods(dataset) if name != "Local"
+            }
+            ranked, common = _with_common(scores)
+            if len(ranked) >= 2:
+                table = {name: [scores[name][place] for place in common] for name in ranked}
+                # To do without the others: its Delta is zero by definition.
                 table["Local"] = [0.0] * len(common)
-                found.append((dataset, measure, rank(table, measured.metric(dataset) == "accuracy")))
+                ranking = rank(table, measured.metric(dataset) == "accuracy")
+                alphas = sorted({alpha for alpha, _ in common})
+                found.append(Standing(dataset, measure, ranking, alphas, [m for m in scores if m not in ranked]))
     return found
 
 
-def _common(scores: dict[str, dict[tuple[float, int], float]]) -> list[tuple[float, int]]:
-    """The places that all have; those with the fewest are dropped from `scores` until there are enough."""
-    while scores:
-        shared = set.intersection(*(set(values) for values in scores.values()))
-        if len(shared) >= MIN_PAIRS:
-            return sorted(shared)
-        scores.pop(min(scores, key=lambda name: len(scores[name])))
-    return []
+_Scores = dict[tuple[float, int], float]
 
 
-def _by_place(measured: Measured, dataset: str, measure: str, method: str) -> dict[tuple[float, int], float]:
+def _scores(measured: Measured, dataset: str, measure: str, method: str) -> _Scores:
+    """A method's scores by alpha and seed, without runs that diverged."""
     return {
         (alpha, seed): value
         for alpha in measured.alphas(dataset)
         for seed, value in measured.values(measure, method, dataset, alpha).items()
+        if not math.isnan(value)
     }
 
 
-def _places(measured: Measured) -> Iterator[tuple[str, float, str]]:
-    for dataset in measured.datasets:
-        for alpha in measured.alphas(dataset):
-            for measure in COMPARED:
-                yield dataset, alpha, measure
-
-
-def _unswept(measured: Measured, dataset: str) -> list[str]:
-    return [name for name in measured.methods(dataset) if not name.startswith(SWEEPS)]
-
-
-def by_place(comparisons: list[Comparison]) -> Mapping[tuple[str, float], list[Comparison]]:
-    """Comparisons grouped by data set and alpha."""
-    groups: dict[tuple[str, float], list[Comparison]] = {}
-    for comparison in comparisons:
-        groups.setdefault((comparison.dataset, comparison.alpha), []).append(comparison)
-    return groups
+def _with_common(scores: dict[str, _Scores]) -> tuple[list[str], list[tuple[float, int]]]:
+    """As many methods as share enough places, and those places; the method with the most places begins."""
+    chosen: list[str] = []
+    common: set[tuple[float, int]] = set()
+    waiting = sorted(scores, key=lambda name: -len(scores[name]))
+    while waiting:
+        name = max(waiting, key=lambda name: len(common & scores[name].keys()) if chosen else len(scores[name]))
+        waiting.remove(name)
+        shared = common & scores[name].keys() if chosen else set(scores[name])
+        if len(shared) < MIN_PAIRS:
+            break
+        chosen.append(name)
+        common = shared
+    return [name for name in scores if name in chosen], sorted(common)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedekd.benchmark.measured import Measured
-from fedekd.benchmark.published import DATASETS
+from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.statistics import LEVEL, Ranking
 from fedekd.benchmark.tables import Panel, Table
 from fedekd.reporting.figures import BLACK, BLUE, GREY
@@ -75,24 +74,32 @@ def _score_bars(axes: Axes, panel: Panel, higher: bool) -> None:
 def swept(measured: Measured, parameter: str) -> Mapping[str, Mapping[float, dict[int, float]]]:
     """Average Delta at alpha 0.5 by data set, value of a parameter and seed, the default 1 being FedeKD itself.
 
+    The seeds are those that all values have, or a mean would be of other partitions than its neighbour.
+
     Args:
         measured: The results.
         parameter: `beta` or `lambda_kd`, as the labels of the sweeps begin.
     """
     found = {}
     for dataset in measured.datasets:
-        methods = [name for name in measured.methods(dataset) if name.startswith(f"{parameter} ")]
-        values = {
-            float(name.partition(" ")[2]): measured.values("delta_avg", name, dataset, SWEEP_ALPHA) for name in methods
-        }
+        values = {_DEFAULT: measured.values("delta_avg", "FedeKD", dataset, SWEEP_ALPHA)}
+        for name in measured.methods(dataset, swept=True):
+            swept_parameter, _, value = name.partition(" ")
+            if swept_parameter == parameter and _is_number(value):
+                values[float(value)] = measured.values("delta_avg", name, dataset, SWEEP_ALPHA)
         values = {value: of_seed for value, of_seed in values.items() if of_seed}
-        if values:
-            seeds = set.union(*(set(of_seed) for of_seed in values.values()))
-            default = measured.values("delta_avg", "FedeKD", dataset, SWEEP_ALPHA)
-            # The same seeds for all, or the default would be the mean of other partitions.
-            values[_DEFAULT] = {seed: value for seed, value in default.items() if seed in seeds}
-            found[dataset] = {value: values[value] for value in sorted(values) if values[value]}
+        seeds = set.intersection(*(set(of_seed) for of_seed in values.values())) if len(values) > 1 else set()
+        if seeds:
+            found[dataset] = {value: {seed: values[value][seed] for seed in sorted(seeds)} for value in sorted(values)}
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def sweep(measured: Measured, parameter: str) -> Figure | None:
@@ -110,28 +117,27 @@ def sweep(measured: Measured, parameter: str) -> Figure | None:
         places = range(len(by_value))
         middle = [mean(of_seed.values()) for of_seed in by_value.values()]
         spread = [stdev(of_seed.values()) if len(of_seed) > 1 else 0.0 for of_seed in by_value.values()]
-        for seed in sorted(set.union(*(set(of_seed) for of_seed in by_value.values()))):
-            line = [of_seed.get(seed, np.nan) for of_seed in by_value.values()]
+        for seed in next(iter(by_value.values())):
+            line = [of_seed[seed] for of_seed in by_value.values()]
             axes.plot(places, line, color=GREY, alpha=0.45, linewidth=0.8, marker=".", markersize=3)
         axes.errorbar(places, middle, yerr=spread, color=BLUE, marker="o", linewidth=2.2, capsize=3)
         axes.axhline(0.0, color=BLACK, linewidth=0.8, linestyle="--")
         axes.set_xticks(places, [f"{value:g}" for value in by_value])
         better = "higher" if measured.metric(dataset) == "accuracy" else "lower"
-        seeds = {len(of_seed) for of_seed in by_value.values()}
-        counted = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-        axes.set_title(f"{DATASETS.get(dataset, dataset)}, alpha {SWEEP_ALPHA}, {counted} seeds", fontsize=10)
+        seeds = len(next(iter(by_value.values())))
+        axes.set_title(f"{title(dataset)}, alpha {SWEEP_ALPHA}, {seeds} seeds", fontsize=10)
         axes.set_xlabel(parameter)
         axes.set_ylabel(f"average Delta ({better} is better)", fontsize=9)
         axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     return figure
 
 
-def critical_difference(ranking: Ranking, title: str) -> Figure:
+def critical_difference(ranking: Ranking, heading: str) -> Figure:
     """A ranking as Demsar draws it: bars join methods that Nemenyi's test does not tell apart.
 
     Args:
         ranking: The ranking.
-        title: What is ranked.
+        heading: What is ranked.
     """
     names, ranks = list(ranking.mean_ranks), list(ranking.mean_ranks.values())
     count, groups = len(names), ranking.alike()
@@ -157,7 +163,7 @@ def critical_difference(ranking: Ranking, title: str) -> Figure:
         ends = [ranking.mean_ranks[group[0]] - 0.04, ranking.mean_ranks[group[-1]] + 0.04]
         axes.plot(ends, [0.28 + 0.22 * place] * 2, color=BLACK, linewidth=3.2, solid_capstyle="butt")
     told = f"critical difference {ranking.critical_difference:.2f} at {LEVEL:.0%}, {ranking.repetitions} repetitions"
-    axes.set_title(f"{title}\n{told}, Friedman p = {ranking.p:.2g}", fontsize=10)
+    axes.set_title(f"{heading}\n{told}, Friedman p = {ranking.p:.2g}", fontsize=10)
     return figure
 
 

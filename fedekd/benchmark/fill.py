@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable
 
 from fedekd.benchmark.figures import SWEEP_ALPHA, swept
-from fedekd.benchmark.gate import gate_finding
+from fedekd.benchmark.gate import gate_comparisons, gate_finding
 from fedekd.benchmark.measured import Measured
-from fedekd.benchmark.report import verdicts
+from fedekd.benchmark.report import SWEPT, verdict_sentence
 from fedekd.benchmark.table import markdown_table, spread
-from fedekd.benchmark.tables import SWEEPS, build_tables
+from fedekd.benchmark.tables import build_tables
 from fedekd.errors import UserError, nearest
 
 #: `<!-- fill: NAME ARGUMENT -->`, what is filled in, `<!-- /fill -->`.
-_PLACE = re.compile(r"(<!-- fill: (\w+) ?([\w,.]*) -->\n)(.*?)(<!-- /fill -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- fill: ([^\s>]+) ?([^\s>]*) -->\n)(?:(?!<!-- fill).)*?(<!-- /fill -->)", re.DOTALL)
 
 
 def fill(text: str, measured: Measured) -> str:
@@ -29,25 +29,38 @@ def fill(text: str, measured: Measured) -> str:
         measured: The results.
 
     Raises:
-        UserError: If a place has a name that is not known.
+        UserError: If there is no place, one is not closed, or what it asks for is not known.
     """
 
     def filled(place: re.Match[str]) -> str:
         name, argument = place[2], place[3]
         if name not in _WRITERS:
             raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, _WRITERS)}")
-        return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[5]}"
+        return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[4]}"
 
-    return _PLACE.sub(filled, text)
+    result, count = _PLACE.subn(filled, text)
+    opened, closed = text.count("<!-- fill:"), text.count("<!-- /fill -->")
+    if not opened:
+        raise UserError("--fill: the file has no place to fill, as in <!-- fill: gate --> and <!-- /fill --> below it")
+    if not opened == closed == count:
+        raise UserError(f"--fill: of {opened} places <!-- fill: ... --> {count} are closed by <!-- /fill -->")
+    return result
 
 
 def _methods(measured: Measured, dataset: str) -> str:
-    rows = [r for r in measured.rows if r["dataset"] == dataset and not r["method"].startswith(SWEEPS)]
-    return markdown_table(rows) if rows else "Nothing was run."
+    if dataset not in measured.datasets:
+        raise UserError(f"<!-- fill: methods {dataset} -->: no such results; {nearest(dataset, measured.datasets)}")
+    methods = measured.methods(dataset)
+    return markdown_table(row for row in measured.rows if row["dataset"] == dataset and row["method"] in methods)
 
 
 def _sweep(measured: Measured, parameter: str) -> str:
+    parameters = [name for name, _ in SWEPT.values()]
+    if parameter not in parameters:
+        raise UserError(f"<!-- fill: sweep {parameter} -->: no such parameter; {nearest(parameter, parameters)}")
     data = swept(measured, parameter)
+    if not data:
+        return "Nothing was run."
     values = sorted({value for by_value in data.values() for value in by_value})
     heads = " | ".join(f"{parameter} {value:g}" for value in values)
     lines = [
@@ -56,20 +69,18 @@ def _sweep(measured: Measured, parameter: str) -> str:
     ]
     for dataset, by_value in data.items():
         cells = [spread(list(by_value[value].values()), True) if value in by_value else "" for value in values]
-        seeds = max(len(of_seed) for of_seed in by_value.values())
+        seeds = len(next(iter(by_value.values())))
         lines.append(f"| {dataset}, {measured.metric(dataset)} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)
 
 
 def _gate(measured: Measured, argument: str) -> str:
-    finding = gate_finding(measured)
+    finding = gate_finding(gate_comparisons(measured))
     return "\n".join((finding.summary, "", *(f"- {sentence}" for sentence in finding.places)))
 
 
 def _verdicts(measured: Measured, argument: str) -> str:
-    counts = verdicts(build_tables(measured))
-    told = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items(), key=lambda kv: -kv[1]))
-    return f"Of the paper's {sum(counts.values())} cells: {told}."
+    return verdict_sentence(build_tables(measured))
 
 
 _WRITERS: dict[str, Callable[[Measured, str], str]] = {

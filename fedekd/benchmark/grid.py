@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -48,6 +49,7 @@ class Cell:
         method: The label of the method.
         values: The run's configuration, as `config.yaml` would hold it.
         key: A hash of what decides its numbers; the same on every machine, and unmoved by options added later.
+        configuration: The same of all but the seed: cells of one configuration may be averaged.
     """
 
     dataset: str
@@ -56,6 +58,7 @@ class Cell:
     method: str
     values: Mapping[str, Any]
     key: str
+    configuration: str = ""
 
     @property
     def group(self) -> str:
@@ -91,8 +94,15 @@ def parse_filter(text: str) -> dict[str, str]:
     return conditions
 
 
-def cells(blocks: Sequence[Block], conditions: Mapping[str, str] | None = None) -> list[Cell]:
+def cells(
+    blocks: Sequence[Block], conditions: Mapping[str, str] | None = None, folder: Path | None = None
+) -> list[Cell]:
     """All cells of a grid that meet the conditions, each once; those that share Local come together.
+
+    Args:
+        blocks: Whose cells.
+        conditions: By dataset, alpha, seed or method, as `parse_filter` gives them.
+        folder: Where the data sets' configurations lie; by default they are looked for by name.
 
     Raises:
         UserError: If a configuration is not valid; it is found before anything runs.
@@ -108,11 +118,12 @@ def cells(blocks: Sequence[Block], conditions: Mapping[str, str] | None = None) 
                 if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
             ]
             if places:
-                values = _configuration(parser, dataset, method, block.options)
+                values = _configuration(parser, dataset, method, block.options, folder)
             for alpha, seed in places:
                 data = {**values["data"], "alpha": float(alpha)}
                 of_cell = {**values, "data": data, "seed": seed}
-                cell = Cell(dataset, float(alpha), seed, label, of_cell, cell_key(of_cell, parser))
+                keys = cell_key(of_cell, parser), cell_key({**of_cell, "seed": 0}, parser)
+                cell = Cell(dataset, float(alpha), seed, label, of_cell, *keys)
                 found.setdefault(cell.key, cell)
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
 
@@ -121,8 +132,11 @@ def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
     return all(_same(place[name], value) for name, value in conditions.items())
 
 
-def _configuration(parser: ArgumentParser, dataset: str, method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    argv = ["--config", f"{dataset}.yaml", f"--method={json.dumps(method)}"]
+def _configuration(
+    parser: ArgumentParser, dataset: str, method: Any, options: Mapping[str, Any], folder: Path | None
+) -> dict[str, Any]:
+    name = f"{dataset}.yaml"
+    argv = ["--config", str(folder / name) if folder else name, f"--method={json.dumps(method)}"]
     argv += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
     return as_values(parser, parse(parser, argv))
 

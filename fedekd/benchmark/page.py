@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedekd.benchmark.published import DATASETS, SEEDS, PublishedCell
+from fedekd.benchmark.comparisons import COMPARED
+from fedekd.benchmark.measured import title
+from fedekd.benchmark.published import SEEDS, PublishedCell
 from fedekd.benchmark.report import Report
 from fedekd.benchmark.statistics import LEVEL, MIN_PAIRS, MIN_SEEDS
 from fedekd.benchmark.tables import Entry, Table
@@ -36,7 +38,7 @@ def markdown_page(report: Report) -> str:
 
 def _render(template: str, report: Report, **more: Any) -> str:
     constants = {"seeds": SEEDS, "level": f"{LEVEL:.0%}", "min_pairs": MIN_PAIRS, "min_seeds": MIN_SEEDS}
-    text = _environment().get_template(template).render(report=report, datasets=DATASETS, **constants, **more)
+    text = _environment().get_template(template).render(report=report, **constants, **more)
     return text.rstrip() + "\n"
 
 
@@ -51,8 +53,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ours": ours, "theirs": theirs, "p": p_value, "minus": minus}
-    environment.globals |= {"faults": faults}
+    environment.filters |= {"ours": ours, "theirs": theirs, "p": p_value, "minus": minus, "md": markdown_cell}
+    environment.globals |= {"faults": faults, "title": title, "compared": COMPARED}
     return environment
 
 
@@ -69,6 +71,16 @@ def minus(text: str) -> str:
         True
     """
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def markdown_cell(text: object) -> str:
+    r"""Text as it may stand in a Markdown table.
+
+    Example:
+        >>> print(markdown_cell("a|<b>"))
+        a\|&lt;b>
+    """
+    return str(text).replace("|", r"\|").replace("<", "&lt;")
 
 
 def ours(entry: Entry, table: Table) -> str:

@@ -51,6 +51,13 @@ _MEASURES = {
 }
 
 
+#: Where configs/ knowingly departs from the paper, and why.
+DEPARTURES = {
+    "retinamnist": "clients hold at least 40 images (the paper does not say; with 10 some train on 6 and are scored on "
+    "2, and the mean RMSE at alpha 0.1 is 1.37 and not 1.31)",
+}
+
+
 @dataclass(frozen=True)
 class PublishedCell:
     """One figure of the paper.
@@ -147,8 +154,8 @@ def _is_feddyn(cell: PublishedCell, printed: list[PublishedCell]) -> bool:
     return cell.method == "FedDyn"
 
 
-def _is_low_global_model(cell: PublishedCell, printed: list[PublishedCell]) -> bool:
-    return cell.method in ("FedAvg", "FedProx") and cell.table in (1, 4, 6, 8)
+def _is_weak_global_model(cell: PublishedCell, printed: list[PublishedCell]) -> bool:
+    return cell.method in ("FedAvg", "FedProx")
 
 
 def _is_unseen_harm(cell: PublishedCell, printed: list[PublishedCell]) -> bool:
@@ -161,11 +168,12 @@ _FAULTS: tuple[tuple[Callable[[PublishedCell, list[PublishedCell]], bool], str],
     (_repeats_another_alpha, "equals the same row's cell at another alpha to the last digit, spread included"),
     (
         _is_feddyn,
-        "at chance, as a wrong sign of FedDyn's server state gives it; a right FedDyn lies slightly above FedAvg",
+        "at chance, or for RMSE far behind FedAvg, as a wrong sign of FedDyn's server state gives it",
     ),
     (
-        _is_low_global_model,
-        "lower than FedAvg from one shared initialization gives; other initial weights a client would explain it",
+        _is_weak_global_model,
+        "worse than from one shared initialization wherever that was measured (FashionMNIST, RetinaMNIST); initial "
+        "weights that differ by client would explain it",
     ),
     (_is_unseen_harm, "such harm from distillation without the gate is not seen under the paper's protocol"),
 )

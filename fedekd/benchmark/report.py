@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedekd.benchmark import figures
-from fedekd.benchmark.comparisons import COMPARED, Comparison, against, rankings
+from fedekd.benchmark.comparisons import COMPARED, Comparison, Standing, against, standings
 from fedekd.benchmark.datasets import DatasetLine, dataset_lines
 from fedekd.benchmark.gate import GateFinding, gate_comparisons, gate_finding
-from fedekd.benchmark.measured import Measured
-from fedekd.benchmark.published import DATASETS
-from fedekd.benchmark.tables import Table, build_tables
+from fedekd.benchmark.measured import Measured, title
+from fedekd.benchmark.published import DEPARTURES
+from fedekd.benchmark.tables import Entry, Table, build_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: The swept parameters by the number of the paper's figure, and what they are.
+SWEPT = {3: ("beta", "the sharpness of the gate"), 4: ("lambda_kd", "the weight of the distillation")}
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,16 @@ class Drawing:
     """A figure of the report.
 
     Attributes:
-        name: Of its files.
+        name: Of its file.
         title: What it shows.
-        figure: The drawing.
+        figure: The drawing; None if nothing of it was run.
+        told: The same in words, for those who cannot see it.
     """
 
     name: str
     title: str
-    figure: Figure
+    figure: Figure | None
+    told: str
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,12 @@ class Report:
         tables: Tables 1, 2 and 4-10.
         datasets: Table 3.
         drawings: Figures 2-4 and the rankings.
+        sweeps: By parameter what Figures 3 and 4 are drawn of.
+        standings: What the rankings are drawn of.
         comparisons: Paired tests of FedeKD against the other methods.
-        gate: Of the gate against shuffled weights and none.
+        gate: Of gate, shuffled weights and none.
         gate_finding: The same in words.
+        departures: Where the runs are knowingly not the paper's, by data set.
         provenance: Where the results come from, one entry a kind, with the number of runs.
         sources: What the report was made of.
     """
@@ -52,26 +61,47 @@ class Report:
     tables: Sequence[Table]
     datasets: Sequence[DatasetLine]
     drawings: Sequence[Drawing]
+    sweeps: Mapping[str, Mapping[str, Mapping[float, dict[int, float]]]]
+    standings: Sequence[Standing]
     comparisons: Sequence[Comparison]
     gate: Sequence[Comparison]
     gate_finding: GateFinding
+    departures: Mapping[str, str]
     provenance: Sequence[tuple[Mapping[str, str], int]]
     sources: Sequence[str]
 
     @property
-    def verdicts(self) -> Mapping[str, int]:
-        """How many of the paper's printed cells have which verdict."""
-        return verdicts(self.tables)
+    def counts(self) -> Mapping[str, int]:
+        """How many of the paper's printed cells have which verdict, most first."""
+        return count_verdicts(self.tables)
+
+    @property
+    def verdict_sentence(self) -> str:
+        """The same in a sentence."""
+        return verdict_sentence(self.tables)
 
 
-def verdicts(tables: Sequence[Table]) -> Mapping[str, int]:
-    """How many of the paper's printed cells have which verdict."""
-    return Counter(
-        entry.verdict
-        for table in tables
-        for _, _, _, entry in table.entries()
-        if entry.paper is not None and not entry.paper.derived
-    )
+def _printed(tables: Sequence[Table]) -> Iterator[Entry]:
+    for table in tables:
+        for *_, entry in table.entries():
+            if entry.paper is not None and not entry.paper.derived:
+                yield entry
+
+
+def count_verdicts(tables: Sequence[Table]) -> Mapping[str, int]:
+    """How many of the paper's printed cells have which verdict, most first."""
+    return dict(Counter(entry.verdict for entry in _printed(tables)).most_common())
+
+
+def verdict_sentence(tables: Sequence[Table]) -> str:
+    """As in `Of the paper's 456 cells: not run 372, differs 52 (41 of them marked as faulty), agrees 32.`."""
+    counts = count_verdicts(tables)
+    faulty = sum(entry.verdict == "differs" and bool(entry.paper and entry.paper.fault) for entry in _printed(tables))
+    told = [
+        f"{verdict} {count}" + (f" ({faulty} of them marked as faulty)" if verdict == "differs" and faulty else "")
+        for verdict, count in counts.items()
+    ]
+    return f"Of the paper's {sum(counts.values())} cells: {', '.join(told)}."
 
 
 def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report:
@@ -82,34 +112,40 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
         root: Folder of the data files, for Table 3.
         sources: What the results were read from.
     """
-    tables = build_tables(measured)
-    known = [name for name in measured.datasets if not name.endswith("other options")]
+    tables, ranked, gate = build_tables(measured), standings(measured), gate_comparisons(measured)
+    sweeps = {parameter: figures.swept(measured, parameter) for parameter, _ in SWEPT.values()}
     return Report(
         tables=tables,
-        datasets=dataset_lines(root, known),
-        drawings=_drawings(measured, tables),
+        datasets=dataset_lines(root, [name for name in measured.datasets if "," not in name]),
+        drawings=[*_drawings(measured, tables), *map(_ranking, ranked)],
+        sweeps=sweeps,
+        standings=ranked,
         comparisons=against(measured),
-        gate=gate_comparisons(measured),
-        gate_finding=gate_finding(measured),
+        gate=gate,
+        gate_finding=gate_finding(gate),
+        departures={title(name): told for name, told in DEPARTURES.items() if name in measured.datasets},
         provenance=_provenance(measured),
         sources=list(sources),
     )
 
 
-def _drawings(measured: Measured, tables: Sequence[Table]) -> list[Drawing]:
-    found = [Drawing("figure2", "Figure 2: mean scores at alpha 0.1", figures.scores(tables))]
-    for number, parameter, meaning in (
-        (3, "beta", "the sharpness of the gate"),
-        (4, "lambda_kd", "the weight of the distillation"),
-    ):
+def _drawings(measured: Measured, tables: Sequence[Table]) -> Iterator[Drawing]:
+    told = "the same figures stand in Tables 8 and 9"
+    yield Drawing("figure2", "Figure 2. Mean scores at alpha 0.1", figures.scores(tables), told)
+    for number, (parameter, meaning) in SWEPT.items():
         drawn = figures.sweep(measured, parameter)
-        if drawn is not None:
-            found.append(Drawing(f"figure{number}", f"Figure {number}: average Delta over {meaning}", drawn))
-    for dataset, measure, ranking in rankings(measured):
-        title = f"{DATASETS.get(dataset, dataset)}: methods ranked by {COMPARED[measure]}"
-        drawing = figures.critical_difference(ranking, title)
-        found.append(Drawing(f"ranking-{dataset}-{measure.removeprefix('delta_')}", title, drawing))
-    return found
+        yield Drawing(f"figure{number}", f"Figure {number}. Average Delta over {parameter}, {meaning}", drawn, "")
+
+
+def _ranking(standing: Standing) -> Drawing:
+    heading = f"{title(standing.dataset)}: methods ranked by {COMPARED[standing.measure]}"
+    alphas = ", ".join(f"{alpha:g}" for alpha in standing.alphas)
+    ranks = ", ".join(f"{name} {value:.2f}" for name, value in standing.ranking.mean_ranks.items())
+    told = f"Alpha {alphas}, {standing.ranking.repetitions} runs a method; mean ranks: {ranks}."
+    if standing.omitted:
+        told += f" Left out for too few runs: {', '.join(standing.omitted)}."
+    name = f"ranking-{re.sub('[^a-z0-9]+', '-', standing.dataset.lower())}-{standing.measure.removeprefix('delta_')}"
+    return Drawing(name, heading, figures.critical_difference(standing.ranking, heading), told)
 
 
 def _provenance(measured: Measured) -> list[tuple[Mapping[str, str], int]]:

@@ -6,21 +6,25 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedekd.atomic import atomic_file
-from fedekd.benchmark.comparisons import Comparison
+from fedekd.benchmark.comparisons import Comparison, Standing
 from fedekd.benchmark.datasets import DatasetLine
 from fedekd.benchmark.page import html_page, markdown_page
-from fedekd.benchmark.report import Report
+from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
 from fedekd.reporting.figures import save
 
+#: Names of what a report writes: an older report's leftovers are recognized by them, and nothing else is touched.
+_OURS = (("figures", r"(figure\d|ranking-.+)\.png"), ("tables", r"(table\d\d|figure\d|paired|gate|rankings)\.csv"))
+
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write a report; what is there of the same name is replaced.
+    """Write a report; an older one in the same folder is replaced.
 
     Args:
         report: The report.
@@ -31,9 +35,10 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     """
     pictures: dict[str, Path] = {}
     for drawing in report.drawings:
-        pictures[drawing.name] = folder / "figures" / f"{drawing.name}.png"
-        pictures[drawing.name].parent.mkdir(parents=True, exist_ok=True)
-        save(drawing.figure, pictures[drawing.name])
+        if drawing.figure is not None:
+            pictures[drawing.name] = folder / "figures" / f"{drawing.name}.png"
+            pictures[drawing.name].parent.mkdir(parents=True, exist_ok=True)
+            save(drawing.figure, pictures[drawing.name])
     written = list(pictures.values())
     for name, columns, lines in _csv_tables(report):
         written.append(folder / "tables" / f"{name}.csv")
@@ -41,6 +46,10 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     for name, text in (("report.md", markdown_page(report)), ("index.html", html_page(report, pictures))):
         written.append(folder / name)
         _write(written[-1], text)
+    for subfolder, pattern in _OURS:
+        for path in (folder / subfolder).glob("*"):
+            if path not in written and re.fullmatch(pattern, path.name):
+                path.unlink()
     return written
 
 
@@ -65,15 +74,17 @@ _CELL_COLUMNS = (
     *("table", "dataset", "alpha", "method", "measure", "mean", "std", "seeds", "values", "best"),
     *("paper_mean", "paper_std", "p", "verdict", "fault"),
 )
-_TEST_COLUMNS = ("dataset", "alpha", "measure", "first", "second", "pairs", "difference", "p", "p_holm", "favours")
 
 
 def _csv_tables(report: Report) -> list[tuple[str, Sequence[str], list[dict[str, Any]]]]:
     """Name, columns and lines of every CSV file."""
-    facts = ("dataset", "task", "classes", "size", "channels", "samples", "splits", "per_class", "verdict", "missing")
+    figure2 = [line for table in report.tables if table.number in (8, 9) for line in _cell_lines(table)]
     return [
         *((table.name, _CELL_COLUMNS, _cell_lines(table)) for table in report.tables),
-        ("table03", facts, [_dataset_line(line) for line in report.datasets]),
+        ("table03", _FACT_COLUMNS, [_dataset_line(line) for line in report.datasets]),
+        ("figure2", _CELL_COLUMNS, [line for line in figure2 if line["alpha"] == 0.1]),
+        *((f"figure{n}", _SWEEP_COLUMNS, _sweep_lines(report.sweeps[name])) for n, (name, _) in SWEPT.items()),
+        ("rankings", _RANK_COLUMNS, [line for standing in report.standings for line in _rank_lines(standing)]),
         ("paired", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.comparisons]),
         ("gate", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.gate]),
     ]
@@ -102,26 +113,53 @@ def _cell_lines(table: Table) -> list[dict[str, Any]]:
     ]
 
 
+_FACTS = ("task", "classes", "size", "channels", "samples", "splits")
+_FACT_COLUMNS = ("dataset", *_FACTS, "per_class", *(f"paper_{name}" for name in _FACTS), "verdict", "missing")
+
+
 def _dataset_line(line: DatasetLine) -> dict[str, Any]:
-    told: dict[str, Any] = {"dataset": line.name, "verdict": line.verdict, "missing": line.missing}
-    facts = line.loaded or line.paper
-    if facts is not None:
-        told |= {"task": facts.task, "classes": facts.classes, "size": f"{facts.size[0]}x{facts.size[1]}"}
-        told |= {"channels": facts.channels, "samples": facts.samples, "splits": " ".join(map(str, facts.splits))}
-    return told | {"per_class": " ".join(map(str, line.per_class))}
+    told: dict[str, Any] = {"dataset": line.name, "per_class": " ".join(map(str, line.per_class))}
+    for prefix, facts in (("", line.loaded), ("paper_", line.paper)):
+        if facts is not None:
+            values = (facts.task, facts.classes, f"{facts.size[0]}x{facts.size[1]}", facts.channels, facts.samples)
+            told |= {f"{prefix}{name}": value for name, value in zip(_FACTS, values, strict=False)}
+            told[f"{prefix}splits"] = " ".join(map(str, facts.splits))
+    return told | {"verdict": line.verdict, "missing": line.missing}
+
+
+_SWEEP_COLUMNS = ("dataset", "value", "seed", "delta_avg")
+
+
+def _sweep_lines(sweep: Mapping[str, Mapping[float, dict[int, float]]]) -> list[dict[str, Any]]:
+    return [
+        {"dataset": dataset, "value": value, "seed": seed, "delta_avg": delta}
+        for dataset, by_value in sweep.items()
+        for value, of_seed in by_value.items()
+        for seed, delta in of_seed.items()
+    ]
+
+
+_RANK_COLUMNS = ("dataset", "measure", "method", "mean_rank", "repetitions", "friedman_p", "critical_difference")
+
+
+def _rank_lines(standing: Standing) -> list[dict[str, Any]]:
+    ranking = standing.ranking
+    shared = {"repetitions": ranking.repetitions, "friedman_p": ranking.p}
+    shared |= {"critical_difference": ranking.critical_difference}
+    return [
+        {"dataset": standing.dataset, "measure": standing.measure, "method": name, "mean_rank": value, **shared}
+        for name, value in ranking.mean_ranks.items()
+    ]
+
+
+_TEST_COLUMNS = ("dataset", "alpha", "measure", "first", "second", "pairs", "difference", "p", "p_holm", "favours")
 
 
 def _test_line(comparison: Comparison) -> dict[str, Any]:
-    favour = comparison.gain * comparison.test.difference
     return {
-        "dataset": comparison.dataset,
-        "alpha": comparison.alpha,
-        "measure": comparison.measure,
-        "first": comparison.first,
-        "second": comparison.second,
+        **{name: getattr(comparison, name) for name in ("dataset", "alpha", "measure", "first", "second", "favours")},
         "pairs": comparison.test.pairs,
         "difference": comparison.test.difference,
         "p": comparison.test.p,
         "p_holm": comparison.adjusted,
-        "favours": comparison.first if favour > 0 else comparison.second if favour < 0 else "neither",
     }

@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from fedekd.atomic import atomic_file
+from fedekd.errors import UserError
 
 #: The columns of a results file: what was run, what came out, and where from.
 COLUMNS = (
-    *("key", "dataset", "alpha", "seed", "method", "task", "metric", "rounds", "clients"),
+    *("key", "configuration", "dataset", "alpha", "seed", "method", "task", "metric", "rounds", "clients"),
     *("mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "bytes_up", "bytes_down"),
     *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads"),
 )
 
+_NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
+
 Row = dict[str, str]
 
 
-def to_row(key: str, method: str, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> Row:
+def to_row(key: str, configuration: str, method: str, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> Row:
     """A run's summary as one row; floats are written in the fewest digits that read back the same."""
     delta = summary["delta"]
     tail = next(value for name, value in delta.items() if name.startswith("p"))
     values = {
         "key": key,
+        "configuration": configuration,
         "method": method,
         **{name: summary[name] for name in ("dataset", "alpha", "seed", "task", "metric", "rounds", "mean", "worst")},
         "local_mean": summary["local_mean"],
@@ -44,12 +48,38 @@ def to_row(key: str, method: str, summary: Mapping[str, Any], provenance: Mappin
 
 
 def read_results(folder: Path) -> dict[str, Row]:
-    """All rows of a folder's CSV files, by key; none if the folder is not there."""
+    """All rows of a folder's CSV files, by key; none if the folder is not there.
+
+    Raises:
+        UserError: If a file is damaged; it names the line.
+    """
     rows: dict[str, Row] = {}
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            rows |= {row["key"]: row for row in csv.DictReader(file) if row.get("key")}
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                table = csv.DictReader(file)
+                if "key" not in (table.fieldnames or ()):
+                    continue  # the metrics.csv of a run, say
+                rows |= {row["key"]: row for row in (_checked(row, path, table.line_num) for row in table)}
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} is no CSV file of results: {error}") from error
     return rows
+
+
+def _checked(row: dict[Any, Any], path: Path, line: int) -> Row:
+    """A row with every column in it, and numbers where there must be some (NaN for a run that diverged)."""
+    if lacking := [name for name in COLUMNS if row.get(name) is None]:
+        raise UserError(f"{path}, line {line}: no {lacking[0]}; these are no results of benchmark, or they are damaged")
+    for name in _NUMBERS:
+        try:
+            float(row[name])
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {name} is {row[name]!r}, and must be a number") from error
+    if not row["seed"].lstrip("-").isdecimal():
+        raise UserError(f"{path}, line {line}: seed is {row['seed']!r}, and must be a whole number")
+    if row["metric"] not in ("accuracy", "rmse"):
+        raise UserError(f"{path}, line {line}: metric is {row['metric']!r}, and must be accuracy or rmse")
+    return row
 
 
 def write_results(folder: Path, rows: Iterable[Row]) -> None:

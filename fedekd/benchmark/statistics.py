@@ -51,7 +51,7 @@ class PairedTest:
     Attributes:
         pairs: How many.
         difference: Mean of the first minus the second; NaN without a pair.
-        p: Two-sided p of Wilcoxon's signed-rank test; None with fewer than `MIN_PAIRS` pairs.
+        p: Two-sided p of Wilcoxon's signed-rank test; None with fewer than `MIN_PAIRS` pairs, or a diverged run.
     """
 
     pairs: int
@@ -80,11 +80,13 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> PairedTes
         return PairedTest(0, math.nan, None)
     if len(differences) < MIN_PAIRS:
         p = None
+    elif any(math.isnan(value) for value in differences):
+        p = None  # a run diverged: no rank says how bad that is
     elif not any(differences):
         p = 1.0
     else:
         p = float(wilcoxon(differences, zero_method="zsplit").pvalue)
-    return PairedTest(len(differences), mean(differences), p)
+    return PairedTest(len(differences), math.fsum(differences) / len(differences), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

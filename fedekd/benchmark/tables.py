@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from statistics import mean, stdev
+from dataclasses import dataclass, replace
+from statistics import stdev
 from typing import Literal
 
-from fedekd.benchmark.measured import Measured
+from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.published import ALPHAS, DATASETS, SEEDS, PublishedCell, published
 from fedekd.benchmark.statistics import LEVEL, MIN_SEEDS, welch
 
-Verdict = Literal["agrees", "differs", "too few seeds", "not run", "not in the paper", "no spread in the paper"]
+Verdict = Literal[
+    "agrees", "differs", "too few seeds", "not run", "not in the paper", "no spread in the paper", "diverged"
+]
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,22 @@ class Entry:
     @property
     def mean(self) -> float | None:
         """Our mean over seeds."""
-        return mean(self.values.values()) if self.values else None
+        return math.fsum(self.values.values()) / len(self.values) if self.values else None
 
     @property
     def std(self) -> float | None:
         """Our sample standard deviation over seeds."""
-        return stdev(self.values.values()) if len(self.values) > 1 else None
+        return stdev(self.values.values()) if len(self.values) > 1 and not self.diverged else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a run ended without a score."""
+        return any(math.isnan(value) for value in self.values.values())
 
     @property
     def p(self) -> float | None:
         """Of Welch's t-test against the paper, where both sides have a spread to speak of."""
-        if self.paper is None or self.paper.std is None or len(self.values) < MIN_SEEDS:
+        if self.paper is None or self.paper.std is None or len(self.values) < MIN_SEEDS or self.diverged:
             return None
         return welch(list(self.values.values()), self.paper.mean, self.paper.std, SEEDS)
 
@@ -50,6 +58,8 @@ class Entry:
         """What is to be said of ours beside the paper's."""
         if not self.values:
             return "not run"
+        if self.diverged:
+            return "diverged"
         if self.paper is None:
             return "not in the paper"
         if len(self.values) < MIN_SEEDS:
@@ -134,8 +144,6 @@ _PLANS = (
 _ROWS = ("Local", "FedDyn", "FedProx", "FedAvg", "FedType, FedProx", "FedType", "FedeKD")
 _ENERGY_ROWS = ("No gating", "Entropy", "Margin", "LogSumExp", "Feature", "FedeKD")
 _ABLATIONS = frozenset({"Entropy", "Margin", "LogSumExp", "Feature"})
-#: Labels of the sweeps of Figures 3 and 4.
-SWEEPS = ("beta ", "lambda_kd ")
 
 
 def build_tables(measured: Measured) -> list[Table]:
@@ -161,26 +169,31 @@ def _panel(plan: _Plan, dataset: str, cells: dict[tuple[str, str, float], Publis
         )
         if any(entry.values or entry.paper for entry in row):
             rows[method] = row
-    return Panel(dataset, DATASETS.get(dataset, dataset), alphas, _with_best(rows, plan.higher_is_better))
+    return Panel(dataset, title(dataset), alphas, _with_best(rows, plan.higher_is_better))
 
 
 def _methods(plan: _Plan, dataset: str, measured: Measured) -> list[str]:
     """The rows of a panel: the paper's, then the others that were run."""
-    run = [method for method in measured.methods(dataset) if not method.startswith(SWEEPS)]
+    run = measured.methods(dataset)
     if plan.number == 10:
         return [*_ENERGY_ROWS, *(method for method in run if method == "Shuffled gate")]
     return [*_ROWS, *sorted(method for method in run if method not in _ROWS and method not in _ABLATIONS)]
 
 
 def _with_best(rows: dict[str, tuple[Entry, ...]], higher_is_better: bool) -> dict[str, tuple[Entry, ...]]:
-    """The rows with the best of each column marked, where there is more than one to choose from."""
+    """The rows with the best of each column marked.
+
+    Only methods over the same seeds, as many as any has, can be held against each other by their means.
+    """
     marked = {method: list(row) for method, row in rows.items()}
     for column in range(len(next(iter(rows.values()), ()))):
-        means = {method: row[column].mean for method, row in rows.items()}
-        known = {method: value for method, value in means.items() if value is not None}
-        if len(known) > 1:
-            best = (max if higher_is_better else min)(known.values())
-            for method, value in known.items():
+        entries = {method: row[column] for method, row in rows.items() if not row[column].diverged}
+        seeds = max((tuple(entry.values) for entry in entries.values()), key=len, default=())
+        full = {method: entry for method, entry in entries.items() if tuple(entry.values) == seeds}
+        means = {method: entry.mean for method, entry in full.items() if entry.mean is not None}
+        if len(seeds) >= MIN_SEEDS and len(means) > 1:
+            best = (max if higher_is_better else min)(means.values())
+            for method, value in means.items():
                 if value == best:
-                    marked[method][column] = Entry(rows[method][column].values, rows[method][column].paper, True)
+                    marked[method][column] = replace(entries[method], best=True)
     return {method: tuple(row) for method, row in marked.items()}

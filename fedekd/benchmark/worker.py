@@ -77,4 +77,4 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir
         summary = run.run()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     resolved = {name: getattr(parts["trainer"], name) for name in ("accelerator", "precision", "threads")}
-    return to_row(cell.key, cell.method, summary, provenance(resolved, commit))
+    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit))

@@ -45,19 +45,21 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("report needs a folder of results, as in: report runs/quick")
     folders = [Path(name) for name in config.runs]
     measured = measured_in(folders)
+    console = Console()
+    for name in measured.apart:
+        told = f"{name}: runs with other options than the paper's grid stand apart"
+        console.print(told, highlight=False, soft_wrap=True)
     if config.fill:
         _fill(Path(config.fill), measured)
         return 0
     report = make_report(measured, config.root, config.runs)
     output = Path(config.output) if config.output else folders[0] / "report"
     write_report(report, output)
-    console = Console()
-    told = ", ".join(f"{verdict} {count}" for verdict, count in sorted(report.verdicts.items(), key=lambda kv: -kv[1]))
     for line in (
-        f"of the paper's {sum(report.verdicts.values())} cells: {told}",
+        report.verdict_sentence,
         f"written to {output / 'index.html'}, and as Markdown, CSV and PNG beside it",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

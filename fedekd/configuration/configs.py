@@ -23,6 +23,12 @@ def config_folders() -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
+def shipped_folder() -> Path:
+    """The folder of the configurations that belong to this code: the checkout's, or the installed package's."""
+    checkout = _PACKAGE.parent / "configs"
+    return checkout if (_PACKAGE.parent / "orchestrator.py").is_file() else _PACKAGE / "configs"
+
+
 def find_config(name: str) -> Path:
     """The file that `--config NAME` means: a path as it is, or a file of `configs/`.
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedekd.benchmark.statistics import MIN_PAIRS, holm, paired, rank, welch
+from fedekd.benchmark.statistics import MIN_PAIRS, Ranking, holm, paired, rank, welch
 
 
 def test_welch_is_the_test_of_two_samples() -> None:
@@ -55,6 +55,7 @@ def test_pairs_are_by_seed_and_too_few_make_no_test() -> None:
     assert paired(first, {0: 1.0}).p is None
     assert math.isnan(paired(first, {99: 1.0}).difference)
     assert paired(first, first).p == 1.0
+    assert paired({**first, 3: math.nan}, first).p is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
@@ -96,6 +97,9 @@ def test_groups_are_the_largest_and_lower_can_be_better() -> None:
     ranking = rank(scores, higher_is_better=False)
     assert dict(ranking.mean_ranks) == {"a": 1.0, "b": 2.0, "c": 3.0}
     assert ranking.alike() == []
+    ranks = {"a": 1.0, "b": 1.4, "c": 2.1, "d": 2.2, "e": 4.0}
+    assert Ranking(ranks, 9, 0.01, 1.0).alike() == [("a", "b"), ("b", "c", "d")]
+    assert Ranking(ranks, 9, 0.01, 3.0).alike() == [("a", "b", "c", "d", "e")]
     assert list(rank(scores, higher_is_better=True).mean_ranks) == ["c", "b", "a"]
     assert rank({name: [0.5] * 4 for name in "abc"}, True).p == 1.0
     with pytest.raises(ValueError, match="3 methods"):

@@ -13,12 +13,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
       head.setAttribute("aria-sort", direction);
       const sign = direction === "ascending" ? 1 : -1;
       const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+      const rows = [...table.tBodies[0].rows];
+      const numbers = rows.every((row) => row.cells[column].dataset.value !== undefined);
       const compare = (a, b) => {
         const [x, y] = [value(a), value(b)];
         if (x === "" || y === "") return (x === "") - (y === "");
-        return sign * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
+        return sign * (numbers ? x - y : x.localeCompare(y));
       };
-      table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+      table.tBodies[0].append(...rows.sort(compare));
     });
   });
 }
