@@ -43,7 +43,7 @@ tables: $(INSTALLED)
 ## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
 .PHONY: test
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint
