@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Literal
 
 import torch
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
-from fedekd.methods.blueprint import Blueprint
+from fedekd.functional import Aggregator
+from fedekd.methods.base import StateDict, Update
 from fedekd.methods.client import Client
+from fedekd.methods.proxies import ProxyMethod
 from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, ProxyDistillModule
 from fedekd.modules.energies import Source
 from fedekd.modules.objectives import Gate
@@ -41,7 +40,7 @@ def _imported(energy: str) -> Energy:
         raise UserError(f"method.energy is {energy!r}, which needs init_args beside its class_path: {error}") from error
 
 
-class FedeKD(Method):
+class FedeKD(ProxyMethod):
     """Proxies travel, private models stay, and a gate decides sample by sample how far the global proxy is trusted.
 
     Args:
@@ -71,7 +70,7 @@ class FedeKD(Method):
         proxy_optimizer_state: OptimizerState = "reset",
         aggregator: Aggregator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(aggregator)
         if not beta > 0:
             raise UserError(f"method.beta is {beta}, and must be above 0")
         if isinstance(energy, str) and energy not in ENERGIES:
@@ -90,26 +89,13 @@ class FedeKD(Method):
             energy_of,
         )
         self.temperature, self.proxy_epochs = temperature, proxy_epochs
-        self.merge = aggregator if aggregator is not None else Mean()
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
-
-    def start(self, blueprint: Blueprint) -> None:
-        """One initial proxy for all."""
-        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
-
-    def equip(self, client: Client) -> None:
-        """A client carries a proxy beside its private model."""
-        client.networks["proxy"] = client.blueprint.network("proxy", "server")
-
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
-        """The global proxy (line 8)."""
-        return Broadcast(self.server_state)
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """The backward stage (lines 9-17): the private model learns from labels and from the global proxy."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        proxy.load_state_dict(received)
+        super().absorb(client, received, round)
         if round == 0:
             return {}
         lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
@@ -143,8 +129,4 @@ class FedeKD(Method):
         module = ProxyDistillModule(proxy, private, client.blueprint.task, self.temperature, client.blueprint.optimizer)
         taught = client.predict("private", "train").tensors
         client.train("proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy)
-        return Update(client.number, dict(proxy.state_dict()), len(client.splits.train))
-
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
-        """The average of the proxies (line 7)."""
-        self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])
+        return self.proxy_of(client)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fedekd.errors import UserError
-from fedekd.functional import average_state_dicts
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.base import StateDict, Update
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
+from fedekd.methods.proxies import ProxyMethod
 from fedekd.modules import Distilled, Objective, ObjectiveModule, Supervised
 from fedekd.modules.reciprocal import ConformalModel, Reciprocal, Variant
 from fedekd.modules.regularizers import Proximal, trainable
@@ -20,7 +18,7 @@ from fedekd.seeding import derive_seed
 PRIVATE_LAM, PROXY_LAM = 1.0, 0.5
 
 
-class FedType(Method):
+class FedType(ProxyMethod):
     """In every local epoch the private model learns from the proxy's label sets, then the proxy from the private model.
 
     Both conformal models are calibrated anew each epoch on the client's whole validation split. For classification.
@@ -46,7 +44,7 @@ class FedType(Method):
         """One initial proxy for all."""
         if blueprint.task != "classification":
             raise UserError("method FedType is for classification: a regression has no sets of labels")
-        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
+        super().start(blueprint)
 
     def equip(self, client: Client) -> None:
         """A client carries a proxy beside its private model."""
@@ -55,17 +53,8 @@ class FedType(Method):
                 f"method FedType calibrates on validation samples, and client {client.number} has none;"
                 " raise data.min_samples or the second of data.fractions"
             )
-        client.networks["proxy"] = client.blueprint.network("proxy", "server")
+        super().equip(client)
         client.memory["lam"] = PROXY_LAM
-
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
-        """The global proxy."""
-        return Broadcast(self.server_state)
-
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
-        """Reset the proxy to the global one."""
-        client.networks["proxy"].load_state_dict(received)
-        return {}
 
     def upload(self, client: Client, round: int) -> Update:
         """Train both, a backward and a forward epoch in turn, and send the proxy."""
@@ -75,11 +64,7 @@ class FedType(Method):
             self._backward_epoch(client, round, epoch)
             self._forward_epoch(client, round, epoch, anchor)
         client.supervised_epochs += client.blueprint.client.local_epochs
-        return Update(client.number, dict(client.networks["proxy"].state_dict()), len(client.splits.train))
-
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
-        """The uniform average of the proxies."""
-        self.server_state = average_state_dicts([update.state for update in updates])
+        return self.proxy_of(client)
 
     def _backward_epoch(self, client: Client, round: int, epoch: int) -> None:
         """The private model: CE + mean_i eta_i l_i, with the frozen proxy's sets."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from fedekd.errors import UserError
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
-from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.base import Update
 from fedekd.methods.client import Client
+from fedekd.methods.proxies import ProxyMethod
 from fedekd.modules.mutual import MutualModule
 
 
-class FML(Method):
+class FML(ProxyMethod):
     """A private model that stays and a proxy that travels teach each other on every batch; the server averages proxies.
 
     The nearest relative of FedeKD: the same two networks and the same traffic, but both are trained at once, on
@@ -35,29 +34,11 @@ class FML(Method):
         weights: Literal["uniform", "samples"] = "uniform",
         aggregator: Aggregator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(aggregator if aggregator is not None else Mean(weights))
         for flag, weight in (("private_weight", private_weight), ("proxy_weight", proxy_weight)):
             if not 0 <= weight <= 1:
                 raise UserError(f"method.{flag} is {weight}, and must be in [0, 1]")
         self.private_weight, self.proxy_weight = private_weight, proxy_weight
-        self.merge = aggregator if aggregator is not None else Mean(weights)
-
-    def start(self, blueprint: Blueprint) -> None:
-        """One initial proxy for all."""
-        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
-
-    def equip(self, client: Client) -> None:
-        """A client carries a proxy beside its private model."""
-        client.networks["proxy"] = client.blueprint.network("proxy", "server")
-
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
-        """The global proxy."""
-        return Broadcast(self.server_state)
-
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
-        """Load the global proxy."""
-        client.networks["proxy"].load_state_dict(received)
-        return {}
 
     def upload(self, client: Client, round: int) -> Update:
         """Train both together, and send the proxy."""
@@ -73,7 +54,7 @@ class FML(Method):
         client.train("private", module, round, carry_optimizer=True)
         self._forget_proxy(client)
         client.supervised_epochs += client.blueprint.client.local_epochs
-        return Update(client.number, dict(client.networks["proxy"].state_dict()), len(client.splits.train))
+        return self.proxy_of(client)
 
     def _forget_proxy(self, client: Client) -> None:
         """Keep the optimizer's state of the private model alone: averaging will replace the proxy's weights."""
@@ -83,10 +64,6 @@ class FML(Method):
             **state,
             "state": {index: values for index, values in state["state"].items() if index < kept},
         }
-
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
-        """The average of the proxies."""
-        self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])
 
 
 class FedKD(FML):
