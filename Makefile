@@ -40,6 +40,11 @@ benchmark: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python orchestrator.py report results --fill README.md
 
+## bench: time fedekd beside a bare loop and a plain script, as ratios (options: ARGS="--only phases")
+.PHONY: bench
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(ARGS)
+
 ## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
 .PHONY: test
 test: $(INSTALLED)

@@ -50,24 +50,28 @@ def _train(setting: Setting, network: nn.Module, teacher: nn.Module, indices: Te
             optimizer.step()
 
 
-def _gated(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+def gated(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
     """Eq. 5: the supervised loss, and the proxy's where the gate trusts it (Eq. 1-4)."""
-    divergence = (teacher.exp() * (teacher - student)).sum(dim=1)
+    q = teacher.exp()
+    divergence = (q * (teacher - student)).sum(dim=1)
     with torch.no_grad():
-        energy = (student.exp() * (student - teacher)).sum(dim=1)
+        p = student.exp()
+        entropies = -(p * student + q * teacher).sum(dim=1)
+        energy = 0.5 * ((p - q) * (student - teacher)).sum(dim=1) / (entropies + 1e-8)
         weights = torch.sigmoid(-(energy - energy.mean()) / (energy.std(correction=0) + 1e-8))
     return nn.functional.nll_loss(student, y) + (weights * divergence).mean()
 
 
-def _distilled(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+def distilled(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    """KL(teacher || student), averaged over the batch."""
     return (teacher.exp() * (teacher - student)).sum(dim=1).mean()
 
 
 def private_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
     """The backward stage: the private model learns from labels and from the proxy."""
-    _train(setting, private, proxy, indices, _gated)
+    _train(setting, private, proxy, indices, gated)
 
 
 def proxy_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
     """The forward stage: the proxy learns to answer as the private model does."""
-    _train(setting, proxy, private, indices, _distilled)
+    _train(setting, proxy, private, indices, distilled)

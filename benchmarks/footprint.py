@@ -12,8 +12,7 @@ import torch
 from benchmarks import bare, script
 from benchmarks.setting import Setting
 from benchmarks.timing import NAMES
-from fedekd.federation import InProcessEngine
-from fedekd.methods import Client, FedeKD
+from fedekd.methods import FedeKD
 
 
 def memory(options: list[str]) -> None:
@@ -38,11 +37,7 @@ def memory_of(setting: Setting, name: str) -> None:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name == "fedekd":
         method = FedeKD()
-        method.start(setting.blueprint)
-        client = Client(0, setting.data.clients[0], setting.data.images, setting.blueprint)
-        client.images = InProcessEngine(method, setting.data, setting.blueprint).images
-        client.splits = type(client.splits)(**{**vars(client.splits), "train": indices})
-        method.equip(client)
+        client = setting.client(method, indices)
         method.absorb(client, method.upload(client, 0).state, 1)
     else:
         module = bare if name == "bare" else script

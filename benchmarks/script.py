@@ -52,7 +52,9 @@ def private_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indice
             with torch.no_grad():
                 teacher = proxy(x)
             p, q = F.softmax(logits, dim=1), F.softmax(teacher, dim=1)
-            energy = (p * (torch.log(p + 1e-8) - torch.log(q + 1e-8))).sum(dim=1).detach()
+            log_p, log_q = torch.log(p + 1e-8), torch.log(q + 1e-8)
+            divergence = 0.5 * ((p * (log_p - log_q)).sum(dim=1) + (q * (log_q - log_p)).sum(dim=1))
+            energy = (divergence / (-(p * log_p).sum(dim=1) - (q * log_q).sum(dim=1) + 1e-8)).detach()
             weights = torch.sigmoid(-(energy - energy.mean()) / (energy.std(unbiased=False) + 1e-8))
             distilled = F.kl_div(F.log_softmax(logits, dim=1), q, reduction="none").sum(dim=1)
             loss = F.cross_entropy(logits, y) + (weights * distilled).mean()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedekd.data import FederatedDataModule, ImageData, load_images
 from fedekd.errors import UserError
-from fedekd.methods import Blueprint, ClientOptions
+from fedekd.methods import Blueprint, Client, ClientOptions, Method
 from fedekd.modules import TrainerFactory
 
 
@@ -55,15 +53,13 @@ class Setting:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @contextmanager
-    def threads(self, number: int) -> Iterator[None]:
-        """Inside, so many CPU threads."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(number)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    def client(self, method: Method, indices: Tensor) -> Client:
+        """A client that trains on the samples `indices`, ready for its first phase."""
+        method.start(self.blueprint)
+        images = replace(self.data.images, images=self.images, targets=self.targets)
+        client = Client(0, replace(self.data.clients[0], train=indices), images, self.blueprint)
+        method.equip(client)
+        return client
 
 
 def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0) -> Setting:

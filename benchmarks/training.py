@@ -13,7 +13,7 @@ from benchmarks import bare, script
 from benchmarks.setting import Setting, make_setting
 from benchmarks.timing import NAMES, Timing, matmul_peak, print_ratios, step_flops, timed
 from fedekd.federation import InProcessEngine
-from fedekd.methods import Broadcast, Client, FedeKD
+from fedekd.methods import Broadcast, FedeKD
 from fedekd.modules import TrainerFactory
 
 
@@ -23,11 +23,7 @@ def phases(setting: Setting, repetitions: int, steps: int) -> None:
     indices = torch.cat([splits.train for splits in setting.data.clients])[: steps * setting.batch_size]
     place = indices.to(setting.device)
     method = FedeKD()
-    method.start(setting.blueprint)
-    client = Client(0, setting.data.clients[0], setting.data.images, setting.blueprint)
-    client.images = InProcessEngine(method, setting.data, setting.blueprint).images
-    client.splits = type(client.splits)(**{**vars(client.splits), "train": indices})
-    method.equip(client)
+    client = setting.client(method, indices)
     proxy_state = method.upload(client, 0).state
     total = steps * setting.epochs
     print(f"\n## Phases of one client: {steps} batches of {setting.batch_size}, {setting.epochs} epochs, ms a step\n")

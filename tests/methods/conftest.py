@@ -10,7 +10,7 @@ import pytest
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RoundOptions
-from fedekd.methods import ClientOptions, Method
+from fedekd.methods import Blueprint, ClientOptions, Method
 from fedekd.modules import TrainerFactory
 
 Federate = Callable[..., Orchestrator]
@@ -34,6 +34,24 @@ def federate(npz: Path, undrawn: None) -> Federate:
         return Orchestrator(method, **{**defaults, **parts})
 
     return make
+
+
+def make_blueprint(**values: Any) -> Blueprint:
+    """A small federation's blueprint; keyword arguments replace its values."""
+    defaults: dict[str, Any] = {
+        "task": "classification",
+        "in_channels": 1,
+        "image_size": (8, 8),
+        "num_outputs": 3,
+        "batch_size": 8,
+        "eval_batch_size": 16,
+        "seed": 0,
+        "client": ClientOptions(),
+        "trainer": TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+        "num_clients": 3,
+        "rounds": 5,
+    }
+    return Blueprint(**{**defaults, **values})
 
 
 def weights(run: Orchestrator, role: str = "private") -> dict[str, Any]:

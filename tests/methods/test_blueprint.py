@@ -9,25 +9,14 @@ import torch
 from torch import nn
 
 from fedekd.errors import UserError
-from fedekd.methods import Blueprint, ClientOptions
-from fedekd.modules import TrainerFactory
+from fedekd.methods import ClientOptions
+
+from .conftest import make_blueprint
 
 
 def optimizer(name: str, **init_args: Any) -> torch.optim.Optimizer:
     spec = {"class_path": f"torch.optim.{name}", "init_args": init_args}
-    blueprint = Blueprint(
-        task="classification",
-        in_channels=1,
-        image_size=(8, 8),
-        num_outputs=3,
-        batch_size=8,
-        eval_batch_size=8,
-        seed=0,
-        client=ClientOptions(optimizer=spec),
-        trainer=TrainerFactory(accelerator="cpu", threads=1).resolve(),
-        num_clients=2,
-        rounds=1,
-    )
+    blueprint = make_blueprint(client=ClientOptions(optimizer=spec))
     return blueprint.optimizer(nn.Linear(2, 2).parameters())
 
 

@@ -10,26 +10,16 @@ import torch
 from torch import nn
 
 from fedekd.data import FederatedDataModule
-from fedekd.methods import Blueprint, Client, ClientOptions
-from fedekd.modules import SupervisedModule, TrainerFactory
+from fedekd.methods import Client, ClientOptions
+from fedekd.modules import SupervisedModule
+
+from .conftest import make_blueprint
 
 
 @pytest.fixture
 def client(blobs: FederatedDataModule) -> Client:
     """A client whose private model has dropout and BatchNorm."""
-    blueprint = Blueprint(
-        task="classification",
-        in_channels=1,
-        image_size=(8, 8),
-        num_outputs=3,
-        batch_size=8,
-        eval_batch_size=16,
-        seed=0,
-        client=ClientOptions(local_epochs=3),
-        trainer=TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
-        num_clients=3,
-        rounds=5,
-    )
+    blueprint = make_blueprint(client=ClientOptions(local_epochs=3))
     client = Client(1, blobs.clients[1], blobs.images, blueprint)
     torch.manual_seed(0)
     client.networks["private"] = nn.Sequential(

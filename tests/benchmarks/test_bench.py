@@ -1,0 +1,78 @@
+"""`make bench` runs from end to end, and its contenders train what fedekd trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bare, script
+from benchmarks.__main__ import main
+from benchmarks.setting import Setting, make_setting
+from fedekd.methods import ClientOptions, FedeKD
+from fedekd.modules import Distilled, Gated, Objective, Prediction, Supervised, TrainerFactory
+from fedekd.modules.energies import DisagreementEnergy
+
+
+@pytest.fixture
+def setting() -> Setting:
+    trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1)
+    return make_setting(trainer, root="nowhere", samples=600)
+
+
+@pytest.mark.slow
+def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1 --only phases,round,startup"
+    monkeypatch.setattr("sys.argv", ["bench", *options.split()])
+    main()
+    told = capsys.readouterr().out
+    assert "random images of FashionMNIST's shape" in told
+    for line in ("| private | (b) fedekd | ", "| private | (b) fedekd / (a) bare loop | ", "| round | (c) script / "):
+        assert line in told
+    assert "`python orchestrator.py --help`: 0." in told
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "objectives"),
+    [
+        (bare.gated, [Supervised("classification"), Gated("classification", DisagreementEnergy(), 1.0, 1.0)]),
+        (bare.distilled, [Distilled("classification")]),
+    ],
+)
+def test_the_bare_loss_is_fedekds(by_hand: bare.Loss, objectives: list[Objective]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(64, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    teacher = torch.randn(64, 10, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 10, (64,), generator=generator)
+    ours = sum(term(Prediction((student,)), Prediction((teacher,)), y, lambda *_: None) for term in objectives)
+    theirs = by_hand(student.log_softmax(dim=1), teacher.log_softmax(dim=1), y)
+    torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=0)
+    gradients = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (theirs, ours))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("phase", ["private", "proxy"])
+def test_all_three_take_the_same_step(phase: str, setting: Setting) -> None:
+    """One batch, one epoch. Adam's first step is 1e-4 along the gradient's sign, which rounding may turn near 0."""
+    setting.epochs = 1
+    indices = setting.data.clients[0].train[: setting.batch_size]
+    method = FedeKD(proxy_epochs=1)
+    setting.blueprint = replace(setting.blueprint, client=ClientOptions(local_epochs=1))
+    client = setting.client(method, indices)
+    torch.manual_seed(0)
+    received = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in method.server_state.items()}
+    client.networks["proxy"].load_state_dict(received)
+    private, proxy = (copy.deepcopy(client.networks[role]) for role in ("private", "proxy"))
+    handed = copy.deepcopy(private), copy.deepcopy(proxy)
+    getattr(bare, f"{phase}_phase")(setting, private, proxy, indices)
+    scripted = getattr(script, f"{phase}_phase")(setting, *handed, indices)
+    if phase == "private":
+        method.absorb(client, received, 1)
+    else:
+        method.upload(client, 0)
+    ours = torch.cat([parameter.flatten() for parameter in client.networks[phase].parameters()])
+    for network in (private if phase == "private" else proxy, scripted):
+        theirs = torch.cat([parameter.flatten() for parameter in network.parameters()])
+        assert ((ours - theirs).abs() > 2e-6).double().mean() < 0.01
