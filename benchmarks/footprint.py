@@ -19,12 +19,8 @@ def memory(options: list[str]) -> None:
     """Peak memory of a process that runs one private phase and one proxy phase."""
     print("\n## Peak memory of both phases\n")
     for name in NAMES:
-        told = subprocess.run(
-            [sys.executable, "-m", "benchmarks.bench", *options, "--memory-of", name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, "-m", "benchmarks", *options, "--memory-of", name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
         print(f"- {NAMES[name]}: {told.stdout.strip()}")
 
 
