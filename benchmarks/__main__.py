@@ -57,7 +57,7 @@ def main() -> None:
         if "round" in parts:
             whole_round(setting, max(2, options.repetitions // 2))
     if "cores" in parts and setting.device.type == "cpu":
-        side_by_side((trainer, options.root, options.samples), max(2, options.repetitions // 2))
+        side_by_side(setting, max(2, options.repetitions // 2))
     if "memory" in parts:
         memory([f"--accelerator={options.accelerator}", f"--precision={options.precision}", f"--root={options.root}"])
     if "startup" in parts:

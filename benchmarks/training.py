@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import time
-from multiprocessing import get_context
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
 
 from benchmarks import bare, script
-from benchmarks.setting import Setting, make_setting
-from benchmarks.timing import NAMES, Timing, matmul_peak, print_ratios, step_flops, timed
-from fedekd.federation import InProcessEngine
+from benchmarks.setting import Setting
+from benchmarks.timing import NAMES, matmul_peak, print_ratios, step_flops, timed
+from fedekd.federation import Engine, InProcess, InProcessEngine, SideBySide, SilentObserver
 from fedekd.methods import Broadcast, FedeKD
-from fedekd.modules import TrainerFactory
+from fedekd.modules.trainer_factory import usable_cores
 
 
 def phases(setting: Setting, repetitions: int, steps: int) -> None:
@@ -96,49 +96,41 @@ def whole_round(setting: Setting, repetitions: int) -> None:
     print_ratios([("round", timing.ratio("script", "fedekd"), "script", "fedekd")])
 
 
-def _round_of(clients: list[int], threads: int, options: tuple[TrainerFactory, str, int], gate: object) -> None:
-    """A round of some clients, in a process of its own; begins when all are ready."""
-    trainer, root, samples = options
-    torch.set_num_threads(threads)
-    setting = make_setting(TrainerFactory(**{**vars(trainer), "threads": threads}), root, samples)
-    method = FedeKD()
-    method.start(setting.blueprint)
-    engine = InProcessEngine(method, setting.data, setting.blueprint)
-    list(engine.visit(clients, method.broadcast(clients, 0), 0, upload=True))
-    gate.wait()  # type: ignore[attr-defined]
-    list(engine.visit(clients, Broadcast(method.server_state), 1, upload=True))
-    gate.wait()  # type: ignore[attr-defined]
-
-
-def side_by_side(options: tuple[TrainerFactory, str, int], repetitions: int) -> None:
-    """Six clients: one process with one thread, one with all cores, and as many processes of one thread."""
-    cores = len(os.sched_getaffinity(0))
-    ways = {
-        "one process, 1 thread": ([list(range(6))], 1),
-        f"one process, {cores} threads": ([list(range(6))], cores),
-        f"{min(cores, 6)} processes, 1 thread each": (
-            [list(range(6))[i :: min(cores, 6)] for i in range(min(cores, 6))],
-            1,
-        ),
-    }
-    context = get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, (groups, threads) in ways.items():
-            gate = context.Barrier(len(groups) + 1)
-            running = [context.Process(target=_round_of, args=(group, threads, options, gate)) for group in groups]
-            for process in running:
-                process.start()
-            gate.wait()
-            began = time.perf_counter()
-            gate.wait()
-            seconds[name].append(time.perf_counter() - began)
-            for process in running:
-                process.join()
-    one, threaded, beside = ways
+def side_by_side(setting: Setting, repetitions: int) -> None:
+    """Six clients: in one process with one thread and with all cores, and in as many processes of one thread."""
+    cores = usable_cores()
+    many = min(cores, 6)
+    one, threaded, beside = "one process, 1 thread", f"one process, {cores} threads", f"{many} processes, 1 thread each"
+    engines: dict[str, Engine] = {}
+    contenders: dict[str, Callable[[], None]] = {}
+    for name, threads, placement in (
+        (one, 1, InProcess()),
+        (threaded, cores, InProcess()),
+        (beside, 1, SideBySide(many)),
+    ):
+        trainer = replace(setting.trainer, threads=threads)
+        method = FedeKD()
+        method.start(setting.blueprint)
+        blueprint = replace(setting.blueprint, trainer=trainer)
+        engine = engines[name] = placement(method, setting.data, blueprint, None, SilentObserver())
+        contenders[name] = partial(_visit, engine, Broadcast(method.server_state))
+    timing = timed(setting, contenders, repetitions)
+    for engine in engines.values():
+        engine.close()
     print(f"\n## Six clients on {cores} cores\n")
-    for name, values in seconds.items():
+    for name, values in timing.seconds.items():
         print(f"- {name}: {median(values):.1f} s")
-    timing = Timing(seconds)
     pairs = ((one, threaded), (threaded, beside))
     print_ratios([("round", timing.ratio(slow, fast), slow, fast) for slow, fast in pairs])
+
+
+def _visit(engine: Engine, broadcast: Broadcast) -> None:
+    for _ in engine.visit(range(6), broadcast, 0, upload=True):
+        pass
+    for _ in engine.visit(range(6), _nudged(broadcast), 1, upload=False):
+        pass
+
+
+def _nudged(broadcast: Broadcast) -> Broadcast:
+    """Not the initial proxy, which nobody is taught by."""
+    return Broadcast({name: tensor + 1e-3 for name, tensor in broadcast.shared.items()})

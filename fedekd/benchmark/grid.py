@@ -16,7 +16,7 @@ from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.errors import UserError, nearest
 
 #: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
-_CIRCUMSTANCES = ("trainer", "logger", "reference_dir", "data.root", "data.download", "data.eval_batch_size")
+_CIRCUMSTANCES = ("trainer", "engine", "logger", "reference_dir", "data.root", "data.download", "data.eval_batch_size")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from typing import Any, Protocol
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import current_commit, run_cell
+from fedekd.processes import die_with_parent
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
 
@@ -120,16 +119,4 @@ def run_grid(
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Forked processes cannot use CUDA, nor the parent's thread pools.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    """A killed parent cannot end its workers: each watches for that itself."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=die_with_parent)

@@ -19,10 +19,11 @@ from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.messages import explain
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import RoundOptions
+from fedekd.federation import Placement, RoundOptions
 from fedekd.methods import ClientOptions, Method
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import TrainerFactory
+from fedekd.modules.trainer_factory import usable_cores
 
 #: Options of one invocation, which are no part of a run's configuration.
 _TRANSIENT = ("config", "output", "resume", "quiet")
@@ -42,8 +43,9 @@ def federation_parser() -> ArgumentParser:
         prog="orchestrator.py fit",
         usage="%(prog)s --config digits.yaml [--output runs/NAME] [OPTIONS]   |   %(prog)s --resume RUN",
         description="Run a federation, or go on with one.",
-        epilog="The arguments of a class are listed by --method.help, --logger.help, --client.optimizer.help,"
-        " --client.private_model.help and --client.proxy_model.help, each followed by the class.",
+        epilog="The arguments of a class are listed by --method.help, --engine.help, --logger.help,"
+        " --client.optimizer.help, --client.private_model.help and --client.proxy_model.help, each followed by the"
+        " class.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
@@ -101,6 +103,9 @@ def federation_parser() -> ArgumentParser:
         help="The optimizer: class_path, or the name of one in torch.optim; as in --client.optimizer.lr 1e-3.",
     )
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
+    parser.add_subclass_arguments(
+        Placement, "engine", help="Where clients run: InProcess, or SideBySide with --engine.processes N."
+    )
     parser.add_argument(
         "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."
     )
@@ -108,6 +113,7 @@ def federation_parser() -> ArgumentParser:
     parser.set_defaults(
         {
             "method": {"class_path": "fedekd.methods.FedeKD"},
+            "engine": {"class_path": "fedekd.federation.InProcess"},
             "client.private_model": {"class_path": f"fedekd.models.{PrivateCNN.__name__}"},
             "client.proxy_model": {"class_path": f"fedekd.models.{ProxyCNN.__name__}"},
             "client.optimizer": dict(defaults.optimizer),
@@ -202,18 +208,21 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         UserError: If a value is out of range, or a part cannot be built.
     """
     plain = as_values(parser, config)
+    built = _instantiate(parser, config)
+    if plain["trainer"]["threads"] == "auto":
+        plain["trainer"]["threads"] = built.engine.threads(usable_cores())
     trainer = TrainerFactory(**plain["trainer"]).resolve()
     for name in plain["trainer"]:
         config.trainer[name] = getattr(trainer, name)
     rounds = RoundOptions(**{name: plain[name] for name in RoundOptions.__dataclass_fields__})
     data = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
-    built = _instantiate(parser, config)
     loggers = built.logger
     return {
         "method": built.method,
         "data": FederatedDataModule(**data, seed=config.seed, task=config.task),
         "client": ClientOptions(**plain["client"]),
         "trainer": trainer,
+        "engine": built.engine,
         "rounds": rounds,
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],

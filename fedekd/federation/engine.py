@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedekd.data import FederatedDataModule
+from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
@@ -56,6 +57,65 @@ class Engine(Protocol):
         """Set a client to a state it had."""
         ...
 
+    def close(self) -> None:
+        """Give back what the engine holds beyond memory; it is not used afterwards."""
+        ...
+
+
+class Dealt(Protocol):
+    """Images, and which of them are whose: a FederatedDataModule, or what a process is given of one."""
+
+    @property
+    def images(self) -> ImageData:
+        """All images and targets."""
+        ...
+
+    @property
+    def clients(self) -> Sequence[ClientSplits]:
+        """The samples of each client."""
+        ...
+
+
+class Placement(ABC):
+    """Where the clients of a federation run, as a configuration says it: `engine: InProcess`.
+
+    Where they run changes no number, at an equal number of threads a client.
+    """
+
+    @abstractmethod
+    def threads(self, cores: int) -> int:
+        """CPU threads for one client's training, of a machine's cores, where nobody has said a number."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        blueprint: Blueprint,
+        reference_folder: Path | None,
+        observer: Observer,
+    ) -> Engine:
+        """An engine for a federation."""
+
+
+class InProcess(Placement):
+    """Clients run one after another in this process."""
+
+    def threads(self, cores: int) -> int:
+        """All of them."""
+        return cores
+
+    def __call__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        blueprint: Blueprint,
+        reference_folder: Path | None,
+        observer: Observer,
+    ) -> Engine:
+        """See `Placement`."""
+        return InProcessEngine(method, data, blueprint, reference_folder, observer)
+
 
 class InProcessEngine:
     """Runs the clients one after another in this process, over one copy of the data set.
@@ -71,7 +131,7 @@ class InProcessEngine:
     def __init__(
         self,
         method: Method,
-        data: FederatedDataModule,
+        data: Dealt,
         blueprint: Blueprint,
         reference_folder: Path | None = None,
         observer: Observer | None = None,
@@ -139,3 +199,6 @@ class InProcessEngine:
     def load_client_state(self, number: int, state: Any) -> None:
         """Set a client to a state it had."""
         self._client(number).load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -151,6 +151,8 @@ class Orchestrator:
             except BaseException as error:
                 self.tracker.close("interrupted" if isinstance(error, Interrupted) else "failed")
                 raise
+            finally:
+                self.engine.close()
         return summary
 
     def rescore(self) -> dict[str, Any]:
@@ -169,6 +171,7 @@ class Orchestrator:
         self._train_references()
         for number in range(self.num_clients):
             self.progress.records[number].score = self.engine.score(number)
+        self.engine.close()
         return summarize(self)
 
     def _run_round(self, round: int) -> list[int]:

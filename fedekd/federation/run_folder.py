@@ -19,7 +19,7 @@ from fedekd.federation.progress import Progress
 from fedekd.reporting import figures, write_metrics_csv
 
 #: Options that change no number: a run may go on with other ones.
-HARMLESS = ("data.root", "data.download", "reference_dir", "trainer.device", "logger")
+HARMLESS = ("data.root", "data.download", "reference_dir", "trainer.device", "logger", "engine")
 
 
 def first_difference(

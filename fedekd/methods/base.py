@@ -36,6 +36,10 @@ class Broadcast:
         """All that one client is sent."""
         return {**self.shared, **self.personal.get(client, {})}
 
+    def only(self, clients: Sequence[int]) -> Broadcast:
+        """What these clients are sent, and nothing for the others."""
+        return Broadcast(self.shared, {number: self.personal[number] for number in clients if number in self.personal})
+
 
 @dataclass(frozen=True)
 class Update:

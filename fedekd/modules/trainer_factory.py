@@ -33,7 +33,8 @@ def _cpu_precision() -> Precision:
     return "bf16-mixed" if bf16 else "32-true"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
     affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -88,7 +89,7 @@ class TrainerFactory:
             precision = _cuda_precision() if accelerator == "cuda" else _cpu_precision()
         if precision == "16-mixed" and accelerator == "cpu":
             raise UserError("trainer.precision is 16-mixed, which needs CUDA; on a CPU use bf16-mixed or 32-true")
-        threads = _usable_cores() if self.threads == "auto" else self.threads
+        threads = usable_cores() if self.threads == "auto" else self.threads
         return replace(self, accelerator=accelerator, precision=precision, threads=threads)
 
     @property
