@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -63,10 +64,14 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
             **parts, output=output, reference_folder=Path(config.reference_dir), observer=display
         )
         try:
+            # What has been imported stays: the collection at the end of each round need not walk it.
+            gc.freeze()
             summary = orchestrator.run()
         except Interrupted as stop:
             print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
             return 128 + stop.signal_number
+        finally:
+            gc.unfreeze()
     if not config.quiet:
         display.console.print(client_table(summary))
         display.console.print(f"written to {output}", soft_wrap=True)

@@ -38,6 +38,7 @@ class Client:
     Attributes:
         networks: By role: `private`, and what else the method equips the client with.
         optimizer_states: By role: the states of optimizers that are carried from round to round.
+        loss_scales: By role: the states of float16's loss scalers; empty in other precisions.
         memory: What the method keeps on the client, as a plain state_dict.
         supervised_epochs: Epochs of supervised training that the private model has had.
     """
@@ -46,6 +47,7 @@ class Client:
         self.number, self.splits, self.images, self.blueprint = number, splits, images, blueprint
         self.networks: dict[str, nn.Module] = {"private": blueprint.network("private", number)}
         self.optimizer_states: dict[str, dict[str, Any]] = {}
+        self.loss_scales: dict[str, dict[str, Any]] = {}
         self.memory: dict[str, Any] = {}
         self.supervised_epochs = 0
 
@@ -103,11 +105,14 @@ class Client:
         if carry_optimizer:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
+        module.loss_scale = self.loss_scales.get(role, {})
         with isolated_rng(trainer.torch_device):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None
             self.optimizer_states[role] = module.optimizer_state
+        if module.loss_scale:
+            self.loss_scales[role] = module.loss_scale
         return module.epoch_means
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
@@ -146,6 +151,7 @@ class Client:
         return {
             "networks": {role: network.state_dict() for role, network in self.networks.items()},
             "optimizer_states": self.optimizer_states,
+            "loss_scales": self.loss_scales,
             "memory": self.memory,
             "supervised_epochs": self.supervised_epochs,
         }
@@ -155,6 +161,7 @@ class Client:
         for role, network_state in state["networks"].items():
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]
+        self.loss_scales = state["loss_scales"]
         self.memory = state["memory"]
         self.supervised_epochs = state["supervised_epochs"]
 

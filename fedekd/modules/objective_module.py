@@ -75,6 +75,7 @@ class ObjectiveModule(LightningModule):
         self.task, self.make_optimizer, self.with_features = task, optimizer, with_features
         self.carries_optimizer_state = False
         self.optimizer_state: dict[str, Any] | None = None
+        self.loss_scale: dict[str, Any] = {}
         self.epoch_means: dict[str, float] = {}
         self.val_metrics = build_metrics(task).clone(prefix="val/")
         self.test_metrics = build_metrics(task).clone(prefix="test/")
@@ -96,6 +97,8 @@ class ObjectiveModule(LightningModule):
         self.train()
         if self.teacher is not None:
             self.teacher.to(device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
+        if self.loss_scale:
+            self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch's size."""
@@ -165,7 +168,8 @@ class ObjectiveModule(LightningModule):
         return optimizer
 
     def on_train_end(self) -> None:
-        """Keep the optimizer's state if it is to be carried: Lightning makes a new optimizer for every fit."""
+        """Keep what a new Trainer would begin anew: the loss scale of float16, and the optimizer's state if asked."""
+        self.loss_scale = dict(self.trainer.precision_plugin.state_dict())
         if self.carries_optimizer_state:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self.optimizer_state = optimizer.state_dict()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from fedekd.errors import UserError, nearest
 
@@ -131,6 +132,7 @@ class TrainerFactory:
             precision=self.precision if self.precision != "auto" else None,
             max_epochs=max_epochs,
             callbacks=list(callbacks),
+            strategy=_Resident(self.torch_device),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -141,14 +143,22 @@ class TrainerFactory:
         )
 
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
-        """Train a module in a Trainer of its own, without Lightning's greetings, and leave nothing behind.
-
-        Lightning's teardown moves the module to the CPU; it is moved back to where its data lie.
-        """
+        """Train a module in a Trainer of its own, without Lightning's greetings, and leave nothing behind."""
         with _quiet():
             self.build(epochs).fit(module, train_dataloaders=batches)
         module.trainer = None  # a Trainer that is still referred to is never freed
-        module.to(self.torch_device)
+
+
+class _Resident(SingleDeviceStrategy):
+    """Leaves networks and optimizer states where they were trained.
+
+    Lightning's own teardown moves them to the CPU and empties the GPU's cache, to have both moved back and filled again
+    in the next phase, some milliseconds later.
+    """
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
 
 
 #: What a federation knows and a user of one Trainer might not.

@@ -90,3 +90,13 @@ def test_state_dict_round_trip(client: Client) -> None:
     assert client.memory["g"]["w"].sum() == 2
     client.train("private", module(client), 1, carry_optimizer=True)
     assert all(torch.equal(after[name], weights(client)[name]) for name in after)
+
+
+def test_networks_stay_where_they_were_trained(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's teardown would move them to the CPU after every phase."""
+    moved = []
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
+    client.train("private", module(client), 1, carry_optimizer=True)
+    assert moved == []
+    assert client.loss_scales == {}
+    assert client.optimizer_states["private"]["state"]

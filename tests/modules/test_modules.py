@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -351,3 +352,27 @@ def test_module_works_under_lightning_cli(tmp_path: Path, monkeypatch: pytest.Mo
     assert isinstance(cli.model.network, PrivateCNN)
     assert isinstance(cli.trainer.optimizers[0], torch.optim.SGD)
     assert cli.trainer.callback_metrics["gate/weight_mean"] == pytest.approx(0.5, abs=0.25)
+
+
+def test_the_loss_scale_of_float16_is_carried_over_fits(tmp_path: Path) -> None:
+    """A new Trainer begins with its own, and would have to find the scale anew in every phase."""
+    state: dict[str, Any] = {}
+    scales = []
+    for _ in range(2):
+        trainer = Trainer(
+            accelerator="cpu",
+            plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3))],
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        module = SupervisedModule(networks()[0], "classification")
+        module.loss_scale = state
+        trainer.fit(module, loader(n=32))  # four steps
+        state = module.loss_scale
+        scales.append((state["scale"], state["_growth_tracker"]))
+    # Doubled after three steps; then one and two more make three again.
+    assert scales == [(8.0, 1), (16.0, 2)]
