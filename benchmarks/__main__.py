@@ -16,6 +16,7 @@ import torch
 from benchmarks.footprint import memory, memory_of, start_up
 from benchmarks.setting import Setting, make_setting
 from benchmarks.training import phases, side_by_side, whole_round
+from benchmarks.where import where_time_goes
 from fedekd.modules import TrainerFactory
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="batches of an epoch in the phases")
     parser.add_argument("--samples", type=int, default=7000, help="images of the whole round")
-    parser.add_argument("--only", default="phases,round,cores,memory,startup", help="which parts, with commas")
+    parser.add_argument("--only", default="phases,where,round,cores,memory,startup", help="which parts, with commas")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     trainer = TrainerFactory(options.accelerator, precision=options.precision, threads=options.threads)
@@ -54,6 +55,8 @@ def main() -> None:
     with setting.trainer.numerics():
         if "phases" in parts:
             phases(setting, options.repetitions, options.steps)
+        if "where" in parts:
+            where_time_goes(setting, options.steps)
         if "round" in parts:
             whole_round(setting, max(2, options.repetitions // 2))
     if "cores" in parts and setting.device.type == "cpu":

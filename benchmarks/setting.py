@@ -31,7 +31,7 @@ class Setting:
     targets: Tensor
     source: str
     batch_size: int = 64
-    eval_batch_size: int = 256
+    eval_batch_size: int = 128
     epochs: int = 2
 
     @property

@@ -134,7 +134,8 @@ def _drawings(measured: Measured, tables: Sequence[Table]) -> Iterator[Drawing]:
     yield Drawing("figure2", "Figure 2. Mean scores at alpha 0.1", figures.scores(tables), told)
     for number, (parameter, meaning) in SWEPT.items():
         drawn = figures.sweep(measured, parameter)
-        yield Drawing(f"figure{number}", f"Figure {number}. Average Delta over {parameter}, {meaning}", drawn, "")
+        told = "" if drawn is None else "Grey: single seeds; blue: their mean, with one standard deviation."
+        yield Drawing(f"figure{number}", f"Figure {number}. Average Delta over {parameter}, {meaning}", drawn, told)
 
 
 def _ranking(standing: Standing) -> Drawing:

@@ -24,12 +24,19 @@ def setting() -> Setting:
 
 @pytest.mark.slow
 def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1 --only phases,round,startup"
+    options = (
+        "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1 --only phases,where,round,startup"
+    )
     monkeypatch.setattr("sys.argv", ["bench", *options.split()])
     main()
     told = capsys.readouterr().out
     assert "random images of FashionMNIST's shape" in told
-    for line in ("| private | (b) fedekd | ", "| private | (b) fedekd / (a) bare loop | ", "| round | (c) script / "):
+    for line in (
+        "| private | (b) fedekd | ",
+        "| private | (b) fedekd / (a) bare loop | ",
+        "| round | (c) script / ",
+        "| backward | ",
+    ):
         assert line in told
     assert "`python orchestrator.py --help`: 0." in told
 
