@@ -227,7 +227,7 @@ def _dealt_out(sizes: Sequence[int], processes: int) -> list[int]:
 
     Example:
         >>> _dealt_out([10, 70, 20, 50], 2)
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
     """
     work = [0] * min(processes, len(sizes))
     homes = [0] * len(sizes)

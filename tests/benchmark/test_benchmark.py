@@ -63,7 +63,7 @@ def test_filter() -> None:
 
 
 def fake_row(cell: Cell) -> dict[str, str]:
-    row = dict.fromkeys(COLUMNS, "0")
+    row = {**dict.fromkeys(COLUMNS, "0"), "metric": "accuracy"}
     return {**row, "key": cell.key, "dataset": cell.dataset, "alpha": str(cell.alpha), "method": cell.method}
 
 
