@@ -7,7 +7,6 @@ their spread over repetitions.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from pathlib import Path
 
@@ -18,16 +17,18 @@ from benchmarks.setting import Setting, make_setting
 from benchmarks.training import phases, side_by_side, whole_round
 from benchmarks.where import where_time_goes
 from fedekd.modules import TrainerFactory
+from fedekd.modules.trainer_factory import usable_cores
 
 
 def machine(setting: Setting) -> str:
     """What this ran on, without its name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    told = Path("/proc/cpuinfo")  # Linux alone has it
+    lines = told.read_text().splitlines() if told.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     device = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "no GPU used"
     trained = f"{setting.trainer.precision}, {setting.trainer.threads} thread(s)"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return f"{cpu}, {cores} cores; {device}; {versions}; {trained}; {setting.source}"
 
 

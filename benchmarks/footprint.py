@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -30,7 +31,7 @@ def memory_of(setting: Setting, name: str) -> None:
 
     indices = setting.data.clients[0].train[:640]
     networks = {role: setting.blueprint.network(role, 0) for role in ("private", "proxy")}
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = _resident()
     if name == "fedekd":
         method = FedeKD()
         client = setting.client(method, indices)
@@ -45,6 +46,12 @@ def memory_of(setting: Setting, name: str) -> None:
     if setting.device.type == "cuda":
         told += f"; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU"
     print(told)
+
+
+def _resident() -> float:
+    """KiB of this process in memory now; what it once had while loading does not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 def start_up() -> None:

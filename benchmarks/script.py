@@ -21,7 +21,8 @@ class Images(Dataset[Any]):
     """A client's images, scaled one by one."""
 
     def __init__(self, setting: Setting, indices: Tensor) -> None:
-        self.images, self.targets, self.indices = setting.images.cpu(), setting.targets.cpu(), indices.cpu()
+        self.images, self.targets = setting.data.images.images, setting.data.images.targets  # on the host
+        self.indices = indices.cpu()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -32,8 +33,24 @@ class Images(Dataset[Any]):
 
 
 def _handed_over(network: nn.Module, setting: Setting) -> nn.Module:
-    received: nn.Module = pickle.loads(pickle.dumps(network.to("cpu")))
+    received: nn.Module = pickle.loads(pickle.dumps(network))
     return received.to(setting.device, memory_format=torch.contiguous_format)
+
+
+def gated(logits: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    """Eq. 5, term by term."""
+    p, q = F.softmax(logits, dim=1), F.softmax(teacher, dim=1)
+    log_p, log_q = torch.log(p + 1e-8), torch.log(q + 1e-8)
+    divergence = 0.5 * ((p * (log_p - log_q)).sum(dim=1) + (q * (log_q - log_p)).sum(dim=1))
+    energy = (divergence / (-(p * log_p).sum(dim=1) - (q * log_q).sum(dim=1) + 1e-8)).detach()
+    weights = torch.sigmoid(-(energy - energy.mean()) / (energy.std(unbiased=False) + 1e-8))
+    distillation = F.kl_div(F.log_softmax(logits, dim=1), q, reduction="none").sum(dim=1)
+    return F.cross_entropy(logits, y) + (weights * distillation).mean()
+
+
+def distilled(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student), averaged over the batch."""
+    return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(teacher, dim=1), reduction="batchmean")
 
 
 def private_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indices: Tensor) -> nn.Module:
@@ -51,13 +68,7 @@ def private_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indice
             logits = private(x)
             with torch.no_grad():
                 teacher = proxy(x)
-            p, q = F.softmax(logits, dim=1), F.softmax(teacher, dim=1)
-            log_p, log_q = torch.log(p + 1e-8), torch.log(q + 1e-8)
-            divergence = 0.5 * ((p * (log_p - log_q)).sum(dim=1) + (q * (log_q - log_p)).sum(dim=1))
-            energy = (divergence / (-(p * log_p).sum(dim=1) - (q * log_q).sum(dim=1) + 1e-8)).detach()
-            weights = torch.sigmoid(-(energy - energy.mean()) / (energy.std(unbiased=False) + 1e-8))
-            distilled = F.kl_div(F.log_softmax(logits, dim=1), q, reduction="none").sum(dim=1)
-            loss = F.cross_entropy(logits, y) + (weights * distilled).mean()
+            loss = gated(logits, teacher, y)
             loss.backward()
             optimizer.step()
             running += loss.item()
@@ -77,8 +88,8 @@ def proxy_phase(setting: Setting, private: nn.Module, proxy: nn.Module, indices:
             x = x.to(setting.device)
             optimizer.zero_grad()
             with torch.no_grad():
-                teacher = F.softmax(private(x), dim=1)
-            loss = F.kl_div(F.log_softmax(proxy(x), dim=1), teacher, reduction="batchmean")
+                teacher = private(x)
+            loss = distilled(proxy(x), teacher)
             loss.backward()
             optimizer.step()
             running += loss.item()

@@ -30,9 +30,21 @@ class Setting:
     images: Tensor
     targets: Tensor
     source: str
-    batch_size: int = 64
-    eval_batch_size: int = 128
-    epochs: int = 2
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a training batch."""
+        return self.blueprint.batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples of an evaluation batch."""
+        return self.blueprint.eval_batch_size
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a phase."""
+        return self.blueprint.client.local_epochs
 
     @property
     def trainer(self) -> TrainerFactory:

@@ -25,9 +25,9 @@ def phases(setting: Setting, repetitions: int, steps: int) -> None:
     method = FedeKD()
     client = setting.client(method, indices)
     proxy_state = method.upload(client, 0).state
-    total = steps * setting.epochs
-    print(f"\n## Phases of one client: {steps} batches of {setting.batch_size}, {setting.epochs} epochs, ms a step\n")
-    print(f"Matrix products reach {peak / 1e9:.0f} GFLOP/s at this precision.\n")
+    total = -(-len(indices) // setting.batch_size) * setting.epochs
+    print(f"\n## Phases of one client: {total} steps of {setting.batch_size} samples\n")
+    print(f"Matrix products reach {peak / 1e9:.0f} GFLOP/s at the precision of (a) and (b); (c) is in float32.\n")
     print("| phase | contender | ms a step | samples/s | share of the peak |")
     print("| --- | --- | --- | --- | --- |")
     ratios = []

@@ -6,8 +6,8 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,28 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
             **parts, output=output, reference_folder=Path(config.reference_dir), observer=display
         )
         try:
-            # What has been imported stays: the collection at the end of each round need not walk it.
-            gc.freeze()
-            summary = orchestrator.run()
+            with unwalked():
+                summary = orchestrator.run()
         except Interrupted as stop:
             print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
             return 128 + stop.signal_number
-        finally:
-            gc.unfreeze()
     if not config.quiet:
         display.console.print(client_table(summary))
         display.console.print(f"written to {output}", soft_wrap=True)
     return 0
+
+
+@contextmanager
+def unwalked() -> Iterator[None]:
+    """Inside, the collection at the end of each round need not walk what is there already: all that was imported."""
+    if gc.get_freeze_count():  # somebody else's, to keep
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _program() -> str:

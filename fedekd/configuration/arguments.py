@@ -210,7 +210,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     plain = as_values(parser, config)
     built = _instantiate(parser, config)
     if plain["trainer"]["threads"] == "auto":
-        plain["trainer"]["threads"] = built.engine.threads(usable_cores())
+        plain["trainer"]["threads"] = built.engine.threads(usable_cores(), plain["data"]["num_clients"])
     trainer = TrainerFactory(**plain["trainer"]).resolve()
     for name in plain["trainer"]:
         config.trainer[name] = getattr(trainer, name)

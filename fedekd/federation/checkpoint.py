@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,19 @@ class CheckpointFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, round: int, notes: Mapping[str, Any], server: Any, clients: Mapping[int, Any]) -> None:
+    def save(self, round: int, notes: Mapping[str, Any], server: Any, clients: Iterable[tuple[int, Any]]) -> None:
         """Write a checkpoint, and then drop those that are no longer needed.
 
         Args:
             round: The round to begin with when going on from here.
             notes: JSON values.
             server: The method's server state.
-            clients: The states of the clients that changed since the last checkpoint; the others keep the file
-                that the checkpoint before this one names.
+            clients: Number and state of each client that changed since the last checkpoint, taken one at a time;
+                the others keep the file that the checkpoint before this one names.
         """
         before = [earlier for earlier in self._rounds() if earlier < round]
         files: dict[str, dict[str, str]] = dict(self._manifest(before[-1])["files"]) if before else {}
-        for number, state in clients.items():
+        for number, state in clients:
             files[f"client-{number:03d}"] = self._write(f"client-{number:03d}", round, state)
         files["server"] = self._write("server", round, server)
         manifest = {"round": round, "files": files, "notes": dict(notes)}

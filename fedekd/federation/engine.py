@@ -83,7 +83,7 @@ class Placement(ABC):
     """
 
     @abstractmethod
-    def threads(self, cores: int) -> int:
+    def threads(self, cores: int, clients: int) -> int:
         """CPU threads for one client's training, of a machine's cores, where nobody has said a number."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Placement(ABC):
 class InProcess(Placement):
     """Clients run one after another in this process."""
 
-    def threads(self, cores: int) -> int:
+    def threads(self, cores: int, clients: int) -> int:
         """All of them."""
         return cores
 

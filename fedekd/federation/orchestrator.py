@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.engine import Engine, InProcessEngine
+from fedekd.federation.engine import Engine, InProcess, Placement
 from fedekd.federation.guard import Guard
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
@@ -26,6 +27,7 @@ from fedekd.methods.base import num_bytes
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
 from fedekd.modules import TrainerFactory
+from fedekd.modules.trainer_factory import usable_cores
 from fedekd.reporting import Tracker
 
 EngineFactory = Callable[[Method, FederatedDataModule, Blueprint, Path | None, Observer], Engine]
@@ -49,7 +51,7 @@ class Orchestrator:
         loggers: Lightning loggers; each gets one call a round.
         observer: Is told what happens.
         config: What the run was configured with; kept beside the results and compared on resume.
-        engine: Where clients run; in this process by default.
+        engine: Where clients run: `InProcess()`, which is the default, `SideBySide(2)`, or whatever makes an engine.
 
     Raises:
         UserError: If the parts do not fit together, or the device is not there.
@@ -68,7 +70,7 @@ class Orchestrator:
         loggers: Sequence[Logger] = (),
         observer: Observer | None = None,
         config: Mapping[str, Any] | None = None,
-        engine: EngineFactory = InProcessEngine,
+        engine: Placement | EngineFactory | None = None,
     ) -> None:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
         self.observer = observer or SilentObserver()
@@ -79,6 +81,10 @@ class Orchestrator:
         in_a_round = len(participants(self.options, self.num_clients, seed, 0))
         if self.options.quorum > in_a_round:
             raise UserError(f"quorum is {self.options.quorum}, but only {in_a_round} clients take part in a round")
+        placement = engine if engine is not None else InProcess()
+        trainer = trainer or TrainerFactory()
+        if trainer.threads == "auto" and isinstance(placement, Placement):
+            trainer = replace(trainer, threads=placement.threads(usable_cores(), self.num_clients))
         images = data.images
         self.blueprint = Blueprint(
             task=data.task,
@@ -89,12 +95,12 @@ class Orchestrator:
             eval_batch_size=data.eval_batch_size,
             seed=seed,
             client=client or ClientOptions(),
-            trainer=(trainer or TrainerFactory()).resolve(),
+            trainer=trainer.resolve(),
             num_clients=self.num_clients,
             rounds=self.options.rounds,
         )
         self._require_models_that_fit()
-        self.engine = engine(method, data, self.blueprint, reference_folder, self.observer)
+        self.engine = placement(method, data, self.blueprint, reference_folder, self.observer)
         self.guard = Guard(self.options.max_update_norm)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output)
@@ -164,15 +170,17 @@ class Orchestrator:
         Raises:
             UserError: If there is no whole checkpoint of a finished run.
         """
-        self.method.start(self.blueprint)
-        self._restore()
-        if self.progress.round <= self.options.rounds:
-            raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
-        self._train_references()
-        for number in range(self.num_clients):
-            self.progress.records[number].score = self.engine.score(number)
-        self.engine.close()
-        return summarize(self)
+        try:
+            self.method.start(self.blueprint)
+            self._restore()
+            if self.progress.round <= self.options.rounds:
+                raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
+            self._train_references()
+            for number in range(self.num_clients):
+                self.progress.records[number].score = self.engine.score(number)
+            return summarize(self)
+        finally:
+            self.engine.close()
 
     def _run_round(self, round: int) -> list[int]:
         """Broadcast aggregate `round`; let participants absorb, be scored and upload; aggregate what is accepted.
@@ -259,7 +267,7 @@ class Orchestrator:
                 self.folder.keep(
                     self.progress,
                     self.method.server_state,
-                    {number: self.engine.client_state(number) for number in changed},
+                    ((number, self.engine.client_state(number)) for number in changed),
                     self._identity(),
                 )
         if round > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ class RunFolder:
                 raise UserError(f"{self.folder} was run with other {key}: it was {before}, and is now {now}")
         return checkpoint, complaints
 
-    def keep(self, progress: Progress, server: Any, clients: Mapping[int, Any], identity: Mapping[str, Any]) -> None:
+    def keep(
+        self, progress: Progress, server: Any, clients: Iterable[tuple[int, Any]], identity: Mapping[str, Any]
+    ) -> None:
         """Write a checkpoint that makes the last round count, and metrics.csv from it."""
         notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import pickle
@@ -9,9 +10,10 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fedekd.errors import UserError
 from fedekd.federation.engine import Engine, InProcessEngine, Placement, Visit
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference
+from fedekd.federation.storage import pack, unpack
 from fedekd.methods import Blueprint, Broadcast, Method
 from fedekd.processes import die_with_parent
 
@@ -38,9 +41,9 @@ class SideBySide(Placement):
             raise UserError(f"engine.processes is {processes}, and must be at least 1")
         self.processes = processes
 
-    def threads(self, cores: int) -> int:
+    def threads(self, cores: int, clients: int) -> int:
         """An equal share of the cores."""
-        return max(1, cores // self.processes)
+        return max(1, cores // min(self.processes, clients))
 
     def __call__(
         self,
@@ -63,9 +66,9 @@ class _Share:
     pixels: Path
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def images(self) -> ImageData:
-        """The images, mapped: the processes of a machine share one copy."""
+        """The images, mapped: processes that train on the CPU share one copy."""
         size = int(torch.tensor(self.shape).prod())
         mapped = torch.from_file(str(self.pixels), shared=False, size=size, dtype=torch.uint8)
         return replace(self.without_pixels, images=mapped.view(self.shape))
@@ -74,8 +77,10 @@ class _Share:
 class SideBySideEngine:
     """Runs clients in several processes, with the same numbers as one after another.
 
+    The processes start with the first request and end with `close`; with them end the clients.
+
     Args:
-        method: The method, for its two verbs on the client.
+        method: The method, for its two verbs on the client; like the rest it must be picklable.
         data: The federation's data, set up.
         blueprint: How networks are built and trained.
         reference_folder: Where Local's references are kept; None trains them anew.
@@ -93,11 +98,10 @@ class SideBySideEngine:
         processes: int = 2,
     ) -> None:
         self.observer = observer or SilentObserver()
-        self._make: Callable[[_Share], tuple[Any, ...]] = lambda share: (method, share, blueprint, reference_folder)
-        self._data = data
+        self._method, self._data, self._blueprint, self._references = method, data, blueprint, reference_folder
         self._home = _dealt_out([len(splits.train) for splits in data.clients], processes)
         self._workers: list[_Worker] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._closed = False
 
     def references(self, rounds: Mapping[int, int]) -> dict[int, LocalReference]:
         """Local's reference for each client."""
@@ -119,7 +123,7 @@ class SideBySideEngine:
         return score
 
     def client_state(self, number: int) -> Any:
-        """All that must last of a client."""
+        """All that must last of a client, on the CPU."""
         return self._ask_one(number, "client_state", number)
 
     def load_client_state(self, number: int, state: Any) -> None:
@@ -127,13 +131,11 @@ class SideBySideEngine:
         self._ask_one(number, "load_client_state", number, state)
 
     def close(self) -> None:
-        """End the processes, and remove the pixels that they shared."""
+        """End the processes."""
+        self._closed = True
         for worker in self._workers:
             worker.end()
         self._workers = []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
     def _places(self, numbers: Sequence[int] | Mapping[int, int]) -> list[int]:
         return sorted({self._home[number] for number in numbers})
@@ -146,19 +148,27 @@ class SideBySideEngine:
         """Let processes do something at the same time, and give what comes, as it comes.
 
         Raises:
-            UserError: If a process has died.
+            UserError: If a process has died, or has found something wrong; the engine is then closed.
         """
-        if not self._workers:
-            self._start()
-        for place, request in asked.items():
-            self._workers[place].send(request)
-        busy = {self._workers[place].connection: self._workers[place] for place in asked}
+        if self._closed:
+            raise RuntimeError("the engine is closed, and its clients are gone; their states are in the checkpoint")
+        try:
+            if not self._workers:
+                self._start()
+            for place, request in asked.items():
+                self._workers[place].send(request)
+            yield from self._replies({self._workers[place].connection: self._workers[place] for place in asked})
+        except BaseException:
+            self.close()  # what the others were about to say would be taken for an answer to the next question
+            raise
+
+    def _replies(self, busy: dict[Connection, _Worker]) -> Iterator[Any]:
         while busy:
             for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                kind, content = worker.receive()
+                assert isinstance(connection, Connection)
+                kind, content = busy[connection].receive()
                 if kind == "done":
-                    del busy[worker.connection]
+                    del busy[connection]
                 elif kind == "event":
                     name, arguments = content
                     getattr(self.observer, name)(*arguments)
@@ -168,36 +178,44 @@ class SideBySideEngine:
                     yield content
 
     def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fedekd-")
-        images = self._data.images
-        pixels = Path(self._folder.name) / "pixels"
-        pixels.write_bytes(images.images.cpu().numpy().tobytes())
-        share = _Share(
-            replace(images, images=torch.empty(0, *images.images.shape[1:], dtype=torch.uint8)),
-            list(self._data.clients),
-            pixels,
-            tuple(images.images.shape),
-        )
-        for place in range(max(self._home) + 1):
-            own = [number for number, home in enumerate(self._home) if home == place]
-            self._workers.append(_Worker(own, pickle.dumps(self._make(share))))
+        """Start all processes at once, and give each its part of the federation."""
+        with tempfile.TemporaryDirectory(prefix="fedekd-", ignore_cleanup_errors=True) as folder:
+            images = self._data.images
+            pixels = Path(folder) / "pixels"
+            images.images.cpu().numpy().tofile(pixels)
+            without = replace(images, images=torch.empty(0, *images.images.shape[1:], dtype=torch.uint8))
+            share = _Share(without, list(self._data.clients), pixels, tuple(images.images.shape))
+            clients_side = copy.copy(self._method)
+            clients_side.server_state = {}
+            parts = pickle.dumps((clients_side, share, self._blueprint, self._references))
+            for place in range(max(self._home) + 1):
+                self._workers.append(_Worker([n for n, home in enumerate(self._home) if home == place]))
+            for worker in self._workers:
+                worker.send_bytes(parts)
+            # Once all have mapped the pixels, their file may go: a killed run leaves nothing behind.
+            for _ in self._replies({worker.connection: worker for worker in self._workers}):
+                pass
 
 
 class _Worker:
     """A process, and the way to it."""
 
-    def __init__(self, clients: list[int], parts: bytes) -> None:
-        self.clients = clients
+    def __init__(self, clients: list[int]) -> None:
+        self.clients, self.answered = clients, False
         # Forked processes cannot use CUDA, nor the parent's thread pools.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, parts), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _signals_held_back():
+            self.process.start()
         theirs.close()
 
     def send(self, request: Any) -> None:
+        self.send_bytes(pickle.dumps(request))
+
+    def send_bytes(self, message: bytes) -> None:
         try:
-            self.connection.send_bytes(pickle.dumps(request))
+            self.connection.send_bytes(message)
         except OSError as error:
             raise self._lost() from error
 
@@ -206,20 +224,38 @@ class _Worker:
             message: tuple[str, Any] = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._lost() from error
+        self.answered = True
         return message
 
     def _lost(self) -> UserError:
         self.process.join(5)
+        code = self.process.exitcode
+        if not self.answered and code == 1:
+            return UserError(
+                "a process for clients could not start (its error stands above); a script that uses SideBySide needs"
+                " `if __name__ == '__main__':` around what it does"
+            )
         clients = ", ".join(map(str, self.clients))
+        why = "killed, perhaps for want of memory: try fewer engine.processes" if code == -9 else f"exit code {code}"
         return UserError(
-            f"the process of the clients {clients} has died (exit code {self.process.exitcode}; out of memory, if it is"
-            " -9); what was finished is kept: use fit --resume, or fewer engine.processes"
+            f"the process of the clients {clients} has died ({why}); what was finished is kept: use fit --resume"
         )
 
     def end(self) -> None:
-        self.connection.close()
-        self.process.terminate()
+        self.connection.close()  # which an idle process takes for the end
+        self.process.join(0.2)
+        self.process.kill()
         self.process.join()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process that is started inside is never reached by Ctrl-C or SIGTERM: only its parent decides when it ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _dealt_out(sizes: Sequence[int], processes: int) -> list[int]:
@@ -253,33 +289,64 @@ class _Forwarder(SilentObserver):
         self.tell("event", ("warn", (text,)))
 
 
-def _serve(connection: Connection, parts: bytes) -> None:
+class _Unasked(BaseException):
+    """Nobody is there any more to be told anything."""
+
+
+def _serve(connection: Connection) -> None:
     """What a process does: answer until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
     die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a library's thread may not hold it back
 
     def tell(kind: str, content: Any = None) -> None:
-        connection.send_bytes(pickle.dumps((kind, content)))
+        message = pickle.dumps((kind, content))
+        try:
+            connection.send_bytes(message)
+        except OSError as error:
+            raise _Unasked from error
 
-    method, share, blueprint, reference_folder = pickle.loads(parts)
-    engine: Engine | None = None
-    while True:
+    def asked() -> Any:
         try:
-            verb, arguments = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        try:
-            if engine is None:
-                engine = InProcessEngine(method, share, blueprint, reference_folder, _Forwarder(tell))
-            reply = getattr(engine, verb)(*arguments)
-            if verb == "visit":
-                for visit in reply:
-                    tell("reply", visit)
-                gc.collect()  # as the parent does: Trainers hold on to what they trained
-            else:
-                tell("reply", reply)
-        except UserError as error:
-            tell("error", error)
-        except Exception:
-            tell("error", RuntimeError(f"in the process of a client:\n{traceback.format_exc()}"))
-        tell("done")
+            message = connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise _Unasked from error
+        return message
+
+    with suppress(_Unasked):
+        engine: InProcessEngine | None = None
+        while True:
+            message = asked()
+            try:
+                if engine is None:
+                    method, share, blueprint, references = pickle.loads(message)
+                    engine = InProcessEngine(method, share, blueprint, references, _Forwarder(tell))
+                    gc.collect()
+                    gc.freeze()  # what has been imported stays: collections need not walk it
+                else:
+                    for answer in _answers(engine, *pickle.loads(message)):
+                        tell("reply", answer)
+            except (UserError, OSError) as error:
+                tell("error", error)
+            except (AttributeError, ImportError, pickle.UnpicklingError) as error:
+                hint = f"{error}; what runs in another process must be importable there: put it into a module"
+                tell("error", UserError(hint) if engine is None else _told_whole())
+            except Exception:
+                tell("error", _told_whole())
+            tell("done")
+    gc.unfreeze()  # extension modules complain at exit of what is still frozen
+
+
+def _told_whole() -> RuntimeError:
+    return RuntimeError(f"in the process of a client:\n{traceback.format_exc()}")
+
+
+def _answers(engine: InProcessEngine, verb: str, arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """One for each visit; one for anything else."""
+    if verb == "visit":
+        yield from engine.visit(*arguments)
+        gc.collect()  # as the round loop does: Trainers hold on to each other, and to what they trained
+    elif verb == "client_state":
+        yield unpack(pack(engine.client_state(*arguments)))  # on the CPU
+    else:
+        yield getattr(engine, verb)(*arguments)

@@ -161,7 +161,7 @@ class Client:
         for role, network_state in state["networks"].items():
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]
-        self.loss_scales = state["loss_scales"]
+        self.loss_scales = state.get("loss_scales", {})  # runs before 0.1.0 have none
         self.memory = state["memory"]
         self.supervised_epochs = state["supervised_epochs"]
 

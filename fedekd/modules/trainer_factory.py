@@ -145,15 +145,19 @@ class TrainerFactory:
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
         """Train a module in a Trainer of its own, without Lightning's greetings, and leave nothing behind."""
         with _quiet():
-            self.build(epochs).fit(module, train_dataloaders=batches)
-        module.trainer = None  # a Trainer that is still referred to is never freed
+            trainer = self.build(epochs)
+            trainer.fit(module, train_dataloaders=batches)
+        # A Trainer is freed by the garbage collector alone, some time: it must not hold what is large until then.
+        trainer.strategy.optimizers = []
+        module.zero_grad(set_to_none=True)
+        module.trainer = None
 
 
 class _Resident(SingleDeviceStrategy):
     """Leaves networks and optimizer states where they were trained.
 
-    Lightning's own teardown moves them to the CPU and empties the GPU's cache, to have both moved back and filled again
-    in the next phase, some milliseconds later.
+    Lightning's own teardown moves them to the CPU, from where the next phase, some milliseconds later, would move them
+    back.
     """
 
     def teardown(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "| backward | ",
     ):
         assert line in told
-    assert "`python orchestrator.py --help`: 0." in told
+    assert re.search(r"`python orchestrator.py --help`: \d+\.\d\d s", told)
 
 
 @pytest.mark.parametrize(
@@ -48,22 +49,25 @@ def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (bare.distilled, [Distilled("classification")]),
     ],
 )
-def test_the_bare_loss_is_fedekds(by_hand: bare.Loss, objectives: list[Objective]) -> None:
+def test_the_losses_are_fedekds(by_hand: bare.Loss, objectives: list[Objective]) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(64, 10, dtype=torch.float64, generator=generator, requires_grad=True)
     teacher = torch.randn(64, 10, dtype=torch.float64, generator=generator)
     y = torch.randint(0, 10, (64,), generator=generator)
     ours = sum(term(Prediction((student,)), Prediction((teacher,)), y, lambda *_: None) for term in objectives)
     theirs = by_hand(student.log_softmax(dim=1), teacher.log_softmax(dim=1), y)
-    torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=0)
-    gradients = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (theirs, ours))
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-10)
+    scripted = script.gated(student, teacher, y) if by_hand is bare.gated else script.distilled(student, teacher)
+    (wanted,) = torch.autograd.grad(ours, student, retain_graph=True)
+    # The script adds 1e-8 within its logarithms.
+    for loss, tolerance in ((theirs, 1e-9), (scripted, 1e-6)):
+        torch.testing.assert_close(loss, ours, rtol=tolerance, atol=0)
+        (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+        torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance * 1e-2)
 
 
 @pytest.mark.parametrize("phase", ["private", "proxy"])
 def test_all_three_take_the_same_step(phase: str, setting: Setting) -> None:
     """One batch, one epoch. Adam's first step is 1e-4 along the gradient's sign, which rounding may turn near 0."""
-    setting.epochs = 1
     indices = setting.data.clients[0].train[: setting.batch_size]
     method = FedeKD(proxy_epochs=1)
     setting.blueprint = replace(setting.blueprint, client=ClientOptions(local_epochs=1))

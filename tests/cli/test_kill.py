@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -141,33 +142,81 @@ def test_wandb_holds_every_round_once_after_a_kill(
     assert rounds == [1, 2, 3]
 
 
+BESIDE = ("--engine=SideBySide", "--engine.processes=2")
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Starts a command in a process group of its own, and waits until its first round is kept."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(arguments: list[str]) -> subprocess.Popen[str]:
+        code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *arguments]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run/checkpoints/manifest-0001.json").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return process
+
+    yield begin
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def assert_ended(group: int) -> None:
+    """All processes of a group are gone, or will be in a moment."""
+    deadline = time.monotonic() + 60
+    with suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "engine"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, BESIDE), (signal.SIGTERM, BESIDE)]
+)
 def test_interrupt_says_how_to_go_on(
-    number: signal.Signals, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path
+    number: signal.Signals,
+    engine: tuple[str, ...],
+    quiet_run: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    start: Callable[[list[str]], subprocess.Popen[str]],
 ) -> None:
     npz, expected = quiet_run
     run = tmp_path / "run"
-    arguments = options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))",
-            *arguments,
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "manifest-0001.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
+    arguments = options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null", *engine)
+    process = start(arguments)
+    os.killpg(process.pid, number)  # as a terminal does, and a batch system: all processes are told
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number, told
     assert f"fit --resume {run}" in told
-    assert "Traceback" not in told
-    assert main(["fit", "--resume", str(run)]) == 0
+    assert "Traceback" not in told, told
+    assert_ended(process.pid)
+    assert not list((tmp_path / "tmp").glob("fedekd-*"))
+    assert main(["fit", "--resume", str(run), "--engine=InProcess"]) == 0
+    assert contents(run) == expected
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_killed_parent(
+    quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
+) -> None:
+    npz, expected = quiet_run
+    run = tmp_path / "run"
+    process = start(options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null", *BESIDE))
+    process.kill()
+    process.communicate(timeout=60)
+    assert_ended(process.pid)
+    assert not list((tmp_path / "tmp").glob("fedekd-*"))
+    assert main(["fit", "--resume", str(run), "--engine=InProcess"]) == 0
     assert contents(run) == expected

@@ -23,8 +23,8 @@ def state(value: float) -> dict[str, Any]:
 def folder(tmp_path: Path) -> CheckpointFolder:
     """Two checkpoints of two clients; only client 0 took part in the second."""
     folder = CheckpointFolder(tmp_path)
-    folder.save(1, {"note": 0.1}, {"w": torch.zeros(1)}, {0: state(1), 1: state(2)})
-    folder.save(2, {"note": 0.2}, {"w": torch.ones(1)}, {0: state(3)})
+    folder.save(1, {"note": 0.1}, {"w": torch.zeros(1)}, {0: state(1), 1: state(2)}.items())
+    folder.save(2, {"note": 0.2}, {"w": torch.ones(1)}, {0: state(3)}.items())
     return folder
 
 
@@ -39,7 +39,7 @@ def test_a_copied_manifest_is_none(folder: CheckpointFolder) -> None:
     checkpoint, complaints = folder.load()
     assert checkpoint is not None
     assert (checkpoint.round, complaints) == (2, [])
-    folder.save(3, {}, {}, {})
+    folder.save(3, {}, {}, ())
     assert (folder.folder / "manifest-0002 (copy).json").exists()
 
 
@@ -73,7 +73,7 @@ def test_damage_falls_back_to_the_round_before_and_says_so(folder: CheckpointFol
 
 def test_going_on_after_a_fall_back_makes_the_new_round_count(folder: CheckpointFolder) -> None:
     (folder.folder / "server-0002.pt").write_bytes(b"")
-    folder.save(2, {}, {"w": torch.full((1,), 5.0)}, {0: state(7)})
+    folder.save(2, {}, {"w": torch.full((1,), 5.0)}, {0: state(7)}.items())
     checkpoint, complaints = folder.load()
     assert checkpoint is not None
     assert complaints == []
@@ -86,7 +86,7 @@ def test_all_damaged_starts_anew_and_is_not_outlived_by_the_damaged(folder: Chec
     checkpoint, complaints = folder.load()
     assert checkpoint is None
     assert len(complaints) == 2
-    folder.save(1, {}, {"w": torch.zeros(1)}, {0: state(1), 1: state(1)})
+    folder.save(1, {}, {"w": torch.zeros(1)}, {0: state(1), 1: state(1)}.items())
     checkpoint, complaints = folder.load()
     assert checkpoint is not None
     assert (checkpoint.round, complaints) == (1, [])
@@ -94,7 +94,7 @@ def test_all_damaged_starts_anew_and_is_not_outlived_by_the_damaged(folder: Chec
 
 def test_only_two_checkpoints_are_kept(folder: CheckpointFolder) -> None:
     for round in range(3, 8):
-        folder.save(round, {}, {"w": torch.zeros(1)}, {0: state(round)})
+        folder.save(round, {}, {"w": torch.zeros(1)}, {0: state(round)}.items())
     names = sorted(path.name for path in folder.folder.iterdir())
     assert names == [
         "client-000-0006.pt",
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space"):
-        folder.save(3, {}, {"w": torch.zeros(1)}, {0: state(9), 1: state(9)})
+        folder.save(3, {}, {"w": torch.zeros(1)}, {0: state(9), 1: state(9)}.items())
     checkpoint, complaints = folder.load()
     assert checkpoint is not None
     assert (checkpoint.round, complaints) == (2, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_a_process_that_dies_is_told_and_the_run_goes_on_from_its_checkpoint(
 ) -> None:
     quiet = federate(Suicidal(str(tmp_path)), output=tmp_path / "quiet").run()
     method = Suicidal(str(tmp_path / "dead"))
-    with pytest.raises(UserError, match=r"the process of the clients .*1.* has died \(exit code -9"):
+    with pytest.raises(UserError, match=r"the process of the clients 1 has died \(killed, perhaps"):
         federate(method, output=tmp_path / "run", engine=SideBySide(3)).run()
     summary = federate(Suicidal(method.mark), output=tmp_path / "run").run()
     assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "quiet/metrics.csv").read_bytes()
@@ -102,6 +103,48 @@ def test_a_process_that_dies_is_told_and_the_run_goes_on_from_its_checkpoint(
 def test_what_goes_wrong_in_a_process_comes_out_of_the_run(error: str, kind: Any, federate: Federate) -> None:
     with pytest.raises(kind, match="something is wrong" if error == "told" else "ZeroDivisionError: 1 / 0"):
         federate(Faulty(error), engine=SideBySide(1)).run()
+
+
+class Unborn(FedeKD):
+    """Cannot be made again in another process, in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        return born, (self.how, os.getpid())
+
+
+def born(how: str, here: int) -> Unborn:
+    if os.getpid() == here:
+        return Unborn(how)
+    if how == "dies":
+        os._exit(3)
+    raise ModuleNotFoundError("no module named nowhere")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("dies", r"clients 0, 1, 2 has died \(exit code 3\)"), ("unknown", "nowhere; .* module")]
+)
+@pytest.mark.timeout(120)
+def test_a_process_that_cannot_begin_is_told(
+    how: str, words: str, federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    run = federate(Unborn(how), engine=SideBySide(1))
+    with pytest.raises(UserError, match=words):
+        run.run()
+    assert not list((tmp_path / "tmp").iterdir())
+    with pytest.raises(RuntimeError, match="closed"):
+        run.engine.score(0)
+
+
+def test_a_full_disk_in_a_process_is_told_as_one_here(federate: Federate, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        federate(reference_folder=tmp_path / "file/local", engine=SideBySide(1)).run()
 
 
 def test_clients_stay_where_they_are_and_get_only_their_own(federate: Federate) -> None:
@@ -145,7 +188,7 @@ def test_work_is_dealt_evenly(sizes: Sequence[int], processes: int, largest: int
 
 
 def test_threads_are_shared_out_and_bad_numbers_told() -> None:
-    assert [SideBySide(n).threads(16) for n in (1, 4, 5, 32)] == [16, 4, 3, 1]
+    assert [SideBySide(n).threads(16, clients=6) for n in (1, 4, 5, 32)] == [16, 4, 3, 2]
     with pytest.raises(UserError, match=r"engine.processes is 0"):
         SideBySide(0)
 
