@@ -95,7 +95,7 @@ class Table:
         title: What it tells.
         measure: The column of the results.
         higher_is_better: As it says.
-        panels: The paper's data sets in its order, then those that the paper has not.
+        panels: What was run, then what was not; in each the paper's data sets in its order, then others.
     """
 
     number: int
@@ -156,6 +156,7 @@ def _table(plan: _Plan, measured: Measured) -> Table:
     of_paper = [name for name in DATASETS if any(place[1] == name for place in cells)]
     ours = [name for name in measured.datasets if measured.metric(name) == plan.metric and name not in of_paper]
     panels = [_panel(plan, name, cells, measured) for name in (*of_paper, *ours)]
+    panels.sort(key=lambda panel: panel.dataset not in measured.datasets)  # what was run comes first
     return Table(plan.number, plan.title, plan.measure, plan.higher_is_better, tuple(p for p in panels if p.rows))
 
 
