@@ -10,7 +10,12 @@ from fedekd.functional.conformal import (
     set_agreement,
     set_ranking_loss,
 )
-from fedekd.functional.distillation import gated_distillation, kl_distillation, squared_error_distillation
+from fedekd.functional.distillation import (
+    decoupled_distillation,
+    gated_distillation,
+    kl_distillation,
+    squared_error_distillation,
+)
 from fedekd.functional.energies import (
     entropy_energy,
     feature_distance_energy,
@@ -21,6 +26,7 @@ from fedekd.functional.energies import (
 )
 from fedekd.functional.gate import trust_weights
 from fedekd.functional.precision import at_least_float32
+from fedekd.functional.simplex import project_to_simplex
 
 __all__ = [
     "Aggregator",
@@ -30,6 +36,7 @@ __all__ = [
     "at_least_float32",
     "average_state_dicts",
     "conformal_quantile",
+    "decoupled_distillation",
     "entropy_energy",
     "feature_distance_energy",
     "fit_temperature",
@@ -39,6 +46,7 @@ __all__ = [
     "logsumexp_energy",
     "margin_energy",
     "prediction_sets",
+    "project_to_simplex",
     "regularized_scores",
     "set_agreement",
     "set_ranking_loss",

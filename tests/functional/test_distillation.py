@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedekd.functional import (
+    decoupled_distillation,
     gated_distillation,
     kl_distillation,
     kl_energy,
@@ -130,3 +131,77 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         gated_distillation(torch.zeros(4), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="shapes differ"):
         kl_distillation(torch.zeros(4, 3), torch.zeros(4, 1))
+
+
+def literal_dkd(student: Tensor, teacher: Tensor, targets: Tensor, alpha: float, beta: float, t: float) -> Tensor:
+    """Zhao et al.'s Eq. 7, sample by sample."""
+    losses = []
+    for s_row, t_row, y in zip(student / t, teacher / t, targets.tolist(), strict=True):
+        p_s, p_t = s_row.softmax(0), t_row.softmax(0)
+        others = [c for c in range(len(p_s)) if c != y]
+        binary_s, binary_t = ((p[y], p[others].sum()) for p in (p_s, p_t))
+        of_target = sum(b_t * torch.log(b_t / b_s) for b_s, b_t in zip(binary_s, binary_t, strict=True))
+        hat_s, hat_t = s_row[others].softmax(0), t_row[others].softmax(0)
+        losses.append(t**2 * (alpha * of_target + beta * (hat_t * torch.log(hat_t / hat_s)).sum()))
+    return torch.stack(losses)
+
+
+def logits_and_targets(classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (2 * torch.randn(7, classes, dtype=torch.float64, generator=generator) for _ in range(2))
+    return student, teacher, torch.randint(0, classes, (7,), generator=generator)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (0.5, 1.0, 1.0), (0.0, 2.0, 0.5)])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_decoupled_distillation_equals_the_literal_equation(
+    alpha: float, beta: float, temperature: float, classes: int
+) -> None:
+    student, teacher, targets = logits_and_targets(classes)
+    student.requires_grad_()
+    ours = decoupled_distillation(student, teacher, targets, alpha, beta, temperature)
+    literal = literal_dkd(student, teacher, targets, alpha, beta, temperature)
+    torch.testing.assert_close(ours, literal, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(0.1, 1, 7, dtype=torch.float64)
+    gradients = (torch.autograd.grad((weights * loss).sum(), student, retain_graph=True)[0] for loss in (ours, literal))
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 12))
+def test_distillation_decouples(seed: int, classes: int) -> None:
+    """KL(p_t || p_s) = KL(b_t || b_s) + (1 - p_y^t) KL(p^_t || p^_s) at T = 1."""
+    student, teacher, targets = logits_and_targets(classes, seed)
+    of_target = decoupled_distillation(student, teacher, targets, 1.0, 0.0, 1.0)
+    of_others = decoupled_distillation(student, teacher, targets, 0.0, 1.0, 1.0)
+    sure = teacher.softmax(1).gather(1, targets[:, None]).squeeze(1)
+    whole = of_target + (1 - sure) * of_others
+    torch.testing.assert_close(whole, kl_distillation(student, teacher), rtol=1e-10, atol=1e-12)
+    assert (of_target >= -1e-12).all()
+    assert (of_others >= -1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoupled_distillation_is_finite_for_large_logits(dtype: torch.dtype) -> None:
+    large = 1e4 * torch.eye(4, dtype=dtype)
+    student = large[[0, 1, 2, 3]].requires_grad_()
+    for teacher in (large, large[[1, 2, 3, 0]], -large):
+        for target in range(4):
+            loss = decoupled_distillation(student, teacher, torch.full((4,), target))
+            assert loss.dtype == torch.float32
+            assert loss.isfinite().all()
+            (gradient,) = torch.autograd.grad(loss.sum(), student)
+            assert gradient.isfinite().all()
+    assert (decoupled_distillation(student, student.detach(), torch.arange(4)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "targets", "temperature", "words"),
+    [(3, torch.zeros(2), 0.0, "temperature"), (3, torch.zeros(3), 1.0, "targets"), (1, torch.zeros(2), 1.0, "C >= 2")],
+)
+def test_decoupled_distillation_of_what_it_cannot_take(
+    classes: int, targets: Tensor, temperature: float, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        decoupled_distillation(
+            torch.zeros(2, classes), torch.zeros(2, classes), targets.long(), temperature=temperature
+        )

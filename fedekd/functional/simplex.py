@@ -1,0 +1,41 @@
+"""The nearest mixture: Euclidean projection onto the probability simplex."""
+
+from __future__ import annotations
+
+from torch import Tensor, arange
+
+from fedekd.functional.precision import at_least_float32
+
+
+def project_to_simplex(v: Tensor) -> Tensor:
+    r"""The point of the simplex that is nearest to v, $\arg\min_{w \ge 0,\, \sum_j w_j = 1} \|w - v\|_2$.
+
+    It is $w_j = \max(v_j - \theta, 0)$ with the one $\theta$ for which the entries sum to 1 (Held, Wolfe and Crowder,
+    1974; Duchi et al., ICML 2008, Fig. 1). Adding a constant to all entries of v changes nothing.
+
+    Args:
+        v: Shape (n,), or (m, n) for m projections at once; finite, n at least 1.
+
+    Returns:
+        Weights of at least 0 that sum to 1, of v's shape.
+
+    Raises:
+        ValueError: The shape is neither, or v is empty.
+
+    Example:
+        >>> import torch
+        >>> project_to_simplex(torch.tensor([0.5, 0.3, -2.0]))
+        tensor([0.6000, 0.4000, 0.0000])
+    """
+    if v.ndim not in (1, 2) or not v.shape[-1]:
+        raise ValueError(f"v must have the shape (n,) or (m, n) with n >= 1, but has {tuple(v.shape)}")
+    v = at_least_float32(v)
+    # The largest entry becomes 0: what is added to all of them must not cost digits.
+    shifted = v - v.max(dim=-1, keepdim=True).values
+    descending = shifted.sort(dim=-1, descending=True).values
+    count = arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
+    thresholds = (descending.cumsum(dim=-1) - 1) / count
+    # The entries that stay positive are the largest ones; the last of them decides theta.
+    support = (descending > thresholds).sum(dim=-1, keepdim=True)
+    theta = thresholds.gather(-1, support - 1)
+    return (shifted - theta).clamp_min(0)
