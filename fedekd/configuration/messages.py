@@ -67,7 +67,8 @@ def _unexpected_in_class(match: re.Match[str], text: str, parser: ArgumentParser
     parameters = inspect.signature(getattr(import_module(module), attribute)).parameters
     if name in _DECIDED:
         return f"{_flag(text)}.{name} cannot be given: {_DECIDED[name]} it"
-    return f"{_flag(text)} {class_path} takes no {name!r}; {nearest(name, parameters)}"
+    hint = nearest(name, parameters) if parameters else "it takes no arguments"
+    return f"{_flag(text)} {class_path} takes no {name!r}; {hint}"
 
 
 #: Arguments that are filled in, and by what.
