@@ -59,7 +59,9 @@ def test_the_faulty_cells_are_those_of_the_specification() -> None:
     assert len(faulty("FedDyn's server state")) == 4 * 12 + 4 * 6
     assert all(cell.method == "FedDyn" for cell in faulty("FedDyn's server state"))
     weak = faulty("one shared initialization")
-    assert len(weak) == 2 * (4 * 12 + 4 * 6)
-    assert {cell.method for cell in weak} == {"FedAvg", "FedProx"}
+    assert len(weak) == 2 * 2 * 4 * 3
+    assert {(cell.method, cell.dataset) for cell in weak} == {
+        (method, dataset) for method in ("FedAvg", "FedProx") for dataset in ("fashionmnist", "retinamnist")
+    }
     assert [cell.place for cell in faulty("not seen")] == [("No gating", "fashionmnist", 0.1)]
     assert not any(cell.fault for cell in PRINTED if cell.method == "FedeKD")
