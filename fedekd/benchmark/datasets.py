@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedekd.benchmark.measured import title
 from fedekd.benchmark.published import DATASETS
 from fedekd.data import load_images
 from fedekd.errors import UserError
@@ -85,12 +86,12 @@ def dataset_lines(root: str, others: Sequence[str] = ()) -> list[DatasetLine]:
 
 
 def _line(name: str, root: str) -> DatasetLine:
-    title, paper = DATASETS.get(name, name), _PUBLISHED.get(name)
+    called, paper = title(name), _PUBLISHED.get(name)
     try:
         data = load_images(name, root, download=False)
     except UserError as error:
-        return DatasetLine(name, title, None, paper, missing=str(error))
+        return DatasetLine(name, called, None, paper, missing=str(error))
     splits = tuple(size for size in data.splits.values() if size)
     loaded = DatasetFacts(data.task, data.num_classes, data.image_size, data.in_channels, splits)
     counts = tuple(data.labels.bincount(minlength=data.num_classes).tolist())
-    return DatasetLine(name, title, loaded, paper, counts)
+    return DatasetLine(name, called, loaded, paper, counts)

@@ -130,7 +130,7 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
 
 
 def _drawings(measured: Measured, tables: Sequence[Table]) -> Iterator[Drawing]:
-    told = "the same figures stand in Tables 8 and 9"
+    told = "The same figures stand in Tables 8 and 9."
     yield Drawing("figure2", "Figure 2. Mean scores at alpha 0.1", figures.scores(tables), told)
     for number, (parameter, meaning) in SWEPT.items():
         drawn = figures.sweep(measured, parameter)
