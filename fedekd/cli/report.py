@@ -67,7 +67,10 @@ def _fill(path: Path, measured: Measured) -> None:
     """Rewrite a Markdown file with its marked places filled."""
     if not path.is_file():
         raise UserError(f"--fill {path}: there is no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--fill {path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
     filled = fill(text, measured)
     if filled != text:
         with atomic_file(path) as file:

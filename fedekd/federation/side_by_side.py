@@ -43,7 +43,7 @@ class SideBySide(Placement):
 
     def threads(self, cores: int, clients: int) -> int:
         """An equal share of the cores."""
-        return max(1, cores // min(self.processes, clients))
+        return max(1, cores // max(1, min(self.processes, clients)))  # no clients: the data say so in a moment
 
     def __call__(
         self,

@@ -354,6 +354,8 @@ def test_damaged_results_are_told_by_line(content: bytes, words: str, tmp_path: 
         (["nowhere"], "report nowhere: there is no such folder"),
         (["."], "report .: there is no finished run"),
         (["--fill", "missing.md", "results"], "--fill missing.md: there is no such file"),
+        (["--fill", "binary.md", "results"], "--fill binary.md is not text in UTF-8"),
+        (["--output", "binary.md", "results"], "binary.md"),
     ],
 )
 def test_bad_input_is_told_in_one_line(
@@ -365,6 +367,7 @@ def test_bad_input_is_told_in_one_line(
 ) -> None:
     write_results(tmp_path / "work/results", [row("FedeKD", 0, 0.1, dataset="digits")])
     (tmp_path / "work/empty").mkdir()
+    (tmp_path / "work/binary.md").write_bytes(b"\xff\xfe")
     monkeypatch.chdir(tmp_path / "work/empty" if arguments == ["."] else tmp_path / "work")
     assert main(["report", *arguments]) == 2
     told = capsys.readouterr().err

@@ -396,6 +396,7 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         (["--data.dataset=octmnist", "--data.download=false"], "octmnist.npz"),
         (["--engine.processes=4"], "InProcess takes no 'processes'; it takes no arguments"),
         (["--engine=SideByside"], "did you mean 'SideBySide'"),
+        (["--engine=SideBySide", "--data.num_clients=0", "--trainer.threads=auto"], "data.num_clients=0"),
         (["--engine=SideBySide", "--engine.processes=0"], "engine.processes is 0"),
         (["--rounds=0"], "rounds is 0"),
         (["--rounds=five"], "--rounds is 'five', and must be a whole number"),
