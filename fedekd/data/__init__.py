@@ -1,6 +1,7 @@
 """Images, how they are dealt to clients, and the batches that clients see."""
 
 from fedekd.data.batches import TensorBatches, scale
+from fedekd.data.corruptions import CORRUPTIONS, LEVELS, Corruption, corrupt
 from fedekd.data.datamodule import ClientSplits, FederatedDataModule
 from fedekd.data.images import ImageData
 from fedekd.data.partition import (
@@ -14,11 +15,15 @@ from fedekd.data.partition import (
 from fedekd.data.sources import load_images
 
 __all__ = [
+    "CORRUPTIONS",
+    "LEVELS",
     "PARTITIONS",
     "ClientSplits",
+    "Corruption",
     "FederatedDataModule",
     "ImageData",
     "TensorBatches",
+    "corrupt",
     "cut_validation",
     "dirichlet_cluster_partition",
     "dirichlet_label_partition",

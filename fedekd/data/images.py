@@ -63,7 +63,7 @@ class ImageData:
             UserError: If the arrays do not hold what is described above; it names the data set and the value.
         """
         require_task(task)
-        pixels = _checked_images(name, images)
+        pixels = checked_images(name, images)
         labels = _checked_labels(name, targets)
         if len(pixels) != len(labels):
             raise UserError(
@@ -145,7 +145,7 @@ def content_digest(data: ImageData, groups: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _checked_images(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def checked_images(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """The images as (N, H, W, C)."""
     if images.dtype != np.uint8:
         kind = f"{images.dtype}"

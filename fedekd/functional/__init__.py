@@ -2,6 +2,12 @@
 
 from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean
+from fedekd.functional.confidence import (
+    CONFIDENCES,
+    entropy_confidence,
+    margin_confidence,
+    max_softmax_confidence,
+)
 from fedekd.functional.conformal import (
     conformal_quantile,
     fit_temperature,
@@ -29,6 +35,7 @@ from fedekd.functional.precision import at_least_float32
 from fedekd.functional.simplex import project_to_simplex
 
 __all__ = [
+    "CONFIDENCES",
     "Aggregator",
     "CoordinateMedian",
     "Mean",
@@ -37,6 +44,7 @@ __all__ = [
     "average_state_dicts",
     "conformal_quantile",
     "decoupled_distillation",
+    "entropy_confidence",
     "entropy_energy",
     "feature_distance_energy",
     "fit_temperature",
@@ -44,7 +52,9 @@ __all__ = [
     "kl_distillation",
     "kl_energy",
     "logsumexp_energy",
+    "margin_confidence",
     "margin_energy",
+    "max_softmax_confidence",
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",

@@ -1,8 +1,23 @@
-"""Networks: the paper's two CNNs, any torchvision classifier, and how to build one by name."""
+"""Networks: the paper's two CNNs, any torchvision classifier, exits for them, and how to build one by name."""
 
 from fedekd.models.build import build_model, check_model
 from fedekd.models.cnn import PrivateCNN, ProxyCNN
+from fedekd.models.cost import ExitCosts, exit_costs
 from fedekd.models.image_classifier import ImageClassifier
+from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
 from fedekd.models.size import num_parameters
+from fedekd.models.split import multi_exit
 
-__all__ = ["ImageClassifier", "PrivateCNN", "ProxyCNN", "build_model", "check_model", "num_parameters"]
+__all__ = [
+    "ExitCosts",
+    "ExitHead",
+    "ImageClassifier",
+    "MultiExitNetwork",
+    "PrivateCNN",
+    "ProxyCNN",
+    "build_model",
+    "check_model",
+    "exit_costs",
+    "multi_exit",
+    "num_parameters",
+]

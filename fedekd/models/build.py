@@ -171,7 +171,10 @@ def _locate(class_path: str, flag: str) -> Callable[..., Any]:
 
 
 def _is_model(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, nn.Module) and candidate is not ImageClassifier
+    if not (isinstance(candidate, type) and issubclass(candidate, nn.Module)):
+        return False
+    needed = {name for name, fact in inspect.signature(candidate).parameters.items() if fact.default is fact.empty}
+    return needed <= {"in_channels", "image_size", "num_classes"}  # a part of a network needs more than the data
 
 
 def _same(name: str, given: Any, fact: Any) -> bool:
