@@ -146,7 +146,8 @@ class InProcessEngine:
     def _new_client(self, number: int) -> Client:
         return Client(number, self.splits[number], self.images, self.blueprint)
 
-    def _client(self, number: int) -> Client:
+    def client(self, number: int) -> Client:
+        """A client, as it is now."""
         if number not in self.clients:
             client = self._new_client(number)
             self.method.equip(client)
@@ -172,7 +173,7 @@ class InProcessEngine:
         """One participant after the other."""
         with self.blueprint.trainer.numerics():
             for number in participants:
-                client = self._client(number)
+                client = self.client(number)
                 self.observer.phase_started(number, "absorb")
                 logs = self.method.absorb(client, broadcast.to(number), round)
                 trained = client.supervised_rounds
@@ -190,15 +191,15 @@ class InProcessEngine:
     def score(self, number: int) -> float:
         """A client's score as it is now."""
         with self.blueprint.trainer.numerics():
-            return self._client(number).score()
+            return self.client(number).score()
 
     def client_state(self, number: int) -> Any:
         """All that must last of a client."""
-        return self._client(number).state_dict()
+        return self.client(number).state_dict()
 
     def load_client_state(self, number: int, state: Any) -> None:
         """Set a client to a state it had."""
-        self._client(number).load_state_dict(state)
+        self.client(number).load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.engine import Engine, InProcess, Placement
+from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Placement
 from fedekd.federation.guard import Guard
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
@@ -22,7 +22,7 @@ from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
 from fedekd.federation.run_folder import RunFolder, as_plain
 from fedekd.federation.summary import summarize
-from fedekd.methods import Blueprint, Broadcast, ClientOptions, Method, Update
+from fedekd.methods import Blueprint, Broadcast, Client, ClientOptions, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
@@ -94,7 +94,7 @@ class Orchestrator:
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
             seed=seed,
-            client=client or ClientOptions(),
+            client=self._with_exits(client or ClientOptions()),
             trainer=trainer.resolve(),
             num_clients=self.num_clients,
             rounds=self.options.rounds,
@@ -106,6 +106,11 @@ class Orchestrator:
         self.tracker = Tracker(loggers, output)
         self.progress = Progress()
         self.interrupts = Interrupts()
+
+    def _with_exits(self, client: ClientOptions) -> ClientOptions:
+        """The options with as many exits as the method needs, where nothing is said of them."""
+        self.adds_exits = self.method.exits is not None and client.exits is None
+        return replace(client, exits=self.method.exits) if self.adds_exits else client
 
     def _require_models_that_fit(self) -> None:
         """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
@@ -161,6 +166,23 @@ class Orchestrator:
                 self.engine.close()
         return summary
 
+    def restored_clients(self) -> list[Client]:
+        """The clients of a finished run as they are after the last round, in this process.
+
+        Raises:
+            UserError: If there is no whole checkpoint of a finished run, or clients do not run in this process.
+        """
+        if not isinstance(self.engine, InProcessEngine):
+            raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
+        self.method.start(self.blueprint)
+        self._restore()
+        self._require_finished()
+        return [self.engine.client(number) for number in range(self.num_clients)]
+
+    def _require_finished(self) -> None:
+        if self.progress.round <= self.options.rounds:
+            raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
+
     def rescore(self) -> dict[str, Any]:
         """Score the clients of a finished run again, from its checkpoint.
 
@@ -173,8 +195,7 @@ class Orchestrator:
         try:
             self.method.start(self.blueprint)
             self._restore()
-            if self.progress.round <= self.options.rounds:
-                raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
+            self._require_finished()
             self._train_references()
             for number in range(self.num_clients):
                 self.progress.records[number].score = self.engine.score(number)
@@ -287,6 +308,11 @@ class Orchestrator:
 
     def _announce(self) -> None:
         """Tell the display how much there is to do, and the loggers what they may have missed."""
+        if self.adds_exits:
+            self.observer.warn(
+                f"method {type(self.method).__name__} needs exits: client.private_model is cut into"
+                f" {self.method.exits} stages with an exit each (--client.exits says how many)"
+            )
         if self.folder is not None:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)

@@ -12,6 +12,7 @@ from fedekd.methods.fedprox import FedProx
 from fedekd.methods.fedtype import FedType
 from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
+from fedekd.methods.safekd import SafeKD
 
 __all__ = [
     "FML",
@@ -29,6 +30,7 @@ __all__ = [
     "FedeKD",
     "Local",
     "Method",
+    "SafeKD",
     "StateDict",
     "Update",
 ]

@@ -71,6 +71,9 @@ class Method(ABC):
     #: True for the method that Delta is measured against.
     is_reference = False
 
+    #: How many exits the private model has where `client.exits` is not said; None leaves it as it is.
+    exits: int | None = None
+
     def __init__(self) -> None:
         self.server_state: dict[str, Any] = {}
 

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from fedekd.errors import UserError
-from fedekd.models import build_model
+from fedekd.models import build_model, multi_exit
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
 
 Spec = Mapping[str, Any]  # {"class_path": ..., "init_args": {...}}
+
+#: Up to this many pixels a side a ResNet with exits begins without reducing them: of 32, its stem would leave 8.
+SMALL_IMAGE = 64
 
 #: Optimizers whose fused form runs on CPUs too, and agrees with the plain one.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -33,16 +36,26 @@ class ClientOptions:
             a model of its own.
         proxy_model: The small model that travels.
         optimizer: A torch.optim class: class_path and init_args.
+        exits: Cut the private model into so many stages, each with an exit (see fedekd.models.multi_exit); null
+            leaves it as it is, but for methods that need exits.
+        exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
+            average.
     """
 
     local_epochs: int = 2
     private_model: Spec | Sequence[Spec] = field(default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN"})
     proxy_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN"})
     optimizer: Spec = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}})
+    exits: int | None = None
+    exit_grid: int = 1
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:
             raise UserError(f"client.local_epochs is {self.local_epochs}, and must be at least 1")
+        if self.exits is not None and self.exits < 1:
+            raise UserError(f"client.exits is {self.exits}, and must be at least 1, or null")
+        if self.exit_grid < 1:
+            raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,20 @@ class Blueprint:
                 num_classes=self.num_outputs,
                 flag=f"client.{role}_model",
             )
+            if role == "private" and self.client.exits is not None:
+                network = self._with_exits(network)
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # Of the layout, PyTorch's own stubs know only a call of its own.
         return network.to(memory_format=self.trainer.memory_format)
+
+    def _with_exits(self, network: nn.Module) -> nn.Module:
+        try:
+            small = max(self.image_size) <= SMALL_IMAGE
+            return multi_exit(
+                network, self.num_outputs, self.client.exits, grid=self.client.exit_grid, cifar_stem=small
+            )
+        except UserError as error:
+            raise UserError(f"client.exits is {self.client.exits}: {error}") from error
 
     def private_model(self, owner: int | str) -> Spec:
         """The private model of a client, or the one that the server starts from."""

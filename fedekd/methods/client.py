@@ -136,7 +136,7 @@ class Client:
         network.train(was_training)
         if not parts:
             empty = torch.empty(0, self.blueprint.num_outputs, device=self.images.images.device)
-            return Prediction((empty,))
+            return Prediction((empty,) * getattr(network, "num_exits", 1))
         exits = tuple(torch.cat(outputs) for outputs in zip(*(part.exits for part in parts), strict=True))
         features = torch.cat([part.features for part in parts if part.features is not None]) if with_features else None
         return Prediction(exits, features)

@@ -1,7 +1,9 @@
 """LightningModules: what one client trains, and what anybody's Lightning project can."""
 
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
+from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow
 from fedekd.modules.gated_private import GatedPrivateModule
+from fedekd.modules.multi_exit import MultiExitModule, moving_average
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
 from fedekd.modules.objectives import Distilled, Gated, Objective, Supervised
 from fedekd.modules.prediction import Prediction, predict, teach
@@ -11,10 +13,13 @@ from fedekd.modules.trainer_factory import TrainerFactory
 
 __all__ = [
     "ENERGIES",
+    "DecoupledDistilled",
+    "DeepToShallow",
     "Distilled",
     "Energy",
     "Gated",
     "GatedPrivateModule",
+    "MultiExitModule",
     "Objective",
     "ObjectiveModule",
     "Prediction",
@@ -24,6 +29,7 @@ __all__ = [
     "TrainerFactory",
     "build_energy",
     "default_optimizer",
+    "moving_average",
     "predict",
     "teach",
 ]

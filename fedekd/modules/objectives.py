@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -39,20 +39,51 @@ def per_sample_distillation(task: Task, student: Tensor, teacher: Tensor, temper
     return F.kl_distillation(student, teacher, temperature)
 
 
+def weigh_exits(
+    exits: Sequence[Tensor], loss: Callable[[Tensor], Tensor], weights: Sequence[float] | None = None
+) -> Tensor:
+    r"""$\sum_e w_e\, \ell(z_e)$ over the outputs of a network's exits.
+
+    Args:
+        exits: $z_e$, one tensor per exit.
+        loss: Gives a scalar for each.
+        weights: $w_e$; None weighs all E exits alike, 1 / E each: a plain network's loss is what it always was.
+
+    Raises:
+        UserError: If there is not one weight for each exit.
+    """
+    if weights is None:
+        if len(exits) == 1:
+            return loss(exits[0])
+        weights = [1.0 / len(exits)] * len(exits)
+    if len(weights) != len(exits):
+        raise UserError(f"exit_weights has {len(weights)} numbers, and the network has {len(exits)} exits")
+    return torch.stack([weight * loss(output) for weight, output in zip(weights, exits, strict=True)]).sum()
+
+
 class Supervised:
-    """L_sup: cross-entropy for classification, mean squared error for regression."""
+    """L_sup: cross-entropy for classification, mean squared error for regression; of several exits, weighted.
+
+    Args:
+        task: Decides which.
+        exit_weights: One weight an exit; None weighs all E exits alike, 1 / E each.
+    """
 
     name = "supervised"
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, exit_weights: Sequence[float] | None = None) -> None:
+        self.task, self.exit_weights = task, exit_weights
 
     def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
         """The mean over the batch."""
-        output = F.at_least_float32(student.output)
-        if self.task == "regression":
-            return torch.nn.functional.mse_loss(output, targets.to(output.dtype).reshape(output.shape))
-        return torch.nn.functional.cross_entropy(output, targets)
+
+        def loss(output: Tensor) -> Tensor:
+            output = F.at_least_float32(output)
+            if self.task == "regression":
+                return torch.nn.functional.mse_loss(output, targets.to(output.dtype).reshape(output.shape))
+            return torch.nn.functional.cross_entropy(output, targets)
+
+        return weigh_exits(student.exits, loss, self.exit_weights)
 
 
 class Distilled:

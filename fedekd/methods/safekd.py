@@ -1,0 +1,85 @@
+"""SAFE-KD (arXiv 2602.03043): a network with exits, distilled. Nothing travels; what is calibrated later may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.optim.swa_utils import AveragedModel
+
+from fedekd.errors import UserError
+from fedekd.methods.base import Method, StateDict
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.modules import MultiExitModule, moving_average
+
+
+class SafeKD(Method):
+    """Each client trains a network with exits on its own data: CE, DKD from a moving average, deep-to-shallow KL.
+
+    Local is then the same network trained without distillation, on the labels at all exits, with the same weights at
+    the start and the same batches. A private model without exits is cut into `client.exits` stages, 3 by default.
+    `calibrate` finds, for the finished run, at which confidence images may leave.
+
+    Args:
+        distillation_weight: a of the loss (see `fedekd.modules.MultiExitModule`), at least 0.
+        consistency_weight: b, at least 0.
+        temperature: T, above 0.
+        dkd_alpha: DKD's weight of the target's term.
+        dkd_beta: DKD's weight of the other classes' term.
+        warmup_epochs: DKD's weight rises to a over so many epochs.
+        exit_weights: One weight an exit; null weighs all alike.
+        ema_decay: Of the moving average that teaches, in [0, 1).
+    """
+
+    exits = 3
+
+    def __init__(
+        self,
+        distillation_weight: float = 1.0,
+        consistency_weight: float = 1.0,
+        temperature: float = 4.0,
+        dkd_alpha: float = 1.0,
+        dkd_beta: float = 8.0,
+        warmup_epochs: int = 20,
+        exit_weights: Sequence[float] | None = None,
+        ema_decay: float = 0.999,
+    ) -> None:
+        super().__init__()
+        self.distillation_weight, self.consistency_weight = distillation_weight, consistency_weight
+        self.temperature, self.dkd_alpha, self.dkd_beta = temperature, dkd_alpha, dkd_beta
+        self.warmup_epochs, self.ema_decay = warmup_epochs, ema_decay
+        self.exit_weights = None if exit_weights is None else list(exit_weights)
+
+    def start(self, blueprint: Blueprint) -> None:
+        """There is no server; only the task is looked at."""
+        if blueprint.task == "regression":
+            raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
+
+    def equip(self, client: Client) -> None:
+        """The teacher begins as a copy of the network."""
+        if self.distillation_weight:
+            client.networks["teacher"] = moving_average(client.networks["private"], self.ema_decay)
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Train for `local_epochs`."""
+        if round == 0:
+            return {}
+        average = client.networks.get("teacher")
+        assert average is None or isinstance(average, AveragedModel)
+        module = MultiExitModule(
+            client.networks["private"],
+            average if average is not None else "ema",
+            self.distillation_weight,
+            self.consistency_weight,
+            self.temperature,
+            self.dkd_alpha,
+            self.dkd_beta,
+            self.warmup_epochs,
+            self.exit_weights,
+            self.ema_decay,
+            client.blueprint.optimizer,
+            client.supervised_epochs,
+        )
+        logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        return logs

@@ -1,0 +1,101 @@
+"""The terms of the SAFE-KD loss that need several exits (arXiv 2602.03043)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedekd import functional as F
+from fedekd.errors import UserError
+from fedekd.modules.objectives import Record, weigh_exits
+from fedekd.modules.prediction import Prediction
+
+
+class DecoupledDistilled:
+    r"""$a \sum_e w_e\, \mathrm{DKD}(\text{teacher} \to e)$: every exit learns from the teacher's last one.
+
+    Args:
+        weight: a, at least 0.
+        alpha: Weight of the target's term in `fedekd.functional.decoupled_distillation`, at least 0.
+        beta: Weight of the other classes' term, at least 0.
+        temperature: T, above 0.
+        exit_weights: $w_e$; None weighs all exits alike, 1 / E each.
+
+    Attributes:
+        warmth: A factor in [0, 1] that whoever trains may raise over the first epochs.
+    """
+
+    name = "distilled"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        exit_weights: Sequence[float] | None = None,
+    ) -> None:
+        _require_at_least_0(distillation_weight=weight, dkd_alpha=alpha, dkd_beta=beta)
+        require_temperature(temperature)
+        self.weight, self.alpha, self.beta, self.temperature = weight, alpha, beta, temperature
+        self.exit_weights = exit_weights
+        self.warmth = 1.0
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The mean over the batch."""
+        assert teacher is not None
+
+        def loss(logits: Tensor) -> Tensor:
+            return F.decoupled_distillation(
+                logits, teacher.output, targets, self.alpha, self.beta, self.temperature
+            ).mean()
+
+        return self.warmth * self.weight * weigh_exits(student.exits, loss, self.exit_weights)
+
+
+class DeepToShallow:
+    r"""$b \sum_{e<E} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T)$: shallow exits learn from the deepest.
+
+    Args:
+        weight: b, at least 0.
+        temperature: T, above 0.
+        exit_weights: $w_e$, of all E exits; None weighs all alike, 1 / E each.
+    """
+
+    name = "consistency"
+
+    def __init__(
+        self, weight: float = 1.0, temperature: float = 4.0, exit_weights: Sequence[float] | None = None
+    ) -> None:
+        _require_at_least_0(consistency_weight=weight)
+        require_temperature(temperature)
+        self.weight, self.temperature, self.exit_weights = weight, temperature, exit_weights
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The mean over the batch; 0 for a network of one exit."""
+        deepest, exits = student.output.detach(), len(student.exits)
+        if exits == 1:
+            return deepest.new_zeros(())
+
+        def loss(logits: Tensor) -> Tensor:
+            return F.kl_distillation(logits, deepest, self.temperature).mean()
+
+        weights = [1.0 / exits] * exits if self.exit_weights is None else self.exit_weights
+        return self.weight * weigh_exits(student.exits[:-1], loss, weights[:-1])
+
+
+def require_temperature(temperature: float) -> None:
+    """Hold a temperature to be above 0.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}, and must be above 0")
+
+
+def _require_at_least_0(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{name} is {value}, and must be at least 0")
