@@ -17,6 +17,8 @@ COMMANDS = {
         "run a federation, or go on with one: fit --config digits.yaml, fit --resume RUN",
     ),
     "test": ("fedekd.cli.test", "score a finished run again from its checkpoint: test RUN"),
+    "calibrate": ("fedekd.cli.calibrate", "let images leave a trained network early, and promise how few go wrong"),
+    "predict": ("fedekd.cli.predict", "classify images with a finished run: predict RUN --input images.npz"),
     "benchmark": ("fedekd.cli.benchmark", "run a grid of federations: benchmark --config benchmark/quick.yaml"),
     "report": ("fedekd.cli.report", "hold results against the paper: report RUNS"),
 }

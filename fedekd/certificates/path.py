@@ -1,0 +1,100 @@
+"""Testing whole vectors of thresholds, in an order fixed on tuning samples.
+
+One test for all exits at once: the p-value of "some exit's error rate exceeds alpha" is the largest of the exits'
+p-values (intersection-union test), so nothing is split between exits, and a sequence of vectors costs delta once, up to
+the first that fails. All vectors passed before hold with probability 1 - delta, and the cheapest of them is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedekd.certificates.rules import Chosen, Setting
+from fedekd.certificates.scored import ScoredExits
+from fedekd.certificates.walk import Walk, forecast, samples_needed, walk_down
+from fedekd.exits import assign_exits
+from fedekd.functional.binomial import error_p_value
+
+#: Vectors tried, from cautious to bold.
+VECTORS = 40
+#: How bold: the share of errors seen in tuning at each exit, as multiples of alpha.
+_FROM, _TO = 0.05, 1.0
+
+Thresholds = tuple[float, ...]
+
+
+def tested_path(calibration: ScoredExits, tuning: ScoredExits, setting: Setting) -> Chosen:
+    """The rule `path`: P(every R_e <= alpha) >= 1 - delta, for independent calibration samples of one law."""
+    ratio = len(calibration) / len(tuning)
+    vectors, needed = candidates(tuning, ratio, setting)
+    passed = []
+    for vector in vectors[_most_promising(tuning, vectors, ratio, setting) :]:
+        if _p_value(calibration, vector, 1.0, setting.alpha) > setting.delta:
+            break
+        passed.append(vector)
+    closed = (math.inf,) * (calibration.num_exits - 1)
+    best = min(passed, key=lambda vector: _mean_cost(calibration, vector, setting), default=closed)
+    return Chosen(best, best, needed)
+
+
+def candidates(tuning: ScoredExits, ratio: float, setting: Setting) -> tuple[list[Thresholds], tuple[int | None, ...]]:
+    """At most `VECTORS` vectors, each bolder than the one before, and for exits that are closed in all what is missing.
+
+    A vector lets as many leave at each exit, in order, as keep the errors seen there below a multiple of alpha; an exit
+    that would then not be expected to pass its test is closed.
+    """
+    early = tuning.num_exits - 1
+    vectors: list[Thresholds] = []
+    closed_walks: dict[int, Walk] = {}
+    for share in np.linspace(_FROM, _TO, VECTORS):
+        thresholds: list[float] = []
+        alive = np.ones(len(tuning), dtype=bool)
+        for exit_ in range(early):
+            threshold = math.inf
+            if alive.any():
+                walk = walk_down(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
+                closed_walks.setdefault(exit_, walk)
+                fits = np.flatnonzero(walk.risk <= share * setting.alpha)
+                if len(fits) and forecast(walk, setting.alpha, ratio)[fits[-1]] <= setting.delta:
+                    threshold = float(walk.thresholds[fits[-1]])
+            thresholds.append(threshold)
+            alive &= tuning.scores[:, exit_] < threshold
+        if tuple(thresholds) not in vectors and min(thresholds, default=math.inf) < math.inf:
+            vectors.append(tuple(thresholds))
+    opened = [any(vector[exit_] < math.inf for vector in vectors) for exit_ in range(early)]
+    needed = tuple(
+        None
+        if opened[exit_] or exit_ not in closed_walks
+        else samples_needed(closed_walks[exit_], setting.alpha, setting.delta, len(tuning))
+        for exit_ in range(early)
+    )
+    return vectors, needed
+
+
+def _most_promising(tuning: ScoredExits, vectors: list[Thresholds], ratio: float, setting: Setting) -> int:
+    """Where to begin: the vector that the tuning samples make surest, the boldest of equal ones."""
+    p = [_p_value(tuning, vector, ratio, setting.alpha) for vector in vectors]
+    return max((place for place in range(len(p)) if p[place] == min(p)), default=0)
+
+
+def _p_value(samples: ScoredExits, vector: Thresholds, ratio: float, alpha: float) -> float:
+    """Of "some open exit's error rate exceeds alpha"."""
+    exits = _exits(samples, vector)
+    worst = 0.0
+    for exit_, threshold in enumerate(vector):
+        if threshold < math.inf:
+            leaves = exits == exit_
+            wrong = (leaves & ~samples.correct[:, exit_]).sum()
+            worst = max(worst, float(error_p_value(wrong * ratio, leaves.sum() * ratio, alpha)))
+    return worst
+
+
+def _mean_cost(samples: ScoredExits, vector: Thresholds, setting: Setting) -> float:
+    return float(setting.cost[_exits(samples, vector)].mean())
+
+
+def _exits(samples: ScoredExits, vector: Thresholds) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    thresholds = (*vector, -math.inf)
+    return assign_exits(samples.scores, thresholds, thresholds)

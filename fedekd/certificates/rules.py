@@ -1,0 +1,50 @@
+"""What every rule of calibration gives, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedekd.certificates.scored import ScoredExits
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The thresholds of the E - 1 exits before the last.
+
+    Attributes:
+        thresholds: inf closes an exit.
+        bands: At most the thresholds; the thresholds themselves where a rule has no bands.
+        needed: For a closed exit about how many calibration samples would open it, if that can be told.
+    """
+
+    thresholds: tuple[float, ...]
+    bands: tuple[float, ...]
+    needed: tuple[int | None, ...]
+
+    @classmethod
+    def plain(cls, thresholds: list[float]) -> Chosen:
+        """Without bands, and without a forecast."""
+        return cls(tuple(thresholds), tuple(thresholds), (None,) * len(thresholds))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a rule is asked for.
+
+    Attributes:
+        alpha: The error rate to hold at each exit.
+        delta: With probability 1 - delta.
+        cost: What leaving at each of the E exits costs, in any unit.
+    """
+
+    alpha: float
+    delta: float
+    cost: npt.NDArray[np.float64]
+
+
+#: (calibration samples, tuning samples, setting) -> thresholds.
+Rule = Callable[[ScoredExits, ScoredExits, Setting], Chosen]

@@ -1,0 +1,148 @@
+"""`calibrate`: at which confidence may images leave a trained network early, such that few of them are wrong?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from fedekd.certificates import MODES, SelectiveRiskCalibrator
+from fedekd.configuration.arguments import parse
+from fedekd.configuration.finished import open_finished
+from fedekd.data import ImageData, load_images
+from fedekd.errors import UserError, nearest
+from fedekd.evaluation.calibration import (
+    calibrate_client,
+    costs_of,
+    exit_lines,
+    require_exits,
+    share_saved,
+    shared_images,
+)
+from fedekd.evaluation.policies import policy_path
+from fedekd.exits import ExitPolicy
+from fedekd.functional import CONFIDENCES
+from fedekd.methods import Client
+
+
+def calibrate_parser() -> ArgumentParser:
+    """The parser of `calibrate`."""
+    parser = ArgumentParser(
+        prog="orchestrator.py calibrate",
+        usage="%(prog)s RUN [--alpha 0.05] [--delta 0.1] [OPTIONS]",
+        description="Calibrate the exits of a finished run: of the images that leave early at an exit, at most alpha"
+        " are wrong, and with probability 1 - delta that holds at all exits.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("run", type=str, nargs="?", default="", help="The folder of a finished run.")
+    parser.add_argument("--alpha", type=float, default=0.05, help="Error rate among those who leave, in (0, 1).")
+    parser.add_argument("--delta", type=float, default=0.1, help="Probability that a promise fails, in (0, 1).")
+    parser.add_argument(
+        "--mode",
+        type=str,
+        default="ltt",
+        help=f"{', '.join(MODES)}; only ltt and path promise anything (default: ltt).",
+    )
+    parser.add_argument("--score", type=str, default="max_softmax", help=f"{', '.join(CONFIDENCES)}.")
+    parser.add_argument(
+        "--client", type=int | None, default=None, help="One client only (default: each its own policy)."
+    )
+    parser.add_argument(
+        "--input",
+        type=str | None,
+        default=None,
+        help="Other labelled images, .npz in MedMNIST's layout (default: the clients' own held-out ones).",
+    )
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `calibrate RUN`; writes RUN/exits/client-000.json and so on."""
+    config = parse(calibrate_parser(), argv)
+    if not config.run:
+        raise UserError("calibrate needs the folder of a run, as in: calibrate runs/NAME --alpha 0.05")
+    calibrator = SelectiveRiskCalibrator(config.alpha, config.delta, config.mode)
+    if config.score not in CONFIDENCES:
+        raise UserError(f"--score is {config.score!r}, which is not known; {nearest(config.score, CONFIDENCES)}")
+    folder = Path(config.run)
+    orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
+    clients = orchestrator.restored_clients()
+    held_out = None if config.input is None else _load(config.input, clients[0].images)
+    console = Console()
+    for client in chosen_clients(clients, config.client):
+        policy = calibrate_client(client, calibrator, config.score, held_out)
+        path = policy_path(folder, client.number)
+        policy.save(path)
+        console.print(_table(policy, client))
+        for line in (*_remarks(policy, client, held_out is None), f"written to {path}"):
+            console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def chosen_clients(clients: Sequence[Client], number: int | None) -> Sequence[Client]:
+    """All clients, or the one that was asked for.
+
+    Raises:
+        UserError: If there is no such client.
+    """
+    if number is None:
+        return clients
+    if not 0 <= number < len(clients):
+        raise UserError(f"--client is {number}, and this run has the clients 0..{len(clients) - 1}")
+    return [clients[number]]
+
+
+def _load(path: str, like: ImageData) -> ImageData:
+    if not path.endswith(".npz"):
+        raise UserError(f"--input {path}: an .npz file in MedMNIST's layout is needed")
+    try:
+        return load_images(path, task=like.task, num_classes=like.num_classes)
+    except UserError as error:
+        raise UserError(str(error).replace("data.dataset:", "--input:", 1)) from error
+
+
+def _table(policy: ExitPolicy, client: Client) -> Table:
+    """The policy exit by exit."""
+    lines = exit_lines(policy, costs_of(require_exits(client.networks["private"], "the network"), client.images))
+    table = Table(
+        title=f"client {client.number}: alpha {policy.alpha:g}, delta {policy.delta:g}, {policy.mode}, {policy.score}"
+    )
+    for heading in ("exit", "threshold", "samples", "errors", "certified", "leave", "FLOPs saved"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        last = line.exit == policy.num_exits
+        table.add_row(
+            str(line.exit),
+            "all" if last else "closed" if line.threshold is None else f"{line.threshold:.4f}",
+            str(line.samples),
+            str(line.errors),
+            "" if line.bound is None else f"≤ {line.bound:g}",
+            f"{line.share:.1%}",
+            f"{line.saved:.1%}",
+        )
+    return table
+
+
+def _remarks(policy: ExitPolicy, client: Client, own_splits: bool) -> list[str]:
+    """What the table does not tell."""
+    network = require_exits(client.networks["private"], "the network")
+    costs = costs_of(network, client.images)
+    remarks = [f"exit {line.exit}: {line.note}" for line in exit_lines(policy, costs) if line.note]
+    exits = [place for place, count in enumerate(policy.leaving) for _ in range(count)]
+    remarks.append(f"an image saves {share_saved(policy, exits, costs):.1%} of the full network's FLOPs on average")
+    if policy.mode not in ("ltt", "path"):
+        remarks.append(f"mode {policy.mode} promises nothing of these exits; ltt and path do")
+    if own_splits:
+        images, splits = client.images.images, client.splits
+        held_out = images[torch.cat([splits.selection, splits.calibration])]
+        if shared := shared_images(held_out, images[splits.train]):
+            remarks.append(
+                f"{shared} of {len(held_out)} held-out images are, pixel by pixel, also among those trained on: the"
+                " data set repeats itself, and so will what comes, if it is of the same law"
+            )
+    return remarks

@@ -1,0 +1,182 @@
+"""A policy for a client's network, from the client's own held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from fedekd.certificates import SelectiveRiskCalibrator
+from fedekd.data import ImageData
+from fedekd.errors import UserError
+from fedekd.evaluation.scoring import ExitOutputs, exit_outputs
+from fedekd.exits import ExitPolicy, network_fingerprint
+from fedekd.methods import Client
+from fedekd.models import ExitCosts, MultiExitNetwork, exit_costs
+from fedekd.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class ExitLine:
+    """What calibration found for one exit.
+
+    Attributes:
+        exit: Its number, from 1.
+        threshold: At which score images leave; None where it is closed.
+        samples: Calibration samples that leave there.
+        errors: How many of those are wrong.
+        bound: The error rate that is promised; None where nothing is.
+        share: Of all calibration samples, how many leave there.
+        saved: Share of the full network's FLOPs that an image saves which leaves there.
+        note: In words, what else there is to say.
+    """
+
+    exit: int
+    threshold: float | None
+    samples: int
+    errors: int
+    bound: float | None
+    share: float
+    saved: float
+    note: str
+
+
+def require_exits(network: object, whose: str) -> MultiExitNetwork:
+    """A network as one with exits.
+
+    Raises:
+        UserError: If it has none; it says how to get some.
+    """
+    if not isinstance(network, MultiExitNetwork):
+        raise UserError(
+            f"{whose} is a {type(network).__name__} without exits; train one with exits: --method SafeKD, or"
+            " --client.exits 3 with any other method"
+        )
+    return network
+
+
+def costs_of(network: MultiExitNetwork, images: ImageData) -> ExitCosts:
+    """FLOPs of one image of a data set."""
+    return exit_costs(network, (images.in_channels, *images.image_size))
+
+
+def calibrate_client(
+    client: Client, calibrator: SelectiveRiskCalibrator, score: str = "max_softmax", held_out: ImageData | None = None
+) -> ExitPolicy:
+    """A policy for one client's network.
+
+    The order of the tests is decided on the selection split and the tests are made on the calibration split; training
+    has touched neither.
+
+    Args:
+        client: A trained client.
+        calibrator: The rule.
+        score: Which confidence, a name of `fedekd.functional.CONFIDENCES`.
+        held_out: Other labelled images in place of both splits: the first third tunes, the others calibrate.
+
+    Raises:
+        UserError: If the network has no exits, there are no samples, or `held_out` holds images of the training split.
+    """
+    network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    if held_out is None:
+        tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
+    else:
+        _require_apart(client, held_out)
+        outputs = exit_outputs(network, held_out.images, held_out.labels)
+        # Shuffled: a file may be sorted by class.
+        generator = torch.Generator().manual_seed(derive_seed(client.blueprint.seed, client.number, "held out"))
+        order = torch.randperm(len(outputs), generator=generator)
+        tuning, calibration = (outputs.take(part) for part in order.tensor_split([len(order) // 3]))
+    if not len(tuning) or not len(calibration):
+        raise UserError(
+            f"client {client.number} has {len(tuning)} tuning and {len(calibration)} calibration samples; at least 1 of"
+            " each is needed (data.fractions, data.min_samples)"
+        )
+    tuning_scored, scored = tuning.scored(score), calibration.scored(score)
+    costs = costs_of(network, client.images)
+    return calibrator.fit(
+        scored.scores,
+        scored.correct,
+        tuning_scored.scores,
+        tuning_scored.correct,
+        scored.true_class_probability,
+        [cost / costs.full for cost in costs.leaving([True] * network.num_exits)],
+        score=score,
+        network=network_fingerprint(network),
+    )
+
+
+def split_outputs(client: Client, split: str) -> ExitOutputs:
+    """All exits' answers to one of a client's splits."""
+    network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    indices = getattr(client.splits, split).to(client.images.images.device)
+    if not len(indices):
+        classes = client.blueprint.num_outputs
+        return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
+    return exit_outputs(network, client.images.images[indices], client.images.labels[indices])
+
+
+def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
+    """A policy exit by exit, the last included."""
+    leaving_costs = costs.leaving(policy.evaluated)
+    lines = []
+    for place in range(policy.num_exits):
+        last = place == policy.num_exits - 1
+        is_open = last or policy.thresholds[place] < float("inf")
+        lines.append(
+            ExitLine(
+                exit=place + 1,
+                threshold=policy.thresholds[place] if is_open and not last else None,
+                samples=policy.leaving[place],
+                errors=policy.errors[place],
+                bound=policy.alpha if policy.certified[place] else None,
+                share=policy.leaving[place] / policy.samples,
+                saved=1.0 - leaving_costs[place] / costs.full,
+                note="" if is_open else _why_closed(policy, place),
+            )
+        )
+    return lines
+
+
+def share_saved(policy: ExitPolicy, exits: Sequence[int] | Tensor, costs: ExitCosts) -> float:
+    """Share of the full network's FLOPs that is saved by images that left at these exits."""
+    leaving = torch.tensor(costs.leaving(policy.evaluated), dtype=torch.float64)
+    return 1.0 - float(leaving[torch.as_tensor(exits)].mean()) / costs.full
+
+
+def _why_closed(policy: ExitPolicy, place: int) -> str:
+    needed = policy.needed[place]
+    if needed is not None and needed > policy.samples:
+        return f"closed: about {needed} calibration samples would open it, and there are {policy.samples}"
+    if policy.bands[place] < float("inf") or needed is not None:
+        return "closed: its first test failed on the calibration samples"
+    if policy.mode in ("ltt", "path"):
+        return f"closed: however sure it is, it is wrong too often for alpha {policy.alpha:g}, or nobody comes here"
+    return "closed: no threshold keeps what the rule asks for"
+
+
+def shared_images(images: Tensor, others: Tensor) -> int:
+    """How many of `images` are, pixel by pixel, among `others`; both uint8, (n, C, H, W)."""
+    known = {_content(image) for image in others}
+    return sum(_content(image) in known for image in images)
+
+
+def _content(image: Tensor) -> bytes:
+    return blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _require_apart(client: Client, held_out: ImageData) -> None:
+    if held_out.images.shape[1:] != client.images.images.shape[1:]:
+        given, own = tuple(held_out.images.shape[1:]), tuple(client.images.images.shape[1:])
+        raise UserError(
+            f"--input has images of {given}, and the network was trained on {own} (channels, height, width)"
+        )
+    train = client.images.images[client.splits.train.to(client.images.images.device)]
+    if shared := shared_images(held_out.images, train):
+        raise UserError(
+            f"--input: {shared} of {len(held_out)} images are among those that client {client.number} was trained on;"
+            " a promise made from them would be worth nothing"
+        )

@@ -1,0 +1,38 @@
+"""By what a network is known again: its weights, to the last bit."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from itertools import chain
+
+import torch
+from torch import nn
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """SHA-256 (hex) of a network's parts and of its parameters and buffers, with their names, shapes and types.
+
+    The layout in memory and the device do not count. Parts are known by their class: a network of the same weights
+    with another activation is another network.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch...>
+        >>> layer = nn.Linear(2, 2)
+        >>> network_fingerprint(layer) == network_fingerprint(layer.to(torch.float64))
+        False
+    """
+    digest = sha256()
+    for name, part in network.named_modules():
+        digest.update(f"{name}:{type(part).__qualname__}:{part.extra_repr()};".encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+    return digest.hexdigest()
+
+
+def weights_state(network: nn.Module) -> tuple[int, ...]:
+    """What changes when a parameter or buffer is written to in place or replaced; much cheaper than a fingerprint."""
+    tensors = chain(network.parameters(), network.buffers())
+    return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))

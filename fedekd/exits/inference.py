@@ -1,0 +1,121 @@
+"""Inference that really skips: whoever has left is taken out of the batch, and the rest go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedekd.errors import UserError, nearest
+from fedekd.functional import CONFIDENCES
+from fedekd.models import MultiExitNetwork
+from fedekd.models.modes import evaluating
+
+
+class Departures(NamedTuple):
+    """How B images left a network of E exits.
+
+    Attributes:
+        logits: Of the exit at which each left, (B, C).
+        exits: That exit, 0..E-1, int64, (B,).
+        scores: Its confidence there, (B,).
+    """
+
+    logits: Tensor
+    exits: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def infer(
+    network: MultiExitNetwork,
+    x: Tensor,
+    thresholds: Sequence[float],
+    bands: Sequence[float] | None = None,
+    score: str = "max_softmax",
+) -> Departures:
+    """Run images through a network until each may leave.
+
+    The outcome is that of `assign_exits` on the scores of all exits, but nothing is computed for images that have
+    left, and no head for exits at which nobody may. The network is run in evaluation mode (BatchNorm's statistics
+    must not depend on who is left), and is then as it was.
+
+    Args:
+        network: E exits.
+        x: Images, shape (B, C, H, W), on the network's device.
+        thresholds: Of each exit; the last one's counts as -inf.
+        bands: Of each exit, at most its threshold: who reaches it and not the threshold leaves at the last exit. By
+            default the thresholds.
+        score: A name of `fedekd.functional.CONFIDENCES`.
+
+    Raises:
+        UserError: The score is not known, or the number of thresholds or bands is not that of the exits.
+
+    Example:
+        >>> from torch import nn
+        >>> network = MultiExitNetwork([nn.Flatten(), nn.ReLU()], [nn.Linear(4, 2), nn.Linear(4, 2)])
+        >>> infer(network, torch.zeros(3, 1, 2, 2), [0.0, -math.inf]).exits
+        tensor([0, 0, 0])
+    """
+    if score not in CONFIDENCES:
+        raise UserError(f"score is {score!r}, which is not known; {nearest(score, CONFIDENCES)}")
+    confidence = CONFIDENCES[score]
+    bands = thresholds if bands is None else bands
+    if not len(thresholds) == len(bands) == network.num_exits:
+        raise UserError(
+            f"{len(thresholds)} thresholds and {len(bands)} bands were given, and the network has"
+            f" {network.num_exits} exits"
+        )
+    with evaluating(network):
+        return _run(network, x, thresholds, bands, confidence)
+
+
+def _run(
+    network: MultiExitNetwork,
+    x: Tensor,
+    thresholds: Sequence[float],
+    bands: Sequence[float],
+    confidence: Callable[[Tensor], Tensor],
+) -> Departures:
+    last = network.num_exits - 1
+    staying = torch.arange(len(x), device=x.device)  # places in the batch of those who are still in the network
+    eligible = torch.ones(len(x), dtype=torch.bool, device=x.device)  # of those: who may leave before the last exit
+    found: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    for exit_, (stage, head) in enumerate(zip(network.stages, network.heads, strict=True)):
+        x = stage(x)
+        if exit_ == last:
+            logits = head(x)
+            found.append((staying, logits, confidence(logits), exit_))
+            break
+        threshold, band = thresholds[exit_], bands[exit_]
+        if band == math.inf or not eligible.any():
+            continue
+        logits = head(x[eligible])
+        scores = confidence(logits).double()  # thresholds are doubles: float32(0.9) is not 0.9
+        asked = eligible.nonzero().squeeze(1)
+        leaves = scores >= threshold
+        found.append((staying[asked[leaves]], logits[leaves], scores[leaves], exit_))
+        eligible[asked] = scores < band
+        if leaves.any():
+            stays = torch.ones_like(eligible)
+            stays[asked[leaves]] = False
+            staying, eligible = staying[stays], eligible[stays]
+            if not len(staying):
+                break
+            x = _rows(x, stays)
+    places = torch.cat([part[0] for part in found])
+    order = places.argsort()
+    exits = torch.cat([torch.full_like(part[0], part[3]) for part in found])
+    logits = torch.cat([part[1].to(found[0][1].dtype) for part in found])
+    scores = torch.cat([part[2].double() for part in found])
+    return Departures(logits[order], exits[order], scores[order])
+
+
+def _rows(x: Tensor, chosen: Tensor) -> Tensor:
+    """Some rows, in the memory format of all."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x[chosen].contiguous(memory_format=torch.channels_last)
+    return x[chosen]

@@ -1,0 +1,81 @@
+"""How long inference takes, with and without leaving early."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedekd.exits.policy import ExitPolicy
+from fedekd.models import MultiExitNetwork
+from fedekd.models.modes import evaluating
+
+BATCH_SIZES = (1, 32, 256)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured on one machine in one run: compare within it.
+
+    Attributes:
+        batch_size: Images at a time.
+        full: Milliseconds an image through the whole network, the last head alone; the median over batches.
+        early: The same with images leaving early.
+        ratio: The median of early / full, batch by batch.
+    """
+
+    batch_size: int
+    full: float
+    early: float
+    ratio: float
+
+
+@torch.no_grad()
+def measure_latency(
+    network: MultiExitNetwork,
+    policy: ExitPolicy,
+    images: Tensor,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batches: int = 20,
+) -> list[Latency]:
+    """Time a network with and without its policy, batch by batch in turn, so that a busy machine slows both alike.
+
+    Args:
+        network: The network that was calibrated.
+        policy: Its policy.
+        images: What is classified, shape (N, C, H, W), on the network's device; taken in order, over and over.
+        batch_sizes: Images at a time.
+        batches: How many batches of each size.
+
+    Returns:
+        One entry a batch size.
+    """
+    policy.require(network)
+    found = []
+    with evaluating(network):
+        for size in batch_sizes:
+            pairs = []
+            for number in range(-2, batches):  # two to warm up
+                places = (torch.arange(size) + max(number, 0) * size) % len(images)
+                x = images[places.to(images.device)]
+                full = _seconds(lambda x=x: network.head(network.features(x)), x.device)  # type: ignore[misc]
+                early = _seconds(lambda x=x: policy.depart(network, x), x.device)  # type: ignore[misc]
+                if number >= 0:
+                    pairs.append((full, early))
+            full, early = (1000 * statistics.median(times) / size for times in zip(*pairs, strict=True))
+            found.append(Latency(size, full, early, statistics.median(e / f for f, e in pairs)))
+    return found
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -1,0 +1,222 @@
+"""When an image may leave a network early, and what is promised of those that do."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fedekd.atomic import atomic_file
+from fedekd.errors import UserError
+from fedekd.exits.fingerprint import network_fingerprint, weights_state
+from fedekd.exits.inference import Departures, infer
+from fedekd.models import MultiExitNetwork
+
+#: Of the file's layout; a file of another layout is refused.
+FORMAT = 1
+
+
+def assign_exits(
+    scores: npt.NDArray[np.float64], thresholds: Sequence[float], bands: Sequence[float]
+) -> npt.NDArray[np.int64]:
+    """At which exit each sample leaves, from the scores of all exits: what `infer` does without computing them all.
+
+    A sample leaves at the first exit whose threshold its score reaches. One that reaches an exit's band but not its
+    threshold leaves at the last: the exits in between are promised for samples below the band only.
+
+    Args:
+        scores: Confidence at each exit, shape (n, E); NaN reaches no threshold.
+        thresholds: Of each exit, shape (E,); the last is -inf, and inf lets nobody leave.
+        bands: Of each exit, at most its threshold, shape (E,).
+
+    Returns:
+        Exits 0..E-1, shape (n,).
+    """
+    samples, exits = scores.shape
+    chosen = np.full(samples, exits - 1)
+    eligible = np.ones(samples, dtype=bool)
+    for exit_, (threshold, band) in enumerate(zip(thresholds[:-1], bands[:-1], strict=True)):
+        chosen[eligible & (scores[:, exit_] >= threshold)] = exit_
+        eligible &= scores[:, exit_] < band
+    return chosen
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """The thresholds of a network's exits, how they were calibrated, and what is promised of them.
+
+    Attributes:
+        thresholds: A sample leaves at the first exit whose score reaches its threshold; one for each of the E exits,
+            inf where an exit is closed, -inf for the last.
+        bands: A sample that reaches an exit's band but not its threshold leaves at the last exit.
+        certified: For each exit, whether its error rate among those who leave there is promised to be at most
+            `alpha`; never for the last.
+        alpha: The error rate.
+        delta: With probability 1 - delta over the calibration samples all promises hold at once.
+        mode: Which rule chose the thresholds.
+        score: Which confidence is compared with the thresholds, a name of `fedekd.functional.CONFIDENCES`.
+        samples: Calibration samples.
+        tuning_samples: Samples on which the order of the tests was fixed.
+        leaving: Calibration samples that leave at each exit.
+        errors: How many of those are wrong.
+        needed: For a closed exit about how many calibration samples would open it; None where it is open, where no
+            number would, or where the rule cannot tell.
+        network: Fingerprint of the network that was calibrated; empty for none.
+        versions: Of fedekd and torch, at calibration.
+    """
+
+    thresholds: tuple[float, ...]
+    bands: tuple[float, ...]
+    certified: tuple[bool, ...]
+    alpha: float
+    delta: float
+    mode: str
+    score: str = "max_softmax"
+    samples: int = 0
+    tuning_samples: int = 0
+    leaving: tuple[int, ...] = ()
+    errors: tuple[int, ...] = ()
+    needed: tuple[int | None, ...] = ()
+    network: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    _verified: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        exits = len(self.thresholds)
+        if not exits or len(self.bands) != exits or len(self.certified) != exits:
+            raise UserError(
+                f"an exit policy has {exits} thresholds, {len(self.bands)} bands and {len(self.certified)}"
+                " certificates; each exit needs one of each"
+            )
+        if any(math.isnan(value) for value in (*self.thresholds, *self.bands)):
+            raise UserError("an exit policy has a threshold or band that is no number")
+        if self.thresholds[-1] != -math.inf:
+            raise UserError(f"the last exit's threshold is {self.thresholds[-1]}, and must be -inf: all leave there")
+
+    @property
+    def num_exits(self) -> int:
+        """E, the last exit included."""
+        return len(self.thresholds)
+
+    @property
+    def evaluated(self) -> tuple[bool, ...]:
+        """Which exits' heads are computed: those that let somebody leave, or whose band keeps somebody from doing so.
+
+        A band counts only where a later exit is open.
+        """
+        open_ = [threshold < math.inf for threshold in self.thresholds]
+        return tuple(
+            is_open or (band < math.inf and any(open_[place + 1 : -1]))
+            for place, (is_open, band) in enumerate(zip(open_, self.bands, strict=True))
+        )
+
+    def assign(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """The exit at which each sample leaves, (n,), from its scores at all exits, (n, E)."""
+        return assign_exits(scores, self.thresholds, self.bands)
+
+    def require(self, network: MultiExitNetwork) -> None:
+        """Hold a network to be the one that was calibrated.
+
+        Its weights are hashed the first time, and again when one of them has been changed in place.
+
+        Raises:
+            UserError: If it is another, or has another number of exits.
+        """
+        if network.num_exits != self.num_exits:
+            raise UserError(f"the exit policy is for {self.num_exits} exits, and the network has {network.num_exits}")
+        if not self.network:
+            return
+        state = weights_state(network)
+        known = self._verified.get("network")
+        if known is not None and known() is network and self._verified["state"] == state:
+            return
+        found = network_fingerprint(network)
+        if found != self.network:
+            raise UserError(
+                f"the exit policy was calibrated for network {self.network[:12]}, and this is {found[:12]}: its promise"
+                " holds for that network alone; calibrate this one"
+            )
+        self._verified.update(network=weakref.ref(network), state=state)
+
+    def predict(self, network: MultiExitNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and exit of each image; samples that have left cost nothing more.
+
+        Args:
+            network: The network that was calibrated; it is run in evaluation mode.
+            x: Images, shape (B, C, H, W).
+
+        Returns:
+            Logits (B, classes), and exits 0..E-1, int64, (B,).
+
+        Raises:
+            UserError: If it is another network.
+        """
+        departures = self.depart(network, x)
+        return departures.logits, departures.exits
+
+    def depart(self, network: MultiExitNetwork, x: Tensor) -> Departures:
+        """As `predict`, with the scores, too."""
+        self.require(network)
+        return infer(network, x, self.thresholds, self.bands, self.score)
+
+    def to_json(self) -> str:
+        """As text; `from_json` gives the same policy back, to the last digit."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        values["versions"] = dict(self.versions)
+        for name in ("thresholds", "bands"):  # JSON has no infinity
+            values[name] = [_as_text(value) for value in values[name]]
+        return json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ExitPolicy:
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: If it is no such text, or of another version's layout.
+        """
+        try:
+            values = json.loads(text)
+            layout = values.pop("format")
+            if layout != FORMAT:
+                raise UserError(f"an exit policy has layout {layout}, and this version reads {FORMAT}; calibrate anew")
+            for name in ("thresholds", "bands"):
+                values[name] = [float(value) for value in values[name]]
+            fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fitting)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"this is no exit policy: {' '.join(str(error).split())}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the policy, whole or not at all."""
+        with atomic_file(path) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> ExitPolicy:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: If there is no such file, or no policy in it.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: there is no such file") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: this is no exit policy: it is not text in UTF-8") from error
+
+
+def _as_text(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
