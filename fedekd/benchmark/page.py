@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from fedekd.benchmark.published import SEEDS, PublishedCell
 from fedekd.benchmark.report import Report
 from fedekd.benchmark.statistics import LEVEL, MIN_PAIRS, MIN_SEEDS
 from fedekd.benchmark.tables import Entry, Table
+from fedekd.reporting.pages import embedded, environment, minus
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -27,8 +26,7 @@ def html_page(report: Report, pictures: Mapping[str, Path]) -> str:
         report: The report.
         pictures: PNG file of each drawing, by its name.
     """
-    data = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
-    return _render("report.html", report, pictures=data)
+    return _render("report.html", report, pictures=embedded(pictures))
 
 
 def markdown_page(report: Report) -> str:
@@ -44,43 +42,15 @@ def _render(template: str, report: Report, **more: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("fedekd.benchmark"),
-        autoescape=select_autoescape(("html",)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"ours": ours, "theirs": theirs, "p": p_value, "minus": minus, "md": markdown_cell}
-    environment.globals |= {"faults": faults, "title": title, "compared": COMPARED}
-    return environment
+    found = environment("fedekd.benchmark")
+    found.filters |= {"ours": ours, "theirs": theirs, "p": p_value}
+    found.globals |= {"faults": faults, "title": title, "compared": COMPARED}
+    return found
 
 
 def _pair(mean: float, std: float | None, signed: bool) -> str:
     text = f"{mean:{'+' if signed else ''}.4f}"
     return minus(text if std is None else f"{text} ± {std:.4f}")
-
-
-def minus(text: str) -> str:
-    """Text with real minus signs before numbers.
-
-    Example:
-        >>> minus("signed-rank: -0.5") == "signed-rank: \N{MINUS SIGN}0.5"
-        True
-    """
-    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
-
-
-def markdown_cell(text: object) -> str:
-    r"""Text as it may stand in a Markdown table.
-
-    Example:
-        >>> print(markdown_cell("a|<b>"))
-        a\|&lt;b>
-    """
-    return str(text).replace("|", r"\|").replace("<", "&lt;")
 
 
 def ours(entry: Entry, table: Table) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedekd.atomic import atomic_file
 from fedekd.benchmark.comparisons import Comparison, Standing
 from fedekd.benchmark.datasets import DatasetLine
 from fedekd.benchmark.page import html_page, markdown_page
 from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
 from fedekd.reporting.figures import save
+from fedekd.reporting.pages import csv_text, write_text
 
 #: Names of what a report writes: an older report's leftovers are recognized by them, and nothing else is touched.
 _OURS = (("figures", r"(figure\d|ranking-.+)\.png"), ("tables", r"(table\d\d|figure\d|paired|gate|rankings)\.csv"))
@@ -42,32 +39,15 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     written = list(pictures.values())
     for name, columns, lines in _csv_tables(report):
         written.append(folder / "tables" / f"{name}.csv")
-        _write(written[-1], csv_text(columns, lines))
+        write_text(written[-1], csv_text(columns, lines))
     for name, text in (("report.md", markdown_page(report)), ("index.html", html_page(report, pictures))):
         written.append(folder / name)
-        _write(written[-1], text)
+        write_text(written[-1], text)
     for subfolder, pattern in _OURS:
         for path in (folder / subfolder).glob("*"):
             if path not in written and re.fullmatch(pattern, path.name):
                 path.unlink()
     return written
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
-def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    """Lines as CSV; what is unknown is left empty."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    for line in lines:
-        unknown = {name for name, value in line.items() if isinstance(value, float) and math.isnan(value)}
-        table.writerow({name: "" if name in unknown or value is None else value for name, value in line.items()})
-    return text.getvalue()
 
 
 _CELL_COLUMNS = (

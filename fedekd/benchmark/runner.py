@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, read_results, write_results
-from fedekd.benchmark.worker import current_commit, run_cell
+from fedekd.benchmark.worker import run_cell
 from fedekd.processes import die_with_parent
+from fedekd.reporting.pages import current_commit
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -34,19 +33,6 @@ def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
         "precision": trainer["precision"],
         "threads": trainer["threads"],
     }
-
-
-def current_commit() -> str:
-    """The commit that the code stands at, with a + if it was changed; empty outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        told = [
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", str(here)))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return told[0] + ("+" if told[1] else "")
 
 
 def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir: Path, commit: str) -> Row:

@@ -1,0 +1,94 @@
+"""What all reports have in common: templates and their style, CSV files, and where the code stood."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedekd.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def environment(package: str) -> Environment:
+    """The templates of a package, and those shared by all reports (`page.css`, `page.js`).
+
+    Args:
+        package: With a folder `templates`, such as `fedekd.benchmark`.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    found = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("fedekd.reporting")]),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"minus": minus, "md": markdown_cell}
+    return found
+
+
+def minus(text: str) -> str:
+    """Text with real minus signs before numbers.
+
+    Example:
+        >>> minus("signed-rank: -0.5") == "signed-rank: \N{MINUS SIGN}0.5"
+        True
+    """
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def markdown_cell(text: object) -> str:
+    r"""Text as it may stand in a Markdown table.
+
+    Example:
+        >>> print(markdown_cell("a|<b>"))
+        a\|&lt;b>
+    """
+    return str(text).replace("|", r"\|").replace("<", "&lt;")
+
+
+def embedded(pictures: Mapping[str, Path]) -> dict[str, str]:
+    """Pictures as text in base 64, by name: a page that holds them loads nothing, and can be sent and kept."""
+    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
+
+
+def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    """Lines as CSV; what is unknown is left empty."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    for line in lines:
+        unknown = {name for name, value in line.items() if isinstance(value, float) and math.isnan(value)}
+        table.writerow({name: "" if name in unknown or value is None else value for name, value in line.items()})
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; missing folders are made."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def current_commit() -> str:
+    """The commit that the code stands at, with a + if it was changed; empty outside a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        told = [
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", str(here)))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told[0] + ("+" if told[1] else "")
