@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,7 @@ def check_validity(
     tuning_samples: int,
     draws: int = 500,
     seed: int = 0,
-    cost: npt.NDArray[np.float64] | None = None,
+    cost: Callable[[Sequence[bool]], Sequence[float]] | None = None,
 ) -> Validity:
     """Calibrate on `draws` fresh draws from a pool that stands for the population, so that the true risk is exact.
 
@@ -92,7 +93,8 @@ def check_validity(
         tuning_samples: Tuning samples of a draw.
         draws: How many.
         seed: Each draw has a generator of its own, made from it and the draw's number.
-        cost: What leaving at each exit costs, (E,); by default 1..E over E.
+        cost: From which exits' heads are evaluated, (E,), to what leaving at each exit costs, (E,), such as
+            `ExitCosts.leaving`; by default 1..E over E.
 
     Raises:
         UserError: If a number is below 1.
@@ -101,7 +103,7 @@ def check_validity(
         if value < 1:
             raise UserError(f"{name} is {value}, and must be at least 1")
     exits = pool.num_exits
-    costs = np.arange(1.0, exits + 1) / exits if cost is None else np.asarray(cost, dtype=np.float64)
+    even = tuple((exit_ + 1) / exits for exit_ in range(exits))
     risks, mean_costs = np.empty((draws, exits - 1)), np.empty(draws)
     for draw in range(draws):
         rng = np.random.default_rng((seed, draw))
@@ -112,8 +114,9 @@ def check_validity(
             tuning.scores,
             tuning.correct,
             calibration.true_class_probability,
-            list(costs),
+            even if cost is None else cost([True] * exits),
         )
         risks[draw] = true_risks(pool, policy)
+        costs = np.asarray(even if cost is None else cost(policy.evaluated))
         mean_costs[draw] = costs[policy.assign(pool.scores)].mean()
     return Validity(calibrator.alpha, calibrator.delta, calibrator.mode, risks, mean_costs)

@@ -1,4 +1,4 @@
-"""`report`: hold results against the paper, as a page, Markdown, CSV files and figures."""
+"""`report`: hold results against the paper, or show what the early exits of a run are worth."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fedekd.benchmark.fill import fill
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.report import make_report
 from fedekd.benchmark.report_files import write_report
+from fedekd.cli.exit_report import has_exits, report_exits
 from fedekd.configuration.arguments import parse
 from fedekd.errors import UserError
 
@@ -23,7 +24,8 @@ def report_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="orchestrator.py report",
         usage="%(prog)s RUNS [RUNS ...] [OPTIONS]",
-        description="Hold results against the paper: Tables 1-10 and Figures 2-4 as HTML, Markdown, CSV and PNG.",
+        description="Hold results against the paper: Tables 1-10 and Figures 2-4 as HTML, Markdown, CSV and PNG;"
+        " or, of a run whose network has exits, what leaving early saves and what is promised of it.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -33,6 +35,16 @@ def report_parser() -> ArgumentParser:
     parser.add_argument("--output", type=str | None, default=None, help="The report's folder (default: RUNS/report).")
     parser.add_argument(
         "--fill", type=str | None, default=None, help="A Markdown file whose marked places get the tables instead."
+    )
+    parser.add_argument(
+        "--exits",
+        type=bool | None,
+        default=None,
+        help="Whether to tell of a run's early exits, beside further runs on the same data (default: if it has any).",
+    )
+    parser.add_argument("--client", type=int, default=0, help="Of early exits: whose network (default: 0).")
+    parser.add_argument(
+        "--draws", type=int, default=200, help="Of early exits: calibrations of each rule (default: 200)."
     )
     parser.add_argument("--root", type=str, default="data", help="Folder of the data files, for Table 3.")
     return parser
@@ -44,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
     if not config.runs:
         raise UserError("report needs a folder of results, as in: report runs/quick")
     folders = [Path(name) for name in config.runs]
+    if config.exits if config.exits is not None else has_exits(folders[0]):
+        return report_exits(folders, Path(config.output) if config.output else folders[0] / "report", config)
     measured = measured_in(folders)
     console = Console()
     for name in measured.apart:

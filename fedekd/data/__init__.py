@@ -1,4 +1,4 @@
-"""Images, how they are dealt to clients, and the batches that clients see."""
+"""Images, how they are dealt to clients and corrupted, and the batches that clients see."""
 
 from fedekd.data.batches import TensorBatches, scale
 from fedekd.data.corruptions import CORRUPTIONS, LEVELS, Corruption, corrupt

@@ -125,8 +125,8 @@ def _contrast(pixels: Tensor, severity: float, generator: torch.Generator) -> Te
 def _pixelate(pixels: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Means over cells, `severity` times as many along a side as there were pixels, as of a coarser sensor.
 
-    The cells are disjoint, those of one image as equal in size as may be. Resampling filters (the paper's, and
-    `interpolate` with "area") let them overlap, which shifts an image by half a pixel at the mildest levels.
+    The cells are disjoint and as equal in size as may be. The cells of a resampling filter, such as ImageNet-C's,
+    overlap, and on small images a level of it can change less than the one below.
     """
     rows, columns = (
         torch.arange(length, device=pixels.device) * round(severity * length) // length for length in pixels.shape[2:]

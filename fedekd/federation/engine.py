@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.reference import LocalReference, train_reference
+from fedekd.federation.reference import LocalReference, restore_reference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
 
 
@@ -168,6 +168,11 @@ class InProcessEngine:
                 found[number] = train_reference(self._new_client(number), wanted, self.reference_folder)
                 self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return found
+
+    def reference_client(self, number: int, rounds: int) -> Client | None:
+        """A client as Local left it after so many rounds; None if that is not kept."""
+        client = self._new_client(number)
+        return client if restore_reference(client, rounds, self.reference_folder) else None
 
     def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
         """One participant after the other."""

@@ -179,6 +179,16 @@ class Orchestrator:
         self._require_finished()
         return [self.engine.client(number) for number in range(self.num_clients)]
 
+    def reference_clients(self) -> list[Client | None]:
+        """The clients as Local left them after this run's rounds; None for those that are not kept.
+
+        Raises:
+            UserError: If clients do not run in this process.
+        """
+        if not isinstance(self.engine, InProcessEngine):
+            raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
+        return [self.engine.reference_client(number, self.options.rounds) for number in range(self.num_clients)]
+
     def _require_finished(self) -> None:
         if self.progress.round <= self.options.rounds:
             raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")

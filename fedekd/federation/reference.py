@@ -95,6 +95,15 @@ def train_reference(client: Client, rounds: int, folder: Path | None) -> LocalRe
     return LocalReference(scores[:rounds])
 
 
+def restore_reference(client: Client, rounds: int, folder: Path | None) -> bool:
+    """Make a new client what Local left after exactly so many rounds, if `folder` holds that; whether it does."""
+    scores, state = _read(None if folder is None else folder / f"{reference_key(client)}.pt")
+    if state is None or len(scores) != rounds:
+        return False
+    client.load_state_dict(state)
+    return True
+
+
 def _read(path: Path | None) -> tuple[list[float], Any]:
     if path is None or not path.exists():
         return [], None

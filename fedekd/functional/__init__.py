@@ -1,4 +1,4 @@
-"""The mathematics, without state: energies, the gate, distillation losses, conformal sets and averages of models."""
+"""The mathematics, without state: energies, confidences, the gate, distillation, conformal sets, averages of models."""
 
 from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean

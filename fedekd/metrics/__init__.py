@@ -1,4 +1,4 @@
-"""How well clients are served: their scores, and what they gain or lose by taking part."""
+"""How well clients are served: their scores, their calibration, and what they gain or lose by taking part."""
 
 from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
