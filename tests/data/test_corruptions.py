@@ -235,7 +235,7 @@ def test_users_mistakes_are_named() -> None:
         corrupt(images.repeat(1, 4, 1, 1), "jpeg", 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 2, 8, 8), (1, 1, 1, 1), (1, 3, 8, 7)])
+@pytest.mark.parametrize("shape", [(2, 3, 8), (1, 3, 8, 8, 8), (1, 2, 8, 8), (1, 1, 1, 1), (1, 3, 8, 7)])
 def test_images_that_are_none_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="images must"):
         corrupt(torch.zeros(shape, dtype=torch.uint8), "blur", 1)
