@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,6 +19,7 @@ from fedekd.benchmark.collect import measured_in
 from fedekd.benchmark.fill import fill
 from fedekd.cli import main
 from fedekd.cli.benchmark import benchmark_parser
+from fedekd.cli.calibrate import calibrate_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -57,9 +59,9 @@ def test_every_python_block_runs(number: int, here: Path) -> None:
     exec(compile(blocks("python")[number], f"README.md, Python block {number}", "exec"), {"__name__": "__main__"})
 
 
-def _finished_run(npz: Path, folder: str) -> None:
+def _finished_run(npz: Path, folder: str, *more: str) -> None:
     small = [f"--data.dataset={npz}", "--data.num_clients=2", "--data.alpha=1", "--rounds=1", "--logger=null"]
-    assert main(["fit", *small, "--client.local_epochs=1", f"--output={folder}"]) == 0
+    assert main(["fit", *small, "--client.local_epochs=1", f"--output={folder}", *more]) == 0
 
 
 def _check_fedekd(words: list[str], npz: Path) -> None:
@@ -69,6 +71,10 @@ def _check_fedekd(words: list[str], npz: Path) -> None:
         with pytest.raises(SystemExit) as ended:
             main([*words, "--print_config"])
         assert ended.value.code == 0
+    elif "runs/exits-digits" in words:
+        _finished_run(npz, words[1], "--data.num_clients=1", "--client.exits=2")
+        np.savez("images.npz", images=np.zeros((3, 8, 8), np.uint8))
+        assert main([*words, *(["--draws=2"] if words[0] == "report" else [])]) == 0
     else:
         _finished_run(npz, words[1] if words[0] == "report" else words[-1])
         assert main(words) == 0
@@ -136,7 +142,8 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
 
 def test_every_option_that_is_named_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = {"config", "print_config", "method.help"}
-    known |= {option.lstrip("-") for action in benchmark_parser()._actions for option in action.option_strings}
+    parsers = (benchmark_parser(), calibrate_parser())
+    known |= {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
     for method in ("FedeKD", "FedAvg", "FedProx"):
         with pytest.raises(SystemExit):
             main(["fit", "--config", "digits.yaml", "--method", method, "--print_config"])
