@@ -143,7 +143,9 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
 def test_every_option_that_is_named_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = {"config", "print_config", "method.help"}
     parsers = (benchmark_parser(), calibrate_parser())
-    known |= {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
+    known |= {
+        option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings
+    }
     for method in ("FedeKD", "FedAvg", "FedProx"):
         with pytest.raises(SystemExit):
             main(["fit", "--config", "digits.yaml", "--method", method, "--print_config"])

@@ -1,0 +1,111 @@
+"""`report` of a run with exits: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedekd.cli import main
+
+FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
+TABLES = {"exits", "policies", "validity", "reliability", "corruption"}
+
+
+def fit(npz: Path, folder: str, *options: str) -> None:
+    data = [f"--data.dataset={npz}", "--data.num_clients=1", "--data.partition=iid", "--data.batch_size=8"]
+    assert main(["fit", *FAST, *data, "--rounds=2", f"--output={folder}", *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[..., Path]) -> Iterator[Path]:
+    """A folder with a data set, a run with exits, its report, and a run without exits."""
+    folder = tmp_path_factory.mktemp("exits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        npz = write_blobs(folder / "blobs.npz", num_samples=400)
+        fit(npz, "runs/safe", "--method=SafeKD", "--client.exits=2")
+        assert main(["report", "runs/safe", "--draws=5"]) == 0
+        yield folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_report_is_a_page_tables_and_figures(run: Path) -> None:
+    report = run / "runs/safe/report"
+    assert {path.stem for path in (report / "tables").glob("*.csv")} == TABLES
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert figures == {"accuracy_against_cost", "validity", "reliability", "corruption"}
+    assert all(path.stat().st_size > 5000 for path in (report / "figures").glob("*.png"))
+    markdown = (report / "report.md").read_text()
+    assert markdown.count("\n| ---") == len(TABLES)
+    for link in re.findall(r"\]\((figures/[^)]+)\)", markdown):
+        assert (report / link).is_file()
+
+
+def test_the_page_loads_nothing(run: Path) -> None:
+    class Links(HTMLParser):
+        found: list[str] = []  # noqa: RUF012 - one page
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    parser = Links()
+    parser.feed((run / "runs/safe/report/index.html").read_text())
+    assert len(parser.found) > 5
+    assert all(link.startswith(("data:", "#")) for link in parser.found), parser.found
+
+
+def test_the_network_stands_beside_local(run: Path) -> None:
+    table = rows(run / "runs/safe/report/tables/exits.csv")
+    assert [(row["network"], row["exit"]) for row in table] == [
+        ("SafeKD", "1"),
+        ("SafeKD", "2"),
+        ("Local", "1"),
+        ("Local", "2"),
+    ]
+    summary = json.loads((run / "runs/safe/summary.json").read_text())
+    # The run was scored at the trainer's precision, the report is made in float32.
+    assert float(table[1]["accuracy"]) == pytest.approx(summary["mean"], abs=0.03)
+    assert float(table[3]["accuracy"]) == pytest.approx(summary["local_mean"], abs=0.03)
+    assert float(table[1]["cost"]) == float(table[3]["cost"]) == 1.0
+
+
+def test_every_rule_is_judged_at_every_alpha(run: Path) -> None:
+    table = rows(run / "runs/safe/report/tables/validity.csv")
+    assert len(table) == 4 * 5
+    for row in table:
+        assert float(row["share"]) == int(row["violations"]) / 5
+        assert row["promises"] == ("yes" if row["rule"] in ("ltt", "path") else "no")
+
+
+def test_corruptions_are_complete(run: Path) -> None:
+    table = rows(run / "runs/safe/report/tables/corruption.csv")
+    assert len({(row["corruption"], row["level"]) for row in table}) == 6 * 5
+
+
+def test_what_cannot_be_reported_is_told_in_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    fit(run / "blobs.npz", "runs/plain", "--method=Local")
+    fit(run / "blobs.npz", "runs/other", "--method=SafeKD", "--client.exits=2", "--seed=1")
+    capsys.readouterr()
+    for words, expected in (
+        (["runs/plain", "--exits=true"], "without exits"),
+        (["runs/safe", "--client=3"], "--client is 3, and runs/safe has the clients 0..0"),
+        (["runs/safe", "--draws=0"], "--draws is 0, and must be at least 1"),
+        (["runs/safe", "runs/other"], "has not the same images"),
+    ):
+        assert main(["report", *words]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1, error
