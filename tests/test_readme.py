@@ -180,5 +180,5 @@ def test_every_configuration_and_method_is_listed() -> None:
 
 
 def test_the_measured_tables_are_those_of_the_results() -> None:
-    assert fill(README, measured_in([ROOT / "results"])) == README
+    assert fill(README, measured_in([ROOT / "results"]), [ROOT / "results"]) == README
     assert README.count("<!-- fill: ") == README.count("<!-- /fill -->") >= 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from fedekd.benchmark.exit_tables import exit_table
 from fedekd.benchmark.figures import SWEEP_ALPHA, swept
 from fedekd.benchmark.gate import gate_comparisons, gate_finding
 from fedekd.benchmark.measured import Measured
@@ -13,20 +15,24 @@ from fedekd.benchmark.table import markdown_table, spread
 from fedekd.benchmark.tables import build_tables
 from fedekd.errors import UserError, nearest
 
+#: The one kind of place that is filled from files, not from measured rows.
+_EXITS = "exits"
+
 #: `<!-- fill: NAME ARGUMENT -->`, what is filled in, `<!-- /fill -->`.
 _PLACE = re.compile(r"(<!-- fill: ([^\s>]+) ?([^\s>]*) -->\n)(?:(?!<!-- fill).)*?(<!-- /fill -->)", re.DOTALL)
 
 
-def fill(text: str, measured: Measured) -> str:
+def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
     """A Markdown text with every marked place filled anew.
 
     Places begin with `<!-- fill: NAME ARGUMENT -->` and end with `<!-- /fill -->`: `methods DATASET` is the table of a
     data set's methods, `sweep beta` that of a parameter, `gate` the finding about the gate's ranking, `verdicts` the
-    count of the paper's cells by verdict.
+    count of the paper's cells by verdict, `exits TABLE/DATASET` a table of `report` on early exits.
 
     Args:
         text: The file's content.
         measured: The results.
+        folders: Where the results lie, for tables that are kept as they are.
 
     Raises:
         UserError: If there is no place, one is not closed, or what it asks for is not known.
@@ -34,8 +40,11 @@ def fill(text: str, measured: Measured) -> str:
 
     def filled(place: re.Match[str]) -> str:
         name, argument = place[2], place[3]
+        if name == _EXITS:
+            return f"{place[1]}\n{exit_table(folders, argument)}\n\n{place[4]}"
         if name not in _WRITERS:
-            raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, _WRITERS)}")
+            known = (*_WRITERS, _EXITS)
+            raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, known)}")
         return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[4]}"
 
     result, count = _PLACE.subn(filled, text)

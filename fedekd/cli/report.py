@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
         told = f"{name}: runs with other options than the paper's grid stand apart"
         console.print(told, highlight=False, soft_wrap=True)
     if config.fill:
-        _fill(Path(config.fill), measured)
+        _fill(Path(config.fill), measured, folders)
         return 0
     report = make_report(measured, config.root, config.runs)
     output = Path(config.output) if config.output else folders[0] / "report"
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _fill(path: Path, measured: Measured) -> None:
+def _fill(path: Path, measured: Measured, folders: Sequence[Path]) -> None:
     """Rewrite a Markdown file with its marked places filled."""
     if not path.is_file():
         raise UserError(f"--fill {path}: there is no such file")
@@ -85,7 +85,7 @@ def _fill(path: Path, measured: Measured) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--fill {path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    filled = fill(text, measured)
+    filled = fill(text, measured, folders)
     if filled != text:
         with atomic_file(path) as file:
             file.write(filled.encode())

@@ -1,0 +1,384 @@
+"""Rules of calibration against slow, literal transcriptions, and what a calibrator refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from fedekd.certificates import MODES, ScoredExits, SelectiveRiskCalibrator
+from fedekd.certificates.ltt import STEPS, make_plan
+from fedekd.certificates.path import candidates
+from fedekd.certificates.rules import Setting
+from fedekd.certificates.walk import walk_down
+from fedekd.errors import UserError
+from fedekd.exits import ExitPolicy
+from fedekd.functional.binomial import samples_without_error
+
+INF = math.inf
+calibrators = st.tuples(st.sampled_from([0.05, 0.1, 0.2]), st.sampled_from([0.05, 0.1, 0.3]))
+worlds = st.tuples(
+    st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([3, 20, 0]), st.sampled_from([30, 150, 400])
+)
+
+
+def world(seed: int, exits: int, levels: int, samples: int) -> ScoredExits:
+    """Exits of any skill and any honesty; `levels` values of the score, 0 for as many as there are samples."""
+    rng = np.random.default_rng(seed)
+    hard = rng.uniform(size=(samples, 1))
+    skill = rng.uniform(0.3, 1.3, size=exits)
+    correct = hard + rng.normal(scale=0.1, size=(samples, exits)) < skill
+    scores = np.clip(1 - hard + rng.normal(scale=rng.uniform(0.01, 0.5), size=(samples, exits)), 0, 1)
+    scores = np.round(scores * (levels - 1)) / (levels - 1) if levels else scores
+    return ScoredExits.checked(scores, correct, np.where(correct, scores, (1 - scores) / 2))
+
+
+def fit(calibration: ScoredExits, tuning: ScoredExits, alpha=0.05, delta=0.1, mode="ltt", **options) -> ExitPolicy:
+    return SelectiveRiskCalibrator(alpha, delta, mode).fit(
+        calibration.scores,
+        calibration.correct,
+        tuning.scores,
+        tuning.correct,
+        calibration.true_class_probability,
+        **options,
+    )
+
+
+def literal_ltt(calibration, grids, delta_e, alpha):
+    """The specification's lines, sample by sample."""
+    alive = list(range(len(calibration)))
+    taus, bands = [], []
+    for exit_, grid in enumerate(grids):
+        tau = band = INF
+        for lam in grid:
+            band = lam
+            leaves = [i for i in alive if calibration.scores[i, exit_] >= lam]
+            wrong = sum(1 for i in leaves if not calibration.correct[i, exit_])
+            if binom.cdf(wrong, len(leaves), alpha) <= delta_e:
+                tau = lam
+            else:
+                break
+        alive = [i for i in alive if calibration.scores[i, exit_] < band]
+        taus.append(tau)
+        bands.append(band)
+    return taus, bands
+
+
+@given(worlds, st.integers(0, 10**6), calibrators)
+@settings(max_examples=80, deadline=None)
+def test_ltt_is_the_specification_s_walk(of, other, asked):
+    alpha, delta = asked
+    calibration, tuning = world(*of), world(of[0] if other % 2 else other, *of[1:3], 200)
+    plan = make_plan(tuning, len(calibration), Setting(alpha, delta, np.ones(of[1])))
+    open_ = sum(len(grid) > 0 for grid in plan.grids)
+    assert plan.delta == pytest.approx(1 - (1 - delta) ** (1 / open_) if open_ else delta, rel=1e-12)
+    taus, bands = literal_ltt(calibration, plan.grids, plan.delta, alpha)
+    policy = fit(calibration, tuning, alpha, delta)
+    assert policy.thresholds == (*taus, -INF)
+    assert policy.bands == (*bands, -INF)
+    assert all(band <= tau for tau, band in zip(taus, bands, strict=True))
+    assert policy.certified == (*(tau < INF for tau in taus), False)
+
+
+@given(worlds, calibrators)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_begins_where_tuning_is_surest_and_goes_down(of, asked):
+    alpha, delta = asked
+    tuning = world(*of)
+    plan = make_plan(tuning, len(tuning), Setting(alpha, delta, np.ones(of[1])))
+    assert len(plan.grids) == of[1] - 1
+    for exit_, grid in enumerate(plan.grids):
+        assert len(grid) <= STEPS
+        assert (np.diff(grid) < 0).all()
+        assert np.isin(grid, tuning.scores[:, exit_]).all()
+        assert plan.needed[exit_] is None or not len(grid)
+    if plan.grids and len(plan.grids[0]):
+        walk = walk_down(tuning.scores[:, 0], tuning.correct[:, 0])
+        p = binom.cdf(walk.errors, walk.samples, alpha)
+        assert p.min() <= plan.delta
+        assert plan.grids[0][0] == walk.thresholds[np.isclose(p, p.min(), rtol=1e-12, atol=0)][0]
+        assert plan.grids[0][-1] == tuning.scores[:, 0].min()
+        if len(walk.thresholds) <= STEPS and len(walk.thresholds) == walk.samples[-1]:  # no ties: every threshold
+            assert plan.grids[0].tolist() == walk.thresholds[walk.thresholds <= plan.grids[0][0]].tolist()
+
+
+@pytest.mark.parametrize("mode", ["ltt", "path"])
+def test_calibration_labels_decide_no_plan(mode):
+    calibration, tuning = world(1, 3, 0, 900), world(2, 3, 0, 600)
+    setting = Setting(0.1, 0.1, np.arange(1.0, 4.0))
+    plan = make_plan(tuning, len(calibration), setting)
+    vectors, _ = candidates(tuning, len(calibration) / len(tuning), setting)
+    found, rng = set(), np.random.default_rng(0)
+    for wrong_more in np.linspace(0, 0.6, 8):
+        correct = calibration.correct & (rng.uniform(size=(900, 3)) >= wrong_more)
+        policy = fit(ScoredExits(calibration.scores, correct), tuning, 0.1, 0.1, mode)
+        found.add(policy.thresholds)
+        if mode == "path":
+            assert policy.thresholds[:-1] in [*vectors, (INF, INF)]
+        for exit_ in range(2):
+            own = [INF, *plan.grids[exit_]] if mode == "ltt" else [INF, *(vector[exit_] for vector in vectors)]
+            assert policy.thresholds[exit_] in own
+            assert policy.bands[exit_] in own
+    assert len(found) > 2
+
+
+@given(worlds, st.integers(0, 10**6), calibrators)
+@settings(max_examples=40, deadline=None)
+def test_path_is_the_specification_s_sequence(of, other, asked):
+    alpha, delta = asked
+    calibration, tuning = world(*of), world(of[0] if other % 2 else other, *of[1:3], 200)
+    ratio, cost = len(calibration) / 200, np.arange(1.0, of[1] + 1)
+    vectors, _ = candidates(tuning, ratio, Setting(alpha, delta, cost))
+    assert len(vectors) <= 40
+
+    def leaving(samples, vector):
+        return [next((e for e, t in enumerate(vector) if row[e] >= t), len(vector)) for row in samples.scores]
+
+    def p(samples, vector):
+        exits = leaving(samples, vector)
+        worst = 0.0
+        for exit_ in [e for e, threshold in enumerate(vector) if threshold < INF]:
+            those = [i for i, e in enumerate(exits) if e == exit_]
+            wrong = sum(not samples.correct[i, exit_] for i in those)
+            worst = max(worst, binom.cdf(wrong, len(those), alpha) if those else 1.0)
+        return worst
+
+    chosen = fit(calibration, tuning, alpha, delta, "path").thresholds[:-1]
+    certified = []
+    for start in range(len(vectors)):  # wherever tuning lets it begin, it must be a run of passes
+        passes = [vectors[start]] if p(calibration, vectors[start]) <= delta else []
+        certified += passes
+    assert chosen in [*certified, (INF,) * (of[1] - 1)]
+    if chosen != (INF,) * (of[1] - 1):
+        mean = {vector: np.mean([cost[e] for e in leaving(calibration, vector)]) for vector in vectors}
+        before = vectors[: vectors.index(chosen)]
+        assert all(mean[vector] >= mean[chosen] for vector in vectors if vector in certified and vector in before[-1:])
+
+
+def literal_crc(calibration, alpha):
+    alive, taus = list(range(len(calibration))), []
+    for exit_ in range(calibration.num_exits - 1):
+        tau = INF
+        for lam in sorted({calibration.scores[i, exit_] for i in alive}, reverse=True):
+            leaves = [i for i in alive if calibration.scores[i, exit_] >= lam]
+            if len(leaves) < 60:
+                continue
+            wrong = sum(1 for i in leaves if not calibration.correct[i, exit_])
+            if (wrong + 1) / (len(leaves) + 1) > alpha:
+                break
+            tau = lam
+        taus.append(tau)
+        alive = [i for i in alive if calibration.scores[i, exit_] < tau]
+    return taus
+
+
+def literal_plug_in(calibration, alpha):
+    alive, taus = list(range(len(calibration))), []
+    for exit_ in range(calibration.num_exits - 1):
+        tau = INF
+        for lam in sorted({calibration.scores[i, exit_] for i in alive}):
+            wrong = [not calibration.correct[i, exit_] for i in alive if calibration.scores[i, exit_] >= lam]
+            if sum(wrong) / len(wrong) <= alpha:
+                tau = lam
+                break
+        taus.append(tau)
+        alive = [i for i in alive if calibration.scores[i, exit_] < tau]
+    return taus
+
+
+def literal_released(calibration, alpha):
+    n, taus = len(calibration), []
+    for exit_ in range(calibration.num_exits - 1):
+        level = math.ceil(round((n + 1) * (1 - alpha), 9)) / n
+        miss = 1 - calibration.true_class_probability[:, exit_]
+        taus.append(INF if level > 1 else 1 - np.quantile(miss, level, method="higher"))
+    return taus
+
+
+@pytest.mark.parametrize(
+    ("mode", "literal"), [("crc", literal_crc), ("plug_in", literal_plug_in), ("released", literal_released)]
+)
+@given(worlds, st.sampled_from([0.01, 0.05, 0.1, 0.3]))
+@settings(max_examples=40, deadline=None)
+def test_the_baselines_are_their_transcriptions(mode, literal, of, alpha):
+    calibration = world(*of)
+    policy = fit(calibration, world(7, of[1], 0, 30), alpha, 0.1, mode)
+    np.testing.assert_allclose(policy.thresholds, (*literal(calibration, alpha), -INF), rtol=1e-15)
+    assert policy.bands == policy.thresholds
+    assert not any(policy.certified)
+    assert policy.needed == (None,) * of[1]
+
+
+@given(worlds, calibrators, st.sampled_from(sorted(MODES)))
+@settings(max_examples=60, deadline=None)
+def test_the_counts_are_those_of_whoever_leaves(of, asked, mode):
+    calibration = world(*of)
+    policy = fit(calibration, world(of[0] + 1, *of[1:3], 120), *asked, mode)
+    exits = policy.assign(calibration.scores)
+    assert policy.leaving == tuple((exits == e).sum() for e in range(of[1]))
+    assert policy.errors == tuple((~calibration.correct[exits == e, e]).sum() for e in range(of[1]))
+    assert sum(policy.leaving) == policy.samples == len(calibration)
+    assert policy.tuning_samples == 120
+    for exit_ in range(of[1] - 1):
+        if mode in ("ltt", "path") and policy.certified[exit_]:
+            assert binom.cdf(policy.errors[exit_], policy.leaving[exit_], asked[0]) <= asked[1] + 1e-12
+        assert policy.thresholds[exit_] < INF or policy.leaving[exit_] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exits", [1, 2, 4])
+def test_all_right_and_all_wrong(mode, exits):
+    rng = np.random.default_rng(0)
+    scores, yes = rng.uniform(0.4, 1, (500, exits)), np.ones((500, exits), bool)
+    right = fit(ScoredExits.checked(scores, yes, scores), ScoredExits.checked(scores, yes), 0.05, 0.1, mode)
+    wrong = fit(ScoredExits.checked(scores, ~yes, 1 - scores), ScoredExits.checked(scores, ~yes), 0.05, 0.1, mode)
+    assert wrong.needed == right.needed == (None,) * exits
+    if mode != "released":
+        assert wrong.leaving == (*[0] * (exits - 1), 500)
+        assert exits == 1 or right.leaving[0] > 480
+        assert right.errors == (0,) * exits
+
+
+@pytest.mark.parametrize("mode", ["ltt", "path"])
+@pytest.mark.parametrize(("alpha", "delta"), [(0.01, 0.1), (0.05, 0.1), (0.1, 0.1), (0.05, 0.01)])
+def test_too_few_samples_close_an_exit_and_the_number_told_opens_it(mode, alpha, delta):
+    enough = samples_without_error(alpha, delta)
+
+    def of(n: int) -> ExitPolicy:
+        flawless = ScoredExits.checked(np.full((n, 2), 0.9), np.ones((n, 2)))
+        return fit(flawless, flawless, alpha, delta, mode)
+
+    short = of(enough - 1)
+    assert short.thresholds == short.bands == (INF, -INF)
+    assert enough <= short.needed[0] <= 1.002 * enough + 1
+    assert of(enough).thresholds == (0.9, -INF)
+    assert of(enough).needed == (None, None)
+
+
+def test_three_open_exits_need_what_the_specification_says():
+    """335 / 167 / 66 / 32 at each of them."""
+    for alpha, least in ((0.01, 335), (0.02, 167), (0.05, 66), (0.1, 32)):
+        for short, opened in ((0, 3), (1, 2)):
+            # So many come to each exit, and are right; one less at the last of them.
+            groups = [least, least, least - short, 50]
+            scores = np.full((sum(groups), 4), 0.1)
+            for exit_, start in enumerate(np.cumsum([0, *groups[:-2]])):
+                scores[start : start + groups[exit_], exit_] = 0.9
+            correct = scores > 0.5
+            correct[:, 3] = True
+            data = ScoredExits.checked(scores, correct)
+            policy = fit(data, data, alpha, 0.1)
+            if short == 0:
+                assert sum(threshold < INF for threshold in policy.thresholds[:-1]) == opened
+                assert policy.leaving[:3] == (least,) * 3
+
+
+@pytest.mark.xfail(strict=True, reason="an exit that will be closed takes its samples from the deeper ones' forecasts")
+def test_an_exit_that_is_closed_beforehand_closes_no_other():
+    """Exit 1 is hopeless; the second, alone, is opened with ease."""
+    easy = np.arange(1000) < 100
+    scores = np.where(easy, 0.9, 0.1)
+    first, second = easy & (np.arange(1000) % 25 != 0), easy
+    three = ScoredExits.checked(np.stack([scores] * 3, 1), np.stack([first, second, second], 1))
+    two = three.scores[:, 1:], three.correct[:, 1:]
+    assert SelectiveRiskCalibrator(0.05).fit(*two, *two).thresholds == (0.9, -INF)
+    assert fit(three, three).thresholds == (INF, 0.9, -INF)
+
+
+def test_three_values_of_the_score_leave_whole_or_not_at_all():
+    scores = np.repeat([0.9, 0.6, 0.3], [300, 300, 400])
+    right = np.ones(1000, bool)
+    right[[5, 305, 306, 307, 308, 309, 310, *range(311, 341)]] = False  # 1 of 300, then 37 more
+    data = ScoredExits.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    policy = fit(data, data)
+    assert (policy.thresholds[0], policy.leaving[0], policy.errors[0]) == (0.9, 300, 1)
+    assert policy.bands[0] == 0.6
+    assert policy.assign(np.array([[0.9, 0.9], [0.6, 0.6], [0.3, 0.3]])).tolist() == [0, 1, 1]
+
+
+def test_tensors_arrays_and_lists_give_one_policy():
+    calibration, tuning = world(3, 3, 0, 300), world(4, 3, 0, 300)
+    parts = (calibration.scores, calibration.correct, tuning.scores, tuning.correct, calibration.true_class_probability)
+    for mode in MODES:
+        expected = SelectiveRiskCalibrator(0.2, mode=mode).fit(*parts)
+        for kind in (
+            torch.from_numpy,
+            lambda array: array.tolist(),
+            lambda array: torch.tensor(array, requires_grad=array.dtype == float),
+        ):
+            assert SelectiveRiskCalibrator(0.2, mode=mode).fit(*map(kind, parts)) == expected
+
+
+def test_float32_thresholds_survive_the_file():
+    calibration, tuning = world(5, 4, 0, 800), world(6, 4, 0, 800)
+    single = [torch.from_numpy(each.scores).float() for each in (calibration, tuning)]
+    policy = SelectiveRiskCalibrator(0.2).fit(single[0], calibration.correct, single[1], tuning.correct)
+    assert any(0 < threshold < INF for threshold in policy.thresholds)
+    again = ExitPolicy.from_json(policy.to_json())
+    assert again == policy
+    assert tuple(np.bincount(again.assign(single[0].double().numpy()), minlength=4)) == policy.leaving
+    assert all(float(np.float32(bound)) == bound for bound in policy.thresholds)
+    assert set(json.loads(policy.to_json())["versions"]) == {"fedekd", "torch"}
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, -0.1, math.nan, INF])
+@pytest.mark.parametrize("name", ["alpha", "delta"])
+def test_rates_lie_between_0_and_1(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value}, and must lie between 0 and 1") as told:
+        SelectiveRiskCalibrator(**{"alpha": 0.1, "delta": 0.1, name: value})
+    assert "\n" not in str(told.value)
+
+
+GOOD = {"scores": np.ones((4, 2)), "correct": np.ones((4, 2)), "tuning_scores": np.ones((3, 2)), "tuning_correct": np.ones((3, 2))}  # fmt: skip
+nan = np.array([[0.5, 0.5], [0.5, math.nan]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"scores": nan, "correct": np.ones((2, 2))}, "calibration scores hold NaN, first at sample 1, exit 2"),
+        ({"tuning_scores": nan, "tuning_correct": np.ones((2, 2))}, "tuning scores hold NaN"),
+        ({"scores": np.ones(4)}, r"calibration scores have the shape \(4,\)"),
+        ({"scores": np.ones((4, 0)), "correct": np.ones((4, 0))}, r"shape \(4, 0\)"),
+        ({"scores": np.ones((0, 2)), "correct": np.ones((0, 2))}, "there are no calibration samples"),
+        ({"tuning_scores": np.ones((0, 2)), "tuning_correct": np.ones((0, 2))}, "there are no tuning samples"),
+        ({"correct": np.ones((4, 3))}, r"calibration correct has the shape \(4, 3\), and the scores have \(4, 2\)"),
+        ({"correct": np.full((4, 2), 0.5)}, "values other than 0 and 1"),
+        ({"tuning_correct": np.full((3, 2), math.nan)}, "values other than 0 and 1"),
+        ({"tuning_scores": np.ones((3, 3)), "tuning_correct": np.ones((3, 3))}, "2 exits, and tuning 3"),
+        ({"cost": [1.0]}, r"cost has the shape \(1,\)"),
+        ({"cost": [1.0, math.nan]}, "a finite number for each of the 2 exits"),
+        ({"true_class_probability": np.full((4, 2), 1.5)}, "values in 0..1"),
+        ({"true_class_probability": np.ones((3, 2))}, r"shape \(4, 2\)"),
+    ],
+)
+def test_samples_that_do_not_fit_are_told_in_one_line(arguments, words):
+    with pytest.raises(UserError, match=words) as told:
+        SelectiveRiskCalibrator(0.1).fit(**{**GOOD, **arguments})
+    assert "\n" not in str(told.value)
+
+
+def test_an_unknown_mode_and_a_rule_without_what_it_needs_are_told():
+    with pytest.raises(UserError, match="mode is 'lt', which is not known; did you mean 'ltt'"):
+        SelectiveRiskCalibrator(0.1, mode="lt")
+    with pytest.raises(UserError, match="'released' needs true_class_probability"):
+        SelectiveRiskCalibrator(0.1, mode="released").fit(**GOOD)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="NumPy has no bfloat16")
+def test_scores_in_bfloat16_are_taken():
+    flawless = torch.full((100, 2), 0.5, dtype=torch.bfloat16), torch.ones(100, 2)
+    assert SelectiveRiskCalibrator(0.1).fit(*flawless, *flawless).thresholds == (0.5, -INF)
+
+
+@pytest.mark.xfail(strict=True, reason="a score of inf reaches the threshold of a closed exit")
+def test_infinite_scores_are_refused_or_leave_at_no_closed_exit():
+    scores = np.array([[INF, 0.5]] * 40 + [[0.1, 0.5]] * 40)
+    closed = fit(*[ScoredExits.checked(scores, np.zeros((80, 2)))] * 2)
+    assert closed.leaving == (0, 80)
