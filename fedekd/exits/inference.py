@@ -82,36 +82,56 @@ def _run(
 ) -> Departures:
     last = network.num_exits - 1
     staying = torch.arange(len(x), device=x.device)  # places in the batch of those who are still in the network
-    eligible = torch.ones(len(x), dtype=torch.bool, device=x.device)  # of those: who may leave before the last exit
-    found: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    eligible: Tensor | None = None  # of those: who may leave before the last exit; None is all of them
+    found: list[tuple[Tensor, Departures]] = []
+
+    def depart(places: Tensor, logits: Tensor, scores: Tensor, exit_: int) -> None:
+        exits = torch.full_like(places, exit_)
+        found.append((places, Departures(logits, exits, scores.double())))
+
     for exit_, (stage, head) in enumerate(zip(network.stages, network.heads, strict=True)):
         x = stage(x)
         if exit_ == last:
             logits = head(x)
-            found.append((staying, logits, confidence(logits), exit_))
+            depart(staying, logits, confidence(logits), exit_)
             break
         threshold, band = thresholds[exit_], bands[exit_]
-        if band == math.inf or not eligible.any():
+        if band == math.inf or (eligible is not None and not eligible.any()):
             continue
-        logits = head(x[eligible])
+        logits = head(x if eligible is None else x[eligible])
         scores = confidence(logits).double()  # thresholds are doubles: float32(0.9) is not 0.9
-        asked = eligible.nonzero().squeeze(1)
-        leaves = scores >= threshold
-        found.append((staying[asked[leaves]], logits[leaves], scores[leaves], exit_))
-        eligible[asked] = scores < band
-        if leaves.any():
+        leaves, go_on = scores >= threshold, scores < band
+        leaving, eligible_after = int(leaves.sum()), int(go_on.sum())
+        if eligible is None and leaving == len(x):
+            depart(staying, logits, scores, exit_)
+            break
+        if eligible is None and leaving + eligible_after == len(x):
+            # The common case, of no band: who does not leave may leave later.
+            if leaving:
+                depart(staying[leaves], logits[leaves], scores[leaves], exit_)
+                staying, x = staying[go_on], _rows(x, go_on)
+            continue
+        asked = torch.arange(len(x), device=x.device) if eligible is None else eligible.nonzero().squeeze(1)
+        if leaving:
+            depart(staying[asked[leaves]], logits[leaves], scores[leaves], exit_)
+        eligible = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        eligible[asked] = go_on
+        if leaving:
             stays = torch.ones_like(eligible)
             stays[asked[leaves]] = False
-            staying, eligible = staying[stays], eligible[stays]
+            staying, eligible, x = staying[stays], eligible[stays], _rows(x, stays)
             if not len(staying):
                 break
-            x = _rows(x, stays)
-    places = torch.cat([part[0] for part in found])
-    order = places.argsort()
-    exits = torch.cat([torch.full_like(part[0], part[3]) for part in found])
-    logits = torch.cat([part[1].to(found[0][1].dtype) for part in found])
-    scores = torch.cat([part[2].double() for part in found])
-    return Departures(logits[order], exits[order], scores[order])
+    return _in_order(found)
+
+
+def _in_order(found: list[tuple[Tensor, Departures]]) -> Departures:
+    """Those who left, exit by exit, as they stood in the batch."""
+    if len(found) == 1:
+        return found[0][1]
+    order = torch.cat([places for places, _ in found]).argsort()
+    logits, exits, scores = (torch.cat(parts)[order] for parts in zip(*(part for _, part in found), strict=True))
+    return Departures(logits, exits, scores)
 
 
 def _rows(x: Tensor, chosen: Tensor) -> Tensor:

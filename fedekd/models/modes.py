@@ -12,7 +12,8 @@ from torch import nn
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Inside, a network and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
     training = [part for part in network.modules() if part.training]
-    network.eval()
+    if training:
+        network.eval()
     try:
         yield
     finally:
