@@ -92,10 +92,11 @@ def make_plan(tuning: ScoredExits, samples: int, setting: Setting) -> Plan:
                 walk = walk_down(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
                 p = forecast(walk, setting.alpha, ratio)
                 prospects[exit_] = (float(p.min()), walk)
-                grid = _grid(walk, p)
-                failing = error_p_value(*_counts_at(walk, grid, ratio), setting.alpha) > delta
-                band = grid[int(np.argmax(failing))] if failing.any() else grid[-1]
-                alive &= tuning.scores[:, exit_] < band
+                if p.min() <= delta:  # or it will be closed, and take nobody from the exits behind it
+                    grid = _grid(walk, p)
+                    failing = error_p_value(*_counts_at(walk, grid, ratio), setting.alpha) > delta
+                    band = grid[int(np.argmax(failing))] if failing.any() else grid[-1]
+                    alive &= tuning.scores[:, exit_] < band
             elif exit_ not in closed:
                 prospects[exit_] = (math.inf, None)  # nobody comes here
             grids.append(grid)
@@ -111,8 +112,9 @@ def make_plan(tuning: ScoredExits, samples: int, setting: Setting) -> Plan:
 def _grid(walk: Walk, p: Scores) -> Scores:
     """At most `STEPS` thresholds from the most promising one down, with about as many samples between any two."""
     begin = int(np.argmin(p))
-    remaining = len(walk.thresholds) - begin
-    wanted = np.linspace(walk.samples[begin], walk.samples[-1], min(STEPS, remaining))
+    if len(walk.thresholds) - begin <= STEPS:
+        return walk.thresholds[begin:]
+    wanted = np.linspace(walk.samples[begin], walk.samples[-1], STEPS)
     places = np.unique(np.searchsorted(walk.samples, wanted))
     return walk.thresholds[places]
 

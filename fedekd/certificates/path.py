@@ -36,18 +36,18 @@ def tested_path(calibration: ScoredExits, tuning: ScoredExits, setting: Setting)
         passed.append(vector)
     closed = (math.inf,) * (calibration.num_exits - 1)
     best = min(passed, key=lambda vector: _mean_cost(calibration, vector, setting), default=closed)
-    return Chosen(best, best, needed)
+    return Chosen(best, best, tuple(None if best[e] < math.inf else needed[e] for e in range(len(best))))
 
 
 def candidates(tuning: ScoredExits, ratio: float, setting: Setting) -> tuple[list[Thresholds], tuple[int | None, ...]]:
-    """At most `VECTORS` vectors, each bolder than the one before, and for exits that are closed in all what is missing.
+    """At most `VECTORS` vectors, each bolder than the one before, and about how many samples open each exit.
 
     A vector lets as many leave at each exit, in order, as keep the errors seen there below a multiple of alpha; an exit
     that would then not be expected to pass its test is closed.
     """
     early = tuning.num_exits - 1
     vectors: list[Thresholds] = []
-    closed_walks: dict[int, Walk] = {}
+    first_walks: dict[int, Walk] = {}
     for share in np.linspace(_FROM, _TO, VECTORS):
         thresholds: list[float] = []
         alive = np.ones(len(tuning), dtype=bool)
@@ -55,7 +55,7 @@ def candidates(tuning: ScoredExits, ratio: float, setting: Setting) -> tuple[lis
             threshold = math.inf
             if alive.any():
                 walk = walk_down(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
-                closed_walks.setdefault(exit_, walk)
+                first_walks.setdefault(exit_, walk)
                 fits = np.flatnonzero(walk.risk <= share * setting.alpha)
                 if len(fits) and forecast(walk, setting.alpha, ratio)[fits[-1]] <= setting.delta:
                     threshold = float(walk.thresholds[fits[-1]])
@@ -63,11 +63,8 @@ def candidates(tuning: ScoredExits, ratio: float, setting: Setting) -> tuple[lis
             alive &= tuning.scores[:, exit_] < threshold
         if tuple(thresholds) not in vectors and min(thresholds, default=math.inf) < math.inf:
             vectors.append(tuple(thresholds))
-    opened = [any(vector[exit_] < math.inf for vector in vectors) for exit_ in range(early)]
     needed = tuple(
-        None
-        if opened[exit_] or exit_ not in closed_walks
-        else samples_needed(closed_walks[exit_], setting.alpha, setting.delta, len(tuning))
+        samples_needed(first_walks[exit_], setting.alpha, setting.delta, len(tuning)) if exit_ in first_walks else None
         for exit_ in range(early)
     )
     return vectors, needed

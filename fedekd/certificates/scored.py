@@ -47,6 +47,8 @@ class ScoredExits:
         if np.isnan(array).any():
             sample, exit_ = np.argwhere(np.isnan(array))[0]
             raise UserError(f"{name}scores hold NaN, first at sample {sample}, exit {exit_ + 1}; the network diverged")
+        if np.isinf(array).any():
+            raise UserError(f"{name}scores hold infinite values; a confidence is a finite number")
         right = _as_array(correct)
         if right.shape != array.shape:
             raise UserError(f"{name}correct has the shape {right.shape}, and the scores have {array.shape}")
@@ -76,4 +78,8 @@ class ScoredExits:
 
 
 def _as_array(values: Any) -> npt.NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    # NumPy has no bfloat16.
+    return np.asarray((values.double() if values.is_floating_point() else values).numpy())

@@ -67,7 +67,7 @@ def true_risks(pool: ScoredExits, policy: ExitPolicy) -> npt.NDArray[np.float64]
     for exit_ in range(policy.num_exits - 1):
         leaves = exits == exit_
         if leaves.any():
-            risks[exit_] = 1.0 - pool.correct[leaves, exit_].mean()
+            risks[exit_] = (~pool.correct[leaves, exit_]).mean()  # not 1 - mean: 1 - 0.95 is above 0.05
     return risks
 
 

@@ -73,9 +73,10 @@ def run(argv: Sequence[str]) -> int:
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
     clients = orchestrator.restored_clients()
     held_out = None if config.input is None else _load(config.input, clients[0].images)
+    trained_on = torch.cat([client.splits.train for client in clients])
     console = Console()
     for client in chosen_clients(clients, config.client):
-        policy = calibrate_client(client, calibrator, config.score, held_out)
+        policy = calibrate_client(client, calibrator, config.score, held_out, trained_on)
         path = policy_path(folder, client.number)
         policy.save(path)
         console.print(_table(policy, client))

@@ -40,7 +40,9 @@ def read_images(path: Path) -> Tensor:
         ) from error
     if not arrays:
         raise UserError(f"'{path}' has no array {_ALONE}, nor any of {', '.join(_OF_SPLITS)}")
-    pixels = [checked_images(path.name, array) for array in arrays if array.size or len(arrays) == 1]
+    if not any(array.size for array in arrays):
+        raise UserError(f"'{path}' holds no images; at least one is needed")
+    pixels = [checked_images(path.name, array) for array in arrays if array.size]
     if len({part.shape[1:] for part in pixels}) > 1:
         raise UserError(f"'{path}' has splits whose images differ in shape: {', '.join(str(p.shape) for p in pixels)}")
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(pixels).transpose(0, 3, 1, 2)))

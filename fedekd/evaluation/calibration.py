@@ -64,7 +64,11 @@ def costs_of(network: MultiExitNetwork, images: ImageData) -> ExitCosts:
 
 
 def calibrate_client(
-    client: Client, calibrator: SelectiveRiskCalibrator, score: str = "max_softmax", held_out: ImageData | None = None
+    client: Client,
+    calibrator: SelectiveRiskCalibrator,
+    score: str = "max_softmax",
+    held_out: ImageData | None = None,
+    trained_on: Tensor | None = None,
 ) -> ExitPolicy:
     """A policy for one client's network.
 
@@ -75,16 +79,20 @@ def calibrate_client(
         client: A trained client.
         calibrator: The rule.
         score: Which confidence, a name of `fedekd.functional.CONFIDENCES`.
-        held_out: Other labelled images in place of both splits: the first third tunes, the others calibrate.
+        held_out: Other labelled images in place of both splits: a third of them tunes, the others calibrate.
+        trained_on: Images that the network has learned from, as indices, where that is more than the client's own
+            training split: a federated network has learned from everybody's.
 
     Raises:
         UserError: If the network has no exits, there are no samples, or `held_out` holds images of the training split.
     """
+    if client.blueprint.task == "regression":
+        raise UserError("exits are calibrated by whether a class is right, and this is a regression run")
     network = require_exits(client.networks["private"], f"the private model of client {client.number}")
     if held_out is None:
         tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
     else:
-        _require_apart(client, held_out)
+        _require_apart(client, held_out, client.splits.train if trained_on is None else trained_on)
         outputs = exit_outputs(network, held_out.images, held_out.labels)
         # Shuffled: a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.blueprint.seed, client.number, "held out"))
@@ -168,15 +176,15 @@ def _content(image: Tensor) -> bytes:
     return blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
-def _require_apart(client: Client, held_out: ImageData) -> None:
+def _require_apart(client: Client, held_out: ImageData, trained_on: Tensor) -> None:
     if held_out.images.shape[1:] != client.images.images.shape[1:]:
         given, own = tuple(held_out.images.shape[1:]), tuple(client.images.images.shape[1:])
         raise UserError(
             f"--input has images of {given}, and the network was trained on {own} (channels, height, width)"
         )
-    train = client.images.images[client.splits.train.to(client.images.images.device)]
+    train = client.images.images[trained_on.to(client.images.images.device)]
     if shared := shared_images(held_out.images, train):
         raise UserError(
-            f"--input: {shared} of {len(held_out)} images are among those that client {client.number} was trained on;"
+            f"--input: {shared} of {len(held_out)} images are among those that the network was trained on;"
             " a promise made from them would be worth nothing"
         )

@@ -44,6 +44,8 @@ def write_exit_report(report: ExitReport, folder: Path) -> list[Path]:
         save(drawing.figure, pictures[drawing.name])
     made = sheets(report)
     tables = {folder / "tables" / f"{sheet.name}.csv": csv_text(sheet.columns, sheet.lines) for sheet in made}
+    provenance = [{"name": name, "value": value} for name, value in report.provenance.items()]
+    tables[folder / "tables" / "provenance.csv"] = csv_text(("name", "value"), provenance)
     shared = {"report": report, "sheets": made, "drawings": drawings, "finding": finding(report)}
     templates = environment("fedekd.evaluation")
     pages = {

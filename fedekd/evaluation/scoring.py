@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedekd.certificates import ScoredExits
 from fedekd.data import scale
 from fedekd.errors import UserError, nearest
-from fedekd.functional import CONFIDENCES
+from fedekd.functional import CONFIDENCES, at_least_float32
 from fedekd.models import MultiExitNetwork
 from fedekd.models.modes import evaluating
 
@@ -87,7 +87,7 @@ def exit_outputs(
     with evaluating(network):
         for chosen in torch.split(images, batch_size):
             outputs = network(prepared(network, chosen))
-            parts.append(torch.stack([output.cpu() for output in outputs], dim=1))
+            parts.append(torch.stack([at_least_float32(output).cpu() for output in outputs], dim=1))
     return ExitOutputs(torch.cat(parts), labels.cpu().to(torch.int64))
 
 

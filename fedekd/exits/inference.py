@@ -73,6 +73,18 @@ def infer(
         return _run(network, x, thresholds, bands, confidence)
 
 
+def evaluated_exits(thresholds: Sequence[float], bands: Sequence[float]) -> tuple[bool, ...]:
+    """Which exits' heads are computed: those that let somebody leave, or whose band keeps somebody from doing so.
+
+    A band counts only where a later exit is open. The last exit's always is.
+    """
+    open_ = [threshold < math.inf for threshold in thresholds[:-1]]
+    return *(
+        is_open or (band < math.inf and any(open_[place + 1 :]))
+        for place, (is_open, band) in enumerate(zip(open_, bands[:-1], strict=True))
+    ), True
+
+
 def _run(
     network: MultiExitNetwork,
     x: Tensor,
@@ -80,6 +92,7 @@ def _run(
     bands: Sequence[float],
     confidence: Callable[[Tensor], Tensor],
 ) -> Departures:
+    evaluated = evaluated_exits(thresholds, bands)
     last = network.num_exits - 1
     staying = torch.arange(len(x), device=x.device)  # places in the batch of those who are still in the network
     eligible: Tensor | None = None  # of those: who may leave before the last exit; None is all of them
@@ -96,7 +109,7 @@ def _run(
             depart(staying, logits, confidence(logits), exit_)
             break
         threshold, band = thresholds[exit_], bands[exit_]
-        if band == math.inf or (eligible is not None and not eligible.any()):
+        if not evaluated[exit_] or (eligible is not None and not eligible.any()):
             continue
         logits = head(x if eligible is None else x[eligible])
         scores = confidence(logits).double()  # thresholds are doubles: float32(0.9) is not 0.9

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedekd.atomic import atomic_file
 from fedekd.errors import UserError
 from fedekd.exits.fingerprint import network_fingerprint, weights_state
-from fedekd.exits.inference import Departures, infer
+from fedekd.exits.inference import Departures, evaluated_exits, infer
 from fedekd.models import MultiExitNetwork
 
 #: Of the file's layout; a file of another layout is refused.
@@ -98,8 +98,15 @@ class ExitPolicy:
             )
         if any(math.isnan(value) for value in (*self.thresholds, *self.bands)):
             raise UserError("an exit policy has a threshold or band that is no number")
+        for place, (band, threshold) in enumerate(zip(self.bands, self.thresholds, strict=True), start=1):
+            if band > threshold:
+                raise UserError(f"exit {place} has the band {band:g} above its threshold {threshold:g}")
         if self.thresholds[-1] != -math.inf:
             raise UserError(f"the last exit's threshold is {self.thresholds[-1]}, and must be -inf: all leave there")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process: not which network was recognized in this one."""
+        return {**self.__dict__, "_verified": {}}
 
     @property
     def num_exits(self) -> int:
@@ -108,15 +115,8 @@ class ExitPolicy:
 
     @property
     def evaluated(self) -> tuple[bool, ...]:
-        """Which exits' heads are computed: those that let somebody leave, or whose band keeps somebody from doing so.
-
-        A band counts only where a later exit is open.
-        """
-        open_ = [threshold < math.inf for threshold in self.thresholds]
-        return tuple(
-            is_open or (band < math.inf and any(open_[place + 1 : -1]))
-            for place, (is_open, band) in enumerate(zip(open_, self.bands, strict=True))
-        )
+        """Which exits' heads are computed: those that let somebody leave, or keep somebody from leaving later."""
+        return evaluated_exits(self.thresholds, self.bands)
 
     def assign(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """The exit at which each sample leaves, (n,), from its scores at all exits, (n, E)."""
@@ -125,7 +125,8 @@ class ExitPolicy:
     def require(self, network: MultiExitNetwork) -> None:
         """Hold a network to be the one that was calibrated.
 
-        Its weights are hashed the first time, and again when one of them has been changed in place.
+        Its weights are hashed the first time, and again when a part or a tensor was replaced or written to. Of what
+        goes past autograd's counter (`tensor.data`, fused optimizers) only a policy that is read anew takes notice.
 
         Raises:
             UserError: If it is another, or has another number of exits.

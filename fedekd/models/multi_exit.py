@@ -129,10 +129,14 @@ class MultiExitNetwork(nn.Module):
             x = stage(x)
         return x
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) to the logits (B, num_classes) of each exit, shallow to deep."""
+    def exits_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`forward(x)` and `features(x)` in one pass."""
         exits = []
         for stage, head in zip(self.stages, self.heads, strict=True):
             x = stage(x)
             exits.append(head(x))
-        return exits
+        return exits, x
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) to the logits (B, num_classes) of each exit, shallow to deep."""
+        return self.exits_and_features(x)[0]

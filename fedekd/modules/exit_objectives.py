@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -86,13 +87,25 @@ class DeepToShallow:
 
 
 def require_temperature(temperature: float) -> None:
-    """Hold a temperature to be above 0.
+    """Hold a temperature to be a finite number above 0.
 
     Raises:
         UserError: If it is not.
     """
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}, and must be above 0")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature}, and must be a finite number above 0")
+
+
+def require_exit_weights(weights: Sequence[float], exits: int) -> None:
+    """Hold the weights of exits to be one for each, at least 0, and not all 0.
+
+    Raises:
+        UserError: If they are not.
+    """
+    if len(weights) != exits:
+        raise UserError(f"exit_weights has {len(weights)} numbers, and the network has {exits} exits")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(f"exit_weights is {list(weights)}, and must hold finite numbers of at least 0, not all 0")
 
 
 def _require_at_least_0(**values: float) -> None:

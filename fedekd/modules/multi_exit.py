@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from fedekd.errors import UserError
 from fedekd.functional import at_least_float32
-from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow
+from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow, require_exit_weights
 from fedekd.modules.objective_module import ObjectiveModule, build_metrics
 from fedekd.modules.objectives import Objective, Supervised
 from fedekd.modules.prediction import predict
@@ -92,6 +92,8 @@ class MultiExitModule(ObjectiveModule):
             raise UserError(f"warmup_epochs is {warmup_epochs}, and must be at least 0")
         if isinstance(teacher, str) and teacher != "ema":
             raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
+        if exit_weights is not None:
+            require_exit_weights(exit_weights, getattr(network, "num_exits", len(exit_weights)))
         distilled = DecoupledDistilled(distillation_weight, dkd_alpha, dkd_beta, temperature, exit_weights)
         consistent = DeepToShallow(consistency_weight, temperature, exit_weights)
         objectives: list[Objective] = [Supervised("classification", exit_weights)]
@@ -122,8 +124,9 @@ class MultiExitModule(ObjectiveModule):
             epoch = self.first_epoch + self.current_epoch
             self.distilled.warmth = min((epoch + 1) / self.warmup_epochs, 1.0)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows the network."""
+        super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.network)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedekd.errors import UserError
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
 from fedekd.modules.objectives import Record, Supervised, per_sample_distillation
-from fedekd.modules.prediction import Prediction
+from fedekd.modules.prediction import Prediction, predict
 from fedekd.tasks import Task
 
 
@@ -26,8 +26,8 @@ class Pair(nn.Module):
         self.private, self.proxy = private, proxy
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Both networks' outputs for images (B, C, H, W)."""
-        return [self.private(x), self.proxy(x)]
+        """Both networks' outputs for images (B, C, H, W), the private model's at each of its exits."""
+        return [*predict(self.private, x).exits, self.proxy(x)]
 
 
 class Mutual:
@@ -52,10 +52,11 @@ class Mutual:
 
     def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
         """The sum of both models' losses."""
-        losses = [self.supervised(Prediction((exit_,)), None, targets, record) for exit_ in student.exits]
+        private, proxy = Prediction(student.exits[:-1]), Prediction(student.exits[-1:])
+        losses = [self.supervised(model, None, targets, record) for model in (private, proxy)]
         taught = [
-            per_sample_distillation(self.task, learner, other.detach()).mean()
-            for learner, other in (student.exits, student.exits[::-1])
+            per_sample_distillation(self.task, learner.output, other.output.detach()).mean()
+            for learner, other in ((private, proxy), (proxy, private))
         ]
         for name, loss, lesson in zip(("private", "proxy"), losses, taught, strict=True):
             record(f"loss/{name}_supervised", loss)

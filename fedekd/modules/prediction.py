@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import UserError
+from fedekd.models import MultiExitNetwork
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Predi
     """
     if with_features:
         network_: Any = network
+        if isinstance(network, MultiExitNetwork):
+            exits, features = network.exits_and_features(x)
+            return Prediction(tuple(exits), features)
         if not (callable(getattr(network, "features", None)) and callable(getattr(network, "head", None))):
             raise UserError(
                 f"energy 'feature' needs networks with features(x) and head, and {type(network).__name__} has not both;"

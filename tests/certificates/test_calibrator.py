@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
@@ -113,25 +113,27 @@ def test_a_plan_begins_where_tuning_is_surest_and_goes_down(of, seed, samples, r
 
 @pytest.mark.parametrize("mode", ["ltt", "path"])
 def test_calibration_labels_decide_no_plan(mode):
-    calibration, tuning = draw((1, 3, 0), 1, 900), draw((1, 3, 0), 2, 600)
-    setting = Setting(0.1, 0.1, np.arange(1.0, 4.0))
+    calibration, tuning = draw((4, 4, 0), 1, 800), draw((4, 4, 0), 2, 600)
+    setting = Setting(0.1, 0.1, np.arange(1.0, 5.0))
     plan = make_plan(tuning, len(calibration), setting)
     vectors, _ = candidates(tuning, len(calibration) / len(tuning), setting)
     found, rng = set(), np.random.default_rng(0)
-    for wrong_more in np.linspace(0, 0.6, 8):
-        correct = calibration.correct & (rng.uniform(size=(900, 3)) >= wrong_more)
+    for wrong_more in np.linspace(0, 0.3, 10):
+        correct = calibration.correct & (rng.uniform(size=(800, 4)) >= wrong_more)
         policy = fit(ScoredExits(calibration.scores, correct), tuning, 0.1, 0.1, mode)
         found.add(policy.thresholds)
         if mode == "path":
-            assert policy.thresholds[:-1] in [*vectors, (INF, INF)]
-        for exit_ in range(2):
+            assert policy.thresholds[:-1] in [*vectors, (INF, INF, INF)]
+        for exit_ in range(3):
             own = [INF, *plan.grids[exit_]] if mode == "ltt" else [INF, *(vector[exit_] for vector in vectors)]
             assert policy.thresholds[exit_] in own
             assert policy.bands[exit_] in own
-    assert len(found) > 2
+    assert len(found) > (2 if mode == "ltt" else 1)
 
 
 @given(worlds, seeds, sizes, asked)
+@example((11, 3, 0), 1, 200, (0.05, 0.1))  # begins at the second vector; the first would not have passed
+@example((22, 3, 0), 1, 200, (0.1, 0.1))
 @settings(max_examples=40, deadline=None)
 def test_path_is_the_specification_s_sequence(of, seed, samples, rates):
     alpha, delta = rates
@@ -217,6 +219,12 @@ def test_the_baselines_are_their_transcriptions(mode, literal, of, seed, samples
     assert policy.needed == (None,) * of[1]
 
 
+@pytest.mark.parametrize(("samples", "threshold"), [(59, INF), (60, 0.5), (61, 0.5)])
+def test_conformal_risk_control_wants_sixty_who_leave(samples, threshold):
+    flawless = np.full((samples, 2), 0.5), np.ones((samples, 2))
+    assert SelectiveRiskCalibrator(0.05, mode="crc").fit(*flawless, *flawless).thresholds[0] == threshold
+
+
 @given(worlds, seeds, sizes, asked, st.sampled_from(sorted(MODES)))
 @settings(max_examples=60, deadline=None)
 def test_the_counts_are_those_of_whoever_leaves(of, seed, samples, rates, mode):
@@ -263,7 +271,6 @@ def test_too_few_samples_close_an_exit_and_the_number_told_opens_it(mode, alpha,
     assert of(enough).needed == (None, None)
 
 
-@pytest.mark.xfail(strict=True, reason="an exit that will be closed takes its samples from the deeper ones' forecasts")
 def test_an_exit_that_is_closed_beforehand_closes_no_other():
     """Exit 1 is hopeless; the second, alone, is opened with ease."""
     easy = np.arange(1000) < 100
@@ -283,8 +290,19 @@ def test_three_values_of_the_score_leave_whole_or_not_at_all():
     data = ScoredExits.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
     policy = fit(data, data)
     assert (policy.thresholds[0], policy.leaving[0], policy.errors[0]) == (0.9, 300, 1)
-    assert policy.bands[0] == 0.6
+    assert policy.bands[0] < 0.9
     assert policy.assign(np.array([[0.9, 0.9], [0.6, 0.6], [0.3, 0.3]])).tolist() == [0, 1, 1]
+
+
+def test_no_threshold_is_skipped_where_there_are_few():
+    """0.6 passes, and 0.3 does not."""
+    scores, right = np.repeat([0.9, 0.6, 0.3], [300, 300, 400]), np.repeat([True, True, False], [300, 300, 400])
+    data = ScoredExits.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    right[300:325] = False
+    tuning = ScoredExits.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    plan = make_plan(tuning, 1000, Setting(0.05, 0.1, np.ones(2)))
+    assert plan.grids[0].tolist() == [0.9, 0.6, 0.3]
+    assert fit(data, tuning).thresholds == (0.6, -INF)
 
 
 def with_gradient(array):
@@ -292,7 +310,7 @@ def with_gradient(array):
 
 
 def test_tensors_arrays_and_lists_give_one_policy():
-    calibration, tuning = draw((3, 3, 0), 1, 300), draw((3, 3, 0), 2, 300)
+    calibration, tuning = draw((4, 4, 0), 1, 300), draw((4, 4, 0), 2, 300)
     parts = (calibration.scores, calibration.correct, tuning.scores, tuning.correct, calibration.true_class_probability)
     for mode in MODES:
         expected = SelectiveRiskCalibrator(0.2, mode=mode).fit(*parts)
@@ -305,10 +323,10 @@ def test_tensors_arrays_and_lists_give_one_policy():
 
 
 def test_float32_thresholds_survive_the_file():
-    calibration, tuning = draw((5, 4, 0), 1, 800), draw((5, 4, 0), 2, 800)
+    calibration, tuning = draw((4, 4, 0), 1, 800), draw((4, 4, 0), 2, 800)
     single = [torch.from_numpy(each.scores).float() for each in (calibration, tuning)]
-    policy = SelectiveRiskCalibrator(0.2).fit(single[0], calibration.correct, single[1], tuning.correct)
-    assert any(0 < threshold < INF for threshold in policy.thresholds)
+    policy = SelectiveRiskCalibrator(0.1).fit(single[0], calibration.correct, single[1], tuning.correct)
+    assert all(0 < threshold < INF for threshold in policy.thresholds[:3])
     again = ExitPolicy.from_json(policy.to_json())
     assert again == policy
     assert tuple(np.bincount(again.assign(single[0].double().numpy()), minlength=4)) == policy.leaving
@@ -365,14 +383,12 @@ def test_an_unknown_mode_and_a_rule_without_what_it_needs_are_told():
         SelectiveRiskCalibrator(0.1, mode="released").fit(**GOOD)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="NumPy has no bfloat16")
 def test_scores_in_bfloat16_are_taken():
     flawless = torch.full((100, 2), 0.5, dtype=torch.bfloat16), torch.ones(100, 2)
     assert SelectiveRiskCalibrator(0.1).fit(*flawless, *flawless).thresholds == (0.5, -INF)
 
 
-@pytest.mark.xfail(strict=True, reason="a score of inf reaches the threshold of a closed exit")
-def test_infinite_scores_are_refused_or_leave_at_no_closed_exit():
+def test_infinite_scores_are_refused():
     scores = np.array([[INF, 0.5]] * 40 + [[0.1, 0.5]] * 40)
-    closed = fit(*[ScoredExits.checked(scores, np.zeros((80, 2)))] * 2)
-    assert closed.leaving == (0, 80)
+    with pytest.raises(UserError, match="infinite"):
+        ScoredExits.checked(scores, np.zeros((80, 2)))

@@ -151,6 +151,20 @@ def test_where_nobody_is_left_out_nothing_differs_in_a_single_bit(name):
         assert departures.exits.tolist() == [exit_] * 31
 
 
+def test_a_score_that_is_the_threshold_leaves_and_one_bit_less_does_not():
+    """At the first exit, where the batch is whole and scores are equal to the last bit."""
+    x, _, scores = seen("PrivateCNN", 31)
+    network = network_of("PrivateCNN")
+    for score in scores[:, 0].tolist():
+        reached = infer(network, x, [score, -INF, -INF]).exits == 0
+        assert reached.tolist() == (scores[:, 0] >= score).tolist()
+        # Less than the next float32 above: thresholds are compared as doubles.
+        missed = infer(network, x, [math.nextafter(score, INF), -INF, -INF]).exits == 0
+        assert missed.tolist() == (scores[:, 0] > score).tolist()
+        kept = infer(network, x, [INF, -INF, -INF], [score, -INF, -INF]).exits == 2
+        assert kept.tolist() == (scores[:, 0] >= score).tolist()
+
+
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 @example(data=None)
@@ -231,7 +245,6 @@ def test_who_is_not_asked_any_more_costs_no_head():
     assert rows_of(network) == ([[5]] * 4, [[5], [], [], [5]])
 
 
-@pytest.mark.xfail(strict=True, reason="infer computes the head of a closed exit whose band keeps nobody from anything")
 def test_no_head_is_computed_where_neither_threshold_nor_band_decides_anything():
     network = counting()
     infer(network, torch.randn(5, 1, 2, 2), [0.99, INF, INF, -INF], [0.99, INF, 0.4, -INF])

@@ -1,0 +1,236 @@
+"""`predict RUN --input images.npz`, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedekd.cli import main
+from fedekd.configuration.finished import open_finished
+from fedekd.evaluation.scoring import prepared
+from fedekd.exits import ExitPolicy
+
+FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
+
+
+def fit(npz: Path, output: str, *options: str, clients: int = 1) -> int:
+    data = [f"--data.dataset={npz}", f"--data.num_clients={clients}", "--data.alpha=50", "--data.batch_size=16"]
+    return main(["fit", *FAST, *data, "--rounds=2", f"--output={output}", "--client.optimizer.lr=0.002", *options])
+
+
+SAFE = ("--method=SafeKD", "--client.exits=2")
+RNG = np.random.default_rng(5)
+IMAGES = (RNG.integers(0, 80, (150, 8, 8)) + 80 * (np.arange(150) % 3)[:, None, None]).astype(np.uint8)
+NOISE = RNG.integers(0, 256, (150, 8, 8), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def ready(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished runs of one client and of two; the first one calibrated."""
+    folder = tmp_path_factory.mktemp("predict")
+    npz = write_blobs(folder / "blobs.npz", num_samples=600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("fedekd.federation.RunFolder.draw", lambda *arguments: None)
+        assert fit(npz, "one", *SAFE) == 0
+        assert fit(npz, "two", *SAFE, "--seed=1", clients=2) == 0
+        assert main(["calibrate", "one", "--alpha", "0.3", "--delta", "0.3"]) == 0
+        np.savez("images.npz", images=IMAGES)
+    return folder
+
+
+@pytest.fixture
+def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
+    """A folder with copies of all that."""
+    shutil.copytree(ready, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr, which must be one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+def rows(path: str = "predictions.csv") -> list[dict[str, str]]:
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def network_of(run: str):
+    federation, *_ = open_finished("test", Path(run), in_process=True)
+    return federation.restored_clients()[0].networks["private"]
+
+
+def batches(run: str, images: np.ndarray = IMAGES):
+    network = network_of(run)
+    return network, [prepared(network, part) for part in torch.from_numpy(images)[:, None].split(128)]
+
+
+def test_predictions_are_those_of_the_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "one", "--input", "images.npz", "--output", "deep/out.csv"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    found = rows("deep/out.csv")
+    assert Path("deep/out.csv").read_text().splitlines()[0] == "image,label,exit,score"
+    assert [row["image"] for row in found] == [str(place) for place in range(150)]
+    policy = ExitPolicy.load(Path("one/exits/client-000.json"))
+    network, parts = batches("one")
+    departures = [policy.depart(network, x) for x in parts]
+    labels = torch.cat([each.logits.argmax(1) for each in departures]).tolist()
+    exits = torch.cat([each.exits for each in departures]).tolist()
+    scores = torch.cat([each.scores for each in departures]).tolist()
+    assert [int(row["label"]) for row in found] == labels
+    assert [int(row["exit"]) - 1 for row in found] == exits
+    assert [float(row["score"]) for row in found] == pytest.approx(scores, abs=1e-6)
+    assert len(set(labels)) > 1
+    assert 0 in exits
+    assert f"150 images (exit 1: {exits.count(0) / 150:.1%}" in printed.out
+    assert "written to deep/out.csv" in printed.out
+    assert [path.name for path in Path("deep").iterdir()] == ["out.csv"]
+
+
+def test_without_a_policy_the_last_exit_answers_and_that_is_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("one/exits")
+    np.savez("images.npz", images=NOISE)
+    assert main(["predict", "one", "--input", "images.npz"]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: client 0 has no exit policy, so all images go to the last exit")
+    assert warning.count("\n") == 1
+    network, parts = batches("one", NOISE)
+    with torch.no_grad():
+        first, logits = (torch.cat(each) for each in zip(*(network.eval()(x) for x in parts), strict=True))
+    assert not torch.equal(first.argmax(1), logits.argmax(1))  # or it would not matter which exit answers
+    assert [int(row["label"]) for row in rows()] == logits.argmax(1).tolist()
+    assert {row["exit"] for row in rows()} == {"2"}
+    expected = logits.softmax(1).amax(1).tolist()
+    assert [float(row["score"]) for row in rows()] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_network_without_exits_predicts_without_a_warning(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(ready / "blobs.npz", "plain", "--method=Local") == 0
+    capsys.readouterr()
+    assert main(["predict", "plain", "--input", "images.npz"]) == 0
+    assert capsys.readouterr().err == ""
+    assert {row["exit"] for row in rows()} == {"1"}
+    accuracy = np.mean([int(row["label"]) for row in rows()] == np.arange(150) % 3)
+    assert accuracy > 0.4
+
+
+def test_each_client_predicts_with_its_own_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for client in "01":
+        assert main(["predict", "two", "--input", "images.npz", "--client", client, "--output", f"{client}.csv"]) == 0
+    assert [row["score"] for row in rows("0.csv")] != [row["score"] for row in rows("1.csv")]
+
+
+def test_the_splits_of_a_data_set_are_classified_in_order(here: Path) -> None:
+    np.savez("splits.npz", train_images=IMAGES[:100], test_images=IMAGES[100:], train_labels=np.zeros(5))
+    assert main(["predict", "one", "--input", "splits.npz"]) == 0
+    whole = Path("predictions.csv").read_bytes()
+    assert main(["predict", "one", "--input", "images.npz"]) == 0
+    assert Path("predictions.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "predict needs a run and images"),
+        (["one"], "predict needs a run and images"),
+        (["one", "--input", "none.npz"], "--input: no such file 'none.npz'"),
+        (["elsewhere", "--input", "images.npz"], "predict elsewhere: there is no run"),
+        (["two", "--input", "images.npz"], "--client must be given: this run has the clients 0..1"),
+        (["two", "--input", "images.npz", "--client", "2"], "--client is 2, and this run has the clients 0..1"),
+        (["one", "--input", "images.npz", "--client", "-1"], "--client is -1"),
+        (["one", "--input", "images.npz", "--output", "two"], "--output two is a folder"),
+        (["one", "--input", "images.npz", "--output", ""], "is a folder"),
+        (["one", "--input", "images.npz", "--output", "blobs.npz/x.csv"], "blobs.npz"),
+        (["one", "--input", "images.npz", "--otput", "x.csv"], "--otput"),
+        (["one", "--input", "wide.npz"], "--input has images of (1, 8, 9), and the network takes (1, 8, 8)"),
+        (["one", "--input", "color.npz"], "--input has images of (3, 8, 8)"),
+        (["one", "--input", "real.npz"], "--input: images of 'real.npz' are float32"),
+        (["one", "--input", "cut.npz"], "--input: 'cut.npz' cannot be read"),
+        (["one", "--input", "other.npz"], "--input: 'other.npz' has no array images"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(
+    arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("wide.npz", images=np.zeros((2, 8, 9), np.uint8))
+    np.savez("color.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez("real.npz", images=np.zeros((2, 8, 8), np.float32))
+    np.savez("other.npz", pictures=IMAGES)
+    Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:3000])
+    before = sorted(here.rglob("*"))
+    assert main(["predict", *arguments]) == 2
+    assert words in told(capsys)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_the_policy_of_another_network_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("two/exits").mkdir()
+    shutil.copy("one/exits/client-000.json", "two/exits/client-001.json")
+    assert main(["predict", "two", "--input", "images.npz", "--client", "1"]) == 2
+    assert "the exit policy was calibrated for network" in told(capsys)
+    assert not Path("predictions.csv").exists()
+    values = json.loads(Path("one/exits/client-000.json").read_text())
+    values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "bands", "certified")}
+    Path("one/exits/client-000.json").write_text(json.dumps(values))
+    assert main(["predict", "one", "--input", "images.npz"]) == 2
+    assert "the exit policy is for 3 exits, and the network has 2" in told(capsys)
+
+
+def test_a_damaged_policy_is_told_and_an_older_file_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("predictions.csv").write_text("kept\n")
+    path = Path("one/exits/client-000.json")
+    path.write_text(path.read_text()[:-30])
+    assert main(["predict", "one", "--input", "images.npz"]) == 2
+    assert "one/exits/client-000.json: this is no exit policy" in told(capsys)
+    assert Path("predictions.csv").read_text() == "kept\n"
+
+
+def test_regression_and_unfinished_runs_are_refused(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(ready / "blobs.npz", "grades", "--method=Local", "--task=regression") == 0
+    capsys.readouterr()
+    assert main(["predict", "grades", "--input", "images.npz"]) == 2
+    assert "grades is a regression run" in told(capsys)
+    Path("one/summary.json").unlink()
+    assert main(["predict", "one", "--input", "images.npz"]) == 2
+    assert "one is not finished; go on with: fit --resume one" in told(capsys)
+    assert not Path("predictions.csv").exists()
+
+
+def test_splits_without_a_single_image_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = np.zeros((0, 8, 8), np.uint8)
+    np.savez("none.npz", train_images=nothing, test_images=nothing)
+    assert main(["predict", "one", "--input", "none.npz"]) == 2
+    assert "none.npz" in told(capsys)
+
+
+def test_no_draft_is_left_where_writing_fails(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(here.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", refuse)
+        assert main(["predict", "one", "--input", "images.npz"]) == 2
+    assert "no space left on the disk" in told(capsys)
+    assert sorted(here.rglob("*")) == before

@@ -1,0 +1,255 @@
+"""SafeKD through the orchestrator, and exits under the other methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.errors import UserError
+from fedekd.federation import InProcess, InProcessEngine, RoundOptions, SilentObserver, Visit
+from fedekd.methods import FML, Broadcast, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
+from fedekd.models import MultiExitNetwork
+from fedekd.modules import MultiExitModule
+
+from .conftest import Federate, make_blueprint, weights
+
+SMALL = {"class_path": "fedekd.models.ProxyCNN"}
+
+
+def client(**values: Any) -> ClientOptions:
+    optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
+    return ClientOptions(**{"local_epochs": 1, "private_model": SMALL, "optimizer": optimizer, "exits": 2, **values})
+
+
+class StoppedError(Exception):
+    """Ends a run at a chosen moment."""
+
+
+class StopAfter(SilentObserver):
+    def __init__(self, phases: int) -> None:
+        self.left = phases
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedError
+
+
+class BackwardsEngine(InProcessEngine):
+    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+        yield from super().visit(list(reversed(participants)), broadcast, round, upload)
+
+
+class Warnings(SilentObserver):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.told.append(message)
+
+
+def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def differ(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_without_distillation_it_is_local_bit_for_bit(federate: Federate) -> None:
+    ours, local = federate(SafeKD(0.0, 0.0), client=client()), federate(Local(), client=client())
+    summary = ours.run()
+    local.run()
+    assert_equal(weights(ours), weights(local))
+    assert summary["delta"] == {"avg": 0.0, "worst": 0.0, "p10": 0.0}
+    assert all(each["delta"] == 0.0 for each in summary["clients"])
+    assert not any("teacher" in each.networks for each in ours.engine.clients.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", [lambda: SafeKD(1.0, 0.0), lambda: SafeKD(0.0, 1.0)])
+def test_each_of_its_terms_tells(method: Any, federate: Federate) -> None:
+    ours, local = federate(method(), client=client()), federate(Local(), client=client())
+    ours.run()
+    local.run()
+    assert differ(weights(ours), weights(local))
+
+
+def test_the_average_follows_through_all_rounds(federate: Federate) -> None:
+    run = federate(SafeKD(ema_decay=0.5, warmup_epochs=0), client=client(), rounds=RoundOptions(rounds=3))
+    run.run()
+    engine: Any = run.engine
+    for each in engine.clients.values():
+        steps = 3 * -(-len(each.splits.train) // 8)
+        assert int(each.networks["teacher"].n_averaged) == steps
+        assert each.supervised_epochs == 3
+    teachers, students = weights(run, "teacher"), weights(run)
+    assert differ({name: teachers[name.replace("/", "/module.")] for name in students}, students)
+
+
+def test_its_options_and_the_epochs_behind_it_reach_the_module(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them different, and the warm-up goes on from round to round."""
+    made: list[dict[str, Any]] = []
+
+    def watched(*given: Any, **named: Any) -> MultiExitModule:
+        made.append(inspect.signature(MultiExitModule).bind(*given, **named).arguments)
+        return MultiExitModule(*given, **named)
+
+    monkeypatch.setattr("fedekd.methods.safekd.MultiExitModule", watched)
+    options = {
+        "distillation_weight": 0.5,
+        "consistency_weight": 0.25,
+        "temperature": 3.0,
+        "dkd_alpha": 2.0,
+        "dkd_beta": 5.0,
+        "warmup_epochs": 7,
+        "exit_weights": [0.4, 0.6],
+        "ema_decay": 0.9,
+    }
+    federate(SafeKD(**options), client=client(local_epochs=2)).run()
+    assert [{name: each[name] for name in options} for each in made] == [options] * 6
+    assert [each["first_epoch"] for each in made] == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_a_stop_in_mid_run_and_the_order_of_clients_change_no_byte(
+    participation: float, federate: Federate, tmp_path: Path
+) -> None:
+    rounds = RoundOptions(rounds=3, participation=participation)
+    whole = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "whole")
+    summary = whole.run()
+    stopped = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "cut", observer=StopAfter(12))
+    with pytest.raises(StoppedError):
+        stopped.run()
+    again = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "cut", engine=BackwardsEngine)
+    assert repeatable(again.run()) == repeatable(summary)
+    assert_equal(weights(whole), weights(again))
+    assert_equal(weights(whole, "teacher"), weights(again, "teacher"))
+    files = [sorted((tmp_path / name / "checkpoints").glob("*.pt")) for name in ("whole", "cut")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_the_clients_of_a_finished_run_come_back_as_they_were(federate: Federate, tmp_path: Path) -> None:
+    run = federate(SafeKD(), client=client(), output=tmp_path)
+    run.run()
+    again = federate(SafeKD(), client=client(), output=tmp_path)
+    clients = again.restored_clients()
+    assert [each.number for each in clients] == [0, 1, 2]
+    assert_equal(weights(run), weights(again))
+    assert_equal(weights(run, "teacher"), weights(again, "teacher"))
+    assert [each.supervised_epochs for each in clients] == [2, 2, 2]
+
+
+def test_clients_of_a_run_that_is_not_finished_are_not_given(federate: Federate, tmp_path: Path) -> None:
+    stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(12))
+    with pytest.raises(StoppedError):
+        stopped.run()
+    with pytest.raises(UserError, match="checkpoint of the last round is damaged or missing"):
+        federate(SafeKD(), client=client(), output=tmp_path).restored_clients()
+    with pytest.raises(UserError, match="given by the engine InProcess"):
+        federate(SafeKD(), client=client(), engine=lambda *parts: object()).restored_clients()
+    assert federate(SafeKD(), client=client(), engine=InProcess()).num_clients == 3
+
+
+def test_regression_is_refused_in_one_line(federate: Federate) -> None:
+    with pytest.raises(UserError, match="SafeKD distils classes, and the task is regression") as told:
+        federate(SafeKD(), "regression", client=client()).run()
+    assert "\n" not in str(told.value)
+
+
+def test_exits_are_added_where_nothing_is_said_and_that_is_told_once(federate: Federate) -> None:
+    model = {"class_path": "fedekd.models.PrivateCNN"}
+    told = Warnings()
+    run = federate(SafeKD(), client=client(private_model=model, exits=None), observer=told)
+    run.run()
+    [warning] = [line for line in told.told if "exits" in line]
+    assert "SafeKD needs exits" in warning
+    assert "--client.exits" in warning
+    assert "\n" not in warning
+    engine: Any = run.engine
+    assert [each.networks["private"].num_exits for each in engine.clients.values()] == [3] * 3
+    said = Warnings()
+    same = federate(SafeKD(), client=client(private_model=model, exits=3), observer=said)
+    same.run()
+    assert not [line for line in said.told if "exits" in line]
+    assert_equal(weights(run), weights(same))
+
+
+@pytest.mark.parametrize("exits", [3, None])
+def test_a_model_that_has_not_so_many_exits_is_told_in_one_line(exits: int | None, federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"^client\.exits is 3: exits must be from 1 to 2 for ProxyCNN") as told:
+        federate(SafeKD(), client=client(exits=exits))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("exits", 0), ("exits", -1), ("exit_grid", 0)])
+def test_numbers_below_one_are_told(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"client\.{name} is {value}, and must be at least 1"):
+        client(**{name: value})
+
+
+def test_exits_are_the_private_model_s_alone_and_begin_alike_for_all() -> None:
+    plain, cut = make_blueprint(client=client(exits=None)), make_blueprint(client=client(exit_grid=2))
+    assert not isinstance(cut.network("proxy", 0), MultiExitNetwork)
+    one, again, other = cut.network("private", 0), cut.network("private", 0), cut.network("private", 1)
+    assert isinstance(one, MultiExitNetwork)
+    assert one.heads[0].num_features == 4 * 32
+    assert_equal(dict(one.state_dict()), dict(again.state_dict()))
+    assert not torch.equal(one.heads[0].linear.weight, other.heads[0].linear.weight)
+    # The backbone's initial weights are those it has without exits.
+    backbone = plain.network("private", 0).state_dict()
+    assert torch.equal(one.head.weight, backbone["head.weight"])
+    assert cut.fingerprint() != make_blueprint(client=client()).fingerprint() != plain.fingerprint()
+
+
+def trained(run: Any) -> dict[str, bool]:
+    """Which heads of the first client's network have moved."""
+    before = run.blueprint.network("private", 0)
+    after = run.engine.clients[0].networks["private"]
+    pairs = zip(before.heads, after.heads, strict=True)
+    return {
+        f"exit_{number}": differ(dict(old.state_dict()), dict(new.state_dict()))
+        for number, (old, new) in enumerate(pairs, start=1)
+    }
+
+
+METHODS = [
+    Local,
+    FedAvg,
+    FedeKD,
+    FedType,
+    Ditto,
+    FedPer,
+    FML,
+    FedKD,
+    pytest.param(lambda: FedeKD(energy="feature"), id="FedeKD-feature"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_train_every_exit(method: Any, federate: Federate) -> None:
+    run = federate(method(), client=client())
+    run.run()
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+    assert trained(run) == {"exit_1": True, "exit_2": True}
+
+
+@pytest.mark.parametrize("method", [Local, FedeKD])
+def test_exits_for_regression(method: Any, federate: Federate) -> None:
+    run = federate(method(), "regression", client=client())
+    run.run()
+    assert trained(run) == {"exit_1": True, "exit_2": True}
