@@ -13,6 +13,7 @@ from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference, restore_reference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
+from fedekd.metrics import SCORE_NAME
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,11 @@ class InProcessEngine:
                 self.observer.phase_started(number, "absorb")
                 logs = self.method.absorb(client, broadcast.to(number), round)
                 trained = client.supervised_rounds
-                score = client.score() if round else math.nan
+                scores = client.exit_scores() if round else [math.nan]
+                score = scores[-1]
+                if len(scores) > 1:
+                    name = SCORE_NAME[self.blueprint.task]
+                    logs = logs | {f"exit_{number}/{name}": value for number, value in enumerate(scores, start=1)}
                 if round and math.isnan(score):
                     self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)

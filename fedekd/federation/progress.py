@@ -13,7 +13,7 @@ from fedekd.federation.reference import LocalReference
 from fedekd.metrics import SCORE_NAME, negative_transfer
 from fedekd.tasks import Task
 
-#: Quantities of which a row also holds the mean over clients.
+#: Quantities of which a row also holds the mean over clients, beside all that begin with `exit`.
 GATE_NAMES = ("gate/weight_mean", "gate/weight_std", "gate/energy_mean")
 
 
@@ -102,10 +102,12 @@ class Progress:
             f"{name}/worst": worst_score(scores, task),
         }
         row |= {f"delta/{key}": float(value) for key, value in delta.items() if key != "client"}
-        for gate in GATE_NAMES:
-            values = [self.records[number].logs[gate] for number in numbers if gate in self.records[number].logs]
+        logs = [self.records[number].logs for number in numbers]
+        recorded = dict.fromkeys(key for log in logs for key in log)
+        for key in (*GATE_NAMES, *(key for key in recorded if key.startswith("exit"))):
+            values = [log[key] for log in logs if key in log]
             if values:
-                row[gate] = sum(values) / len(values)
+                row[key] = sum(values) / len(values)
         row |= {f"comm/{key}": value for key, value in asdict(self.traffic).items()}
         for number, change in zip(numbers, delta["client"].tolist(), strict=True):
             record = self.records[number]

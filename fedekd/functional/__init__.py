@@ -16,6 +16,7 @@ from fedekd.functional.conformal import (
     set_agreement,
     set_ranking_loss,
 )
+from fedekd.functional.coordination import active_exits, cosine_similarities, mixing_weights, student_budget
 from fedekd.functional.distillation import (
     decoupled_distillation,
     gated_distillation,
@@ -40,9 +41,11 @@ __all__ = [
     "CoordinateMedian",
     "Mean",
     "TrimmedMean",
+    "active_exits",
     "at_least_float32",
     "average_state_dicts",
     "conformal_quantile",
+    "cosine_similarities",
     "decoupled_distillation",
     "entropy_confidence",
     "entropy_energy",
@@ -55,6 +58,7 @@ __all__ = [
     "margin_confidence",
     "margin_energy",
     "max_softmax_confidence",
+    "mixing_weights",
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",
@@ -62,5 +66,6 @@ __all__ = [
     "set_ranking_loss",
     "squared_error_distillation",
     "squared_error_energy",
+    "student_budget",
     "trust_weights",
 ]

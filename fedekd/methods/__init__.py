@@ -2,6 +2,7 @@
 
 from fedekd.methods.base import Broadcast, Method, StateDict, Update
 from fedekd.methods.blueprint import Blueprint, ClientOptions
+from fedekd.methods.cafedistill import CAFEDistill
 from fedekd.methods.client import Client
 from fedekd.methods.ditto import Ditto
 from fedekd.methods.fedavg import FedAvg
@@ -18,6 +19,7 @@ __all__ = [
     "FML",
     "Blueprint",
     "Broadcast",
+    "CAFEDistill",
     "Client",
     "ClientOptions",
     "Ditto",

@@ -40,6 +40,7 @@ class ClientOptions:
             leaves it as it is, but for methods that need exits.
         exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
             average.
+        lr_decay: The learning rate is multiplied by this after each round that a client is trained in, in (0, 1].
     """
 
     local_epochs: int = 2
@@ -48,6 +49,7 @@ class ClientOptions:
     optimizer: Spec = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}})
     exits: int | None = None
     exit_grid: int = 1
+    lr_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:
@@ -56,6 +58,8 @@ class ClientOptions:
             raise UserError(f"client.exits is {self.exits}, and must be at least 1, or null")
         if self.exit_grid < 1:
             raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
+        if not 0 < self.lr_decay <= 1:
+            raise UserError(f"client.lr_decay is {self.lr_decay}, and must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

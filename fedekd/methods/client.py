@@ -106,6 +106,7 @@ class Client:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
+        module.lr_factor = blueprint.client.lr_decay**self.supervised_rounds
         with isolated_rng(trainer.torch_device):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
@@ -142,9 +143,13 @@ class Client:
         return Prediction(exits, features)
 
     def score(self, split: str = "test", role: str = "private") -> float:
-        """Accuracy or RMSE of one of the client's networks on one of its own splits."""
+        """Accuracy or RMSE of one of the client's networks, at its last exit, on one of its own splits."""
+        return self.exit_scores(split, role)[-1]
+
+    def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
+        """The same at each exit; a plain network has one."""
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
-        return score(self.predict(role, split).output, targets, self.blueprint.task)
+        return [score(output, targets, self.blueprint.task) for output in self.predict(role, split).exits]
 
     def state_dict(self) -> dict[str, Any]:
         """All that must last, as plain tensors and numbers."""

@@ -18,7 +18,8 @@ class FedPer(FedAvg):
     """FedAvg of everything but the last layers, which stay with their client.
 
     Args:
-        personal: Names of the parts that stay; the models of fedekd.models call their last layer `head`.
+        personal: Names of the parts that stay; null takes `heads`, those of all exits, of a network that has exits,
+            and otherwise `head`, as the models of fedekd.models call their last layer.
         weights: uniform counts every client alike, samples by its training samples.
         aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
         finetune_epochs: After the last round each client trains its model on its own for so many epochs.
@@ -32,22 +33,30 @@ class FedPer(FedAvg):
         finetune_epochs: int = 0,
     ) -> None:
         super().__init__(weights, aggregator, finetune_epochs)
-        self.personal = ["head"] if personal is None else personal
+        self.personal = personal
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial base for all."""
         super().start(blueprint)
         model = self.server_state["model"]
-        for part in self.personal:
+        personal = self.personal_parts(model)
+        for part in personal:
             if not any(_belongs(name, part) for name in model):
-                raise UserError(f"method.personal is {self.personal}, but client.private_model has no part {part!r}")
+                raise UserError(f"method.personal is {personal}, but client.private_model has no part {part!r}")
         self.server_state = {"model": self._base(model)}
         if not self.server_state["model"]:
-            raise UserError(f"method.personal is {self.personal}, which leaves nothing to share")
+            raise UserError(f"method.personal is {personal}, which leaves nothing to share")
+
+    def personal_parts(self, state: StateDict) -> list[str]:
+        """Names of the parts of a model that stay with their client."""
+        if self.personal is not None:
+            return self.personal
+        return ["heads"] if any(_belongs(name, "heads") for name in state) else ["head"]
 
     def _base(self, state: StateDict) -> dict[str, Tensor]:
         """What travels."""
-        return {name: value for name, value in state.items() if not any(_belongs(name, part) for part in self.personal)}
+        personal = self.personal_parts(state)
+        return {name: value for name, value in state.items() if not any(_belongs(name, part) for part in personal)}
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Load the base, and keep the head."""

@@ -76,6 +76,7 @@ class ObjectiveModule(LightningModule):
         self.carries_optimizer_state = False
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale: dict[str, Any] = {}
+        self.lr_factor = 1.0
         self.epoch_means: dict[str, float] = {}
         self.val_metrics = build_metrics(task).clone(prefix="val/")
         self.test_metrics = build_metrics(task).clone(prefix="test/")
@@ -161,10 +162,17 @@ class ObjectiveModule(LightningModule):
         self.log_dict(metrics, batch_size=len(x))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The network's optimizer; where `carries_optimizer_state` is set, it goes on from `optimizer_state`."""
+        """The network's optimizer, its learning rates times `lr_factor`.
+
+        Where `carries_optimizer_state` is set, it goes on from `optimizer_state`.
+        """
         optimizer = self.make_optimizer(self.network.parameters())
+        rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
+        if self.lr_factor != 1.0:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.lr_factor  # what was loaded holds that of the last phase
         return optimizer
 
     def on_train_end(self) -> None:

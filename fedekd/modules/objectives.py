@@ -47,7 +47,8 @@ def weigh_exits(
     Args:
         exits: $z_e$, one tensor per exit.
         loss: Gives a scalar for each.
-        weights: $w_e$; None weighs all E exits alike, 1 / E each: a plain network's loss is what it always was.
+        weights: $w_e$; None weighs all E exits alike, 1 / E each: a plain network's loss is what it always was. An
+            exit of weight 0 is left out: its head gets no gradient, not one of zeros.
 
     Raises:
         UserError: If there is not one weight for each exit.
@@ -58,7 +59,8 @@ def weigh_exits(
         weights = [1.0 / len(exits)] * len(exits)
     if len(weights) != len(exits):
         raise UserError(f"exit_weights has {len(weights)} numbers, and the network has {len(exits)} exits")
-    return torch.stack([weight * loss(output) for weight, output in zip(weights, exits, strict=True)]).sum()
+    terms = [weight * loss(output) for weight, output in zip(weights, exits, strict=True) if weight]
+    return torch.stack(terms).sum() if terms else exits[0].new_zeros(())
 
 
 class Supervised:

@@ -21,7 +21,7 @@ from fedekd.configuration.configs import config_folders, find_config
 from fedekd.federation import Interrupted, Orchestrator
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (ROOT / "configs", ROOT / "configs/exits")
+FOLDERS = (ROOT / "configs", ROOT / "configs/exits", ROOT / "configs/cafedistill")
 CONFIGS = sorted(str(path.relative_to(FOLDERS[0])) for folder in FOLDERS for path in folder.glob("*.yaml"))
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null"]
 

@@ -15,6 +15,7 @@ from fedekd.functional import CoordinateMedian, TrimmedMean
 from fedekd.methods import (
     FML,
     Broadcast,
+    CAFEDistill,
     ClientOptions,
     Ditto,
     FedAvg,
@@ -26,6 +27,7 @@ from fedekd.methods import (
     FedType,
     Local,
     Method,
+    SafeKD,
 )
 
 from .conftest import Federate, weights
@@ -53,9 +55,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedekd-entropy": lambda: FedeKD(energy="entropy"),
     "fedekd-margin": lambda: FedeKD(energy="margin"),
     "fedekd-logsumexp": lambda: FedeKD(energy="logsumexp"),
+    "safekd": SafeKD,
+    "cafedistill": CAFEDistill,
+    "cafedistill-trunk": lambda: CAFEDistill(conflict="trunk_gradient", schedule="all_on"),
 }
 CLASSIFICATION_ONLY = {name for name in METHODS if name.startswith("fedtype")} | {
-    *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp"),
+    *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp", "safekd", "cafedistill", "cafedistill-trunk"),
 }
 CASES = [
     (name, task)
@@ -100,7 +105,8 @@ def test_every_method_trains_resumes_and_does_not_mind_the_order(
     name: str, task: str, federate: Federate, tmp_path: Path
 ) -> None:
     # One epoch a phase: that epochs in turn are epochs in one go is tested on the client itself.
-    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"})
+    exits = None if METHODS[name]().exits is None else 2
+    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=exits)
     whole = federate(METHODS[name](), task, client=client)
     summary = whole.run()
     assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())

@@ -1,0 +1,191 @@
+"""CAFEDistill (arXiv 2601.10015): personalised early-exit networks, federated, with conflict-aware coordination."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from fedekd.errors import UserError, nearest
+from fedekd.functional import Mean, active_exits, average_state_dicts, cosine_similarities, mixing_weights
+from fedekd.functional.coordination import ORDERS, SCHEDULES, Order, Schedule
+from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.client import Client
+from fedekd.models import MultiExitNetwork
+from fedekd.modules import DeepToShallow, Objective, ObjectiveModule, Supervised
+
+Conflict = Literal["head_update", "trunk_gradient"]
+CONFLICTS: tuple[Conflict, ...] = ("head_update", "trunk_gradient")
+
+#: In a broadcast and an update: which exits learn, uint8, (m,).
+ACTIVE = "active_exits"
+
+
+class CAFEDistill(Method):
+    r"""A shared trunk, personal heads, and a deepest head that is mixed for each client from those of its kind.
+
+    In round t the server decides which exits of which participants learn (`active_exits`), and sends each the trunk
+    $\theta$, a mixed deepest head $\tilde h_i = \sum_j w_{ij} h_j$, and that list. The client trains on
+
+    $$L = \tfrac1m \sum_{e\,\text{active}} \mathrm{CE}_e + \lambda \sum_{e\,\text{active},\, e<m} T^2\,
+    \mathrm{KL}(\mathrm{sg}\, p_m^T \,\|\, p_e^T)$$
+
+    and sends trunk and deepest head back; its shallow heads stay with it. The server averages the trunks, and compares
+    what the clients did to their heads, $\mathrm{Sim}_{ij} = \cos(\Delta h_i, \Delta h_j)$: clients that pull alike
+    get each other's heads (`mixing_weights`), and conflict holds the shallow exits back.
+
+    Linear heads on a shared trunk make n teachers one: $\sum_j w_{ij} h_j(\phi) = \tilde h_i(\phi)$, so a round's
+    traffic is that of FedAvg. That is exact for averaged logits, and their softmax is the geometric-mean teacher, not
+    the mixture of the teachers' predictions.
+
+    Open points of the paper, as they are settled here: of equally conflicting clients the lower number comes first;
+    similarities begin at 0, and of a pair that does not meet keep their last value; heads are mixed over all clients
+    seen so far, so that a client seen for the first time gets the uniform mix.
+
+    Args:
+        distillation_weight: lambda, at least 0.
+        temperature: T, above 0.
+        spread: a of the mixing weights, above 0; the larger, the more alike they are.
+        order: `shallow_first`, or `deep_first` as a control.
+        schedule: `progressive`, or `all_on` as a control: all exits learn from the first round on.
+        conflict: What is compared: `head_update`, or `trunk_gradient` as a control, what the clients did to the trunk.
+        weights: How trunks are averaged: `samples` by training samples, `uniform` every client alike.
+    """
+
+    exits = 3
+
+    def __init__(
+        self,
+        distillation_weight: float = 1.0,
+        temperature: float = 2.0,
+        spread: float = 0.6,
+        order: Order = "shallow_first",
+        schedule: Schedule = "progressive",
+        conflict: Conflict = "head_update",
+        weights: Literal["uniform", "samples"] = "samples",
+    ) -> None:
+        super().__init__()
+        if not spread > 0:
+            raise UserError(f"method.spread is {spread}, and must be above 0")
+        for name, value, known in (
+            ("order", order, ORDERS),
+            ("schedule", schedule, SCHEDULES),
+            ("conflict", conflict, CONFLICTS),
+        ):
+            if value not in known:
+                raise UserError(f"method.{name} is {value!r}, which is not known; {nearest(value, known)}")
+        DeepToShallow(distillation_weight, temperature)  # is particular about its arguments
+        self.distillation_weight, self.temperature, self.spread = distillation_weight, temperature, spread
+        self.order, self.schedule, self.conflict = order, schedule, conflict
+        self.merge = Mean(weights)
+
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial trunk and deepest head for all; nobody has been compared."""
+        if blueprint.task == "regression":
+            raise UserError("method CAFEDistill distils classes, and the task is regression; use FedAvg or FedeKD")
+        blueprint.require_one_architecture("CAFEDistill")
+        network = blueprint.network("private", "server")
+        if not isinstance(network, MultiExitNetwork):
+            raise UserError("method CAFEDistill needs exits; set --client.exits to a number of stages")
+        trunk, head = _parts(network.state_dict(), network.num_exits)
+        count = blueprint.num_clients
+        self.server_state = {
+            "trunk": trunk,
+            "initial_head": head,
+            "heads": {},
+            "similarities": torch.zeros(count, count, dtype=torch.float64),
+            "exits": network.num_exits,
+            "rounds": blueprint.rounds,
+        }
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        """The trunk for all; for each its mixed head, and which of its exits learn."""
+        state = self.server_state
+        active = torch.ones(len(participants), state["exits"], dtype=torch.bool)
+        if round < state["rounds"]:  # after the last aggregation nobody learns
+            chosen = torch.tensor(participants)
+            among = state["similarities"][chosen][:, chosen]
+            active = active_exits(among, round + 1, state["rounds"], state["exits"], self.order, self.schedule)
+        personal = {
+            client: {**self.mixed_head(client), ACTIVE: active[place].to(torch.uint8)}
+            for place, client in enumerate(participants)
+        }
+        return Broadcast(state["trunk"], personal)
+
+    def mixed_head(self, client: int) -> StateDict:
+        """The deepest head that a client is sent."""
+        heads: Mapping[int, StateDict] = self.server_state["heads"]
+        if not heads:
+            return cast(StateDict, self.server_state["initial_head"])
+        seen = sorted(heads)
+        weights = mixing_weights(self.server_state["similarities"][client, seen][None], self.spread)[0]
+        return average_state_dicts([heads[other] for other in seen], weights.tolist())
+
+    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+        """Load trunk and mixed head; the shallow heads are the client's own."""
+        network = client.networks["private"]
+        model = {name: tensor for name, tensor in received.items() if name != ACTIVE}
+        network.load_state_dict({**network.state_dict(), **model})
+        client.memory[ACTIVE] = received[ACTIVE].cpu()
+        return {} if round == 0 else {"exits/active": float(received[ACTIVE].sum())}
+
+    def upload(self, client: Client, round: int) -> Update:
+        """Train the active exits, and send trunk and deepest head."""
+        network = cast(MultiExitNetwork, client.networks["private"])
+        module = ObjectiveModule(
+            network, self.objectives(client.memory[ACTIVE]), client.blueprint.task, client.blueprint.optimizer
+        )
+        client.train("private", module, round)
+        client.supervised_epochs += client.blueprint.client.local_epochs
+        trunk, head = _parts(network.state_dict(), network.num_exits)
+        return Update(client.number, {**trunk, **head, ACTIVE: client.memory[ACTIVE]}, len(client.splits.train))
+
+    def objectives(self, active: Tensor) -> list[Objective]:
+        """The terms of the loss, for the exits that learn.
+
+        Args:
+            active: Which, (m,).
+        """
+        learns = [float(each) for each in active]
+        found: list[Objective] = [Supervised("classification", [each / len(learns) for each in learns])]
+        if self.distillation_weight:
+            found.append(DeepToShallow(self.distillation_weight, self.temperature, learns))
+        return found
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        """Average the trunks, keep the heads, and compare what was done to them."""
+        state = self.server_state
+        clients = [update.client for update in updates]
+        parts = [_parts(update.state, state["exits"]) for update in updates]
+        # Copies of the heads: within one process they are the client's own weights, which it will train further.
+        heads = [{name: tensor.detach().clone() for name, tensor in head.items()} for _, head in parts]
+        trunks = [trunk for trunk, _ in parts]
+        if self.conflict == "head_update":
+            changes = [_change(head, self.mixed_head(number)) for head, number in zip(heads, clients, strict=True)]
+        else:
+            changes = [_change(trunk, state["trunk"]) for trunk in trunks]
+        similarities = state["similarities"].clone()
+        chosen = torch.tensor(clients)
+        similarities[chosen[:, None], chosen] = cosine_similarities(torch.stack(changes)).cpu()
+        self.server_state = {
+            **state,
+            "trunk": self.merge(trunks, [update.num_samples for update in updates]),
+            "heads": {**state["heads"], **dict(zip(clients, heads, strict=True))},
+            "similarities": similarities,
+        }
+
+
+def _parts(state: StateDict, exits: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trunk and deepest head of a network with exits; what else a state holds is left out."""
+    trunk = {name: tensor for name, tensor in state.items() if name.startswith("stages.")}
+    head = {name: tensor for name, tensor in state.items() if re.match(rf"heads\.{exits - 1}\.", name)}
+    return trunk, head
+
+
+def _change(now: StateDict, before: StateDict) -> Tensor:
+    """What was added to a state, as one vector."""
+    return torch.cat([(now[name].double() - before[name].to(now[name].device).double()).flatten() for name in now])

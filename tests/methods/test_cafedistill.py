@@ -1,0 +1,167 @@
+"""CAFEDistill: what travels, what stays, and the simpler method that it is at the ends of its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.errors import UserError
+from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.functional import cosine_similarities, mixing_weights
+from fedekd.methods import CAFEDistill, ClientOptions, FedPer, Update
+from fedekd.methods.base import num_bytes
+from fedekd.methods.cafedistill import ACTIVE
+
+from .conftest import Federate, make_blueprint, weights
+
+
+def options(**values: Any) -> ClientOptions:
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}}
+    model = {"class_path": "fedekd.models.PrivateCNN"}
+    return replace(ClientOptions(local_epochs=1, private_model=model, optimizer=sgd, exits=3), **values)
+
+
+@pytest.fixture
+def begun(federate: Federate) -> Orchestrator:
+    """A federation of three clients and eight rounds before its first one."""
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=8))
+    run.method.start(run.blueprint)
+    return run
+
+
+def client_of(run: Orchestrator, number: int) -> Any:
+    engine: Any = run.engine
+    return engine.client(number)
+
+
+def one_round(run: Orchestrator, participants: Sequence[int], round: int) -> list[Update]:
+    """By hand, verb by verb; the updates as they were sent."""
+    broadcast, updates = run.method.broadcast(participants, round), []
+    for number in participants:
+        client = client_of(run, number)
+        run.method.absorb(client, broadcast.to(number), round)
+        update = run.method.upload(client, round)
+        updates.append(replace(update, state={name: tensor.clone() for name, tensor in update.state.items()}))
+    run.method.aggregate(updates, round)
+    return updates
+
+
+def test_without_conflict_and_distillation_it_is_fedper_with_shallow_heads_of_ones_own(federate: Federate) -> None:
+    ours = CAFEDistill(distillation_weight=0.0, schedule="all_on", spread=float("inf"), weights="uniform")
+    theirs = FedPer(personal=["heads.0", "heads.1"], weights="uniform")
+    runs = [federate(method, client=options(), rounds=RoundOptions(rounds=3)) for method in (ours, theirs)]
+    summaries = [run.run() for run in runs]
+    assert summaries[0]["clients"] == summaries[1]["clients"]
+    for name, tensor in weights(runs[0]).items():
+        assert torch.equal(tensor, weights(runs[1])[name]), name
+
+
+def test_what_travels_is_trunk_and_one_head_each_way(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run.run()
+    network: Any = run.blueprint.network("private", "server")
+    one_way = num_bytes(network.stages.state_dict()) + num_bytes(network.head.state_dict()) + 3  # a byte an exit
+    assert run.progress.bytes_up == 2 * 3 * one_way
+    assert run.progress.bytes_down == 3 * 3 * one_way
+
+
+def test_shallow_heads_stay_and_idle_ones_do_not_move(begun: Orchestrator) -> None:
+    broadcast = begun.method.broadcast([0, 1, 2], 0)
+    sent = broadcast.to(1)
+    assert not any(name.startswith(("heads.0", "heads.1")) for name in sent)
+    assert broadcast.to(0)[ACTIVE].tolist() == [1, 0, 1]  # floor(2/3 * 2/8 * 9) = 1: one client's first exit
+    assert sent[ACTIVE].tolist() == [0, 0, 1]
+    client = client_of(begun, 1)
+    before = {name: tensor.clone() for name, tensor in client.networks["private"].state_dict().items()}
+    begun.method.absorb(client, sent, 0)
+    begun.method.upload(client, 0)
+    after = client.networks["private"].state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith(("heads.0", "heads.1")) for name in moved), moved
+    assert not torch.equal(sent["heads.2.weight"], after["heads.2.weight"])
+
+
+def test_heads_are_mixed_of_those_who_pull_alike(begun: Orchestrator) -> None:
+    method: Any = begun.method
+    initial = {name: tensor.clone() for name, tensor in method.mixed_head(0).items()}
+    kept = [{name: update.state[name] for name in initial} for update in one_round(begun, [0, 1], 0)]
+    changes = torch.stack([torch.cat([(head[n] - initial[n]).double().flatten() for n in head]) for head in kept])
+    found = method.server_state["similarities"]
+    torch.testing.assert_close(found[:2, :2], cosine_similarities(changes), rtol=0, atol=1e-6)
+    assert found[2].tolist() == [0.0, 0.0, 0.0]
+    for number in range(3):
+        shares = mixing_weights(found[number, :2][None])[0].tolist()
+        for name, mixed in method.mixed_head(number).items():
+            wanted = sum(share * head[name].double() for share, head in zip(shares, kept, strict=True))
+            torch.testing.assert_close(mixed.double(), wanted, rtol=0, atol=1e-6)
+    uniform = {name: (kept[0][name] + kept[1][name]) / 2 for name in initial}
+    torch.testing.assert_close(dict(method.mixed_head(2)), uniform)  # of a client that was never seen
+
+
+def test_what_a_client_does_next_does_not_reach_the_server(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run.run()
+    held = run.method.server_state["heads"][0]["heads.2.weight"].clone()
+    with torch.no_grad():
+        client_of(run, 0).networks["private"].head.weight.add_(1.0)
+    assert torch.equal(run.method.server_state["heads"][0]["heads.2.weight"], held)
+
+
+def test_a_pair_that_does_not_meet_keeps_its_similarity(begun: Orchestrator) -> None:
+    one_round(begun, [0, 1], 0)
+    first = float(begun.method.server_state["similarities"][0, 1])
+    one_round(begun, [1, 2], 1)
+    table = begun.method.server_state["similarities"]
+    assert float(table[0, 1]) == first != 0.0
+    assert float(table[0, 2]) == 0.0
+    assert float(table[1, 2]) == float(table[2, 1]) != 0.0
+    assert sorted(begun.method.server_state["heads"]) == [0, 1, 2]
+
+
+def test_each_exits_score_is_logged(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run.run()
+    row = run.progress.history[-1]
+    for exit_ in (1, 2, 3):
+        clients = [row[f"client_{number}/exit_{exit_}/accuracy"] for number in range(3)]
+        assert row[f"exit_{exit_}/accuracy"] == pytest.approx(sum(clients) / 3)
+    assert row["exit_3/accuracy"] == pytest.approx(row["accuracy/mean"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"spread": 0.0}, "method.spread is 0.0"),
+        ({"order": "shallow"}, "method.order is 'shallow'.*did you mean 'shallow_first'"),
+        ({"schedule": "on"}, "method.schedule is 'on'"),
+        ({"conflict": "head"}, "method.conflict is 'head'"),
+        ({"weights": "equal"}, "weights is 'equal'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"distillation_weight": -1.0}, "weight is -1.0"),
+    ],
+)
+def test_mistakes_are_told(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        CAFEDistill(**arguments)
+
+
+def test_what_it_cannot_federate_is_told() -> None:
+    with pytest.raises(UserError, match="regression"):
+        CAFEDistill().start(make_blueprint(task="regression", num_outputs=1))
+    with pytest.raises(UserError, match=r"client\.exits"):
+        CAFEDistill().start(make_blueprint())
+
+
+def test_the_learning_rate_decays_round_by_round(federate: Federate) -> None:
+    three, one = (federate(FedPer(), client=options(lr_decay=1e-9), rounds=RoundOptions(rounds=n)) for n in (3, 1))
+    for run in (three, one):
+        run.run()
+    # From the second round on hardly anything moves.
+    for name, tensor in weights(three).items():
+        torch.testing.assert_close(tensor, weights(one)[name], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"client\.lr_decay is 0"):
+        options(lr_decay=0)
