@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from fedekd.functional.binomial import error_p_value
 
+#: So many samples nobody has.
+_NEVER = 1e9
+
 Scores = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
@@ -68,7 +71,7 @@ def samples_needed(walk: Walk, alpha: float, delta: float, samples: int) -> int 
         samples: How many samples, of all that enter the network, the walk was made from.
 
     Returns:
-        The number, of all that enter the network; None where the error rate is never seen below alpha.
+        The number, of all that enter the network; None where the error rate is never seen clearly below alpha.
     """
     below = walk.risk < alpha
     if not below.any():
@@ -77,6 +80,8 @@ def samples_needed(walk: Walk, alpha: float, delta: float, samples: int) -> int 
     low, high = 1.0 / samples, 1.0
     while forecast(promising, alpha, high).min() > delta:
         low, high = high, 2 * high
+        if high * samples > _NEVER:
+            return None
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if forecast(promising, alpha, middle).min() <= delta else (middle, high)

@@ -75,8 +75,10 @@ def run(argv: Sequence[str]) -> int:
     held_out = None if config.input is None else _load(config.input, clients[0].images)
     trained_on = torch.cat([client.splits.train for client in clients])
     console = Console()
-    for client in chosen_clients(clients, config.client):
-        policy = calibrate_client(client, calibrator, config.score, held_out, trained_on)
+    chosen = chosen_clients(clients, config.client)
+    # All of them before the first is written: a mistake leaves everything as it was.
+    policies = [calibrate_client(client, calibrator, config.score, held_out, trained_on) for client in chosen]
+    for client, policy in zip(chosen, policies, strict=True):
         path = policy_path(folder, client.number)
         policy.save(path)
         console.print(_table(policy, client))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def network_fingerprint(network: nn.Module) -> str:
@@ -32,23 +36,40 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def _settings(part: nn.Module) -> str:
-    """Public attributes that are plain values, save for the mode."""
-    plain = (bool, int, float, str, tuple, type(None))
-    found = {name: value for name, value in vars(part).items() if name[0] != "_" and isinstance(value, plain)}
-    return str(sorted((name, value) for name, value in found.items() if name != "training"))
+    """What a part was made with, as far as it is plain and kept under its own name; not what it counts as it runs."""
+    plain = (bool, int, float, str)
+    names = sorted(inspect.signature(type(part).__init__).parameters)
+    values = {name: getattr(part, name, None) for name in names if name != "self"}
+    return str([(name, value) for name, value in values.items() if isinstance(value, plain)])
+
+
+class _Steps:
+    """Counts all steps of all optimizers: fused ones write to tensors behind the back of autograd's counter."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._step)
+
+    def _step(self, *arguments: Any) -> None:
+        self.count += 1
+
+
+@cache
+def _steps() -> _Steps:
+    return _Steps()
 
 
 def weights_state(network: nn.Module) -> tuple[int, ...]:
     """What changes when a part is replaced, or a parameter or buffer; much cheaper than a fingerprint.
 
-    What is written in place is seen by autograd's counter alone: `tensor.data.add_` and fused optimizers go past it.
+    It also changes with any step of any optimizer. What is written to `tensor.data` in place goes past it.
     """
     # By hand, as this is done for every batch: parameters() and buffers() take five times as long.
-    state: list[int] = []
+    state = [_steps().count]
     for part in network.modules():
         state.append(id(part))
         for tensors in (part._parameters, part._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
-                    state += (id(tensor), tensor.data_ptr(), tensor._version)
+                    state += (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
     return tuple(state)

@@ -125,8 +125,8 @@ class ExitPolicy:
     def require(self, network: MultiExitNetwork) -> None:
         """Hold a network to be the one that was calibrated.
 
-        Its weights are hashed the first time, and again when a part or a tensor was replaced or written to. Of what
-        goes past autograd's counter (`tensor.data`, fused optimizers) only a policy that is read anew takes notice.
+        Its weights are hashed the first time, and again when a part or a tensor was replaced or written to, or anything
+        was trained. Of what is written to `tensor.data` in place only a policy that is read anew takes notice.
 
         Raises:
             UserError: If it is another, or has another number of exits.
@@ -194,7 +194,7 @@ class ExitPolicy:
             return cls(**fitting)
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"this is no exit policy: {' '.join(str(error).split())}") from error
 
     def save(self, path: Path) -> None:

@@ -11,6 +11,7 @@ from fedekd.methods.base import Method, StateDict
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.modules import MultiExitModule, moving_average
+from fedekd.modules.exit_objectives import require_exit_weights
 
 
 class SafeKD(Method):
@@ -54,6 +55,9 @@ class SafeKD(Method):
         """There is no server; only the task is looked at."""
         if blueprint.task == "regression":
             raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
+        if self.exit_weights is not None:
+            exits = blueprint.client.exits or len(self.exit_weights)
+            require_exit_weights(self.exit_weights, exits)
 
     def equip(self, client: Client) -> None:
         """The teacher begins as a copy of the network."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
 
@@ -16,7 +16,7 @@ from fedekd.functional import at_least_float32
 from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow, require_exit_weights
 from fedekd.modules.objective_module import ObjectiveModule, build_metrics
 from fedekd.modules.objectives import Objective, Supervised
-from fedekd.modules.prediction import predict
+from fedekd.modules.prediction import Prediction
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -25,7 +25,9 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
 
 
 def moving_average(network: nn.Module, decay: float = 0.999) -> AveragedModel:
-    """An exponential moving average of a whole network, buffers included, that begins as its copy.
+    """An exponential moving average of a whole network, buffers included.
+
+    It begins as a copy, is the network again after the first step, and averages from the second on: so torch has it.
 
     Args:
         network: Any network.
@@ -130,11 +132,10 @@ class MultiExitModule(ObjectiveModule):
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
-        super()._evaluate(batch, metrics, stage)
-        x, y, *_ = batch
+    def _score(self, prediction: Prediction, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+        super()._score(prediction, targets, metrics, stage)
         exits: Any = self.exit_metrics[stage]
         # Not strictly: a network of one's own need not say how many exits it has, and is then scored by its last.
-        for own, logits in zip(exits, predict(self.network, x).exits, strict=False):
-            own.update(at_least_float32(logits), y)
-            self.log_dict(own, batch_size=len(x))
+        for own, logits in zip(exits, prediction.exits, strict=False):
+            own.update(at_least_float32(logits), targets)
+            self.log_dict(own, batch_size=len(targets))

@@ -151,15 +151,19 @@ class ObjectiveModule(LightningModule):
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
         x, y, *_ = batch
-        output = at_least_float32(predict(self.network, x).output)
+        self._score(predict(self.network, x), y, metrics, stage)
+
+    def _score(self, prediction: Prediction, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+        """Log how good the last exit is on a batch of an evaluation."""
+        output = at_least_float32(prediction.output)
         if self.task == "regression":
-            output, y = output.reshape(-1), y.reshape(-1)
-            loss = torch.nn.functional.mse_loss(output, y.to(output.dtype))
+            output, targets = output.reshape(-1), targets.reshape(-1)
+            loss = torch.nn.functional.mse_loss(output, targets.to(output.dtype))
         else:
-            loss = torch.nn.functional.cross_entropy(output, y)
-        metrics.update(output, y)
-        self.log(f"{stage}/loss", loss, batch_size=len(x), on_epoch=True)
-        self.log_dict(metrics, batch_size=len(x))
+            loss = torch.nn.functional.cross_entropy(output, targets)
+        metrics.update(output, targets)
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_epoch=True)
+        self.log_dict(metrics, batch_size=len(targets))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The network's optimizer, its learning rates times `lr_factor`.

@@ -207,7 +207,6 @@ def test_what_another_client_was_trained_on_is_refused_and_nothing_written(
     assert not Path("run/exits").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="policies are written one by one, before it is known that all can be")
 def test_nothing_is_written_where_a_later_client_fails(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,6 @@ class Remembering(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.xfail(strict=True, reason="every plain attribute counts, also those that running changes")
 def test_running_a_network_makes_it_no_other():
     served = Remembering()
     before = network_fingerprint(served)
@@ -116,7 +115,6 @@ def test_running_a_network_makes_it_no_other():
     assert network_fingerprint(served) == before
 
 
-@pytest.mark.xfail(strict=True, reason="what lies in a tuple is told by its address, another one in every process")
 def test_objects_in_a_tuple_do_not_tell():
     def of() -> nn.Module:
         torch.manual_seed(0)
