@@ -47,7 +47,7 @@ def _exits(lines: Sequence[Line]) -> str:
 
 
 def _policies(lines: Sequence[Line]) -> str:
-    times = [column for column in lines[0] if column.startswith("time ratio")]
+    times = [column for column in lines[0] if column.startswith("time ratio, ")]
     rows = []
     for line in lines:
         worst = line["worst risk"]

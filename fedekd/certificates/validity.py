@@ -55,7 +55,7 @@ class Validity:
         return clopper_pearson(self.violations, self.draws)
 
     @property
-    def holds(self) -> bool:
+    def agrees(self) -> bool:
         """Whether the draws agree with a probability of at most delta: the interval begins at or below it."""
         return self.interval[0] <= self.delta
 

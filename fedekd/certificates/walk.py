@@ -73,7 +73,7 @@ def samples_needed(walk: Walk, alpha: float, delta: float, samples: int) -> int 
     Returns:
         The number, of all that enter the network; None where the error rate is never seen clearly below alpha.
     """
-    below = walk.risk < alpha
+    below = walk.risk < alpha * (1.0 - 1e-9)  # 1 - 0.95 is above 1 / 20
     if not below.any():
         return None
     promising = Walk(walk.thresholds[below], walk.samples[below], walk.errors[below])

@@ -66,7 +66,10 @@ def run(argv: Sequence[str]) -> int:
     config = parse(calibrate_parser(), argv)
     if not config.run:
         raise UserError("calibrate needs the folder of a run, as in: calibrate runs/NAME --alpha 0.05")
-    calibrator = SelectiveRiskCalibrator(config.alpha, config.delta, config.mode)
+    try:
+        calibrator = SelectiveRiskCalibrator(config.alpha, config.delta, config.mode)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     if config.score not in CONFIDENCES:
         raise UserError(f"--score is {config.score!r}, which is not known; {nearest(config.score, CONFIDENCES)}")
     folder = Path(config.run)
@@ -82,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
         path = policy_path(folder, client.number)
         policy.save(path)
         console.print(_table(policy, client))
-        for line in (*_remarks(policy, client, held_out is None), f"written to {path}"):
+        for line in (*_remarks(policy, client, trained_on if held_out is None else None), f"written to {path}"):
             console.print(line, highlight=False, soft_wrap=True)
     return 0
 
@@ -131,7 +134,7 @@ def _table(policy: ExitPolicy, client: Client) -> Table:
     return table
 
 
-def _remarks(policy: ExitPolicy, client: Client, own_splits: bool) -> list[str]:
+def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None) -> list[str]:
     """What the table does not tell."""
     network = require_exits(client.networks["private"], "the network")
     costs = costs_of(network, client.images)
@@ -140,10 +143,10 @@ def _remarks(policy: ExitPolicy, client: Client, own_splits: bool) -> list[str]:
     remarks.append(f"an image saves {share_saved(policy, exits, costs):.1%} of the full network's FLOPs on average")
     if policy.mode not in ("ltt", "path"):
         remarks.append(f"mode {policy.mode} promises nothing of these exits; ltt and path do")
-    if own_splits:
+    if trained_on is not None:
         images, splits = client.images.images, client.splits
         held_out = images[torch.cat([splits.selection, splits.calibration])]
-        if shared := shared_images(held_out, images[splits.train]):
+        if shared := shared_images(held_out, images[trained_on]):
             remarks.append(
                 f"{shared} of {len(held_out)} held-out images are, pixel by pixel, also among those trained on: the"
                 " data set repeats itself, and so will what comes, if it is of the same law"

@@ -40,7 +40,8 @@ def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> in
     console = Console(stderr=True)
     clients: dict[str, Client] = {}
     for folder in folders:
-        clients |= _clients(folder, config.client, beside_local=folder == folders[0])
+        for name, client in _clients(folder, config.client, beside_local=folder == folders[0]).items():
+            clients[f"{name} ({folder})" if name in clients else name] = client
     first, *others = clients.values()
     for other in others:
         if other.splits.digest(other.images) != first.splits.digest(first.images):

@@ -62,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
     output = Path(config.output)
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; the name of a CSV file is needed")
+    if output.suffix != ".csv":
+        raise UserError(f"--output is {output}, and must end in .csv: a file of that name is replaced")
     try:
         images = read_images(Path(config.input))
     except UserError as error:
@@ -84,6 +86,8 @@ def run(argv: Sequence[str]) -> int:
             f"warning: client {client.number} has no exit policy, so all images go to the last exit; {hint}",
             file=sys.stderr,
         )
+    if policy is not None and not any(policy.certified) and max(policy.thresholds[:-1], default=-1) != float("inf"):
+        print(f"warning: the policy is of mode {policy.mode}, which promises nothing", file=sys.stderr)
     lines = list(_predictions(client, policy, images))
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")

@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     if not config.runs:
         raise UserError("report needs a folder of results, as in: report runs/quick")
     folders = [Path(name) for name in config.runs]
-    if config.exits if config.exits is not None else has_exits(folders[0]):
+    if not config.fill and (config.exits if config.exits is not None else has_exits(folders[0])):
         return report_exits(folders, Path(config.output) if config.output else folders[0] / "report", config)
     measured = measured_in(folders)
     console = Console()

@@ -101,10 +101,27 @@ def calibrate_client(
     if not len(tuning) or not len(calibration):
         raise UserError(
             f"client {client.number} has {len(tuning)} tuning and {len(calibration)} calibration samples; at least 1 of"
-            " each is needed (data.fractions, data.min_samples)"
+            f" each is needed ({'data.fractions, data.min_samples' if held_out is None else 'more images in --input'})"
         )
+    return fit_policy(calibrator, network, costs_of(network, client.images), tuning, calibration, score)
+
+
+def fit_policy(
+    calibrator: SelectiveRiskCalibrator,
+    network: MultiExitNetwork,
+    costs: ExitCosts,
+    tuning: ExitOutputs,
+    calibration: ExitOutputs,
+    score: str = "max_softmax",
+) -> ExitPolicy:
+    """A policy from what a network said of tuning and of calibration samples.
+
+    Raises:
+        UserError: If the rule cannot use the score.
+    """
+    if calibrator.mode == "released" and score != "max_softmax":
+        raise UserError(f"mode 'released' compares probabilities, and the score is {score!r}; use max_softmax")
     tuning_scored, scored = tuning.scored(score), calibration.scored(score)
-    costs = costs_of(network, client.images)
     return calibrator.fit(
         scored.scores,
         scored.correct,
@@ -159,6 +176,8 @@ def _why_closed(policy: ExitPolicy, place: int) -> str:
     needed = policy.needed[place]
     if needed is not None and needed > policy.samples:
         return f"closed: about {needed} calibration samples would open it, and there are {policy.samples}"
+    if policy.mode == "path" and any(policy.certified):
+        return "closed: the cheapest certified thresholds keep it closed"
     if policy.bands[place] < float("inf") or needed is not None:
         return "closed: its first test failed on the calibration samples"
     if policy.mode in ("ltt", "path"):

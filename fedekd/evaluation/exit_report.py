@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from fedekd.certificates import MODES, ScoredExits, SelectiveRiskCalibrator, Validity, check_validity
-from fedekd.evaluation.calibration import calibrate_client, costs_of, require_exits, split_outputs
+from fedekd.errors import UserError
+from fedekd.evaluation.calibration import costs_of, fit_policy, require_exits, split_outputs
 from fedekd.evaluation.robustness import Corrupted, Labelled, under_corruption
 from fedekd.evaluation.scoring import ExitOutputs, prepared
 from fedekd.evaluation.tradeoff import Outcome, Point, anytime_curve, area, exit_points, outcome
 from fedekd.exits import ExitPolicy, Latency, measure_latency
+from fedekd.exits.latency import BATCH_SIZES
 from fedekd.methods import Client
 from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.models import ExitCosts, MultiExitNetwork
@@ -64,6 +66,11 @@ class Trained:
     def test(self) -> ExitOutputs:
         """The outputs for the test split."""
         return self.splits["test"]
+
+    def calibrated(self, alpha: float, delta: float) -> ExitPolicy:
+        """Its policy by `ltt`, as `calibrate` makes it."""
+        tuning, calibration = self.splits["selection"], self.splits["calibration"]
+        return fit_policy(SelectiveRiskCalibrator(alpha, delta), self.network, self.costs, tuning, calibration)
 
     @property
     def held_out(self) -> ExitOutputs:
@@ -140,6 +147,8 @@ class ExitReport:
 def load_trained(client: Client, name: str) -> Trained:
     """A client's network, and its outputs for every split that training has not touched."""
     network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    if network.num_exits == 1:
+        raise UserError(f"the network of client {client.number} has one exit alone, and nobody can leave it early")
     splits = {split: split_outputs(client, split) for split in ("selection", "calibration", "certificate", "test")}
     return Trained(name, network, costs_of(network, client.images), splits)
 
@@ -169,8 +178,8 @@ def make_exit_report(
     for alpha in options.alphas:
         advance(f"policy for alpha {alpha:g}")
         policies.append(_policy_line(client, own, alpha, options))
-    advance("validity")
-    reliabilities = _reliabilities(own, client, options)
+    advance("reliability")
+    reliabilities = _reliabilities(own, options)
     return ExitReport(
         dataset=client.images.name,
         client=client.number,
@@ -188,11 +197,15 @@ def make_exit_report(
 
 
 def _policy_line(client: Client, run: Trained, alpha: float, options: ReportOptions) -> PolicyLine:
-    policy = calibrate_client(client, SelectiveRiskCalibrator(alpha, options.delta))
+    policy = run.calibrated(alpha, options.delta)
     latency: Sequence[Latency] = []
     if options.batches:
-        images = client.images.images[client.splits.test.to(client.images.images.device)]
-        latency = measure_latency(run.network, policy, prepared(run.network, images), batches=options.batches)
+        # In a random order: splits are sorted by place in the data set, and so perhaps by class.
+        test = client.splits.test
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.blueprint.seed))
+        chosen = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.images.device)
+        images = prepared(run.network, client.images.images[chosen])
+        latency = measure_latency(run.network, policy, images, batches=options.batches)
     return PolicyLine(policy, outcome(policy, run.test, run.costs), latency)
 
 
@@ -212,8 +225,8 @@ def _validity(run: Trained, options: ReportOptions, advance: Callable[[str], Non
     return found
 
 
-def _reliabilities(run: Trained, client: Client, options: ReportOptions) -> list[ExitReliability]:
-    policy = calibrate_client(client, SelectiveRiskCalibrator(options.alpha, options.delta))
+def _reliabilities(run: Trained, options: ReportOptions) -> list[ExitReliability]:
+    policy = run.calibrated(options.alpha, options.delta)
     scored = run.test.scored()
     exits = policy.assign(scored.scores)
     found = []
@@ -233,13 +246,13 @@ def _reliabilities(run: Trained, client: Client, options: ReportOptions) -> list
 
 
 def _corrupted(client: Client, run: Trained, options: ReportOptions, advance: Callable[[str], None]) -> list[Corrupted]:
-    policy = calibrate_client(client, SelectiveRiskCalibrator(options.alpha, options.delta))
+    policy = run.calibrated(options.alpha, options.delta)
     splits = client.splits
 
     def labelled(indices: torch.Tensor) -> Labelled:
         # Spread over the split, which is sorted by place in the data set, and so perhaps by class.
-        step = max(len(indices) // options.corrupted, 1)
-        chosen = indices[::step][: options.corrupted]
+        wanted = min(len(indices), options.corrupted)
+        chosen = indices[torch.linspace(0, len(indices) - 1, wanted, dtype=torch.float64).round().long()]
         return Labelled(client.images.images[chosen], client.images.labels[chosen])
 
     found = []

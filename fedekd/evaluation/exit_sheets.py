@@ -74,7 +74,7 @@ def _policies(report: ExitReport) -> Sheet:
     columns = ["alpha", "accuracy", "full accuracy", "accuracy change", "saved", "leave early", "worst risk"]
     columns += [f"{what} {place + 1}" for place in range(exits - 1) for what in ("threshold", "risk")]
     sizes = [latency.batch_size for latency in report.policies[0].latency] if report.policies else []
-    columns += [f"time ratio, batch {size}" for size in sizes]
+    columns += [f"{what}, batch {size}" for size in sizes for what in ("time ratio", "its standard error")]
     lines = []
     for line in report.policies:
         found = line.outcome
@@ -89,7 +89,9 @@ def _policies(report: ExitReport) -> Sheet:
             closed = line.policy.thresholds[place] == math.inf
             values[f"threshold {place + 1}"] = "closed" if closed else line.policy.thresholds[place]
             values[f"risk {place + 1}"] = found.risks[place]
-        values |= {f"time ratio, batch {latency.batch_size}": latency.ratio for latency in line.latency}
+        for latency in line.latency:
+            values[f"time ratio, batch {latency.batch_size}"] = latency.ratio
+            values[f"its standard error, batch {latency.batch_size}"] = latency.error
         lines.append(values)
     told = (
         f"Calibrated by ltt on {report.policies[0].policy.samples if report.policies else 0} images, with probability"
@@ -115,7 +117,7 @@ def _validity(report: ExitReport) -> Sheet:
             "share": line.share,
             "low": line.interval[0],
             "high": line.interval[1],
-            "verdict": "holds" if line.interval[1] <= line.delta else "agrees" if line.holds else "broken",
+            "verdict": "holds" if line.interval[1] <= line.delta else "agrees" if line.agrees else "broken",
             "mean cost": float(line.costs.mean()),
         }
         for line in report.validity

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from fedekd.evaluation.scoring import ExitOutputs
 from fedekd.exits import ExitPolicy, assign_exits
@@ -91,7 +92,7 @@ def area(curve: Sequence[Point]) -> float:
     best = np.maximum.accumulate([point.accuracy for point in curve])
     if cost[-1] == cost[0]:
         return float(best[-1])
-    return float(np.trapezoid(best, cost) / (cost[-1] - cost[0]))
+    return float(trapezoid(best, cost) / (cost[-1] - cost[0]))
 
 
 def outcome(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) -> Outcome:
@@ -104,6 +105,6 @@ def outcome(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) -> Outco
     return Outcome(
         Point(float(leaving[exits].mean()), float(right.mean())),
         tuple(float((exits == place).mean()) for place in places),
-        tuple(float(1.0 - right[exits == place].mean()) if (exits == place).any() else math.nan for place in places),
+        tuple(float((~right[exits == place]).mean()) if (exits == place).any() else math.nan for place in places),
         outputs.accuracies[-1],
     )

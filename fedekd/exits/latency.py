@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +24,17 @@ class Latency:
 
     Attributes:
         batch_size: Images at a time.
-        full: Milliseconds an image through the whole network, the last head alone; the median over batches.
+        full: Milliseconds an image through the whole network, the last head alone; the mean.
         early: The same with images leaving early.
-        ratio: The median of early / full, batch by batch.
+        ratio: early / full, of the same images.
+        error: Its standard error, over batches.
     """
 
     batch_size: int
     full: float
     early: float
     ratio: float
+    error: float
 
 
 @torch.no_grad()
@@ -44,30 +47,41 @@ def measure_latency(
 ) -> list[Latency]:
     """Time a network with and without its policy, batch by batch in turn, so that a busy machine slows both alike.
 
+    Means, not medians: of single images some take a tenth of the time and some all of it, and a median would tell only
+    whether half of them leave early.
+
     Args:
         network: The network that was calibrated.
         policy: Its policy.
-        images: What is classified, shape (N, C, H, W), on the network's device; taken in order, over and over.
+        images: What is classified, shape (N, C, H, W), on the network's device; taken in order, over and over, so give
+            them in a random one.
         batch_sizes: Images at a time.
-        batches: How many batches of each size.
+        batches: How many batches of each size, at least 2; of single images twenty times as many.
 
     Returns:
         One entry a batch size.
+
+    Raises:
+        UserError: If the policy is of another network.
     """
     policy.require(network)
     found = []
     with evaluating(network):
         for size in batch_sizes:
             pairs = []
-            for number in range(-2, batches):  # two to warm up
+            for number in range(-2, batches if size > 1 else 20 * batches):  # two to warm up
                 places = (torch.arange(size) + max(number, 0) * size) % len(images)
                 x = images[places.to(images.device)]
                 full = _seconds(lambda x=x: network.head(network.features(x)), x.device)  # type: ignore[misc]
                 early = _seconds(lambda x=x: policy.depart(network, x), x.device)  # type: ignore[misc]
                 if number >= 0:
                     pairs.append((full, early))
-            full, early = (1000 * statistics.median(times) / size for times in zip(*pairs, strict=True))
-            found.append(Latency(size, full, early, statistics.median(e / f for f, e in pairs)))
+            full, early = (statistics.fmean(times) for times in zip(*pairs, strict=True))
+            ratio = early / full
+            # Of a ratio of means, to first order.
+            spread = statistics.stdev(left - ratio * whole for whole, left in pairs)
+            error = spread / full / math.sqrt(len(pairs))
+            found.append(Latency(size, 1000 * full / size, 1000 * early / size, ratio, error))
     return found
 
 

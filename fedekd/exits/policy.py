@@ -18,6 +18,7 @@ from fedekd.atomic import atomic_file
 from fedekd.errors import UserError
 from fedekd.exits.fingerprint import network_fingerprint, weights_state
 from fedekd.exits.inference import Departures, evaluated_exits, infer
+from fedekd.functional import CONFIDENCES
 from fedekd.models import MultiExitNetwork
 
 #: Of the file's layout; a file of another layout is refused.
@@ -86,7 +87,7 @@ class ExitPolicy:
     errors: tuple[int, ...] = ()
     needed: tuple[int | None, ...] = ()
     network: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     _verified: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +102,10 @@ class ExitPolicy:
         for place, (band, threshold) in enumerate(zip(self.bands, self.thresholds, strict=True), start=1):
             if band > threshold:
                 raise UserError(f"exit {place} has the band {band:g} above its threshold {threshold:g}")
+        if self.score not in CONFIDENCES:
+            raise UserError(f"an exit policy has the score {self.score!r}, which is not known")
+        if not all(isinstance(flag, bool) for flag in self.certified):
+            raise UserError(f"an exit policy has the certificates {self.certified}; true or false is needed")
         if self.thresholds[-1] != -math.inf:
             raise UserError(f"the last exit's threshold is {self.thresholds[-1]}, and must be -inf: all leave there")
 

@@ -37,7 +37,8 @@ class ClientOptions:
         proxy_model: The small model that travels.
         optimizer: A torch.optim class: class_path and init_args.
         exits: Cut the private model into so many stages, each with an exit (see fedekd.models.multi_exit); null
-            leaves it as it is, but for methods that need exits.
+            leaves it as it is, but for methods that need exits. A ResNet for images of up to 64 pixels is given a
+            new stem, as is usual for them: 3x3, of stride 1, without a max-pool.
         exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
             average.
         lr_decay: The learning rate is multiplied by this after each round that a client is trained in, in (0, 1].

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch.optim.swa_utils import AveragedModel
-
 from fedekd.errors import UserError
 from fedekd.methods.base import Method, StateDict
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
-from fedekd.modules import MultiExitModule, moving_average
+from fedekd.modules import MovingAverage, MultiExitModule
 from fedekd.modules.exit_objectives import require_exit_weights
+from fedekd.modules.multi_exit import check_arguments
 
 
 class SafeKD(Method):
@@ -46,6 +45,14 @@ class SafeKD(Method):
         ema_decay: float = 0.999,
     ) -> None:
         super().__init__()
+        try:
+            check_arguments(
+                distillation_weight, consistency_weight, temperature, dkd_alpha, dkd_beta, warmup_epochs, ema_decay
+            )
+            if exit_weights is not None:
+                require_exit_weights(exit_weights, len(exit_weights))
+        except UserError as error:
+            raise UserError(f"method.{error}") from error
         self.distillation_weight, self.consistency_weight = distillation_weight, consistency_weight
         self.temperature, self.dkd_alpha, self.dkd_beta = temperature, dkd_alpha, dkd_beta
         self.warmup_epochs, self.ema_decay = warmup_epochs, ema_decay
@@ -56,20 +63,23 @@ class SafeKD(Method):
         if blueprint.task == "regression":
             raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
         if self.exit_weights is not None:
-            exits = blueprint.client.exits or len(self.exit_weights)
-            require_exit_weights(self.exit_weights, exits)
+            exits = getattr(blueprint.network("private", "server"), "num_exits", 1)
+            if len(self.exit_weights) != exits:
+                raise UserError(
+                    f"method.exit_weights has {len(self.exit_weights)} numbers, and the network has {exits} exits"
+                )
 
     def equip(self, client: Client) -> None:
         """The teacher begins as a copy of the network."""
         if self.distillation_weight:
-            client.networks["teacher"] = moving_average(client.networks["private"], self.ema_decay)
+            client.networks["teacher"] = MovingAverage(client.networks["private"], self.ema_decay)
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Train for `local_epochs`."""
         if round == 0:
             return {}
         average = client.networks.get("teacher")
-        assert average is None or isinstance(average, AveragedModel)
+        assert average is None or isinstance(average, MovingAverage)
         module = MultiExitModule(
             client.networks["private"],
             average if average is not None else "ema",

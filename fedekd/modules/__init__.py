@@ -3,7 +3,7 @@
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
 from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow
 from fedekd.modules.gated_private import GatedPrivateModule
-from fedekd.modules.multi_exit import MultiExitModule, moving_average
+from fedekd.modules.multi_exit import MovingAverage, MultiExitModule
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
 from fedekd.modules.objectives import Distilled, Gated, Objective, Supervised
 from fedekd.modules.prediction import Prediction, predict, teach
@@ -19,6 +19,7 @@ __all__ = [
     "Energy",
     "Gated",
     "GatedPrivateModule",
+    "MovingAverage",
     "MultiExitModule",
     "Objective",
     "ObjectiveModule",
@@ -29,7 +30,6 @@ __all__ = [
     "TrainerFactory",
     "build_energy",
     "default_optimizer",
-    "moving_average",
     "predict",
     "teach",
 ]

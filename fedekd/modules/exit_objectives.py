@@ -110,5 +110,5 @@ def require_exit_weights(weights: Sequence[float], exits: int) -> None:
 
 def _require_at_least_0(**values: float) -> None:
     for name, value in values.items():
-        if not value >= 0:
-            raise UserError(f"{name} is {value}, and must be at least 0")
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}, and must be a finite number of at least 0")

@@ -24,7 +24,7 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.05)
 
 
-def moving_average(network: nn.Module, decay: float = 0.999) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """An exponential moving average of a whole network, buffers included.
 
     It begins as a copy, is the network again after the first step, and averages from the second on: so torch has it.
@@ -36,11 +36,38 @@ def moving_average(network: nn.Module, decay: float = 0.999) -> AveragedModel:
     Raises:
         UserError: If `decay` is out of its range.
     """
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        _require_decay(decay)
+        ema = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        super().__init__(network, multi_avg_fn=ema, use_buffers=True)
+        self.requires_grad_(False)
+
+
+def _require_decay(decay: float) -> None:
     if not 0.0 <= decay < 1.0:
         raise UserError(f"ema_decay is {decay}, and must be at least 0 and below 1")
-    ema = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    average = AveragedModel(network, multi_avg_fn=ema, use_buffers=True)
-    return average.requires_grad_(False)
+
+
+def check_arguments(
+    distillation_weight: float,
+    consistency_weight: float,
+    temperature: float,
+    dkd_alpha: float,
+    dkd_beta: float,
+    warmup_epochs: int,
+    ema_decay: float,
+) -> None:
+    """Hold the arguments of `MultiExitModule` to their ranges.
+
+    Raises:
+        UserError: If one is not; it begins with its name.
+    """
+    DecoupledDistilled(distillation_weight, dkd_alpha, dkd_beta, temperature)
+    DeepToShallow(consistency_weight, temperature)
+    if warmup_epochs < 0:
+        raise UserError(f"warmup_epochs is {warmup_epochs}, and must be at least 0")
+    _require_decay(ema_decay)
 
 
 class MultiExitModule(ObjectiveModule):
@@ -59,7 +86,7 @@ class MultiExitModule(ObjectiveModule):
 
     Args:
         network: Gives a list of logits, one per exit, such as `fedekd.models.MultiExitNetwork`.
-        teacher: `ema`, a frozen network, or an average made by `moving_average`, which goes on.
+        teacher: `ema`, a frozen network, or a `MovingAverage`, which goes on.
         distillation_weight: a, at least 0.
         consistency_weight: b, at least 0.
         temperature: T of both distillations, above 0.
@@ -90,8 +117,9 @@ class MultiExitModule(ObjectiveModule):
         optimizer: OptimizerCallable = default_optimizer,
         first_epoch: int = 0,
     ) -> None:
-        if warmup_epochs < 0:
-            raise UserError(f"warmup_epochs is {warmup_epochs}, and must be at least 0")
+        check_arguments(
+            distillation_weight, consistency_weight, temperature, dkd_alpha, dkd_beta, warmup_epochs, ema_decay
+        )
         if isinstance(teacher, str) and teacher != "ema":
             raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
         if exit_weights is not None:
@@ -104,11 +132,11 @@ class MultiExitModule(ObjectiveModule):
         if not distillation_weight:
             guide = None
         else:
-            guide = moving_average(network, ema_decay) if isinstance(teacher, str) else teacher
+            guide = MovingAverage(network, ema_decay) if isinstance(teacher, str) else teacher
         super().__init__(network, objectives, "classification", optimizer, teacher=guide)
         self.distilled, self.warmup_epochs, self.first_epoch = distilled, warmup_epochs, first_epoch
         # Registered, so that a checkpoint holds it; a teacher that is somebody else's is not.
-        self.average = guide if isinstance(guide, AveragedModel) else None
+        self.average = guide if isinstance(guide, MovingAverage) else None
         exits = range(1, getattr(network, "num_exits", 0) + 1)
         self.exit_metrics = nn.ModuleDict(
             {

@@ -91,7 +91,7 @@ def test_fixed_sequences_on_survivors_keep_their_promise(pool, alpha):
     found = validity(pool, "ltt", alpha, draws=200)
     assert found.interval[0] <= DELTA
     assert found.share <= DELTA  # so it is in these draws, with room to spare at the boundary
-    assert found.holds
+    assert found.agrees
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -111,7 +111,7 @@ def test_the_promise_is_not_kept_by_opening_nothing(pool):
 def test_plug_in_thresholds_break_it(pool):
     found = validity(pool, "plug_in", 0.05, draws=60)
     assert found.interval[0] > DELTA
-    assert not found.holds
+    assert not found.agrees
 
 
 def test_the_released_rule_breaks_it():

@@ -104,19 +104,21 @@ def test_an_exit_that_stays_closed_says_what_would_open_it(here: Path, capsys: p
 
 @pytest.mark.parametrize("mode", ["crc", "released", "plug_in"])
 def test_rules_that_promise_nothing_say_so(mode: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", "run", "--mode", mode, "--client", "0", "--score", "margin"]) == 0
+    score = "max_softmax" if mode == "released" else "margin"
+    assert main(["calibrate", "run", "--mode", mode, "--client", "0", "--score", score]) == 0
     printed = capsys.readouterr().out
     assert f"mode {mode} promises nothing of these exits; ltt and path do" in printed
     assert "≤" not in printed
     policy = ExitPolicy.load(Path("run/exits/client-000.json"))
-    assert (policy.certified, policy.score) == ((False, False), "margin")
+    assert (policy.certified, policy.score) == ((False, False), score)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "calibrate needs the folder of a run"),
-        (["run", "--alpha", "0"], "alpha is 0.0, and must lie between 0 and 1"),
+        (["run", "--alpha", "0"], "--alpha is 0.0, and must lie between 0 and 1"),
+        (["run", "--mode", "released", "--score", "margin"], "mode 'released' compares probabilities"),
         (["run", "--alpha", "1.5"], "alpha is 1.5"),
         (["run", "--alpha", "nan"], "alpha is 'nan'"),
         (["run", "--alpha", "much"], "alpha"),

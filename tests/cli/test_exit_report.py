@@ -92,14 +92,28 @@ def test_corruptions_are_complete(run: Path) -> None:
     assert len({(row["corruption"], row["level"]) for row in table}) == 6 * 5
 
 
+def test_two_runs_of_one_method_stand_side_by_side(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    fit(run / "blobs.npz", "runs/again", "--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=1e-2")
+    assert main(["report", "runs/safe", "runs/again", "--draws=2", "--output=both"]) == 0
+    table = rows(run / "both/tables/exits.csv")
+    networks = list(dict.fromkeys(row["network"] for row in table))
+    assert networks == ["SafeKD", "Local", "SafeKD (runs/again)"]
+    alone = rows(run / "runs/safe/report/tables/exits.csv")
+    assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in alone]
+
+
 def test_what_cannot_be_reported_is_told_in_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
     fit(run / "blobs.npz", "runs/plain", "--method=Local")
     fit(run / "blobs.npz", "runs/other", "--method=SafeKD", "--client.exits=2", "--seed=1")
+    fit(run / "blobs.npz", "runs/single", "--method=Local", "--client.exits=1")
     capsys.readouterr()
     for words, expected in (
+        (["runs/single"], "has one exit alone"),
+        (["runs/safe", "--fill=none.md"], "there is no such file"),
         (["runs/plain", "--exits=true"], "without exits"),
         (["runs/safe", "--client=3"], "--client is 3, and runs/safe has the clients 0..0"),
         (["runs/safe", "--draws=0"], "--draws is 0, and must be at least 1"),

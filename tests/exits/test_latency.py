@@ -22,8 +22,11 @@ def test_one_entry_a_batch_size_in_order():
     assert [entry.batch_size for entry in found] == [1, 8]
     assert all(isinstance(entry, Latency) for entry in found)
     assert all(0 < value < math.inf for entry in found for value in (entry.full, entry.early, entry.ratio))
-    # Full and early in turn; two pairs to warm up; more images than there are come round again.
-    assert shapes == [1] * 10 + [8] * 10
+    assert all(0 <= entry.error < math.inf for entry in found)
+    assert all(entry.ratio == pytest.approx(entry.early / entry.full) for entry in found)
+    # Full and early in turn; two pairs to warm up; more images than there are come round again; single images are
+    # twenty times as many.
+    assert shapes == [1] * 2 * (2 + 60) + [8] * 2 * (2 + 3)
     assert network.training
     assert network_fingerprint(network) == own.network
 

@@ -55,7 +55,7 @@ def test_a_policy_comes_back_to_the_last_digit(thresholds, data):
         certified=each(st.booleans()),
         alpha=data.draw(st.floats(1e-9, 1)),
         delta=data.draw(st.floats(1e-9, 1)),
-        score=data.draw(st.text(max_size=5)),
+        score=data.draw(st.sampled_from(["max_softmax", "margin", "entropy"])),
         samples=data.draw(counts),
         tuning_samples=data.draw(counts),
         leaving=each(counts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,25 @@ def test_exits_for_regression(method: Any, federate: Federate) -> None:
     run = federate(method(), "regression", client=client())
     run.run()
     assert trained(run) == {"exit_1": True, "exit_2": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"temperature": 0.0}, r"method\.temperature is 0\.0"),
+        ({"ema_decay": 2.0}, r"method\.ema_decay is 2\.0"),
+        ({"warmup_epochs": -1}, r"method\.warmup_epochs is -1"),
+        ({"exit_weights": [0.0, 0.0]}, r"method\.exit_weights is"),
+        ({"distillation_weight": math.inf}, r"method\.distillation_weight is inf"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SafeKD(**arguments)
+
+
+def test_weights_of_another_number_of_exits_are_told_before_anything_is_trained(federate: Federate) -> None:
+    run = federate(SafeKD(exit_weights=[1.0, 1.0, 1.0]), client=client())
+    with pytest.raises(UserError, match=r"method\.exit_weights has 3 numbers, and the network has 2 exits"):
+        run.run()
+    assert not run.progress.local

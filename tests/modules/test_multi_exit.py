@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedekd.errors import UserError
 from fedekd.models import ExitHead, MultiExitNetwork, PrivateCNN, multi_exit
-from fedekd.modules import MultiExitModule, SupervisedModule, moving_average
+from fedekd.modules import MovingAverage, MultiExitModule, SupervisedModule
 
 CLASSES = 4
 
@@ -204,7 +204,7 @@ def test_the_average_waits_for_accumulated_gradients(tmp_path):
 
 def test_an_average_that_was_begun_before_goes_on(tmp_path):
     student = network()
-    average = moving_average(student, 0.5)
+    average = MovingAverage(student, 0.5)
     for _ in range(2):
         trainer(tmp_path, epochs=1).fit(MultiExitModule(student, average, optimizer=sgd), loader())
     assert int(average.n_averaged) == 6
@@ -293,7 +293,7 @@ def test_a_checkpoint_holds_the_average_and_goes_on_from_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"distillation_weight": -1.0}, "distillation_weight is -1.0, and must be at least 0"),
+        ({"distillation_weight": -1.0}, "distillation_weight is -1.0, and must be a finite number of at least 0"),
         ({"distillation_weight": math.nan}, "distillation_weight"),
         ({"consistency_weight": -0.1}, "consistency_weight"),
         ({"temperature": 0.0}, "temperature is 0.0, and must be a finite number above 0"),
