@@ -50,6 +50,20 @@ def first_difference(
     return None if both_nan or ours == theirs else (path, ours, theirs)
 
 
+def known_then(before: Any, now: Any) -> Any:
+    """What is said now, without the keys that were not known before.
+
+    An option that a run knows nothing of is younger than the run, and its default does what was done then.
+
+    Example:
+        >>> known_then({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
+        {'client': {'local_epochs': 3}}
+    """
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return now
+    return {key: known_then(before[key], value) for key, value in now.items() if key in before}
+
+
 def as_plain(value: Any) -> Any:
     """A configuration as values that JSON keeps as they are; an object as its class and its attributes."""
     if value is None or isinstance(value, str | int | float | bool):
@@ -89,13 +103,14 @@ class RunFolder:
         checkpoint, complaints = self.checkpoints.load()
         if checkpoint is not None:
             kept = checkpoint.notes
-            if difference := first_difference(kept["config"], self.config, HARMLESS):
+            config = known_then(kept["config"], self.config)
+            if difference := first_difference(kept["config"], config, HARMLESS):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder} was run with {key}: {before!r}, and the configuration now says {now!r};"
                     " resume with the same configuration, or start a new run with --output"
                 )
-            if difference := first_difference(kept["identity"], dict(identity)):
+            if difference := first_difference(kept["identity"], known_then(kept["identity"], dict(identity))):
                 key, before, now = difference
                 raise UserError(f"{self.folder} was run with other {key}: it was {before}, and is now {now}")
         return checkpoint, complaints

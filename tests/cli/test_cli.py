@@ -556,3 +556,16 @@ def test_configurations_are_found_by_bare_name(here: Path) -> None:
     Path("configs/digits.yaml").write_text("rounds: 1\n")
     assert find_config("digits.yaml").resolve() == (here / "configs/digits.yaml").resolve()
     assert config_folders()[0] == Path("configs")
+
+
+def test_a_run_from_before_an_option_existed_is_taken_up(npz: Path, here: Path) -> None:
+    assert fit(npz, "--output=run", rounds=2) == 0
+    manifest = max(Path("run/checkpoints").glob("manifest-*.json"))
+    content = json.loads(manifest.read_text())
+    for part in (content["notes"]["config"]["client"], content["notes"]["identity"]["blueprint"]["client"]):
+        del part["lr_decay"]
+    manifest.write_text(json.dumps(content))
+    assert main(["test", "run"]) == 0
+    content["notes"]["config"]["client"]["local_epochs"] = 7  # what was known then still counts
+    manifest.write_text(json.dumps(content))
+    assert main(["test", "run"]) == 2
