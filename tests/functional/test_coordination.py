@@ -68,6 +68,12 @@ def test_without_conflict_all_learn_from_half_time_on() -> None:
     assert active_exits(table, 1, 100, 3, schedule="all_on").all()
 
 
+def test_a_budget_that_is_a_whole_number_is_not_rounded_below_it() -> None:
+    """1/2 * 2 * 1/49 * 2 * 49 is 2, and in floating point a little less."""
+    assert (1 - 1 / 2) * 2 * 1 / 49 * 2 * 49 < 2
+    assert student_budget(torch.eye(49), 1, 49, 2) == literal_budget(torch.eye(49), 1, 49, 2) == 2
+
+
 def test_whoever_conflicts_most_waits() -> None:
     table = torch.eye(3)
     table[0, 1] = table[1, 0] = -0.5
