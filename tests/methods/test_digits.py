@@ -8,16 +8,15 @@ import pytest
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import RoundOptions
-from fedekd.methods import ClientOptions
 
 from .conftest import Federate
-from .test_methods import CASES, METHODS
+from .test_methods import CASES, METHODS, small_client
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_every_method_runs_on_digits(name: str, task: str, federate: Federate) -> None:
     data = FederatedDataModule("digits", num_clients=3, alpha=5.0, batch_size=128, task=task)  # type: ignore[arg-type]
-    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"})
+    client = small_client(name)
     summary = federate(METHODS[name](), data=data, client=client, rounds=RoundOptions(rounds=1)).run()
     assert summary["dataset"] == "digits"
     assert summary["metric"] == ("rmse" if task == "regression" else "accuracy")

@@ -70,6 +70,12 @@ CASES = [
 ]
 
 
+def small_client(name: str) -> ClientOptions:
+    """ProxyCNN, which can have two exits, for one epoch."""
+    exits = None if METHODS[name]().exits is None else 2
+    return ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=exits)
+
+
 class StoppedError(Exception):
     """Ends a run at a chosen moment."""
 
@@ -105,8 +111,7 @@ def test_every_method_trains_resumes_and_does_not_mind_the_order(
     name: str, task: str, federate: Federate, tmp_path: Path
 ) -> None:
     # One epoch a phase: that epochs in turn are epochs in one go is tested on the client itself.
-    exits = None if METHODS[name]().exits is None else 2
-    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=exits)
+    client = small_client(name)
     whole = federate(METHODS[name](), task, client=client)
     summary = whole.run()
     assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
