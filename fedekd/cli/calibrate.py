@@ -141,7 +141,7 @@ def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None
     remarks = [f"exit {line.exit}: {line.note}" for line in exit_lines(policy, costs) if line.note]
     exits = [place for place, count in enumerate(policy.leaving) for _ in range(count)]
     remarks.append(f"an image saves {share_saved(policy, exits, costs):.1%} of the full network's FLOPs on average")
-    if policy.mode not in ("ltt", "path"):
+    if not MODES[policy.mode].promises:
         remarks.append(f"mode {policy.mode} promises nothing of these exits; ltt and path do")
     if trained_on is not None:
         images, splits = client.images.images, client.splits

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedekd.certificates import SelectiveRiskCalibrator
+from fedekd.certificates import MODES, SelectiveRiskCalibrator
 from fedekd.data import ImageData
 from fedekd.errors import UserError
 from fedekd.evaluation.scoring import ExitOutputs, exit_outputs
@@ -180,7 +180,7 @@ def _why_closed(policy: ExitPolicy, place: int) -> str:
         return "closed: the cheapest certified thresholds keep it closed"
     if policy.bands[place] < float("inf") or needed is not None:
         return "closed: its first test failed on the calibration samples"
-    if policy.mode in ("ltt", "path"):
+    if MODES[policy.mode].promises:
         return f"closed: however sure it is, it is wrong too often for alpha {policy.alpha:g}, or nobody comes here"
     return "closed: no threshold keeps what the rule asks for"
 

@@ -59,7 +59,7 @@ class SafeKD(Method):
         self.exit_weights = None if exit_weights is None else list(exit_weights)
 
     def start(self, blueprint: Blueprint) -> None:
-        """There is no server; only the task is looked at."""
+        """There is no server; the task and the number of weights are looked at before anything is trained."""
         if blueprint.task == "regression":
             raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
         if self.exit_weights is not None:
