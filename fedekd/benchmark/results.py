@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ COLUMNS = (
     *("mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "bytes_up", "bytes_down"),
     *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads"),
 )
+
+#: Further columns of runs with exits: accuracy and share of the FLOPs at each exit, and within budgets in percent.
+EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
 
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
 
@@ -44,7 +48,32 @@ def to_row(key: str, configuration: str, method: str, summary: Mapping[str, Any]
         "torch": summary["versions"]["torch"],
         **provenance,
     }
-    return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in COLUMNS}
+    of_exits = _of_exits(summary)
+    values |= of_exits
+    columns = (*COLUMNS, *of_exits)
+    return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
+
+
+def _of_exits(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The further columns of a run with exits; none of another."""
+    found: dict[str, float] = {}
+    for line in summary.get("exits", ()):
+        name = f"exit_{line['exit']}"
+        found |= {name: line["accuracy"], f"{name}_flops": line["cost"]}
+    for line in summary.get("budgets", ()):
+        name = f"budget_{round(100 * line['budget'])}"
+        found |= {name: line["accuracy"], f"{name}_flops": line["cost"]}
+    return found
+
+
+def exit_columns(rows: Iterable[Row]) -> list[str]:
+    """The further columns that rows have, exits first, by number."""
+
+    def place(column: str) -> tuple[bool, int, bool]:
+        kind, number, flops = EXIT_COLUMN.fullmatch(column).groups()  # type: ignore[union-attr]
+        return kind == "budget", int(number), flops is not None
+
+    return sorted({name for row in rows for name in row if name and EXIT_COLUMN.fullmatch(name)}, key=place)
 
 
 def read_results(folder: Path) -> dict[str, Row]:
@@ -70,7 +99,7 @@ def _checked(row: dict[Any, Any], path: Path, line: int) -> Row:
     """A row with every column in it, and numbers where there must be some (NaN for a run that diverged)."""
     if lacking := [name for name in COLUMNS if row.get(name) is None]:
         raise UserError(f"{path}, line {line}: no {lacking[0]}; these are no results of benchmark, or they are damaged")
-    for name in _NUMBERS:
+    for name in (*_NUMBERS, *(name for name in exit_columns([row]) if row[name])):
         try:
             float(row[name])
         except ValueError as error:
@@ -90,7 +119,7 @@ def write_results(folder: Path, rows: Iterable[Row]) -> None:
     for dataset, own in by_dataset.items():
         own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
         text = io.StringIO(newline="")
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(text, [*COLUMNS, *exit_columns(own)], restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(own)
         path = folder / f"{dataset}.csv"

@@ -14,8 +14,8 @@ from fedekd.errors import UserError
 from fedekd.evaluation.calibration import costs_of, fit_policy, require_exits, split_outputs
 from fedekd.evaluation.robustness import Corrupted, Labelled, under_corruption
 from fedekd.evaluation.scoring import ExitOutputs, prepared
-from fedekd.evaluation.tradeoff import Outcome, Point, anytime_curve, area, exit_points, outcome
-from fedekd.exits import ExitPolicy, Latency, measure_latency
+from fedekd.evaluation.tradeoff import Outcome, anytime_curve, area, outcome
+from fedekd.exits import ExitPolicy, Latency, Point, exit_points, measure_latency
 from fedekd.exits.latency import BATCH_SIZES
 from fedekd.methods import Client
 from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
@@ -184,7 +184,7 @@ def make_exit_report(
         dataset=client.images.name,
         client=client.number,
         runs=runs,
-        points=[exit_points(run.test, run.costs) for run in runs],
+        points=[exit_points(run.test.accuracies, run.costs) for run in runs],
         curves=curves,
         areas=[area(curve) for curve in curves],
         policies=policies,

@@ -5,29 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import trapezoid
 
 from fedekd.evaluation.scoring import ExitOutputs
-from fedekd.exits import ExitPolicy, assign_exits
+from fedekd.exits import ExitPolicy, Point, assign_exits
 from fedekd.models import ExitCosts
 
 #: Points of the curve.
 _POINTS = 101
-
-
-class Point(NamedTuple):
-    """A way to run a network.
-
-    Attributes:
-        cost: Mean FLOPs of an image over those of the plain network.
-        accuracy: Over all images.
-    """
-
-    cost: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -51,13 +38,6 @@ class Outcome:
         """Of the exits before the last; NaN if nobody leaves early."""
         early = [risk for risk in self.risks[:-1] if not math.isnan(risk)]
         return max(early, default=math.nan)
-
-
-def exit_points(outputs: ExitOutputs, costs: ExitCosts) -> list[Point]:
-    """Every image leaves at the same exit, one point an exit; no head but that one is evaluated."""
-    exits = outputs.num_exits
-    alone = [costs.leaving([place == exit_ for place in range(exits)])[exit_] for exit_ in range(exits)]
-    return [Point(cost / costs.full, accuracy) for cost, accuracy in zip(alone, outputs.accuracies, strict=True)]
 
 
 def anytime_curve(outputs: ExitOutputs, costs: ExitCosts, score: str = "max_softmax") -> list[Point]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
+from fedekd.federation.exit_tradeoff import ExitTradeoff, exit_tradeoff
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference, restore_reference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
@@ -26,6 +27,7 @@ class Visit:
         supervised_rounds: Rounds of supervised training that its private model has had.
         logs: What absorbing recorded, such as `gate/weight_mean`.
         update: What it sends; None after the last aggregate.
+        tradeoff: Accuracy against cost of a network with exits; only after the last aggregate.
     """
 
     client: int
@@ -33,6 +35,7 @@ class Visit:
     supervised_rounds: int
     logs: dict[str, float]
     update: Update | None
+    tradeoff: ExitTradeoff | None = None
 
 
 class Engine(Protocol):
@@ -191,12 +194,14 @@ class InProcessEngine:
                 if round and math.isnan(score):
                     self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)
-                update = None
+                update, tradeoff = None, None
                 if upload:
                     self.observer.phase_started(number, "upload")
                     update = self.method.upload(client, round)
                     self.observer.phase_finished(number, "upload", self.client_steps(number))
-                yield Visit(number, score, trained, logs, update)
+                else:
+                    tradeoff = exit_tradeoff(client)
+                yield Visit(number, score, trained, logs, update, tradeoff)
 
     def score(self, number: int) -> float:
         """A client's score as it is now."""

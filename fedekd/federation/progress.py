@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedekd.federation.engine import Visit
+from fedekd.federation.exit_tradeoff import ExitTradeoff
 from fedekd.federation.reference import LocalReference
 from fedekd.metrics import SCORE_NAME, negative_transfer
 from fedekd.tasks import Task
@@ -31,11 +32,19 @@ class ClientRecord:
         score: Its score after it last absorbed.
         supervised_rounds: How many rounds of supervised training that took.
         logs: What absorbing recorded.
+        tradeoff: Accuracy against cost of its network with exits, once the last round is over.
     """
 
     score: float
     supervised_rounds: int
     logs: dict[str, float]
+    tradeoff: ExitTradeoff | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `asdict`, after a journey through JSON."""
+        tradeoff = values.get("tradeoff")
+        return cls(**{**values, "tradeoff": None if tradeoff is None else ExitTradeoff(**tradeoff)})
 
 
 @dataclass
@@ -73,7 +82,7 @@ class Progress:
 
     def note_visit(self, visit: Visit) -> None:
         """Take in what a visit showed."""
-        self.records[visit.client] = ClientRecord(visit.score, visit.supervised_rounds, visit.logs)
+        self.records[visit.client] = ClientRecord(visit.score, visit.supervised_rounds, visit.logs, visit.tradeoff)
 
     def note_down(self, size: int) -> None:
         """Count bytes sent to a client."""
@@ -133,6 +142,6 @@ class Progress:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`, after a journey through JSON."""
-        records = {int(number): ClientRecord(**record) for number, record in values["records"].items()}
+        records = {int(number): ClientRecord.from_json(record) for number, record in values["records"].items()}
         local = {int(number): scores for number, scores in values["local"].items()}
         return cls(**{**values, "records": records, "local": local, "traffic": Traffic(**values["traffic"])})

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fedekd
+from fedekd.federation.exit_tradeoff import mean_tradeoff
 from fedekd.federation.progress import worst_score
 from fedekd.metrics import SCORE_NAME, negative_transfer
 
@@ -34,6 +35,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         }
         for number, score, change in zip(numbers, scores, changes, strict=True)
     ]
+    tradeoffs = [record.tradeoff for record in run.progress.records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.images.name,
         "alpha": run.data.alpha,
@@ -47,6 +49,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "local_mean": sum(local[number] for number in numbers) / len(numbers),
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,
+        **(mean_tradeoff(tradeoffs) if tradeoffs else {}),
         "seconds": run.progress.seconds,
         "bytes_up": run.progress.bytes_up,
         "bytes_down": run.progress.bytes_down,

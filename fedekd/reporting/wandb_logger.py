@@ -131,12 +131,18 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Put the final scores, Deltas and costs, and the table `clients`, into the run's summary."""
+        """Put the final scores, Deltas and costs, and the table `clients`, into the run's summary.
+
+        Of a network with exits also `budget_50/accuracy` and `budget_50/flops`, for each budget in percent.
+        """
         import wandb
 
         metric = summary["metric"]
         scores = {f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary}
         deltas = {f"delta/{name}": value for name, value in summary["delta"].items()}
+        for line in summary.get("budgets", ()):
+            name = f"budget_{round(100 * line['budget'])}"
+            scores |= {f"{name}/accuracy": line["accuracy"], f"{name}/flops": line["cost"]}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
         names = ["client", "train", "test", "local", "method", "delta"]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedekd.evaluation.scoring import ExitOutputs
-from fedekd.evaluation.tradeoff import Point, anytime_curve, area, exit_points, outcome
+from fedekd.evaluation.tradeoff import anytime_curve, area, outcome
+from fedekd.exits import Point, exit_points
 from fedekd.exits import ExitPolicy
 from fedekd.models import ExitCosts
 
@@ -28,7 +29,7 @@ def outputs() -> ExitOutputs:
 
 
 def test_all_images_at_one_exit_cost_its_stages_and_its_head_alone(outputs: ExitOutputs) -> None:
-    points = exit_points(outputs, COSTS)
+    points = exit_points(outputs.accuracies, COSTS)
     assert [point.cost for point in points] == [11 / 100, 52 / 100, 1.0]
     for exit_, point in enumerate(points):
         right = [outputs.logits[i, exit_].argmax() == outputs.labels[i] for i in range(200)]

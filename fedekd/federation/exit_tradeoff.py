@@ -1,0 +1,76 @@
+"""What a client's network with exits is worth after the last round, at each exit and within budgets of FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedekd.exits import Point, budget_points, exit_points
+from fedekd.functional import CONFIDENCES
+from fedekd.methods import Client
+from fedekd.models import MultiExitNetwork, exit_costs
+from fedekd.modules import Prediction
+
+#: Which confidence lets an image leave.
+SCORE = "max_softmax"
+
+
+@dataclass(frozen=True)
+class ExitTradeoff:
+    """Accuracy against cost on a client's own test split; costs are shares of the plain network's FLOPs.
+
+    Attributes:
+        exits: Cost and accuracy of each exit, if all images leave there.
+        budgets: Budget, cost and accuracy where images leave early; thresholds are chosen on the validation split.
+    """
+
+    exits: list[Sequence[float]] = field(default_factory=list)
+    budgets: list[Sequence[float]] = field(default_factory=list)
+
+
+def exit_tradeoff(client: Client) -> ExitTradeoff | None:
+    """Measure a client's private model; None if it has no exits to choose from, or no classes."""
+    network = client.networks["private"]
+    if not isinstance(network, MultiExitNetwork) or network.num_exits == 1:
+        return None
+    if client.blueprint.task == "regression":
+        return None
+    costs = exit_costs(network, (client.blueprint.in_channels, *client.blueprint.image_size))
+    tuning, judged = client.predict("private", "validation"), client.predict("private", "test")
+    targets = client.images.targets[client.splits.test.to(client.images.targets.device)]
+    correct = torch.stack([logits.argmax(dim=1) == targets for logits in judged.exits], dim=1).cpu().numpy()
+    points = budget_points(_scores(tuning), _scores(judged), correct, costs)
+    return ExitTradeoff(
+        [list(point) for point in exit_points(client.exit_scores(), costs)],
+        [[budget, *point] for budget, point in points.items()],
+    )
+
+
+def _scores(prediction: Prediction) -> Any:
+    return torch.stack([CONFIDENCES[SCORE](logits).double() for logits in prediction.exits], dim=1).cpu().numpy()
+
+
+def mean_tradeoff(clients: Sequence[ExitTradeoff]) -> dict[str, list[dict[str, float]]]:
+    """The mean over clients, as `summary.json` holds it: of an exit or a budget over those clients that have it."""
+    by_exit: dict[int, list[Point]] = {}
+    by_budget: dict[float, list[Point]] = {}
+    for client in clients:
+        for number, point in enumerate(client.exits, start=1):
+            by_exit.setdefault(number, []).append(Point(*point))
+        for budget, *point in client.budgets:
+            by_budget.setdefault(budget, []).append(Point(*point))
+    return {
+        "exits": [{"exit": number, **_mean(points)} for number, points in sorted(by_exit.items())],
+        "budgets": [{"budget": budget, **_mean(points)} for budget, points in sorted(by_budget.items())],
+    }
+
+
+def _mean(points: Sequence[Point]) -> dict[str, float]:
+    return {
+        "cost": fmean(point.cost for point in points),
+        "accuracy": fmean(point.accuracy for point in points),
+    }
