@@ -59,7 +59,7 @@ class FedAvg(Method):
         client.supervised_epochs += self.finetune_epochs
         return logs
 
-    def objectives(self, client: Client, network: nn.Module) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
         """What a client minimises in a round: L_k."""
         return [Supervised(client.blueprint.task)]
 
@@ -67,7 +67,7 @@ class FedAvg(Method):
         """Train the global model on the client's data, and send it."""
         network = client.networks["private"]
         module = ObjectiveModule(
-            network, self.objectives(client, network), client.blueprint.task, client.blueprint.optimizer
+            network, self.objectives(client, network, round), client.blueprint.task, client.blueprint.optimizer
         )
         client.train("private", module, round)
         client.supervised_epochs += client.blueprint.client.local_epochs

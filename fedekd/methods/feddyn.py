@@ -46,13 +46,13 @@ class FedDyn(FedAvg):
         parameters = trainable(blueprint.network("private", "server"))
         self.server_state["h"] = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
-    def objectives(self, client: Client, network: nn.Module) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
         """L_k, the linear term and the quadratic one."""
         anchor = trainable(network)
         if "g" not in client.memory:
             client.memory["g"] = {name: torch.zeros_like(value) for name, value in anchor.items()}
         quadratic = Proximal(network, anchor, self.alpha)
-        return [*super().objectives(client, network), Linear(network, client.memory["g"]), quadratic]
+        return [*super().objectives(client, network, round), Linear(network, client.memory["g"]), quadratic]
 
     def upload(self, client: Client, round: int) -> Update:
         """Train, renew g_k, and send the model."""

@@ -36,7 +36,7 @@ class FedProx(FedAvg):
             raise UserError(f"method.mu is {mu}, and must be at least 0")
         self.mu = mu
 
-    def objectives(self, client: Client, network: nn.Module) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
         """L_k and the proximal term."""
-        objectives = super().objectives(client, network)
+        objectives = super().objectives(client, network, round)
         return [*objectives, Proximal(network, trainable(network), self.mu)] if self.mu else objectives
