@@ -117,7 +117,8 @@ class Orchestrator:
         smallest = min(self.data.clients, key=lambda splits: len(splits.train))
         single = self.data.batch_size == 1 or len(smallest.train) == 1
         models = self.blueprint.client.private_model
-        owners = range(1) if isinstance(models, Mapping) else range(self.num_clients)
+        alike = isinstance(models, Mapping) and self.blueprint.client.depths is None
+        owners = range(1) if alike else range(self.num_clients)
         for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
             network = self.blueprint.network(role, owner)
             check_model(

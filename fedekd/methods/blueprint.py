@@ -41,6 +41,8 @@ class ClientOptions:
             new stem, as is usual for them: 3x3, of stride 1, without a max-pool.
         exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
             average.
+        depths: Clients that have less to compute with hold the first so many stages of the network alone, and their
+            exits; a list is dealt to the clients in turn, as in [1, 2, 3]. Needs exits. Null gives all of them.
         lr_decay: The learning rate is multiplied by this after each round that a client is trained in, in (0, 1].
     """
 
@@ -51,6 +53,7 @@ class ClientOptions:
     exits: int | None = None
     exit_grid: int = 1
     lr_decay: float = 1.0
+    depths: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:
@@ -61,6 +64,20 @@ class ClientOptions:
             raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
         if not 0 < self.lr_decay <= 1:
             raise UserError(f"client.lr_decay is {self.lr_decay}, and must be above 0 and at most 1")
+        if self.depths is not None and not (self._all_depths and min(self._all_depths) >= 1):
+            raise UserError(f"client.depths is {self.depths}, and must be numbers of stages, at least 1, or null")
+
+    @property
+    def _all_depths(self) -> list[int]:
+        if self.depths is None:
+            return []
+        return [self.depths] if isinstance(self.depths, int) else list(self.depths)
+
+    def depth(self, owner: int | str) -> int | None:
+        """How many stages a client has; the server has as many as the deepest. None is all of them."""
+        if not self._all_depths:
+            return None
+        return self._all_depths[owner % len(self._all_depths)] if isinstance(owner, int) else max(self._all_depths)
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,8 @@ class Blueprint:
             raise UserError(
                 f"client.private_model lists {len(models)} models, and data.num_clients is {self.num_clients}"
             )
+        if self.client.depths is not None and self.client.exits is None:
+            raise UserError("client.depths needs a network with exits; set --client.exits to a number of stages")
 
     def network(self, role: str, owner: int | str) -> nn.Module:
         """A freshly initialized network on the training device.
@@ -118,19 +137,25 @@ class Blueprint:
                 flag=f"client.{role}_model",
             )
             if role == "private" and self.client.exits is not None:
-                network = self._with_exits(network)
+                network = self._with_exits(network, self.client.depth(owner))
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # Of the layout, PyTorch's own stubs know only a call of its own.
         return network.to(memory_format=self.trainer.memory_format)
 
-    def _with_exits(self, network: nn.Module) -> nn.Module:
+    def _with_exits(self, network: nn.Module, depth: int | None) -> nn.Module:
         try:
             small = max(self.image_size) <= SMALL_IMAGE
-            return multi_exit(
+            whole = multi_exit(
                 network, self.num_outputs, self.client.exits, grid=self.client.exit_grid, cifar_stem=small
             )
         except UserError as error:
             raise UserError(f"client.exits is {self.client.exits}: {error}") from error
+        if depth is None:
+            return whole
+        try:
+            return whole.shallow(depth)
+        except UserError as error:
+            raise UserError(f"client.depths is {self.client.depths}: {error}") from error
 
     def private_model(self, owner: int | str) -> Spec:
         """The private model of a client, or the one that the server starts from."""
@@ -148,6 +173,9 @@ class Blueprint:
         models = self.client.private_model
         if not isinstance(models, Mapping) and any(model != models[0] for model in models):
             raise UserError(f"method {method} averages private models, and client.private_model lists different ones")
+        depths = {self.client.depth(number) for number in range(self.num_clients)}
+        if len(depths) > 1:
+            raise UserError(f"method {method} averages private models, and client.depths gives them different depths")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The client's optimizer over `parameters`, fused where that is the same and faster on every device."""

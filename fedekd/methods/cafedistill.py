@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import Mean, active_exits, average_state_dicts, cosine_similarities, mixing_weights
@@ -91,6 +91,8 @@ class CAFEDistill(Method):
         network = blueprint.network("private", "server")
         if not isinstance(network, MultiExitNetwork):
             raise UserError("method CAFEDistill needs exits; set --client.exits to a number of stages")
+        if not isinstance(network.heads[-1], nn.Linear):
+            raise UserError("method CAFEDistill mixes the network's last layers, and client.depths cuts them off")
         trunk, head = _parts(network.state_dict(), network.num_exits)
         count = blueprint.num_clients
         self.server_state = {
@@ -141,6 +143,8 @@ class CAFEDistill(Method):
         )
         client.train("private", module, round)
         client.supervised_epochs += client.blueprint.client.local_epochs
+        if not isinstance(network.heads[-1], nn.Linear):
+            raise UserError("method CAFEDistill mixes the network's last layers, and client.depths cuts them off")
         trunk, head = _parts(network.state_dict(), network.num_exits)
         return Update(client.number, {**trunk, **head, ACTIVE: client.memory[ACTIVE]}, len(client.splits.train))
 

@@ -80,9 +80,10 @@ class PrivateCNN(_ConvNet):
         in_channels: Channels of an image, at least 1.
         image_size: Height and width of an image, at least 8; a single number is a square.
         num_classes: Outputs: the number of classes, or 1 for regression.
+        width: All widths are multiplied by this and rounded, in (0, 1]: for clients that have less to compute with.
 
     Attributes:
-        num_features: 256, the width of `features(x)`.
+        num_features: 256 times the width, that of `features(x)`.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
@@ -95,8 +96,19 @@ class PrivateCNN(_ConvNet):
         torch.Size([2, 5])
     """
 
-    def __init__(self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
-        super().__init__((64, 128, 128), 256, in_channels=in_channels, image_size=image_size, num_classes=num_classes)
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int | Sequence[int] = 28,
+        num_classes: int = 10,
+        width: float = 1.0,
+    ) -> None:
+        if not 0 < width <= 1:
+            raise UserError(f"width must be above 0 and at most 1, but is {width}")
+        *channels, num_features = (max(1, round(width * full)) for full in (64, 128, 128, 256))
+        super().__init__(
+            channels, num_features, in_channels=in_channels, image_size=image_size, num_classes=num_classes
+        )
 
 
 class ProxyCNN(_ConvNet):

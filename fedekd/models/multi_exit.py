@@ -64,9 +64,14 @@ class ExitHead(nn.Module):
         self.norm = nn.LayerNorm(self.num_features)
         self.linear = nn.Linear(self.num_features, num_classes)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the linear layer sees: a stage's output, in the head's layout, to (B, num_features)."""
+        features: Tensor = self.norm(self.pool(x))
+        return features
+
     def forward(self, x: Tensor) -> Tensor:
         """A stage's output, in the head's layout, to logits (B, num_classes)."""
-        logits: Tensor = self.linear(self.norm(self.pool(x)))
+        logits: Tensor = self.linear(self.features(x))
         return logits
 
 
@@ -79,14 +84,15 @@ class MultiExitNetwork(nn.Module):
     Args:
         stages: E modules, E at least 1, the output of each the input of the next. The first takes images.
         heads: E modules, each from the output of its stage to logits (B, C); the last one is an `nn.Linear`, and the
-            last stage gives its features (B, F).
+            last stage gives its features (B, F), or it is an `ExitHead`.
 
     Attributes:
         stages: The stages, an `nn.ModuleList`, shallow to deep.
         heads: Their heads, an `nn.ModuleList`.
 
     Raises:
-        UserError: There is no stage, there are more or fewer heads than stages, or the last head is no `nn.Linear`.
+        UserError: There is no stage, there are more or fewer heads than stages, or the last head is neither an
+            `nn.Linear` nor an `ExitHead`.
 
     Example:
         >>> import torch
@@ -105,8 +111,9 @@ class MultiExitNetwork(nn.Module):
                 f"{len(self.stages)} stages and {len(self.heads)} heads were given; one head a stage is needed, and at"
                 " least one stage"
             )
-        if not isinstance(self.heads[-1], nn.Linear):
-            raise UserError(f"the last of heads must be an nn.Linear, but is a {type(self.heads[-1]).__name__}")
+        if not isinstance(self.heads[-1], nn.Linear | ExitHead):
+            kind = type(self.heads[-1]).__name__
+            raise UserError(f"the last of heads must be an nn.Linear or an ExitHead, but is a {kind}")
 
     @property
     def num_exits(self) -> int:
@@ -115,8 +122,9 @@ class MultiExitNetwork(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The last head; `forward(x)[-1]` is `head(features(x))`."""
-        return cast(nn.Linear, self.heads[-1])
+        """The last linear layer; `forward(x)[-1]` is `head(features(x))`."""
+        last = self.heads[-1]
+        return last.linear if isinstance(last, ExitHead) else cast(nn.Linear, last)
 
     @property
     def num_features(self) -> int:
@@ -124,10 +132,14 @@ class MultiExitNetwork(nn.Module):
         return self.head.in_features
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last head sees: images (B, C, H, W) to features (B, num_features)."""
+        """What the last linear layer sees: images (B, C, H, W) to features (B, num_features)."""
         for stage in self.stages:
             x = stage(x)
-        return x
+        return self._embed(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        last = self.heads[-1]
+        return last.features(x) if isinstance(last, ExitHead) else x
 
     def exits_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """`forward(x)` and `features(x)` in one pass."""
@@ -135,7 +147,20 @@ class MultiExitNetwork(nn.Module):
         for stage, head in zip(self.stages, self.heads, strict=True):
             x = stage(x)
             exits.append(head(x))
-        return exits, x
+        return exits, self._embed(x)
+
+    def shallow(self, depth: int) -> MultiExitNetwork:
+        """The network of the first stages and their exits alone, of the same modules under the same names.
+
+        Args:
+            depth: How many stages, 1..E.
+
+        Raises:
+            UserError: There are not so many.
+        """
+        if not 1 <= depth <= self.num_exits:
+            raise UserError(f"depth must be from 1 to {self.num_exits}, but is {depth}")
+        return MultiExitNetwork(self.stages[:depth], self.heads[:depth])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) to the logits (B, num_classes) of each exit, shallow to deep."""
