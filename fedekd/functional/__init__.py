@@ -32,6 +32,7 @@ from fedekd.functional.energies import (
     squared_error_energy,
 )
 from fedekd.functional.gate import trust_weights
+from fedekd.functional.nested import average_nested, nested_state_dict
 from fedekd.functional.precision import at_least_float32
 from fedekd.functional.simplex import project_to_simplex
 
@@ -43,6 +44,7 @@ __all__ = [
     "TrimmedMean",
     "active_exits",
     "at_least_float32",
+    "average_nested",
     "average_state_dicts",
     "conformal_quantile",
     "cosine_similarities",
@@ -59,6 +61,7 @@ __all__ = [
     "margin_energy",
     "max_softmax_confidence",
     "mixing_weights",
+    "nested_state_dict",
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",

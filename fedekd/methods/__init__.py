@@ -4,16 +4,19 @@ from fedekd.methods.base import Broadcast, Method, StateDict, Update
 from fedekd.methods.blueprint import Blueprint, ClientOptions
 from fedekd.methods.cafedistill import CAFEDistill
 from fedekd.methods.client import Client
+from fedekd.methods.depthfl import DepthFL
 from fedekd.methods.ditto import Ditto
 from fedekd.methods.fedavg import FedAvg
 from fedekd.methods.feddyn import FedDyn
 from fedekd.methods.fedekd import FedeKD
 from fedekd.methods.fedper import FedPer
 from fedekd.methods.fedprox import FedProx
+from fedekd.methods.fedrep import FedRep
 from fedekd.methods.fedtype import FedType
 from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
 from fedekd.methods.safekd import SafeKD
+from fedekd.methods.scalefl import ScaleFL
 
 __all__ = [
     "FML",
@@ -22,17 +25,20 @@ __all__ = [
     "CAFEDistill",
     "Client",
     "ClientOptions",
+    "DepthFL",
     "Ditto",
     "FedAvg",
     "FedDyn",
     "FedKD",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedType",
     "FedeKD",
     "Local",
     "Method",
     "SafeKD",
+    "ScaleFL",
     "StateDict",
     "Update",
 ]

@@ -41,7 +41,7 @@ class FedPer(FedAvg):
         model = self.server_state["model"]
         personal = self.personal_parts(model)
         for part in personal:
-            if not any(_belongs(name, part) for name in model):
+            if not any(belongs(name, part) for name in model):
                 raise UserError(f"method.personal is {personal}, but client.private_model has no part {part!r}")
         self.server_state = {"model": self._base(model)}
         if not self.server_state["model"]:
@@ -51,12 +51,12 @@ class FedPer(FedAvg):
         """Names of the parts of a model that stay with their client."""
         if self.personal is not None:
             return self.personal
-        return ["heads"] if any(_belongs(name, "heads") for name in state) else ["head"]
+        return ["heads"] if any(belongs(name, "heads") for name in state) else ["head"]
 
     def _base(self, state: StateDict) -> dict[str, Tensor]:
         """What travels."""
         personal = self.personal_parts(state)
-        return {name: value for name, value in state.items() if not any(_belongs(name, part) for part in personal)}
+        return {name: value for name, value in state.items() if not any(belongs(name, part) for part in personal)}
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Load the base, and keep the head."""
@@ -68,5 +68,6 @@ class FedPer(FedAvg):
         return Update(update.client, self._base(update.state), update.num_samples)
 
 
-def _belongs(name: str, part: str) -> bool:
+def belongs(name: str, part: str) -> bool:
+    """Whether a tensor of a state dict lies in a part of the network."""
     return name == part or name.startswith(f"{part}.")

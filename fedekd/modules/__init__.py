@@ -1,7 +1,7 @@
 """LightningModules: what one client trains, and what anybody's Lightning project can."""
 
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
-from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow
+from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow, MutualExits
 from fedekd.modules.gated_private import GatedPrivateModule
 from fedekd.modules.multi_exit import MovingAverage, MultiExitModule
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
@@ -21,6 +21,7 @@ __all__ = [
     "GatedPrivateModule",
     "MovingAverage",
     "MultiExitModule",
+    "MutualExits",
     "Objective",
     "ObjectiveModule",
     "Prediction",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, stack
 
 from fedekd import functional as F
 from fedekd.errors import UserError
@@ -84,6 +84,35 @@ class DeepToShallow:
 
         weights = [1.0 / exits] * exits if self.exit_weights is None else self.exit_weights
         return self.weight * weigh_exits(student.exits[:-1], loss, weights[:-1])
+
+
+class MutualExits:
+    r"""$\lambda \frac{1}{E (E - 1)} \sum_e \sum_{j \ne e} \mathrm{KL}(\mathrm{sg}\,p_j \,\|\, p_e)$.
+
+    Every exit learns from all others: DepthFL's self-distillation (Kim et al., ICLR 2023), over the number of exits.
+
+    Args:
+        weight: lambda, at least 0.
+    """
+
+    name = "mutual"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        _require_at_least_0(distillation_weight=weight)
+        self.weight = weight
+
+    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+        """The mean over the batch; 0 for a network of one exit."""
+        exits = student.exits
+        if len(exits) == 1:
+            return exits[0].new_zeros(())
+        pairs = [
+            F.kl_distillation(learner, other.detach()).mean()
+            for place, learner in enumerate(exits)
+            for number, other in enumerate(exits)
+            if number != place
+        ]
+        return self.weight * stack(pairs).mean()
 
 
 def require_temperature(temperature: float) -> None:

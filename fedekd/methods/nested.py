@@ -1,0 +1,77 @@
+"""What DepthFL and ScaleFL share: clients of unlike capacity hold parts of one model, averaged part by part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from fedekd.errors import UserError
+from fedekd.functional import average_nested, nested_state_dict
+from fedekd.methods.base import Broadcast, Update
+from fedekd.methods.blueprint import Blueprint
+from fedekd.methods.fedavg import FedAvg
+from fedekd.models import MultiExitNetwork
+
+
+class NestedFedAvg(FedAvg):
+    """FedAvg of a model with exits of which a client may hold a part: its first stages, its first channels, or both.
+
+    Who holds what is said of the clients: `client.depths` deals out how many stages, and a list as
+    `client.private_model` gives each client a network of its own, the widest first. A client is sent what it holds,
+    trains that, and sends it back; every weight is averaged over those who hold it. Local is trained on the same
+    part.
+
+    Args:
+        weights: uniform counts every client alike, samples by its training samples.
+    """
+
+    exits = 3
+
+    def __init__(self, weights: Literal["uniform", "samples"] = "uniform") -> None:
+        super().__init__(weights)
+        self.weights = weights
+
+    def start(self, blueprint: Blueprint) -> None:
+        """The whole model, and the shapes of what each client holds of it."""
+        name = type(self).__name__
+        if blueprint.task == "regression":
+            raise UserError(f"method {name} distils classes, and the task is regression; use FedAvg or FedeKD")
+        network = blueprint.network("private", "server")
+        if not isinstance(network, MultiExitNetwork):
+            raise UserError(f"method {name} needs exits; set --client.exits to a number of stages")
+        model = dict(network.state_dict())
+        kinds: dict[str, int] = {}
+        shapes: list[dict[str, tuple[int, ...]]] = []
+        held = []
+        for number in range(blueprint.num_clients):
+            kind = json.dumps([blueprint.private_model(number), blueprint.client.depth(number)], sort_keys=True)
+            if kind not in kinds:
+                part = blueprint.network("private", number).state_dict()
+                kinds[kind] = len(shapes)
+                shapes.append({key: tuple(tensor.shape) for key, tensor in part.items()})
+                try:
+                    nested_state_dict(model, shapes[-1])
+                except ValueError as error:
+                    raise UserError(
+                        f"client.private_model: that of client {number} is no part of the first one ({error}); list"
+                        " the widest first"
+                    ) from error
+            held.append(kinds[kind])
+        self.server_state = {"model": model, "shapes": shapes, "held": held}
+
+    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+        """To each client the part that it holds."""
+        state = self.server_state
+        if len(state["shapes"]) == 1:
+            return Broadcast(nested_state_dict(state["model"], state["shapes"][0]))
+        personal = {
+            client: nested_state_dict(state["model"], state["shapes"][state["held"][client]]) for client in participants
+        }
+        return Broadcast(personal=personal)
+
+    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+        """Each weight's average over those who hold it."""
+        weights = [1.0 if self.weights == "uniform" else float(update.num_samples) for update in updates]
+        model = average_nested(self.server_state["model"], [update.state for update in updates], weights)
+        self.server_state = {**self.server_state, "model": model}
