@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.errors import UserError, nearest
@@ -24,11 +24,12 @@ class Block:
     """A product of data sets, alphas, seeds and methods.
 
     Args:
-        datasets: Names of data sets, each with its configuration of the same name.
+        datasets: Names of data sets.
         alphas: Concentrations of the Dirichlet partition.
         seeds: Seeds.
         methods: By the label under which a method is reported: its class_path and init_args.
         options: Further options of every run, such as rounds or client.local_epochs.
+        config: The configuration that a data set's runs begin with.
     """
 
     datasets: list[str]
@@ -36,6 +37,7 @@ class Block:
     seeds: list[int]
     methods: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    config: str = "{dataset}.yaml"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def cells(
                 if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
             ]
             if places:
-                values = _configuration(parser, dataset, method, block.options, folder)
+                values = _configuration(parser, block, dataset, method, folder)
             for alpha, seed in places:
                 data = {**values["data"], "alpha": float(alpha)}
                 of_cell = {**values, "data": data, "seed": seed}
@@ -133,12 +135,19 @@ def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
 
 
 def _configuration(
-    parser: ArgumentParser, dataset: str, method: Any, options: Mapping[str, Any], folder: Path | None
+    parser: ArgumentParser, block: Block, dataset: str, method: Any, folder: Path | None
 ) -> dict[str, Any]:
-    name = f"{dataset}.yaml"
-    argv = ["--config", str(folder / name) if folder else name, f"--method={json.dumps(method)}"]
-    argv += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    name = block.config.replace("{dataset}", dataset)
+    argv = ["--config", str(folder / name) if folder else name, f"--method={_as_text(method)}"]
+    argv += [f"--{name}={_as_text(value)}" for name, value in block.options.items()]
     return as_values(parser, parse(parser, argv))
+
+
+def _as_text(value: Any) -> str:
+    """A value of a grid as it is written on a command line; the parser makes namespaces of classes in it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value.as_dict() if isinstance(value, Namespace) else value)
 
 
 def cell_key(values: Mapping[str, Any], parser: ArgumentParser) -> str:
