@@ -83,9 +83,15 @@ def parse_filter(text: str) -> dict[str, str]:
     Example:
         >>> parse_filter("dataset=retinamnist,alpha=0.1")
         {'dataset': 'retinamnist', 'alpha': '0.1'}
+        >>> parse_filter("method=FedType, FedProx,seed=0")
+        {'method': 'FedType, FedProx', 'seed': '0'}
     """
-    conditions = {}
+    conditions: dict[str, str] = {}
+    name = ""
     for part in filter(None, text.split(",")):
+        if name == "method" and "=" not in part:  # labels have commas in them, as `FedType, FedProx` has
+            conditions[name] += f",{part}"
+            continue
         name, equals, value = part.partition("=")
         known = ("dataset", "alpha", "seed", "method")
         if not equals:
