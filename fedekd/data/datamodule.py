@@ -68,8 +68,8 @@ class FederatedDataModule(lightning.LightningDataModule):
     Its loaders serve the clients' samples pooled, or those of one client, to an ordinary Lightning Trainer.
 
     Args:
-        dataset: A name (digits, fashionmnist, cifar10, diabetic_retinopathy, or a 2D flag of MedMNIST such as
-            retinamnist or organamnist_64), or the path of an .npz file in MedMNIST's layout.
+        dataset: A name (digits, fashionmnist, cifar10, cifar100, tinyimagenet, diabetic_retinopathy, or a 2D flag
+            of MedMNIST such as retinamnist or organamnist_64), or the path of an .npz file in MedMNIST's layout.
         num_clients: Number of clients.
         alpha: Concentration of the Dirichlet partition, over 0; the smaller, the less alike the clients.
         partition: label (skewed class by class), cluster (skewed by k-means clusters of the images), iid, or

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedekd.data.images import ImageData
 from fedekd.data.npz import SPLITS, Splits, one_line, pool, read_npz
+from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
 from fedekd.errors import UserError, nearest
 from fedekd.tasks import Task
 
@@ -61,8 +62,9 @@ def load_images(
     Args:
         name: The path of an .npz file in MedMNIST's layout (`{train,val,test}_{images,labels}`, splits may be
             missing or empty), or a name. A name is first looked for as ROOT/NAME.npz, then loaded by its own
-            package: `digits` (scikit-learn), `fashionmnist` and `cifar10` (torchvision), every 2D flag of
-            MedMNIST (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta).
+            package: `digits` (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), every 2D
+            flag of MedMNIST (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta); or, for
+            `tinyimagenet`, from the folder `tiny-imagenet-200`, unzipped by hand.
         root: Folder of the data files.
         task: `classification` or `regression`; None takes the data set's own (an unknown file:
             classification).
@@ -101,6 +103,7 @@ def load_images(
         task = task or source.task
         num_classes = source.num_classes if num_classes is None else num_classes
     images, labels, sizes = pool(key, splits)
+    del splits  # or they would lie beside the pooled copy while that is laid out anew
     return ImageData.from_arrays(key, images, labels, task or "classification", num_classes, sizes)
 
 
@@ -153,6 +156,15 @@ def _torchvision(class_name: str, name: str, root: Path, download: bool) -> Spli
         "train": (np.asarray(train.data), np.asarray(train.targets)),
         "test": (np.asarray(test.data), np.asarray(test.targets)),
     }
+
+
+def _tiny_imagenet(name: str, root: Path, download: bool) -> Splits:
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            "Tiny ImageNet is downloaded by hand, from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        )
+    return read_tiny_imagenet(folder)
 
 
 def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: bool) -> Splits:
@@ -245,6 +257,8 @@ SOURCES = {
     "digits": Source("classification", 10, _digits),
     "fashionmnist": Source("classification", 10, partial(_torchvision, "FashionMNIST"), "FashionMNIST/raw/*-ubyte"),
     "cifar10": Source("classification", 10, partial(_torchvision, "CIFAR10"), "cifar-10-batches-py/*"),
+    "cifar100": Source("classification", 100, partial(_torchvision, "CIFAR100"), "cifar-100-python/*"),
+    "tinyimagenet": Source("classification", NUM_CLASSES, _tiny_imagenet, "tiny-imagenet-200/*"),
     "diabetic_retinopathy": Source("regression", 5, _medimeta, "MedIMeta/dr_regular/*"),
 }
 """Known names beside MedMNIST's flags. A new data set is one function and one row."""

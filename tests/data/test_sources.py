@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import sys
+from hashlib import md5
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +88,8 @@ def test_a_name_is_first_looked_for_under_root(write_npz: WriteNpz, tmp_path: Pa
     ("name", "task", "num_classes"),
     [
         ("cifar10", "classification", 10),
+        ("cifar100", "classification", 100),
+        ("tinyimagenet", "classification", 200),
         ("octmnist", "classification", 4),
         ("organamnist", "classification", 11),
         ("organamnist_64", "classification", 11),
@@ -123,6 +127,50 @@ def test_fashionmnist_through_torchvision(
     assert capsys.readouterr().out == ""
 
 
+def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """7 images in the official layout, under checksums of their own; coarse labels lie beside the fine ones."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    labels = [99, 0, 3, 42, 2, 98, 57]
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+
+    def write(name: str, content: dict[str, Any]) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return md5((folder / name).read_bytes()).hexdigest()
+
+    for part, chosen in (("train", slice(0, 5)), ("test", slice(5, 7))):
+        pixels = images[chosen].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        coarse = [label // 5 for label in labels[chosen]]
+        digest = write(part, {"data": pixels, "fine_labels": labels[chosen], "coarse_labels": coarse})
+        monkeypatch.setattr(f"torchvision.datasets.CIFAR100.{part}_list", [[part, digest]])
+    names = {"fine_label_names": [f"class {number}" for number in range(100)]}
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": write("meta", names)}
+    monkeypatch.setattr("torchvision.datasets.CIFAR100.meta", meta)
+    return images, labels
+
+
+def test_cifar100_through_torchvision(
+    tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = write_cifar100(tmp_path, monkeypatch)
+    data = load_images("cifar100", tmp_path)
+    assert np.array_equal(data.images.numpy().transpose(0, 2, 3, 1), images)
+    assert data.targets.tolist() == labels
+    assert data.splits == {"train": 5, "val": 0, "test": 2}
+    assert (data.task, data.num_classes) == ("classification", 100)
+    assert not offline
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_cifar100(tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar100(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-100-python/test"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"'cifar100' is not readable under .* or '.*/cifar-100-python/\*'"):
+        load_images("cifar100", tmp_path)
+
+
 def test_damaged_fashionmnist(tmp_path: Path, offline: list[str]) -> None:
     write_fashionmnist(tmp_path)
     path = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte"
@@ -131,7 +179,7 @@ def test_damaged_fashionmnist(tmp_path: Path, offline: list[str]) -> None:
         load_images("fashionmnist", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "octmnist", "retinamnist_64"])
+@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "cifar100", "octmnist", "retinamnist_64"])
 def test_what_cannot_be_downloaded_says_where_to_put_it(
     tmp_path: Path, offline: list[str], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -149,7 +197,7 @@ def test_what_cannot_be_downloaded_says_where_to_put_it(
     assert not list(root.glob(".download*"))
 
 
-@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "octmnist"])
+@pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "cifar100", "octmnist"])
 def test_nothing_is_downloaded_unless_allowed(tmp_path: Path, offline: list[str], name: str) -> None:
     with pytest.raises(UserError, match=r"data\.download is false"):
         load_images(name, tmp_path, download=False)
@@ -187,6 +235,7 @@ def test_a_download_is_kept(write_npz: WriteNpz, tmp_path: Path, monkeypatch: py
     ("name", "texts"),
     [
         ("cifra10", ["unknown data set 'cifra10'", "cifra10.npz", "did you mean 'cifar10'?"]),
+        ("tiny-imagenet", ["did you mean 'tinyimagenet'?"]),
         ("organmnist", ["did you mean 'organ"]),
         ("zzz", ["choose from: bloodmnist, ", "retinamnist"]),
         ("chestmnist", ["'chestmnist' cannot be used", "multi-label"]),
@@ -280,6 +329,8 @@ def shared_root(file: str) -> Path:
         ("fashionmnist", "FashionMNIST/raw", (60000, 0, 10000), [7000] * 10),
         ("retinamnist", "retinamnist.npz", (1080, 120, 400), [714, 186, 326, 282, 92]),
         ("cifar10", "cifar10.npz", (50000, 0, 10000), [6000] * 10),
+        ("cifar100", "cifar-100-python", (50000, 0, 10000), [600] * 100),
+        ("tinyimagenet", "tiny-imagenet-200", (100000, 0, 10000), [550] * 200),
     ],
 )
 def test_real_data(name: str, file: str, splits: tuple[int, int, int], counts: list[int]) -> None:
