@@ -43,7 +43,7 @@ def _exits(lines: Sequence[Line]) -> str:
         rows.append([network, *accuracies, f"{float(own[exits[0]]['area']):.4f}"])
     first = {line["exit"]: line for line in lines if line["network"] == networks[0]}
     heads = [f"exit {exit_} ({float(first[exit_]['cost']):.0%} of the FLOPs)" for exit_ in exits]
-    return _markdown(["network", *heads, "area under accuracy against cost"], rows)
+    return markdown(["network", *heads, "area under accuracy against cost"], rows)
 
 
 def _policies(lines: Sequence[Line]) -> str:
@@ -62,7 +62,7 @@ def _policies(lines: Sequence[Line]) -> str:
             ]
         )
     heads = ["alpha", "leave early", "worst exit's risk", "FLOPs saved", "accuracy (change)"]
-    return _markdown([*heads, *(column.replace("time ratio", "time") for column in times)], rows)
+    return markdown([*heads, *(column.replace("time ratio", "time") for column in times)], rows)
 
 
 def _validity(lines: Sequence[Line]) -> str:
@@ -77,10 +77,11 @@ def _validity(lines: Sequence[Line]) -> str:
             low, high = float(line["low"]), float(line["high"])
             cells.append(f"{float(line['share']):.3f} ({low:.3f} to {high:.3f})")
         rows.append([f"`{rule}`", *cells, at[rule, alphas[0]]["draws"]])
-    return _markdown(["rule", *(f"alpha {alpha}" for alpha in alphas), "draws"], rows)
+    return markdown(["rule", *(f"alpha {alpha}" for alpha in alphas), "draws"], rows)
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

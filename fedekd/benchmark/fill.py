@@ -6,17 +6,20 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedekd.benchmark.exit_tables import exit_table
+from fedekd.benchmark.exit_comparison import exit_comparisons, exit_lines_table
+from fedekd.benchmark.exit_tables import exit_table, markdown
 from fedekd.benchmark.figures import SWEEP_ALPHA, swept
 from fedekd.benchmark.gate import gate_comparisons, gate_finding
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.report import SWEPT, verdict_sentence
+from fedekd.benchmark.results import read_results
 from fedekd.benchmark.table import markdown_table, spread
 from fedekd.benchmark.tables import build_tables
 from fedekd.errors import UserError, nearest
+from fedekd.reporting.pages import minus
 
-#: The one kind of place that is filled from files, not from measured rows.
-_EXITS = "exits"
+#: The kinds of places that are filled from files below the folders, not from measured rows.
+_EXITS, _EXIT_METHODS = "exits", "exit-methods"
 
 #: `<!-- fill: NAME ARGUMENT -->`, what is filled in, `<!-- /fill -->`.
 _PLACE = re.compile(r"(<!-- fill: ([^\s>]+) ?([^\s>]*) -->\n)(?:(?!<!-- fill).)*?(<!-- /fill -->)", re.DOTALL)
@@ -27,7 +30,8 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
 
     Places begin with `<!-- fill: NAME ARGUMENT -->` and end with `<!-- /fill -->`: `methods DATASET` is the table of a
     data set's methods, `sweep beta` that of a parameter, `gate` the finding about the gate's ranking, `verdicts` the
-    count of the paper's cells by verdict, `exits TABLE/DATASET` a table of `report` on early exits.
+    count of the paper's cells by verdict, `exits TABLE/DATASET` a table of `report` on early exits, `exit-methods GRID`
+    the methods with exits of another benchmark whose results lie in the folder GRID.
 
     Args:
         text: The file's content.
@@ -42,8 +46,10 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
         name, argument = place[2], place[3]
         if name == _EXITS:
             return f"{place[1]}\n{exit_table(folders, argument)}\n\n{place[4]}"
+        if name == _EXIT_METHODS:
+            return f"{place[1]}\n{_exit_methods(folders, argument)}\n\n{place[4]}"
         if name not in _WRITERS:
-            known = (*_WRITERS, _EXITS)
+            known = (*_WRITERS, _EXITS, _EXIT_METHODS)
             raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, known)}")
         return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[4]}"
 
@@ -54,6 +60,18 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
     if not opened == closed == count:
         raise UserError(f"--fill: of {opened} places <!-- fill: ... --> {count} are closed by <!-- /fill -->")
     return result
+
+
+def _exit_methods(folders: Sequence[Path], grid: str) -> str:
+    rows = [row for folder in folders for row in read_results(folder / grid).values()]
+    comparisons = exit_comparisons(Measured(rows))
+    if not comparisons:
+        raise UserError(f"<!-- fill: {_EXIT_METHODS} {grid} -->: no results of methods with exits in {grid}/")
+    parts = []
+    for comparison in comparisons:
+        heads, *lines = exit_lines_table(comparison)
+        parts += [markdown([comparison.name, *heads[1:]], lines), "", minus(comparison.finding), ""]
+    return "\n".join(parts).rstrip()
 
 
 def _methods(measured: Measured, dataset: str) -> str:

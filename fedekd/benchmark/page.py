@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedekd.benchmark.comparisons import COMPARED
+from fedekd.benchmark.exit_comparison import exit_lines_table
 from fedekd.benchmark.measured import title
 from fedekd.benchmark.published import SEEDS, PublishedCell
 from fedekd.benchmark.report import Report
@@ -44,7 +45,7 @@ def _render(template: str, report: Report, **more: Any) -> str:
 def _environment() -> Environment:
     found = environment("fedekd.benchmark")
     found.filters |= {"ours": ours, "theirs": theirs, "p": p_value}
-    found.globals |= {"faults": faults, "title": title, "compared": COMPARED}
+    found.globals |= {"faults": faults, "title": title, "compared": COMPARED, "exit_lines": exit_lines_table}
     return found
 
 

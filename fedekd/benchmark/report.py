@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedekd.benchmark import figures
 from fedekd.benchmark.comparisons import COMPARED, Comparison, Standing, against, standings
 from fedekd.benchmark.datasets import DatasetLine, dataset_lines
+from fedekd.benchmark.exit_comparison import ExitComparison, exit_comparisons, exit_curves
 from fedekd.benchmark.gate import GateFinding, gate_comparisons, gate_finding
 from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.published import DEPARTURES
@@ -53,6 +54,7 @@ class Report:
         comparisons: Paired tests of FedeKD against the other methods.
         gate: Of gate, shuffled weights and none.
         gate_finding: The same in words.
+        exits: Methods with early exits against each other.
         departures: Where the runs are knowingly not the paper's, by data set.
         provenance: Where the results come from, one entry a kind, with the number of runs.
         sources: What the report was made of.
@@ -66,6 +68,7 @@ class Report:
     comparisons: Sequence[Comparison]
     gate: Sequence[Comparison]
     gate_finding: GateFinding
+    exits: Sequence[ExitComparison]
     departures: Mapping[str, str]
     provenance: Sequence[tuple[Mapping[str, str], int]]
     sources: Sequence[str]
@@ -113,16 +116,18 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
         sources: What the results were read from.
     """
     tables, ranked, gate = build_tables(measured), standings(measured), gate_comparisons(measured)
+    exits = exit_comparisons(measured)
     sweeps = {parameter: figures.swept(measured, parameter) for parameter, _ in SWEPT.values()}
     return Report(
         tables=tables,
         datasets=dataset_lines(root, [name for name in measured.datasets if "," not in name]),
-        drawings=[*_drawings(measured, tables), *map(_ranking, ranked)],
+        drawings=[*_drawings(measured, tables), *map(_ranking, ranked), *map(_exit_drawing, exits)],
         sweeps=sweeps,
         standings=ranked,
         comparisons=against(measured),
         gate=gate,
         gate_finding=gate_finding(gate),
+        exits=exits,
         departures={title(name): told for name, told in DEPARTURES.items() if name in measured.datasets},
         provenance=_provenance(measured),
         sources=list(sources),
@@ -145,8 +150,17 @@ def _ranking(standing: Standing) -> Drawing:
     told = f"Alpha {alphas}, {standing.ranking.repetitions} runs a method; mean ranks: {ranks}."
     if standing.omitted:
         told += f" Left out for too few runs: {', '.join(standing.omitted)}."
-    name = f"ranking-{re.sub('[^a-z0-9]+', '-', standing.dataset.lower())}-{standing.measure.removeprefix('delta_')}"
+    name = f"ranking-{_slug(standing.dataset)}-{standing.measure.removeprefix('delta_')}"
     return Drawing(name, heading, figures.critical_difference(standing.ranking, heading), told)
+
+
+def _exit_drawing(comparison: ExitComparison) -> Drawing:
+    heading = f"{comparison.name}: accuracy against FLOPs"
+    return Drawing(f"exits-{_slug(comparison.name)}", heading, exit_curves(comparison), comparison.finding)
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
 def _provenance(measured: Measured) -> list[tuple[Mapping[str, str], int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedekd.benchmark.comparisons import Comparison, Standing
 from fedekd.benchmark.datasets import DatasetLine
+from fedekd.benchmark.exit_comparison import ExitComparison
 from fedekd.benchmark.page import html_page, markdown_page
 from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
@@ -17,7 +18,10 @@ from fedekd.reporting.figures import save
 from fedekd.reporting.pages import csv_text, write_text
 
 #: Names of what a report writes: an older report's leftovers are recognized by them, and nothing else is touched.
-_OURS = (("figures", r"(figure\d|ranking-.+)\.png"), ("tables", r"(table\d\d|figure\d|paired|gate|rankings)\.csv"))
+_OURS = (
+    ("figures", r"(figure\d|ranking-.+|exits-.+)\.png"),
+    ("tables", r"(table\d\d|figure\d|paired|gate|rankings|exits)\.csv"),
+)
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -67,6 +71,23 @@ def _csv_tables(report: Report) -> list[tuple[str, Sequence[str], list[dict[str,
         ("rankings", _RANK_COLUMNS, [line for standing in report.standings for line in _rank_lines(standing)]),
         ("paired", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.comparisons]),
         ("gate", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.gate]),
+        *([("exits", _EXIT_COLUMNS, _exit_lines(report.exits))] if report.exits else []),
+    ]
+
+
+_EXIT_COLUMNS = ("dataset", "alpha", "method", "seeds", "kind", "number", "cost", "accuracy", "saved")
+
+
+def _exit_lines(comparisons: Sequence[ExitComparison]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"dataset": comparison.dataset, "alpha": comparison.alpha, "method": line.method},
+            **{"seeds": len(line.seeds), "kind": kind, "number": number, **point._asdict(), "saved": line.saved},
+        }
+        for comparison in comparisons
+        for line in comparison.lines
+        for kind, points in (("exit", dict(enumerate(line.exits, start=1))), ("budget", line.budgets))
+        for number, point in points.items()
     ]
 
 
