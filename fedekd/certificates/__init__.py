@@ -1,7 +1,17 @@
-"""Promises with an error rate: thresholds of early exits, and draws that show whether a promise holds."""
+"""Promises with an error rate: exits that are rarely wrong, models that do no harm; and draws that test them."""
 
 from fedekd.certificates.calibrator import MODES, SelectiveRiskCalibrator
+from fedekd.certificates.do_no_harm import Comparison, DoNoHarm
 from fedekd.certificates.scored import ScoredExits
 from fedekd.certificates.validity import Validity, check_validity, true_risks
 
-__all__ = ["MODES", "ScoredExits", "SelectiveRiskCalibrator", "Validity", "check_validity", "true_risks"]
+__all__ = [
+    "MODES",
+    "Comparison",
+    "DoNoHarm",
+    "ScoredExits",
+    "SelectiveRiskCalibrator",
+    "Validity",
+    "check_validity",
+    "true_risks",
+]

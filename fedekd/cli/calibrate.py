@@ -114,7 +114,7 @@ def _load(path: str, like: ImageData) -> ImageData:
 
 def _table(policy: ExitPolicy, client: Client) -> Table:
     """The policy exit by exit."""
-    lines = exit_lines(policy, costs_of(require_exits(client.networks["private"], "the network"), client.images))
+    lines = exit_lines(policy, costs_of(require_exits(client.kept, "the network"), client.images))
     table = Table(
         title=f"client {client.number}: alpha {policy.alpha:g}, delta {policy.delta:g}, {policy.mode}, {policy.score}"
     )
@@ -136,7 +136,7 @@ def _table(policy: ExitPolicy, client: Client) -> Table:
 
 def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None) -> list[str]:
     """What the table does not tell."""
-    network = require_exits(client.networks["private"], "the network")
+    network = require_exits(client.kept, "the network")
     costs = costs_of(network, client.images)
     remarks = [f"exit {line.exit}: {line.note}" for line in exit_lines(policy, costs) if line.note]
     exits = [place for place, count in enumerate(policy.leaving) for _ in range(count)]

@@ -17,7 +17,7 @@ from fedekd.configuration.arguments import as_values, build_parts, federation_pa
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.run_folder import HARMLESS, first_difference
-from fedekd.reporting import Display, client_table
+from fedekd.reporting import Display, result_tables
 
 
 def run(argv: Sequence[str]) -> int:
@@ -70,7 +70,8 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
             print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
             return 128 + stop.signal_number
     if not config.quiet:
-        display.console.print(client_table(summary))
+        for table in result_tables(summary):
+            display.console.print(table)
         display.console.print(f"written to {output}", soft_wrap=True)
     return 0
 

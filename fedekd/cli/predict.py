@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     if client.blueprint.task == "regression":
         raise UserError(f"{config.run} is a regression run; predict gives the classes of a classifier")
     policy = load_policy(Path(config.run), client.number)
-    network = client.networks["private"]
+    network = client.kept
     if policy is None and isinstance(network, MultiExitNetwork):
         hint = f"calibrate {config.run} lets images leave early"
         print(
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
 @torch.no_grad()
 def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> Iterator[tuple[int, int, int, float]]:
     """Number, label, exit (from 1) and score of each image."""
-    network = client.networks["private"]
+    network = client.kept
     place = 0
     batches = torch.split(images, BATCH_SIZE)
     quiet = not sys.stderr.isatty()

@@ -12,7 +12,7 @@ from fedekd.configuration.arguments import parse
 from fedekd.configuration.finished import open_finished
 from fedekd.errors import UserError
 from fedekd.federation.run_folder import first_difference
-from fedekd.reporting import client_table
+from fedekd.reporting import result_tables
 
 #: What another machine or another day may change.
 _UNREPEATABLE = ("seconds", "versions")
@@ -27,7 +27,8 @@ def run(argv: Sequence[str]) -> int:
     orchestrator, _, kept = open_finished("test", Path(parse(parser, argv).run))
     summary = orchestrator.rescore()
     console = Console()
-    console.print(client_table(summary))
+    for table in result_tables(summary):
+        console.print(table)
     before, now = ({k: v for k, v in each.items() if k not in _UNREPEATABLE} for each in (kept, summary))
     if difference := first_difference(before, now):
         key, was, is_now = difference

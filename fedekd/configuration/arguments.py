@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger
 
+from fedekd.certificates import DoNoHarm
 from fedekd.configuration.configs import resolve_configs
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.messages import explain
@@ -105,6 +106,13 @@ def federation_parser() -> ArgumentParser:
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_subclass_arguments(
         Placement, "engine", help="Where clients run: InProcess, or SideBySide with --engine.processes N."
+    )
+    parser.add_argument(
+        "--do_no_harm",
+        type=DoNoHarm | None,
+        default=None,
+        help="Clients take the federated model only if their own held-out samples show that it is no worse than what"
+        " they trained alone; true, or its arguments, as in --do_no_harm.delta 0.1 (default: they take it).",
     )
     parser.add_argument(
         "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."
@@ -224,6 +232,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "trainer": trainer,
         "engine": built.engine,
         "rounds": rounds,
+        "do_no_harm": None if plain["do_no_harm"] is None else DoNoHarm(**plain["do_no_harm"]),
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),

@@ -88,7 +88,7 @@ def calibrate_client(
     """
     if client.blueprint.task == "regression":
         raise UserError("exits are calibrated by whether a class is right, and this is a regression run")
-    network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    network = require_exits(client.kept, f"the private model of client {client.number}")
     if held_out is None:
         tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
     else:
@@ -136,7 +136,7 @@ def fit_policy(
 
 def split_outputs(client: Client, split: str) -> ExitOutputs:
     """All exits' answers to one of a client's splits."""
-    network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    network = require_exits(client.kept, f"the private model of client {client.number}")
     indices = getattr(client.splits, split).to(client.images.images.device)
     if not len(indices):
         classes = client.blueprint.num_outputs

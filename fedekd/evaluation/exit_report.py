@@ -146,7 +146,7 @@ class ExitReport:
 
 def load_trained(client: Client, name: str) -> Trained:
     """A client's network, and its outputs for every split that training has not touched."""
-    network = require_exits(client.networks["private"], f"the private model of client {client.number}")
+    network = require_exits(client.kept, f"the private model of client {client.number}")
     if network.num_exits == 1:
         raise UserError(f"the network of client {client.number} has one exit alone, and nobody can leave it early")
     splits = {split: split_outputs(client, split) for split in ("selection", "calibration", "certificate", "test")}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedekd.certificates import Comparison, DoNoHarm
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.federation.exit_tradeoff import ExitTradeoff, exit_tradeoff
 from fedekd.federation.observer import Observer, SilentObserver
@@ -28,6 +29,7 @@ class Visit:
         logs: What absorbing recorded, such as `gate/weight_mean`.
         update: What it sends; None after the last aggregate.
         tradeoff: Accuracy against cost of a network with exits; only after the last aggregate.
+        comparison: Of its local model and the federated one, where clients look in this round.
     """
 
     client: int
@@ -36,6 +38,7 @@ class Visit:
     logs: dict[str, float]
     update: Update | None
     tradeoff: ExitTradeoff | None = None
+    comparison: Comparison | None = None
 
 
 class Engine(Protocol):
@@ -45,8 +48,19 @@ class Engine(Protocol):
         """Local's reference for each client, after so many rounds."""
         ...
 
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
-        """Let each participant absorb, score it, and if asked let it upload."""
+    def visit(
+        self,
+        participants: Sequence[int],
+        broadcast: Broadcast,
+        round: int,
+        upload: bool,
+        do_no_harm: DoNoHarm | None = None,
+    ) -> Iterator[Visit]:
+        """Let each participant absorb, score it, and if asked let it upload.
+
+        Where it is given, `do_no_harm` has each of them compare its local model with what it has now; after the last
+        aggregate, when nothing is uploaded, it keeps the one or the other.
+        """
         ...
 
     def score(self, number: int) -> float:
@@ -169,7 +183,8 @@ class InProcessEngine:
         with self.blueprint.trainer.numerics():
             for number, wanted in rounds.items():
                 self.observer.phase_started(number, "local")
-                found[number] = train_reference(self._new_client(number), wanted, self.reference_folder)
+                reference = train_reference(self._new_client(number), wanted, self.reference_folder)
+                found[number] = LocalReference(reference.scores)  # what it loses on which sample is its own affair
                 self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return found
 
@@ -178,7 +193,14 @@ class InProcessEngine:
         client = self._new_client(number)
         return client if restore_reference(client, rounds, self.reference_folder) else None
 
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+    def visit(
+        self,
+        participants: Sequence[int],
+        broadcast: Broadcast,
+        round: int,
+        upload: bool,
+        do_no_harm: DoNoHarm | None = None,
+    ) -> Iterator[Visit]:
         """One participant after the other."""
         with self.blueprint.trainer.numerics():
             for number in participants:
@@ -194,6 +216,7 @@ class InProcessEngine:
                 if round and math.isnan(score):
                     self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)
+                comparison = None if do_no_harm is None else self._compare(client, do_no_harm, final=not upload)
                 update, tradeoff = None, None
                 if upload:
                     self.observer.phase_started(number, "upload")
@@ -201,7 +224,28 @@ class InProcessEngine:
                     self.observer.phase_finished(number, "upload", self.client_steps(number))
                 else:
                     tradeoff = exit_tradeoff(client)
-                yield Visit(number, score, trained, logs, update, tradeoff)
+                yield Visit(number, score, trained, logs, update, tradeoff, comparison)
+
+    def _compare(self, client: Client, do_no_harm: DoNoHarm, final: bool) -> Comparison:
+        """A client's local model and what it has now; in the end it keeps one of them."""
+        rounds, split = client.supervised_rounds, do_no_harm.split
+        # Read from where it is kept, or trained again: of other rounds than these it may hold no weights.
+        reference = train_reference(self._new_client(client.number), rounds, self.reference_folder)
+        found = do_no_harm.compare(
+            reference.losses_after(rounds, split), client.losses(split).cpu(), self.blueprint.task
+        )
+        if final:
+            client.keep_local(self._local(client.number, rounds) if found.kept == "local" else None)
+        return found
+
+    def _local(self, number: int, rounds: int) -> Client:
+        """A client as Local left it after so many rounds, trained again where only later weights are kept."""
+        kept = self.reference_client(number, rounds)
+        if kept is not None:
+            return kept
+        client = self._new_client(number)
+        train_reference(client, rounds, None)
+        return client
 
     def score(self, number: int) -> float:
         """A client's score as it is now."""

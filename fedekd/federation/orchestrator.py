@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from fedekd.certificates import DoNoHarm
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Placement
@@ -51,6 +52,7 @@ class Orchestrator:
         loggers: Lightning loggers; each gets one call a round.
         observer: Is told what happens.
         config: What the run was configured with; kept beside the results and compared on resume.
+        do_no_harm: When a client takes the federated model; None has it take it always.
         engine: Where clients run: `InProcess()`, which is the default, `SideBySide(2)`, or whatever makes an engine.
 
     Raises:
@@ -71,8 +73,10 @@ class Orchestrator:
         observer: Observer | None = None,
         config: Mapping[str, Any] | None = None,
         engine: Placement | EngineFactory | None = None,
+        do_no_harm: DoNoHarm | None = None,
     ) -> None:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
+        self.do_no_harm = do_no_harm
         self.observer = observer or SilentObserver()
         data.prepare_data()
         data.setup()
@@ -100,6 +104,7 @@ class Orchestrator:
             rounds=self.options.rounds,
         )
         self._require_models_that_fit()
+        self._require_comparable()
         self.engine = placement(method, data, self.blueprint, reference_folder, self.observer)
         self.guard = Guard(self.options.max_update_norm)
         self.folder = RunFolder(output, config or {}) if output is not None else None
@@ -111,6 +116,26 @@ class Orchestrator:
         """The options with as many exits as the method needs, where nothing is said of them."""
         self.adds_exits = self.method.exits is not None and client.exits is None
         return replace(client, exits=self.method.exits) if self.adds_exits else client
+
+    def _require_comparable(self) -> None:
+        """There must be two models to compare, and samples for it that training has not seen."""
+        if self.do_no_harm is None:
+            return
+        name, looks = type(self.method).__name__, self.do_no_harm.looks
+        if self.method.is_reference:
+            raise UserError(f"do_no_harm compares a method with Local, and the method is {name}")
+        if self.method.learns_from_validation:
+            raise UserError(
+                f"do_no_harm compares models on a part of the validation split, from which method {name} learns"
+            )
+        if looks > self.options.rounds:
+            raise UserError(f"do_no_harm.looks is {looks}, and there are {self.options.rounds} rounds")
+        for splits in self.data.clients:
+            if not len(getattr(splits, self.do_no_harm.split)):
+                raise UserError(
+                    f"do_no_harm compares on the {self.do_no_harm.split} split, and client {splits.client} has no"
+                    " sample in it; raise data.min_samples or the second of data.fractions"
+                )
 
     def _require_models_that_fit(self) -> None:
         """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
@@ -225,7 +250,9 @@ class Orchestrator:
         taking_part = participants(self.options, self.num_clients, self.seed, round)
         broadcast = self.method.broadcast(taking_part, round)
         updates = []
-        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last):
+        looking = self.do_no_harm is not None and self.do_no_harm.looks_at(round, self.options.rounds)
+        do_no_harm = self.do_no_harm if looking else None
+        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last, do_no_harm=do_no_harm):
             self.progress.note_down(num_bytes(broadcast.to(visit.client)))
             if round > 0:
                 self.progress.note_visit(visit)
@@ -345,6 +372,7 @@ class Orchestrator:
         return {
             "method": {type(self.method).__name__: as_plain(settings)},
             "rounds": as_plain(self.options),
+            **({} if self.do_no_harm is None else {"do_no_harm": as_plain(self.do_no_harm)}),
             "blueprint": as_plain(self.blueprint.fingerprint()),
             "data": [splits.digest(self.data.images) for splits in self.data.clients],
         }

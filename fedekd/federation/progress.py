@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fedekd.certificates import Comparison
 from fedekd.federation.engine import Visit
 from fedekd.federation.exit_tradeoff import ExitTradeoff
 from fedekd.federation.reference import LocalReference
@@ -24,6 +25,12 @@ def worst_score(scores: Sequence[float], task: Task) -> float:
     return float(values.min() if task == "classification" else values.max())
 
 
+def _as_numbers(comparison: Comparison) -> dict[str, float]:
+    """A comparison as a row holds it: `federated` is 1 where that model was kept."""
+    values = asdict(comparison)
+    return {"federated": float(values.pop("kept") == "federated"), **values}
+
+
 @dataclass
 class ClientRecord:
     """The newest that is known of a client.
@@ -33,18 +40,21 @@ class ClientRecord:
         supervised_rounds: How many rounds of supervised training that took.
         logs: What absorbing recorded.
         tradeoff: Accuracy against cost of its network with exits, once the last round is over.
+        comparison: Of its local model and the federated one, when it last looked.
     """
 
     score: float
     supervised_rounds: int
     logs: dict[str, float]
     tradeoff: ExitTradeoff | None = None
+    comparison: Comparison | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `asdict`, after a journey through JSON."""
-        tradeoff = values.get("tradeoff")
-        return cls(**{**values, "tradeoff": None if tradeoff is None else ExitTradeoff(**tradeoff)})
+        parts: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
+        found = {name: part(**values[name]) for name, part in parts.items() if values.get(name) is not None}
+        return cls(**{**values, **found})
 
 
 @dataclass
@@ -81,8 +91,12 @@ class Progress:
     local: dict[int, list[float]] = field(default_factory=dict)
 
     def note_visit(self, visit: Visit) -> None:
-        """Take in what a visit showed."""
-        self.records[visit.client] = ClientRecord(visit.score, visit.supervised_rounds, visit.logs, visit.tradeoff)
+        """Take in what a visit showed; what was found at the last look stays."""
+        before = self.records.get(visit.client)
+        comparison = visit.comparison or (before.comparison if before else None)
+        self.records[visit.client] = ClientRecord(
+            visit.score, visit.supervised_rounds, visit.logs, visit.tradeoff, comparison
+        )
 
     def note_down(self, size: int) -> None:
         """Count bytes sent to a client."""
@@ -124,9 +138,33 @@ class Progress:
             row[f"client_{number}/local"] = local[number]
             row[f"client_{number}/delta"] = change
             row |= {f"client_{number}/{key}": value for key, value in record.logs.items()}
+            if record.comparison is not None:
+                row |= {f"client_{number}/kept/{key}": value for key, value in _as_numbers(record.comparison).items()}
+        if any(record.comparison is not None for record in self.records.values()):
+            row |= {f"kept/{key}": value for key, value in self.kept(task).items()}
         self.history.append(row)
         self.traffic = Traffic()
         return row
+
+    def kept(self, task: Task) -> dict[str, float]:
+        """Scores and Delta where every client uses what it keeps: the federated model, or the local one.
+
+        A client that has not looked yet uses the federated one.
+        """
+        name, local, numbers = SCORE_NAME[task], self.local_scores(), sorted(self.records)
+        takes = [self._takes_federated(number) for number in numbers]
+        scores = [self.records[n].score if taken else local[n] for n, taken in zip(numbers, takes, strict=True)]
+        delta = negative_transfer(scores, [local[number] for number in numbers], task)
+        return {
+            "federated": sum(takes) / len(takes),
+            f"{name}/mean": sum(scores) / len(scores),
+            f"{name}/worst": worst_score(scores, task),
+            **{f"delta/{key}": float(value) for key, value in delta.items() if key != "client"},
+        }
+
+    def _takes_federated(self, number: int) -> bool:
+        comparison = self.records[number].comparison
+        return comparison is None or comparison.kept == "federated"
 
     def local_scores(self) -> dict[int, float]:
         """Local's score for each known client; its own where the method is Local itself."""

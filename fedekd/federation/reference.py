@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fedekd
 from fedekd.atomic import atomic_file
 from fedekd.federation.storage import digest, pack, unpack
 from fedekd.methods import Client, Local
+
+#: Splits on which a client may later compare Local with what the federation gave it.
+COMPARED_SPLITS = ("selection", "certificate")
 
 #: What trains a client: a reference made by other code is not reused.
 _TRAINING_CODE = ("data/batches.py", "functional", "methods/client.py", "methods/local.py", "modules", "seeding.py")
@@ -61,13 +64,23 @@ class LocalReference:
 
     Attributes:
         scores: Its test score after each round's supervised epochs: entry i after i + 1 rounds.
+        losses: What it loses on each sample of its own splits `selection` and `certificate`, alike; see
+            `Client.losses`. They stay with the client.
     """
 
     scores: list[float]
+    losses: list[dict[str, Tensor]] = field(default_factory=list)
 
     def after(self, rounds: int) -> float:
         """The score after so many rounds of supervised training; the first and the last one bound it."""
-        return self.scores[min(max(rounds, 1), len(self.scores)) - 1]
+        return self.scores[self._place(rounds)]
+
+    def losses_after(self, rounds: int, split: str) -> Tensor:
+        """The losses on a split after so many rounds, bounded alike; (n,)."""
+        return self.losses[self._place(rounds)][split]
+
+    def _place(self, rounds: int) -> int:
+        return min(max(rounds, 1), len(self.scores)) - 1
 
 
 def train_reference(client: Client, rounds: int, folder: Path | None) -> LocalReference:
@@ -83,32 +96,34 @@ def train_reference(client: Client, rounds: int, folder: Path | None) -> LocalRe
     """
     method = Local()
     path = None if folder is None else folder / f"{reference_key(client)}.pt"
-    scores, state = _read(path)
+    reference, state = _read(path)
+    scores, losses = reference.scores, reference.losses
     if state is not None:
         client.load_state_dict(state)
     for round in range(len(scores) + 1, rounds + 1):
         method.absorb(client, {}, round)
         scores.append(client.score())
+        losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
         if path is not None:
             with atomic_file(path) as file:
-                file.write(pack({"scores": scores, "state": client.state_dict()}))
-    return LocalReference(scores[:rounds])
+                file.write(pack({"scores": scores, "losses": losses, "state": client.state_dict()}))
+    return LocalReference(scores[:rounds], losses[:rounds])
 
 
 def restore_reference(client: Client, rounds: int, folder: Path | None) -> bool:
     """Make a new client what Local left after exactly so many rounds, if `folder` holds that; whether it does."""
-    scores, state = _read(None if folder is None else folder / f"{reference_key(client)}.pt")
-    if state is None or len(scores) != rounds:
+    reference, state = _read(None if folder is None else folder / f"{reference_key(client)}.pt")
+    if state is None or len(reference.scores) != rounds:
         return False
     client.load_state_dict(state)
     return True
 
 
-def _read(path: Path | None) -> tuple[list[float], Any]:
+def _read(path: Path | None) -> tuple[LocalReference, Any]:
     if path is None or not path.exists():
-        return [], None
+        return LocalReference([]), None
     try:
         content = unpack(path.read_bytes())
-        return list(content["scores"]), content["state"]
+        return LocalReference(list(content["scores"]), list(content["losses"])), content["state"]
     except Exception:  # a damaged file is worth no more than none: it is trained and written anew
-        return [], None
+        return LocalReference([]), None

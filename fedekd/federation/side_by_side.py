@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fedekd.certificates import DoNoHarm
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
 from fedekd.federation.engine import Engine, InProcessEngine, Placement, Visit
@@ -109,12 +110,19 @@ class SideBySideEngine:
         replies = self._ask({place: ("references", (part,)) for place, part in asked.items()})
         return {number: reference for part in replies for number, reference in part.items()}
 
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
+    def visit(
+        self,
+        participants: Sequence[int],
+        broadcast: Broadcast,
+        round: int,
+        upload: bool,
+        do_no_harm: DoNoHarm | None = None,
+    ) -> Iterator[Visit]:
         """The participants, as they get ready."""
         asked = {}
         for place in self._places(participants):
             own = [number for number in participants if self._home[number] == place]
-            asked[place] = ("visit", (own, broadcast.only(own), round, upload))
+            asked[place] = ("visit", (own, broadcast.only(own), round, upload, do_no_harm))
         return self._ask(asked)
 
     def score(self, number: int) -> float:

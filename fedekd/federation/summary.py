@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fedekd
+from fedekd.certificates import DoNoHarm
 from fedekd.federation.exit_tradeoff import mean_tradeoff
 from fedekd.federation.progress import worst_score
 from fedekd.metrics import SCORE_NAME, negative_transfer
@@ -35,6 +37,9 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         }
         for number, score, change in zip(numbers, scores, changes, strict=True)
     ]
+    if run.do_no_harm is not None:
+        for client in clients:
+            client |= _kept(run, client["client"])
     tradeoffs = [record.tradeoff for record in run.progress.records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.images.name,
@@ -49,6 +54,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "local_mean": sum(local[number] for number in numbers) / len(numbers),
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,
+        **({"kept": _kept_by_all(run, run.do_no_harm)} if run.do_no_harm is not None else {}),
         **(mean_tradeoff(tradeoffs) if tradeoffs else {}),
         "seconds": run.progress.seconds,
         "bytes_up": run.progress.bytes_up,
@@ -58,4 +64,25 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: version(package) for package in ("lightning", "numpy", "torch")},
         },
+    }
+
+
+def _kept(run: Orchestrator, number: int) -> dict[str, Any]:
+    """What a client keeps, and the evidence; without a number of its own where nothing was tested."""
+    comparison = run.progress.records[number].comparison
+    if comparison is None:
+        return {}
+    return {name: None if value != value else value for name, value in asdict(comparison).items()}
+
+
+def _kept_by_all(run: Orchestrator, rule: DoNoHarm) -> dict[str, Any]:
+    """Scores and Delta where every client uses the model that it keeps."""
+    found = run.progress.kept(run.task)
+    name = SCORE_NAME[run.task]
+    return {
+        "rule": asdict(rule),
+        "federated": found["federated"],
+        "mean": found[f"{name}/mean"],
+        "worst": found[f"{name}/worst"],
+        "delta": {key.removeprefix("delta/"): value for key, value in found.items() if "delta/" in key},
     }

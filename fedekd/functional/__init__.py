@@ -2,6 +2,7 @@
 
 from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean
+from fedekd.functional.comparison import betting_p_value, paired_p_value
 from fedekd.functional.confidence import (
     CONFIDENCES,
     entropy_confidence,
@@ -46,6 +47,7 @@ __all__ = [
     "at_least_float32",
     "average_nested",
     "average_state_dicts",
+    "betting_p_value",
     "conformal_quantile",
     "cosine_similarities",
     "decoupled_distillation",
@@ -62,6 +64,7 @@ __all__ = [
     "max_softmax_confidence",
     "mixing_weights",
     "nested_state_dict",
+    "paired_p_value",
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",

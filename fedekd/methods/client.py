@@ -151,6 +151,38 @@ class Client:
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
         return [score(output, targets, self.blueprint.task) for output in self.predict(role, split).exits]
 
+    def losses(self, split: str, role: str = "private") -> Tensor:
+        """What a network's last exit loses on each sample of a split: 1 if it is wrong, or its squared error; (n,).
+
+        An output that is not finite is wrong, or as far off as can be.
+        """
+        output = self.predict(role, split).output
+        targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
+        finite = output.isfinite().all(dim=1)
+        if self.blueprint.task == "regression":
+            return torch.where(finite, (output.double().squeeze(1) - targets.double()).square(), torch.inf)
+        return ((output.argmax(dim=1) != targets) | ~finite).double()
+
+    @property
+    def kept_role(self) -> str:
+        """Which network the client uses after the last round: `private`, or `local` where that was kept."""
+        return "local" if "local" in self.networks else "private"
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that the client uses after the last round."""
+        return self.networks[self.kept_role]
+
+    def keep_local(self, local: Client | None) -> None:
+        """Use the model that Local has trained, or again the federated one, which stays beside it.
+
+        Args:
+            local: The client as Local left it; None for the federated model.
+        """
+        self.networks.pop("local", None)
+        if local is not None:
+            self.networks["local"] = local.networks["private"]
+
     def state_dict(self) -> dict[str, Any]:
         """All that must last, as plain tensors and numbers."""
         return {
@@ -163,7 +195,10 @@ class Client:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` described."""
+        self.keep_local(None)
         for role, network_state in state["networks"].items():
+            if role == "local":
+                self.networks[role] = self.blueprint.network("private", self.number)
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]
         self.loss_scales = state.get("loss_scales", {})  # runs before 0.1.0 have none

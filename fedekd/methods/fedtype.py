@@ -32,6 +32,8 @@ class FedType(ProxyMethod):
             model: the private models are then Local's, bit for bit.
     """
 
+    learns_from_validation = True
+
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
         if not 0 < alpha < 1:

@@ -5,7 +5,7 @@ here does.
 """
 
 from fedekd.reporting import figures
-from fedekd.reporting.console import Display, client_table
+from fedekd.reporting.console import Display, client_table, kept_table, result_tables
 from fedekd.reporting.tracking import FederationLogger, Tracker, read_metrics_csv, write_metrics_csv
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "Tracker",
     "client_table",
     "figures",
+    "kept_table",
     "read_metrics_csv",
+    "result_tables",
     "write_metrics_csv",
 ]

@@ -133,7 +133,8 @@ class WandbRunLogger(WandbLogger):
     def log_summary(self, summary: Summary) -> None:
         """Put the final scores, Deltas and costs, and the table `clients`, into the run's summary.
 
-        Of a network with exits also `budget_50/accuracy` and `budget_50/flops`, for each budget in percent.
+        Of a network with exits also `budget_50/accuracy` and `budget_50/flops`, for each budget in percent;
+        with `do_no_harm` also `kept/delta/avg` and the like: what is left where clients keep what harms them not.
         """
         import wandb
 
@@ -143,6 +144,10 @@ class WandbRunLogger(WandbLogger):
         for line in summary.get("budgets", ()):
             name = f"budget_{round(100 * line['budget'])}"
             scores |= {f"{name}/accuracy": line["accuracy"], f"{name}/flops": line["cost"]}
+        if "kept" in summary:
+            kept = summary["kept"]
+            scores |= {f"kept/{metric}/mean": kept["mean"], "kept/federated": kept["federated"]}
+            deltas |= {f"kept/delta/{name}": value for name, value in kept["delta"].items()}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
         names = ["client", "train", "test", "local", "method", "delta"]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])

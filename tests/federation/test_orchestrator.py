@@ -67,8 +67,8 @@ def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path:
 class BackwardsEngine(InProcessEngine):
     """Lets the clients run in reverse."""
 
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
-        yield from super().visit(list(reversed(participants)), broadcast, round, upload)
+    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
+        yield from super().visit(list(reversed(participants)), *arguments, **options)
 
     def references(self, rounds: Any) -> Any:
         return super().references(dict(reversed(rounds.items())))

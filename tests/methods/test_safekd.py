@@ -13,7 +13,7 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.federation import InProcess, InProcessEngine, RoundOptions, SilentObserver, Visit
-from fedekd.methods import FML, Broadcast, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
+from fedekd.methods import FML, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import MultiExitModule
 
@@ -42,8 +42,8 @@ class StopAfter(SilentObserver):
 
 
 class BackwardsEngine(InProcessEngine):
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
-        yield from super().visit(list(reversed(participants)), broadcast, round, upload)
+    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
+        yield from super().visit(list(reversed(participants)), *arguments, **options)
 
 
 class Warnings(SilentObserver):
