@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,10 +24,13 @@ from fedekd.evaluation.calibration import (
     share_saved,
     shared_images,
 )
-from fedekd.evaluation.policies import policy_path
+from fedekd.evaluation.clients import ClientLine, client_line
+from fedekd.evaluation.policies import client_lines_path, policy_path
 from fedekd.exits import ExitPolicy
 from fedekd.functional import CONFIDENCES
 from fedekd.methods import Client
+from fedekd.models import MultiExitNetwork
+from fedekd.reporting.pages import csv_text, write_text
 
 
 def calibrate_parser() -> ArgumentParser:
@@ -53,6 +57,14 @@ def calibrate_parser() -> ArgumentParser:
         "--client", type=int | None, default=None, help="One client only (default: each its own policy)."
     )
     parser.add_argument(
+        "--simultaneous",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="The promises of all clients hold at once: each is made at delta / clients (default: each for itself).",
+    )
+    parser.add_argument(
         "--input",
         type=str | None,
         default=None,
@@ -66,10 +78,7 @@ def run(argv: Sequence[str]) -> int:
     config = parse(calibrate_parser(), argv)
     if not config.run:
         raise UserError("calibrate needs the folder of a run, as in: calibrate runs/NAME --alpha 0.05")
-    try:
-        calibrator = SelectiveRiskCalibrator(config.alpha, config.delta, config.mode)
-    except UserError as error:
-        raise UserError(f"--{error}") from error
+    _calibrator(config.alpha, config.delta, config.mode)  # is particular about its arguments
     if config.score not in CONFIDENCES:
         raise UserError(f"--score is {config.score!r}, which is not known; {nearest(config.score, CONFIDENCES)}")
     folder = Path(config.run)
@@ -79,6 +88,13 @@ def run(argv: Sequence[str]) -> int:
     trained_on = torch.cat([client.splits.train for client in clients])
     console = Console()
     chosen = chosen_clients(clients, config.client)
+    if config.client is None:
+        # Of several architectures some may have exits and some not; where none has, the first tells what is missing.
+        chosen = [each for each in chosen if isinstance(each.kept, MultiExitNetwork)] or chosen[:1]
+    if config.simultaneous and config.client is not None:
+        raise UserError(f"--simultaneous is for all clients together, and --client is {config.client}")
+    delta = config.delta / len(chosen) if config.simultaneous else config.delta
+    calibrator = _calibrator(config.alpha, delta, config.mode)
     # All of them before the first is written: a mistake leaves everything as it was.
     policies = [calibrate_client(client, calibrator, config.score, held_out, trained_on) for client in chosen]
     for client, policy in zip(chosen, policies, strict=True):
@@ -87,7 +103,42 @@ def run(argv: Sequence[str]) -> int:
         console.print(_table(policy, client))
         for line in (*_remarks(policy, client, trained_on if held_out is None else None), f"written to {path}"):
             console.print(line, highlight=False, soft_wrap=True)
+    if len(clients) > 1 and config.client is None:
+        lines = [client_line(client, policy) for client, policy in zip(chosen, policies, strict=True)]
+        console.print(_client_table(lines, config.delta if config.simultaneous else None, calibrator))
+        path = client_lines_path(folder)
+        write_text(path, csv_text([field.name for field in fields(ClientLine)], [asdict(line) for line in lines]))
+        without = len(clients) - len(chosen)
+        told = f"; {without} clients have no exits" if without else ""
+        console.print(f"written to {path}{told}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _calibrator(alpha: float, delta: float, mode: str) -> SelectiveRiskCalibrator:
+    try:
+        return SelectiveRiskCalibrator(alpha, delta, mode)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+
+
+def _client_table(lines: Sequence[ClientLine], together: float | None, calibrator: SelectiveRiskCalibrator) -> Table:
+    """What each client may rely on."""
+    promise = f"{together:g} for all clients together" if together is not None else f"{calibrator.delta:g} each"
+    table = Table(title=f"error rates of those who leave early: alpha {calibrator.alpha:g}, delta {promise}")
+    for heading in ("client", "exits open", "leave early", "FLOPs saved", "promised", "seen", "accuracy", "change"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        table.add_row(
+            str(line.client),
+            f"{line.open} of {line.exits - 1}",
+            f"{line.leaving:.1%}",
+            f"{line.saved:.1%}",
+            "" if line.certified_risk is None else f"≤ {line.certified_risk:g}",
+            "" if line.seen_risk is None else f"{line.seen_risk:.4f}",
+            f"{line.accuracy:.4f}",
+            f"{line.accuracy - line.full_accuracy:+.4f}",
+        )
+    return table
 
 
 def chosen_clients(clients: Sequence[Client], number: int | None) -> Sequence[Client]:

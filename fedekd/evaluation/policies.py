@@ -12,6 +12,11 @@ def policy_path(run: Path, client: int) -> Path:
     return run / "exits" / f"client-{client:03d}.json"
 
 
+def client_lines_path(run: Path) -> Path:
+    """The table of all clients."""
+    return run / "exits" / "clients.csv"
+
+
 def load_policy(run: Path, client: int) -> ExitPolicy | None:
     """One client's policy; None if `calibrate` has not been there.
 

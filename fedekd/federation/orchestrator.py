@@ -141,9 +141,7 @@ class Orchestrator:
         """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
         smallest = min(self.data.clients, key=lambda splits: len(splits.train))
         single = self.data.batch_size == 1 or len(smallest.train) == 1
-        models = self.blueprint.client.private_model
-        alike = isinstance(models, Mapping) and self.blueprint.client.depths is None
-        owners = range(1) if alike else range(self.num_clients)
+        owners = range(1) if self.blueprint.client.alike else range(self.num_clients)
         for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
             network = self.blueprint.network(role, owner)
             check_model(

@@ -44,7 +44,11 @@ def reference_key(client: Client) -> str:
     """A hash of all that decides what Local gives a client: samples, model, weights, optimizer, seed and code."""
     blueprint = client.blueprint.fingerprint()
     blueprint["client"].pop("proxy_model")  # the proxy takes no part in local training
-    blueprint["client"]["private_model"] = client.blueprint.private_model(client.number)
+    for name in ("private_model", "private_models", "exits", "depths"):  # those of the others do not matter
+        blueprint["client"].pop(name)
+    blueprint["client"]["private"] = client.blueprint.client.private(client.number)
+    blueprint["client"]["stages"] = client.blueprint.client.exits_of(client.number)
+    blueprint["client"]["depth"] = client.blueprint.client.depth(client.number)
     network = client.networks["private"]
     content = {
         "data": client.splits.digest(client.images),

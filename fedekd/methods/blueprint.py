@@ -32,12 +32,15 @@ class ClientOptions:
     Args:
         local_epochs: Epochs of each training phase of a round, at least 1.
         private_model: The large model that stays with its client: class_path and init_args. A class of
-            fedekd.models, or any image classifier, such as torchvision.models.resnet18. A list gives each client
-            a model of its own.
+            fedekd.models, or any image classifier, such as torchvision.models.resnet18. From Python a list gives
+            each client a model of its own.
+        private_models: In place of private_model several, dealt to the clients in turn: names, or class_path and
+            init_args, as in [PrivateCNN, torchvision.models.resnet18]. Only the proxy is then alike everywhere.
         proxy_model: The small model that travels.
         optimizer: A torch.optim class: class_path and init_args.
         exits: Cut the private model into so many stages, each with an exit (see fedekd.models.multi_exit); null
-            leaves it as it is, but for methods that need exits. A ResNet for images of up to 64 pixels is given a
+            leaves it as it is, but for methods that need exits. A list is dealt to the clients in turn, as in
+            [3, null]. A ResNet for images of up to 64 pixels is given a
             new stem, as is usual for them: 3x3, of stride 1, without a max-pool.
         exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
             average.
@@ -50,22 +53,46 @@ class ClientOptions:
     private_model: Spec | Sequence[Spec] = field(default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN"})
     proxy_model: Spec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN"})
     optimizer: Spec = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}})
-    exits: int | None = None
+    exits: int | Sequence[int | None] | None = None
     exit_grid: int = 1
     lr_decay: float = 1.0
     depths: int | Sequence[int] | None = None
+    private_models: Sequence[str | Spec] | None = None
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:
             raise UserError(f"client.local_epochs is {self.local_epochs}, and must be at least 1")
-        if self.exits is not None and self.exits < 1:
-            raise UserError(f"client.exits is {self.exits}, and must be at least 1, or null")
+        dealt = [self.exits] if isinstance(self.exits, int) else self.exits
+        if dealt is not None and not (dealt and all(exits is None or exits >= 1 for exits in dealt)):
+            raise UserError(f"client.exits is {self.exits}, and must be numbers of at least 1, or null")
         if self.exit_grid < 1:
             raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
         if not 0 < self.lr_decay <= 1:
             raise UserError(f"client.lr_decay is {self.lr_decay}, and must be above 0 and at most 1")
         if self.depths is not None and not (self._all_depths and min(self._all_depths) >= 1):
             raise UserError(f"client.depths is {self.depths}, and must be numbers of stages, at least 1, or null")
+
+        if self.private_models is not None and not self.private_models:
+            raise UserError("client.private_models is empty; it must name a model, or be null")
+
+    @property
+    def alike(self) -> bool:
+        """Whether one private model and one depth are said for all clients."""
+        one_network = isinstance(self.private_model, Mapping) and self.private_models is None
+        return one_network and self.depths is None and not isinstance(self.exits, Sequence)
+
+    def private(self, owner: int | str) -> str | Spec:
+        """The private model of a client, or the one that the server starts from: the first."""
+        place = owner if isinstance(owner, int) else 0
+        if self.private_models is not None:
+            return self.private_models[place % len(self.private_models)]
+        return self.private_model if isinstance(self.private_model, Mapping) else self.private_model[place]
+
+    def exits_of(self, owner: int | str) -> int | None:
+        """Into how many stages a client's private model is cut; the server's as the first one's."""
+        if isinstance(self.exits, Sequence):
+            return self.exits[(owner if isinstance(owner, int) else 0) % len(self.exits)]
+        return self.exits
 
     @property
     def _all_depths(self) -> list[int]:
@@ -116,7 +143,7 @@ class Blueprint:
             raise UserError(
                 f"client.private_model lists {len(models)} models, and data.num_clients is {self.num_clients}"
             )
-        if self.client.depths is not None and self.client.exits is None:
+        if self.client.depths is not None and any(self.client.exits_of(n) is None for n in range(self.num_clients)):
             raise UserError("client.depths needs a network with exits; set --client.exits to a number of stages")
 
     def network(self, role: str, owner: int | str) -> nn.Module:
@@ -126,7 +153,7 @@ class Blueprint:
             role: `private` or `proxy`: which of the client's model specs.
             owner: A client's number, or `server`; each has initial weights of its own.
         """
-        spec = self.client.proxy_model if role == "proxy" else self.private_model(owner)
+        spec = self.client.proxy_model if role == "proxy" else self.client.private(owner)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, owner, role, "initial weights"))
             network = build_model(
@@ -134,19 +161,20 @@ class Blueprint:
                 in_channels=self.in_channels,
                 image_size=self.image_size,
                 num_classes=self.num_outputs,
-                flag=f"client.{role}_model",
+                flag=f"client.{role}_model{'' if role == 'proxy' or self.client.private_models is None else 's'}",
             )
-            if role == "private" and self.client.exits is not None:
-                network = self._with_exits(network, self.client.depth(owner))
+            if role == "private" and self.client.exits_of(owner) is not None:
+                network = self._with_exits(network, owner)
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # Of the layout, PyTorch's own stubs know only a call of its own.
         return network.to(memory_format=self.trainer.memory_format)
 
-    def _with_exits(self, network: nn.Module, depth: int | None) -> nn.Module:
+    def _with_exits(self, network: nn.Module, owner: int | str) -> nn.Module:
+        depth = self.client.depth(owner)
         try:
             small = max(self.image_size) <= SMALL_IMAGE
             whole = multi_exit(
-                network, self.num_outputs, self.client.exits, grid=self.client.exit_grid, cifar_stem=small
+                network, self.num_outputs, self.client.exits_of(owner), grid=self.client.exit_grid, cifar_stem=small
             )
         except UserError as error:
             raise UserError(f"client.exits is {self.client.exits}: {error}") from error
@@ -157,25 +185,18 @@ class Blueprint:
         except UserError as error:
             raise UserError(f"client.depths is {self.client.depths}: {error}") from error
 
-    def private_model(self, owner: int | str) -> Spec:
-        """The private model of a client, or the one that the server starts from."""
-        models = self.client.private_model
-        if isinstance(models, Mapping):
-            return models
-        return models[owner if isinstance(owner, int) else 0]
-
     def require_one_architecture(self, method: str) -> None:
         """Hold the clients to one private model.
 
         Raises:
             UserError: If they have several; it names the method that cannot use them.
         """
-        models = self.client.private_model
-        if not isinstance(models, Mapping) and any(model != models[0] for model in models):
-            raise UserError(f"method {method} averages private models, and client.private_model lists different ones")
-        depths = {self.client.depth(number) for number in range(self.num_clients)}
-        if len(depths) > 1:
-            raise UserError(f"method {method} averages private models, and client.depths gives them different depths")
+        if any(self.client.private(number) != self.client.private("server") for number in range(self.num_clients)):
+            flag = "client.private_model" if self.client.private_models is None else "client.private_models"
+            raise UserError(f"method {method} averages private models, and {flag} lists different ones")
+        for name, dealt in (("exits", self.client.exits_of), ("depths", self.client.depth)):
+            if len({dealt(number) for number in range(self.num_clients)}) > 1:
+                raise UserError(f"method {method} averages private models, and client.{name} is not the same for all")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The client's optimizer over `parameters`, fused where that is the same and faster on every device."""

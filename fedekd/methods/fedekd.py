@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional import Aggregator
+from fedekd.functional import Aggregator, active_exits
+from fedekd.functional.coordination import SCHEDULES, Schedule
 from fedekd.methods.base import StateDict, Update
 from fedekd.methods.client import Client
 from fedekd.methods.proxies import ProxyMethod
@@ -55,6 +56,9 @@ class FedeKD(ProxyMethod):
         private_optimizer_state: carry it from round to round, or reset it.
         proxy_optimizer_state: reset by default, since averaging replaces the proxy's weights.
         aggregator: Another way to merge the proxies, by class_path; null takes the uniform mean (line 7).
+        schedule: Of a private model with exits: all_on, or progressive, which lets the deepest exit learn from the
+            first round on, and the others, the shallow ones first, over the first half of the rounds.
+        consistency_weight: Of a private model with exits: how much the shallow ones learn from the deepest, at least 0.
     """
 
     def __init__(
@@ -69,8 +73,14 @@ class FedeKD(ProxyMethod):
         private_optimizer_state: OptimizerState = "carry",
         proxy_optimizer_state: OptimizerState = "reset",
         aggregator: Aggregator | None = None,
+        schedule: Schedule = "all_on",
+        consistency_weight: float = 0.0,
     ) -> None:
         super().__init__(aggregator)
+        if schedule not in SCHEDULES:
+            raise UserError(f"method.schedule is {schedule!r}, which is not known; {nearest(schedule, SCHEDULES)}")
+        if not consistency_weight >= 0:
+            raise UserError(f"method.consistency_weight is {consistency_weight}, and must be at least 0")
         if not beta > 0:
             raise UserError(f"method.beta is {beta}, and must be above 0")
         if isinstance(energy, str) and energy not in ENERGIES:
@@ -89,6 +99,7 @@ class FedeKD(ProxyMethod):
             energy_of,
         )
         self.temperature, self.proxy_epochs = temperature, proxy_epochs
+        self.schedule, self.consistency_weight = schedule, consistency_weight
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
 
@@ -109,6 +120,8 @@ class FedeKD(ProxyMethod):
             client.blueprint.optimizer,
             self.gate,
             self.energy_of,
+            self._active(client, round),
+            self.consistency_weight,
         )
         # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
         taught = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
@@ -117,6 +130,18 @@ class FedeKD(ProxyMethod):
         )
         client.supervised_epochs += client.blueprint.client.local_epochs
         return logs
+
+    def _active(self, client: Client, round: int) -> list[bool] | None:
+        """Which exits learn in a round; None is all of them.
+
+        Networks of unlike architecture have no updates of heads to compare: every client goes by the budget alone.
+        """
+        exits = getattr(client.networks["private"], "num_exits", 1)
+        if self.schedule == "all_on" or exits == 1:
+            return None
+        rounds = client.blueprint.rounds
+        active: list[bool] = active_exits(torch.eye(1), round, rounds, exits, schedule=self.schedule)[0].tolist()
+        return active
 
     def _is_untrained(self, client: Client, received: StateDict) -> bool:
         """Whether the global proxy is still the initial one, because no round has met its quorum yet."""

@@ -17,8 +17,8 @@ from fedekd.models import MultiExitNetwork
 class NestedFedAvg(FedAvg):
     """FedAvg of a model with exits of which a client may hold a part: its first stages, its first channels, or both.
 
-    Who holds what is said of the clients: `client.depths` deals out how many stages, and a list as
-    `client.private_model` gives each client a network of its own, the widest first. A client is sent what it holds,
+    Who holds what is said of the clients: `client.depths` deals out how many stages, and `client.private_models`
+    networks of unlike width, the widest first. A client is sent what it holds,
     trains that, and sends it back; every weight is averaged over those who hold it. Local is trained on the same
     part.
 
@@ -45,7 +45,8 @@ class NestedFedAvg(FedAvg):
         shapes: list[dict[str, tuple[int, ...]]] = []
         held = []
         for number in range(blueprint.num_clients):
-            kind = json.dumps([blueprint.private_model(number), blueprint.client.depth(number)], sort_keys=True)
+            said = blueprint.client
+            kind = json.dumps([said.private(number), said.exits_of(number), said.depth(number)], sort_keys=True)
             if kind not in kinds:
                 part = blueprint.network("private", number).state_dict()
                 kinds[kind] = len(shapes)
@@ -54,7 +55,7 @@ class NestedFedAvg(FedAvg):
                     nested_state_dict(model, shapes[-1])
                 except ValueError as error:
                     raise UserError(
-                        f"client.private_model: that of client {number} is no part of the first one ({error}); list"
+                        f"client.private_models: that of client {number} is no part of the first one ({error}); list"
                         " the widest first"
                     ) from error
             held.append(kinds[kind])

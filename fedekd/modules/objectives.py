@@ -127,9 +127,14 @@ GATES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Gated:
-    """lambda_kd L_BKD: distillation of the proxy, trusted sample by sample (Eq. 3-5).
+    r"""lambda_kd L_BKD: distillation of the proxy, trusted sample by sample (Eq. 3-5).
 
-    Records `gate/weight_mean`, `gate/weight_std` (both within the batch) and `gate/energy_mean`.
+    Of a network with exits each has a gate of its own, $\lambda \sum_e v_e \cdot \mathrm{mean}_i\, w_{i,e}\,
+    \mathrm{KL}(q_i \| p_{i,e})$: what one exit is still to learn of the proxy another may know better. The feature
+    energy, of which there is but one a sample, gives all exits the same gate.
+
+    Records `gate/weight_mean`, `gate/weight_std` (both within the batch) and `gate/energy_mean`; of exits before the
+    last the same as `exit_1/gate/weight_mean` and so on.
 
     Args:
         task: Decides the distillation loss.
@@ -137,11 +142,20 @@ class Gated:
         beta: Sharpness of the gate, above 0.
         lambda_kd: Weight of the term, at least 0.
         gate: `energy` is Eq. 3; `none` trusts every sample fully; `shuffled` is the control.
+        exit_weights: $v_e$; None weighs all E exits alike, 1 / E each. An exit of weight 0 is left out.
     """
 
     name = "gated"
 
-    def __init__(self, task: Task, energy: Energy, beta: float, lambda_kd: float, gate: Gate = "energy") -> None:
+    def __init__(
+        self,
+        task: Task,
+        energy: Energy,
+        beta: float,
+        lambda_kd: float,
+        gate: Gate = "energy",
+        exit_weights: Sequence[float] | None = None,
+    ) -> None:
         if not beta > 0:
             raise UserError(f"beta is {beta}, and must be above 0")
         if not lambda_kd >= 0:
@@ -149,16 +163,28 @@ class Gated:
         if gate not in GATES:
             raise UserError(f"gate is {gate!r}, which is not known; {nearest(gate, GATES)}")
         self.task, self.energy, self.beta, self.lambda_kd = task, energy, beta, lambda_kd
-        self.weigh = GATES[gate]
+        self.weigh, self.exit_weights = GATES[gate], exit_weights
 
     def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
         """The weighted mean over the batch, times lambda_kd."""
         assert teacher is not None
+        exits = len(student.exits)
+        shares = [1.0 / exits] * exits if self.exit_weights is None else self.exit_weights
+        losses: dict[int, Tensor] = {}
+        for place, (output, share) in enumerate(zip(student.exits, shares, strict=True), start=1):
+            if share:
+                own = Prediction((output,), student.features)
+                losses[place] = share * self._loss(own, teacher, "" if place == exits else f"exit_{place}/", record)
+        total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        return self.lambda_kd * total
+
+    def _loss(self, student: Prediction, teacher: Prediction, prefix: str, record: Record) -> Tensor:
+        """The weighted mean of one exit, and what is worth knowing of its gate."""
         with torch.no_grad():
             energy = self.energy(student.detach(), teacher)
             weights = self.weigh(energy, self.beta)
-        record("gate/weight_mean", weights.mean())
-        record("gate/weight_std", weights.std(correction=0))
-        record("gate/energy_mean", energy.mean())
+        record(f"{prefix}gate/weight_mean", weights.mean())
+        record(f"{prefix}gate/weight_std", weights.std(correction=0))
+        record(f"{prefix}gate/energy_mean", energy.mean())
         loss = per_sample_distillation(self.task, student.output, teacher.output)
-        return self.lambda_kd * F.gated_distillation(loss, weights)
+        return F.gated_distillation(loss, weights)
