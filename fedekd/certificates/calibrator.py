@@ -81,6 +81,8 @@ class SelectiveRiskCalibrator:
         *,
         score: str = "max_softmax",
         network: str = "",
+        gamma: float = 1.0,
+        proxy: str = "",
     ) -> ExitPolicy:
         """Calibrate.
 
@@ -93,6 +95,8 @@ class SelectiveRiskCalibrator:
             cost: What leaving at each exit costs, (E,), for `path`; by default 1, 2, ..., E.
             score: What the scores are, for whoever applies the policy.
             network: Fingerprint of the network that gave the scores; a policy refuses any other.
+            gamma: Of the score `agreement`.
+            proxy: Fingerprint of the proxy that had a part in the scores, if any.
 
         Raises:
             UserError: If the arrays do not fit together, are empty, or hold NaN.
@@ -109,7 +113,8 @@ class SelectiveRiskCalibrator:
             )
         mode = MODES[self.mode]
         chosen = mode.rule(calibration, tuning, Setting(self.alpha, self.delta, costs))
-        return self._policy(chosen, calibration, len(tuning), mode.promises, score, network)
+        policy = self._policy(chosen, calibration, len(tuning), mode.promises, score, network)
+        return replace(policy, gamma=gamma, proxy=proxy)
 
     def _policy(
         self, chosen: Chosen, calibration: ScoredExits, tuning: int, promises: bool, score: str, network: str

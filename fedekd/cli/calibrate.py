@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,9 +28,9 @@ from fedekd.evaluation.calibration import (
 from fedekd.evaluation.clients import ClientLine, client_line
 from fedekd.evaluation.policies import client_lines_path, policy_path
 from fedekd.exits import ExitPolicy
-from fedekd.functional import CONFIDENCES
+from fedekd.functional import SCORES
 from fedekd.methods import Client
-from fedekd.models import MultiExitNetwork
+from fedekd.models import ExitCosts, MultiExitNetwork
 from fedekd.reporting.pages import csv_text, write_text
 
 
@@ -52,7 +53,13 @@ def calibrate_parser() -> ArgumentParser:
         default="ltt",
         help=f"{', '.join(MODES)}; only ltt and path promise anything (default: ltt).",
     )
-    parser.add_argument("--score", type=str, default="max_softmax", help=f"{', '.join(CONFIDENCES)}.")
+    parser.add_argument("--score", type=str, default="max_softmax", help=f"{', '.join(SCORES)}.")
+    parser.add_argument(
+        "--gamma",
+        type=float,
+        default=1.0,
+        help="Of the score agreement: what the exit's disagreement with the proxy takes from its confidence.",
+    )
     parser.add_argument(
         "--client", type=int | None, default=None, help="One client only (default: each its own policy)."
     )
@@ -79,8 +86,10 @@ def run(argv: Sequence[str]) -> int:
     if not config.run:
         raise UserError("calibrate needs the folder of a run, as in: calibrate runs/NAME --alpha 0.05")
     _calibrator(config.alpha, config.delta, config.mode)  # is particular about its arguments
-    if config.score not in CONFIDENCES:
-        raise UserError(f"--score is {config.score!r}, which is not known; {nearest(config.score, CONFIDENCES)}")
+    if config.score not in SCORES:
+        raise UserError(f"--score is {config.score!r}, which is not known; {nearest(config.score, SCORES)}")
+    if not 0 <= config.gamma < math.inf:
+        raise UserError(f"--gamma is {config.gamma}, and must be a finite number of at least 0")
     folder = Path(config.run)
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
     clients = orchestrator.restored_clients()
@@ -96,7 +105,9 @@ def run(argv: Sequence[str]) -> int:
     delta = config.delta / len(chosen) if config.simultaneous else config.delta
     calibrator = _calibrator(config.alpha, delta, config.mode)
     # All of them before the first is written: a mistake leaves everything as it was.
-    policies = [calibrate_client(client, calibrator, config.score, held_out, trained_on) for client in chosen]
+    policies = [
+        calibrate_client(client, calibrator, config.score, held_out, trained_on, config.gamma) for client in chosen
+    ]
     for client, policy in zip(chosen, policies, strict=True):
         path = policy_path(folder, client.number)
         policy.save(path)
@@ -165,7 +176,7 @@ def _load(path: str, like: ImageData) -> ImageData:
 
 def _table(policy: ExitPolicy, client: Client) -> Table:
     """The policy exit by exit."""
-    lines = exit_lines(policy, costs_of(require_exits(client.kept, "the network"), client.images))
+    lines = exit_lines(policy, _costs(client))
     table = Table(
         title=f"client {client.number}: alpha {policy.alpha:g}, delta {policy.delta:g}, {policy.mode}, {policy.score}"
     )
@@ -185,10 +196,13 @@ def _table(policy: ExitPolicy, client: Client) -> Table:
     return table
 
 
+def _costs(client: Client) -> ExitCosts:
+    return costs_of(require_exits(client.kept, "the network"), client.images, client.networks.get("proxy"))
+
+
 def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None) -> list[str]:
     """What the table does not tell."""
-    network = require_exits(client.kept, "the network")
-    costs = costs_of(network, client.images)
+    costs = _costs(client)
     remarks = [f"exit {line.exit}: {line.note}" for line in exit_lines(policy, costs) if line.note]
     exits = [place for place, count in enumerate(policy.leaving) for _ in range(count)]
     remarks.append(f"an image saves {share_saved(policy, exits, costs):.1%} of the full network's FLOPs on average")

@@ -113,7 +113,7 @@ def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> I
     for chosen in track(batches, "images", console=Console(stderr=True), disable=quiet, transient=True):
         x = prepared(network, chosen)
         if policy is not None and isinstance(network, MultiExitNetwork):
-            departures = policy.depart(network, x)
+            departures = policy.depart(network, x, client.networks.get("proxy"))
             logits, exits, scores = departures
         else:
             with evaluating(network):

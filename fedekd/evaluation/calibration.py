@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedekd.certificates import MODES, SelectiveRiskCalibrator
 from fedekd.data import ImageData
 from fedekd.errors import UserError
 from fedekd.evaluation.scoring import ExitOutputs, exit_outputs
 from fedekd.exits import ExitPolicy, network_fingerprint
+from fedekd.functional import AGREEMENT
 from fedekd.methods import Client
 from fedekd.models import ExitCosts, MultiExitNetwork, exit_costs
 from fedekd.seeding import derive_seed
@@ -58,9 +59,9 @@ def require_exits(network: object, whose: str) -> MultiExitNetwork:
     return network
 
 
-def costs_of(network: MultiExitNetwork, images: ImageData) -> ExitCosts:
-    """FLOPs of one image of a data set."""
-    return exit_costs(network, (images.in_channels, *images.image_size))
+def costs_of(network: MultiExitNetwork, images: ImageData, proxy: nn.Module | None = None) -> ExitCosts:
+    """FLOPs of one image of a data set, in the network and in the proxy whose opinion is asked."""
+    return exit_costs(network, (images.in_channels, *images.image_size), proxy)
 
 
 def calibrate_client(
@@ -69,6 +70,7 @@ def calibrate_client(
     score: str = "max_softmax",
     held_out: ImageData | None = None,
     trained_on: Tensor | None = None,
+    gamma: float = 1.0,
 ) -> ExitPolicy:
     """A policy for one client's network.
 
@@ -78,10 +80,11 @@ def calibrate_client(
     Args:
         client: A trained client.
         calibrator: The rule.
-        score: Which confidence, a name of `fedekd.functional.CONFIDENCES`.
+        score: Which confidence, a name of `fedekd.functional.SCORES`; `agreement` asks the client's proxy, too.
         held_out: Other labelled images in place of both splits: a third of them tunes, the others calibrate.
         trained_on: Images that the network has learned from, as indices, where that is more than the client's own
             training split: a federated network has learned from everybody's.
+        gamma: Of `agreement`.
 
     Raises:
         UserError: If the network has no exits, there are no samples, or `held_out` holds images of the training split.
@@ -93,7 +96,7 @@ def calibrate_client(
         tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
     else:
         _require_apart(client, held_out, client.splits.train if trained_on is None else trained_on)
-        outputs = exit_outputs(network, held_out.images, held_out.labels)
+        outputs = exit_outputs(network, held_out.images, held_out.labels, proxy=client.networks.get("proxy"))
         # Shuffled: a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.blueprint.seed, client.number, "held out"))
         order = torch.randperm(len(outputs), generator=generator)
@@ -103,7 +106,9 @@ def calibrate_client(
             f"client {client.number} has {len(tuning)} tuning and {len(calibration)} calibration samples; at least 1 of"
             f" each is needed ({'data.fractions, data.min_samples' if held_out is None else 'more images in --input'})"
         )
-    return fit_policy(calibrator, network, costs_of(network, client.images), tuning, calibration, score)
+    proxy = client.networks.get("proxy")
+    costs = costs_of(network, client.images, proxy)
+    return fit_policy(calibrator, network, costs, tuning, calibration, score, gamma, proxy)
 
 
 def fit_policy(
@@ -113,6 +118,8 @@ def fit_policy(
     tuning: ExitOutputs,
     calibration: ExitOutputs,
     score: str = "max_softmax",
+    gamma: float = 1.0,
+    proxy: nn.Module | None = None,
 ) -> ExitPolicy:
     """A policy from what a network said of tuning and of calibration samples.
 
@@ -121,16 +128,19 @@ def fit_policy(
     """
     if calibrator.mode == "released" and score != "max_softmax":
         raise UserError(f"mode 'released' compares probabilities, and the score is {score!r}; use max_softmax")
-    tuning_scored, scored = tuning.scored(score), calibration.scored(score)
+    tuning_scored, scored = tuning.scored(score, gamma), calibration.scored(score, gamma)
+    asks_proxy = score == AGREEMENT and proxy is not None
     return calibrator.fit(
         scored.scores,
         scored.correct,
         tuning_scored.scores,
         tuning_scored.correct,
         scored.true_class_probability,
-        [cost / costs.full for cost in costs.leaving([True] * network.num_exits)],
+        [cost / costs.full for cost in costs.leaving([True] * network.num_exits, asks_proxy)],
         score=score,
         network=network_fingerprint(network),
+        gamma=gamma,
+        proxy=network_fingerprint(proxy) if asks_proxy and proxy is not None else "",
     )
 
 
@@ -141,12 +151,13 @@ def split_outputs(client: Client, split: str) -> ExitOutputs:
     if not len(indices):
         classes = client.blueprint.num_outputs
         return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
-    return exit_outputs(network, client.images.images[indices], client.images.labels[indices])
+    images, labels = client.images.images[indices], client.images.labels[indices]
+    return exit_outputs(network, images, labels, proxy=client.networks.get("proxy"))
 
 
 def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
     """A policy exit by exit, the last included."""
-    leaving_costs = costs.leaving(policy.evaluated)
+    leaving_costs = costs.leaving(policy.evaluated, policy.asks_proxy)
     lines = []
     for place in range(policy.num_exits):
         last = place == policy.num_exits - 1
@@ -168,7 +179,7 @@ def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
 
 def share_saved(policy: ExitPolicy, exits: Sequence[int] | Tensor, costs: ExitCosts) -> float:
     """Share of the full network's FLOPs that is saved by images that left at these exits."""
-    leaving = torch.tensor(costs.leaving(policy.evaluated), dtype=torch.float64)
+    leaving = torch.tensor(costs.leaving(policy.evaluated, policy.asks_proxy), dtype=torch.float64)
     return 1.0 - float(leaving[torch.as_tensor(exits)].mean()) / costs.full
 
 

@@ -43,7 +43,9 @@ class ClientLine:
 def client_line(client: Client, policy: ExitPolicy) -> ClientLine:
     """What a client's policy comes to on its test split."""
     network = require_exits(client.kept, f"the private model of client {client.number}")
-    found = outcome(policy, split_outputs(client, "test"), costs_of(network, client.images))
+    found = outcome(
+        policy, split_outputs(client, "test"), costs_of(network, client.images, client.networks.get("proxy"))
+    )
     return ClientLine(
         client=client.number,
         model=client.kept_role,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedekd.certificates import ScoredExits
 from fedekd.data import scale
 from fedekd.errors import UserError, nearest
-from fedekd.functional import CONFIDENCES, at_least_float32
+from fedekd.functional import AGREEMENT, SCORES, at_least_float32, score_exit
 from fedekd.models import MultiExitNetwork
 from fedekd.models.modes import evaluating
 
@@ -25,10 +25,12 @@ class ExitOutputs:
     Attributes:
         logits: Shape (n, E, C), on the CPU, in at least float32.
         labels: Classes, int64, (n,).
+        proxy: What a proxy says of the same images, (n, C), where there is one.
     """
 
     logits: Tensor
     labels: Tensor
+    proxy: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,20 +52,25 @@ class ExitOutputs:
 
     def take(self, places: Tensor) -> ExitOutputs:
         """Some of the images, by index or by mask."""
-        return ExitOutputs(self.logits[places], self.labels[places])
+        proxy = None if self.proxy is None else self.proxy[places]
+        return ExitOutputs(self.logits[places], self.labels[places], proxy)
 
-    def scored(self, score: str = "max_softmax") -> ScoredExits:
+    def scored(self, score: str = "max_softmax", gamma: float = 1.0) -> ScoredExits:
         """As calibration wants them.
 
         Args:
-            score: A name of `fedekd.functional.CONFIDENCES`.
+            score: A name of `fedekd.functional.SCORES`.
+            gamma: Of `agreement`.
 
         Raises:
-            UserError: If the score is not known, or the network has diverged.
+            UserError: If the score is not known or lacks its proxy, or the network has diverged.
         """
-        if score not in CONFIDENCES:
-            raise UserError(f"score is {score!r}, which is not known; {nearest(score, CONFIDENCES)}")
-        scores = torch.stack([CONFIDENCES[score](logits) for logits in self.logits.unbind(1)], dim=1)
+        if score not in SCORES:
+            raise UserError(f"score is {score!r}, which is not known; {nearest(score, SCORES)}")
+        if score == AGREEMENT and self.proxy is None:
+            raise UserError("score 'agreement' needs a proxy, and this client has none; train with --method FedeKD")
+        each = [score_exit(score, logits, self.proxy, gamma) for logits in self.logits.unbind(1)]
+        scores = torch.stack(each, dim=1)
         labels = self.labels[:, None, None].expand(-1, self.num_exits, 1)
         true_class = self.logits.softmax(dim=2).gather(2, labels).squeeze(2)
         return ScoredExits.checked(scores, self.correct, true_class)
@@ -71,7 +78,11 @@ class ExitOutputs:
 
 @torch.no_grad()
 def exit_outputs(
-    network: MultiExitNetwork, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE
+    network: MultiExitNetwork,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = BATCH_SIZE,
+    proxy: nn.Module | None = None,
 ) -> ExitOutputs:
     """Run images through the whole network, all exits evaluated, in the precision of its weights.
 
@@ -82,13 +93,20 @@ def exit_outputs(
         images: Pixels 0..255, uint8, shape (n, C, H, W), on any device.
         labels: Classes, (n,).
         batch_size: Images at a time.
+        proxy: A network that gives a second opinion, if any.
     """
-    parts = []
+    parts, opinions = [], []
     with evaluating(network):
         for chosen in torch.split(images, batch_size):
             outputs = network(prepared(network, chosen))
             parts.append(torch.stack([at_least_float32(output).cpu() for output in outputs], dim=1))
-    return ExitOutputs(torch.cat(parts), labels.cpu().to(torch.int64))
+    if proxy is not None:
+        with evaluating(proxy):
+            opinions = [
+                at_least_float32(proxy(prepared(proxy, each))).cpu() for each in torch.split(images, batch_size)
+            ]
+    opinion = torch.cat(opinions) if opinions else None
+    return ExitOutputs(torch.cat(parts), labels.cpu().to(torch.int64), opinion)
 
 
 def prepared(network: nn.Module, images: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ def area(curve: Sequence[Point]) -> float:
 
 def outcome(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) -> Outcome:
     """What a policy comes to on these images."""
-    scored = outputs.scored(policy.score)
+    scored = outputs.scored(policy.score, policy.gamma)
     exits = policy.assign(scored.scores)
     right = scored.correct[np.arange(len(outputs)), exits]
-    leaving = np.asarray(costs.leaving(policy.evaluated)) / costs.full
+    leaving = np.asarray(costs.leaving(policy.evaluated, policy.asks_proxy)) / costs.full
     places = range(policy.num_exits)
     return Outcome(
         Point(float(leaving[exits].mean()), float(right.mean())),

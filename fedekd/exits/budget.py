@@ -14,6 +14,9 @@ from fedekd.models import ExitCosts
 #: Budgets that are looked at, as shares of the plain network's FLOPs.
 BUDGETS = tuple(step / 20 for step in range(1, 21))
 
+#: What is meant to be equal to a budget may lie a rounding error above it.
+_ROUNDING = 1e-12
+
 Scores = npt.NDArray[np.float64]
 
 
@@ -65,7 +68,7 @@ def budget_points(
     leaving = np.asarray(costs.leaving([True] * scores.shape[1])) / costs.full
     # Of a sample the scores of shallower exits count, too: it is gone as soon as one of them reaches the threshold.
     reached = np.maximum.accumulate(np.nan_to_num(tuning[:, :-1], nan=-math.inf), axis=1)
-    thresholds = np.unique(reached)
+    thresholds = np.unique(reached[reached > -math.inf])
     found = {}
     for budget in budgets:
         if budget >= 1.0:
@@ -75,7 +78,7 @@ def budget_points(
         low, high = 0, len(thresholds)
         while low < high:
             middle = (low + high) // 2
-            if float(leaving[_first_exits(reached, thresholds[middle])].mean()) <= budget:
+            if float(leaving[_first_exits(reached, thresholds[middle])].mean()) <= budget + _ROUNDING:
                 low = middle + 1
             else:
                 high = middle

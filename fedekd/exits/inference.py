@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional import CONFIDENCES
+from fedekd.functional import AGREEMENT, CONFIDENCES, SCORES, score_exit
 from fedekd.models import MultiExitNetwork
 from fedekd.models.modes import evaluating
 
@@ -36,6 +36,8 @@ def infer(
     thresholds: Sequence[float],
     bands: Sequence[float] | None = None,
     score: str = "max_softmax",
+    proxy: nn.Module | None = None,
+    gamma: float = 1.0,
 ) -> Departures:
     """Run images through a network until each may leave.
 
@@ -49,10 +51,14 @@ def infer(
         thresholds: Of each exit; the last one's counts as -inf.
         bands: Of each exit, at most its threshold: who reaches it and not the threshold leaves at the last exit. By
             default the thresholds.
-        score: A name of `fedekd.functional.CONFIDENCES`.
+        score: A name of `fedekd.functional.SCORES`.
+        proxy: For the score `agreement`, the network whose second opinion it is; asked of all images, unless no exit
+            before the last is open.
+        gamma: Of `agreement`.
 
     Raises:
-        UserError: The score is not known, or the number of thresholds or bands is not that of the exits.
+        UserError: The score is not known or lacks its proxy, or the number of thresholds or bands is not that of the
+            exits.
 
     Example:
         >>> from torch import nn
@@ -60,15 +66,26 @@ def infer(
         >>> infer(network, torch.zeros(3, 1, 2, 2), [0.0, -math.inf]).exits
         tensor([0, 0, 0])
     """
-    if score not in CONFIDENCES:
-        raise UserError(f"score is {score!r}, which is not known; {nearest(score, CONFIDENCES)}")
-    confidence = CONFIDENCES[score]
+    if score not in SCORES:
+        raise UserError(f"score is {score!r}, which is not known; {nearest(score, SCORES)}")
+    if score == AGREEMENT and proxy is None:
+        raise UserError("score 'agreement' needs the proxy, whose second opinion it is")
     bands = thresholds if bands is None else bands
     if not len(thresholds) == len(bands) == network.num_exits:
         raise UserError(
             f"{len(thresholds)} thresholds and {len(bands)} bands were given, and the network has"
             f" {network.num_exits} exits"
         )
+    opinion = None
+    if score == AGREEMENT and proxy is not None and any(evaluated_exits(thresholds, bands)[:-1]):
+        with evaluating(proxy):
+            opinion = proxy(x)
+
+    def confidence(logits: Tensor, places: Tensor) -> Tensor:
+        if score == AGREEMENT and opinion is None:  # no image may leave early: nobody's agreement is asked for
+            return CONFIDENCES["max_softmax"](logits)
+        return score_exit(score, logits, None if opinion is None else opinion[places], gamma)
+
     with evaluating(network):
         return _run(network, x, thresholds, bands, confidence)
 
@@ -90,7 +107,7 @@ def _run(
     x: Tensor,
     thresholds: Sequence[float],
     bands: Sequence[float],
-    confidence: Callable[[Tensor], Tensor],
+    confidence: Callable[[Tensor, Tensor], Tensor],
 ) -> Departures:
     evaluated = evaluated_exits(thresholds, bands)
     last = network.num_exits - 1
@@ -106,13 +123,14 @@ def _run(
         x = stage(x)
         if exit_ == last:
             logits = head(x)
-            depart(staying, logits, confidence(logits), exit_)
+            depart(staying, logits, confidence(logits, staying), exit_)
             break
         threshold, band = thresholds[exit_], bands[exit_]
         if not evaluated[exit_] or (eligible is not None and not eligible.any()):
             continue
         logits = head(x if eligible is None else x[eligible])
-        scores = confidence(logits).double()  # thresholds are doubles: float32(0.9) is not 0.9
+        places = staying if eligible is None else staying[eligible]
+        scores = confidence(logits, places).double()  # thresholds are doubles: float32(0.9) is not 0.9
         leaves, go_on = scores >= threshold, scores < band
         leaving, eligible_after = int(leaves.sum()), int(go_on.sum())
         if eligible is None and leaving == len(x):

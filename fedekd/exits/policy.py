@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedekd.atomic import atomic_file
 from fedekd.errors import UserError
 from fedekd.exits.fingerprint import network_fingerprint, weights_state
 from fedekd.exits.inference import Departures, evaluated_exits, infer
-from fedekd.functional import CONFIDENCES
+from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
 #: Of the file's layout; a file of another layout is refused.
@@ -63,7 +63,7 @@ class ExitPolicy:
         alpha: The error rate.
         delta: With probability 1 - delta over the calibration samples all promises hold at once.
         mode: Which rule chose the thresholds.
-        score: Which confidence is compared with the thresholds, a name of `fedekd.functional.CONFIDENCES`.
+        score: Which confidence is compared with the thresholds, a name of `fedekd.functional.SCORES`.
         samples: Calibration samples.
         tuning_samples: Samples on which the order of the tests was fixed.
         leaving: Calibration samples that leave at each exit.
@@ -72,6 +72,8 @@ class ExitPolicy:
             number would, or where the rule cannot tell.
         network: Fingerprint of the network that was calibrated; empty for none.
         versions: Of fedekd and torch, at calibration.
+        gamma: Of the score `agreement`.
+        proxy: For `agreement`, the fingerprint of the proxy that gives the second opinion; empty for none.
     """
 
     thresholds: tuple[float, ...]
@@ -88,6 +90,8 @@ class ExitPolicy:
     needed: tuple[int | None, ...] = ()
     network: str = ""
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    gamma: float = 1.0
+    proxy: str = ""
     _verified: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +106,7 @@ class ExitPolicy:
         for place, (band, threshold) in enumerate(zip(self.bands, self.thresholds, strict=True), start=1):
             if band > threshold:
                 raise UserError(f"exit {place} has the band {band:g} above its threshold {threshold:g}")
-        if self.score not in CONFIDENCES:
+        if self.score not in SCORES:
             raise UserError(f"an exit policy has the score {self.score!r}, which is not known")
         if not all(isinstance(flag, bool) for flag in self.certified):
             raise UserError(f"an exit policy has the certificates {self.certified}; true or false is needed")
@@ -119,6 +123,11 @@ class ExitPolicy:
         return len(self.thresholds)
 
     @property
+    def asks_proxy(self) -> bool:
+        """Whether the score is one that a proxy has a part in."""
+        return self.score == AGREEMENT
+
+    @property
     def evaluated(self) -> tuple[bool, ...]:
         """Which exits' heads are computed: those that let somebody leave, or keep somebody from leaving later."""
         return evaluated_exits(self.thresholds, self.bands)
@@ -127,37 +136,45 @@ class ExitPolicy:
         """The exit at which each sample leaves, (n,), from its scores at all exits, (n, E)."""
         return assign_exits(scores, self.thresholds, self.bands)
 
-    def require(self, network: MultiExitNetwork) -> None:
+    def require(self, network: MultiExitNetwork, proxy: nn.Module | None = None) -> None:
         """Hold a network to be the one that was calibrated.
 
         Its weights are hashed the first time, and again when a part or a tensor was replaced or written to, or anything
         was trained. Of what is written to `tensor.data` in place only a policy that is read anew takes notice.
 
         Raises:
-            UserError: If it is another, or has another number of exits.
+            UserError: If it is another, or has another number of exits; or the proxy is another, or missing.
         """
         if network.num_exits != self.num_exits:
             raise UserError(f"the exit policy is for {self.num_exits} exits, and the network has {network.num_exits}")
-        if not self.network:
+        self._recognize("network", network, self.network)
+        if self.asks_proxy:
+            if proxy is None:
+                raise UserError("the exit policy asks a proxy for its opinion, and none was given")
+            self._recognize("proxy", proxy, self.proxy)
+
+    def _recognize(self, role: str, network: nn.Module, fingerprint: str) -> None:
+        if not fingerprint:
             return
         state = weights_state(network)
-        known = self._verified.get("network")
-        if known is not None and known() is network and self._verified["state"] == state:
+        known, known_state = self._verified.get(role, (None, None))
+        if known is not None and known() is network and known_state == state:
             return
         found = network_fingerprint(network)
-        if found != self.network:
+        if found != fingerprint:
             raise UserError(
-                f"the exit policy was calibrated for network {self.network[:12]}, and this is {found[:12]}: its promise"
-                " holds for that network alone; calibrate this one"
+                f"the exit policy was calibrated for {role} {fingerprint[:12]}, and this is {found[:12]}: its promise"
+                f" holds for that {role} alone; calibrate this one"
             )
-        self._verified.update(network=weakref.ref(network), state=state)
+        self._verified[role] = weakref.ref(network), state
 
-    def predict(self, network: MultiExitNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, network: MultiExitNetwork, x: Tensor, proxy: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Logits and exit of each image; samples that have left cost nothing more.
 
         Args:
             network: The network that was calibrated; it is run in evaluation mode.
             x: Images, shape (B, C, H, W).
+            proxy: The proxy that was calibrated with it, where the policy asks one.
 
         Returns:
             Logits (B, classes), and exits 0..E-1, int64, (B,).
@@ -165,13 +182,13 @@ class ExitPolicy:
         Raises:
             UserError: If it is another network.
         """
-        departures = self.depart(network, x)
+        departures = self.depart(network, x, proxy)
         return departures.logits, departures.exits
 
-    def depart(self, network: MultiExitNetwork, x: Tensor) -> Departures:
+    def depart(self, network: MultiExitNetwork, x: Tensor, proxy: nn.Module | None = None) -> Departures:
         """As `predict`, with the scores, too."""
-        self.require(network)
-        return infer(network, x, self.thresholds, self.bands, self.score)
+        self.require(network, proxy)
+        return infer(network, x, self.thresholds, self.bands, self.score, proxy, self.gamma)
 
     def to_json(self) -> str:
         """As text; `from_json` gives the same policy back, to the last digit."""

@@ -4,10 +4,14 @@ from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean
 from fedekd.functional.comparison import betting_p_value, paired_p_value
 from fedekd.functional.confidence import (
+    AGREEMENT,
     CONFIDENCES,
+    SCORES,
+    agreement_confidence,
     entropy_confidence,
     margin_confidence,
     max_softmax_confidence,
+    score_exit,
 )
 from fedekd.functional.conformal import (
     conformal_quantile,
@@ -38,12 +42,15 @@ from fedekd.functional.precision import at_least_float32
 from fedekd.functional.simplex import project_to_simplex
 
 __all__ = [
+    "AGREEMENT",
     "CONFIDENCES",
+    "SCORES",
     "Aggregator",
     "CoordinateMedian",
     "Mean",
     "TrimmedMean",
     "active_exits",
+    "agreement_confidence",
     "at_least_float32",
     "average_nested",
     "average_state_dicts",
@@ -68,6 +75,7 @@ __all__ = [
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",
+    "score_exit",
     "set_agreement",
     "set_ranking_loss",
     "squared_error_distillation",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedekd.functional.energies import entropy_energy
+from fedekd.functional.energies import entropy_energy, kl_energy
 from fedekd.functional.precision import at_least_float32
 from fedekd.functional.shapes import require_matrix
 
@@ -87,12 +87,62 @@ def entropy_confidence(logits: Tensor) -> Tensor:
     return (1 - entropy / math.log(logits.shape[1])).clamp_min(0)
 
 
+def agreement_confidence(logits: Tensor, proxy_logits: Tensor, gamma: float = 1.0) -> Tensor:
+    r"""How sure a prediction is, less its disagreement with a second opinion, $\max_c p_c - \gamma E(x)$.
+
+    E is FedeKD's disagreement relative to how unsure both are (`kl_energy`, Eq. 1): an exit and the shared proxy that
+    are sure of different classes are far apart. The confidence has no lower bound.
+
+    Args:
+        logits: Of an exit, shape (B, C).
+        proxy_logits: Of the proxy on the same samples, shape (B, C).
+        gamma: What a unit of energy costs, at least 0.
+
+    Returns:
+        Confidences, at most 1, shape (B,).
+
+    Raises:
+        ValueError: The shapes differ or are not (B, C).
+
+    Example:
+        >>> sure, other = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+        >>> bool(agreement_confidence(sure, sure) > 0.999), bool(agreement_confidence(sure, other) < 0)
+        (True, True)
+    """
+    return max_softmax_confidence(logits) - gamma * kl_energy(logits, proxy_logits)
+
+
+#: The name of `agreement_confidence`, which needs a proxy's logits beside an exit's.
+AGREEMENT = "agreement"
+
 CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_softmax": max_softmax_confidence,
     "margin": margin_confidence,
     "entropy": entropy_confidence,
 }
-"""Confidences by name: logits (B, C) to one number a sample (B,)."""
+"""Confidences of one network by name: logits (B, C) to one number a sample (B,)."""
+
+#: All names of confidences.
+SCORES = (*CONFIDENCES, AGREEMENT)
+
+
+def score_exit(score: str, logits: Tensor, proxy_logits: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    """A confidence by its name.
+
+    Args:
+        score: A name of `SCORES`.
+        logits: Of an exit, shape (B, C).
+        proxy_logits: Of the proxy, shape (B, C); `agreement` alone needs them.
+        gamma: Of `agreement`.
+
+    Raises:
+        ValueError: `agreement` has no proxy to agree with.
+    """
+    if score != AGREEMENT:
+        return CONFIDENCES[score](logits)
+    if proxy_logits is None:
+        raise ValueError("agreement needs the logits of a proxy")
+    return agreement_confidence(logits, proxy_logits, gamma)
 
 
 def _require_classes(name: str, logits: Tensor) -> None:

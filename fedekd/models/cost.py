@@ -24,6 +24,7 @@ class ExitCosts:
     Attributes:
         stages: Of each stage alone, E numbers, shallow to deep.
         heads: Of each head alone, E numbers.
+        proxy: Of a second network that is asked before anyone may leave early; 0 for none.
 
     Example:
         >>> costs = ExitCosts(stages=(100, 200), heads=(10, 20))
@@ -33,18 +34,20 @@ class ExitCosts:
 
     stages: tuple[int, ...]
     heads: tuple[int, ...]
+    proxy: int = 0
 
     @property
     def full(self) -> int:
         """Of the plain network: all stages and the last head alone."""
         return sum(self.stages) + self.heads[-1]
 
-    def leaving(self, evaluated: Sequence[bool]) -> tuple[int, ...]:
+    def leaving(self, evaluated: Sequence[bool], asks_proxy: bool = False) -> tuple[int, ...]:
         """Of an image that leaves at exit e: all stages up to e, and the heads up to e that are evaluated.
 
         Args:
             evaluated: Of each exit, whether its head is evaluated when an image comes by: where no image may leave
                 it need not be, and costs nothing. The last exit's always is, whatever is said of it.
+            asks_proxy: Whether the proxy is asked; of every image, where any exit before the last is evaluated.
 
         Returns:
             E numbers, each with the head of its own exit: at an exit that is not evaluated, it is what leaving there
@@ -58,10 +61,13 @@ class ExitCosts:
         passing = [head if paid else 0 for head, paid in zip(self.heads, evaluated, strict=True)]
         before = accumulate(passing[:-1], initial=0)
         reached = accumulate(self.stages)
-        return tuple(sum(parts) for parts in zip(reached, before, self.heads, strict=True))
+        second = self.proxy if asks_proxy and any(evaluated[:-1]) else 0
+        return tuple(second + sum(parts) for parts in zip(reached, before, self.heads, strict=True))
 
 
-def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, int, int]) -> ExitCosts:
+def exit_costs(
+    network: MultiExitNetwork, image_shape: tuple[int, int, int], proxy: nn.Module | None = None
+) -> ExitCosts:
     """Count the operations of every stage and head on one image, as `torch.utils.flop_counter` does.
 
     Convolutions, matrix products and attention count; norms, activations and pools do not. The network is run once,
@@ -70,6 +76,7 @@ def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, int, int]) -> 
     Args:
         network: E exits, on any device, in any floating-point type.
         image_shape: Channels, height and width of an image.
+        proxy: A network that is asked for a second opinion, if any; on the same device.
 
     Raises:
         UserError: The network cannot take images of that shape.
@@ -81,7 +88,7 @@ def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, int, int]) -> 
         ExitCosts(stages=(2592, 0), heads=(0, 1440))
     """
     like = network.head.weight
-    x = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
+    x = image = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
     stages, heads = [], []
     with evaluating(network), torch.no_grad(), _countable_attention():
         try:
@@ -89,10 +96,14 @@ def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, int, int]) -> 
                 x, flops = _counted(stage, x)
                 stages.append(flops)
                 heads.append(_counted(head, x)[1])
+            second = 0
+            if proxy is not None:
+                with evaluating(proxy):
+                    second = _counted(proxy, image)[1]
         except Exception as error:  # a stage of one's own may fail in any way
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"image_shape is {image_shape}, which the network cannot take: {said}") from error
-    return ExitCosts(tuple(stages), tuple(heads))
+    return ExitCosts(tuple(stages), tuple(heads), second)
 
 
 def _counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:

@@ -72,8 +72,11 @@ def test_every_client_gets_a_policy_and_its_exits_are_told(
     assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    files = sorted(path.name for path in Path("run/exits").iterdir())
+    files = sorted(path.name for path in Path("run/exits").glob("*.json"))
     assert files == ["client-000.json", "client-001.json"]
+    clients = Path("run/exits/clients.csv").read_text().splitlines()
+    assert clients[0].startswith("client,model,exits,open,leaving,saved,certified_risk,seen_risk,accuracy")
+    assert [line.partition(",")[0] for line in clients[1:]] == ["0", "1"]
     for number, name in enumerate(files):
         policy = ExitPolicy.load(Path("run/exits", name))
         assert (policy.alpha, policy.delta, policy.mode, policy.score) == (0.2, 0.2, "ltt", "max_softmax")

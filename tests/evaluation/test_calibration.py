@@ -217,6 +217,7 @@ def test_a_client_of_nothing_but_training_samples_is_told(client):
     bare = SimpleNamespace(
         number=5,
         networks=client.networks,
+        kept=client.kept,
         images=client.images,
         blueprint=client.blueprint,
         splits=replace(client.splits, selection=client.splits.test[:0]),

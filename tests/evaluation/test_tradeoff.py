@@ -9,8 +9,7 @@ import torch
 
 from fedekd.evaluation.scoring import ExitOutputs
 from fedekd.evaluation.tradeoff import anytime_curve, area, outcome
-from fedekd.exits import Point, exit_points
-from fedekd.exits import ExitPolicy
+from fedekd.exits import ExitPolicy, Point, exit_points
 from fedekd.models import ExitCosts
 
 COSTS = ExitCosts(stages=(10, 40, 48), heads=(1, 2, 2))
