@@ -2,6 +2,7 @@
 
 from fedekd.certificates.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.certificates.do_no_harm import Comparison, DoNoHarm
+from fedekd.certificates.power import acceptance
 from fedekd.certificates.scored import ScoredExits
 from fedekd.certificates.validity import Validity, check_validity, true_risks
 
@@ -12,6 +13,7 @@ __all__ = [
     "ScoredExits",
     "SelectiveRiskCalibrator",
     "Validity",
+    "acceptance",
     "check_validity",
     "true_risks",
 ]
