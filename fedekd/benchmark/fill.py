@@ -10,6 +10,7 @@ from fedekd.benchmark.exit_comparison import exit_comparisons, exit_lines_table
 from fedekd.benchmark.exit_tables import exit_table, markdown
 from fedekd.benchmark.figures import SWEEP_ALPHA, swept
 from fedekd.benchmark.gate import gate_comparisons, gate_finding
+from fedekd.benchmark.harm import harm_lines, harm_tables
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.report import SWEPT, verdict_sentence
 from fedekd.benchmark.results import read_results
@@ -19,7 +20,7 @@ from fedekd.errors import UserError, nearest
 from fedekd.reporting.pages import minus
 
 #: The kinds of places that are filled from files below the folders, not from measured rows.
-_EXITS, _EXIT_METHODS = "exits", "exit-methods"
+_EXITS, _EXIT_METHODS, _HARM = "exits", "exit-methods", "harm"
 
 #: `<!-- fill: NAME ARGUMENT -->`, what is filled in, `<!-- /fill -->`.
 _PLACE = re.compile(r"(<!-- fill: ([^\s>]+) ?([^\s>]*) -->\n)(?:(?!<!-- fill).)*?(<!-- /fill -->)", re.DOTALL)
@@ -31,7 +32,8 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
     Places begin with `<!-- fill: NAME ARGUMENT -->` and end with `<!-- /fill -->`: `methods DATASET` is the table of a
     data set's methods, `sweep beta` that of a parameter, `gate` the finding about the gate's ranking, `verdicts` the
     count of the paper's cells by verdict, `exits TABLE/DATASET` a table of `report` on early exits, `exit-methods GRID`
-    the methods with exits of another benchmark whose results lie in the folder GRID.
+    the methods with exits of another benchmark whose results lie in the folder GRID, `harm GRID` what do_no_harm is
+    worth there.
 
     Args:
         text: The file's content.
@@ -48,8 +50,10 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
             return f"{place[1]}\n{exit_table(folders, argument)}\n\n{place[4]}"
         if name == _EXIT_METHODS:
             return f"{place[1]}\n{_exit_methods(folders, argument)}\n\n{place[4]}"
+        if name == _HARM:
+            return f"{place[1]}\n{_harm(folders, argument)}\n\n{place[4]}"
         if name not in _WRITERS:
-            known = (*_WRITERS, _EXITS, _EXIT_METHODS)
+            known = (*_WRITERS, _EXITS, _EXIT_METHODS, _HARM)
             raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, known)}")
         return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[4]}"
 
@@ -72,6 +76,17 @@ def _exit_methods(folders: Sequence[Path], grid: str) -> str:
         heads, *lines = exit_lines_table(comparison)
         parts += [markdown([comparison.name, *heads[1:]], lines), "", minus(comparison.finding), ""]
     return "\n".join(parts).rstrip()
+
+
+def _harm(folders: Sequence[Path], grid: str) -> str:
+    tables = harm_tables(Measured(row for folder in folders for row in read_results(folder / grid).values()))
+    if not tables:
+        raise UserError(f"<!-- fill: {_HARM} {grid} -->: no results of runs with do_no_harm in {grid}/")
+    parts = []
+    for table in tables:
+        heads, *lines = harm_lines(table)
+        parts.append(markdown([f"{table.name}, delta {table.delta:g}", *heads[1:]], lines))
+    return "\n\n".join(parts)
 
 
 def _methods(measured: Measured, dataset: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedekd.benchmark.comparisons import COMPARED
 from fedekd.benchmark.exit_comparison import exit_lines_table
+from fedekd.benchmark.harm import harm_lines
 from fedekd.benchmark.measured import title
 from fedekd.benchmark.published import SEEDS, PublishedCell
 from fedekd.benchmark.report import Report
@@ -45,7 +46,13 @@ def _render(template: str, report: Report, **more: Any) -> str:
 def _environment() -> Environment:
     found = environment("fedekd.benchmark")
     found.filters |= {"ours": ours, "theirs": theirs, "p": p_value}
-    found.globals |= {"faults": faults, "title": title, "compared": COMPARED, "exit_lines": exit_lines_table}
+    found.globals |= {
+        "faults": faults,
+        "title": title,
+        "compared": COMPARED,
+        "exit_lines": exit_lines_table,
+        "harm_lines": harm_lines,
+    }
     return found
 
 

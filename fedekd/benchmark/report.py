@@ -13,6 +13,7 @@ from fedekd.benchmark.comparisons import COMPARED, Comparison, Standing, against
 from fedekd.benchmark.datasets import DatasetLine, dataset_lines
 from fedekd.benchmark.exit_comparison import ExitComparison, exit_comparisons, exit_curves
 from fedekd.benchmark.gate import GateFinding, gate_comparisons, gate_finding
+from fedekd.benchmark.harm import HarmTable, harm_tables, power_curves
 from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.published import DEPARTURES
 from fedekd.benchmark.tables import Entry, Table, build_tables
@@ -55,6 +56,7 @@ class Report:
         gate: Of gate, shuffled weights and none.
         gate_finding: The same in words.
         exits: Methods with early exits against each other.
+        harm: What do_no_harm is worth.
         departures: Where the runs are knowingly not the paper's, by data set.
         provenance: Where the results come from, one entry a kind, with the number of runs.
         sources: What the report was made of.
@@ -69,6 +71,7 @@ class Report:
     gate: Sequence[Comparison]
     gate_finding: GateFinding
     exits: Sequence[ExitComparison]
+    harm: Sequence[HarmTable]
     departures: Mapping[str, str]
     provenance: Sequence[tuple[Mapping[str, str], int]]
     sources: Sequence[str]
@@ -116,18 +119,19 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
         sources: What the results were read from.
     """
     tables, ranked, gate = build_tables(measured), standings(measured), gate_comparisons(measured)
-    exits = exit_comparisons(measured)
+    exits, harm = exit_comparisons(measured), harm_tables(measured)
     sweeps = {parameter: figures.swept(measured, parameter) for parameter, _ in SWEPT.values()}
     return Report(
         tables=tables,
         datasets=dataset_lines(root, [name for name in measured.datasets if "," not in name]),
-        drawings=[*_drawings(measured, tables), *map(_ranking, ranked), *map(_exit_drawing, exits)],
+        drawings=[*_drawings(measured, tables), *map(_ranking, ranked), *map(_exit_drawing, exits), *map(_power, harm)],
         sweeps=sweeps,
         standings=ranked,
         comparisons=against(measured),
         gate=gate,
         gate_finding=gate_finding(gate),
         exits=exits,
+        harm=harm,
         departures={title(name): told for name, told in DEPARTURES.items() if name in measured.datasets},
         provenance=_provenance(measured),
         sources=list(sources),
@@ -157,6 +161,16 @@ def _ranking(standing: Standing) -> Drawing:
 def _exit_drawing(comparison: ExitComparison) -> Drawing:
     heading = f"{comparison.name}: accuracy against FLOPs"
     return Drawing(f"exits-{_slug(comparison.name)}", heading, exit_curves(comparison), comparison.finding)
+
+
+def _power(table: HarmTable) -> Drawing:
+    heading = f"{table.name}: what a certificate can see"
+    told = (
+        f"The probability, exact, that a client takes the federated model, by its true gain and the size n of the"
+        f" certificate split, where the two models differ on {table.differing:.1%} of the samples. Dashed: delta;"
+        " dotted: where harm begins."
+    )
+    return Drawing(f"power-{_slug(table.name)}", heading, power_curves(table), told)
 
 
 def _slug(name: str) -> str:

@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedekd.benchmark.comparisons import Comparison, Standing
 from fedekd.benchmark.datasets import DatasetLine
 from fedekd.benchmark.exit_comparison import ExitComparison
+from fedekd.benchmark.harm import HarmTable
 from fedekd.benchmark.page import html_page, markdown_page
 from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
@@ -19,8 +21,8 @@ from fedekd.reporting.pages import csv_text, write_text
 
 #: Names of what a report writes: an older report's leftovers are recognized by them, and nothing else is touched.
 _OURS = (
-    ("figures", r"(figure\d|ranking-.+|exits-.+)\.png"),
-    ("tables", r"(table\d\d|figure\d|paired|gate|rankings|exits)\.csv"),
+    ("figures", r"(figure\d|ranking-.+|exits-.+|power-.+)\.png"),
+    ("tables", r"(table\d\d|figure\d|paired|gate|rankings|exits|harm)\.csv"),
 )
 
 
@@ -71,7 +73,23 @@ def _csv_tables(report: Report) -> list[tuple[str, Sequence[str], list[dict[str,
         ("rankings", _RANK_COLUMNS, [line for standing in report.standings for line in _rank_lines(standing)]),
         ("paired", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.comparisons]),
         ("gate", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.gate]),
+        *([("harm", _HARM_COLUMNS, _harm_lines(report.harm))] if report.harm else []),
         *([("exits", _EXIT_COLUMNS, _exit_lines(report.exits))] if report.exits else []),
+    ]
+
+
+_HARM_COLUMNS = ("dataset", "alpha", "method", "rule", "taken", "seeds", "delta_avg", "delta_worst")
+
+
+def _harm_lines(tables: Sequence[HarmTable]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"dataset": table.dataset, "alpha": table.alpha, "method": line.method, "rule": line.rule},
+            **{"taken": line.taken, "seeds": len(line.avg)},
+            **{"delta_avg": fmean(line.avg), "delta_worst": fmean(line.worst)},
+        }
+        for table in tables
+        for line in table.lines
     ]
 
 

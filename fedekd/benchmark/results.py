@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,10 @@ COLUMNS = (
 
 #: Further columns of runs with exits: accuracy and share of the FLOPs at each exit, and within budgets in percent.
 EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
+
+#: A further column of runs with `do_no_harm`: what each client compared, as JSON.
+EVIDENCE = "evidence"
+_OF_EVIDENCE = ("client", "local", "method", "samples", "worse", "better", "gain", "p_value", "kept")
 
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
 
@@ -48,9 +53,9 @@ def to_row(key: str, configuration: str, method: str, summary: Mapping[str, Any]
         "torch": summary["versions"]["torch"],
         **provenance,
     }
-    of_exits = _of_exits(summary)
-    values |= of_exits
-    columns = (*COLUMNS, *of_exits)
+    further = {**_of_exits(summary), **_evidence(summary)}
+    values |= further
+    columns = (*COLUMNS, *further)
     return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
 
 
@@ -64,6 +69,14 @@ def _of_exits(summary: Mapping[str, Any]) -> dict[str, float]:
         name = f"budget_{round(100 * line['budget'])}"
         found |= {name: line["accuracy"], f"{name}_flops": line["cost"]}
     return found
+
+
+def _evidence(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The further column of a run with `do_no_harm`; none of another."""
+    if "kept" not in summary:
+        return {}
+    clients = [{name: client[name] for name in _OF_EVIDENCE if name in client} for client in summary["clients"]]
+    return {EVIDENCE: json.dumps({"rule": summary["kept"]["rule"], "clients": clients})}
 
 
 def exit_columns(rows: Iterable[Row]) -> list[str]:
@@ -119,7 +132,8 @@ def write_results(folder: Path, rows: Iterable[Row]) -> None:
     for dataset, own in by_dataset.items():
         own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
         text = io.StringIO(newline="")
-        table = csv.DictWriter(text, [*COLUMNS, *exit_columns(own)], restval="", lineterminator="\n")
+        further = [*exit_columns(own), *([EVIDENCE] if any(row.get(EVIDENCE) for row in own) else [])]
+        table = csv.DictWriter(text, [*COLUMNS, *further], restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(own)
         path = folder / f"{dataset}.csv"
