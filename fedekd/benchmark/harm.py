@@ -141,7 +141,7 @@ def power_curves(table: HarmTable) -> Figure:
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     gains = [step / 1000 for step in range(-20, 31, 2)]
     for axes, margin in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.01), strict=True):
-        for colour, samples in zip(CLIENT_COLOURS, (300, round(table.samples), 2300, 7000), strict=False):
+        for colour, samples in zip(CLIENT_COLOURS, sorted({300, round(table.samples), 2300, 7000}), strict=False):
             rule = DoNoHarm(delta=table.delta, margin=margin)
             within = [gain for gain in gains if abs(gain) <= table.differing]
             likely = [acceptance(rule, gain, table.differing, samples) for gain in within]
