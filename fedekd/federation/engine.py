@@ -212,7 +212,7 @@ class InProcessEngine:
                 score = scores[-1]
                 if len(scores) > 1:
                     name = SCORE_NAME[self.blueprint.task]
-                    logs = logs | {f"exit_{number}/{name}": value for number, value in enumerate(scores, start=1)}
+                    logs = logs | {f"exit_{place}/{name}": value for place, value in enumerate(scores, start=1)}
                 if round and math.isnan(score):
                     self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)

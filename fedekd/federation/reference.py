@@ -48,7 +48,7 @@ def reference_key(client: Client) -> str:
         blueprint["client"].pop(name)
     blueprint["client"]["private"] = client.blueprint.client.private(client.number)
     blueprint["client"]["stages"] = client.blueprint.client.exits_of(client.number)
-    blueprint["client"]["depth"] = client.blueprint.client.depth(client.number)
+    blueprint["client"]["depth"] = client.blueprint.depth(client.number)
     network = client.networks["private"]
     content = {
         "data": client.splits.digest(client.images),

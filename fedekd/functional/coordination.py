@@ -60,8 +60,13 @@ def student_budget(similarities: Tensor, round: int, rounds: int, exits: int) ->
 
     Returns:
         A number from 0 to (m - 1) n: the deepest exits always learn, and are not counted.
+
+    Raises:
+        ValueError: There are no participants, no exits or no rounds.
     """
     n = len(similarities)
+    if min(n, exits, rounds) < 1:
+        raise ValueError(f"{n} participants, {exits} exits and {rounds} rounds: at least 1 of each is needed")
     most = 1.0 - 1.0 / exits
     conflict = float(similarities.double().clamp(max=0.0).sum()) / n**2
     rho = min(max(most * 2 * round / rounds + conflict, 0.0), most)

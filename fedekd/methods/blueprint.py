@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from fedekd.errors import UserError
-from fedekd.models import build_model, multi_exit
+from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
@@ -69,7 +70,8 @@ class ClientOptions:
             raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
         if not 0 < self.lr_decay <= 1:
             raise UserError(f"client.lr_decay is {self.lr_decay}, and must be above 0 and at most 1")
-        if self.depths is not None and not (self._all_depths and min(self._all_depths) >= 1):
+        depths = [self.depths] if isinstance(self.depths, int) else self.depths
+        if depths is not None and not (depths and min(depths) >= 1):
             raise UserError(f"client.depths is {self.depths}, and must be numbers of stages, at least 1, or null")
 
         if self.private_models is not None and not self.private_models:
@@ -93,18 +95,6 @@ class ClientOptions:
         if isinstance(self.exits, Sequence):
             return self.exits[(owner if isinstance(owner, int) else 0) % len(self.exits)]
         return self.exits
-
-    @property
-    def _all_depths(self) -> list[int]:
-        if self.depths is None:
-            return []
-        return [self.depths] if isinstance(self.depths, int) else list(self.depths)
-
-    def depth(self, owner: int | str) -> int | None:
-        """How many stages a client has; the server has as many as the deepest. None is all of them."""
-        if not self._all_depths:
-            return None
-        return self._all_depths[owner % len(self._all_depths)] if isinstance(owner, int) else max(self._all_depths)
 
 
 @dataclass(frozen=True)
@@ -170,7 +160,7 @@ class Blueprint:
         return network.to(memory_format=self.trainer.memory_format)
 
     def _with_exits(self, network: nn.Module, owner: int | str) -> nn.Module:
-        depth = self.client.depth(owner)
+        depth = self.depth(owner)
         try:
             small = max(self.image_size) <= SMALL_IMAGE
             whole = multi_exit(
@@ -194,9 +184,36 @@ class Blueprint:
         if any(self.client.private(number) != self.client.private("server") for number in range(self.num_clients)):
             flag = "client.private_model" if self.client.private_models is None else "client.private_models"
             raise UserError(f"method {method} averages private models, and {flag} lists different ones")
-        for name, dealt in (("exits", self.client.exits_of), ("depths", self.client.depth)):
+        for name, dealt in (("exits", self.client.exits_of), ("depths", self.depth)):
             if len({dealt(number) for number in range(self.num_clients)}) > 1:
                 raise UserError(f"method {method} averages private models, and client.{name} is not the same for all")
+
+    def kind(self, owner: int | str) -> str:
+        """What a client's private model is made from; clients of one kind have one architecture."""
+        said = self.client
+        return json.dumps([said.private(owner), said.exits_of(owner), self.depth(owner)], sort_keys=True)
+
+    def require_exits(self, method: str) -> MultiExitNetwork:
+        """The server's network, which must have exits to distil.
+
+        Raises:
+            UserError: If it has not two exits at least, or there are no classes; it names the method.
+        """
+        if self.task == "regression":
+            raise UserError(f"method {method} distils classes, and the task is regression; use FedAvg or FedeKD")
+        network = self.network("private", "server")
+        if not isinstance(network, MultiExitNetwork) or network.num_exits == 1 == (self.depth("server") or 1):
+            raise UserError(f"method {method} needs exits; set --client.exits to a number of stages, at least 2")
+        return network
+
+    def depth(self, owner: int | str) -> int | None:
+        """How many stages a client has; the server has as many as the deepest of them. None is all of them."""
+        depths = self.client.depths
+        if depths is None or isinstance(depths, int):
+            return depths
+        if isinstance(owner, int):
+            return depths[owner % len(depths)]
+        return max(depths[: self.num_clients])
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The client's optimizer over `parameters`, fused where that is the same and faster on every device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import DeepToShallow, Objective, ObjectiveModule, Supervised
+from fedekd.modules.exit_objectives import require_at_least_0, require_temperature
 
 Conflict = Literal["head_update", "trunk_gradient"]
-CONFLICTS: tuple[Conflict, ...] = ("head_update", "trunk_gradient")
+CONFLICTS: tuple[Conflict, ...] = get_args(Conflict)
 
 #: In a broadcast and an update: which exits learn, uint8, (m,).
 ACTIVE = "active_exits"
@@ -43,8 +44,9 @@ class CAFEDistill(Method):
     the mixture of the teachers' predictions.
 
     Open points of the paper, as they are settled here: of equally conflicting clients the lower number comes first;
-    similarities begin at 0, and of a pair that does not meet keep their last value; heads are mixed over all clients
-    seen so far, so that a client seen for the first time gets the uniform mix.
+    similarities begin at 0, and of a pair that does not meet keep their last value; heads are mixed over those that
+    sent theirs in the last round, as older ones belong to an older trunk, and so a client that none of them has met
+    gets the uniform mix.
 
     Args:
         distillation_weight: lambda, at least 0.
@@ -52,7 +54,8 @@ class CAFEDistill(Method):
         spread: a of the mixing weights, above 0; the larger, the more alike they are.
         order: `shallow_first`, or `deep_first` as a control.
         schedule: `progressive`, or `all_on` as a control: all exits learn from the first round on.
-        conflict: What is compared: `head_update`, or `trunk_gradient` as a control, what the clients did to the trunk.
+        conflict: What is compared, for the schedule and for the mixing: `head_update`, or `trunk_gradient` as a
+            control, what the clients did to the weights of the trunk.
         weights: How trunks are averaged: `samples` by training samples, `uniform` every client alike.
     """
 
@@ -78,19 +81,16 @@ class CAFEDistill(Method):
         ):
             if value not in known:
                 raise UserError(f"method.{name} is {value!r}, which is not known; {nearest(value, known)}")
-        DeepToShallow(distillation_weight, temperature)  # is particular about its arguments
+        require_at_least_0(**{"method.distillation_weight": distillation_weight})
+        require_temperature(temperature, "method.temperature")
         self.distillation_weight, self.temperature, self.spread = distillation_weight, temperature, spread
         self.order, self.schedule, self.conflict = order, schedule, conflict
         self.merge = Mean(weights)
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial trunk and deepest head for all; nobody has been compared."""
-        if blueprint.task == "regression":
-            raise UserError("method CAFEDistill distils classes, and the task is regression; use FedAvg or FedeKD")
         blueprint.require_one_architecture("CAFEDistill")
-        network = blueprint.network("private", "server")
-        if not isinstance(network, MultiExitNetwork):
-            raise UserError("method CAFEDistill needs exits; set --client.exits to a number of stages")
+        network = blueprint.require_exits("CAFEDistill")
         if not isinstance(network.heads[-1], nn.Linear):
             raise UserError("method CAFEDistill mixes the network's last layers, and client.depths cuts them off")
         trunk, head = _parts(network.state_dict(), network.num_exits)
@@ -99,6 +99,7 @@ class CAFEDistill(Method):
             "trunk": trunk,
             "initial_head": head,
             "heads": {},
+            "weights": [name for name, _ in network.named_parameters()],
             "similarities": torch.zeros(count, count, dtype=torch.float64),
             "exits": network.num_exits,
             "rounds": blueprint.rounds,
@@ -129,11 +130,10 @@ class CAFEDistill(Method):
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Load trunk and mixed head; the shallow heads are the client's own."""
-        network = client.networks["private"]
-        model = {name: tensor for name, tensor in received.items() if name != ACTIVE}
-        network.load_state_dict({**network.state_dict(), **model})
+        client.take_in({name: tensor for name, tensor in received.items() if name != ACTIVE})
+        learned = client.memory.get(ACTIVE, ())  # in the training that led to what is scored now
         client.memory[ACTIVE] = received[ACTIVE].cpu()
-        return {} if round == 0 else {"exits/active": float(received[ACTIVE].sum())}
+        return {f"exit_{number}/active": float(learns) for number, learns in enumerate(learned, start=1)}
 
     def upload(self, client: Client, round: int) -> Update:
         """Train the active exits, and send trunk and deepest head."""
@@ -171,14 +171,16 @@ class CAFEDistill(Method):
         if self.conflict == "head_update":
             changes = [_change(head, self.mixed_head(number)) for head, number in zip(heads, clients, strict=True)]
         else:
-            changes = [_change(trunk, state["trunk"]) for trunk in trunks]
+            # Without buffers: what BatchNorm has counted and averaged is no gradient, and much alike everywhere.
+            weights = [name for name in state["trunk"] if name in state["weights"]]
+            changes = [_change({name: trunk[name] for name in weights}, state["trunk"]) for trunk in trunks]
         similarities = state["similarities"].clone()
         chosen = torch.tensor(clients)
         similarities[chosen[:, None], chosen] = cosine_similarities(torch.stack(changes)).cpu()
         self.server_state = {
             **state,
             "trunk": self.merge(trunks, [update.num_samples for update in updates]),
-            "heads": {**state["heads"], **dict(zip(clients, heads, strict=True))},
+            "heads": dict(zip(clients, heads, strict=True)),
             "similarities": similarities,
         }
 

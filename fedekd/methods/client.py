@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,6 +182,19 @@ class Client:
         self.networks.pop("local", None)
         if local is not None:
             self.networks["local"] = local.networks["private"]
+
+    def take_in(self, received: Mapping[str, Tensor]) -> None:
+        """Load what was received into the private model; the rest of it is the client's own.
+
+        What is its own and no longer finite, after training that diverged, gets its initial values again: nobody else
+        would ever mend it.
+        """
+        network = self.networks["private"]
+        own = {name: tensor for name, tensor in network.state_dict().items() if name not in received}
+        if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
+            initial = self.blueprint.network("private", self.number).state_dict()
+            own = {name: tensor if bool(tensor.isfinite().all()) else initial[name] for name, tensor in own.items()}
+        network.load_state_dict({**own, **received})
 
     def state_dict(self) -> dict[str, Any]:
         """All that must last, as plain tensors and numbers."""

@@ -11,6 +11,7 @@ from fedekd.errors import UserError
 from fedekd.methods.client import Client
 from fedekd.methods.nested import NestedFedAvg
 from fedekd.modules import MutualExits, Objective, Supervised
+from fedekd.modules.exit_objectives import require_at_least_0
 
 
 class DepthFL(NestedFedAvg):
@@ -39,7 +40,7 @@ class DepthFL(NestedFedAvg):
         super().__init__(weights)
         if not 0 <= ramp_up <= 1:
             raise UserError(f"method.ramp_up is {ramp_up}, and must be from 0 to 1")
-        MutualExits(distillation_weight)  # is particular about its arguments
+        require_at_least_0(**{"method.distillation_weight": distillation_weight})
         self.distillation_weight, self.ramp_up = distillation_weight, ramp_up
 
     def weight_in(self, round: int, rounds: int) -> float:

@@ -60,7 +60,8 @@ class FedPer(FedAvg):
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Load the base, and keep the head."""
-        return super().absorb(client, {**client.networks["private"].state_dict(), **received}, round)
+        client.take_in(received)
+        return super().absorb(client, client.networks["private"].state_dict(), round)
 
     def upload(self, client: Client, round: int) -> Update:
         """Train base and head together, and send the base."""

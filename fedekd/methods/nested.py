@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +10,6 @@ from fedekd.functional import average_nested, nested_state_dict
 from fedekd.methods.base import Broadcast, Update
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.fedavg import FedAvg
-from fedekd.models import MultiExitNetwork
 
 
 class NestedFedAvg(FedAvg):
@@ -34,19 +32,12 @@ class NestedFedAvg(FedAvg):
 
     def start(self, blueprint: Blueprint) -> None:
         """The whole model, and the shapes of what each client holds of it."""
-        name = type(self).__name__
-        if blueprint.task == "regression":
-            raise UserError(f"method {name} distils classes, and the task is regression; use FedAvg or FedeKD")
-        network = blueprint.network("private", "server")
-        if not isinstance(network, MultiExitNetwork):
-            raise UserError(f"method {name} needs exits; set --client.exits to a number of stages")
-        model = dict(network.state_dict())
+        model = dict(blueprint.require_exits(type(self).__name__).state_dict())
         kinds: dict[str, int] = {}
         shapes: list[dict[str, tuple[int, ...]]] = []
         held = []
         for number in range(blueprint.num_clients):
-            said = blueprint.client
-            kind = json.dumps([said.private(number), said.exits_of(number), said.depth(number)], sort_keys=True)
+            kind = blueprint.kind(number)
             if kind not in kinds:
                 part = blueprint.network("private", number).state_dict()
                 kinds[kind] = len(shapes)

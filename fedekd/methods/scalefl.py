@@ -11,6 +11,7 @@ from fedekd.methods.client import Client
 from fedekd.methods.nested import NestedFedAvg
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import DeepToShallow, Objective, Supervised
+from fedekd.modules.exit_objectives import require_at_least_0, require_temperature
 
 
 class ScaleFL(NestedFedAvg):
@@ -39,7 +40,8 @@ class ScaleFL(NestedFedAvg):
         super().__init__(weights)
         if not 0 <= warm_up <= 1:
             raise UserError(f"method.warm_up is {warm_up}, and must be from 0 to 1")
-        DeepToShallow(distillation_weight, temperature)  # is particular about its arguments
+        require_at_least_0(**{"method.distillation_weight": distillation_weight})
+        require_temperature(temperature, "method.temperature")
         self.distillation_weight, self.temperature, self.warm_up = distillation_weight, temperature, warm_up
 
     def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:

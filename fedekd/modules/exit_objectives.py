@@ -37,7 +37,7 @@ class DecoupledDistilled:
         temperature: float = 4.0,
         exit_weights: Sequence[float] | None = None,
     ) -> None:
-        _require_at_least_0(distillation_weight=weight, dkd_alpha=alpha, dkd_beta=beta)
+        require_at_least_0(distillation_weight=weight, dkd_alpha=alpha, dkd_beta=beta)
         require_temperature(temperature)
         self.weight, self.alpha, self.beta, self.temperature = weight, alpha, beta, temperature
         self.exit_weights = exit_weights
@@ -69,7 +69,7 @@ class DeepToShallow:
     def __init__(
         self, weight: float = 1.0, temperature: float = 4.0, exit_weights: Sequence[float] | None = None
     ) -> None:
-        _require_at_least_0(consistency_weight=weight)
+        require_at_least_0(consistency_weight=weight)
         require_temperature(temperature)
         self.weight, self.temperature, self.exit_weights = weight, temperature, exit_weights
 
@@ -98,7 +98,7 @@ class MutualExits:
     name = "mutual"
 
     def __init__(self, weight: float = 1.0) -> None:
-        _require_at_least_0(distillation_weight=weight)
+        require_at_least_0(distillation_weight=weight)
         self.weight = weight
 
     def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
@@ -115,14 +115,14 @@ class MutualExits:
         return self.weight * stack(pairs).mean()
 
 
-def require_temperature(temperature: float) -> None:
+def require_temperature(temperature: float, name: str = "temperature") -> None:
     """Hold a temperature to be a finite number above 0.
 
     Raises:
         UserError: If it is not.
     """
     if not 0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature}, and must be a finite number above 0")
+        raise UserError(f"{name} is {temperature}, and must be a finite number above 0")
 
 
 def require_exit_weights(weights: Sequence[float], exits: int) -> None:
@@ -137,7 +137,12 @@ def require_exit_weights(weights: Sequence[float], exits: int) -> None:
         raise UserError(f"exit_weights is {list(weights)}, and must hold finite numbers of at least 0, not all 0")
 
 
-def _require_at_least_0(**values: float) -> None:
+def require_at_least_0(**values: float) -> None:
+    """Hold weights, by what they are called, to be finite numbers of at least 0.
+
+    Raises:
+        UserError: If one is not.
+    """
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{name} is {value}, and must be a finite number of at least 0")
