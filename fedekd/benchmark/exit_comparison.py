@@ -51,19 +51,23 @@ class ExitComparison:
     Attributes:
         dataset: The data set.
         alpha: Concentration of its partition.
+        clients: How many.
+        rounds: How many.
         plain: Label and mean accuracy of the best method without exits; None if none was run.
         lines: By falling accuracy.
     """
 
     dataset: str
     alpha: float
+    clients: int
+    rounds: int
     plain: tuple[str, float] | None
     lines: tuple[ExitLine, ...]
 
     @property
     def name(self) -> str:
         """Its data set and alpha, to be read."""
-        return f"{title(self.dataset)}, alpha {self.alpha:g}"
+        return f"{title(self.dataset)}, alpha {self.alpha:g}, {self.clients} clients, {self.rounds} rounds"
 
     @property
     def finding(self) -> str:
@@ -83,11 +87,12 @@ def _saved(line: ExitLine) -> float:
 
 
 def exit_comparisons(measured: Measured) -> list[ExitComparison]:
-    """A comparison for every data set and alpha at which a method with exits was run."""
-    places: dict[tuple[str, float], list[Row]] = {}
+    """A comparison for every data set, alpha and number of clients and rounds at which there is a method with exits."""
+    places: dict[tuple[str, float, int, int], list[Row]] = {}
     for row in measured.rows:
-        if row["metric"] == "accuracy":
-            places.setdefault((row["dataset"], float(row["alpha"])), []).append(row)
+        if row["metric"] == "accuracy" and not math.isnan(float(row["mean"])):
+            place = row["dataset"], float(row["alpha"]), int(row["clients"]), int(row["rounds"])
+            places.setdefault(place, []).append(row)
     return [_comparison(*place, rows) for place, rows in sorted(places.items()) if any(map(_has_exits, rows))]
 
 
@@ -95,7 +100,7 @@ def _has_exits(row: Row) -> bool:
     return bool(row.get("exit_2"))
 
 
-def _comparison(dataset: str, alpha: float, rows: Sequence[Row]) -> ExitComparison:
+def _comparison(dataset: str, alpha: float, clients: int, rounds: int, rows: Sequence[Row]) -> ExitComparison:
     by_method: dict[str, dict[int, Row]] = {}
     plain: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -104,14 +109,16 @@ def _comparison(dataset: str, alpha: float, rows: Sequence[Row]) -> ExitComparis
             by_method.setdefault(row["method"], {})[seed] = row
         else:
             plain.setdefault(row["method"], {})[seed] = float(row["mean"])
-            plain.setdefault("Local, without exits", {})[seed] = float(row["local_mean"])
+            # The same of all methods whose clients train their private models in as many rounds; the first counts.
+            plain.setdefault("Local, without exits", {}).setdefault(seed, float(row["local_mean"]))
     # Means can be compared over the same seeds alone: those of the method with most.
     seeds = max((tuple(sorted(scores)) for scores in plain.values()), key=len, default=())
     full = {label: fmean(scores[s] for s in seeds) for label, scores in plain.items() if set(seeds) <= set(scores)}
     best = max(full, key=lambda label: full[label], default=None)
     lines = [_line(method, of_seed, None if best is None else plain[best]) for method, of_seed in by_method.items()]
     lines.sort(key=lambda line: -fmean(line.accuracies))
-    return ExitComparison(dataset, alpha, None if best is None else (best, full[best]), tuple(lines))
+    best_plain = None if best is None else (best, full[best])
+    return ExitComparison(dataset, alpha, clients, rounds, best_plain, tuple(lines))
 
 
 def _line(method: str, of_seed: Mapping[int, Row], plain: Mapping[int, float] | None) -> ExitLine:
@@ -176,14 +183,18 @@ def exit_lines_table(comparison: ExitComparison) -> list[list[str]]:
     numbers = max(len(line.exits) for line in comparison.lines)
     first = next(line for line in comparison.lines if len(line.exits) == numbers)
     exits = [f"exit {n} ({point.cost:.0%} of the FLOPs)" for n, point in enumerate(first.exits, start=1)]
-    budgets = [f"within {budget}%" for budget in SHOWN]
-    table = [["method", *exits, *budgets, "FLOPs saved", "seeds"]]
+    budgets = [f"aimed at {budget}%" for budget in SHOWN]
+    table = [["method", "accuracy", *exits, *budgets, "FLOPs saved", "seeds"]]
     for line in comparison.lines:
-        at_exits = [f"{point.accuracy:.4f}" for point in line.exits[:-1]]
-        at_exits += [spread(line.accuracies, signed=False), *[""] * (numbers - len(line.exits))]
-        within = [f"{line.budgets[b].accuracy:.4f}" if b in line.budgets else "" for b in SHOWN]
-        table.append([line.method, *at_exits, *within, _told_saving(line.saved), str(len(line.seeds))])
+        at_exits = [f"{point.accuracy:.4f}" for point in line.exits] + [""] * (numbers - len(line.exits))
+        aimed = [_told(line.budgets[budget]) if budget in line.budgets else "" for budget in SHOWN]
+        mean = spread(line.accuracies, signed=False)
+        table.append([line.method, mean, *at_exits, *aimed, _told_saving(line.saved), str(len(line.seeds))])
     return table
+
+
+def _told(point: Point) -> str:
+    return f"{point.accuracy:.4f} ({point.cost:.0%})"
 
 
 def _told_saving(saved: float | None) -> str:

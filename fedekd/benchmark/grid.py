@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.errors import UserError, nearest
@@ -153,7 +153,7 @@ def _as_text(value: Any) -> str:
     """A value of a grid as it is written on a command line; the parser makes namespaces of classes in it."""
     if isinstance(value, str):
         return value
-    return json.dumps(value.as_dict() if isinstance(value, Namespace) else value)
+    return json.dumps(value, default=lambda each: each.as_dict())
 
 
 def cell_key(values: Mapping[str, Any], parser: ArgumentParser) -> str:

@@ -109,7 +109,9 @@ def _wrong_type(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
 
 
 def _wrong_union(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return _must_be(text, match[2], re.findall(r"<class '[^']+'>|typing\.Literal\[[^\]]*\]", match[1]))
+    return _must_be(
+        text, match[2], re.findall(r"<class '[^']+'>|collections\.abc\.Sequence|typing\.Literal\[[^\]]*\]", match[1])
+    )
 
 
 def _must_be(text: str, value: str, types: list[str]) -> str:
@@ -134,7 +136,8 @@ def _choice(literal: re.Match[str]) -> str:
 
 _PLAIN = {
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
-    **{"tuple": "a list, as in [0.6,0.2,0.2]", "list": "a list", "dict": "keys and values", "torch.Tensor": ""},
+    **{"tuple": "a list, as in [0.6,0.2,0.2]", "list": "a list", "collections.abc.Sequence": "a list"},
+    **{"dict": "keys and values", "torch.Tensor": ""},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedekd.exits import Point, budget_points, exit_points
+from fedekd.exits import BUDGETS, Point, budget_points, exit_points
 from fedekd.functional import CONFIDENCES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, exit_costs
@@ -33,20 +34,36 @@ class ExitTradeoff:
 
 
 def exit_tradeoff(client: Client) -> ExitTradeoff | None:
-    """Measure a client's private model; None if it has no exits to choose from, or no classes."""
-    network = client.networks["private"]
-    if not isinstance(network, MultiExitNetwork) or network.num_exits == 1:
+    """Measure a client's private model; None if it has no exits, or there are no classes. NaN where it has diverged.
+
+    A client that holds the first stages alone pays for no more of the network than they cost: of them costs are shares,
+    too, of the whole network.
+    """
+    network, blueprint = client.networks["private"], client.blueprint
+    if not isinstance(network, MultiExitNetwork) or blueprint.task == "regression":
         return None
-    if client.blueprint.task == "regression":
-        return None
-    costs = exit_costs(network, (client.blueprint.in_channels, *client.blueprint.image_size))
-    tuning, judged = client.predict("private", "validation"), client.predict("private", "test")
+    judged = client.predict("private", "test")
+    shape = blueprint.in_channels, *blueprint.image_size
+    costs = exit_costs(network, shape)
+    held = 1.0
+    if blueprint.depth(client.number) is not None:
+        whole = blueprint.network("private", "server")
+        assert isinstance(whole, MultiExitNetwork)
+        held = costs.full / exit_costs(whole, shape).full
     targets = client.images.targets[client.splits.test.to(client.images.targets.device)]
     correct = torch.stack([logits.argmax(dim=1) == targets for logits in judged.exits], dim=1).cpu().numpy()
-    points = budget_points(_scores(tuning), _scores(judged), correct, costs)
+    tuning, scores = _scores(client.predict("private", "validation")), _scores(judged)
+    points = budget_points(tuning, scores, correct, costs, [budget / held for budget in BUDGETS])
+    # The first class is not meant where nothing is finite.
+    sound = 1.0 if all(bool(logits.isfinite().all()) for logits in judged.exits) else math.nan
+    accuracies = correct.mean(axis=0).tolist() if len(correct) else [math.nan] * network.num_exits
     return ExitTradeoff(
-        [list(point) for point in exit_points(client.exit_scores(), costs)],
-        [[budget, *point] for budget, point in points.items()],
+        [[held * point.cost, sound * point.accuracy] for point in exit_points(accuracies, costs)],
+        [
+            [budget, held * points[budget / held].cost, sound * points[budget / held].accuracy]
+            for budget in BUDGETS
+            if budget / held in points
+        ],
     )
 
 

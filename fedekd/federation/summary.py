@@ -55,7 +55,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,
         **({"kept": _kept_by_all(run, run.do_no_harm)} if run.do_no_harm is not None else {}),
-        **(mean_tradeoff(tradeoffs) if tradeoffs else {}),
+        **(mean_tradeoff(tradeoffs) if any(len(each.exits) > 1 for each in tradeoffs) else {}),
         "seconds": run.progress.seconds,
         "bytes_up": run.progress.bytes_up,
         "bytes_down": run.progress.bytes_down,

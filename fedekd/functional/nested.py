@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedekd.functional.aggregation import narrowed, widened
+from fedekd.functional.aggregation import average_state_dicts, narrowed, widened
 
 
 def nested_state_dict(whole: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -27,7 +28,8 @@ def nested_state_dict(whole: Mapping[str, Tensor], shapes: Mapping[str, Sequence
         >>> nested_state_dict({"a": torch.arange(6).view(2, 3), "b": torch.zeros(1)}, {"a": (1, 2)})
         {'a': tensor([[0, 1]])}
     """
-    return {name: whole[name][_region(whole, name, shape)] for name, shape in shapes.items()}
+    regions = {name: _region(whole, name, shape) for name, shape in shapes.items()}
+    return {name: whole[name][region] for name, region in regions.items()}
 
 
 def average_nested(
@@ -46,7 +48,8 @@ def average_nested(
         A new state dict, in the order of `whole`.
 
     Raises:
-        ValueError: A client's tensor is not nested in the server's, or there is not one weight for each.
+        ValueError: A client's tensor is not nested in the server's, or there is not one weight for each, finite and at
+            least 0.
 
     Example:
         >>> clients = [{"a": torch.tensor([2.0])}, {"a": torch.tensor([4.0, 6.0])}]
@@ -55,19 +58,30 @@ def average_nested(
     """
     if len(weights) != len(state_dicts):
         raise ValueError(f"there are {len(weights)} weights for {len(state_dicts)} state dicts")
-    sums = {name: torch.zeros_like(widened(tensor, tensor)) for name, tensor in whole.items()}
-    totals = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
-    for state, weight in zip(state_dicts, weights, strict=True):
-        if not weight > 0:
-            continue
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"weights must be finite and not negative, but are {list(weights)}")
+    kept = [(weight, state) for weight, state in zip(weights, state_dicts, strict=True) if weight > 0]
+    for _, state in kept:
         for name, tensor in state.items():
-            region = _region(whole, name, tensor.shape)
-            sums[name][region] += weight * widened(tensor, whole[name])
-            totals[name][region] += weight
-    return {
-        name: torch.where(totals[name] > 0, narrowed(sums[name] / totals[name], tensor), tensor)
-        for name, tensor in whole.items()
-    }
+            _region(whole, name, tensor.shape)
+    return {name: _average(name, tensor.detach(), kept) for name, tensor in whole.items()}
+
+
+def _average(name: str, whole: Tensor, kept: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Tensor:
+    """One tensor's average over those who hold it, entry by entry."""
+    held = [(weight, state[name]) for weight, state in kept if name in state]
+    if not held:
+        return whole.clone()
+    if all(tensor.shape == whole.shape for _, tensor in held):
+        weights, tensors = zip(*held, strict=True)
+        return average_state_dicts([{name: tensor} for tensor in tensors], weights)[name].to(whole.device)
+    sums = torch.zeros_like(widened(whole, whole))
+    totals = torch.zeros_like(sums)
+    for weight, tensor in held:
+        region = tuple(slice(size) for size in tensor.shape)
+        sums[region] += weight * widened(tensor, whole)
+        totals[region] += weight
+    return torch.where(totals > 0, narrowed(sums / totals, whole), whole)
 
 
 def _region(whole: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> tuple[slice, ...]:

@@ -202,7 +202,8 @@ class Blueprint:
         if self.task == "regression":
             raise UserError(f"method {method} distils classes, and the task is regression; use FedAvg or FedeKD")
         network = self.network("private", "server")
-        if not isinstance(network, MultiExitNetwork) or network.num_exits == 1 == (self.depth("server") or 1):
+        one = isinstance(network, MultiExitNetwork) and network.num_exits == 1 and self.client.depths is None
+        if not isinstance(network, MultiExitNetwork) or one:
             raise UserError(f"method {method} needs exits; set --client.exits to a number of stages, at least 2")
         return network
 

@@ -24,6 +24,7 @@ class FedRep(FedPer):
         head_epochs: How many epochs the head is trained before the representation is for `client.local_epochs`; at
             least 1. They come on top, as in the paper, and are not counted as epochs of the private model: Local,
             which Delta is against, has as many of all its weights as the representation here.
+            BatchNorm's running statistics go on with the head's training, as in the authors' code.
         personal: Names of the parts that are the head; null as for FedPer.
         weights: uniform counts every client alike, samples by its training samples.
         aggregator: Another way to merge, by class_path; null takes the mean with `weights`.

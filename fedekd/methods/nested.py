@@ -57,10 +57,12 @@ class NestedFedAvg(FedAvg):
         state = self.server_state
         if len(state["shapes"]) == 1:
             return Broadcast(nested_state_dict(state["model"], state["shapes"][0]))
-        personal = {
-            client: nested_state_dict(state["model"], state["shapes"][state["held"][client]]) for client in participants
-        }
-        return Broadcast(personal=personal)
+        # Copies: of a view all of its storage would travel to another process.
+        parts = [
+            {name: tensor.clone() for name, tensor in nested_state_dict(state["model"], shapes).items()}
+            for shapes in state["shapes"]
+        ]
+        return Broadcast(personal={client: parts[state["held"][client]] for client in participants})
 
     def aggregate(self, updates: Sequence[Update], round: int) -> None:
         """Each weight's average over those who hold it."""

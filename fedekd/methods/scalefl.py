@@ -13,6 +13,9 @@ from fedekd.models import MultiExitNetwork
 from fedekd.modules import DeepToShallow, Objective, Supervised
 from fedekd.modules.exit_objectives import require_at_least_0, require_temperature
 
+#: What is meant as a whole number of rounds may lie a rounding error above it.
+_ROUNDING = 1e-9
+
 
 class ScaleFL(NestedFedAvg):
     r"""Clients of unlike depth and width, averaged weight by weight; a client's deepest exit teaches the others.
@@ -49,6 +52,6 @@ class ScaleFL(NestedFedAvg):
         exits = cast(MultiExitNetwork, network).num_exits
         weights = [2 * place / (exits * (exits + 1)) for place in range(1, exits + 1)]
         found: list[Objective] = [Supervised(client.blueprint.task, weights)]
-        if self.distillation_weight and round >= self.warm_up * client.blueprint.rounds:
+        if self.distillation_weight and round >= self.warm_up * client.blueprint.rounds - _ROUNDING:
             found.append(DeepToShallow(self.distillation_weight, self.temperature, weights))
         return found

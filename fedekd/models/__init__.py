@@ -1,7 +1,7 @@
 """Networks: the paper's two CNNs, any torchvision classifier, exits for them, and how to build one by name."""
 
 from fedekd.models.build import build_model, check_model
-from fedekd.models.cnn import PrivateCNN, ProxyCNN
+from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN
 from fedekd.models.cost import ExitCosts, exit_costs
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
@@ -9,6 +9,7 @@ from fedekd.models.size import num_parameters
 from fedekd.models.split import multi_exit
 
 __all__ = [
+    "Conv3",
     "ExitCosts",
     "ExitHead",
     "ImageClassifier",

@@ -1,4 +1,4 @@
-"""The paper's two convolutional networks (FedeKD, Appendix H).
+"""The papers' convolutional networks: two of FedeKD (Appendix H), and one of CAFEDistill.
 
 The paper fixes the widths. What it leaves open is read plainly: 3x3 kernels, padding 1, and a 2x2 max-pool
 and a ReLU after each convolution. For regression both networks have a scalar output: `num_classes=1`.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedekd.errors import UserError
 
 _MIN_IMAGE_SIZE = 8  # three 2x2 max-pools leave one pixel of it
+_MIN_UNPADDED_SIZE = 22  # each 3x3 convolution takes two more
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -134,3 +135,53 @@ class ProxyCNN(_ConvNet):
 
     def __init__(self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
         super().__init__((32, 64), 128, in_channels=in_channels, image_size=image_size, num_classes=num_classes)
+
+
+class Conv3(nn.Module):
+    """CAFEDistill's network for CIFAR-10: three convolutions of 128 channels, then the mean over what is left.
+
+    3x3 kernels without padding, a 2x2 max-pool and a ReLU after each, as the authors' code has it
+    (arXiv 2601.10015 does not say).
+
+    Args:
+        in_channels: Channels of an image, at least 1.
+        image_size: Height and width of an image, at least 22; a single number is a square.
+        num_classes: Outputs: the number of classes, or 1 for regression.
+
+    Attributes:
+        num_features: 128, the width of `features(x)`.
+        head: The last linear layer; `forward(x)` is `head(features(x))`.
+
+    Raises:
+        UserError: An argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> Conv3(in_channels=3, image_size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_channels: int = 3, image_size: int | Sequence[int] = 32, num_classes: int = 10) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, but is {value}")
+        if min(height_and_width(image_size)) < _MIN_UNPADDED_SIZE:
+            raise UserError(f"image_size must be at least {_MIN_UNPADDED_SIZE} for Conv3, but is {image_size}")
+        layers: list[nn.Module] = []
+        for channels in (in_channels, 128, 128):
+            layers += [nn.Conv2d(channels, 128, 3), nn.MaxPool2d(2), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = 128
+        self.head = nn.Linear(128, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: images (B, in_channels, H, W) to features (B, 128), at least 0."""
+        features: Tensor = self.pool(self.convolutions(x))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) to logits (B, num_classes)."""
+        logits: Tensor = self.head(self.features(x))
+        return logits

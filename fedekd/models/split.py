@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 
 from fedekd.errors import UserError
-from fedekd.models.cnn import PrivateCNN, ProxyCNN, height_and_width
+from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN, height_and_width
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.modes import evaluating
 from fedekd.models.multi_exit import ClassToken, ExitHead, Layout, MultiExitNetwork
@@ -67,7 +67,7 @@ def multi_exit(
 
     | network | stages |
     | --- | --- |
-    | `PrivateCNN`, `ProxyCNN` | one a convolution with its pool and ReLU: 3 and 2 |
+    | `PrivateCNN`, `Conv3`, `ProxyCNN` | one a convolution with its pool and ReLU: 3, 3 and 2 |
     | torchvision's `ResNet`, `ConvNeXt`, `SwinTransformer` (v1, v2) | its four, the stem joins the first |
     | torchvision's `VisionTransformer` | its blocks in equal groups, 4 unless `exits` says otherwise |
     | `ImageClassifier` | those of the network in it |
@@ -224,6 +224,11 @@ def _cut_cnn(network: PrivateCNN | ProxyCNN) -> Cut:
     return Cut(stages)
 
 
+def _cut_conv3(network: Conv3) -> Cut:
+    layers = [*network.convolutions]
+    return Cut([layers[:3], layers[3:6], [*layers[6:], network.pool, network.head]])
+
+
 def _cut_resnet(network: ResNet) -> Cut:
     stem = [network.conv1, network.bn1, network.relu, network.maxpool]
     last = [network.layer4, network.avgpool, nn.Flatten(), network.fc]
@@ -264,6 +269,7 @@ def _pairs(features: nn.Sequential) -> Stages:
 FAMILIES: dict[type[nn.Module], Callable[[Any], Cut]] = {
     PrivateCNN: _cut_cnn,
     ProxyCNN: _cut_cnn,
+    Conv3: _cut_conv3,
     ResNet: _cut_resnet,
     ConvNeXt: _cut_convnext,
     SwinTransformer: _cut_swin,

@@ -50,10 +50,14 @@ def one_round(run: Orchestrator, participants: Sequence[int], round: int) -> lis
     return updates
 
 
-def test_without_conflict_and_distillation_it_is_fedper_with_shallow_heads_of_ones_own(federate: Federate) -> None:
+@pytest.mark.parametrize("participation", [1.0, 0.67])
+def test_without_conflict_and_distillation_it_is_fedper_with_shallow_heads_of_ones_own(
+    federate: Federate, participation: float
+) -> None:
     ours = CAFEDistill(distillation_weight=0.0, schedule="all_on", spread=float("inf"), weights="uniform")
     theirs = FedPer(personal=["heads.0", "heads.1"], weights="uniform")
-    runs = [federate(method, client=options(), rounds=RoundOptions(rounds=3)) for method in (ours, theirs)]
+    rounds = RoundOptions(rounds=4, participation=participation)
+    runs = [federate(method, client=options(), rounds=rounds) for method in (ours, theirs)]
     summaries = [run.run() for run in runs]
     assert summaries[0]["clients"] == summaries[1]["clients"]
     for name, tensor in weights(runs[0]).items():
@@ -119,7 +123,7 @@ def test_a_pair_that_does_not_meet_keeps_its_similarity(begun: Orchestrator) -> 
     assert float(table[0, 1]) == first != 0.0
     assert float(table[0, 2]) == 0.0
     assert float(table[1, 2]) == float(table[2, 1]) != 0.0
-    assert sorted(begun.method.server_state["heads"]) == [0, 1, 2]
+    assert sorted(begun.method.server_state["heads"]) == [1, 2]  # those of the last round: 0's is of an older trunk
 
 
 def test_each_exits_score_is_logged(federate: Federate) -> None:
@@ -132,6 +136,40 @@ def test_each_exits_score_is_logged(federate: Federate) -> None:
     assert row["exit_3/accuracy"] == pytest.approx(row["accuracy/mean"])
 
 
+def test_which_exits_have_learned_is_logged(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=8))
+    run.run()
+    first, *_, last = run.progress.history
+    # floor(2/3 * 2/8 * 9) = 1 shallow exit in the first round; from the fourth on, without conflict, all of them.
+    assert [first[f"exit_{exit_}/active"] for exit_ in (1, 2, 3)] == [pytest.approx(1 / 3), 0.0, 1.0]
+    assert last["exit_3/active"] == 1.0
+    assert all(last[f"exit_{exit_}/active"] >= first[f"exit_{exit_}/active"] for exit_ in (1, 2))
+
+
+def test_what_clients_did_to_the_trunk_is_compared_by_its_weights_alone(federate: Federate) -> None:
+    resnet = options(private_model={"class_path": "torchvision.models.resnet18"}, exits=2)
+    run = federate(CAFEDistill(conflict="trunk_gradient"), client=resnet, rounds=RoundOptions(rounds=2))
+    run.method.start(run.blueprint)
+    before = {name: tensor.clone() for name, tensor in run.method.server_state["trunk"].items()}
+    updates = one_round(run, [0, 1], 0)
+    weights = [name for name, _ in run.blueprint.network("private", 0).named_parameters() if name in before]
+    changes = [torch.cat([(u.state[n].double() - before[n].double()).flatten() for n in weights]) for u in updates]
+    wanted = torch.nn.functional.cosine_similarity(*changes, dim=0)
+    torch.testing.assert_close(run.method.server_state["similarities"][0, 1], wanted, rtol=0, atol=1e-9)
+
+
+def test_a_head_that_diverged_begins_anew(begun: Orchestrator) -> None:
+    client, sent = client_of(begun, 1), begun.method.broadcast([1], 0).to(1)
+    initial = begun.blueprint.network("private", 1).state_dict()
+    with torch.no_grad():
+        client.networks["private"].heads[0].linear.weight[0, 0] = float("nan")
+        client.networks["private"].heads[1].linear.weight.add_(1.0)
+    kept = client.networks["private"].heads[1].linear.weight.clone()
+    begun.method.absorb(client, sent, 0)
+    assert torch.equal(client.networks["private"].heads[0].linear.weight, initial["heads.0.linear.weight"])
+    assert torch.equal(client.networks["private"].heads[1].linear.weight, kept)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -140,8 +178,8 @@ def test_each_exits_score_is_logged(federate: Federate) -> None:
         ({"schedule": "on"}, "method.schedule is 'on'"),
         ({"conflict": "head"}, "method.conflict is 'head'"),
         ({"weights": "equal"}, "weights is 'equal'"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"distillation_weight": -1.0}, "weight is -1.0"),
+        ({"temperature": 0.0}, "^method.temperature is 0.0"),
+        ({"distillation_weight": -1.0}, "^method.distillation_weight is -1.0"),
     ],
 )
 def test_mistakes_are_told(arguments: dict[str, Any], words: str) -> None:
@@ -154,6 +192,8 @@ def test_what_it_cannot_federate_is_told() -> None:
         CAFEDistill().start(make_blueprint(task="regression", num_outputs=1))
     with pytest.raises(UserError, match=r"client\.exits"):
         CAFEDistill().start(make_blueprint())
+    with pytest.raises(UserError, match="at least 2"):
+        CAFEDistill().start(make_blueprint(client=options(exits=1)))
 
 
 def test_the_learning_rate_decays_round_by_round(federate: Federate) -> None:

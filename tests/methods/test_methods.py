@@ -14,9 +14,9 @@ from fedekd.federation import InProcessEngine, RoundOptions, SilentObserver, Vis
 from fedekd.functional import CoordinateMedian, TrimmedMean
 from fedekd.methods import (
     FML,
-    Broadcast,
     CAFEDistill,
     ClientOptions,
+    DepthFL,
     Ditto,
     FedAvg,
     FedDyn,
@@ -24,10 +24,12 @@ from fedekd.methods import (
     FedKD,
     FedPer,
     FedProx,
+    FedRep,
     FedType,
     Local,
     Method,
     SafeKD,
+    ScaleFL,
 )
 
 from .conftest import Federate, weights
@@ -58,9 +60,15 @@ METHODS: dict[str, Callable[[], Method]] = {
     "safekd": SafeKD,
     "cafedistill": CAFEDistill,
     "cafedistill-trunk": lambda: CAFEDistill(conflict="trunk_gradient", schedule="all_on"),
+    "fedrep": FedRep,
+    "depthfl": DepthFL,
+    "depthfl-of-unlike-depths": DepthFL,
+    "scalefl": ScaleFL,
+    "scalefl-of-unlike-depths": lambda: ScaleFL(warm_up=0.5),
 }
 CLASSIFICATION_ONLY = {name for name in METHODS if name.startswith("fedtype")} | {
     *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp", "safekd", "cafedistill", "cafedistill-trunk"),
+    *("depthfl", "depthfl-of-unlike-depths", "scalefl", "scalefl-of-unlike-depths"),
 }
 CASES = [
     (name, task)
@@ -73,7 +81,9 @@ CASES = [
 def small_client(name: str) -> ClientOptions:
     """ProxyCNN, which can have two exits, for one epoch."""
     exits = None if METHODS[name]().exits is None else 2
-    return ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=exits)
+    depths = [1, 2] if name.endswith("unlike-depths") else None
+    model = {"class_path": "fedekd.models.ProxyCNN"}
+    return ClientOptions(local_epochs=1, private_model=model, exits=exits, depths=depths)
 
 
 class StoppedError(Exception):
@@ -91,8 +101,8 @@ class StopAfter(SilentObserver):
 
 
 class BackwardsEngine(InProcessEngine):
-    def visit(self, participants: Sequence[int], broadcast: Broadcast, round: int, upload: bool) -> Iterator[Visit]:
-        yield from super().visit(list(reversed(participants)), broadcast, round, upload)
+    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
+        yield from super().visit(list(reversed(participants)), *arguments, **options)
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def test_finetuning_comes_once_at_the_end(federate: Federate) -> None:
     assert not torch.equal(weights(tuned)["0/head.weight"], weights(plain)["0/head.weight"])
 
 
-@pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn, FedPer, Ditto])
+@pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn, FedPer, FedRep, Ditto])
 def test_clients_of_different_architectures_are_refused_where_they_are_averaged(
     method: Callable[[], Method], federate: Federate
 ) -> None:

@@ -374,7 +374,7 @@ def ends_in_softmax() -> nn.Module:
             {"exits": 5},
             "exits must be from 1 to 4 for ResNet, but is 5",
         ),
-        (models.alexnet, {}, "AlexNet cannot be cut .* PrivateCNN, ProxyCNN, ResNet, .*VisionTransformer.* split="),
+        (models.alexnet, {}, "AlexNet cannot be cut .* PrivateCNN, ProxyCNN, Conv3, ResNet, .*VisionTransformer.* split="),
         (lambda: ImageClassifier(models.alexnet(num_classes=10), 10, 3), {}, "AlexNet cannot be cut"),
         (OwnForward, {}, "OwnForward cannot be cut into exits"),
         (ends_in_softmax, {"num_classes": CLASSES}, "ResNet must end in a linear layer .* ends in a LogSoftmax"),
@@ -446,7 +446,7 @@ def test_a_head_refuses_arguments_out_of_range(arguments, message):
         (0, [], "0 stages and 0 heads"),
         (2, [nn.Linear(2, 2)], "2 stages and 1 heads"),
         (1, [nn.Linear(2, 2), nn.Linear(2, 2)], "1 stages and 2 heads"),
-        (1, [ExitHead(2, 2, "flat")], "must be an nn.Linear, but is a ExitHead"),
+        (1, [nn.Identity()], "must be an nn.Linear or an ExitHead, but is a Identity"),
     ],
 )
 def test_stages_and_heads_must_pair(stages, heads, message):

@@ -1,0 +1,234 @@
+"""The exact tests behind do-no-harm: against sums of fractions and loops over bets, and by counting all outcomes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest, multinomial
+
+from fedekd.functional import betting_p_value, paired_p_value
+from fedekd.functional.binomial import clopper_pearson
+
+MARGINS = (0.0, 0.05, 0.1, 0.3)
+LEVELS = (0.01, 0.05, 0.1, 0.3)
+
+
+def tail(wins: int, of: int, chance: Fraction) -> Fraction:
+    """P(Bin(of, chance) >= wins), term by term."""
+    return sum((math.comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(wins, of + 1)), Fraction(0))
+
+
+def upper_bound(differing: int, samples: int, slack: Fraction) -> Fraction:
+    """Clopper and Pearson: the largest rate at which so few or fewer have probability `slack`, by bisection."""
+    low, high = Fraction(0), Fraction(1)
+    for _ in range(46):
+        rate = (low + high) / 2
+        seen = 1 - tail(differing + 1, samples, rate)
+        low, high = (rate, high) if seen > slack else (low, rate)
+    return high
+
+
+def literal(worse: int, better: int, samples: int, margin: str, slack: str = "0.01") -> float:
+    """The largest probability of as many wins over all rates of differing that the bound leaves, plus the slack."""
+    differing, m = worse + better, Fraction(margin)
+    if m == 0:
+        return float(tail(better, differing, Fraction(1, 2)))  # by symmetry P(Bin(b + c, 1/2) <= b)
+    bound = Fraction(1) if differing == samples else upper_bound(differing, samples, Fraction(slack))
+    if bound < m:  # under the hypothesis p_b >= m: such rates of differing are none of its own
+        return float(slack)
+    return min(1.0, float(Fraction(slack) + tail(better, differing, (1 - m / bound) / 2)))
+
+
+@pytest.mark.parametrize("worse", [0, 1, 2, 7, 20])
+@pytest.mark.parametrize("better", [0, 1, 5, 16])
+def test_without_a_margin_it_is_the_sign_test(worse, better):
+    found = paired_p_value(worse, better, 50)
+    assert found == pytest.approx(literal(worse, better, 50, "0"), rel=1e-12)
+    assert found == paired_p_value(worse, better, worse + better)  # samples on which they agree say nothing
+    if worse + better:
+        exact = binomtest(worse, worse + better, 0.5, alternative="less")
+        assert found == pytest.approx(exact.pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "samples", "margin"),
+    [
+        *[(0, 1, 1, "0.1"), (3, 0, 3, "0.2"), (2, 6, 8, "0.3"), (0, 30, 30, "0.5"), (0, 2, 60, "0.6")],
+        *[(1, 5, 100, "0.02"), (4, 4, 60, "0.05"), (9, 1, 40, "0.1"), (7, 12, 90, "0.03"), (0, 3, 60, "0.05")],
+        *[(5, 5, 100, "0.1"), (2, 3, 100, "0.25"), (12, 9, 45, "0.15"), (6, 0, 20, "0.25")],
+    ],
+)
+def test_with_a_margin_it_is_the_bound_and_the_tail(worse, better, samples, margin):
+    for slack in ("0.01", "0.001"):
+        found = paired_p_value(worse, better, samples, float(margin), float(slack))
+        assert found == pytest.approx(literal(worse, better, samples, margin, slack), rel=1e-9)
+
+
+def test_nothing_is_shown_by_no_samples():
+    assert paired_p_value(0, 0, 0) == paired_p_value(0, 0, 0, margin=0.9) == 1.0
+    assert paired_p_value(0, 0, 800) == 1.0  # nothing speaks against the old model
+
+
+@pytest.mark.parametrize("worse", [0, 1, 5])
+def test_models_that_hardly_differ_are_not_worse_by_much(worse):
+    """The bound on how often they differ is below the margin: the hypothesis is excluded, whoever won."""
+    assert paired_p_value(worse, 0, 2300, margin=0.02) == pytest.approx(0.01)
+    assert paired_p_value(worse, worse, 2300, margin=0.02) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("samples", [20, 100, 300])
+def test_worse_counts_are_no_evidence(samples, margin):
+    """More of those that only the old model gets right never help, more of the others never hurt."""
+    sizes = range(min(samples, 40) // 2 + 1)
+    p = np.array([[paired_p_value(b, c, samples, margin) for c in sizes] for b in sizes])
+    assert (np.diff(p, axis=0) >= -1e-12).all()
+    assert (np.diff(p, axis=1) <= 1e-12).all()
+    assert ((p >= 0) & (p <= 1)).all()
+
+
+counts = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 500))
+
+
+@given(counts, st.floats(0.001, 0.9), st.floats(0.001, 0.9))
+def test_more_margin_and_more_samples_on_which_they_agree_only_help(counts, one, other):
+    worse, better, agreeing = counts
+    samples, (low, high) = worse + better + agreeing, sorted((one, other))
+    p = paired_p_value(worse, better, samples, low)
+    assert paired_p_value(worse, better, samples, high) <= p + 1e-12
+    assert paired_p_value(worse, better, samples + 10, low) <= p + 1e-12
+
+
+def outcomes(samples: int) -> np.ndarray:
+    """All (b, c, neither), (outcomes, 3)."""
+    found = [(b, c, samples - b - c) for b in range(samples + 1) for c in range(samples + 1 - b)]
+    return np.array(found)
+
+
+@cache
+def p_values(samples: int, margin: float, level: float) -> np.ndarray:
+    return np.array([paired_p_value(b, c, samples, margin, level / 10) for b, c, _ in outcomes(samples).tolist()])
+
+
+def false_accepts(samples: int, margin: float, level: float, differing: float) -> float:
+    """The probability of a p-value of at most the level, where the difference of accuracies is minus the margin."""
+    worse, better = (differing + margin) / 2, (differing - margin) / 2
+    chances = multinomial.pmf(outcomes(samples), samples, [worse, better, 1 - worse - better])
+    return float(chances[p_values(samples, margin, level) <= level].sum())
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("samples", [1, 5, 12, 30])
+def test_at_the_boundary_it_errs_no_more_often_than_the_level(samples, margin):
+    """Exactly: the sum over all outcomes, for rates of differing from the least that allows the margin to 1."""
+    rates = [*np.linspace(margin, 1, 15), *(margin + np.array([1e-6, 0.01, 0.02]))]
+    for level in LEVELS:
+        assert max(false_accepts(samples, margin, level, rate) for rate in rates) <= level + 1e-12
+
+
+def test_it_errs_often_enough_to_be_of_use():
+    assert max(false_accepts(30, 0.0, 0.1, rate) for rate in (0.5, 1.0)) > 0.045
+    assert max(false_accepts(30, 0.3, 0.1, rate) for rate in (0.5, 1.0)) > 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((-1, 0, 5), "-1 worse and 0 better of 5 samples cannot be"),
+        ((0, -1, 5), "cannot be"),
+        ((3, 3, 5), "cannot be"),
+        ((1, 1, 5, -0.1), "margin is -0.1"),
+        ((1, 1, 5, 1.0), "margin is 1.0"),
+        ((1, 1, 5, math.nan), "margin is nan"),
+        ((1, 1, 5, 0.1, 0.0), "slack is 0.0"),
+        ((1, 1, 5, 0.1, 1.0), "slack is 1.0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        paired_p_value(*arguments)
+
+
+STAKES = [0.005 * (0.9 / 0.005) ** (i / 15) for i in range(16)]
+
+
+def fortune(gains, margin) -> float:
+    """What 16 players have on average, who began with 1 and staked their share sample by sample."""
+    ends = []
+    for stake in STAKES:
+        has = 1.0
+        for gain in gains:
+            has += stake * has * (gain + margin) / (1 - margin)
+        ends.append(has)
+    return sum(ends) / len(ends)
+
+
+@given(st.lists(st.floats(-1, 1), max_size=60), st.floats(0, 0.9))
+def test_bets_are_those_of_a_loop(gains, margin):
+    assert betting_p_value(gains, margin) == pytest.approx(min(1.0, 1 / fortune(gains, margin)), rel=1e-9)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(0, 0.8), st.floats(0, 0.8), st.randoms())
+def test_better_gains_and_margins_only_help_and_the_order_does_not_matter(gains, one, other, random):
+    low, high = sorted((one, other))
+    p = betting_p_value(gains, low)
+    assert 0 < p <= 1
+    assert betting_p_value(gains, high) <= p + 1e-12
+    assert betting_p_value([min(1.0, gain + 0.1) for gain in gains], low) <= p + 1e-12
+    assert betting_p_value(random.sample(gains, len(gains)), low) == pytest.approx(p, rel=1e-9)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("up", [1.0, 0.6, 0.1, 0.02])
+@pytest.mark.parametrize("down", [1.0, 0.5])
+def test_bets_at_the_boundary_err_no_more_often_than_the_level(up, down, margin):
+    """Exactly: gains of two values whose mean is minus the margin, by the number of each."""
+    for samples in (3, 40, 200):
+        wins = np.arange(samples + 1)
+        p = np.array([betting_p_value([up] * k + [-down] * (samples - k), margin) for k in wins.tolist()])
+        chances = binom.pmf(wins, samples, (down - margin) / (up + down))
+        for level in LEVELS:
+            assert chances[p <= level].sum() <= level + 1e-12
+
+
+@pytest.mark.parametrize("name", ["uniform", "skewed", "heavy", "mostly zero"])
+def test_bets_on_numbers_of_any_law_err_no_more_often_than_the_level(name):
+    """The laws are those of a finite pool, moved so that its mean is exactly minus the margin."""
+    rng, margin, draws = np.random.default_rng(7), 0.05, 2000
+    pool = {
+        "uniform": rng.uniform(-0.9, 0.9, 5000),
+        "skewed": rng.beta(0.3, 3, 5000),
+        "heavy": np.clip(rng.standard_t(1.5, 5000) / 20, -0.9, 0.9),
+        "mostly zero": rng.choice([0.0, 0.9, -0.3], 5000, p=[0.9, 0.025, 0.075]),
+    }[name]
+    pool = pool - pool.mean() - margin
+    found = [betting_p_value(pool[rng.integers(5000, size=150)], margin) <= 0.1 for _ in range(draws)]
+    assert clopper_pearson(sum(found), draws)[0] <= 0.1
+
+
+def test_bets_on_what_is_always_best_or_always_worst():
+    assert betting_p_value([1.0] * 40) == pytest.approx(1 / np.mean([(1 + stake) ** 40 for stake in STAKES]))
+    assert betting_p_value([1.0] * 100_000) < 1e-300
+    for samples in (1, 1000, 200_000):
+        assert betting_p_value(np.full(samples, -1.0)) == 1.0
+        assert betting_p_value(np.full(samples, -1.0), margin=0.5) == 1.0
+    assert betting_p_value([0.0] * 300) == 1.0
+    assert betting_p_value([]) == betting_p_value([], margin=0.9) == 1.0
+
+
+@pytest.mark.parametrize("gains", [[0.1, 1.01], [-1.01], [math.nan], [math.inf], [[0.1], [0.2]], 0.3])
+def test_gains_that_cannot_be_are_refused(gains):
+    with pytest.raises(ValueError, match=r"numbers in \[-1, 1\]"):
+        betting_p_value(gains)
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
+def test_margins_that_cannot_be_are_refused(margin):
+    with pytest.raises(ValueError, match=f"margin is {margin}"):
+        betting_p_value([0.1], margin)

@@ -1,0 +1,149 @@
+"""The first stages of a network with exits, as a network of their own; and narrower ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from fedekd.errors import UserError
+from fedekd.exits import infer, network_fingerprint
+from fedekd.models import ExitHead, MultiExitNetwork, PrivateCNN, ProxyCNN, exit_costs, multi_exit
+from fedekd.modules import Prediction, build_energy
+from fedekd.modules.prediction import predict
+
+CLASSES = 5
+
+
+def vit() -> nn.Module:
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    return models.VisionTransformer(**sizes, num_classes=CLASSES)
+
+
+def swin() -> nn.Module:
+    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
+    return models.SwinTransformer(**sizes, window_size=[2, 2], num_classes=CLASSES)
+
+
+BACKBONES = {
+    "PrivateCNN": lambda: PrivateCNN(3, 32, CLASSES),
+    "resnet18": lambda: models.resnet18(num_classes=CLASSES),
+    "swin": swin,
+    "vit": vit,
+}
+EXITS = {"PrivateCNN": 3, "resnet18": 4, "swin": 4, "vit": 3}
+CASES = [(name, depth) for name, exits in EXITS.items() for depth in range(1, exits + 1)]
+
+
+def network_of(name: str) -> MultiExitNetwork:
+    """No norm's weights keep the ones and zeros under which a mistake would not show."""
+    torch.manual_seed(0)
+    network = multi_exit(BACKBONES[name](), CLASSES)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@pytest.mark.parametrize(("name", "depth"), CASES)
+def test_it_is_the_first_exits_of_the_whole_to_the_last_bit(name: str, depth: int) -> None:
+    whole, x = network_of(name), torch.rand(3, 3, 32, 32)
+    part = whole.shallow(depth)
+    state, of_whole = part.state_dict(), whole.state_dict()
+    assert list(state) == [key for key in of_whole if int(key.split(".")[1]) < depth]
+    assert all(torch.equal(tensor, of_whole[key]) for key, tensor in state.items())
+    with torch.no_grad():
+        exits, expected = part(x), whole(x)
+        assert len(exits) == part.num_exits == depth
+        for logits, other in zip(exits, expected, strict=False):
+            assert torch.equal(logits, other)
+        features = part.features(x)
+        assert features.shape == (3, part.num_features) == (3, part.head.in_features)
+        assert torch.equal(part.head(features), exits[-1])
+        both = part.exits_and_features(x)
+        assert torch.equal(both[1], features)
+        assert all(torch.equal(*pair) for pair in zip(both[0], exits, strict=True))
+
+
+@pytest.mark.parametrize(("name", "depth"), CASES)
+def test_it_costs_what_its_stages_cost_in_the_whole(name: str, depth: int) -> None:
+    whole = network_of(name)
+    costs, of_whole = exit_costs(whole.shallow(depth), (3, 32, 32)), exit_costs(whole, (3, 32, 32))
+    assert costs.stages == of_whole.stages[:depth]
+    assert costs.heads == of_whole.heads[:depth]
+
+
+def test_the_whole_stays_as_it_was() -> None:
+    whole = network_of("PrivateCNN")
+    before = network_fingerprint(whole)
+    part = whole.shallow(2)
+    assert network_fingerprint(whole) == before != network_fingerprint(part)
+    assert network_fingerprint(whole.shallow(3)) == before
+    assert isinstance(part.heads[-1], ExitHead)
+    assert whole.num_exits == 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_energy_of_features_is_of_what_the_last_layer_sees(depth: int) -> None:
+    part, proxy, x = network_of("PrivateCNN").shallow(depth), ProxyCNN(3, 32, CLASSES), torch.rand(4, 3, 32, 32)
+    energy = build_energy("feature", "classification", "proxy", part, proxy)
+    ours, theirs = predict(part, x, with_features=True), predict(proxy, x, with_features=True)
+    assert ours.features is not None
+    found = energy(ours, theirs)
+    again = energy(Prediction(ours.exits, part.features(x)), theirs)
+    assert found.shape == (4,)
+    assert torch.equal(found, again)
+
+
+def test_images_leave_it_early() -> None:
+    part, x = network_of("PrivateCNN").shallow(2), torch.rand(6, 3, 32, 32)
+    first = part(x)[0].softmax(1).max(1).values
+    threshold = float(first.median())
+    departures = infer(part, x, [threshold, -torch.inf])
+    assert departures.exits.tolist() == [0 if score >= threshold else 1 for score in first]
+    assert len(set(departures.exits.tolist())) == 2
+
+
+def test_it_trains_alone_and_can_be_copied() -> None:
+    part = copy.deepcopy(network_of("resnet18").shallow(2)).train()
+    sum(logits.square().sum() for logits in part(torch.rand(2, 3, 32, 32))).backward()
+    assert all(parameter.grad is not None for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("depth", [0, -1, 4])
+def test_a_depth_that_is_not_there_is_told(depth: int) -> None:
+    with pytest.raises(UserError, match=f"depth must be from 1 to 3, but is {depth}"):
+        network_of("PrivateCNN").shallow(depth)
+
+
+def test_a_last_head_of_another_kind_is_told() -> None:
+    with pytest.raises(UserError, match=r"must be an nn\.Linear or an ExitHead, but is a Identity"):
+        MultiExitNetwork([nn.Identity()], [nn.Identity()])
+    flat = MultiExitNetwork([nn.Flatten()], [ExitHead(4, CLASSES, "flat")])
+    x = torch.rand(2, 1, 2, 2)
+    assert torch.equal(flat.head(flat.features(x)), flat(x)[0])
+
+
+WIDTHS = [
+    (1.0, (64, 128, 128, 256)),
+    (0.5, (32, 64, 64, 128)),
+    (0.3, (19, 38, 38, 77)),
+    (0.001, (1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("width", "widths"), WIDTHS)
+def test_all_widths_of_a_narrower_network_are_multiplied(width: float, widths: tuple[int, ...]) -> None:
+    network = PrivateCNN(1, 16, CLASSES, width)
+    layers = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    assert (*(layer.out_channels for layer in layers), network.num_features) == widths
+    assert network(torch.rand(2, 1, 16, 16)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 1.01, float("nan")])
+def test_widths_outside_their_range_are_told(width: float) -> None:
+    with pytest.raises(UserError, match="width must be above 0 and at most 1"):
+        PrivateCNN(width=width)
