@@ -22,7 +22,7 @@ from fedekd.cli.benchmark import benchmark_parser
 from fedekd.cli.calibrate import calibrate_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/certified_federation.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -128,7 +128,7 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert target[1:] in anchors, target
         elif not target.startswith("https://"):
             assert not target.startswith("/"), target
-            assert (ROOT / target.partition("#")[0]).exists(), target
+            assert ((ROOT / document).parent / target.partition("#")[0]).exists(), target
 
 
 def _keys(values: Any, prefix: str = "") -> Iterator[str]:
