@@ -16,6 +16,7 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference, restore_reference, train_reference
 from fedekd.methods import Blueprint, Broadcast, Client, Method, Update
 from fedekd.metrics import SCORE_NAME
+from fedekd.models import MultiExitNetwork
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class InProcessEngine:
                 trained = client.supervised_rounds
                 scores = client.exit_scores() if round else [math.nan]
                 score = scores[-1]
-                if len(scores) > 1:
+                if round and isinstance(client.networks["private"], MultiExitNetwork):
                     name = SCORE_NAME[self.blueprint.task]
                     logs = logs | {f"exit_{place}/{name}": value for place, value in enumerate(scores, start=1)}
                 if round and math.isnan(score):

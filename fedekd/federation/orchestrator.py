@@ -141,7 +141,8 @@ class Orchestrator:
         """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
         smallest = min(self.data.clients, key=lambda splits: len(splits.train))
         single = self.data.batch_size == 1 or len(smallest.train) == 1
-        owners = range(1) if self.blueprint.client.alike else range(self.num_clients)
+        # One client of each kind is enough.
+        owners = {self.blueprint.kind(number): number for number in reversed(range(self.num_clients))}.values()
         for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
             network = self.blueprint.network(role, owner)
             check_model(

@@ -77,12 +77,6 @@ class ClientOptions:
         if self.private_models is not None and not self.private_models:
             raise UserError("client.private_models is empty; it must name a model, or be null")
 
-    @property
-    def alike(self) -> bool:
-        """Whether one private model and one depth are said for all clients."""
-        one_network = isinstance(self.private_model, Mapping) and self.private_models is None
-        return one_network and self.depths is None and not isinstance(self.exits, Sequence)
-
     def private(self, owner: int | str) -> str | Spec:
         """The private model of a client, or the one that the server starts from: the first."""
         place = owner if isinstance(owner, int) else 0

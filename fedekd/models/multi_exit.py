@@ -160,7 +160,7 @@ class MultiExitNetwork(nn.Module):
         """
         if not 1 <= depth <= self.num_exits:
             raise UserError(f"depth must be from 1 to {self.num_exits}, but is {depth}")
-        return MultiExitNetwork(self.stages[:depth], self.heads[:depth])
+        return MultiExitNetwork(self.stages[:depth], self.heads[:depth]).train(self.training)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) to the logits (B, num_classes) of each exit, shallow to deep."""
