@@ -44,9 +44,9 @@ class CAFEDistill(Method):
     the mixture of the teachers' predictions.
 
     Open points of the paper, as they are settled here: of equally conflicting clients the lower number comes first;
-    similarities begin at 0, and of a pair that does not meet keep their last value; heads are mixed over those that
-    sent theirs in the last round, as older ones belong to an older trunk, and so a client that none of them has met
-    gets the uniform mix.
+    similarities begin at 0, and of a pair that does not meet keep their last value; a client's head is mixed
+    when it has taken part, of the heads of that round, its own among them, and waits for it until it takes part again;
+    a client seen for the first time gets the uniform mix of the last round's.
 
     Args:
         distillation_weight: lambda, at least 0.
@@ -97,7 +97,7 @@ class CAFEDistill(Method):
         count = blueprint.num_clients
         self.server_state = {
             "trunk": trunk,
-            "initial_head": head,
+            "newcomers_head": head,
             "heads": {},
             "weights": [name for name, _ in network.named_parameters()],
             "similarities": torch.zeros(count, count, dtype=torch.float64),
@@ -120,13 +120,9 @@ class CAFEDistill(Method):
         return Broadcast(state["trunk"], personal)
 
     def mixed_head(self, client: int) -> StateDict:
-        """The deepest head that a client is sent."""
+        """The deepest head that a client is sent: mixed for it when it last took part, or for newcomers."""
         heads: Mapping[int, StateDict] = self.server_state["heads"]
-        if not heads:
-            return cast(StateDict, self.server_state["initial_head"])
-        seen = sorted(heads)
-        weights = mixing_weights(self.server_state["similarities"][client, seen][None], self.spread)[0]
-        return average_state_dicts([heads[other] for other in seen], weights.tolist())
+        return heads[client] if client in heads else cast(StateDict, self.server_state["newcomers_head"])
 
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """Load trunk and mixed head; the shallow heads are the client's own."""
@@ -161,26 +157,29 @@ class CAFEDistill(Method):
         return found
 
     def aggregate(self, updates: Sequence[Update], round: int) -> None:
-        """Average the trunks, keep the heads, and compare what was done to them."""
+        """Average the trunks, compare what was done to the heads, and mix them for each of their clients."""
         state = self.server_state
         clients = [update.client for update in updates]
         parts = [_parts(update.state, state["exits"]) for update in updates]
-        # Copies of the heads: within one process they are the client's own weights, which it will train further.
-        heads = [{name: tensor.detach().clone() for name, tensor in head.items()} for _, head in parts]
-        trunks = [trunk for trunk, _ in parts]
+        trunks, heads = [trunk for trunk, _ in parts], [head for _, head in parts]
         if self.conflict == "head_update":
             changes = [_change(head, self.mixed_head(number)) for head, number in zip(heads, clients, strict=True)]
         else:
             # Without buffers: what BatchNorm has counted and averaged is no gradient, and much alike everywhere.
-            weights = [name for name in state["trunk"] if name in state["weights"]]
-            changes = [_change({name: trunk[name] for name in weights}, state["trunk"]) for trunk in trunks]
+            names = [name for name in state["trunk"] if name in state["weights"]]
+            changes = [_change({name: trunk[name] for name in names}, state["trunk"]) for trunk in trunks]
         similarities = state["similarities"].clone()
         chosen = torch.tensor(clients)
         similarities[chosen[:, None], chosen] = cosine_similarities(torch.stack(changes)).cpu()
+        mixed = [
+            average_state_dicts(heads, weights.tolist())
+            for weights in mixing_weights(similarities[chosen][:, chosen], self.spread)
+        ]
         self.server_state = {
             **state,
             "trunk": self.merge(trunks, [update.num_samples for update in updates]),
-            "heads": dict(zip(clients, heads, strict=True)),
+            "newcomers_head": average_state_dicts(heads),
+            "heads": {**state["heads"], **dict(zip(clients, mixed, strict=True))},
             "similarities": similarities,
         }
 
