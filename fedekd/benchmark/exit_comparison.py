@@ -76,10 +76,11 @@ class ExitComparison:
             return "No method without exits was run beside these."
         label, accuracy = self.plain
         reaching = [line for line in self.lines if line.saved is not None and not math.isnan(line.saved)]
-        told = ", ".join(f"{line.method} {line.saved:.0%}" for line in sorted(reaching, key=lambda line: -_saved(line)))
+        # Not by commas, which some labels have.
+        told = "; ".join(f"{line.method} {line.saved:.0%}" for line in sorted(reaching, key=lambda line: -_saved(line)))
         missing = [line.method for line in self.lines if line.saved is not None and math.isnan(line.saved)]
-        text = f"Best without exits: {label}, {accuracy:.4f}. At that accuracy FLOPs are saved by {told or 'nobody'}"
-        return f"{text}; not reached by {', '.join(missing)}." if missing else f"{text}."
+        text = f"Best without exits: {label}, {accuracy:.4f}. At that accuracy FLOPs are saved by: {told or 'nobody'}"
+        return f"{text}. It is not reached by: {'; '.join(missing)}." if missing else f"{text}."
 
 
 def _saved(line: ExitLine) -> float:
