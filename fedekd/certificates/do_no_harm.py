@@ -43,7 +43,7 @@ class Comparison:
 class DoNoHarm:
     """When a client takes the federated model, and when it keeps the one that it trained alone.
 
-    With probability 1 - delta over a client's certificate split, over all looks together, it takes no federated model
+    With probability 1 - delta over its certificate split, over all looks together, a client takes no federated model
     whose accuracy on samples like these is lower than its local model's by the margin or more. For regression the same
     is promised of the mean difference of squared errors, each clipped to [-clip, clip].
 

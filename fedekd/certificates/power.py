@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from scipy.stats import binom
 
 from fedekd.certificates.do_no_harm import DoNoHarm
-from fedekd.functional import paired_p_value
+from fedekd.functional.comparison import paired_p_values
 
-#: Numbers of differing samples less likely than this are left out.
+#: Numbers of worse samples less likely than this are left out.
 _NEGLIGIBLE = 1e-9
 
 
@@ -36,24 +38,20 @@ def acceptance(rule: DoNoHarm, gain: float, differing: float, samples: int) -> f
     """
     if not (abs(gain) <= differing <= 1 and samples >= 0):
         raise ValueError(f"a gain of {gain} where {differing} differ, on {samples} samples, cannot be")
-    if differing == 0:
-        return float(paired_p_value(0, 0, samples, rule.margin, rule.level / 10) <= rule.level)
-    better = (1.0 + gain / differing) / 2.0
+    lost = (differing - gain) / 2.0
+    won_elsewhere = (differing + gain) / 2.0 / (1.0 - lost) if lost < 1.0 else 0.0
     numbers = np.arange(samples + 1)
-    likely = binom.pmf(numbers, samples, differing)
+    likely = binom.pmf(numbers, samples, lost)
     total = 0.0
-    for number, probability in zip(numbers[likely > _NEGLIGIBLE], likely[likely > _NEGLIGIBLE], strict=True):
-        needed = _needed(rule, int(number), samples)
-        if needed <= number:
-            total += float(probability * binom.sf(needed - 1, number, better))
+    for worse in numbers[likely > _NEGLIGIBLE].tolist():
+        needed = _needed(rule.margin, rule.level, worse, samples)
+        # Given those that are worse, the better ones are among the others.
+        total += float(likely[worse] * binom.sf(needed - 1, samples - worse, won_elsewhere))
     return total
 
 
-def _needed(rule: DoNoHarm, differing: int, samples: int) -> int:
-    """The least number of better ones, of those that differ, that has the model taken; one more than all for none."""
-    low, high = 0, differing + 1
-    while low < high:  # the more are better, the lower is the p-value
-        middle = (low + high) // 2
-        taken = paired_p_value(differing - middle, middle, samples, rule.margin, rule.level / 10) <= rule.level
-        low, high = (low, middle) if taken else (middle + 1, high)
-    return low
+@lru_cache(maxsize=1 << 14)
+def _needed(margin: float, level: float, worse: int, samples: int) -> int:
+    """The least number of better ones that has the model taken; one more than there can be if none has."""
+    refused = paired_p_values(worse, samples, margin, level / 10) > level
+    return int(refused.sum())

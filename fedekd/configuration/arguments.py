@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -109,7 +109,7 @@ def federation_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--do_no_harm",
-        type=DoNoHarm | None,
+        type=DoNoHarm | bool | None,
         default=None,
         help="Clients take the federated model only if their own held-out samples show that it is no worse than what"
         " they trained alone; true, or its arguments, as in --do_no_harm.delta 0.1 (default: they take it).",
@@ -154,7 +154,7 @@ def _require_values(parser: ArgumentParser, config: Namespace) -> None:
             raise UserError(f"--{flag} is {value}, and must be a finite number")
         if value is None:
             default = _class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
-            if default is not None:
+            if default is not None or key.startswith("do_no_harm."):
                 raise UserError(f"--{flag} is null, and must have a value")
 
 
@@ -209,6 +209,13 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     return built
 
 
+def _do_no_harm(said: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
+    """`true` takes the defaults, `false` is as good as null."""
+    if isinstance(said, Mapping):
+        return DoNoHarm(**said)
+    return DoNoHarm() if said else None
+
+
 def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The parts of a federation, as `Orchestrator` takes them; `config` gets every `auto` of the trainer decided.
 
@@ -232,7 +239,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "trainer": trainer,
         "engine": built.engine,
         "rounds": rounds,
-        "do_no_harm": None if plain["do_no_harm"] is None else DoNoHarm(**plain["do_no_harm"]),
+        "do_no_harm": _do_no_harm(plain["do_no_harm"]),
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),

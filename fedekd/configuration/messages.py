@@ -19,11 +19,17 @@ def explain(text: str, parser: ArgumentParser) -> str:
         text: What jsonargparse says.
         parser: Whose complaint it is; the nearest valid names are looked up in it.
     """
+    if match := re.search(r'(?s)^Parser key "do_no_harm":.*import path.*Given value: (.*)', text):
+        return f"--do_no_harm is {match[1].strip()!r}, and must be {_RULE}"
     for pattern, tell in _COMPLAINTS:
         if match := re.search(pattern, text):
             return tell(match, text, parser)
     # Unknown to us, so said in the parser's own words, up to where it begins to repeat the input.
     return " ".join(text.split("Given value type:")[0].split())
+
+
+#: A class whose name nobody need know.
+_RULE = "true or false, or have its arguments given, as in --do_no_harm.delta 0.1"
 
 
 def _options(parser: ArgumentParser) -> list[str]:

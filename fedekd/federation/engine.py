@@ -42,6 +42,19 @@ class Visit:
     comparison: Comparison | None = None
 
 
+@dataclass(frozen=True)
+class Look:
+    """What clients compare in a round.
+
+    Attributes:
+        rule: How they decide.
+        rounds: By client, how many rounds Local was trained for at most: Delta is against no more either.
+    """
+
+    rule: DoNoHarm
+    rounds: Mapping[int, int]
+
+
 class Engine(Protocol):
     """Holds the clients of a federation."""
 
@@ -55,12 +68,12 @@ class Engine(Protocol):
         broadcast: Broadcast,
         round: int,
         upload: bool,
-        do_no_harm: DoNoHarm | None = None,
+        look: Look | None = None,
     ) -> Iterator[Visit]:
         """Let each participant absorb, score it, and if asked let it upload.
 
-        Where it is given, `do_no_harm` has each of them compare its local model with what it has now; after the last
-        aggregate, when nothing is uploaded, it keeps the one or the other.
+        Where there is a `look`, each of them compares its local model with what it has now; after the last aggregate,
+        when nothing is uploaded, it keeps the one or the other.
         """
         ...
 
@@ -200,7 +213,7 @@ class InProcessEngine:
         broadcast: Broadcast,
         round: int,
         upload: bool,
-        do_no_harm: DoNoHarm | None = None,
+        look: Look | None = None,
     ) -> Iterator[Visit]:
         """One participant after the other."""
         with self.blueprint.trainer.numerics():
@@ -217,7 +230,7 @@ class InProcessEngine:
                 if round and math.isnan(score):
                     self.observer.warn(f"round {round}: client {number} has no score; its outputs are not finite")
                 self.observer.phase_finished(number, "absorb", self.client_steps(number) if round else 0)
-                comparison = None if do_no_harm is None else self._compare(client, do_no_harm, final=not upload)
+                comparison = None if look is None else self._compare(client, look, final=not upload)
                 update, tradeoff = None, None
                 if upload:
                     self.observer.phase_started(number, "upload")
@@ -227,26 +240,22 @@ class InProcessEngine:
                     tradeoff = exit_tradeoff(client)
                 yield Visit(number, score, trained, logs, update, tradeoff, comparison)
 
-    def _compare(self, client: Client, do_no_harm: DoNoHarm, final: bool) -> Comparison:
+    def _compare(self, client: Client, look: Look, final: bool) -> Comparison:
         """A client's local model and what it has now; in the end it keeps one of them."""
-        rounds, split = client.supervised_rounds, do_no_harm.split
-        # Read from where it is kept, or trained again: of other rounds than these it may hold no weights.
-        reference = train_reference(self._new_client(client.number), rounds, self.reference_folder)
-        found = do_no_harm.compare(
+        rounds, split = min(max(client.supervised_rounds, 1), look.rounds[client.number]), look.rule.split
+        local = self._new_client(client.number)
+        reference = train_reference(local, rounds, self.reference_folder)
+        found = look.rule.compare(
             reference.losses_after(rounds, split), client.losses(split).cpu(), self.blueprint.task
         )
-        if final:
-            client.keep_local(self._local(client.number, rounds) if found.kept == "local" else None)
+        if final and found.kept == "local":
+            if local.supervised_rounds != rounds:  # what is kept was trained further: train it again, this far
+                local = self._new_client(client.number)
+                train_reference(local, rounds, None)
+            client.keep_local(local)
+        elif final:
+            client.keep_local(None)
         return found
-
-    def _local(self, number: int, rounds: int) -> Client:
-        """A client as Local left it after so many rounds, trained again where only later weights are kept."""
-        kept = self.reference_client(number, rounds)
-        if kept is not None:
-            return kept
-        client = self._new_client(number)
-        train_reference(client, rounds, None)
-        return client
 
     def score(self, number: int) -> float:
         """A client's score as it is now."""

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from fedekd.certificates import DoNoHarm
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Placement
+from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Look, Placement
 from fedekd.federation.guard import Guard
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
@@ -249,9 +249,10 @@ class Orchestrator:
         taking_part = participants(self.options, self.num_clients, self.seed, round)
         broadcast = self.method.broadcast(taking_part, round)
         updates = []
-        looking = self.do_no_harm is not None and self.do_no_harm.looks_at(round, self.options.rounds)
-        do_no_harm = self.do_no_harm if looking else None
-        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last, do_no_harm=do_no_harm):
+        look = None
+        if self.do_no_harm is not None and self.do_no_harm.looks_at(round, self.options.rounds):
+            look = Look(self.do_no_harm, self._reference_rounds())
+        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last, look=look):
             self.progress.note_down(num_bytes(broadcast.to(visit.client)))
             if round > 0:
                 self.progress.note_visit(visit)
@@ -317,6 +318,13 @@ class Orchestrator:
         self.method.server_state = checkpoint.server
         for number, state in checkpoint.clients.items():
             self.engine.load_client_state(number, state)
+        self._require_compared()
+
+    def _require_compared(self) -> None:
+        """A run that finished without do_no_harm has compared nothing, and cannot tell what is kept."""
+        finished = self.progress.round > self.options.rounds
+        if finished and self.do_no_harm is not None and not any(r.comparison for r in self.progress.records.values()):
+            raise UserError("do_no_harm was not asked for when this run was made, and it is finished; run it anew")
 
     def _keep(self, round: int, changed: Sequence[int]) -> None:
         """Make the round count: checkpoint first, then everything that can be written again from it."""

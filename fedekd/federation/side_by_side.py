@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from fedekd.certificates import DoNoHarm
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
-from fedekd.federation.engine import Engine, InProcessEngine, Placement, Visit
+from fedekd.federation.engine import Engine, InProcessEngine, Look, Placement, Visit
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference
 from fedekd.federation.storage import pack, unpack
@@ -116,13 +115,13 @@ class SideBySideEngine:
         broadcast: Broadcast,
         round: int,
         upload: bool,
-        do_no_harm: DoNoHarm | None = None,
+        look: Look | None = None,
     ) -> Iterator[Visit]:
         """The participants, as they get ready."""
         asked = {}
         for place in self._places(participants):
             own = [number for number in participants if self._home[number] == place]
-            asked[place] = ("visit", (own, broadcast.only(own), round, upload, do_no_harm))
+            asked[place] = ("visit", (own, broadcast.only(own), round, upload, look))
         return self._ask(asked)
 
     def score(self, number: int) -> float:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 from scipy.stats import beta, binom
 
 #: Stakes of the bets, as shares of what may be lost at once; the p-value is that of the mean of the fortunes.
@@ -22,7 +23,9 @@ def paired_p_value(worse: int, better: int, samples: int, margin: float = 0.0, s
     With a margin m > 0 the hypothesis is $p_c - p_b \le -m$. Given the $s = b + c$ samples on which they differ, c is
     binomial with probability $\theta = p_c / q$, and under the hypothesis $\theta \le (1 - m / q) / 2$, which rises
     with $q = p_b + p_c$. So q is replaced by its upper confidence bound of Clopper and Pearson at level $\gamma$, and
-    $\gamma$ is added: the probability that the bound fails (Berger and Boos, 1994). The test is exact for every n.
+    $\gamma$ is added: the probability that the bound fails (Berger and Boos, 1994). Where the bound is at most m the
+    hypothesis is ruled out, and $\gamma$ is all that is left. What is given is the largest such value for c or more
+    better ones, so that it never rises with c. The test is exact for every n.
 
     Args:
         worse: b, samples that the old model alone gets right.
@@ -47,15 +50,25 @@ def paired_p_value(worse: int, better: int, samples: int, margin: float = 0.0, s
         raise ValueError(f"{worse} worse and {better} better of {samples} samples cannot be")
     if not (0 <= margin < 1 and 0 < slack < 1):
         raise ValueError(f"margin is {margin}, and must be in [0, 1); slack is {slack}, and must be in (0, 1)")
+    return float(paired_p_values(worse, samples, margin, slack)[better])
+
+
+def paired_p_values(worse: int, samples: int, margin: float = 0.0, slack: float = 0.01) -> npt.NDArray[np.float64]:
+    """`paired_p_value` for 0, 1, ... better ones, as many as there may be: (samples - worse + 1,), never rising."""
+    better = np.arange(samples - worse + 1)
     differing = worse + better
     if margin == 0:
-        return float(binom.cdf(worse, differing, 0.5))
+        return np.asarray(binom.cdf(worse, differing, 0.5), dtype=np.float64)
     if samples == 0:
-        return 1.0
-    most = 1.0 if differing == samples else float(beta.ppf(1.0 - slack, differing + 1, samples - differing))
-    won = max(0.0, (1.0 - margin / most) / 2.0)
-    # As many better ones or more; of none there are always as many.
-    return min(1.0, slack + float(binom.sf(better - 1, differing, won)))
+        return np.ones(1)
+    most = np.ones(len(better))
+    some = differing < samples
+    most[some] = beta.ppf(1.0 - slack, differing[some] + 1, samples - differing[some])
+    won = np.clip((1.0 - margin / most) / 2.0, 0.0, None)
+    # As many better ones or more; of none there are always as many, but where the bound rules the hypothesis out.
+    tail = np.where(most <= margin, 0.0, binom.sf(better - 1, differing, won))
+    values: npt.NDArray[np.float64] = np.maximum.accumulate(np.minimum(1.0, slack + tail)[::-1])[::-1]
+    return values
 
 
 def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0) -> float:
@@ -89,6 +102,5 @@ def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0) -> float:
         raise ValueError(f"margin is {margin}, and must be in [0, 1)")
     payoffs = (values + margin) / (1.0 - margin)
     logarithms = np.log1p(np.outer(_STAKES, payoffs)).sum(axis=1)
-    largest = float(logarithms.max(initial=0.0))
-    fortune = largest + math.log(float(np.exp(logarithms - largest).mean()))
-    return min(1.0, math.exp(-fortune))
+    fortune = float(logsumexp(logarithms)) - math.log(len(_STAKES))
+    return math.exp(min(0.0, -fortune))

@@ -1,0 +1,199 @@
+"""`--do_no_harm` as people write it: on the command line, in a file, on resume, and in the commands that come after."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fedekd.certificates import DoNoHarm
+from fedekd.cli import main
+from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.finished import open_finished
+from fedekd.evaluation.scoring import prepared
+from fedekd.exits import ExitPolicy, network_fingerprint
+
+SAFE = ("--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=0.002")
+NEVER = "--do_no_harm.delta=1e-9"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
+    """An empty working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def fit(npz: Path, *options: str, rounds: int = 1) -> int:
+    data = [f"--data.dataset={npz}", "--data.num_clients=3", "--data.alpha=5", "--data.batch_size=16"]
+    fast = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null"]
+    return main(["fit", *fast, *data, f"--rounds={rounds}", *options])
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr, which must be one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+def understood(*options: str) -> Any:
+    parser = federation_parser()
+    return build_parts(parser, parse(parser, ["--data.dataset=digits", *options]))["do_no_harm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], None),
+        (["--do_no_harm.delta", "0.1", "--do_no_harm.margin", "0.02"], DoNoHarm(0.1, 0.02)),
+        (["--do_no_harm.delta=0.2"], DoNoHarm(0.2)),
+        (["--do_no_harm.keep=better"], DoNoHarm(keep="better")),
+        (["--do_no_harm.looks=2", "--do_no_harm.clip=4"], DoNoHarm(looks=2, clip=4.0)),
+        (["--do_no_harm", "{delta: 0.2, keep: better}"], DoNoHarm(0.2, keep="better")),
+        (["--do_no_harm={}"], DoNoHarm()),
+        (["--do_no_harm=null"], None),
+        (["--do_no_harm", "true"], DoNoHarm()),  # as the help says
+        (["--do_no_harm=true", "--do_no_harm.delta=0.2"], DoNoHarm(0.2)),
+        (["--do_no_harm=false"], None),
+    ],
+)
+def test_what_people_write_is_understood(options: list[str], rule: DoNoHarm | None, here: Path) -> None:
+    assert understood(*options) == rule
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("null", None),
+        ("{}", DoNoHarm()),
+        ("{delta: 0.2, margin: 0.01}", DoNoHarm(0.2, 0.01)),
+        ("{keep: better}", DoNoHarm(keep="better")),
+        ("true", DoNoHarm()),
+        ("false", None),
+    ],
+)
+def test_in_a_file_too(text: str, rule: DoNoHarm | None, here: Path) -> None:
+    Path("own.yaml").write_text(f"do_no_harm: {text}\n")
+    assert understood("--config=own.yaml") == rule
+    if rule is not None:
+        assert understood("--config=own.yaml", "--do_no_harm.delta=0.3").delta == 0.3
+        assert understood("--config=own.yaml", "--do_no_harm=null") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--do_no_harm.delta=2", "do_no_harm.delta is 2.0, and must be in (0, 1)"),
+        ("--do_no_harm.delta=abc", "--do_no_harm.delta is 'abc', and must be a number"),
+        ("--do_no_harm.delta=nan", "--do_no_harm.delta is 'nan', and must be a finite number"),
+        ("--do_no_harm.delta=null", "--do_no_harm.delta is null, and must have a value"),
+        ("--do_no_harm.margin=-0.1", "do_no_harm.margin is -0.1, and must be in [0, 1)"),
+        ("--do_no_harm.keep=beter", "--do_no_harm.keep is 'beter', and must be one of 'certified', 'better'"),
+        ("--do_no_harm.looks=0", "do_no_harm.looks is 0, and must be at least 1"),
+        ("--do_no_harm.looks=1.5", "--do_no_harm.looks is '1.5', and must be a whole number"),
+        ("--do_no_harm.looks=2", "do_no_harm.looks is 2, and there are 1 rounds"),
+        ("--do_no_harm.clip=0", "do_no_harm.clip is 0.0, and must be a finite number above 0"),
+        ("--do_no_harm.detla=0.1", "did you mean 'delta'"),
+        ("--do_no_harm={detla: 0.1}", "did you mean 'delta'"),
+        ("--do-no-harm=true", "unknown option --do-no-harm; did you mean --do_no_harm?"),
+        ("--do_no_harm=maybe", "--do_no_harm is 'maybe', and must be"),
+        ("--do_no_harm=0.1", "--do_no_harm is"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    option: str, words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(npz, option, "--output=a") == 2
+    assert words in told(capsys)
+    assert not Path("a").exists()
+
+
+@pytest.mark.parametrize("method", ["Local", "FedType"])
+def test_methods_that_cannot_have_it_are_told(
+    method: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(npz, f"--method={method}", "--do_no_harm.delta=0.1", "--output=a") == 2
+    assert f"{method}" in told(capsys)
+
+
+def test_it_is_kept_repeated_and_gone_on_with(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--do_no_harm.delta=0.1", "--do_no_harm.margin=0.02")
+    assert fit(npz, *options, "--output=a", rounds=2) == 0
+    printed = capsys.readouterr().out
+    assert "do no harm: delta 0.1, margin 0.02" in printed
+    assert "keeps" in printed
+    rule = {"delta": 0.1, "margin": 0.02, "keep": "certified", "looks": 1, "clip": 1.0}
+    assert yaml.safe_load(Path("a/config.yaml").read_text())["do_no_harm"] == rule
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert summary["kept"]["rule"] == rule
+    assert {"kept", "samples", "worse", "better", "p_value", "level"} <= set(summary["clients"][0])
+    assert main(["fit", "--config=a/config.yaml", "--output=b"]) == 0
+    for name in ("metrics.csv", "config.yaml"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+    Path("b/summary.json").unlink()
+    capsys.readouterr()
+    assert main(["fit", "--resume=b", "--do_no_harm.margin=0.03"]) == 2
+    assert "do_no_harm.margin 0.02, and cannot go on with 0.03" in told(capsys)
+    assert main(["fit", "--resume=b", "--do_no_harm=null"]) == 2
+    assert "do_no_harm" in told(capsys)
+    assert main(["fit", "--resume=b"]) == 0
+    assert json.loads(Path("b/summary.json").read_text())["kept"] == summary["kept"]
+
+
+def test_a_run_without_it_is_not_gone_on_with_it(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, "--output=a") == 0
+    assert "kept" not in json.loads(Path("a/summary.json").read_text())
+    assert not any("kept" in column for column in Path("a/metrics.csv").read_text().splitlines()[0].split(","))
+    assert "do no harm" not in capsys.readouterr().out
+    Path("a/summary.json").unlink()
+    assert main(["fit", "--resume=a", "--do_no_harm.delta=0.1"]) == 2
+    assert "do_no_harm" in told(capsys)
+
+
+def test_test_says_the_same(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, NEVER, "--output=a") == 0
+    assert main(["test", "a"]) == 0
+    printed = capsys.readouterr().out
+    assert "the same as summary.json, to the last digit" in printed
+    assert printed.count("do no harm: delta 1e-09, margin 0") == 2
+    summary = json.loads(Path("a/summary.json").read_text())
+    summary["clients"][1]["kept"] = "federated"
+    Path("a/summary.json").write_text(json.dumps(summary))
+    assert main(["test", "a"]) == 1
+    assert "differs from summary.json" in capsys.readouterr().out
+
+
+def test_what_comes_after_uses_what_is_kept(
+    here: Path, write_blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    npz = write_blobs(here / "more.npz", num_samples=300)
+    assert fit(npz, *SAFE, NEVER, "--output=a", rounds=2) == 0
+    client = open_finished("test", Path("a"), in_process=True)[0].restored_clients()[1]
+    images = np.random.default_rng(5).integers(0, 256, (150, 8, 8), dtype=np.uint8)
+    np.savez("images.npz", images=images)
+
+    def labels(role: str) -> list[int]:
+        network = client.networks[role].eval()
+        with torch.no_grad():
+            return network(prepared(network, torch.from_numpy(images)[:, None]))[-1].argmax(dim=1).tolist()
+
+    assert main(["predict", "a", "--client=1", "--input=images.npz"]) == 0
+    with Path("predictions.csv").open() as file:
+        found = [int(row["label"]) for row in csv.DictReader(file)]
+    assert found == labels("local") != labels("private")
+    assert main(["calibrate", "a", "--client=1", "--alpha=0.3", "--delta=0.3"]) == 0
+    policy = ExitPolicy.load(Path("a/exits/client-001.json"))
+    assert policy.network == network_fingerprint(client.networks["local"])
+    assert (
+        main(["predict", "a", "--client=1", "--input=images.npz"]) == 0
+    )  # it would refuse a policy of another network

@@ -1,0 +1,372 @@
+"""Do no harm in real federations: which model a client keeps, what is told of it, and that nothing else changes."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedekd.methods
+from fedekd.certificates import DoNoHarm
+from fedekd.data import FederatedDataModule, scale
+from fedekd.errors import UserError
+from fedekd.federation import InProcessEngine, Orchestrator, RoundOptions, SideBySide, SilentObserver
+from fedekd.functional import betting_p_value
+from fedekd.methods import ClientOptions, FedAvg, FedeKD, FedType, Local, Method, Update
+from fedekd.modules import ProxyDistillModule, SupervisedModule
+
+from .conftest import Federate, weights
+
+HALF, NEVER = DoNoHarm(delta=0.5), DoNoHarm(delta=1e-9)
+
+
+class Uneven(Method):
+    """Client 0 is Local, client 1 forgets it all in the end, client 2 trains four times as long."""
+
+    def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
+        if round == 0:
+            return {}
+        network, epochs = client.networks["private"], client.blueprint.client.local_epochs
+        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
+        times = 4 if client.number == 2 else 1
+        client.train("private", module, client.supervised_rounds + 1, epochs=times * epochs, carry_optimizer=True)
+        client.supervised_epochs += epochs
+        if client.number == 1 and round == client.blueprint.rounds:
+            torch.nn.init.zeros_(network.head.weight)
+        return {}
+
+
+def client_options(**values: Any) -> ClientOptions:
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-4}}
+    return ClientOptions(
+        **{"local_epochs": 1, "private_model": {"class_path": "fedekd.models.ProxyCNN"}} | values, optimizer=adam
+    )
+
+
+@pytest.fixture
+def harmless(federate: Federate, write_blobs: Callable[..., Path], tmp_path: Path) -> Federate:
+    """Makes an orchestrator with do_no_harm, by default of Uneven; keyword arguments replace its parts."""
+    npz = write_blobs(tmp_path / "more.npz", num_samples=360)
+
+    def make(method: Method | None = None, task: Any = None, **parts: Any) -> Orchestrator:
+        data = FederatedDataModule(
+            str(npz), num_clients=3, alpha=50, batch_size=8, fractions=(0.4, 0.4, 0.2), task=task
+        )
+        defaults = {"data": data, "client": client_options(), "do_no_harm": HALF}
+        return federate(method or Uneven(), **{**defaults, **parts})
+
+    return make
+
+
+def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
+
+
+def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def of_clients(found: dict[str, Any], *numbers: int) -> dict[str, Any]:
+    return {name: tensor for name, tensor in found.items() if int(name[0]) in numbers}
+
+
+def kept_local(run: Orchestrator) -> dict[str, Any]:
+    """The weights of the local models that were kept, by client and name."""
+    engine: Any = run.engine
+    networks = {n: client.networks["local"] for n, client in engine.clients.items() if "local" in client.networks}
+    return {f"{n}/{name}": tensor for n, each in sorted(networks.items()) for name, tensor in each.state_dict().items()}
+
+
+@pytest.mark.parametrize("held", [None, 0, 4])
+def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
+    harmless: Federate, tmp_path: Path, held: int | None
+) -> None:
+    """Wherever its reference comes from: trained for this alone, or read where no or 4 rounds lay before."""
+    folder = None if held is None else tmp_path / "local"
+    if held:
+        harmless(FedeKD(), rounds=RoundOptions(rounds=held), reference_folder=folder, do_no_harm=None).run()
+    alone, without = harmless(Local(), do_no_harm=None), harmless(do_no_harm=None)
+    run = harmless(reference_folder=folder, output=tmp_path / "run")
+    for each in (alone, without):
+        each.run()
+    summary = run.run()
+    assert [client["kept"] for client in summary["clients"]] == ["local", "local", "federated"]
+    assert_equal_weights(kept_local(run), of_clients(weights(alone), 0, 1))
+    assert_equal_weights(weights(run), weights(without))  # the federated ones stay beside them
+    opened = harmless(output=tmp_path / "run")
+    clients = opened.restored_clients()
+    assert [client.kept_role for client in clients] == ["local", "local", "private"]
+    assert [client.kept is client.networks[client.kept_role] for client in clients] == [True] * 3
+    assert_equal_weights(weights(opened), weights(without))
+    assert_equal_weights(kept_local(opened), kept_local(run))
+    assert repeatable(harmless(output=tmp_path / "run").rescore()) == repeatable(summary)
+
+
+def right(client: Any, network: Any, split: str) -> list[bool]:
+    """Whether a network is right, image by image."""
+    images, found = client.images, []
+    for index in getattr(client.splits, split):
+        with torch.no_grad():
+            output = network.eval()(scale(images.images[index][None]))
+        found.append(bool(output.argmax() == images.targets[index]))
+    return found
+
+
+@pytest.mark.parametrize("keep", ["certified", "better"])
+def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_path: Path, keep: Any) -> None:
+    run, alone = harmless(do_no_harm=DoNoHarm(0.5, keep=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
+    summary = run.run()
+    alone.run()
+    engines: Any = run.engine, alone.engine
+    before, after = [], []
+    for number, told in enumerate(summary["clients"]):
+        ours, theirs = (engine.clients[number] for engine in engines)
+        split = "certificate" if keep == "certified" else "selection"
+        federated, local = (right(each, each.networks["private"], split) for each in (ours, theirs))
+        worse = sum(a and not b for a, b in zip(local, federated, strict=True))
+        better = sum(b and not a for a, b in zip(local, federated, strict=True))
+        assert (told["samples"], told["worse"], told["better"]) == (len(local), worse, better)
+        assert told["gain"] == pytest.approx((better - worse) / len(local))
+        of = worse + better
+        p = Fraction(sum(math.comb(of, k) for k in range(worse + 1)), 2**of)
+        assert told["p_value"] == (None if keep == "better" else pytest.approx(float(p)))
+        takes = better > worse if keep == "better" else p <= Fraction(1, 2)
+        assert told["kept"] == ("federated" if takes else "local")
+        scores = [float(np.mean(right(each, each.networks["private"], "test"))) for each in (ours, theirs)]
+        assert (told["method"], told["local"]) == pytest.approx(scores)
+        assert ours.score(role=ours.kept_role) == scores[0 if takes else 1]
+        before.append(scores[0] - scores[1])
+        after.append(scores[0] - scores[1] if takes else 0.0)
+    kept, delta = summary["kept"], {"avg": np.mean(after), "worst": min(after), "p10": np.percentile(after, 10)}
+    assert kept["delta"] == pytest.approx(delta)
+    assert summary["delta"]["worst"] == pytest.approx(min(before))
+    assert summary["delta"]["worst"] < kept["delta"]["worst"] == 0
+    own = [client["local"] + change for client, change in zip(summary["clients"], after, strict=True)]
+    assert (kept["mean"], kept["worst"]) == pytest.approx((np.mean(own), min(own)))
+    assert kept["federated"] == pytest.approx(1 / 3)
+    assert kept["rule"] == {"delta": 0.5, "margin": 0.0, "keep": keep, "looks": 1, "clip": 1.0}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    last = list(csv.DictReader((tmp_path / "metrics.csv").open()))[-1]
+    flat = {"federated": kept["federated"], "accuracy/mean": kept["mean"], "accuracy/worst": kept["worst"]}
+    flat |= {f"delta/{name}": value for name, value in kept["delta"].items()}
+    assert {name: float(last[f"kept/{name}"]) for name in flat} == flat
+    for number, told in enumerate(summary["clients"]):
+        found = {
+            name: float(last[f"client_{number}/kept/{name}"]) for name in ("federated", "worse", "better", "samples")
+        }
+        assert found == {
+            "federated": float(told["kept"] == "federated"),
+            **{name: told[name] for name in list(found)[1:]},
+        }
+
+
+def test_of_numbers_the_squared_errors_decide(harmless: Federate) -> None:
+    rule = DoNoHarm(0.9, clip=0.5)
+    run, alone = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
+    summary = run.run()
+    alone.run()
+    engines: Any = run.engine, alone.engine
+    for number, told in enumerate(summary["clients"]):
+        errors = []
+        for engine in engines:
+            client = engine.clients[number]
+            output = client.predict("private", "certificate").output.double().squeeze(1)
+            errors.append((output - client.images.targets[client.splits.certificate].double()) ** 2)
+        gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
+        assert told["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
+        assert told["kept"] == ("federated" if told["p_value"] <= 0.9 else "local")
+    assert {client["kept"] for client in summary["clients"]} == {"federated", "local"}
+
+
+class StoppedError(Exception):
+    """Ends a run at a chosen moment."""
+
+
+class StopAfterRound(SilentObserver):
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+
+    def round_finished(self, row: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedError
+
+
+def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate, tmp_path: Path) -> None:
+    parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.9, looks=2), "reference_folder": tmp_path / "l"}
+    whole = harmless(**parts)
+    expected = whole.run()
+    assert kept_local(whole)
+    for rounds in (1, 2, 3):
+        parts["output"] = tmp_path / str(rounds)
+        with pytest.raises(StoppedError):
+            harmless(**parts, observer=StopAfterRound(rounds)).run()
+        again = harmless(**parts)
+        assert repeatable(again.run()) == repeatable(expected)
+        assert again.progress.history == whole.progress.history
+        again = harmless(**parts)
+        again.restored_clients()
+        assert_equal_weights(kept_local(again), kept_local(whole))
+
+
+class Backwards(InProcessEngine):
+    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Any:
+        yield from super().visit(list(reversed(participants)), *arguments, **options)
+
+
+@pytest.mark.parametrize("engine", [Backwards, pytest.param(SideBySide(2), marks=pytest.mark.slow)])
+def test_where_and_in_which_order_clients_run_changes_nothing(harmless: Federate, tmp_path: Path, engine: Any) -> None:
+    rule = DoNoHarm(keep="better", looks=2)
+    expected = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "a").run()
+    other = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "b", engine=engine)
+    crossed: list[Any] = []
+    ask = other.engine.references
+    other.engine.references = lambda rounds: crossed.append(ask(rounds)) or crossed[-1]  # type: ignore[method-assign]
+    assert repeatable(other.run()) == repeatable(expected)
+    for name in ("metrics.csv", *(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").glob("*/*.pt"))):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    # What a model loses on which sample stays with its client.
+    assert [(reference.losses, len(reference.scores)) for reference in crossed[0].values()] == [([], 2)] * 3
+
+
+def test_looks_are_told_when_they_come_and_share_delta(harmless: Federate) -> None:
+    run = harmless(rounds=RoundOptions(rounds=4), do_no_harm=DoNoHarm(0.5, looks=2))
+    summary = run.run()
+    looked = ["kept/federated" in row for row in run.progress.history]
+    assert looked == [False, True, True, True]
+    assert [client["level"] for client in summary["clients"]] == [0.25] * 3
+    worse = [row["client_1/kept/worse"] for row in run.progress.history[1:]]
+    assert worse[0] == worse[1] == 0 < worse[2]  # it forgets in the end alone; between looks the last one stays
+    assert "local" in run.engine.client(1).networks  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", [FedeKD, FedAvg])
+def test_whoever_never_took_part_compares_too(harmless: Federate, method: Any) -> None:
+    """After the last aggregate everybody absorbs; its reference is Local after one round at least, as for Delta."""
+    run = harmless(method(), rounds=RoundOptions(rounds=2, participation=0.4), do_no_harm=NEVER)
+    summary = run.run()
+    assert [client["kept"] for client in summary["clients"]] == ["local"] * 3
+    assert summary["kept"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
+    for number, told in enumerate(summary["clients"]):
+        assert run.engine.client(number).score(role="local") == told["local"]  # type: ignore[attr-defined]
+
+
+METHODS = {
+    name: each
+    for name in fedekd.methods.__all__
+    if inspect.isclass(each := getattr(fedekd.methods, name)) and issubclass(each, Method)
+    if not (inspect.isabstract(each) or each.is_reference or each.learns_from_validation)
+} | {"FedAvg, fine-tuned": lambda: FedAvg(finetune_epochs=1)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_every_method_what_is_kept_is_what_delta_is_against(harmless: Federate, name: str) -> None:
+    method = METHODS[name]()
+    client = client_options(exits=None if method.exits is None else 2)
+    run = harmless(method, client=client, do_no_harm=NEVER, rounds=RoundOptions(rounds=1))
+    summary = run.run()
+    rounds = RoundOptions(rounds=len(run.progress.local[0]))
+    alone = harmless(Local(), client=client, do_no_harm=None, rounds=rounds)
+    assert [each["local"] for each in summary["clients"]] == [each["method"] for each in alone.run()["clients"]]
+    assert_equal_weights(kept_local(run), weights(alone))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"method": Local()}, "do_no_harm compares a method with Local, and the method is Local"),
+        ({"method": FedType()}, "a part of the validation split, from which method FedType learns"),
+        ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks is 3, and there are 2 rounds"),
+        ({"fractions": (0.8, 0.0, 0.2)}, "on the certificate split, and client 0 has no sample in it; raise"),
+        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(keep="better")}, "on the selection split, and client 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_beforehand(
+    harmless: Federate, npz: Path, parts: dict[str, Any], words: str
+) -> None:
+    parts = dict(parts)
+    if "fractions" in parts:
+        parts["data"] = FederatedDataModule(str(npz), num_clients=3, alpha=50, fractions=parts.pop("fractions"))
+    with pytest.raises(UserError, match=words) as told:
+        harmless(**parts)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("other", [None, DoNoHarm(0.2), DoNoHarm(0.5, margin=0.01), DoNoHarm(0.5, keep="better")])
+def test_a_run_is_not_taken_up_with_another_rule(harmless: Federate, tmp_path: Path, other: Any) -> None:
+    with pytest.raises(StoppedError):
+        harmless(output=tmp_path, observer=StopAfterRound(1)).run()
+    with pytest.raises(UserError, match=r"was run with other do_no_harm"):
+        harmless(do_no_harm=other, output=tmp_path).run()
+
+
+def test_a_run_without_a_rule_is_not_finished_with_one(harmless: Federate, tmp_path: Path) -> None:
+    """Nobody has looked, and its summary would say that all have taken the federated model."""
+    harmless(do_no_harm=None, output=tmp_path).run()
+    with pytest.raises(UserError, match="do_no_harm was not asked for when this run was made"):
+        harmless(output=tmp_path).run()
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_model_that_has_diverged_is_not_kept(harmless: Federate, tmp_path: Path, task: Any) -> None:
+    class Diverging(Uneven):
+        def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
+            found = super().absorb(client, received, round)
+            torch.nn.init.constant_(client.networks["private"].head.weight, math.nan)
+            return found
+
+    summary = harmless(Diverging(), task=task, output=tmp_path, do_no_harm=DoNoHarm(0.999, margin=0.4)).run()
+    assert [client["kept"] for client in summary["clients"]] == ["local"] * 3
+    assert summary["kept"]["mean"] == pytest.approx(summary["local_mean"])
+
+
+def test_a_reference_that_lies_there_is_not_trained_again(
+    harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    absorb = Local.absorb
+    monkeypatch.setattr(Local, "absorb", lambda *given: trained.append(given[1].number) or absorb(*given))
+    harmless(reference_folder=tmp_path, do_no_harm=NEVER).run()
+    assert sorted(trained) == [0, 0, 1, 1, 2, 2]
+    assert all(len(torch.load(path, weights_only=False)["scores"]) == 2 for path in tmp_path.glob("*.pt"))
+
+
+class PermutedProxies(FedeKD):
+    """Some clients teach their proxy permuted labels."""
+
+    def __init__(self, liars: Sequence[int]) -> None:
+        super().__init__(lambda_kd=20.0, gate="none")
+        self.liars = list(liars)
+
+    def upload(self, client: Any, round: int) -> Update:
+        if client.number not in self.liars:
+            return super().upload(client, round)
+        private, proxy = client.networks["private"], client.networks["proxy"]
+        module = ProxyDistillModule(proxy, private, client.blueprint.task, 1.0, client.blueprint.optimizer)
+        taught = tuple(logits.roll(1 + client.number, dims=1) for logits in client.predict("private", "train").tensors)
+        client.train("proxy", module, round, taught=taught)
+        return self.proxy_of(client)
+
+
+@pytest.mark.parametrize("liars", [[0], [0, 1, 2]])
+def test_proxies_of_permuted_labels_harm_nobody_on_digits(federate: Federate, liars: list[int]) -> None:
+    data = FederatedDataModule("digits", num_clients=3, alpha=5.0, batch_size=32)
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-2}}
+    model = {"class_path": "fedekd.models.ProxyCNN"}
+    client = ClientOptions(local_epochs=2, private_model=model, proxy_model=model, optimizer=adam)
+    summary = federate(PermutedProxies(liars), data=data, client=client, do_no_harm=DoNoHarm(0.1)).run()
+    assert max(told["delta"] for told in summary["clients"]) < -0.1
+    assert [told["kept"] for told in summary["clients"]] == ["local"] * 3
+    assert summary["kept"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
+    assert summary["kept"]["mean"] == pytest.approx(summary["local_mean"])
