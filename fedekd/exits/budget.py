@@ -100,7 +100,7 @@ def cost_of(accuracy: float, curve: Sequence[Point]) -> float:
     """The least cost at which a curve reaches an accuracy, linear between its points; NaN where it does not.
 
     Example:
-        >>> cost_of(0.75, [Point(0.2, 0.5), Point(0.4, 1.0), Point(1.0, 0.9)])
+        >>> round(cost_of(0.75, [Point(0.2, 0.5), Point(0.4, 1.0), Point(1.0, 0.9)]), 6)
         0.3
     """
     points = sorted(curve)

@@ -65,7 +65,7 @@ class ClientOptions:
             raise UserError(f"client.local_epochs is {self.local_epochs}, and must be at least 1")
         dealt = [self.exits] if isinstance(self.exits, int) else self.exits
         if dealt is not None and not (dealt and all(exits is None or exits >= 1 for exits in dealt)):
-            raise UserError(f"client.exits is {self.exits}, and must be numbers of at least 1, or null")
+            raise UserError(f"client.exits is {self.exits}, and must be at least 1, or null")
         if self.exit_grid < 1:
             raise UserError(f"client.exit_grid is {self.exit_grid}, and must be at least 1")
         if not 0 < self.lr_decay <= 1:

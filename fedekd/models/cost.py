@@ -85,7 +85,7 @@ def exit_costs(
         >>> from torch import nn
         >>> network = MultiExitNetwork([nn.Conv2d(1, 4, 3), nn.Flatten()], [nn.Flatten(), nn.Linear(4 * 36, 5)])
         >>> exit_costs(network, (1, 8, 8))
-        ExitCosts(stages=(2592, 0), heads=(0, 1440))
+        ExitCosts(stages=(2592, 0), heads=(0, 1440), proxy=0)
     """
     like = network.head.weight
     x = image = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
