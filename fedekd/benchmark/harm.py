@@ -29,7 +29,7 @@ class HarmLine:
 
     Attributes:
         method: Its label.
-        rule: `everyone takes it`, `better`, or the margin.
+        rule: `everyone takes it`, or the margin.
         avg: Mean Delta of a run, by seed.
         worst: Worst Delta of a run, by seed.
         taken: Share of the clients that take the federated model, all seeds together.

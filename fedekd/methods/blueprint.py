@@ -41,8 +41,8 @@ class ClientOptions:
         optimizer: A torch.optim class: class_path and init_args.
         exits: Cut the private model into so many stages, each with an exit (see fedekd.models.multi_exit); null
             leaves it as it is, but for methods that need exits. A list is dealt to the clients in turn, as in
-            [3, null]. A ResNet for images of up to 64 pixels is given a
-            new stem, as is usual for them: 3x3, of stride 1, without a max-pool.
+            [3, null]. A ResNet for images of up to 64 pixels is given a new stem, as is usual for them: 3x3, of
+            stride 1, without a max-pool.
         exit_grid: The exits before the last pool their images to a grid of so many cells a side; 1 is the global
             average.
         depths: Clients that have less to compute with hold the first so many stages of the network alone, and their
@@ -73,7 +73,6 @@ class ClientOptions:
         depths = [self.depths] if isinstance(self.depths, int) else self.depths
         if depths is not None and not (depths and min(depths) >= 1):
             raise UserError(f"client.depths is {self.depths}, and must be numbers of stages, at least 1, or null")
-
         if self.private_models is not None and not self.private_models:
             raise UserError("client.private_models is empty; it must name a model, or be null")
 
