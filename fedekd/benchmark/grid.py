@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.errors import UserError, nearest
+from fedekd.evaluation.promises import PromiseOptions
 
 #: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
 _CIRCUMSTANCES = ("trainer", "engine", "logger", "reference_dir", "data.root", "data.download", "data.eval_batch_size")
@@ -30,6 +31,7 @@ class Block:
         methods: By the label under which a method is reported: its class_path and init_args.
         options: Further options of every run, such as rounds or client.local_epochs.
         config: The configuration that a data set's runs begin with.
+        promises: Rules to calibrate the exits of all clients by when a run is finished, if any.
     """
 
     datasets: list[str]
@@ -38,6 +40,7 @@ class Block:
     methods: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     config: str = "{dataset}.yaml"
+    promises: PromiseOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Cell:
         values: The run's configuration, as `config.yaml` would hold it.
         key: A hash of what decides its numbers; the same on every machine, and unmoved by options added later.
         configuration: The same of all but the seed: cells of one configuration may be averaged.
+        promises: Rules to calibrate its clients by when it is finished.
     """
 
     dataset: str
@@ -61,6 +65,7 @@ class Cell:
     values: Mapping[str, Any]
     key: str
     configuration: str = ""
+    promises: PromiseOptions | None = None
 
     @property
     def group(self) -> str:
@@ -126,14 +131,21 @@ def cells(
                 if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
             ]
             if places:
+                promises = _promises(block)
                 values = _configuration(parser, block, dataset, method, folder)
             for alpha, seed in places:
                 data = {**values["data"], "alpha": float(alpha)}
                 of_cell = {**values, "data": data, "seed": seed}
-                keys = cell_key(of_cell, parser), cell_key({**of_cell, "seed": 0}, parser)
-                cell = Cell(dataset, float(alpha), seed, label, of_cell, *keys)
+                keys = [cell_key(each, parser, promises) for each in (of_cell, {**of_cell, "seed": 0})]
+                cell = Cell(dataset, float(alpha), seed, label, of_cell, *keys, promises)
                 found.setdefault(cell.key, cell)
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
+
+
+def _promises(block: Block) -> PromiseOptions | None:
+    """A block's, which a parser leaves as a namespace."""
+    given = block.promises
+    return given if given is None or isinstance(given, PromiseOptions) else PromiseOptions(**vars(given))
 
 
 def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
@@ -156,8 +168,11 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, default=lambda each: each.as_dict())
 
 
-def cell_key(values: Mapping[str, Any], parser: ArgumentParser) -> str:
-    """A hash of a configuration's departures from the defaults, its circumstances left out."""
+def cell_key(values: Mapping[str, Any], parser: ArgumentParser, promises: PromiseOptions | None = None) -> str:
+    """A hash of a configuration's departures from the defaults, its circumstances left out.
+
+    A cell whose clients are to be calibrated is not finished by one whose clients were not.
+    """
     chosen = {f"client.{part}": values["client"][part]["class_path"] for part in _CLASSES}
     defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
     decisive = {
@@ -167,6 +182,8 @@ def cell_key(values: Mapping[str, Any], parser: ArgumentParser) -> str:
         if (name.endswith("class_path") or defaults.get(name, _NOTHING) != value)
         and not any(name == part or name.startswith(f"{part}.") for part in _CIRCUMSTANCES)
     }
+    if promises is not None:
+        decisive["promises"] = asdict(promises)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

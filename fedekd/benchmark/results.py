@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
 
 #: A further column of runs with `do_no_harm`: what each client compared, as JSON.
 EVIDENCE = "evidence"
+
+#: A further column of runs whose clients were calibrated: what came of it, as JSON.
+PROMISES = "promises"
+
 _OF_EVIDENCE = ("client", "local", "method", "samples", "worse", "better", "gain", "p_value", "kept")
 
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
@@ -32,7 +36,14 @@ _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", 
 Row = dict[str, str]
 
 
-def to_row(key: str, configuration: str, method: str, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> Row:
+def to_row(
+    key: str,
+    configuration: str,
+    method: str,
+    summary: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    promises: Sequence[Mapping[str, Any]] | None = None,
+) -> Row:
     """A run's summary as one row; floats are written in the fewest digits that read back the same."""
     delta = summary["delta"]
     tail = next(value for name, value in delta.items() if name.startswith("p"))
@@ -54,6 +65,8 @@ def to_row(key: str, configuration: str, method: str, summary: Mapping[str, Any]
         **provenance,
     }
     further = {**_of_exits(summary), **_evidence(summary)}
+    if promises is not None:
+        further[PROMISES] = json.dumps(promises)
     values |= further
     columns = (*COLUMNS, *further)
     return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
@@ -132,7 +145,8 @@ def write_results(folder: Path, rows: Iterable[Row]) -> None:
     for dataset, own in by_dataset.items():
         own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
         text = io.StringIO(newline="")
-        further = [*exit_columns(own), *([EVIDENCE] if any(row.get(EVIDENCE) for row in own) else [])]
+        further = [*exit_columns(own)]
+        further += [name for name in (EVIDENCE, PROMISES) if any(row.get(name) for row in own)]
         table = csv.DictWriter(text, [*COLUMNS, *further], restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(own)

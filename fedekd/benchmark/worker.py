@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import yaml
 
+from fedekd.atomic import atomic_file
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
+from fedekd.evaluation.promises import federation_promises
 from fedekd.federation import Orchestrator, SilentObserver
 
 
@@ -53,14 +55,31 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir
     request = folder / "request.yaml"
     request.write_text(yaml.safe_dump(values))
     config = parse(parser, ["--config", str(request)])
-    parts = build_parts(parser, config)
-    data = parts["data"]
-    data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
-    if summary_path.exists():
-        summary = json.loads(summary_path.read_text())
-    else:
-        run = Orchestrator(**parts, output=folder, reference_folder=reference_dir, observer=SilentObserver())
-        summary = run.run()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    resolved = {name: getattr(parts["trainer"], name) for name in ("accelerator", "precision", "threads")}
-    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit))
+
+    def parts() -> dict[str, Any]:
+        found = build_parts(parser, config)
+        data = found["data"]
+        data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
+        return found
+
+    def orchestrator() -> Orchestrator:
+        return Orchestrator(**parts(), output=folder, reference_folder=reference_dir, observer=SilentObserver())
+
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
+    promises = _promises(cell, folder / "promises.json", orchestrator)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    used = parts()["trainer"]
+    resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
+    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit), promises)
+
+
+def _promises(cell: Cell, path: Path, orchestrator: Callable[[], Orchestrator]) -> list[dict[str, Any]] | None:
+    """What the calibrated exits of its clients come to, if the cell asks for it; kept in a file, as the summary is."""
+    if cell.promises is None:
+        return None
+    if not path.exists():
+        found = federation_promises(orchestrator().restored_clients(), cell.promises, cell.seed)
+        with atomic_file(path) as file:
+            file.write(json.dumps([promise.as_values() for promise in found], indent=1).encode())
+    values: list[dict[str, Any]] = json.loads(path.read_text())
+    return values

@@ -1,0 +1,158 @@
+"""What calibrated exits come to in a whole federation: client by client, and over many draws of calibration sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedekd.certificates import SelectiveRiskCalibrator, check_federated_validity
+from fedekd.errors import UserError
+from fedekd.evaluation.calibration import calibrate_client, costs_of, require_exits, split_outputs
+from fedekd.evaluation.clients import ClientLine, client_line
+from fedekd.evaluation.scoring import ExitOutputs
+from fedekd.methods import Client
+
+#: The splits that training has not touched.
+_HELD_OUT = ("selection", "calibration", "certificate", "test")
+
+
+@dataclass(frozen=True)
+class PromiseOptions:
+    """Which rules are tried on the exits of a finished federation.
+
+    Args:
+        alphas: Error rates among those who leave, in (0, 1).
+        delta: Probability that a promise fails, in (0, 1).
+        modes: Rules: ltt, path, crc, released or plug_in.
+        draws: Calibrations of each rule at each error rate, at least 1.
+    """
+
+    alphas: list[float] = field(default_factory=lambda: [0.05])
+    delta: float = 0.1
+    modes: list[str] = field(default_factory=lambda: ["ltt", "plug_in"])
+    draws: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("alphas", "modes"):
+            if not getattr(self, name):
+                raise UserError(f"promises.{name} is empty; at least one is needed")
+        try:
+            self.calibrators()
+        except UserError as error:
+            raise UserError(f"promises.{error}") from error
+        if self.draws < 1:
+            raise UserError(f"promises.draws is {self.draws}, and must be at least 1")
+
+    def calibrators(self) -> list[SelectiveRiskCalibrator]:
+        """Every rule at every error rate."""
+        return [SelectiveRiskCalibrator(alpha, self.delta, mode) for alpha in self.alphas for mode in self.modes]
+
+
+@dataclass(frozen=True)
+class ClientPromise:
+    """One client under one rule.
+
+    Attributes:
+        line: Its own policy, from its own calibration split, on its test split.
+        own: Draws in which its own policy breaks the promise on its whole pool.
+        pooled: Draws in which a policy calibrated on all clients' samples breaks it there.
+    """
+
+    line: ClientLine
+    own: int
+    pooled: int
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One rule at one error rate, in a federation.
+
+    Attributes:
+        alpha: The error rate asked for.
+        delta: Probability that a promise may fail.
+        mode: The rule.
+        draws: How many were made.
+        together: Draws in which the pooled policy breaks its promise on the samples of all clients together.
+        clients: By number.
+    """
+
+    alpha: float
+    delta: float
+    mode: str
+    draws: int
+    together: int
+    clients: tuple[ClientPromise, ...]
+
+    @property
+    def own_share(self) -> float:
+        """Of all clients and draws, those in which a client's own policy breaks its promise."""
+        return fmean(client.own for client in self.clients) / self.draws
+
+    @property
+    def pooled_share(self) -> float:
+        """Of all clients and draws, those in which the pooled policy does on a client's pool."""
+        return fmean(client.pooled for client in self.clients) / self.draws
+
+    def as_values(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Promise:
+        """What `as_values` gave."""
+        clients = tuple(ClientPromise(ClientLine(**c["line"]), c["own"], c["pooled"]) for c in values["clients"])
+        return cls(**{**values, "clients": clients})
+
+
+def federation_promises(clients: Sequence[Client], options: PromiseOptions, seed: int = 0) -> list[Promise]:
+    """Calibrate all clients of a finished federation by every rule at every error rate.
+
+    A client's pool is all that training has not touched, its test split included.
+
+    Args:
+        clients: With exits, as many each.
+        options: Rules, error rates and draws.
+        seed: Of the draws.
+
+    Raises:
+        UserError: If a client has no exits or another number of them, lacks samples, or has diverged.
+    """
+    outputs = [{split: split_outputs(client, split) for split in _HELD_OUT} for client in clients]
+    pools = [_joined(list(of_client.values())).scored() for of_client in outputs]
+    costs = costs_of(require_exits(clients[0].kept, "the private model of client 0"), clients[0].images)
+
+    def cost(evaluated: Sequence[bool]) -> list[float]:
+        return [flops / costs.full for flops in costs.leaving(evaluated)]
+
+    found = []
+    for calibrator in options.calibrators():
+        lines = [client_line(client, calibrate_client(client, calibrator)) for client in clients]
+        validity = check_federated_validity(
+            pools,
+            calibrator,
+            [len(of_client["calibration"]) for of_client in outputs],
+            [len(of_client["selection"]) for of_client in outputs],
+            options.draws,
+            seed,
+            cost,
+        )
+        counts = zip(lines, validity.own_violations, validity.pooled_violations, strict=True)
+        found.append(
+            Promise(
+                calibrator.alpha,
+                calibrator.delta,
+                calibrator.mode,
+                validity.draws,
+                validity.together_violations,
+                tuple(ClientPromise(*each) for each in counts),
+            )
+        )
+    return found
+
+
+def _joined(parts: Sequence[ExitOutputs]) -> ExitOutputs:
+    return ExitOutputs(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))
