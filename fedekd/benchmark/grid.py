@@ -136,8 +136,8 @@ def cells(
             for alpha, seed in places:
                 data = {**values["data"], "alpha": float(alpha)}
                 of_cell = {**values, "data": data, "seed": seed}
-                keys = [cell_key(each, parser, promises) for each in (of_cell, {**of_cell, "seed": 0})]
-                cell = Cell(dataset, float(alpha), seed, label, of_cell, *keys, promises)
+                key, configuration = (cell_key(each, parser, promises) for each in (of_cell, {**of_cell, "seed": 0}))
+                cell = Cell(dataset, float(alpha), seed, label, of_cell, key, configuration, promises)
                 found.setdefault(cell.key, cell)
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
 

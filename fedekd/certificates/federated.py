@@ -45,12 +45,12 @@ class FederatedValidity:
     @property
     def own_violations(self) -> list[int]:
         """Of each client, draws in which some exit's error rate is above alpha under its own policy."""
-        return self._violations(self.own).sum(axis=0).tolist()
+        return [int(count) for count in self._violations(self.own).sum(axis=0)]
 
     @property
     def pooled_violations(self) -> list[int]:
         """The same under the shared policy."""
-        return self._violations(self.pooled).sum(axis=0).tolist()
+        return [int(count) for count in self._violations(self.pooled).sum(axis=0)]
 
     @property
     def together_violations(self) -> int:
@@ -58,7 +58,8 @@ class FederatedValidity:
         return int(self._violations(self.together).sum())
 
     def _violations(self, risks: Risks) -> npt.NDArray[np.bool_]:
-        return (risks > self.alpha).any(axis=-1)
+        broken: npt.NDArray[np.bool_] = np.any(risks > self.alpha, axis=-1)
+        return broken
 
 
 def check_federated_validity(
