@@ -12,15 +12,13 @@ from fedekd.benchmark.figures import SWEEP_ALPHA, swept
 from fedekd.benchmark.gate import gate_comparisons, gate_finding
 from fedekd.benchmark.harm import harm_lines, harm_tables
 from fedekd.benchmark.measured import Measured
+from fedekd.benchmark.promises import keeping_lines, promise_finding, promise_tables, saving_lines
 from fedekd.benchmark.report import SWEPT, verdict_sentence
 from fedekd.benchmark.results import read_results
 from fedekd.benchmark.table import markdown_table, spread
 from fedekd.benchmark.tables import build_tables
 from fedekd.errors import UserError, nearest
 from fedekd.reporting.pages import minus
-
-#: The kinds of places that are filled from files below the folders, not from measured rows.
-_EXITS, _EXIT_METHODS, _HARM = "exits", "exit-methods", "harm"
 
 #: `<!-- fill: NAME ARGUMENT -->`, what is filled in, `<!-- /fill -->`.
 _PLACE = re.compile(r"(<!-- fill: ([^\s>]+) ?([^\s>]*) -->\n)(?:(?!<!-- fill).)*?(<!-- /fill -->)", re.DOTALL)
@@ -33,7 +31,7 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
     data set's methods, `sweep beta` that of a parameter, `gate` the finding about the gate's ranking, `verdicts` the
     count of the paper's cells by verdict, `exits TABLE/DATASET` a table of `report` on early exits, `exit-methods GRID`
     the methods with exits of another benchmark whose results lie in the folder GRID, `harm GRID` what do_no_harm is
-    worth there.
+    worth there, `promises GRID` what its clients' calibrated exits come to.
 
     Args:
         text: The file's content.
@@ -46,14 +44,10 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
 
     def filled(place: re.Match[str]) -> str:
         name, argument = place[2], place[3]
-        if name == _EXITS:
-            return f"{place[1]}\n{exit_table(folders, argument)}\n\n{place[4]}"
-        if name == _EXIT_METHODS:
-            return f"{place[1]}\n{_exit_methods(folders, argument)}\n\n{place[4]}"
-        if name == _HARM:
-            return f"{place[1]}\n{_harm(folders, argument)}\n\n{place[4]}"
+        if name in _OF_FOLDERS:
+            return f"{place[1]}\n{_OF_FOLDERS[name](folders, argument)}\n\n{place[4]}"
         if name not in _WRITERS:
-            known = (*_WRITERS, _EXITS, _EXIT_METHODS, _HARM)
+            known = (*_WRITERS, *_OF_FOLDERS)
             raise UserError(f"<!-- fill: {name} -->: nothing is known by that name; {nearest(name, known)}")
         return f"{place[1]}\n{_WRITERS[name](measured, argument)}\n\n{place[4]}"
 
@@ -66,11 +60,15 @@ def fill(text: str, measured: Measured, folders: Sequence[Path] = ()) -> str:
     return result
 
 
+def _of_grid(folders: Sequence[Path], grid: str) -> Measured:
+    """The results of another benchmark, which lie in a folder of their own below these."""
+    return Measured(row for folder in folders for row in read_results(folder / grid).values())
+
+
 def _exit_methods(folders: Sequence[Path], grid: str) -> str:
-    rows = [row for folder in folders for row in read_results(folder / grid).values()]
-    comparisons = exit_comparisons(Measured(rows))
+    comparisons = exit_comparisons(_of_grid(folders, grid))
     if not comparisons:
-        raise UserError(f"<!-- fill: {_EXIT_METHODS} {grid} -->: no results of methods with exits in {grid}/")
+        raise UserError(f"<!-- fill: exit-methods {grid} -->: no results of methods with exits in {grid}/")
     parts = []
     for comparison in comparisons:
         heads, *lines = exit_lines_table(comparison)
@@ -79,13 +77,25 @@ def _exit_methods(folders: Sequence[Path], grid: str) -> str:
 
 
 def _harm(folders: Sequence[Path], grid: str) -> str:
-    tables = harm_tables(Measured(row for folder in folders for row in read_results(folder / grid).values()))
+    tables = harm_tables(_of_grid(folders, grid))
     if not tables:
-        raise UserError(f"<!-- fill: {_HARM} {grid} -->: no results of runs with do_no_harm in {grid}/")
+        raise UserError(f"<!-- fill: harm {grid} -->: no results of runs with do_no_harm in {grid}/")
     parts = []
     for table in tables:
         heads, *lines = harm_lines(table)
         parts.append(markdown([f"{table.name}, delta {table.delta:g}", *heads[1:]], lines))
+    return "\n\n".join(parts)
+
+
+def _promises(folders: Sequence[Path], grid: str) -> str:
+    tables = promise_tables(_of_grid(folders, grid))
+    if not tables:
+        raise UserError(f"<!-- fill: promises {grid} -->: no results of calibrated clients in {grid}/")
+    parts = []
+    for table in tables:
+        for heads, *lines in (saving_lines(table), keeping_lines(table)):
+            parts.append(markdown([table.name, *heads[1:]], lines))
+        parts += promise_finding(table)
     return "\n\n".join(parts)
 
 
@@ -130,4 +140,12 @@ _WRITERS: dict[str, Callable[[Measured, str], str]] = {
     "sweep": _sweep,
     "gate": _gate,
     "verdicts": _verdicts,
+}
+
+#: What is filled from files below the folders, not from their measured rows.
+_OF_FOLDERS: dict[str, Callable[[Sequence[Path], str], str]] = {
+    "exits": exit_table,
+    "exit-methods": _exit_methods,
+    "harm": _harm,
+    "promises": _promises,
 }

@@ -11,6 +11,7 @@ from fedekd.benchmark.comparisons import COMPARED
 from fedekd.benchmark.exit_comparison import exit_lines_table
 from fedekd.benchmark.harm import harm_lines
 from fedekd.benchmark.measured import title
+from fedekd.benchmark.promises import keeping_lines, promise_finding, saving_lines
 from fedekd.benchmark.published import SEEDS, PublishedCell
 from fedekd.benchmark.report import Report
 from fedekd.benchmark.statistics import LEVEL, MIN_PAIRS, MIN_SEEDS
@@ -52,6 +53,9 @@ def _environment() -> Environment:
         "compared": COMPARED,
         "exit_lines": exit_lines_table,
         "harm_lines": harm_lines,
+        "saving_lines": saving_lines,
+        "keeping_lines": keeping_lines,
+        "promise_finding": promise_finding,
     }
     return found
 

@@ -15,6 +15,7 @@ from fedekd.benchmark.exit_comparison import ExitComparison, exit_comparisons, e
 from fedekd.benchmark.gate import GateFinding, gate_comparisons, gate_finding
 from fedekd.benchmark.harm import HarmTable, harm_tables, power_curves
 from fedekd.benchmark.measured import Measured, title
+from fedekd.benchmark.promises import PromiseTable, promise_tables
 from fedekd.benchmark.published import DEPARTURES
 from fedekd.benchmark.tables import Entry, Table, build_tables
 
@@ -57,6 +58,7 @@ class Report:
         gate_finding: The same in words.
         exits: Methods with early exits against each other.
         harm: What do_no_harm is worth.
+        promises: What calibrated exits come to, client by client.
         departures: Where the runs are knowingly not the paper's, by data set.
         provenance: Where the results come from, one entry a kind, with the number of runs.
         sources: What the report was made of.
@@ -72,6 +74,7 @@ class Report:
     gate_finding: GateFinding
     exits: Sequence[ExitComparison]
     harm: Sequence[HarmTable]
+    promises: Sequence[PromiseTable]
     departures: Mapping[str, str]
     provenance: Sequence[tuple[Mapping[str, str], int]]
     sources: Sequence[str]
@@ -132,6 +135,7 @@ def make_report(measured: Measured, root: str, sources: Sequence[str]) -> Report
         gate_finding=gate_finding(gate),
         exits=exits,
         harm=harm,
+        promises=promise_tables(measured),
         departures={title(name): told for name, told in DEPARTURES.items() if name in measured.datasets},
         provenance=_provenance(measured),
         sources=list(sources),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,15 +15,17 @@ from fedekd.benchmark.datasets import DatasetLine
 from fedekd.benchmark.exit_comparison import ExitComparison
 from fedekd.benchmark.harm import HarmTable
 from fedekd.benchmark.page import html_page, markdown_page
+from fedekd.benchmark.promises import PromiseTable
 from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
+from fedekd.evaluation.clients import ClientLine
 from fedekd.reporting.figures import save
 from fedekd.reporting.pages import csv_text, write_text
 
 #: Names of what a report writes: an older report's leftovers are recognized by them, and nothing else is touched.
 _OURS = (
     ("figures", r"(figure\d|ranking-.+|exits-.+|power-.+)\.png"),
-    ("tables", r"(table\d\d|figure\d|paired|gate|rankings|exits|harm)\.csv"),
+    ("tables", r"(table\d\d|figure\d|paired|gate|rankings|exits|harm|promises)\.csv"),
 )
 
 
@@ -74,6 +77,7 @@ def _csv_tables(report: Report) -> list[tuple[str, Sequence[str], list[dict[str,
         ("paired", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.comparisons]),
         ("gate", _TEST_COLUMNS, [_test_line(comparison) for comparison in report.gate]),
         *([("harm", _HARM_COLUMNS, _harm_lines(report.harm))] if report.harm else []),
+        *([("promises", _PROMISE_COLUMNS, _promise_lines(report.promises))] if report.promises else []),
         *([("exits", _EXIT_COLUMNS, _exit_lines(report.exits))] if report.exits else []),
     ]
 
@@ -90,6 +94,28 @@ def _harm_lines(tables: Sequence[HarmTable]) -> list[dict[str, Any]]:
         }
         for table in tables
         for line in table.lines
+    ]
+
+
+_OF_LINE = tuple(name for name in [field.name for field in fields(ClientLine)] if name != "client")
+_PROMISE_COLUMNS = (
+    *("dataset", "alpha", "method", "seed", "rule", "error_rate", "delta", "client", *_OF_LINE),
+    *("draws", "broken", "broken_pooled", "broken_together"),
+)
+
+
+def _promise_lines(tables: Sequence[PromiseTable]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"dataset": table.dataset, "alpha": table.alpha, "method": line.method, "seed": seed},
+            **{"rule": promise.mode, "error_rate": promise.alpha, "delta": promise.delta, **asdict(client.line)},
+            **{"draws": promise.draws, "broken": client.own, "broken_pooled": client.pooled},
+            "broken_together": promise.together,
+        }
+        for table in tables
+        for line in table.lines
+        for seed, promise in line.by_seed.items()
+        for client in promise.clients
     ]
 
 
