@@ -6,6 +6,7 @@ from fedekd.federation.interrupts import Interrupted
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.orchestrator import Orchestrator
+from fedekd.federation.ray_engine import Ray, RayEngine
 from fedekd.federation.run_folder import RunFolder
 from fedekd.federation.side_by_side import SideBySide, SideBySideEngine
 
@@ -18,6 +19,8 @@ __all__ = [
     "Observer",
     "Orchestrator",
     "Placement",
+    "Ray",
+    "RayEngine",
     "RoundOptions",
     "RunFolder",
     "SideBySide",

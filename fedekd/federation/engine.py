@@ -72,6 +72,9 @@ class Engine(Protocol):
     ) -> Iterator[Visit]:
         """Let each participant absorb, score it, and if asked let it upload.
 
+        Where something is uploaded, a participant that is late or out of reach may be missing from what comes; it is
+        then as it was before, and the observer has been told why.
+
         Where there is a `look`, each of them compares its local model with what it has now; after the last aggregate,
         when nothing is uploaded, it keeps the one or the other.
         """
@@ -185,6 +188,10 @@ class InProcessEngine:
             self.method.equip(client)
             self.clients[number] = client
         return self.clients[number]
+
+    def release(self, number: int) -> None:
+        """Forget a client whose state is kept elsewhere."""
+        self.clients.pop(number, None)
 
     def client_steps(self, number: int) -> int:
         """Training steps of one phase of a client, as the display counts them."""

@@ -178,10 +178,10 @@ class Orchestrator:
                 self._announce()
                 self._train_references()
                 for round in range(self.progress.round, self.options.rounds + 1):
-                    taking_part = self._run_round(round)
+                    changed = self._run_round(round)
                     self.progress.seconds += time.monotonic() - began
                     began = time.monotonic()
-                    self._keep(round, taking_part)
+                    self._keep(round, changed)
                 summary = summarize(self)
                 self._conclude(summary)
             except BaseException as error:
@@ -242,29 +242,30 @@ class Orchestrator:
         """Broadcast aggregate `round`; let participants absorb, be scored and upload; aggregate what is accepted.
 
         Returns:
-            The participants: the clients that have changed.
+            The clients that have changed: the participants, but for those that did not answer.
         """
         last = round == self.options.rounds
         self.observer.round_started(round)
         taking_part = participants(self.options, self.num_clients, self.seed, round)
         broadcast = self.method.broadcast(taking_part, round)
-        updates = []
+        updates, visited = [], []
         look = None
         if self.do_no_harm is not None and self.do_no_harm.looks_at(round, self.options.rounds):
             look = Look(self.do_no_harm, self._reference_rounds())
         for visit in self.engine.visit(taking_part, broadcast, round, upload=not last, look=look):
+            visited.append(visit.client)
             self.progress.note_down(num_bytes(broadcast.to(visit.client)))
             if round > 0:
                 self.progress.note_visit(visit)
             if visit.update is not None:
                 updates.append(visit.update)
-        if round > 0:
+        if round > 0 and self.progress.records:  # nobody may have answered yet
             self.progress.row(round, self.task)
         if not last:
             self._aggregate(updates, broadcast, round)
         self.progress.round = round + 1
         gc.collect()  # Trainers hold on to each other, and to what they trained
-        return taking_part
+        return visited
 
     def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round: int) -> None:
         """Hand the method the updates that arrived and are sound, in the order of their clients."""
@@ -336,7 +337,7 @@ class Orchestrator:
                     ((number, self.engine.client_state(number)) for number in changed),
                     self._identity(),
                 )
-        if round > 0:
+        if round > 0 and self.progress.history:
             self.tracker.log_round(self.progress.history[-1])
             self.observer.round_finished(self.progress.history[-1])
 

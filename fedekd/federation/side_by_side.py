@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import multiprocessing
 import pickle
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from fedekd.errors import UserError
 from fedekd.federation.engine import Engine, InProcessEngine, Look, Placement, Visit
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference
+from fedekd.federation.remote import Forwarder, clients_side, without_pixels
 from fedekd.federation.storage import pack, unpack
 from fedekd.methods import Blueprint, Broadcast, Method
 from fedekd.processes import die_with_parent
@@ -190,11 +190,8 @@ class SideBySideEngine:
             images = self._data.images
             pixels = Path(folder) / "pixels"
             images.images.cpu().numpy().tofile(pixels)
-            without = replace(images, images=torch.empty(0, *images.images.shape[1:], dtype=torch.uint8))
-            share = _Share(without, list(self._data.clients), pixels, tuple(images.images.shape))
-            clients_side = copy.copy(self._method)
-            clients_side.server_state = {}
-            parts = pickle.dumps((clients_side, share, self._blueprint, self._references))
+            share = _Share(without_pixels(images), list(self._data.clients), pixels, tuple(images.images.shape))
+            parts = pickle.dumps((clients_side(self._method), share, self._blueprint, self._references))
             for place in range(max(self._home) + 1):
                 self._workers.append(_Worker([n for n, home in enumerate(self._home) if home == place]))
             for worker in self._workers:
@@ -280,22 +277,6 @@ def _dealt_out(sizes: Sequence[int], processes: int) -> list[int]:
     return homes
 
 
-class _Forwarder(SilentObserver):
-    """Tells the other side."""
-
-    def __init__(self, tell: Callable[[str, Any], None]) -> None:
-        self.tell = tell
-
-    def phase_started(self, client: int, phase: str) -> None:
-        self.tell("event", ("phase_started", (client, phase)))
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.tell("event", ("phase_finished", (client, phase, steps)))
-
-    def warn(self, text: str) -> None:
-        self.tell("event", ("warn", (text,)))
-
-
 class _Unasked(BaseException):
     """Nobody is there any more to be told anything."""
 
@@ -327,7 +308,8 @@ def _serve(connection: Connection) -> None:
             try:
                 if engine is None:
                     method, share, blueprint, references = pickle.loads(message)
-                    engine = InProcessEngine(method, share, blueprint, references, _Forwarder(tell))
+                    observer = Forwarder(lambda name, arguments: tell("event", (name, arguments)))
+                    engine = InProcessEngine(method, share, blueprint, references, observer)
                     gc.collect()
                     gc.freeze()  # what has been imported stays: collections need not walk it
                 else:

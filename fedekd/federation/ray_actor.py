@@ -1,0 +1,134 @@
+"""What an actor of Ray does: it takes clients up from disk, one at a time, and lets them work."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedekd.data import ClientSplits, ImageData
+from fedekd.federation.client_store import ClientStore
+from fedekd.federation.engine import InProcessEngine, Look, Visit
+from fedekd.federation.observer import Observer
+from fedekd.federation.reference import LocalReference
+from fedekd.federation.remote import Forwarder
+from fedekd.methods import Blueprint, Broadcast, Method, StateDict
+
+Event = tuple[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an actor is given of a federation, beside the pixels, which it shares with the others of its machine.
+
+    Attributes:
+        method: The clients' side of it.
+        without_pixels: All that is known of the images but the images.
+        clients: The samples of each client.
+        blueprint: How networks are built and trained.
+        reference_folder: Where Local's references are kept.
+        store: The folder of the clients' states.
+    """
+
+    method: Method
+    without_pixels: ImageData
+    clients: Sequence[ClientSplits]
+    blueprint: Blueprint
+    reference_folder: Path | None
+    store: Path
+
+
+@dataclass(frozen=True)
+class _Data:
+    images: ImageData
+    clients: Sequence[ClientSplits]
+
+
+class ClientHost:
+    """Runs whichever client it is asked to, from the state that the store has of it.
+
+    Args:
+        share: What it needs to know.
+        pixels: Of all images, (n, C, H, W), uint8; Ray hands it a view of the machine's one copy.
+    """
+
+    def __init__(self, share: Share, pixels: npt.NDArray[np.uint8]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the view cannot be written to, and nobody does
+            images = replace(share.without_pixels, images=torch.from_numpy(pixels))
+        self.events: list[Event] = []
+        self.store = ClientStore(share.store)
+        self.engine = InProcessEngine(
+            share.method,
+            _Data(images, share.clients),
+            share.blueprint,
+            share.reference_folder,
+            Forwarder(lambda name, arguments: self.events.append((name, arguments))),
+        )
+
+    def ready(self) -> bool:
+        """Whether it can begin."""
+        return True
+
+    def reference(self, number: int, rounds: int) -> tuple[LocalReference, list[Event]]:
+        """Local's reference for a client."""
+        return self.engine.references({number: rounds})[number], self._told()
+
+    def visit(
+        self,
+        number: int,
+        version: int,
+        shared: StateDict,
+        personal: StateDict,
+        round: int,
+        upload: bool,
+        look: Look | None,
+    ) -> tuple[Visit, list[Event]]:
+        """One client's visit, from one version of its state to the next."""
+        self._take_up(number, version)
+        broadcast = Broadcast(shared, {number: personal} if personal else {})
+        [visit] = self.engine.visit([number], broadcast, round, upload, look)
+        self.store.write(number, version + 1, self.engine.client_state(number))
+        self._put_down(number)
+        if visit.update is not None:
+            on_cpu = {name: tensor.detach().cpu() for name, tensor in visit.update.state.items()}
+            visit = replace(visit, update=replace(visit.update, state=on_cpu))
+        return visit, self._told()
+
+    def score(self, number: int, version: int) -> tuple[float, list[Event]]:
+        """A client's score in a version of its state."""
+        self._take_up(number, version)
+        score = self.engine.score(number)
+        self._put_down(number)
+        return score, self._told()
+
+    def begin(self, number: int) -> tuple[None, list[Event]]:
+        """Write version 0 of a client's state: as it is before its first visit."""
+        self.store.write(number, 0, self.engine.client_state(number))
+        self._put_down(number)
+        return None, self._told()
+
+    def _take_up(self, number: int, version: int) -> None:
+        if version:
+            self.engine.load_client_state(number, self.store.read(number, version))
+
+    def _put_down(self, number: int) -> None:
+        self.engine.release(number)
+        gc.collect()  # Trainers hold on to each other, and to what they trained
+
+    def _told(self) -> list[Event]:
+        events, self.events[:] = list(self.events), []
+        return events
+
+
+def retell(events: Sequence[Event], observer: Observer) -> None:
+    """Tell an observer what has happened elsewhere."""
+    for name, arguments in events:
+        getattr(observer, name)(*arguments)

@@ -1,0 +1,269 @@
+"""Clients on a Ray cluster: hundreds of them, on the processors and GPUs that it has; only updates move."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.federation.client_store import ClientStore
+from fedekd.federation.engine import Engine, Look, Placement, Visit
+from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.federation.ray_actor import Share
+from fedekd.federation.ray_pool import ActorPool, Room, Task, first_line
+from fedekd.federation.reference import LocalReference
+from fedekd.federation.remote import clients_side, without_pixels
+from fedekd.methods import Blueprint, Broadcast, Method
+from fedekd.modules.trainer_factory import usable_cores
+
+
+class Ray(Placement):
+    """Clients run in actors of a Ray cluster; needs `fedekd[ray]`.
+
+    A client's state is on disk between its visits, so that there may be many more clients than fit into memory. If an
+    actor is lost, its client's visit is made again by another one, from the state before it: the numbers stay the same.
+
+    Args:
+        address: Of a running cluster, such as auto or 10.0.0.1:6379; null starts one on this machine.
+        actors: How many work at a time; null takes as many as the cluster has room for.
+        cpus: Processors of an actor, at least 1; also its threads, where trainer.threads does not say it.
+        gpus: Of an actor, such as 1 or 0.25.
+        folder: Where the clients' states lie between visits; on several machines a folder that all of them see. Null
+            takes a temporary one on this machine.
+        timeout: Seconds after which a visit is given up; the client is then missing from the round. Null waits on.
+        retries: How often a visit is made again because its actor was lost.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        actors: int | None = None,
+        cpus: int = 1,
+        gpus: float = 0.0,
+        folder: str | None = None,
+        timeout: float | None = None,
+        retries: int = 3,
+    ) -> None:
+        if actors is not None and actors < 1:
+            raise UserError(f"engine.actors is {actors}, and must be at least 1, or null")
+        if cpus < 1:
+            raise UserError(f"engine.cpus is {cpus}, and must be at least 1")
+        if not gpus >= 0:
+            raise UserError(f"engine.gpus is {gpus}, and must be at least 0")
+        if timeout is not None and not timeout > 0:
+            raise UserError(f"engine.timeout is {timeout}, and must be above 0, or null")
+        if retries < 0:
+            raise UserError(f"engine.retries is {retries}, and must be at least 0")
+        self.address, self.actors, self.cpus, self.gpus = address, actors, cpus, gpus
+        self.folder, self.timeout, self.retries = folder, timeout, retries
+
+    def threads(self, cores: int, clients: int) -> int:
+        """As many as an actor has processors."""
+        return self.cpus
+
+    def __call__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        blueprint: Blueprint,
+        reference_folder: Path | None,
+        observer: Observer,
+    ) -> Engine:
+        """See `Placement`."""
+        return RayEngine(method, data, blueprint, reference_folder, observer, self)
+
+
+class RayEngine:
+    """Runs clients in actors of a Ray cluster, with the same numbers as one after another.
+
+    The cluster is started or joined with the first request and left with `close`.
+
+    Args:
+        method: The method, for its two verbs on the client.
+        data: The federation's data, set up.
+        blueprint: How networks are built and trained.
+        reference_folder: Where Local's references are kept, seen by all machines; None trains them anew.
+        observer: Is told of each phase, when it is over.
+        options: Where, how many, and what happens if something fails.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        blueprint: Blueprint,
+        reference_folder: Path | None = None,
+        observer: Observer | None = None,
+        options: Ray | None = None,
+    ) -> None:
+        self.observer, self.options = observer or SilentObserver(), options or Ray()
+        self._ray = _imported()
+        self._method, self._data, self._blueprint, self._references = method, data, blueprint, reference_folder
+        self._versions: dict[int, int] = {}  # of each client's state; 0, or none, is before its first visit
+        self._own_cluster = self._closed = False
+        self._pool: ActorPool | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def references(self, rounds: Mapping[int, int]) -> dict[int, LocalReference]:
+        """Local's reference for each client."""
+        tasks = [Task(number, "reference", (wanted,)) for number, wanted in rounds.items()]
+        return {task.client: reference for task, reference in self._done(tasks)}
+
+    def visit(
+        self,
+        participants: Sequence[int],
+        broadcast: Broadcast,
+        round: int,
+        upload: bool,
+        look: Look | None = None,
+    ) -> Iterator[Visit]:
+        """The participants, as they get ready."""
+        self._join()
+        # One copy a machine, however many clients take part.
+        shared = self._ray.put({name: tensor.detach().cpu() for name, tensor in broadcast.shared.items()})
+        tasks = []
+        for number in participants:
+            personal = {name: tensor.detach().cpu() for name, tensor in broadcast.personal.get(number, {}).items()}
+            version = self._versions.get(number, 0)
+            tasks.append(Task(number, "visit", (version, shared, personal, round, upload, look)))
+        for task, visit in self._done(tasks, may_be_late=upload):
+            self._advance(task.client)
+            yield visit
+
+    def score(self, number: int) -> float:
+        """A client's score as it is now."""
+        [(_, score)] = self._done([Task(number, "score", (self._versions.get(number, 0),))])
+        return float(score)
+
+    def client_state(self, number: int) -> Any:
+        """All that must last of a client, on the CPU."""
+        if number not in self._versions:
+            list(self._done([Task(number, "begin")]))
+            self._versions[number] = 0
+        return self._store.read(number, self._versions[number])
+
+    def load_client_state(self, number: int, state: Any) -> None:
+        """Set a client to a state it had."""
+        store = self._store
+        store.write(number, self._versions.get(number, 0) + 1, state)
+        self._advance(number)
+
+    def close(self) -> None:
+        """Let the actors go, and leave the cluster, or end it if it was started here."""
+        self._closed = True
+        if self._ray.is_initialized():
+            if self._pool is not None:
+                self._pool.end()
+            self._pool = None
+            if self._own_cluster:
+                self._ray.shutdown()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _advance(self, number: int) -> None:
+        """A client's next state is on disk; the one before is of no more use."""
+        version = self._versions.get(number, 0)
+        self._versions[number] = version + 1
+        self._store.drop(number, version)
+
+    def _done(self, tasks: Iterable[Task], may_be_late: bool = False) -> Iterator[tuple[Task, Any]]:
+        """Each task with its result, as it comes; those that take longest begin first, so that nobody waits for them.
+
+        Raises:
+            UserError: If something has gone wrong that cannot be put right; the engine is then closed.
+        """
+        order = sorted(tasks, key=lambda task: -len(self._data.clients[task.client].train))
+        try:
+            yield from self._started().work_off(order, may_be_late)
+        except BaseException:
+            self.close()  # what the others were about to say would be taken for an answer to the next question
+            raise
+
+    def _started(self) -> ActorPool:
+        """The actors, started once."""
+        if self._closed:
+            raise RuntimeError("the engine is closed, and its clients are gone; their states are in the checkpoint")
+        if self._pool is None:
+            self._join()
+            share = Share(
+                clients_side(self._method),
+                without_pixels(self._data.images),
+                list(self._data.clients),
+                self._blueprint,
+                None if self._references is None else self._references.resolve(),
+                self._store.folder,
+            )
+            pixels = np.ascontiguousarray(self._data.images.images.cpu().numpy())
+            parts = self._ray.put(share), self._ray.put(pixels)  # one copy a machine
+            options = self.options
+            room = Room(options.cpus, options.gpus, options.timeout, options.retries)
+            self._pool = ActorPool(self._ray, self._actors(), room, parts, self.observer)
+        return self._pool
+
+    def _join(self) -> None:
+        """Start a cluster on this machine, or join one."""
+        ray, address = self._ray, self.options.address
+        if ray.is_initialized():
+            return
+        quiet = {"log_to_driver": False, "configure_logging": False}
+        if address is None:
+            wanted = self.options.cpus * (self.options.actors or 1)
+            ray.init(address="local", num_cpus=max(usable_cores(), wanted), include_dashboard=False, **quiet)
+        else:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"engine.address is {address!r}: no cluster is there ({first_line(error)})") from error
+        self._own_cluster = True
+
+    def _actors(self) -> int:
+        """How many there are to be: as many as asked, or as fit, but no more than clients."""
+        resources, options = self._ray.cluster_resources(), self.options
+        room = int(resources.get("CPU", 0) // options.cpus)
+        if options.gpus:
+            room = min(room, int(resources.get("GPU", 0) / options.gpus))
+        if room < (options.actors or 1):
+            self.close()
+            raise UserError(
+                f"the cluster has {resources.get('CPU', 0):g} processors and {resources.get('GPU', 0):g} GPUs: room for"
+                f" {room} actors of engine.cpus {options.cpus} and engine.gpus {options.gpus:g}, and engine.actors is"
+                f" {'null' if options.actors is None else options.actors}"
+            )
+        return min(options.actors or room, len(self._data.clients))
+
+    @cached_property
+    def _store(self) -> ClientStore:
+        """A folder of this engine's own; the checkpoint of the run is what lasts."""
+        self._join()
+        if self.options.folder is None and len(self._ray.nodes()) > 1:
+            self.close()
+            raise UserError(
+                "engine.folder is null, and the cluster has several machines: name one that all of them see"
+            )
+        if self.options.folder is not None:
+            Path(self.options.folder).mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="fedekd-", dir=self.options.folder, ignore_cleanup_errors=True
+        )
+        return ClientStore(Path(self._temporary.name).resolve())
+
+
+def _imported() -> ModuleType:
+    # As Ray will do by itself: an actor that has asked for no GPU is not made blind to those that are there.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise UserError("engine Ray needs Ray: pip install 'fedekd[ray]'") from error
+    module: ModuleType = ray
+    return module
