@@ -2,7 +2,7 @@
 
 from fedekd.data.batches import TensorBatches, scale
 from fedekd.data.corruptions import CORRUPTIONS, LEVELS, Corruption, corrupt
-from fedekd.data.datamodule import ClientSplits, FederatedDataModule
+from fedekd.data.datamodule import ClientSplits, FederatedDataModule, split_client
 from fedekd.data.images import ImageData
 from fedekd.data.partition import (
     PARTITIONS,
@@ -30,5 +30,6 @@ __all__ = [
     "iid_partition",
     "load_images",
     "scale",
+    "split_client",
     "split_indices",
 ]

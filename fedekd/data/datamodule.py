@@ -162,7 +162,7 @@ class FederatedDataModule(lightning.LightningDataModule):
                 images, self.num_clients, self.alpha, derive_seed(self.seed, "partition"), self.min_samples
             )
             _check_partition(parts, self.num_clients, len(images))
-            self._clients = [self._split(client, part) for client, part in enumerate(parts)]
+            self._clients = [split_client(client, part, self.fractions, self.seed) for client, part in enumerate(parts)]
 
     @property
     def images(self) -> ImageData:
@@ -220,10 +220,21 @@ class FederatedDataModule(lightning.LightningDataModule):
         indices = torch.cat([split(own) for own in chosen])
         return TensorBatches(self.images.images, self.images.targets, indices, size, generator=generator)
 
-    def _split(self, client: int, indices: npt.NDArray[np.int64]) -> ClientSplits:
-        train, validation, test = split_indices(indices, self.fractions, derive_seed(self.seed, client, "split"))
-        parts = cut_validation(validation, derive_seed(self.seed, client, "validation"))
-        return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
+
+def split_client(
+    client: int, indices: npt.NDArray[np.int64], fractions: tuple[float, float, float], seed: int
+) -> ClientSplits:
+    """A client's samples, split into training, validation and test, and validation into its three parts.
+
+    Args:
+        client: Its number; another number splits the same samples otherwise.
+        indices: Its samples.
+        fractions: Shares of training, validation and test.
+        seed: The data's.
+    """
+    train, validation, test = split_indices(indices, fractions, derive_seed(seed, client, "split"))
+    parts = cut_validation(validation, derive_seed(seed, client, "validation"))
+    return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
 
 
 def _partition_function(partition: str) -> PartitionFunction:

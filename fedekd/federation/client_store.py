@@ -31,6 +31,10 @@ class ClientStore:
         with atomic_file(self._path(number, version)) as file:
             file.write(pack(state))
 
+    def has(self, number: int, version: int) -> bool:
+        """Whether a state is there."""
+        return self._path(number, version).is_file()
+
     def drop(self, number: int, version: int) -> None:
         """Forget a state, if it is there."""
         self._path(number, version).unlink(missing_ok=True)

@@ -106,8 +106,8 @@ class Dealt(Protocol):
         ...
 
     @property
-    def clients(self) -> Sequence[ClientSplits]:
-        """The samples of each client."""
+    def clients(self) -> Sequence[ClientSplits] | Mapping[int, ClientSplits]:
+        """The samples of each client that may run here, by its number."""
         ...
 
 

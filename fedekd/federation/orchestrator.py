@@ -22,6 +22,7 @@ from fedekd.federation.options import RoundOptions
 from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
 from fedekd.federation.run_folder import RunFolder, as_plain
+from fedekd.federation.shared_blueprint import shared_blueprint
 from fedekd.federation.summary import summarize
 from fedekd.methods import Blueprint, Broadcast, Client, ClientOptions, Method, Update
 from fedekd.methods.base import num_bytes
@@ -89,20 +90,9 @@ class Orchestrator:
         trainer = trainer or TrainerFactory()
         if trainer.threads == "auto" and isinstance(placement, Placement):
             trainer = replace(trainer, threads=placement.threads(usable_cores(), self.num_clients))
-        images = data.images
-        self.blueprint = Blueprint(
-            task=data.task,
-            in_channels=images.in_channels,
-            image_size=images.image_size,
-            num_outputs=images.num_outputs,
-            batch_size=data.batch_size,
-            eval_batch_size=data.eval_batch_size,
-            seed=seed,
-            client=self._with_exits(client or ClientOptions()),
-            trainer=trainer.resolve(),
-            num_clients=self.num_clients,
-            rounds=self.options.rounds,
-        )
+        client = client or ClientOptions()
+        self.adds_exits = method.exits is not None and client.exits is None
+        self.blueprint = shared_blueprint(method, data, client, trainer, self.options, seed, self.num_clients)
         self._require_models_that_fit()
         self._require_comparable()
         self.engine = placement(method, data, self.blueprint, reference_folder, self.observer)
@@ -111,11 +101,6 @@ class Orchestrator:
         self.tracker = Tracker(loggers, output)
         self.progress = Progress()
         self.interrupts = Interrupts()
-
-    def _with_exits(self, client: ClientOptions) -> ClientOptions:
-        """The options with as many exits as the method needs, where nothing is said of them."""
-        self.adds_exits = self.method.exits is not None and client.exits is None
-        return replace(client, exits=self.method.exits) if self.adds_exits else client
 
     def _require_comparable(self) -> None:
         """There must be two models to compare, and samples for it that training has not seen."""

@@ -14,10 +14,10 @@ import numpy as np
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
+from fedekd.federation.client_host import Share
 from fedekd.federation.client_store import ClientStore
 from fedekd.federation.engine import Engine, Look, Placement, Visit
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.ray_actor import Share
 from fedekd.federation.ray_pool import ActorPool, Room, Task, first_line
 from fedekd.federation.reference import LocalReference
 from fedekd.federation.remote import clients_side, without_pixels

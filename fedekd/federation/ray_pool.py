@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from fedekd.errors import UserError
+from fedekd.federation.client_host import ClientHost, Event, retell
 from fedekd.federation.observer import Observer
-from fedekd.federation.ray_actor import ClientHost, Event, retell
 
 
 @dataclass(frozen=True)

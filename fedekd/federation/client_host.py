@@ -1,10 +1,10 @@
-"""What an actor of Ray does: it takes clients up from disk, one at a time, and lets them work."""
+"""Clients one at a time, taken up from disk and put down again: what an actor of Ray does, and a site of Flower."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ Event = tuple[str, tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Share:
-    """What an actor is given of a federation, beside the pixels, which it shares with the others of its machine.
+    """What a host is given of a federation, beside the pixels, of which a machine may hold one copy for all.
 
     Attributes:
         method: The clients' side of it.
         without_pixels: All that is known of the images but the images.
-        clients: The samples of each client.
+        clients: The samples of each client that may come here, by its number.
         blueprint: How networks are built and trained.
         reference_folder: Where Local's references are kept.
         store: The folder of the clients' states.
@@ -39,7 +39,7 @@ class Share:
 
     method: Method
     without_pixels: ImageData
-    clients: Sequence[ClientSplits]
+    clients: Sequence[ClientSplits] | Mapping[int, ClientSplits]
     blueprint: Blueprint
     reference_folder: Path | None
     store: Path
@@ -48,7 +48,7 @@ class Share:
 @dataclass(frozen=True)
 class _Data:
     images: ImageData
-    clients: Sequence[ClientSplits]
+    clients: Sequence[ClientSplits] | Mapping[int, ClientSplits]
 
 
 class ClientHost:

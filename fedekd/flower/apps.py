@@ -1,0 +1,137 @@
+"""What Flower's runtime starts: `server_app` on the server, `client_app` at each site. Also for its simulation."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.errors import UserError
+from fedekd.federation import Orchestrator
+from fedekd.flower.description import SiteData, recipe, require_agreement
+from fedekd.flower.engine import FlowerEngine, wait_for_sites
+from fedekd.flower.site import Site
+from fedekd.reporting import Display, result_tables
+
+Mod = Callable[..., Message]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A federation of sites; the same at all of them.
+
+    Attributes:
+        options: Its configuration, as options of `fit`, such as --config digits.yaml --rounds 3.
+        sites: How many sites there are.
+        folder: Where a site keeps its networks, unless its node says so itself.
+        output: The server's run folder; empty writes nothing.
+        timeout: Seconds that the server waits for the answers of a round; 0 waits on.
+        wait: Seconds that the server waits for the sites to come.
+    """
+
+    options: tuple[str, ...]
+    sites: int
+    folder: str = "site"
+    output: str = ""
+    timeout: float = 0.0
+    wait: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.sites < 1:
+            raise UserError(f"sites is {self.sites}, and must be at least 1")
+        for name in ("timeout", "wait"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, and must be at least 0")
+
+    @classmethod
+    def of(cls, run_config: Mapping[str, Any]) -> Settings:
+        """From Flower's run configuration: `options` as one text, the others as they are."""
+        known = {name: run_config[name] for name in cls.__dataclass_fields__ if name in run_config}
+        if lacking := [name for name in ("options", "sites") if name not in known]:
+            raise UserError(f"the run configuration lacks {lacking[0]!r}")
+        return cls(**{**known, "options": tuple(shlex.split(str(known["options"]))), "sites": int(known["sites"])})
+
+
+def make_server_app(settings: Settings | None = None) -> ServerApp:
+    """The server's side; without settings those of Flower's run configuration count."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, settings or Settings.of(context.run_config))
+
+    return app
+
+
+def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
+    """A site's side.
+
+    A node says which site it is: `number`, or in a simulation Flower's `partition-id`; where its data lie: `data`; and
+    where it keeps its networks: `folder`.
+
+    Args:
+        settings: None takes Flower's run configuration.
+        mods: Of Flower, for the updates that leave a site, such as flwr.clientapp.mod.LocalDpMod.
+    """
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        chosen, node = settings or Settings.of(context.run_config), context.node_config
+        number = node.get("number", node.get("partition-id"))
+        if number is None:
+            raise UserError("the node's configuration lacks 'number', which site it is, from 0")
+        data = node.get("data")
+        folder = str(node.get("folder", chosen.folder))
+        site = _site(chosen.options, int(number), chosen.sites, folder, None if data is None else str(data))
+        return Message(site.answer(message), reply_to=message)
+
+    for action in ("hello", "reference", "score", "absorb"):
+        app.query(action)(answer)
+    app.train("visit", mods=list(mods))(answer)
+    return app
+
+
+@lru_cache(maxsize=1)  # what a process needs for one message after another; nothing of a client's state is in it
+def _site(options: tuple[str, ...], number: int, sites: int, folder: str, data: str | None) -> Site:
+    return Site(options, number, sites, Path(folder), data)
+
+
+def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
+    """Run a federation of sites to its end, or go on with one; the summary, as `summary.json` holds it.
+
+    Raises:
+        UserError: If the configuration is not valid, or the sites do not fit together.
+    """
+    parser = federation_parser()
+    config = parse(parser, list(settings.options))
+    parts = build_parts(parser, config)
+    given = parts["data"]
+    with Display(quiet=config.quiet) as display:
+        found = wait_for_sites(grid, settings.sites, settings.wait, display)
+        told = sorted(found.values(), key=lambda description: int(description["number"]))
+        parts["data"] = SiteData(given.dataset, given.alpha, told, given.batch_size, given.eval_batch_size)
+        nodes = {int(description["number"]): node for node, description in found.items()}
+        engine = FlowerEngine(grid, nodes, settings.timeout or None, display)
+        parts["engine"] = lambda *_: engine
+        orchestrator = Orchestrator(
+            **parts, output=Path(settings.output) if settings.output else None, observer=display
+        )
+        ours = recipe(parts["method"], orchestrator.blueprint)
+        for description in told:
+            require_agreement(description, ours)
+        summary = orchestrator.run()
+        for table in result_tables(summary):
+            display.console.print(table)
+    return summary
+
+
+server_app = make_server_app()
+client_app = make_client_app()

@@ -1,0 +1,133 @@
+"""What a server knows of its sites: how many samples of what, never which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import fedekd
+from fedekd.data import ClientSplits, FederatedDataModule, ImageData
+from fedekd.errors import UserError
+from fedekd.federation.run_folder import as_plain, first_difference
+from fedekd.methods import Blueprint, Method
+
+#: The splits whose sizes a site tells.
+SPLITS = ("train", "validation", "test", "selection", "calibration", "certificate")
+
+
+def recipe(method: Method, blueprint: Blueprint) -> dict[str, Any]:
+    """What all parts of a federation must agree on, as plain values; each may have a private model of its own."""
+    proxy = blueprint.network("proxy", "server").state_dict()
+    client = blueprint.client
+    settings = {name: value for name, value in vars(method).items() if name != "server_state"}
+    return {
+        "fedekd": fedekd.__version__,
+        "task": blueprint.task,
+        "channels": blueprint.in_channels,
+        "image_size": list(blueprint.image_size),
+        "classes": blueprint.num_outputs,
+        "seed": blueprint.seed,
+        "rounds": blueprint.rounds,
+        "local_epochs": client.local_epochs,
+        "method": {type(method).__name__: as_plain(settings)},
+        "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
+    }
+
+
+def describe(method: Method, blueprint: Blueprint, images: ImageData, splits: ClientSplits) -> dict[str, Any]:
+    """What a site tells of itself."""
+    own = torch.cat([splits.train, splits.validation, splits.test])
+    counts = torch.bincount(images.labels[own], minlength=images.num_classes)
+    return {
+        "number": splits.client,
+        "recipe": recipe(method, blueprint),
+        "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
+        "class_counts": counts.tolist(),
+        "digest": splits.digest(images),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSplits(ClientSplits):
+    """A site's samples as the server knows them: of each split the size.
+
+    Attributes:
+        content: The digest that the site gave of its samples.
+    """
+
+    content: str = ""
+
+    def digest(self, images: ImageData) -> str:
+        """What the site said; `images` is not looked at."""
+        return self.content
+
+
+class SiteData(FederatedDataModule):
+    """The data of a federation of sites, of which the server holds none.
+
+    Args:
+        name: What the data set is called.
+        alpha: How the data were dealt, where they were; for the summary.
+        descriptions: What each site told, by number.
+        ours: The server's own recipe.
+        batch_size: Samples a training batch.
+        eval_batch_size: Samples an evaluation batch.
+
+    Raises:
+        UserError: If the sites do not agree, with each other or with the server; it names the site and what differs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        alpha: float,
+        descriptions: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        eval_batch_size: int,
+    ) -> None:
+        super().__init__(name, len(descriptions), alpha, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        facts = descriptions[0]["recipe"]
+        height, width = facts["image_size"]
+        regression = facts["task"] == "regression"
+        self._images = ImageData(
+            name,
+            torch.empty(0, facts["channels"], height, width, dtype=torch.uint8),
+            torch.empty(0, dtype=torch.float32 if regression else torch.int64),
+            facts["task"],
+            len(descriptions[0]["class_counts"]),
+            {},
+        )
+        self._clients = [
+            SiteSplits(
+                number, **{split: _of_size(each["sizes"][split]) for split in SPLITS}, content=str(each["digest"])
+            )
+            for number, each in enumerate(descriptions)
+        ]
+        self._class_counts = np.asarray([each["class_counts"] for each in descriptions], dtype=np.int64)
+
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """As the sites told them, (K, classes)."""
+        return self._class_counts
+
+
+def require_agreement(description: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Hold a site to what the federation has agreed on.
+
+    Raises:
+        UserError: Naming the site, and the first thing in which it differs.
+    """
+    difference = first_difference(description["recipe"], dict(ours))
+    if difference is not None:
+        key, theirs, here = difference
+        told = "" if key != "fedekd" else "; install the same version everywhere"
+        raise UserError(f"site {description['number']} has {key} {theirs}, and the federation {here}{told}")
+
+
+def _of_size(size: int) -> Tensor:
+    return torch.zeros(int(size), dtype=torch.int64)

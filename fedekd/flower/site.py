@@ -1,0 +1,126 @@
+"""One site: its data, its networks on its own disk, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.data import ClientSplits, FederatedDataModule, split_client
+from fedekd.errors import UserError
+from fedekd.federation.client_host import ClientHost, Share
+from fedekd.federation.remote import clients_side, without_pixels
+from fedekd.federation.shared_blueprint import shared_blueprint
+from fedekd.flower.description import describe
+from fedekd.flower.messages import (
+    ABSORB,
+    HELLO,
+    REFERENCE,
+    SCORE,
+    VISIT,
+    from_arrays,
+    look_from_json,
+    note_of,
+    packed,
+    state_of,
+    visit_to_json,
+)
+
+#: Versions of its state that a site keeps: the server may go on from a checkpoint before its newest.
+KEPT_VERSIONS = 4
+
+
+class Site:
+    """What runs at one hospital.
+
+    Args:
+        options: The federation's configuration, as options of `fit`.
+        number: The site's number, from 0.
+        sites: How many sites there are.
+        folder: Where it keeps its networks and what Local came to; nobody else's.
+        data: The site's own images, .npz in MedMNIST's layout; None takes its part of the configured data set, as in
+            a simulation.
+
+    Raises:
+        UserError: If the configuration or the data are not valid.
+    """
+
+    def __init__(self, options: Sequence[str], number: int, sites: int, folder: Path, data: str | None = None) -> None:
+        parser = federation_parser()
+        # Data that were dealt beforehand are not dealt again.
+        own = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
+        parts = build_parts(parser, parse(parser, [*options, *own, "--logger=null"]))
+        module: FederatedDataModule = parts["data"]
+        splits = self._splits(module, number, sites, data)
+        method, images = parts["method"], module.images
+        blueprint = shared_blueprint(
+            method, module, parts["client"], parts["trainer"], parts["rounds"], parts["seed"], sites
+        )
+        folder = folder / f"site-{number:03d}"
+        (folder / "states").mkdir(parents=True, exist_ok=True)
+        share = Share(
+            clients_side(method),
+            without_pixels(images),
+            {number: splits},
+            blueprint,
+            folder / "local",
+            folder / "states",
+        )
+        self.number, self.images, self.splits = number, images, splits
+        self.method, self.blueprint = method, blueprint
+        self.host = ClientHost(share, np.ascontiguousarray(images.images.numpy()))
+
+    @staticmethod
+    def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
+        if data is not None:
+            everything = np.arange(len(module.images), dtype=np.int64)
+            return split_client(number, everything, module.fractions, module.seed)
+        if module.num_clients != sites:
+            raise UserError(f"data.num_clients is {module.num_clients}, and there are {sites} sites")
+        return module.clients[number]
+
+    def answer(self, message: Message) -> RecordDict:
+        """What the site says to a message of the server.
+
+        Raises:
+            UserError: If the message asks for something unknown, or for a state that is not there.
+        """
+        answers = {
+            HELLO: self._hello,
+            REFERENCE: self._reference,
+            SCORE: self._score,
+            VISIT: self._visit,
+            ABSORB: self._visit,
+        }
+        return answers[message.metadata.message_type](message)
+
+    def _hello(self, message: Message) -> RecordDict:
+        return packed(describe(self.method, self.blueprint, self.images, self.splits))
+
+    def _reference(self, message: Message) -> RecordDict:
+        reference, _ = self.host.reference(self.number, int(note_of(message)["rounds"]))
+        return packed({"scores": list(reference.scores)})
+
+    def _score(self, message: Message) -> RecordDict:
+        score, _ = self.host.score(self.number, int(note_of(message)["version"]))
+        return packed({"score": score})
+
+    def _visit(self, message: Message) -> RecordDict:
+        note, upload = note_of(message), message.metadata.message_type == VISIT
+        version = int(note["version"])
+        self._require_version(version)
+        received = from_arrays(state_of(message))
+        look = look_from_json(note["look"])
+        visit, _ = self.host.visit(self.number, version, received, {}, int(note["round"]), upload, look)
+        self.host.store.drop(self.number, version + 1 - KEPT_VERSIONS)
+        return packed(visit_to_json(visit), None if visit.update is None else visit.update.state)
+
+    def _require_version(self, version: int) -> None:
+        if version and not self.host.store.has(self.number, version):
+            raise UserError(
+                f"site {self.number} has no version {version} of its networks in {self.host.store.folder}; the run was"
+                " begun in another folder, or long ago"
+            )
