@@ -45,6 +45,22 @@ tables: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Ray and Flower are large and not everybody's: without them their tests are skipped, and say so.
+EXTRAS := $(VENV)/.extras
+$(EXTRAS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower]'
+	touch $@
+
+## extras: install Ray and Flower, for clusters and for real sites
+.PHONY: extras
+extras: $(EXTRAS)
+
+## sites: rehearse a federation of three sites on this machine, with TLS and keys (options: ARGS="--sites 2")
+.PHONY: sites
+sites: $(EXTRAS)
+	rm -rf runs/sites
+	$(BIN)/python -m fedekd.flower.rehearsal $(ARGS)
+
 ## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
 .PHONY: test
 test: $(INSTALLED)

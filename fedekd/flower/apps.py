@@ -1,4 +1,4 @@
-"""What Flower's runtime starts: `server_app` on the server, `client_app` at each site. Also for its simulation."""
+"""What Flower's runtime starts: a server app, and at each site a client app. Also for its simulation."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class Settings:
 
 def make_server_app(settings: Settings | None = None) -> ServerApp:
     """The server's side; without settings those of Flower's run configuration count."""
-    app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         serve(grid, settings or Settings.of(context.run_config))
 
+    app = ServerApp()
+    app.main()(main)
     return app
 
 
@@ -131,7 +131,3 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         for table in result_tables(summary):
             display.console.print(table)
     return summary
-
-
-server_app = make_server_app()
-client_app = make_client_app()

@@ -1,0 +1,170 @@
+"""What the calibrated exits of a whole federation come to."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedekd.certificates import ScoredExits, SelectiveRiskCalibrator, check_federated_validity
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.evaluation.calibration import calibrate_client, costs_of
+from fedekd.evaluation.clients import ClientLine, client_line
+from fedekd.evaluation.promises import ClientPromise, Promise, PromiseOptions, federation_promises
+from fedekd.evaluation.scoring import exit_outputs
+from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.methods import ClientOptions, FedeKD
+from fedekd.models import PrivateCNN
+from fedekd.modules import TrainerFactory
+
+LINE = ClientLine(0, "private", 3, 2, 0.6, 0.25, 0.05, 0.04, 0.9, 0.91)
+
+
+@pytest.fixture(scope="module")
+def clients() -> Any:
+    """Three clients of the digits after a round: good enough to leave early, not good enough for every promise."""
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-3}}
+    narrow = {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.25}}
+    federation = Orchestrator(
+        FedeKD(),
+        FederatedDataModule("digits", num_clients=3, alpha=2.0, batch_size=32),
+        client=ClientOptions(local_epochs=5, private_model=narrow, optimizer=adam, exits=3),
+        trainer=TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+        rounds=RoundOptions(rounds=1),
+    )
+    federation.run()
+    return [federation.engine.client(number) for number in range(3)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"alphas": []}, "promises.alphas is empty; at least one is needed"),
+        ({"modes": []}, "promises.modes is empty; at least one is needed"),
+        ({"alphas": [0.05, 1.0]}, "promises.alpha"),
+        ({"alphas": [0.0]}, "promises.alpha"),
+        ({"delta": 0.0}, "promises.delta is 0.0, and must lie between 0 and 1"),
+        ({"delta": 1.5}, "promises.delta is 1.5, and must lie between 0 and 1"),
+        ({"modes": ["ltt", "plug-in"]}, "promises.mode"),
+        ({"draws": 0}, "promises.draws is 0, and must be at least 1"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as told:
+        PromiseOptions(**values)
+    assert str(told.value).startswith(words)
+    assert "\n" not in str(told.value)
+
+
+def test_a_mistaken_rule_is_told_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'plug-in', which is not known; did you mean 'plug_in'"):
+        PromiseOptions(modes=["plug-in"])
+
+
+def test_every_rule_is_tried_at_every_error_rate() -> None:
+    tried = PromiseOptions([0.02, 0.05], 0.2, ["ltt", "path", "crc"]).calibrators()
+    assert {(each.alpha, each.mode) for each in tried} == {(a, m) for a in (0.02, 0.05) for m in ("ltt", "path", "crc")}
+    assert len(tried) == 6
+    assert {each.delta for each in tried} == {0.2}
+    assert [(each.alpha, each.delta, each.mode) for each in PromiseOptions().calibrators()] == [
+        (0.05, 0.1, "ltt"),
+        (0.05, 0.1, "plug_in"),
+    ]
+
+
+def promise(*counts: tuple[int, int], draws: int = 10) -> Promise:
+    clients = (ClientPromise(replace(LINE, client=n), *count) for n, count in enumerate(counts))
+    return Promise(0.05, 0.1, "ltt", draws, 3, tuple(clients))
+
+
+def test_shares_are_of_all_clients_and_draws() -> None:
+    found = promise((1, 0), (3, 10), (2, 5))
+    assert found.own_share == pytest.approx(6 / 30)
+    assert found.pooled_share == pytest.approx(15 / 30)
+    assert promise((1, 4), draws=40).own_share == pytest.approx(1 / 40)
+
+
+def test_promises_come_back_from_json_as_they_were() -> None:
+    without = replace(LINE, client=1, model="local", certified_risk=None, seen_risk=None, accuracy=0.1 + 0.2)
+    kept = Promise(0.05, 0.1, "plug_in", 7, 2, (ClientPromise(LINE, 1, 2), ClientPromise(without, 0, 7)))
+    values = json.loads(json.dumps(kept.as_values()))
+    back = Promise.from_values(values)
+    assert back == kept
+    assert hash(back) == hash(kept)
+    assert json.dumps(back.as_values()) == json.dumps(kept.as_values())
+    assert Promise.from_values(kept.as_values()) == kept
+    assert Promise.from_values(values) == kept  # the values are as they were
+
+
+def pool_of(client: Any) -> ScoredExits:
+    """All samples of a client but its training split, split by split."""
+    parts = []
+    for split in (client.splits.selection, client.splits.calibration, client.splits.certificate, client.splits.test):
+        images = client.images
+        parts.append(exit_outputs(client.networks["private"], images.images[split], images.labels[split]).scored())
+    return ScoredExits(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+def test_promises_are_those_of_each_client_and_of_their_pools(clients: Any) -> None:
+    options = PromiseOptions([0.1, 0.3], 0.2, ["ltt", "path", "plug_in", "released"], draws=12)
+    found = federation_promises(clients, options, seed=3)
+    rules = [(alpha, mode) for alpha in options.alphas for mode in options.modes]
+    assert [(each.alpha, each.mode) for each in found] == rules
+    assert {(each.delta, each.draws) for each in found} == {(0.2, 12)}
+
+    pools = [pool_of(client) for client in clients]
+    for client, pool in zip(clients, pools, strict=True):
+        untouched = len(client.splits.validation) + len(client.splits.test)
+        assert len(pool) == untouched == len(client.splits) - len(client.splits.train)
+    costs = costs_of(clients[0].networks["private"], clients[0].images)
+    calibration, tuning = ([len(getattr(c.splits, name)) for c in clients] for name in ("calibration", "selection"))
+    assert calibration != tuning
+    for each in found:
+        calibrator = SelectiveRiskCalibrator(each.alpha, 0.2, each.mode)
+        lines = [client_line(client, calibrate_client(client, calibrator)) for client in clients]
+        assert [client.line for client in each.clients] == lines
+        by_hand = check_federated_validity(
+            pools, calibrator, calibration, tuning, 12, 3, lambda on: [c / costs.full for c in costs.leaving(on)]
+        )
+        assert [client.own for client in each.clients] == by_hand.own_violations
+        assert [client.pooled for client in each.clients] == by_hand.pooled_violations
+        assert each.together == by_hand.together_violations
+
+    own = {(each.alpha, each.mode): [client.own for client in each.clients] for each in found}
+    assert max(own[0.1, "plug_in"]) > 6 > max(own[0.1, "ltt"])  # so there was something to count
+    by_client = [[client.line.client for client in each.clients] for each in found]
+    assert by_client == [[0, 1, 2]] * len(found)
+    assert any(client.line.leaving > 0 for each in found if each.mode == "ltt" for client in each.clients)
+    values = json.loads(json.dumps([each.as_values() for each in found]))
+    assert [Promise.from_values(each) for each in values] == found
+
+
+def changed(client: Any, **values: Any) -> Any:
+    names = ("number", "kept", "kept_role", "networks", "images", "blueprint", "splits")
+    return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
+
+
+def test_what_cannot_be_calibrated_is_told_in_one_line(clients: Any) -> None:
+    client = clients[1]
+    diverged = copy.deepcopy(client.kept)
+    with torch.no_grad():
+        next(diverged.parameters()).fill_(torch.nan)
+    none = client.splits.test[:0]
+    bad = {
+        "private model of client 1 is a PrivateCNN without exits": {"kept": PrivateCNN(1, 8, 10)},
+        "the network diverged": {"kept": diverged},
+        "client 1 has 0 tuning": {"splits": replace(client.splits, selection=none)},
+        "tuning and 0 calibration samples": {"splits": replace(client.splits, calibration=none)},
+    }
+    for words, values in bad.items():
+        with pytest.raises(UserError) as told:
+            federation_promises([clients[0], changed(client, **values)], PromiseOptions(draws=1))
+        assert words in str(told.value)
+        assert "\n" not in str(told.value)
