@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.errors import UserError
-from fedekd.federation import Orchestrator
+from fedekd.federation import Orchestrator, RunFolder
 from fedekd.flower.description import SiteData, recipe, require_agreement
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
 from fedekd.flower.site import Site
@@ -74,8 +74,9 @@ def make_server_app(settings: Settings | None = None) -> ServerApp:
 def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
     """A site's side.
 
-    A node says which site it is: `number`, or in a simulation Flower's `partition-id`; where its data lie: `data`; and
-    where it keeps its networks: `folder`.
+    A node says which site it is: `number`, or in a simulation Flower's `partition-id`; where its data lie: `data`;
+    where it keeps its networks: `folder`; and what it does in its own way: `options`, such as another private model or
+    device.
 
     Args:
         settings: None takes Flower's run configuration.
@@ -90,7 +91,8 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
             raise UserError("the node's configuration lacks 'number', which site it is, from 0")
         data = node.get("data")
         folder = str(node.get("folder", chosen.folder))
-        site = _site(chosen.options, int(number), chosen.sites, folder, None if data is None else str(data))
+        options = (*chosen.options, *shlex.split(str(node.get("options", ""))))
+        site = _site(options, int(number), chosen.sites, folder, None if data is None else str(data))
         return Message(site.answer(message), reply_to=message)
 
     for action in ("hello", "reference", "score", "absorb"):
@@ -110,6 +112,10 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: If the configuration is not valid, or the sites do not fit together.
     """
+    output = Path(settings.output) if settings.output else None
+    if output is not None and (finished := RunFolder(output, {}).summary) is not None:
+        print(f"{output} is finished: nothing to do")
+        return finished
     parser = federation_parser()
     config = parse(parser, list(settings.options))
     parts = build_parts(parser, config)
@@ -121,9 +127,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         nodes = {int(description["number"]): node for node, description in found.items()}
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display)
         parts["engine"] = lambda *_: engine
-        orchestrator = Orchestrator(
-            **parts, output=Path(settings.output) if settings.output else None, observer=display
-        )
+        orchestrator = Orchestrator(**parts, output=output, observer=display)
         ours = recipe(parts["method"], orchestrator.blueprint)
         for description in told:
             require_agreement(description, ours)

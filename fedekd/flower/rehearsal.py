@@ -48,7 +48,7 @@ def write_site_data(data: FederatedDataModule, folder: Path) -> list[Path]:
             arrays |= {f"{split}_{name}": arrays[f"train_{name}"][:0] for name in ("images", "labels")}
         site = folder / f"site-{splits.client}"
         site.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(site / "images.npz", **arrays)
+        np.savez_compressed(site / "images.npz", allow_pickle=False, **arrays)
         paths.append(site / "images.npz")
     return paths
 
