@@ -112,8 +112,10 @@ def run_grid(
                     observer.cell_failed(*failures[-1])
                 else:
                     suspects += lost
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()  # in peace: a pool that is left to the end of the program complains there
     return failures
 
 

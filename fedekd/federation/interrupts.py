@@ -65,3 +65,26 @@ class Interrupts:
         if self._pending is not None and not self._shields:
             number, self._pending = self._pending, None
             raise Interrupted(number)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, signals wait, and handlers that are set there are forgotten.
+
+    For short calls into a library that cannot bear an exception halfway, or takes the handlers for itself.
+    Outside the main thread, where no handler runs, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pending:
+        signal.raise_signal(pending[0])

@@ -17,6 +17,7 @@ from fedekd.errors import UserError
 from fedekd.federation.client_host import Share
 from fedekd.federation.client_store import ClientStore
 from fedekd.federation.engine import Engine, Look, Placement, Visit
+from fedekd.federation.interrupts import deferred
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.ray_pool import ActorPool, Room, Task, first_line
 from fedekd.federation.reference import LocalReference
@@ -128,7 +129,8 @@ class RayEngine:
         """The participants, as they get ready."""
         self._join()
         # One copy a machine, however many clients take part.
-        shared = self._ray.put({name: tensor.detach().cpu() for name, tensor in broadcast.shared.items()})
+        with deferred():
+            shared = self._ray.put({name: tensor.detach().cpu() for name, tensor in broadcast.shared.items()})
         tasks = []
         for number in participants:
             personal = {name: tensor.detach().cpu() for name, tensor in broadcast.personal.get(number, {}).items()}
@@ -159,12 +161,13 @@ class RayEngine:
     def close(self) -> None:
         """Let the actors go, and leave the cluster, or end it if it was started here."""
         self._closed = True
-        if self._ray.is_initialized():
-            if self._pool is not None:
-                self._pool.end()
-            self._pool = None
-            if self._own_cluster:
-                self._ray.shutdown()
+        with deferred():
+            if self._ray.is_initialized():
+                if self._pool is not None:
+                    self._pool.end()
+                self._pool = None
+                if self._own_cluster:
+                    self._ray.shutdown()
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
@@ -203,7 +206,8 @@ class RayEngine:
                 self._store.folder,
             )
             pixels = np.ascontiguousarray(self._data.images.images.cpu().numpy())
-            parts = self._ray.put(share), self._ray.put(pixels)  # one copy a machine
+            with deferred():
+                parts = self._ray.put(share), self._ray.put(pixels)  # one copy a machine
             options = self.options
             room = Room(options.cpus, options.gpus, options.timeout, options.retries)
             self._pool = ActorPool(self._ray, self._actors(), room, parts, self.observer)
@@ -217,10 +221,12 @@ class RayEngine:
         quiet = {"log_to_driver": False, "configure_logging": False}
         if address is None:
             wanted = self.options.cpus * (self.options.actors or 1)
-            ray.init(address="local", num_cpus=max(usable_cores(), wanted), include_dashboard=False, **quiet)
+            with deferred():
+                ray.init(address="local", num_cpus=max(usable_cores(), wanted), include_dashboard=False, **quiet)
         else:
             try:
-                ray.init(address=address, **quiet)
+                with deferred():
+                    ray.init(address=address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"engine.address is {address!r}: no cluster is there ({first_line(error)})") from error
         self._own_cluster = True

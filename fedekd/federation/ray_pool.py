@@ -11,6 +11,7 @@ from typing import Any
 
 from fedekd.errors import UserError
 from fedekd.federation.client_host import ClientHost, Event, retell
+from fedekd.federation.interrupts import deferred
 from fedekd.federation.observer import Observer
 
 
@@ -102,8 +103,9 @@ class ActorPool:
 
     def end(self) -> None:
         """Let the actors go, whatever they do."""
-        for actor in (*self._idle, *self._starting.values(), *(actor for _, actor, _ in self._busy.values())):
-            self._ray.kill(actor)
+        with deferred():
+            for actor in (*self._idle, *self._starting.values(), *(actor for _, actor, _ in self._busy.values())):
+                self._ray.kill(actor)
         self._idle.clear()
         self._starting.clear()
         self._busy.clear()
@@ -111,23 +113,27 @@ class ActorPool:
     def _start(self) -> None:
         """Another actor; Ray finds a place for it, perhaps on another machine."""
         options = {"num_cpus": self._room.cpus, "num_gpus": self._room.gpus, "max_restarts": 0}
-        actor = self._ray.remote(ClientHost).options(**options).remote(*self._parts)
-        self._starting[actor.ready.remote()] = actor
+        with deferred():
+            actor = self._ray.remote(ClientHost).options(**options).remote(*self._parts)
+            self._starting[actor.ready.remote()] = actor
 
     def _hand_out(self, task: Task) -> None:
-        actor = self._idle.pop()
-        reply = getattr(actor, task.verb).remote(task.client, *task.arguments)
-        self._busy[reply] = task, actor, time.monotonic()
+        with deferred():
+            actor = self._idle.pop()
+            reply = getattr(actor, task.verb).remote(task.client, *task.arguments)
+            self._busy[reply] = task, actor, time.monotonic()
 
     def _replies(self) -> list[Any]:
         """Those that have come, after a moment's wait."""
-        replies, _ = self._ray.wait([*self._busy, *self._starting], num_returns=1, timeout=0.5)
+        with deferred():
+            replies, _ = self._ray.wait([*self._busy, *self._starting], num_returns=1, timeout=0.5)
         return list(replies)
 
     def _result(self, reply: Any) -> tuple[str, Any, list[Event]]:
         """Why an actor was lost, or an empty text, its result and what happened meanwhile."""
         try:
-            result, events = self._ray.get(reply)
+            with deferred():
+                result, events = self._ray.get(reply)
         except self._ray.exceptions.RayTaskError as error:
             raise _told(error) from error
         except self._ray.exceptions.RayError as error:
@@ -146,7 +152,8 @@ class ActorPool:
         """An actor can begin."""
         actor = self._starting.pop(reply)
         try:
-            self._ray.get(reply)
+            with deferred():
+                self._ray.get(reply)
         except self._ray.exceptions.RayError as error:
             raise UserError(f"an actor for clients could not start: {first_line(error)}") from error
         self._idle.append(actor)
