@@ -18,6 +18,7 @@ from fedekd.certificates import DoNoHarm
 from fedekd.configuration.configs import resolve_configs
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.messages import explain
+from fedekd.configuration.own_defaults import own_defaults
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import Placement, RoundOptions
@@ -133,7 +134,8 @@ def federation_parser() -> ArgumentParser:
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse arguments; every mistake is a `UserError` of one line that names the nearest valid name."""
     try:
-        config = parser.parse_args(resolve_configs(argv))
+        with own_defaults():
+            config = parser.parse_args(resolve_configs(argv))
     except ArgumentError as error:
         raise UserError(explain(str(error), parser)) from error
     _require_values(parser, config)
