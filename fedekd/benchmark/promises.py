@@ -103,7 +103,7 @@ def saving_lines(table: PromiseTable) -> list[list[str]]:
                 *_place(line),
                 f"{line.mean('open'):.2f} of {exits:g}",
                 f"{line.mean('leaving'):.1%}",
-                f"{line.mean('saved'):.1%}",
+                minus(f"{line.mean('saved'):.1%}"),
                 minus(f"{line.mean('accuracy'):.4f} ({change:+.4f})"),
                 str(len(line.by_seed)),
             ]
@@ -206,6 +206,8 @@ def _calibration(table: PromiseTable) -> Iterator[str]:
             lines = by_rule[alpha, mode]
             broken, of = (sum(each) for each in zip(*(line.counts for line in lines), strict=True))
             saved = fmean(line.mean("saved") for line in lines)
-            told.append(f"{mode} saves {saved:.1%} of the FLOPs and breaks {broken / of:.1%} of its promises")
+            told.append(
+                minus(f"{mode} saves {saved:.1%}") + f" of the FLOPs and breaks {broken / of:.1%} of its promises"
+            )
         if len(told) > 1:
             yield f"At an error rate of {alpha:g}, over all methods, {', '.join(told)}."

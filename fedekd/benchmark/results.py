@@ -29,6 +29,9 @@ EVIDENCE = "evidence"
 #: A further column of runs whose clients were calibrated: what came of it, as JSON.
 PROMISES = "promises"
 
+#: Characters of a field; Python's own limit is that of some 400 calibrated clients.
+_LONGEST = 2**30
+
 _OF_EVIDENCE = ("client", "local", "method", "samples", "worse", "better", "gain", "p_value", "kept")
 
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
@@ -66,7 +69,7 @@ def to_row(
     }
     further = {**_of_exits(summary), **_evidence(summary)}
     if promises is not None:
-        further[PROMISES] = json.dumps(promises)
+        further[PROMISES] = json.dumps(promises, separators=(",", ":"))
     values |= further
     columns = (*COLUMNS, *further)
     return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
@@ -108,6 +111,7 @@ def read_results(folder: Path) -> dict[str, Row]:
     Raises:
         UserError: If a file is damaged; it names the line.
     """
+    csv.field_size_limit(_LONGEST)
     rows: dict[str, Row] = {}
     for path in sorted(folder.glob("*.csv")):
         try:
@@ -147,7 +151,7 @@ def write_results(folder: Path, rows: Iterable[Row]) -> None:
         text = io.StringIO(newline="")
         further = [*exit_columns(own)]
         further += [name for name in (EVIDENCE, PROMISES) if any(row.get(name) for row in own)]
-        table = csv.DictWriter(text, [*COLUMNS, *further], restval="", lineterminator="\n")
+        table = csv.DictWriter(text, [*COLUMNS, *further], restval="", extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(own)
         path = folder / f"{dataset}.csv"

@@ -18,7 +18,7 @@ from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
 from fedekd.evaluation.promises import federation_promises
-from fedekd.federation import Orchestrator, SilentObserver
+from fedekd.federation import InProcess, Orchestrator, SilentObserver
 
 
 @lru_cache(maxsize=1)  # cells come sorted by data set: the next one is needed only when this one is done with
@@ -62,8 +62,9 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir
         data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
         return found
 
-    def orchestrator() -> Orchestrator:
-        return Orchestrator(**parts(), output=folder, reference_folder=reference_dir, observer=SilentObserver())
+    def orchestrator(**others: Any) -> Orchestrator:
+        built = parts() | others
+        return Orchestrator(**built, output=folder, reference_folder=reference_dir, observer=SilentObserver())
 
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
     promises = _promises(cell, folder / "promises.json", orchestrator)
@@ -73,12 +74,12 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir
     return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit), promises)
 
 
-def _promises(cell: Cell, path: Path, orchestrator: Callable[[], Orchestrator]) -> list[dict[str, Any]] | None:
+def _promises(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
     """What the calibrated exits of its clients come to, if the cell asks for it; kept in a file, as the summary is."""
     if cell.promises is None:
         return None
     if not path.exists():
-        found = federation_promises(orchestrator().restored_clients(), cell.promises, cell.seed)
+        found = federation_promises(orchestrator(engine=InProcess()).restored_clients(), cell.promises, cell.seed)
         with atomic_file(path) as file:
             file.write(json.dumps([promise.as_values() for promise in found], indent=1).encode())
     values: list[dict[str, Any]] = json.loads(path.read_text())

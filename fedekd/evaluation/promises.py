@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -43,7 +44,8 @@ class PromiseOptions:
         try:
             self.calibrators()
         except UserError as error:
-            raise UserError(f"promises.{error}") from error
+            told = re.sub("^(alpha|mode) is", r"\1s holds", str(error))
+            raise UserError(f"promises.{told}") from error
         if self.draws < 1:
             raise UserError(f"promises.draws is {self.draws}, and must be at least 1")
 
@@ -118,11 +120,19 @@ def federation_promises(clients: Sequence[Client], options: PromiseOptions, seed
         options: Rules, error rates and draws.
         seed: Of the draws.
 
+    Returns:
+        By error rate and rule; nothing if a client's network has diverged, and there is nothing to be calibrated.
+
     Raises:
-        UserError: If a client has no exits or another number of them, lacks samples, or has diverged.
+        UserError: If there is no client, one has no exits or another number of them, or lacks samples.
     """
+    if not clients:
+        raise UserError("there are no clients; at least 1 is needed")
     outputs = [{split: split_outputs(client, split) for split in _HELD_OUT} for client in clients]
-    pools = [_joined(list(of_client.values())).scored() for of_client in outputs]
+    joined = [_joined(list(of_client.values())) for of_client in outputs]
+    if not all(bool(each.logits.isfinite().all()) for each in joined):
+        return []
+    pools = [each.scored() for each in joined]
     costs = costs_of(require_exits(clients[0].kept, "the private model of client 0"), clients[0].images)
 
     def cost(evaluated: Sequence[bool]) -> list[float]:

@@ -153,13 +153,9 @@ def changed(client: Any, **values: Any) -> Any:
 
 def test_what_cannot_be_calibrated_is_told_in_one_line(clients: Any) -> None:
     client = clients[1]
-    diverged = copy.deepcopy(client.kept)
-    with torch.no_grad():
-        next(diverged.parameters()).fill_(torch.nan)
     none = client.splits.test[:0]
     bad = {
         "private model of client 1 is a PrivateCNN without exits": {"kept": PrivateCNN(1, 8, 10)},
-        "the network diverged": {"kept": diverged},
         "client 1 has 0 tuning": {"splits": replace(client.splits, selection=none)},
         "tuning and 0 calibration samples": {"splits": replace(client.splits, calibration=none)},
     }
@@ -168,3 +164,12 @@ def test_what_cannot_be_calibrated_is_told_in_one_line(clients: Any) -> None:
             federation_promises([clients[0], changed(client, **values)], PromiseOptions(draws=1))
         assert words in str(told.value)
         assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match="there are no clients"):
+        federation_promises([], PromiseOptions(draws=1))
+
+
+def test_of_a_federation_that_has_diverged_nothing_is_promised(clients: Any) -> None:
+    diverged = copy.deepcopy(clients[1].kept)
+    with torch.no_grad():
+        next(diverged.parameters()).fill_(torch.nan)
+    assert federation_promises([clients[0], changed(clients[1], kept=diverged)], PromiseOptions(draws=1)) == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -141,6 +143,12 @@ def broken(message: Message, answer: Answer) -> Message:
     return failure(message, OSError("the disk is full"))
 
 
+def dead(message: Message, answer: Answer) -> Message:
+    """The site goes offline before it has answered, and the SuperLink says so in its place."""
+    answer()
+    return create_message_error_unavailable_res_message(message.metadata, "node_unavail")
+
+
 def told(**said: Any) -> Meddler:
     """The site says something else in its note."""
 
@@ -175,12 +183,16 @@ def altered(change: Callable[[dict[str, Array]], None]) -> Meddler:
 
 
 class Watch(SilentObserver):
-    """Notes warnings and rows; stops the server after a round, if asked."""
+    """Notes warnings and rows; before each round does what it is asked, and after one stops the server."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, before: Callable[[int], Any] | None = None, stop_after: int | None = None) -> None:
         self.warnings: list[str] = []
         self.rows: list[dict[str, float]] = []
-        self.stop_after = stop_after
+        self.before, self.stop_after = before, stop_after
+
+    def round_started(self, round: int) -> None:
+        if self.before is not None:
+            self.before(round)
 
     def round_finished(self, row: Any) -> None:
         self.rows.append(dict(row))
@@ -202,11 +214,19 @@ def parts_of(options: Sequence[str]) -> dict[str, Any]:
 
 
 class Hospitals:
-    """Three sites with a folder each, and a server of the same options."""
+    """Three sites with a folder each, and a server of the same options.
 
-    def __init__(self, folder: Path, options: Sequence[str]) -> None:
+    Args:
+        folder: Where theirs are made.
+        options: As those of `fit`.
+        local: Where Local's references of the same clients are: the sites find them in their folders.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str], local: Path | None = None) -> None:
         self.folder, self.options, self.grid = folder, list(options), FakeGrid()
         for number in range(SITES):
+            if local is not None:
+                shutil.copytree(local, folder / f"hospital-{number}/site-{number:03d}/local")
             self.open(number)
 
     def open(self, number: int, node: int | None = None, options: Sequence[str] = ()) -> Site:
@@ -243,7 +263,7 @@ class Hospitals:
 
 def in_process(options: Sequence[str], output: Path) -> tuple[Orchestrator, dict[str, Any]]:
     """The same federation in this process, and its summary."""
-    orchestrator = Orchestrator(**parts_of(options), output=output)
+    orchestrator = Orchestrator(**parts_of(options), output=output, reference_folder=output / "local")
     return orchestrator, orchestrator.run()
 
 
@@ -266,7 +286,9 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def server_task(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
-    """This process is what Flower takes for a run's server."""
+    """This process is what Flower takes for a run's server; it leaves the collection of garbage to Python."""
+    for module in ("client_host", "orchestrator"):
+        monkeypatch.setattr(f"fedekd.federation.{module}.gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(TaskIdentity, "_task_id", 1)
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)
     monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
@@ -295,6 +317,6 @@ def undisturbed(
 
 
 @pytest.fixture
-def hospitals(options: list[str], tmp_path: Path) -> Hospitals:
-    """Three sites of that data set."""
-    return Hospitals(tmp_path, options)
+def hospitals(options: list[str], undisturbed: tuple[Any, Any, Path], tmp_path: Path) -> Hospitals:
+    """Three sites of that data set, which know already what Local comes to."""
+    return Hospitals(tmp_path, options, undisturbed[2] / "local")
