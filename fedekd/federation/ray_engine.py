@@ -147,6 +147,7 @@ class RayEngine:
 
     def client_state(self, number: int) -> Any:
         """All that must last of a client, on the CPU."""
+        self._join()
         if number not in self._versions:
             list(self._done([Task(number, "begin")]))
             self._versions[number] = 0
@@ -154,8 +155,8 @@ class RayEngine:
 
     def load_client_state(self, number: int, state: Any) -> None:
         """Set a client to a state it had."""
-        store = self._store
-        store.write(number, self._versions.get(number, 0) + 1, state)
+        self._join()
+        self._store.write(number, self._versions.get(number, 0) + 1, state)
         self._advance(number)
 
     def close(self) -> None:
@@ -193,10 +194,8 @@ class RayEngine:
 
     def _started(self) -> ActorPool:
         """The actors, started once."""
-        if self._closed:
-            raise RuntimeError("the engine is closed, and its clients are gone; their states are in the checkpoint")
+        self._join()
         if self._pool is None:
-            self._join()
             share = Share(
                 clients_side(self._method),
                 without_pixels(self._data.images),
@@ -215,6 +214,8 @@ class RayEngine:
 
     def _join(self) -> None:
         """Start a cluster on this machine, or join one."""
+        if self._closed:
+            raise RuntimeError("the engine is closed, and its clients are gone; their states are in the checkpoint")
         ray, address = self._ray, self.options.address
         if ray.is_initialized():
             return

@@ -46,11 +46,13 @@ def end_of_the_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def cluster() -> None:
-    """One for all tests that do not ask who starts it."""
+def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all tests that do not ask who starts it, with another working directory than any of them."""
     if not ray.is_initialized():
         quiet = {"log_to_driver": False, "configure_logging": False}
-        ray.init(address="local", num_cpus=2, include_dashboard=False, **quiet)
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path_factory.mktemp("elsewhere"))
+            ray.init(address="local", num_cpus=2, include_dashboard=False, **quiet)
 
 
 @pytest.fixture
@@ -158,15 +160,21 @@ def test_a_machine_of_a_cluster_that_is_there_may_be_lost(
 
 
 def test_the_same_bytes_as_one_after_another(
-    cluster: None, federate: Federate, tmp_path: Path, temporary: Path, write_blobs: Callable[..., Path]
+    cluster: None,
+    federate: Federate,
+    tmp_path: Path,
+    temporary: Path,
+    write_blobs: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With FedeKD, whose clients keep optimizers, and compare what they have with what they trained alone."""
+    monkeypatch.chdir(tmp_path)
     npz = write_blobs(tmp_path / "more.npz", num_samples=360)
     watches, runs = (Watch(), Keeper(temporary)), []
     for watch, name, engine in zip(watches, ("one", "two"), (None, Ray(actors=2)), strict=True):
         data = FederatedDataModule(str(npz), num_clients=3, alpha=50, batch_size=8, fractions=(0.4, 0.4, 0.2))
         parts = {"data": data, "do_no_harm": DoNoHarm(keep="better", looks=2), "engine": engine, "observer": watch}
-        runs.append(federate(output=tmp_path / name, reference_folder=tmp_path / f"local-{name}", **parts))
+        runs.append(federate(output=tmp_path / name, reference_folder=Path(f"local-{name}"), **parts))
         summary = runs[-1].run()
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert read(tmp_path / "local-one") == read(tmp_path / "local-two")
@@ -292,15 +300,19 @@ def test_without_retries_the_run_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.parametrize(("error", "kind"), [("told", UserError), ("untold", RuntimeError)])
-def test_what_goes_wrong_in_an_actor_comes_out_of_the_run(
+def test_what_goes_wrong_in_an_actor_comes_out_and_closes_the_engine(
     error: str, kind: Any, cluster: None, federate: Federate
 ) -> None:
+    run = federate(Faulty(error), engine=Ray(actors=1))
+    run.method.start(run.blueprint)
     with pytest.raises(kind) as found:
-        federate(Faulty(error), engine=Ray(actors=1)).run()
+        list(run.engine.visit([0, 1], run.method.broadcast([0, 1], 0), 0, True))
     text = str(found.value)
     assert type(found.value) is kind
     assert text == "something is wrong" if error == "told" else "in upload\n" in text
     assert error == "told" or text.strip().endswith("ZeroDivisionError: 1 / 0")
+    with pytest.raises(RuntimeError, match="closed"):
+        run.engine.score(0)
 
 
 @pytest.mark.xfail(strict=True, reason="of what Ray says of an actor that cannot begin, the first line has no cause")
@@ -405,8 +417,11 @@ def test_a_round_in_which_nobody_answers_is_none(cluster: None, federate: Federa
     assert contents(tmp_path / "run") == contents(tmp_path / "quiet")
 
 
-def test_states_lie_in_the_folder_until_the_engine_is_closed(cluster: None, federate: Federate, tmp_path: Path) -> None:
-    folder = tmp_path / "states" / "of clients"
+def test_states_lie_in_the_folder_until_the_engine_is_closed(
+    cluster: None, federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("states/of clients")
     there, here = federate(FedAvg(), engine=Ray(actors=1, folder=str(folder))), federate(FedAvg())
     for run in (there, here):
         run.method.start(run.blueprint)
@@ -431,6 +446,7 @@ def test_states_lie_in_the_folder_until_the_engine_is_closed(cluster: None, fede
         engines[0].close()
     assert names(folder) == []
     engines[0].close()
+    assert ray.is_initialized()  # the cluster was there before the engine
 
 
 @pytest.mark.parametrize(

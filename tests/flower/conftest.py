@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
+from fedekd.federation.shared_blueprint import shared_blueprint
 from fedekd.federation.storage import unpack
+from fedekd.methods import Blueprint, Method
 
 if find_spec("flwr") is not None:
     from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
@@ -211,6 +214,13 @@ def parts_of(options: Sequence[str]) -> dict[str, Any]:
     """The parts of a federation, from options of `fit`."""
     parser = federation_parser()
     return build_parts(parser, parse(parser, list(options)))
+
+
+def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, Blueprint]:
+    """A method, its data and its blueprint, as a site makes them."""
+    parts = parts_of(options)
+    given = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
+    return parts["method"], parts["data"], shared_blueprint(*given, SITES)
 
 
 class Hospitals:

@@ -14,23 +14,13 @@ import pytest
 pytest.importorskip("flwr")
 
 import fedekd
-from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.shared_blueprint import shared_blueprint
 from fedekd.flower.description import SPLITS, SiteData, describe, recipe, require_agreement
 from fedekd.flower.messages import HELLO
-from fedekd.methods import Blueprint, Method
 
-from .conftest import NODES, SITES, Hospitals, parts_of
+from .conftest import NODES, SITES, Hospitals, built
 
 pytestmark = pytest.mark.flower
-
-
-def built(options: list[str]) -> tuple[Method, FederatedDataModule, Blueprint]:
-    """A method, its data and its blueprint, as a site makes them."""
-    parts = parts_of(options)
-    given = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
-    return parts["method"], parts["data"], shared_blueprint(*given, SITES)
 
 
 def told_by_all(options: list[str]) -> list[dict[str, Any]]:

@@ -405,6 +405,14 @@ def test_a_broken_newcomer_ends_no_run(hospitals: Hospitals) -> None:
     assert visited(run) == [0, 2]
 
 
+@pytest.mark.xfail(strict=True, reason="who comes back under another node is taken at its number: nothing else is held")
+def test_who_comes_back_must_still_agree(hospitals: Hospitals) -> None:
+    run = hospitals.server()
+    del hospitals.grid.nodes[NODES[1]]
+    hospitals.open(1, node=77, options=["--seed=1"])  # other data, and another recipe
+    assert visited(run) == [0, 2]
+
+
 def test_nobody_can_be_missing_in_the_end(hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path) -> None:
     usual = hospitals.grid.meddle
     hospitals.grid.meddle = at(1, 2, broken)

@@ -20,7 +20,7 @@ from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.messages import ABSORB, HELLO, REFERENCE, SCORE, VISIT, from_arrays, note_of, packed, state_of
 
-from .conftest import SITES, carried, parts_of, same
+from .conftest import SITES, built, carried, same
 
 pytestmark = pytest.mark.flower
 
@@ -39,11 +39,8 @@ def new_sites() -> Iterator[None]:
 @pytest.fixture
 def sent(options: list[str]) -> State:
     """A proxy, as the server sends it."""
-    from fedekd.federation.shared_blueprint import shared_blueprint
-
-    parts = parts_of(options)
-    given = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
-    return dict(shared_blueprint(*given, SITES).network("proxy", "server").state_dict())
+    _, _, blueprint = built(options)
+    return dict(blueprint.network("proxy", "server").state_dict())
 
 
 class Node:
@@ -75,7 +72,7 @@ def test_an_update_is_clipped_to_its_norm(options: list[str], sent: State, tmp_p
         clipped = from_arrays(state_of(reply))
         assert list(clipped) == list(sent)
         torch.testing.assert_close(flat(clipped) - flat(sent), expected, rtol=1e-4, atol=1e-7)
-        assert Guard(max_norm=norm).objection(clipped, sent) is None
+        assert Guard(max_norm=1.001 * min(bound, norm)).objection(clipped, sent) is None
 
 
 def test_noise_is_added_and_the_guard_accepts_it(options: list[str], sent: State, tmp_path: Path) -> None:
@@ -91,9 +88,9 @@ def test_noise_is_added_and_the_guard_accepts_it(options: list[str], sent: State
     assert abs(float(noise.mean())) < 5 * deviation / len(noise) ** 0.5
     assert Guard().objection(noised, sent) is None
     # What is said beside the tensors is as it was, and so is what stays on the disk.
-    assert note_of(reply) == pytest.approx(note_of(plain), nan_ok=True)
-    for which in ("states/client-00000-000001.pt",):
-        assert (tmp_path / "a/site-000" / which).read_bytes() == (tmp_path / "b/site-000" / which).read_bytes()
+    assert repr(note_of(reply)) == repr(note_of(plain))
+    kept = [(tmp_path / folder / "site-000/states/client-00000-000001.pt").read_bytes() for folder in "ab"]
+    assert kept[0] == kept[1]
 
 
 def test_the_last_visit_and_all_questions_pass_untouched(options: list[str], sent: State, tmp_path: Path) -> None:

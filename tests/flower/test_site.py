@@ -117,7 +117,7 @@ def test_it_writes_into_its_folder_alone(options: list[str], tmp_path: Path, mon
 def test_a_version_that_is_not_there_is_one_line(options: list[str], tmp_path: Path) -> None:
     site = Site(options, 1, SITES, tmp_path)
     for what in (VISIT, ABSORB):
-        with pytest.raises(UserError, match="site 1 has no version 7 of its networks in .*begun in another") as caught:
+        with pytest.raises(UserError, match=r"site 1 has no version 7 of its networks in .*begun in another") as caught:
             site.answer(asked(what, {"round": 1, "version": 7, "look": None}, {}))
         assert "\n" not in str(caught.value)
     assert files(tmp_path, 1) == []
@@ -157,6 +157,16 @@ def test_so_many_versions_are_kept(options: list[str], tmp_path: Path) -> None:
     visit(site, 4, 0)  # the server has gone back to a checkpoint: what came after it is written anew
     assert len(files(tmp_path)) <= KEPT_VERSIONS
     assert files(tmp_path)[-2:] == [5, 6]
+
+
+@pytest.mark.xfail(strict=True, reason="a run's states beyond the new run's version stay until it has come as far")
+def test_so_many_are_kept_though_another_run_was_before(options: list[str], tmp_path: Path) -> None:
+    site = Site(options, 0, SITES, tmp_path)
+    for version in range(KEPT_VERSIONS + 1):
+        visit(site, version, 0)
+    visit(site, 0, 0)
+    assert 1 in files(tmp_path)
+    assert len(files(tmp_path)) <= KEPT_VERSIONS
 
 
 def test_the_same_version_gives_the_same_visit(options: list[str], tmp_path: Path) -> None:
