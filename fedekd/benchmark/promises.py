@@ -133,7 +133,7 @@ def keeping_lines(table: PromiseTable) -> list[list[str]]:
 
 
 def _place(line: PromiseLine) -> list[str]:
-    return [line.method, f"{line.promise.alpha:g}", f"`{line.promise.mode}`"]
+    return [line.method, f"{line.promise.alpha:g}", line.promise.mode]
 
 
 def promise_finding(table: PromiseTable) -> list[str]:

@@ -292,12 +292,12 @@ def test_lines_tell_what_is_saved() -> None:
     heads, *lines = saving_lines(table())
     assert {len(heads)} == {len(line) for line in lines}
     assert [(line[0], line[2]) for line in lines] == [
-        *(("gate, all on", "`ltt`"), ("gate, progressive", "`ltt`"), ("no gate, all on", "`ltt`")),
-        *(("no gate, progressive", "`ltt`"), ("gate, all on", "`plug_in`"), ("no gate, all on", "`plug_in`")),
+        *(("gate, all on", "ltt"), ("gate, progressive", "ltt"), ("no gate, all on", "ltt")),
+        *(("no gate, progressive", "ltt"), ("gate, all on", "plug_in"), ("no gate, all on", "plug_in")),
     ]
     # Means over two clients and two seeds: (2 + 1 + 0 + 2) / 4, (0.5 + 0.3 + 0 + 0.6) / 4, ...
     assert dict(zip(heads, lines[0], strict=True)) == {
-        **{"method": "gate, all on", "error rate": "0.05", "rule": "`ltt`", "exits open": "1.25 of 2"},
+        **{"method": "gate, all on", "error rate": "0.05", "rule": "ltt", "exits open": "1.25 of 2"},
         **{"leave early": "35.0%", "FLOPs saved": "26.0%", "accuracy (change)": "0.8150 (\N{MINUS SIGN}0.0100)"},
         "seeds": "2",
     }
@@ -309,7 +309,7 @@ def test_lines_tell_how_often_promises_are_broken() -> None:
     assert {len(heads)} == {len(line) for line in lines}
     ends = binomtest(6, 80).proportion_ci(0.95, "exact")
     assert dict(zip(heads, lines[0], strict=True)) == {
-        **{"method": "gate, all on", "error rate": "0.05", "rule": "`ltt`"},
+        **{"method": "gate, all on", "error rate": "0.05", "rule": "ltt"},
         "own policy": f"0.075 ({ends.low:.3f} to {ends.high:.3f})",  # 1 + 3 + 0 + 2 of 4 times 20
         **{"pooled policy": "0.350", "its worst client": "0.800", "all together": "0.100", "draws": "80"},
     }
@@ -441,7 +441,7 @@ def test_a_report_has_a_section_and_a_file(tmp_path: Path) -> None:
     assert [text.count("\n") for text in tables] == [8, 8]
     for text in tables:
         assert len({each.count("|") for each in text.splitlines()}) == 1, text
-    assert "| gate, all on | 0.05 | `ltt` | 1.25 of 2 | 35.0% | 26.0% |" in tables[0]
+    assert "| gate, all on | 0.05 | ltt | 1.25 of 2 | 35.0% | 26.0% |" in tables[0]
     assert '<a href="#promises">' in page
     assert '<section id="promises">' in page
     assert BY_LTT in page
@@ -462,10 +462,10 @@ def test_a_place_of_a_file_is_filled(tmp_path: Path) -> None:
     assert "old" not in filled
     assert filled.startswith("A\n<!-- fill: promises certified -->\n\n| digits, alpha 0.1 | error rate |")
     assert filled.endswith("\n\n<!-- /fill -->\nB\n")
-    assert "| gate, all on | 0.05 | `ltt` | 1.25 of 2 | 35.0% | 26.0% | 0.8150 (\N{MINUS SIGN}0.0100) | 2 |" in filled
+    assert "| gate, all on | 0.05 | ltt | 1.25 of 2 | 35.0% | 26.0% | 0.8150 (\N{MINUS SIGN}0.0100) | 2 |" in filled
     low, high = binomtest(6, 80).proportion_ci(0.95, "exact")
     told = f"0.075 ({low:.3f} to {high:.3f})"
-    assert f"| gate, all on | 0.05 | `ltt` | {told} | 0.350 | 0.800 | 0.100 | 80 |" in filled
+    assert f"| gate, all on | 0.05 | ltt | {told} | 0.350 | 0.800 | 0.100 | 80 |" in filled
     for sentence in promise_finding(table()):
         assert f"\n\n{sentence}\n\n" in filled
     assert fill(filled, Measured([]), [tmp_path / "results"]) == filled
