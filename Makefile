@@ -66,6 +66,11 @@ sites: $(EXTRAS)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
+## test-extras: run the tests of Ray and of Flower, which make test skips where they are not installed
+.PHONY: test-extras
+test-extras: $(EXTRAS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ray or flower" tests $(ARGS)
+
 ## lint: check style and types
 .PHONY: lint
 lint: $(INSTALLED)

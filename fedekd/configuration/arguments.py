@@ -106,7 +106,7 @@ def federation_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_subclass_arguments(
-        Placement, "engine", help="Where clients run: InProcess, or SideBySide with --engine.processes N."
+        Placement, "engine", help="Where clients run: InProcess, SideBySide with --engine.processes N, or Ray."
     )
     parser.add_argument(
         "--do_no_harm",
