@@ -116,6 +116,7 @@ class ClientHost:
         return None, self._told()
 
     def _take_up(self, number: int, version: int) -> None:
+        self.engine.release(number)  # a visit that has failed may have left the client as it was halfway
         if version:
             self.engine.load_client_state(number, self.store.read(number, version))
 

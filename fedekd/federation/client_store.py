@@ -35,6 +35,10 @@ class ClientStore:
         """Whether a state is there."""
         return self._path(number, version).is_file()
 
+    def versions(self, number: int) -> list[int]:
+        """Of a client's states that are there, in order."""
+        return sorted(int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"client-{number:05d}-*.pt"))
+
     def drop(self, number: int, version: int) -> None:
         """Forget a state, if it is there."""
         self._path(number, version).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from fedekd.federation.client_store import ClientStore
 from fedekd.federation.engine import Engine, Look, Placement, Visit
 from fedekd.federation.interrupts import deferred
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.ray_pool import ActorPool, Room, Task, first_line
+from fedekd.federation.ray_pool import ActorPool, Room, Task, reason
 from fedekd.federation.reference import LocalReference
 from fedekd.federation.remote import clients_side, without_pixels
 from fedekd.methods import Blueprint, Broadcast, Method
@@ -59,6 +59,8 @@ class Ray(Placement):
             raise UserError(f"engine.cpus is {cpus}, and must be at least 1")
         if not gpus >= 0:
             raise UserError(f"engine.gpus is {gpus}, and must be at least 0")
+        if gpus > 1 and gpus != int(gpus):
+            raise UserError(f"engine.gpus is {gpus}, and must be a share of one, or a whole number")
         if timeout is not None and not timeout > 0:
             raise UserError(f"engine.timeout is {timeout}, and must be above 0, or null")
         if retries < 0:
@@ -229,7 +231,7 @@ class RayEngine:
                 with deferred():
                     ray.init(address=address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"engine.address is {address!r}: no cluster is there ({first_line(error)})") from error
+                raise UserError(f"engine.address is {address!r}: no cluster is there ({reason(error)})") from error
         self._own_cluster = True
 
     def _actors(self) -> int:

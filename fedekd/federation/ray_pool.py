@@ -87,6 +87,8 @@ class ActorPool:
                 task, actor, _ = self._busy.pop(reply)
                 why, result, events = self._result(reply)
                 if why:
+                    with deferred():
+                        self._ray.kill(actor)  # it may be alive, and only out of reach
                     self._start()
                     lost[task.client] += 1
                     self._tell_lost(task.client, lost[task.client], why)
@@ -137,7 +139,7 @@ class ActorPool:
         except self._ray.exceptions.RayTaskError as error:
             raise _told(error) from error
         except self._ray.exceptions.RayError as error:
-            return first_line(error), None, []
+            return reason(error), None, []
         return "", result, events
 
     def _tell_lost(self, number: int, times: int, why: str) -> None:
@@ -155,7 +157,7 @@ class ActorPool:
             with deferred():
                 self._ray.get(reply)
         except self._ray.exceptions.RayError as error:
-            raise UserError(f"an actor for clients could not start: {first_line(error)}") from error
+            raise UserError(f"an actor for clients could not start: {reason(error)}") from error
         self._idle.append(actor)
 
     def _overdue(self) -> list[Task]:
@@ -163,7 +165,12 @@ class ActorPool:
         if self._room.timeout is None:
             return []
         late = [reply for reply, (_, _, since) in self._busy.items() if time.monotonic() - since > self._room.timeout]
+        if not late:
+            return []
         found = []
+        with deferred():
+            # What has come while others were taken in is not late.
+            _, late = self._ray.wait(late, num_returns=len(late), timeout=0)
         for reply in late:
             task, actor, _ = self._busy.pop(reply)
             self._ray.kill(actor)
@@ -172,10 +179,12 @@ class ActorPool:
         return found
 
 
-def first_line(error: Exception) -> str:
-    """Of what Ray says."""
+def reason(error: Exception) -> str:
+    """The line of what Ray says that names a reason: the first, or where its own code failed the last of the trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if "creation task" in lines[0] else 0].rstrip(".")
 
 
 def _told(error: Any) -> Exception:

@@ -57,7 +57,17 @@ class Settings:
         known = {name: run_config[name] for name in cls.__dataclass_fields__ if name in run_config}
         if lacking := [name for name in ("options", "sites") if name not in known]:
             raise UserError(f"the run configuration lacks {lacking[0]!r}")
-        return cls(**{**known, "options": tuple(shlex.split(str(known["options"]))), "sites": int(known["sites"])})
+        try:
+            known |= {"options": tuple(shlex.split(str(known["options"])))}
+        except ValueError as error:
+            raise UserError(f"options is {known['options']!r}: {error}") from error
+        for name, kind in (("sites", int), ("timeout", float), ("wait", float)):
+            if name in known:
+                try:
+                    known[name] = kind(known[name])
+                except ValueError as error:
+                    raise UserError(f"{name} is {known[name]!r}, and must be a number") from error
+        return cls(**known)
 
 
 def make_server_app(settings: Settings | None = None) -> ServerApp:
@@ -125,7 +135,8 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         told = sorted(found.values(), key=lambda description: int(description["number"]))
         parts["data"] = SiteData(given.dataset, given.alpha, told, given.batch_size, given.eval_batch_size)
         nodes = {int(description["number"]): node for node, description in found.items()}
-        engine = FlowerEngine(grid, nodes, settings.timeout or None, display)
+        by_number = {int(description["number"]): description for description in told}
+        engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
         ours = recipe(parts["method"], orchestrator.blueprint)

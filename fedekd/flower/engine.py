@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Message
@@ -42,6 +42,7 @@ class FlowerEngine:
         nodes: By a site's number, Flower's number of its node.
         timeout: Seconds to wait for the answers of a round; None waits on.
         observer: Is told what goes wrong.
+        descriptions: By number, what each site told of itself; who comes back must be the same. None asks nobody.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class FlowerEngine:
         nodes: Mapping[int, int],
         timeout: float | None = None,
         observer: Observer | None = None,
+        descriptions: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
+        self.descriptions = descriptions
         self.grid, self.nodes, self.timeout = grid, dict(nodes), timeout
         self.observer = observer or SilentObserver()
         self._versions: dict[int, int] = {}
@@ -111,18 +114,33 @@ class FlowerEngine:
 
     def _ask(self, what: str, asked: Mapping[int, Any], timeout: float | None) -> Iterator[tuple[int, Message]]:
         """Send each site its message, and give the answers as they come; a site's error is told, and no answer."""
-        known = set(self.grid.get_node_ids())
-        if gone := {number for number in asked if self.nodes[number] not in known}:
-            self.nodes |= {n: node for n, node in found_sites(self.grid, known - set(self.nodes.values())) if n in gone}
-        numbers = {node: number for number, node in self.nodes.items()}
-        messages = [Message(content, self.nodes[number], what) for number, content in asked.items()]
-        for reply in self.grid.send_and_receive(messages, timeout=timeout):
-            number = numbers.get(reply.metadata.src_node_id)
+        self._look_for(asked)
+        messages = {number: Message(content, self.nodes[number], what) for number, content in asked.items()}
+        for reply in self.grid.send_and_receive(messages.values(), timeout=timeout):
+            # Not by who sent it: the SuperLink answers in place of a node that is gone.
+            answered = reply.metadata.reply_to_message_id
+            number = next((n for n, message in messages.items() if message.metadata.message_id == answered), None)
             if reply.has_error():
                 lines = [line.strip() for line in str(reply.error.reason or "unknown").splitlines() if line.strip()]
                 self.observer.warn(f"site {number} could not answer: {lines[-1][:500]}")
             elif number is not None:
                 yield number, reply
+
+    def _look_for(self, numbers: Iterable[int]) -> None:
+        """Find sites again that are there under another node's number, as after a new installation."""
+        known = set(self.grid.get_node_ids())
+        gone = {number for number in numbers if self.nodes[number] not in known}
+        if not gone:
+            return
+        for node, description in introduced(
+            self.grid, known - set(self.nodes.values()), warn=self.observer.warn
+        ).items():
+            number = int(description["number"])
+            expected = None if self.descriptions is None else self.descriptions.get(number)
+            if number in gone and expected is not None and dict(expected) != description:
+                self.observer.warn(f"site {number} has come back with other data or settings, and is left out")
+            elif number in gone:
+                self.nodes[number] = node
 
     def _visit_of(self, number: int, reply: Message, sent: StateDict) -> Visit | None:
         """A site's visit; None if it cannot be read, or is so large that it had better not be."""
@@ -144,22 +162,29 @@ class FlowerEngine:
             raise UserError(f"site {', '.join(missing)} {lack}; start it again to go on")
 
 
-def found_sites(grid: Grid, nodes: set[int]) -> list[tuple[int, int]]:
-    """The number of each of these nodes that answers, with the node's."""
-    return [(int(description["number"]), node) for node, description in introduced(grid, nodes).items()]
+def introduced(
+    grid: Grid, nodes: set[int], timeout: float | None = 120.0, warn: Callable[[str], None] | None = None
+) -> dict[int, dict[str, Any]]:
+    """What each of these nodes tells of its site.
 
-
-def introduced(grid: Grid, nodes: set[int], timeout: float | None = 120.0) -> dict[int, dict[str, Any]]:
-    """What each of these nodes tells of its site; a node that answers with an error is left out.
+    Args:
+        grid: The way to the nodes.
+        nodes: Which.
+        timeout: Seconds to wait for them.
+        warn: Is told of a node that answers with an error, which is then left out; None lets that be an error.
 
     Raises:
-        UserError: If a site's error is one that somebody there must mend; it is told.
+        UserError: If a node cannot introduce itself, and that is an error.
     """
     messages = [Message(packed({}), node, HELLO) for node in nodes]
     found = {}
     for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
         if reply.has_error():
-            raise UserError(f"a site could not introduce itself: {str(reply.error.reason).strip().splitlines()[-1]}")
+            told = f"a site could not introduce itself: {str(reply.error.reason).strip().splitlines()[-1][:500]}"
+            if warn is None:
+                raise UserError(told)
+            warn(told)
+            continue
         found[int(reply.metadata.src_node_id)] = note_of(reply)
     return found
 
@@ -176,7 +201,9 @@ def wait_for_sites(grid: Grid, sites: int, seconds: float, observer: Observer) -
     found: dict[int, dict[str, Any]] = {}
     end = time.monotonic() + seconds
     while len(found) < sites:
-        found |= introduced(grid, set(grid.get_node_ids()) - found.keys())
+        here = set(grid.get_node_ids())
+        found = {node: description for node, description in found.items() if node in here}
+        found |= introduced(grid, here - found.keys())
         if len(found) < sites:
             if time.monotonic() > end:
                 raise UserError(f"{len(found)} of {sites} sites have come within {seconds:g} s (sites, wait)")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.lib import format as npy
 
 from fedekd.certificates import Comparison, DoNoHarm
 from fedekd.errors import UserError
@@ -41,8 +45,26 @@ def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If an array's bytes are not the array that they say they are.
     """
-    # A copy: what came over a wire may not be written to, and networks load into memory of their own anyway.
-    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    return {name: torch.from_numpy(_array(array.data)) for name, array in record.items()}
+
+
+def _array(content: bytes) -> npt.NDArray[Any]:
+    """An array from the bytes of an .npy file, once they are known to be as many as its header says.
+
+    Raises:
+        ValueError: If they are not, are no such file, or hold objects, which would have to be run.
+    """
+    buffer = io.BytesIO(content)
+    version = npy.read_magic(buffer)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(buffer)
+    start = buffer.tell()
+    if dtype.hasobject:
+        raise ValueError("an array of objects")
+    if math.prod(shape) * dtype.itemsize != len(content) - start:
+        raise ValueError(f"an array of shape {shape}, {dtype}, in {len(content) - start} bytes")
+    # A copy: what came over a wire may not be written to.
+    return np.array(np.ndarray(shape, dtype, content, start, order="F" if fortran else "C"))
 
 
 def num_bytes(record: ArrayRecord) -> int:
@@ -105,6 +127,7 @@ def visit_from_json(values: Mapping[str, Any], state: StateDict) -> Visit:
         UserError: If it is not what a visit looks like.
     """
     try:
+        _require_kinds(values)
         rest = {name: value for name, value in values.items() if name != "num_samples"}
         parts: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
         rest |= {name: part(**rest[name]) for name, part in parts.items() if rest.get(name) is not None}
@@ -113,3 +136,29 @@ def visit_from_json(values: Mapping[str, Any], state: StateDict) -> Visit:
         return Visit(**rest, update=update)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"an answer that is no visit: {type(error).__name__} {error}") from error
+
+
+def _require_kinds(values: Mapping[str, Any]) -> None:
+    """Hold what a site says of its visit to what a row of metrics can take.
+
+    Raises:
+        ValueError: Naming what is of another kind.
+    """
+
+    def number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool)
+
+    samples, tradeoff = values["num_samples"], values.get("tradeoff")
+    sound = {
+        "score": number(values["score"]),
+        "supervised_rounds": number(values["supervised_rounds"], int),
+        "logs": isinstance(values["logs"], dict) and all(map(number, values["logs"].values())),
+        "num_samples": samples is None or (number(samples, int) and samples >= 0),
+        "tradeoff": tradeoff is None
+        or all(
+            isinstance(lines, list) and all(isinstance(line, list) and all(map(number, line)) for line in lines)
+            for lines in tradeoff.values()
+        ),
+    }
+    if wrong := [name for name, fits in sound.items() if not fits]:
+        raise ValueError(f"its {wrong[0]} is {str(values[wrong[0]])[:80]!r}")

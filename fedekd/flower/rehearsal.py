@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from fedekd.cli.fit import run as fit
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
+from fedekd.federation import Orchestrator
 from fedekd.federation.checkpoint import CheckpointFolder
 from fedekd.flower.credentials import make_authority, make_node_key, make_server_certificate
+from fedekd.reporting import Display
 
 #: What is rehearsed, unless options are given.
 OPTIONS = ("--config", "digits.yaml", "--rounds", "2", "--client.local_epochs", "1", "--trainer.threads", "1")
@@ -186,12 +187,16 @@ def free_port() -> int:
         return port
 
 
+def parts_of(options: Sequence[str]) -> dict[str, Any]:
+    """The parts of a federation, from options of `fit`."""
+    parser = federation_parser()
+    return build_parts(parser, parse(parser, list(options)))
+
+
 @contextmanager
 def rehearsed(folder: Path, options: Sequence[str], sites: int) -> Iterator[Rehearsal]:
     """A running federation of sites, each with its part of the data set in a folder of its own; ended at the end."""
-    parser = federation_parser()
-    parts = build_parts(parser, parse(parser, [*options, f"--data.num_clients={sites}", "--logger=null"]))
-    write_site_data(parts["data"], folder)
+    write_site_data(parts_of(options)["data"], folder)
     rehearsal = Rehearsal(folder, sites)
     try:
         rehearsal.start()
@@ -224,7 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("the same in one process:", flush=True)
-    fit([*options, f"--output={folder / 'one-process'}", f"--reference_dir={folder / 'local'}"])
+    with Display() as display:
+        Orchestrator(
+            **parts_of(options),
+            output=folder / "one-process",
+            reference_folder=folder / "local",
+            observer=display,
+        ).run()
     print(f"Delta of {config.sites} sites: {summary['delta']}")
     same = [
         same_figures(folder / "server", folder / "one-process"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,12 @@ from flwr.app import Message, RecordDict
 
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
-from fedekd.errors import UserError
+from fedekd.errors import UserError, nearest
 from fedekd.federation.client_host import ClientHost, Share
 from fedekd.federation.remote import clients_side, without_pixels
+from fedekd.federation.run_folder import as_plain
 from fedekd.federation.shared_blueprint import shared_blueprint
-from fedekd.flower.description import describe
+from fedekd.flower.description import describe, recipe
 from fedekd.flower.messages import (
     ABSORB,
     HELLO,
@@ -60,14 +63,17 @@ class Site:
             method, module, parts["client"], parts["trainer"], parts["rounds"], parts["seed"], sites
         )
         folder = folder / f"site-{number:03d}"
-        (folder / "states").mkdir(parents=True, exist_ok=True)
+        # Another federation in the same folder has other states; the same one again makes the same.
+        what = json.dumps([recipe(method, blueprint), as_plain(blueprint.fingerprint()), splits.digest(images)])
+        states = folder / "states" / sha256(what.encode()).hexdigest()[:16]
+        states.mkdir(parents=True, exist_ok=True)
         share = Share(
             clients_side(method),
             without_pixels(images),
             {number: splits},
             blueprint,
             folder / "local",
-            folder / "states",
+            states,
         )
         self.number, self.images, self.splits = number, images, splits
         self.method, self.blueprint = method, blueprint
@@ -95,7 +101,10 @@ class Site:
             VISIT: self._visit,
             ABSORB: self._visit,
         }
-        return answers[message.metadata.message_type](message)
+        asked = message.metadata.message_type
+        if asked not in answers:
+            raise UserError(f"site {self.number} is asked {asked!r}, which it does not know; {nearest(asked, answers)}")
+        return answers[asked](message)
 
     def _hello(self, message: Message) -> RecordDict:
         return packed(describe(self.method, self.blueprint, self.images, self.splits))
@@ -105,7 +114,9 @@ class Site:
         return packed({"scores": list(reference.scores)})
 
     def _score(self, message: Message) -> RecordDict:
-        score, _ = self.host.score(self.number, int(note_of(message)["version"]))
+        version = int(note_of(message)["version"])
+        self._require_version(version)
+        score, _ = self.host.score(self.number, version)
         return packed({"score": score})
 
     def _visit(self, message: Message) -> RecordDict:
@@ -115,7 +126,10 @@ class Site:
         received = from_arrays(state_of(message))
         look = look_from_json(note["look"])
         visit, _ = self.host.visit(self.number, version, received, {}, int(note["round"]), upload, look)
-        self.host.store.drop(self.number, version + 1 - KEPT_VERSIONS)
+        store = self.host.store
+        for other in store.versions(self.number):
+            if not version + 1 - KEPT_VERSIONS < other <= version + 1:
+                store.drop(self.number, other)  # too old, or of a time that the server has gone back from
         return packed(visit_to_json(visit), None if visit.update is None else visit.update.state)
 
     def _require_version(self, version: int) -> None:

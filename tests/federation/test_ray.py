@@ -315,7 +315,6 @@ def test_what_goes_wrong_in_an_actor_comes_out_and_closes_the_engine(
         run.engine.score(0)
 
 
-@pytest.mark.xfail(strict=True, reason="of what Ray says of an actor that cannot begin, the first line has no cause")
 def test_why_an_actor_cannot_begin_is_told(cluster: None, federate: Federate) -> None:
     with pytest.raises(UserError, match="nowhere"):
         federate(Unborn("unknown"), engine=Ray(actors=1)).run()
@@ -455,10 +454,9 @@ def test_states_lie_in_the_folder_until_the_engine_is_closed(
         "score",
         "references",
         "visit",
-        pytest.param("client_state", marks=pytest.mark.xfail(strict=True, reason="it raises FileNotFoundError")),
+        pytest.param("client_state"),
         pytest.param(
             "load_client_state",
-            marks=pytest.mark.xfail(strict=True, reason="it writes a state into a folder made anew, which stays"),
         ),
     ],
 )

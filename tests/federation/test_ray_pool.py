@@ -319,7 +319,6 @@ def test_losses_are_counted_anew_in_every_round(begin: Begin) -> None:
     assert len(watch.warnings) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="an actor that is out of reach but alive keeps its place, and none is left")
 def test_a_lost_actor_is_ended_for_it_may_be_alive_and_out_of_reach(begin: Begin) -> None:
     """Ray says ActorUnavailableError when the network fails for a moment: the actor then still has its processors."""
     pool, play, _ = begin(losing((0, 1)))
@@ -349,7 +348,6 @@ def test_who_may_not_be_late_is_an_error(begin: Begin) -> None:
     assert sorted(play.killed) == [0, 1, 2]  # the late one, and those that are there
 
 
-@pytest.mark.xfail(strict=True, reason="what has come while other results were taken in is thrown away as late")
 def test_an_answer_that_has_come_in_time_is_not_late(begin: Begin) -> None:
     """Of many large updates that come together, the driver takes in one at a time."""
     pool, play, watch = begin(takes(10), actors=2, timeout=20.0)
@@ -434,7 +432,6 @@ def test_whatever_happens_every_task_is_done_or_missing_once(actors: int, script
         pytest.param(
             {"gpus": 1.5},
             "engine.gpus is 1.5, and must be",
-            marks=pytest.mark.xfail(strict=True, reason="Ray's ValueError comes out as soon as there are two GPUs"),
         ),
         ({"timeout": 0.0}, "engine.timeout is 0.0, and must be above 0, or null"),
         ({"timeout": -1.0}, "engine.timeout is -1.0, and must be above 0, or null"),

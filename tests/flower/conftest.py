@@ -248,7 +248,7 @@ class Hospitals:
     def versions(self, number: int) -> dict[int, Path]:
         """The states on a site's disk."""
         folder = self.folder / f"hospital-{number}/site-{number:03d}/states"
-        return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.iterdir())}
+        return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob("*/*.pt"))}
 
     def server(
         self,
@@ -264,7 +264,9 @@ class Hospitals:
         given = parts["data"]
         parts["data"] = SiteData(given.dataset, given.alpha, descriptions, given.batch_size, given.eval_batch_size)
         nodes = {int(description["number"]): node for node, description in found.items()}
-        parts["engine"] = lambda *_: FlowerEngine(self.grid, nodes, timeout, observer)
+        parts["engine"] = lambda *_: FlowerEngine(
+            self.grid, nodes, timeout, observer, {int(each["number"]): each for each in descriptions}
+        )
         orchestrator = Orchestrator(**parts, output=output, observer=observer)
         for description in descriptions:
             require_agreement(description, recipe(parts["method"], orchestrator.blueprint))

@@ -338,7 +338,6 @@ def visited(run: Orchestrator) -> list[int]:
     return sorted(visit.client for visit in run.engine.visit(everyone, run.method.broadcast(everyone, 0), 0, True))
 
 
-@pytest.mark.xfail(strict=True, reason="the SuperLink answers in a dead node's place: its number is not the site's")
 def test_a_dead_site_is_named(hospitals: Hospitals) -> None:
     hospitals.grid.meddle = at(1, 0, dead)
     assert visited(hospitals.server(observer=(watch := Watch()))) == [0, 2]
@@ -394,7 +393,6 @@ def test_a_site_that_is_gone_for_a_round_is_asked_again(
     assert (tmp_path / "run/metrics.csv").read_bytes() == (without(1) / "metrics.csv").read_bytes()
 
 
-@pytest.mark.xfail(raises=UserError, strict=True, reason="whoever comes within a run and is broken ends it")
 def test_a_broken_newcomer_ends_no_run(hospitals: Hospitals) -> None:
     def newcomer(message: Message) -> Any:
         raise OSError("no data here")
@@ -405,7 +403,6 @@ def test_a_broken_newcomer_ends_no_run(hospitals: Hospitals) -> None:
     assert visited(run) == [0, 2]
 
 
-@pytest.mark.xfail(strict=True, reason="who comes back under another node is taken at its number: nothing else is held")
 def test_who_comes_back_must_still_agree(hospitals: Hospitals) -> None:
     run = hospitals.server()
     del hospitals.grid.nodes[NODES[1]]
@@ -505,20 +502,13 @@ CORRUPTED: dict[str, tuple[Meddler, str]] = {
         rf"{ENGINE}its update has 22\d,\d+ bytes, and it was sent 208,396$",
     ),
     "text": (with_bytes(b"no array at all"), ENGINE),
-    "cut": (with_bytes(to_arrays({"a": torch.zeros(3)})["a"].data[:-2]), rf"{ENGINE}EOF: reading array data"),
+    "cut": (with_bytes(to_arrays({"a": torch.zeros(3)})["a"].data[:-2]), rf"{ENGINE}an array of shape"),
     "nothing": (with_bytes(b""), ENGINE),
     "zip": (with_bytes(b"PK\x03\x04 and no more"), ENGINE),
 }
-FATAL = {
-    "nothing": "EOFError is no ValueError, and ends the run",
-    "zip": "zipfile.BadZipFile is no ValueError, and ends the run",
-}
 
 
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=FATAL[k]) if k in FATAL else ()) for k in CORRUPTED],
-)
+@pytest.mark.parametrize("what", CORRUPTED)
 def test_a_spoilt_update_is_refused_and_named(
     what: str, options: list[str], undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,7 +539,6 @@ def test_a_spoilt_update_is_refused_and_named(
         torch.testing.assert_close(tensor, mean.float(), rtol=0, atol=1e-7)
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="a score is taken as it comes; a text ends the run")
 def test_a_score_that_is_none_is_refused(options: list[str], undisturbed: Undisturbed, tmp_path: Path) -> None:
     hospitals = Hospitals(tmp_path, [*options, "--rounds=1"], undisturbed[2] / "local")
     hospitals.grid.meddle = at(1, 1, told(score="0.9"))
@@ -617,7 +606,6 @@ def test_a_site_that_cannot_introduce_itself_says_why(options: list[str], tmp_pa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(raises=UserError, strict=True, reason="who has come stays counted, were they gone: two are one site")
 def test_a_site_that_starts_again_while_others_are_waited_for_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = here(0)
     comes = iter([(91, 0), (92, 1)])
