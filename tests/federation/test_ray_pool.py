@@ -49,8 +49,10 @@ def test_every_version_of_a_state_is_a_file_of_its_own(tmp_path: Path) -> None:
         assert found["supervised_epochs"] == 3
     store.write(1, 11, state(6.5))
     assert store.read(1, 11)["networks"]["private"]["weight"].tolist() == [6.5] * 2
+    assert [store.versions(number) for number in (1, 11, 2)] == [[1, 11, 23456], [1], []]
     store.drop(1, 1)
     store.drop(7, 7)  # never written
+    assert store.versions(1) == [11, 23456]
     assert len(names(tmp_path)) == len(written) - 1
     with pytest.raises(FileNotFoundError):
         store.read(1, 1)
@@ -90,7 +92,18 @@ def test_a_visit_can_be_made_again_from_the_state_before_it(federate: Federate, 
     host = ClientHost(share, np.ascontiguousarray(run.data.images.images.numpy()))
     shared = run.method.broadcast([1], 0).shared
     states, updates = [], []
+    method: Any = host.engine.method
+
+    def broken(client: Any, round: int) -> Any:
+        type(method).upload(method, client, round)
+        raise OSError("halfway")
+
     for version in (0, 0, 1):
+        method.upload = broken
+        with pytest.raises(OSError, match="halfway"):
+            host.visit(1, version, shared, {}, 0, True, None)
+        del method.upload
+        host.events.clear()
         visit, events = host.visit(1, version, shared, {}, 0, True, None)
         assert [(name, arguments[:2]) for name, arguments in events] == [
             (f"phase_{what}", (1, phase)) for phase in ("absorb", "upload") for what in ("started", "finished")
@@ -181,12 +194,10 @@ class Play:
     def wait(self, replies: list[Reply], num_returns: int, timeout: float) -> tuple[list[Reply], list[Reply]]:
         assert len(set(replies)) == len(replies) > 0, "Ray refuses to wait for nothing, or for one thing twice"
         assert self.now < 10_000, "it waits for ever"
-        first = min(replies, key=lambda reply: reply.due)
-        if first.due > self.now + timeout:
-            self.now += timeout
-            return [], replies
-        self.now = max(self.now, first.due)
-        return [first], [reply for reply in replies if reply is not first]
+        order = sorted(replies, key=lambda reply: reply.due)
+        self.now = max(self.now, min(self.now + timeout, order[num_returns - 1].due))
+        come = [reply for reply in order[:num_returns] if reply.due <= self.now]
+        return come, [reply for reply in replies if reply not in come]
 
     def get(self, reply: Reply) -> Any:
         assert reply.due <= self.now
@@ -350,18 +361,27 @@ def test_who_may_not_be_late_is_an_error(begin: Begin) -> None:
 
 def test_an_answer_that_has_come_in_time_is_not_late(begin: Begin) -> None:
     """Of many large updates that come together, the driver takes in one at a time."""
-    pool, play, watch = begin(takes(10), actors=2, timeout=20.0)
+    pool, play, watch = begin(takes({0: 10, 1: 10, 2: 10, 3: 1000}), actors=4, timeout=20.0)
     found = []
-    for task, _ in pool.work_off(tasks(0, 1), may_be_late=True):
+    for task, _ in pool.work_off(tasks(0, 1, 2, 3), may_be_late=True):
         found.append(task.client)
         play.now += 30
-    assert found == [0, 1]
-    assert not watch.warnings
+    assert found == [0, 1, 2]
+    assert watch.warnings == ["client 3 has not answered within engine.timeout, 20 s, and is missing from this round"]
+    assert play.killed == [3]
 
 
-def test_an_actor_that_cannot_start_is_told(begin: Begin) -> None:
-    pool, _, _ = begin(lambda *asked: (1.0, RayError("The actor died.\nmore")))
-    with pytest.raises(UserError, match=r"^an actor for clients could not start: The actor died$"):
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("The actor died.\n\tclass_name: ClientHost", "The actor died"),
+        ("It died of an error in its creation task, ray::\n  in born\nImportError: nowhere\n", "ImportError: nowhere"),
+        ("", "RayError"),
+    ],
+)
+def test_an_actor_that_cannot_start_is_told(said: str, told: str, begin: Begin) -> None:
+    pool, _, _ = begin(lambda *asked: (1.0, RayError(said)))
+    with pytest.raises(UserError, match=f"^an actor for clients could not start: {told}$"):
         done(pool, [0])
 
 
@@ -429,10 +449,7 @@ def test_whatever_happens_every_task_is_done_or_missing_once(actors: int, script
         ({"cpus": 0}, "engine.cpus is 0, and must be at least 1"),
         ({"gpus": -0.5}, "engine.gpus is -0.5, and must be at least 0"),
         ({"gpus": math.nan}, "engine.gpus is nan, and must be at least 0"),
-        pytest.param(
-            {"gpus": 1.5},
-            "engine.gpus is 1.5, and must be",
-        ),
+        ({"gpus": 1.5}, "engine.gpus is 1.5, and must be a share of one, or a whole number"),
         ({"timeout": 0.0}, "engine.timeout is 0.0, and must be above 0, or null"),
         ({"timeout": -1.0}, "engine.timeout is -1.0, and must be above 0, or null"),
         ({"timeout": math.nan}, "engine.timeout is nan, and must be above 0, or null"),
