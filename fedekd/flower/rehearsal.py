@@ -129,9 +129,10 @@ class Rehearsal:
         while time.monotonic() < end:
             [line] = self._flwr("list", "rehearsal", "--run-id", str(run), "--format", "json")["runs"]
             if str(line["status"]).startswith("finished"):
+                self._keep_log(run)
                 summary = self.folder / "server/summary.json"
                 if line["status"] != "finished:completed" or not summary.exists():
-                    raise UserError(f"the run has ended as {line['status']}; {self.folder / 'superlink.log'} says why")
+                    raise UserError(f"the run has ended as {line['status']}; {self.folder / 'server.log'} says why")
                 found: dict[str, Any] = json.loads(summary.read_text())
                 return found
             time.sleep(2)
@@ -147,6 +148,18 @@ class Rehearsal:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def _keep_log(self, run: int) -> None:
+        """Write what the server's app has said, which Flower keeps, to server.log."""
+        done = subprocess.run(
+            ["flwr", "log", str(run), "rehearsal", "--show"],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
+            check=False,
+        )
+        (self.folder / "server.log").write_text(done.stdout + done.stderr)
 
     def _register(self, key: Path) -> None:
         for _ in range(60):  # until the SuperLink listens
