@@ -255,7 +255,6 @@ class Hospitals:
         output: Path | None = None,
         observer: Any = None,
         timeout: float | None = 60.0,
-        options: Sequence[str] = (),
     ) -> Orchestrator:
         """A server over the sites, as `fedekd.flower.apps.serve` makes it."""
         parts, observer = parts_of(self.options), observer or Watch()

@@ -15,6 +15,7 @@ pytest.importorskip("flwr")
 
 import fedekd
 from fedekd.errors import UserError
+from fedekd.flower.apps import Settings, serve
 from fedekd.flower.description import SPLITS, SiteData, describe, recipe, require_agreement
 from fedekd.flower.messages import HELLO
 
@@ -181,6 +182,6 @@ def test_every_method_agrees_with_itself(name: str, options: list[str]) -> None:
 def test_a_server_refuses_a_site_before_the_first_round(hospitals: Hospitals) -> None:
     hospitals.open(2, options=["--method.beta=0.25"])
     with pytest.raises(UserError, match=r"site 2 has method.FedeKD.beta 0\.25"):
-        hospitals.server()
+        serve(hospitals.grid, Settings(tuple(hospitals.options), SITES, wait=0.0))
     assert {message.metadata.message_type for message in hospitals.grid.sent} == {HELLO}
     assert not any(hospitals.versions(number) for number in range(SITES))
