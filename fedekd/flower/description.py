@@ -35,6 +35,9 @@ def recipe(method: Method, blueprint: Blueprint) -> dict[str, Any]:
         "seed": blueprint.seed,
         "rounds": blueprint.rounds,
         "local_epochs": client.local_epochs,
+        "lr_decay": client.lr_decay,
+        "batch_size": blueprint.batch_size,
+        "optimizer": as_plain(client.optimizer),
         "method": {type(method).__name__: as_plain(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
     }
@@ -75,12 +78,8 @@ class SiteData(FederatedDataModule):
         name: What the data set is called.
         alpha: How the data were dealt, where they were; for the summary.
         descriptions: What each site told, by number.
-        ours: The server's own recipe.
         batch_size: Samples a training batch.
         eval_batch_size: Samples an evaluation batch.
-
-    Raises:
-        UserError: If the sites do not agree, with each other or with the server; it names the site and what differs.
     """
 
     def __init__(
@@ -114,6 +113,24 @@ class SiteData(FederatedDataModule):
     def class_counts(self) -> npt.NDArray[np.int64]:
         """As the sites told them, (K, classes)."""
         return self._class_counts
+
+
+def require_description(description: Mapping[str, Any]) -> None:
+    """Hold what a site tells of itself to what `describe` gives.
+
+    Raises:
+        UserError: Naming what is missing or of another kind.
+    """
+    sizes, counts = description.get("sizes"), description.get("class_counts")
+    sound = {
+        "number": isinstance(description.get("number"), int),
+        "recipe": isinstance(description.get("recipe"), dict),
+        "sizes": isinstance(sizes, dict) and all(isinstance(sizes.get(name), int) for name in SPLITS),
+        "class_counts": isinstance(counts, list) and all(isinstance(count, int) for count in counts),
+        "digest": isinstance(description.get("digest"), str),
+    }
+    if wrong := [name for name, fits in sound.items() if not fits]:
+        raise UserError(f"its {wrong[0]} is {str(description.get(wrong[0]))[:80]!r}")
 
 
 def require_agreement(description: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from fedekd.errors import UserError
 from fedekd.federation.engine import Look, Visit
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.reference import LocalReference
+from fedekd.flower.description import require_description
 from fedekd.flower.messages import (
     ABSORB,
     HELLO,
@@ -24,6 +25,7 @@ from fedekd.flower.messages import (
     note_of,
     num_bytes,
     packed,
+    scores_of,
     state_of,
     visit_from_json,
 )
@@ -63,7 +65,10 @@ class FlowerEngine:
         asked = {number: packed({"rounds": wanted}) for number, wanted in rounds.items()}
         found = {}
         for number, reply in self._ask(REFERENCE, asked, None):
-            found[number] = LocalReference([float(score) for score in note_of(reply)["scores"]])
+            try:
+                found[number] = LocalReference(scores_of(reply, rounds[number]))
+            except UserError as error:
+                self.observer.warn(f"refused the answer of site {number}: {error}")
         self._require_all(asked, found, "has no answer to what Local comes to there")
         return found
 
@@ -121,8 +126,7 @@ class FlowerEngine:
             answered = reply.metadata.reply_to_message_id
             number = next((n for n, message in messages.items() if message.metadata.message_id == answered), None)
             if reply.has_error():
-                lines = [line.strip() for line in str(reply.error.reason or "unknown").splitlines() if line.strip()]
-                self.observer.warn(f"site {number} could not answer: {lines[-1][:500]}")
+                self.observer.warn(f"site {number} could not answer: {_reason(reply)}")
             elif number is not None:
                 yield number, reply
 
@@ -132,9 +136,8 @@ class FlowerEngine:
         gone = {number for number in numbers if self.nodes[number] not in known}
         if not gone:
             return
-        for node, description in introduced(
-            self.grid, known - set(self.nodes.values()), warn=self.observer.warn
-        ).items():
+        newcomers = introduced(self.grid, known - set(self.nodes.values()), warn=self.observer.warn)
+        for node, description in newcomers.items():
             number = int(description["number"])
             expected = None if self.descriptions is None else self.descriptions.get(number)
             if number in gone and expected is not None and dict(expected) != description:
@@ -180,13 +183,27 @@ def introduced(
     found = {}
     for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
         if reply.has_error():
-            told = f"a site could not introduce itself: {str(reply.error.reason).strip().splitlines()[-1][:500]}"
-            if warn is None:
-                raise UserError(told)
-            warn(told)
-            continue
-        found[int(reply.metadata.src_node_id)] = note_of(reply)
+            told = _reason(reply)
+        else:
+            try:
+                description = note_of(reply)
+                require_description(description)
+            except UserError as error:
+                told = str(error)
+            else:
+                found[int(reply.metadata.src_node_id)] = description
+                continue
+        told = f"a site could not introduce itself: {told}"
+        if warn is None:
+            raise UserError(told)
+        warn(told)
     return found
+
+
+def _reason(reply: Message) -> str:
+    """Of an error the last line, which is the error itself where it has a trace."""
+    lines = [line.strip() for line in str(reply.error.reason or "").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it does not say why"
 
 
 def wait_for_sites(grid: Grid, sites: int, seconds: float, observer: Observer) -> dict[int, dict[str, Any]]:

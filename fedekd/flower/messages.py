@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,15 @@ def _array(content: bytes) -> npt.NDArray[Any]:
         ValueError: If they are not, are no such file, or hold objects, which would have to be run.
     """
     buffer = io.BytesIO(content)
-    version = npy.read_magic(buffer)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(buffer)
+    try:
+        version = npy.read_magic(buffer)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(buffer)
+    except Exception as error:  # a header is parsed as Python's literals are, and may fail in as many ways
+        raise ValueError(f"an array with an unreadable header: {type(error).__name__}") from error
     start = buffer.tell()
-    if dtype.hasobject:
-        raise ValueError("an array of objects")
+    if dtype.kind not in "biuf":  # objects would have to be run, and elements of no bytes fit any shape
+        raise ValueError(f"an array of {dtype}")
     if math.prod(shape) * dtype.itemsize != len(content) - start:
         raise ValueError(f"an array of shape {shape}, {dtype}, in {len(content) - start} bytes")
     # A copy: what came over a wire may not be written to.
@@ -88,7 +91,7 @@ def note_of(message: Message) -> dict[str, Any]:
     """
     try:
         note: Any = json.loads(str(message.content.config_records[NOTE]["json"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"a message without a readable note: {type(error).__name__} {error}") from error
     if not isinstance(note, dict):
         raise UserError("a message whose note is no JSON object")
@@ -138,27 +141,67 @@ def visit_from_json(values: Mapping[str, Any], state: StateDict) -> Visit:
         raise UserError(f"an answer that is no visit: {type(error).__name__} {error}") from error
 
 
+def scores_of(message: Message, rounds: int) -> list[float]:
+    """Local's scores, one a round.
+
+    Raises:
+        UserError: If they are something else.
+    """
+    scores = note_of(message).get("scores")
+    if not isinstance(scores, list) or len(scores) < rounds or not all(map(_is_number, scores)):
+        raise UserError(f"its scores of Local are {str(scores)[:80]}, and {rounds} numbers are needed")
+    return [float(score) for score in scores]
+
+
 def _require_kinds(values: Mapping[str, Any]) -> None:
     """Hold what a site says of its visit to what a row of metrics can take.
 
     Raises:
         ValueError: Naming what is of another kind.
     """
-
-    def number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
-        return isinstance(value, kind) and not isinstance(value, bool)
-
-    samples, tradeoff = values["num_samples"], values.get("tradeoff")
+    samples = values["num_samples"]
     sound = {
-        "score": number(values["score"]),
-        "supervised_rounds": number(values["supervised_rounds"], int),
-        "logs": isinstance(values["logs"], dict) and all(map(number, values["logs"].values())),
-        "num_samples": samples is None or (number(samples, int) and samples >= 0),
-        "tradeoff": tradeoff is None
-        or all(
-            isinstance(lines, list) and all(isinstance(line, list) and all(map(number, line)) for line in lines)
-            for lines in tradeoff.values()
-        ),
+        "client": _is_count(values["client"]),
+        "score": _is_number(values["score"]),
+        "supervised_rounds": _is_count(values["supervised_rounds"]),
+        "logs": isinstance(values["logs"], dict) and all(map(_is_number, values["logs"].values())),
+        "num_samples": samples is None or _is_count(samples),
+        "tradeoff": values.get("tradeoff") is None or _is_tradeoff(values["tradeoff"]),
+        "comparison": values.get("comparison") is None or _is_comparison(values["comparison"]),
     }
     if wrong := [name for name, fits in sound.items() if not fits]:
         raise ValueError(f"its {wrong[0]} is {str(values[wrong[0]])[:80]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**53
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
+
+
+def _is_tradeoff(value: Any) -> bool:
+    """Lists of (cost, accuracy), and of (budget, cost, accuracy), as `ExitTradeoff` has them."""
+    lengths = {"exits": 2, "budgets": 3}
+    return (
+        isinstance(value, dict)
+        and value.keys() == lengths.keys()
+        and all(
+            isinstance(value[name], list)
+            and all(isinstance(p, list) and len(p) == length and all(map(_is_number, p)) for p in value[name])
+            for name, length in lengths.items()
+        )
+    )
+
+
+def _is_comparison(value: Any) -> bool:
+    """The fields of `Comparison`."""
+    names = {field.name for field in fields(Comparison)}
+    if not isinstance(value, dict) or value.keys() != names or value["kept"] not in ("federated", "local"):
+        return False
+    counts = ("samples", "worse", "better")
+    return all(_is_count(value[n]) for n in counts) and all(_is_number(value[n]) for n in names - {"kept", *counts})

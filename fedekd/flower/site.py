@@ -64,7 +64,9 @@ class Site:
         )
         folder = folder / f"site-{number:03d}"
         # Another federation in the same folder has other states; the same one again makes the same.
-        what = json.dumps([recipe(method, blueprint), as_plain(blueprint.fingerprint()), splits.digest(images)])
+        # On another device, or with other threads, they are the same federation's.
+        network = {name: value for name, value in blueprint.fingerprint().items() if name != "trainer"}
+        what = json.dumps([recipe(method, blueprint), as_plain(network), splits.digest(images)])
         states = folder / "states" / sha256(what.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
         share = Share(
