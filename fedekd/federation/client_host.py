@@ -79,6 +79,7 @@ class ClientHost:
 
     def reference(self, number: int, rounds: int) -> tuple[LocalReference, list[Event]]:
         """Local's reference for a client."""
+        self.events.clear()
         return self.engine.references({number: rounds})[number], self._told()
 
     def visit(
@@ -90,12 +91,13 @@ class ClientHost:
         round: int,
         upload: bool,
         look: Look | None,
+        becomes: int | None = None,
     ) -> tuple[Visit, list[Event]]:
-        """One client's visit, from one version of its state to the next."""
+        """One client's visit, from one version of its state to another: to the next, unless it is told which."""
         self._take_up(number, version)
         broadcast = Broadcast(shared, {number: personal} if personal else {})
         [visit] = self.engine.visit([number], broadcast, round, upload, look)
-        self.store.write(number, version + 1, self.engine.client_state(number))
+        self.store.write(number, version + 1 if becomes is None else becomes, self.engine.client_state(number))
         self._put_down(number)
         if visit.update is not None:
             on_cpu = {name: tensor.detach().cpu() for name, tensor in visit.update.state.items()}
@@ -111,12 +113,15 @@ class ClientHost:
 
     def begin(self, number: int) -> tuple[None, list[Event]]:
         """Write version 0 of a client's state: as it is before its first visit."""
+        self._take_up(number, 0)
         self.store.write(number, 0, self.engine.client_state(number))
         self._put_down(number)
         return None, self._told()
 
     def _take_up(self, number: int, version: int) -> None:
-        self.engine.release(number)  # a visit that has failed may have left the client as it was halfway
+        # A visit that has failed may have left the client as it was halfway, and events that nobody was told.
+        self.engine.release(number)
+        self.events.clear()
         if version:
             self.engine.load_client_state(number, self.store.read(number, version))
 

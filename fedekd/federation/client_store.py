@@ -16,7 +16,7 @@ class ClientStore:
     half done can be done again from there.
 
     Args:
-        folder: Where the files lie; all machines that run clients must see it.
+        folder: Where the files lie; it is there already, and all machines that run clients must see it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +27,13 @@ class ClientStore:
         return unpack(self._path(number, version).read_bytes())
 
     def write(self, number: int, version: int, state: Any) -> None:
-        """Keep a state; what has the same version is replaced."""
+        """Keep a state; what has the same version is replaced.
+
+        Raises:
+            FileNotFoundError: If the folder is gone: its owner has no more use for it, and who is late to write must
+                not make it again.
+        """
+        self.folder.stat()  # raises, where `atomic_file` makes what is missing
         with atomic_file(self._path(number, version)) as file:
             file.write(pack(state))
 

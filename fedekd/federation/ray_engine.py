@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,6 +112,7 @@ class RayEngine:
         self._ray = _imported()
         self._method, self._data, self._blueprint, self._references = method, data, blueprint, reference_folder
         self._versions: dict[int, int] = {}  # of each client's state; 0, or none, is before its first visit
+        self._begun: dict[int, int] = {}  # the newest that anybody was told to write
         self._own_cluster = self._closed = False
         self._pool: ActorPool | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -137,7 +139,8 @@ class RayEngine:
         for number in participants:
             personal = {name: tensor.detach().cpu() for name, tensor in broadcast.personal.get(number, {}).items()}
             version = self._versions.get(number, 0)
-            tasks.append(Task(number, "visit", (version, shared, personal, round, upload, look)))
+            arguments = version, shared, personal, round, upload, look
+            tasks.append(Task(number, "visit", arguments, anew=partial(self._new_version, number)))
         for task, visit in self._done(tasks, may_be_late=upload):
             self._advance(task.client)
             yield visit
@@ -158,7 +161,7 @@ class RayEngine:
     def load_client_state(self, number: int, state: Any) -> None:
         """Set a client to a state it had."""
         self._join()
-        self._store.write(number, self._versions.get(number, 0) + 1, state)
+        self._store.write(number, self._new_version(number), state)
         self._advance(number)
 
     def close(self) -> None:
@@ -175,11 +178,16 @@ class RayEngine:
             self._temporary.cleanup()
             self._temporary = None
 
+    def _new_version(self, number: int) -> int:
+        """One that nobody else writes: an actor that was given up may be alive, and write its own at any time."""
+        self._begun[number] = self._begun.get(number, 0) + 1
+        return self._begun[number]
+
     def _advance(self, number: int) -> None:
-        """A client's next state is on disk; the one before is of no more use."""
-        version = self._versions.get(number, 0)
-        self._versions[number] = version + 1
-        self._store.drop(number, version)
+        """The version begun last is on disk, and a client's state; those before it are of no more use."""
+        before, self._versions[number] = self._versions.get(number, 0), self._begun[number]
+        for version in range(before, self._begun[number]):
+            self._store.drop(number, version)
 
     def _done(self, tasks: Iterable[Task], may_be_late: bool = False) -> Iterator[tuple[Task, Any]]:
         """Each task with its result, as it comes; those that take longest begin first, so that nobody waits for them.
@@ -211,7 +219,7 @@ class RayEngine:
                 parts = self._ray.put(share), self._ray.put(pixels)  # one copy a machine
             options = self.options
             room = Room(options.cpus, options.gpus, options.timeout, options.retries)
-            self._pool = ActorPool(self._ray, self._actors(), room, parts, self.observer)
+            self._pool = ActorPool(self._ray, self._actors(room), room, parts, self.observer)
         return self._pool
 
     def _join(self) -> None:
@@ -228,32 +236,56 @@ class RayEngine:
                 ray.init(address="local", num_cpus=max(usable_cores(), wanted), include_dashboard=False, **quiet)
         else:
             try:
+                self._knock(address)
                 with deferred():
                     ray.init(address=address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"engine.address is {address!r}: no cluster is there ({reason(error)})") from error
+                raise UserError(
+                    f"engine.address is {address!r}: no cluster is there ({reason(error)}); give auto, host:port or"
+                    " ray://host:port of one that runs, or null to start one"
+                ) from error
         self._own_cluster = True
 
-    def _actors(self) -> int:
+    def _knock(self, address: str) -> None:
+        """See whether anybody listens at host:port; Ray itself would try again for twelve minutes.
+
+        Raises:
+            ConnectionError: If nobody does.
+        """
+        host, _, port = address.rpartition(":")
+        if "/" in host or not port.isdecimal():
+            return
+        host = host.strip("[]")
+        if host in ("localhost", "127.0.0.1", "::1"):
+            host = self._ray.util.get_node_ip_address()  # as Ray does: a cluster need not listen at the loopback
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
+
+    def _actors(self, room: Room) -> int:
         """How many there are to be: as many as asked, or as fit, but no more than clients."""
-        resources, options = self._ray.cluster_resources(), self.options
-        room = int(resources.get("CPU", 0) // options.cpus)
-        if options.gpus:
-            room = min(room, int(resources.get("GPU", 0) / options.gpus))
-        if room < (options.actors or 1):
+        machines, asked = self._machines(), self.options.actors
+        fitting = sum(room.on(machine) for machine in machines)
+        if fitting < (asked or 1):
+            cpus, gpus = (sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU"))
             self.close()
             raise UserError(
-                f"the cluster has {resources.get('CPU', 0):g} processors and {resources.get('GPU', 0):g} GPUs: room for"
-                f" {room} actors of engine.cpus {options.cpus} and engine.gpus {options.gpus:g}, and engine.actors is"
-                f" {'null' if options.actors is None else options.actors}"
+                f"the cluster has {cpus:g} processors and {gpus:g} GPUs: room for {fitting} actors of engine.cpus"
+                f" {room.cpus} and engine.gpus {room.gpus:g}, each on one machine, and engine.actors is"
+                f" {'null' if asked is None else asked}"
             )
-        return min(options.actors or room, len(self._data.clients))
+        return min(asked or fitting, len(self._data.clients))
+
+    def _machines(self) -> list[Mapping[str, float]]:
+        """What each machine of the cluster has; those that Ray remembers as lost are left out."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     @cached_property
     def _store(self) -> ClientStore:
         """A folder of this engine's own; the checkpoint of the run is what lasts."""
         self._join()
-        if self.options.folder is None and len(self._ray.nodes()) > 1:
+        if self.options.folder is None and len(self._machines()) > 1:
             self.close()
             raise UserError(
                 "engine.folder is null, and the cluster has several machines: name one that all of them see"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,11 +23,13 @@ class Task:
         client: The client's number.
         verb: A method of `ClientHost`.
         arguments: Of it, beside the number.
+        anew: Gives the last argument, another one for each attempt; None where all attempts are alike.
     """
 
     client: int
     verb: str
     arguments: tuple[Any, ...] = ()
+    anew: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Room:
     gpus: float
     timeout: float | None
     retries: int
+
+    def on(self, machine: Mapping[str, float]) -> int:
+        """How many actors fit on a machine that has so many `CPU` and `GPU`; a share of a GPU is of one GPU."""
+        fitting = int(machine.get("CPU", 0) // self.cpus)
+        if self.gpus:
+            fitting = min(fitting, int(machine.get("GPU", 0) // max(1, self.gpus)) * max(1, int(1 / self.gpus)))
+        return fitting
 
 
 class ActorPool:
@@ -122,7 +131,8 @@ class ActorPool:
     def _hand_out(self, task: Task) -> None:
         with deferred():
             actor = self._idle.pop()
-            reply = getattr(actor, task.verb).remote(task.client, *task.arguments)
+            own = () if task.anew is None else (task.anew(),)
+            reply = getattr(actor, task.verb).remote(task.client, *task.arguments, *own)
             self._busy[reply] = task, actor, time.monotonic()
 
     def _replies(self) -> list[Any]:

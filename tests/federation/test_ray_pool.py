@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import Ray, client_store, ray_pool
+from fedekd.federation import Orchestrator, Ray, client_store, ray_pool
 from fedekd.federation.client_host import ClientHost, Event, Share
 from fedekd.federation.client_store import ClientStore
 from fedekd.federation.ray_pool import ActorPool, Room, Task
 from fedekd.federation.remote import clients_side, without_pixels
+from fedekd.federation.storage import pack
+from fedekd.methods import StateDict
 
 from .conftest import Federate
 from .test_side_by_side import Watch
@@ -78,36 +81,52 @@ def test_a_state_is_wholly_there_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert store.read(0, 1)["networks"]["private"]["weight"].tolist() == [0.5] * 2
 
 
-def test_a_visit_can_be_made_again_from_the_state_before_it(federate: Federate, tmp_path: Path) -> None:
-    run = federate()
+def test_a_folder_that_was_removed_stays_so(tmp_path: Path) -> None:
+    """Its engine is closed, and whoever still writes is an actor on its way out."""
+    store = ClientStore(tmp_path / "states")
+    with pytest.raises(FileNotFoundError, match="states"):
+        store.write(0, 1, state(0.5))
+    assert names(tmp_path) == []
+
+
+def make_host(run: Orchestrator, folder: Path) -> ClientHost:
+    """With all clients of a federation, and their states in a new folder."""
     run.method.start(run.blueprint)
-    share = Share(
-        clients_side(run.method),
-        without_pixels(run.data.images),
-        list(run.data.clients),
-        run.blueprint,
-        None,
-        tmp_path / "states",
-    )
-    host = ClientHost(share, np.ascontiguousarray(run.data.images.images.numpy()))
-    shared = run.method.broadcast([1], 0).shared
-    states, updates = [], []
+    folder.mkdir()
+    method, images = clients_side(run.method), without_pixels(run.data.images)
+    share = Share(method, images, list(run.data.clients), run.blueprint, None, folder)
+    return ClientHost(share, np.ascontiguousarray(run.data.images.images.numpy()))
+
+
+def fail_halfway(host: ClientHost, version: int, shared: StateDict) -> None:
+    """A visit of client 1 that fails when it is nearly over."""
     method: Any = host.engine.method
 
     def broken(client: Any, round: int) -> Any:
         type(method).upload(method, client, round)
         raise OSError("halfway")
 
+    method.upload = broken
+    with pytest.raises(OSError, match="halfway"):
+        host.visit(1, version, shared, {}, 0, True, None)
+    del method.upload
+
+
+def phases(events: Sequence[Event], *names: str) -> bool:
+    """Whether events tell of these phases of client 1, and of nothing else."""
+    told = [(name, arguments[:2]) for name, arguments in events]
+    return told == [(f"phase_{what}", (1, name)) for name in names for what in ("started", "finished")]
+
+
+def test_a_visit_can_be_made_again_from_the_state_before_it(federate: Federate, tmp_path: Path) -> None:
+    run = federate()
+    host = make_host(run, tmp_path / "states")
+    shared = run.method.broadcast([1], 0).shared
+    states, updates = [], []
     for version in (0, 0, 1):
-        method.upload = broken
-        with pytest.raises(OSError, match="halfway"):
-            host.visit(1, version, shared, {}, 0, True, None)
-        del method.upload
-        host.events.clear()
+        fail_halfway(host, version, shared)
         visit, events = host.visit(1, version, shared, {}, 0, True, None)
-        assert [(name, arguments[:2]) for name, arguments in events] == [
-            (f"phase_{what}", (1, phase)) for phase in ("absorb", "upload") for what in ("started", "finished")
-        ]
+        assert phases(events, "absorb", "upload")
         assert not host.engine.clients  # put down: what a client needs in memory is given back
         assert visit.update is not None
         updates.append(visit.update.state)
@@ -116,6 +135,18 @@ def test_a_visit_can_be_made_again_from_the_state_before_it(federate: Federate, 
     assert states[0] == states[1]
     for name, tensor in updates[0].items():
         assert torch.equal(tensor, updates[1][name]), name
+
+
+def test_what_a_failed_visit_leaves_behind_is_forgotten(federate: Federate, tmp_path: Path) -> None:
+    run = federate()
+    host = make_host(run, tmp_path / "states")
+    host.begin(1)
+    before = host.store.read(1, 0)
+    for verb, arguments, told in (("begin", (), ()), ("score", (0,), ()), ("reference", (1,), ("local",))):
+        fail_halfway(host, 0, run.method.broadcast([1], 0).shared)
+        _, events = getattr(host, verb)(1, *arguments)
+        assert phases(events, *told), verb
+    assert pack(host.store.read(1, 0)) == pack(before)
 
 
 class RayError(Exception):
@@ -312,6 +343,16 @@ def test_what_a_lost_actor_did_is_done_again_before_all_else(begin: Begin) -> No
     assert watch.warnings == [said] * 2
     assert watch.begun == [(0, "visit"), (1, "visit"), (2, "visit")]  # what the lost ones began was never told
     assert len(play.actors) == 3
+
+
+def test_every_attempt_is_told_what_is_its_own(begin: Begin) -> None:
+    pool, _, _ = begin(losing((0, 2), (1, 1), (1, 2)))
+    attempts = iter("abcdefg")
+    for expected in ([(0, "a"), (1, "d")], [(0, "f"), (1, "g")]):
+        renewed = [replace(task, anew=lambda: next(attempts)) for task in tasks(0, 1)]
+        found = list(pool.work_off(renewed))
+        assert [result for _, result in found] == [("visit", n, "version", n, own) for n, own in expected]
+        assert [task for task, _ in found] == renewed
 
 
 def test_too_many_losses_of_one_client_are_an_error(begin: Begin) -> None:
