@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -18,6 +19,8 @@ from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RunFolder
 from fedekd.flower.description import SiteData, recipe, require_agreement
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
+from fedekd.flower.mods import as_visit, require_threshold
+from fedekd.flower.secure import LEAST, SecureAggregation
 from fedekd.flower.site import Site
 from fedekd.reporting import Display, result_tables
 
@@ -35,6 +38,9 @@ class Settings:
         output: The server's run folder; empty writes nothing.
         timeout: Seconds that the server waits for the answers of a round; 0 waits on.
         wait: Seconds that the server waits for the sites to come.
+        secure: Whether the server is to learn the mean of the updates alone; a node that says so of itself in its own
+            configuration sends no other.
+        secure_range: The largest change of a weight that is then carried, a power of two.
     """
 
     options: tuple[str, ...]
@@ -43,6 +49,8 @@ class Settings:
     output: str = ""
     timeout: float = 0.0
     wait: float = 600.0
+    secure: bool = False
+    secure_range: float = 8.0
 
     def __post_init__(self) -> None:
         if self.sites < 1:
@@ -50,6 +58,11 @@ class Settings:
         for name in ("timeout", "wait"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, and must be at least 0")
+        if not isinstance(self.secure, bool):
+            raise UserError(f"secure is {self.secure!r}, and must be true or false")
+        if self.secure and self.sites < LEAST:
+            raise UserError(f"secure aggregation needs at least {LEAST} sites, and sites is {self.sites}")
+        SecureAggregation(self.secure_range)
 
     @classmethod
     def of(cls, run_config: Mapping[str, Any]) -> Settings:
@@ -61,7 +74,7 @@ class Settings:
             known |= {"options": tuple(shlex.split(str(known["options"])))}
         except ValueError as error:
             raise UserError(f"options is {known['options']!r}: {error}") from error
-        for name, kind in (("sites", int), ("timeout", float), ("wait", float)):
+        for name, kind in (("sites", int), ("timeout", float), ("wait", float), ("secure_range", float)):
             if name in known:
                 try:
                     known[name] = kind(known[name])
@@ -90,7 +103,8 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
 
     Args:
         settings: None takes Flower's run configuration.
-        mods: Of Flower, for the updates that leave a site, such as flwr.clientapp.mod.LocalDpMod.
+        mods: Of Flower, for the updates that leave a site, such as flwr.clientapp.mod.LocalDpMod. Where updates are
+            hidden among each other, that comes after these.
     """
     app = ClientApp()
 
@@ -105,9 +119,16 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
         site = _site(options, int(number), chosen.sites, folder, None if data is None else str(data))
         return Message(site.answer(message), reply_to=message)
 
+    def answer_openly(message: Message, context: Context) -> Message:
+        if (settings or Settings.of(context.run_config)).secure or context.node_config.get("secure", False):
+            raise UserError("this site sends its updates by secure aggregation alone (secure)")
+        return answer(message, context)
+
     for action in ("hello", "reference", "score", "absorb"):
         app.query(action)(answer)
-    app.train("visit", mods=list(mods))(answer)
+    app.train("visit", mods=list(mods))(answer_openly)
+    # Flower's mod listens to messages of this type alone.
+    app.train(mods=[require_threshold, secaggplus_mod, as_visit, *mods])(answer)
     return app
 
 
@@ -130,13 +151,17 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
     config = parse(parser, list(settings.options))
     parts = build_parts(parser, config)
     given = parts["data"]
+    if settings.secure and not parts["method"].needs_only_mean:
+        name = type(parts["method"]).__name__
+        raise UserError(f"secure: {name}, as it is configured, needs more of the updates than their uniform mean")
     with Display(quiet=config.quiet) as display:
         found = wait_for_sites(grid, settings.sites, settings.wait, display)
         told = sorted(found.values(), key=lambda description: int(description["number"]))
         parts["data"] = SiteData(given.dataset, given.alpha, told, given.batch_size, given.eval_batch_size)
         nodes = {int(description["number"]): node for node, description in found.items()}
         by_number = {int(description["number"]): description for description in told}
-        engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number)
+        secure = SecureAggregation(settings.secure_range) if settings.secure else None
+        engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
         ours = recipe(parts["method"], orchestrator.blueprint)

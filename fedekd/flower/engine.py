@@ -22,13 +22,16 @@ from fedekd.flower.messages import (
     VISIT,
     from_arrays,
     look_to_json,
+    note_from,
     note_of,
     num_bytes,
     packed,
+    reason_of,
     scores_of,
     state_of,
     visit_from_json,
 )
+from fedekd.flower.secure import SecureAggregation, TellingGrid
 from fedekd.methods import Broadcast, StateDict
 from fedekd.methods.base import num_bytes as size_of
 
@@ -45,6 +48,7 @@ class FlowerEngine:
         timeout: Seconds to wait for the answers of a round; None waits on.
         observer: Is told what goes wrong.
         descriptions: By number, what each site told of itself; who comes back must be the same. None asks nobody.
+        secure: Hides each update among the others; None lets every site send its own.
     """
 
     def __init__(
@@ -54,8 +58,9 @@ class FlowerEngine:
         timeout: float | None = None,
         observer: Observer | None = None,
         descriptions: Mapping[int, Mapping[str, Any]] | None = None,
+        secure: SecureAggregation | None = None,
     ) -> None:
-        self.descriptions = descriptions
+        self.descriptions, self.secure = descriptions, secure
         self.grid, self.nodes, self.timeout = grid, dict(nodes), timeout
         self.observer = observer or SilentObserver()
         self._versions: dict[int, int] = {}
@@ -81,18 +86,15 @@ class FlowerEngine:
         look: Look | None = None,
     ) -> Iterator[Visit]:
         """The participants, as they answer; those that do not are missing, but for the last round."""
-        asked = {}
-        for number in participants:
-            version = self._versions.get(number, 0)
-            note = {"round": round, "version": version, "look": look_to_json(look)}
-            asked[number] = packed(note, broadcast.to(number))
+        notes = {
+            number: {"round": round, "version": self._versions.get(number, 0), "look": look_to_json(look)}
+            for number in participants
+        }
         visited = []
-        for number, reply in self._ask(VISIT if upload else ABSORB, asked, self.timeout if upload else None):
-            visit = self._visit_of(number, reply, broadcast.to(number))
-            if visit is not None:
-                self._versions[number] = self._versions.get(number, 0) + 1
-                visited.append(number)
-                yield visit
+        for visit in self._hidden(notes, broadcast) if upload and self.secure else self._open(notes, broadcast, upload):
+            self._versions[visit.client] = self._versions.get(visit.client, 0) + 1
+            visited.append(visit.client)
+            yield visit
         if missing := [str(number) for number in participants if number not in visited]:
             told = f"round {round}: no usable answer from the sites {', '.join(missing)}"
             if not upload:
@@ -126,7 +128,7 @@ class FlowerEngine:
             answered = reply.metadata.reply_to_message_id
             number = next((n for n, message in messages.items() if message.metadata.message_id == answered), None)
             if reply.has_error():
-                self.observer.warn(f"site {number} could not answer: {_reason(reply)}")
+                self.observer.warn(f"site {number} could not answer: {reason_of(reply)}")
             elif number is not None:
                 yield number, reply
 
@@ -145,24 +147,58 @@ class FlowerEngine:
             elif number in gone:
                 self.nodes[number] = node
 
-    def _visit_of(self, number: int, reply: Message, sent: StateDict) -> Visit | None:
-        """A site's visit; None if it cannot be read, or is so large that it had better not be."""
+    def _open(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, upload: bool) -> Iterator[Visit]:
+        """Visits as they come, with what each site sends; what cannot be read or had better not be is refused."""
+        asked = {number: packed(note, broadcast.to(number)) for number, note in notes.items()}
+        for number, reply in self._ask(VISIT if upload else ABSORB, asked, self.timeout if upload else None):
+            try:
+                arrays, sent = state_of(reply), size_of(broadcast.to(number))
+                if num_bytes(arrays) > sent + _SLACK:
+                    raise UserError(f"its update has {num_bytes(arrays):,} bytes, and it was sent {sent:,}")
+                yield _own_visit(number, note_of(reply), from_arrays(arrays))
+            except (UserError, ValueError, TypeError) as error:
+                self.observer.warn(f"refused the answer of site {number}: {error}")
+
+    def _hidden(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[Visit]:
+        """Visits whose updates are all the mean of what the sites have sent: more is not known here."""
+        assert self.secure is not None
+        self._look_for(notes)
+        numbers = {self.nodes[number]: number for number in notes}
+        self.secure.require(broadcast)
         try:
-            arrays = state_of(reply)
-            if num_bytes(arrays) > size_of(sent) + _SLACK:
-                raise UserError(f"its update has {num_bytes(arrays):,} bytes, and it was sent {size_of(sent):,}")
-            visit = visit_from_json(note_of(reply), from_arrays(arrays))
-            if visit.client != number:
-                raise UserError(f"it speaks for client {visit.client}")
-        except (UserError, ValueError, TypeError) as error:
-            self.observer.warn(f"refused the answer of site {number}: {error}")
-            return None
-        return visit
+            answers, mean = self.secure.visits(
+                TellingGrid(self.grid, numbers, self.observer.warn),
+                {node: notes[number] for node, number in numbers.items()},
+                broadcast.shared,
+                self.timeout,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # Flower's workflow takes what a site says as it comes, and fails in many ways
+            self.observer.warn(f"secure aggregation has failed: {type(error).__name__} {error}")
+            return
+        for node, text in answers.items():
+            try:
+                yield _own_visit(numbers[node], note_from(text), mean)
+            except UserError as error:
+                self.observer.warn(f"refused the answer of site {numbers[node]}, but its update is in the sum: {error}")
 
     def _require_all(self, asked: Mapping[int, Any], found: Mapping[int, Any], lack: str) -> None:
         missing = [str(number) for number in asked if number not in found]
         if missing:
             raise UserError(f"site {', '.join(missing)} {lack}; start it again to go on")
+
+
+def _own_visit(number: int, note: Mapping[str, Any], state: StateDict) -> Visit:
+    """A site's visit.
+
+    Raises:
+        UserError: If it is none, or another site's.
+    """
+    visit = visit_from_json(note, state)
+    if visit.client != number:
+        raise UserError(f"it speaks for client {visit.client}")
+    return visit
 
 
 def introduced(
@@ -183,7 +219,7 @@ def introduced(
     found = {}
     for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
         if reply.has_error():
-            told = _reason(reply)
+            told = reason_of(reply)
         else:
             try:
                 description = note_of(reply)
@@ -198,12 +234,6 @@ def introduced(
             raise UserError(told)
         warn(told)
     return found
-
-
-def _reason(reply: Message) -> str:
-    """Of an error the last line, which is the error itself where it has a trace."""
-    lines = [line.strip() for line in str(reply.error.reason or "").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it does not say why"
 
 
 def wait_for_sites(grid: Grid, sites: int, seconds: float, observer: Observer) -> dict[int, dict[str, Any]]:

@@ -90,8 +90,20 @@ def note_of(message: Message) -> dict[str, Any]:
         UserError: If it says nothing that can be read.
     """
     try:
-        note: Any = json.loads(str(message.content.config_records[NOTE]["json"]))
-    except (KeyError, ValueError, RecursionError) as error:
+        return note_from(str(message.content.config_records[NOTE]["json"]))
+    except KeyError as error:
+        raise UserError(f"a message without a readable note: {type(error).__name__} {error}") from error
+
+
+def note_from(text: str) -> dict[str, Any]:
+    """What a note says.
+
+    Raises:
+        UserError: If it is no JSON object.
+    """
+    try:
+        note: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"a message without a readable note: {type(error).__name__} {error}") from error
     if not isinstance(note, dict):
         raise UserError("a message whose note is no JSON object")
@@ -101,6 +113,12 @@ def note_of(message: Message) -> dict[str, Any]:
 def state_of(message: Message) -> ArrayRecord:
     """The tensors of a message; none if it carries none."""
     return message.content.array_records.get(STATE, ArrayRecord({}))
+
+
+def reason_of(reply: Message) -> str:
+    """Of an error the last line, which is the error itself where it has a trace."""
+    lines = [line.strip() for line in str(reply.error.reason or "").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it does not say why"
 
 
 def look_to_json(look: Look | None) -> dict[str, Any] | None:

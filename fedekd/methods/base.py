@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedekd.functional import Aggregator, Mean
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 
@@ -56,6 +57,11 @@ class Update:
     num_samples: int
 
 
+def is_uniform_mean(merge: Aggregator) -> bool:
+    """Whether an aggregator takes the mean of what clients send, and counts them alike."""
+    return isinstance(merge, Mean) and merge.weights == "uniform"
+
+
 class Method(ABC):
     """A federated method in four verbs.
 
@@ -89,6 +95,15 @@ class Method(ABC):
     def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
         """On the server: what each participant is sent."""
         return Broadcast()
+
+    @property
+    def needs_only_mean(self) -> bool:
+        """Whether `aggregate` asks no more of the updates than their uniform mean.
+
+        If each update were replaced by that mean, it would come to the same: so each may stay hidden (secure
+        aggregation).
+        """
+        return False
 
     @abstractmethod
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedekd.errors import UserError
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.base import Broadcast, Method, StateDict, Update, is_uniform_mean
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.modules import Objective, ObjectiveModule, Supervised, SupervisedModule
@@ -38,6 +38,11 @@ class FedAvg(Method):
             raise UserError(f"method.finetune_epochs is {finetune_epochs}, and must be at least 0")
         self.merge = aggregator if aggregator is not None else Mean(weights)
         self.finetune_epochs = finetune_epochs
+
+    @property
+    def needs_only_mean(self) -> bool:
+        """Whether models are merged by the uniform mean."""
+        return is_uniform_mean(self.merge)
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial model for all."""

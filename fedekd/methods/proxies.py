@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.base import Broadcast, Method, StateDict, Update, is_uniform_mean
 from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 
@@ -20,6 +20,11 @@ class ProxyMethod(Method):
     def __init__(self, aggregator: Aggregator | None = None) -> None:
         super().__init__()
         self.merge = aggregator if aggregator is not None else Mean()
+
+    @property
+    def needs_only_mean(self) -> bool:
+        """Whether proxies are merged by the uniform mean."""
+        return is_uniform_mean(self.merge)
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial proxy for all."""

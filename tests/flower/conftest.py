@@ -31,6 +31,7 @@ if find_spec("flwr") is not None:
     from fedekd.flower.description import SiteData, recipe, require_agreement
     from fedekd.flower.engine import FlowerEngine, wait_for_sites
     from fedekd.flower.messages import ABSORB, NOTE, STATE, VISIT, note_of, packed
+    from fedekd.flower.secure import SecureAggregation
     from fedekd.flower.site import Site
 else:  # every test here says that it is skipped
     Grid = object
@@ -255,6 +256,7 @@ class Hospitals:
         output: Path | None = None,
         observer: Any = None,
         timeout: float | None = 60.0,
+        secure: SecureAggregation | None = None,
     ) -> Orchestrator:
         """A server over the sites, as `fedekd.flower.apps.serve` makes it."""
         parts, observer = parts_of(self.options), observer or Watch()
@@ -264,7 +266,7 @@ class Hospitals:
         parts["data"] = SiteData(given.dataset, given.alpha, descriptions, given.batch_size, given.eval_batch_size)
         nodes = {int(description["number"]): node for node, description in found.items()}
         parts["engine"] = lambda *_: FlowerEngine(
-            self.grid, nodes, timeout, observer, {int(each["number"]): each for each in descriptions}
+            self.grid, nodes, timeout, observer, {int(each["number"]): each for each in descriptions}, secure
         )
         orchestrator = Orchestrator(**parts, output=output, observer=observer)
         for description in descriptions:

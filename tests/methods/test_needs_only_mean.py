@@ -1,0 +1,69 @@
+"""Who says that the mean of the updates is enough comes to the same when each update is that mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.federation import InProcessEngine, RoundOptions, Visit
+from fedekd.functional import average_state_dicts
+
+from .conftest import Federate
+from .test_methods import METHODS, small_client
+
+#: They merge by a median or by samples, mix or nest, or send nothing.
+OTHERS = {
+    *("local", "safekd", "fedavg-samples", "fedavg-median", "fedekd-trimmed", "cafedistill", "cafedistill-trunk"),
+    *("depthfl", "depthfl-of-unlike-depths", "scalefl", "scalefl-of-unlike-depths"),
+}
+
+
+class AveragingEngine(InProcessEngine):
+    """Hands on the mean of the updates in place of each."""
+
+    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
+        visits = list(super().visit(participants, *arguments, **options))
+        updates = [visit.update for visit in visits if visit.update is not None]
+        for visit in visits:
+            if visit.update is None:
+                yield visit
+            else:
+                mean = average_state_dicts([update.state for update in updates])
+                yield replace(visit, update=replace(visit.update, state=mean))
+
+
+def tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a nested state."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors(value, f"{name}/{key}")
+
+
+def after_a_round(federate: Federate, name: str, **parts: Any) -> dict[str, torch.Tensor]:
+    method = METHODS[name]()
+    federate(method, client=small_client(name), rounds=RoundOptions(rounds=1), precision="64-true", **parts).run()
+    return dict(tensors(method.server_state))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mean_is_enough(name: str, federate: Federate) -> None:
+    enough = METHODS[name]().needs_only_mean
+    assert enough is (name not in OTHERS)
+    if enough:
+        plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)
+        assert plain.keys() == averaged.keys()
+        assert plain
+        for key, tensor in plain.items():
+            torch.testing.assert_close(averaged[key], tensor, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["fedavg-samples", "fedavg-median", "cafedistill"])
+def test_and_for_others_it_is_not(name: str, federate: Federate) -> None:
+    plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)
+    assert max(float((averaged[key] - tensor).abs().max()) for key, tensor in plain.items()) > 1e-5
