@@ -16,12 +16,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedekd.configuration.arguments import build_parts, federation_parser, parse
 from fedekd.errors import UserError
-from fedekd.federation import Orchestrator, RunFolder
-from fedekd.flower.description import SiteData, recipe, require_agreement
+from fedekd.federation import Orchestrator, RoundOptions, RunFolder
+from fedekd.federation.participation import participants
+from fedekd.flower.description import SiteData, recipe, require_agreement, require_alike
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
-from fedekd.flower.mods import as_visit, require_threshold
-from fedekd.flower.secure import LEAST, SecureAggregation
+from fedekd.flower.mods import as_visit, require_protocol
+from fedekd.flower.secure import SecureAggregation, require_sites
 from fedekd.flower.site import Site
+from fedekd.methods import Method
 from fedekd.reporting import Display, result_tables
 
 Mod = Callable[..., Message]
@@ -36,7 +38,8 @@ class Settings:
         sites: How many sites there are.
         folder: Where a site keeps its networks, unless its node says so itself.
         output: The server's run folder; empty writes nothing.
-        timeout: Seconds that the server waits for the answers of a round; 0 waits on.
+        timeout: Seconds that the server waits for the answers of a round, or of each of the four stages of a secure
+            one; 0 waits on.
         wait: Seconds that the server waits for the sites to come.
         secure: Whether the server is to learn the mean of the updates alone; a node that says so of itself in its own
             configuration sends no other.
@@ -60,8 +63,8 @@ class Settings:
                 raise UserError(f"{name} is {getattr(self, name)}, and must be at least 0")
         if not isinstance(self.secure, bool):
             raise UserError(f"secure is {self.secure!r}, and must be true or false")
-        if self.secure and self.sites < LEAST:
-            raise UserError(f"secure aggregation needs at least {LEAST} sites, and sites is {self.sites}")
+        if self.secure:
+            require_sites(self.sites)
         SecureAggregation(self.secure_range)
 
     @classmethod
@@ -128,7 +131,7 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
         app.query(action)(answer)
     app.train("visit", mods=list(mods))(answer_openly)
     # Flower's mod listens to messages of this type alone.
-    app.train(mods=[require_threshold, secaggplus_mod, as_visit, *mods])(answer)
+    app.train(mods=[require_protocol, secaggplus_mod, as_visit, *mods])(answer)
     return app
 
 
@@ -150,13 +153,13 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
     parser = federation_parser()
     config = parse(parser, list(settings.options))
     parts = build_parts(parser, config)
-    given = parts["data"]
-    if settings.secure and not parts["method"].needs_only_mean:
-        name = type(parts["method"]).__name__
-        raise UserError(f"secure: {name}, as it is configured, needs more of the updates than their uniform mean")
+    given, method = parts["data"], parts["method"]
+    if settings.secure:
+        _require_mean(method, parts["rounds"])
     with Display(quiet=config.quiet) as display:
         found = wait_for_sites(grid, settings.sites, settings.wait, display)
         told = sorted(found.values(), key=lambda description: int(description["number"]))
+        require_alike(told)
         parts["data"] = SiteData(given.dataset, given.alpha, told, given.batch_size, given.eval_batch_size)
         nodes = {int(description["number"]): node for node, description in found.items()}
         by_number = {int(description["number"]): description for description in told}
@@ -164,10 +167,30 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
-        ours = recipe(parts["method"], orchestrator.blueprint)
+        ours = recipe(method, orchestrator.blueprint)
         for description in told:
             require_agreement(description, ours)
+        if secure is not None:
+            taking_part = participants(orchestrator.options, settings.sites, orchestrator.seed, 0)
+            require_sites(len(taking_part))
+            method.start(orchestrator.blueprint)  # as the run will: before it, sites would train Local for nothing
+            secure.require(method.broadcast(taking_part, 0))
         summary = orchestrator.run()
         for table in result_tables(summary):
             display.console.print(table)
     return summary
+
+
+def _require_mean(method: Method, rounds: RoundOptions) -> None:
+    """Hold a federation to what it can be where the server knows nothing of updates but their mean.
+
+    Raises:
+        UserError: Naming what needs more.
+    """
+    if not method.needs_only_mean:
+        name = type(method).__name__
+        raise UserError(f"secure: {name}, as it is configured, needs more of the updates than their uniform mean")
+    if rounds.dropout:
+        raise UserError(
+            f"dropout is {rounds.dropout}, and nothing can be taken out of a secure sum afterwards (secure)"
+        )

@@ -15,6 +15,7 @@ import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
 from fedekd.federation.run_folder import as_plain, first_difference
+from fedekd.flower.messages import is_count
 from fedekd.methods import Blueprint, Method
 
 #: The splits whose sizes a site tells.
@@ -121,16 +122,35 @@ def require_description(description: Mapping[str, Any]) -> None:
     Raises:
         UserError: Naming what is missing or of another kind.
     """
-    sizes, counts = description.get("sizes"), description.get("class_counts")
+    sizes, counts, told = (description.get(name) for name in ("sizes", "class_counts", "recipe"))
     sound = {
-        "number": isinstance(description.get("number"), int),
-        "recipe": isinstance(description.get("recipe"), dict),
-        "sizes": isinstance(sizes, dict) and all(isinstance(sizes.get(name), int) for name in SPLITS),
-        "class_counts": isinstance(counts, list) and all(isinstance(count, int) for count in counts),
+        "number": is_count(description.get("number")),
+        "recipe": isinstance(told, dict) and "fedekd" in told,
+        "sizes": isinstance(sizes, dict) and all(is_count(sizes.get(name)) for name in SPLITS),
+        "class_counts": isinstance(counts, list) and all(map(is_count, counts)),
         "digest": isinstance(description.get("digest"), str),
     }
     if wrong := [name for name, fits in sound.items() if not fits]:
         raise UserError(f"its {wrong[0]} is {str(description.get(wrong[0]))[:80]!r}")
+
+
+def require_alike(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Hold sites to each other, before one of them is asked what their data are like.
+
+    Raises:
+        UserError: Naming the site that has another version of fedekd, or differs from the first.
+    """
+    for description in descriptions:
+        version = {"fedekd": description["recipe"]["fedekd"]}
+        require_agreement({**description, "recipe": version}, {"fedekd": fedekd.__version__})
+    first = descriptions[0]
+    for description in descriptions:
+        require_agreement(description, first["recipe"])
+        classes, others = len(description["class_counts"]), len(first["class_counts"])
+        if classes != others:
+            raise UserError(
+                f"site {description['number']} tells of {classes} classes, and site {first['number']} of {others}"
+            )
 
 
 def require_agreement(description: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -25,13 +25,14 @@ from fedekd.flower.messages import (
     note_from,
     note_of,
     num_bytes,
+    one_line,
     packed,
     reason_of,
     scores_of,
     state_of,
     visit_from_json,
 )
-from fedekd.flower.secure import SecureAggregation, TellingGrid
+from fedekd.flower.secure import SecureAggregation
 from fedekd.methods import Broadcast, StateDict
 from fedekd.methods.base import num_bytes as size_of
 
@@ -163,25 +164,22 @@ class FlowerEngine:
         """Visits whose updates are all the mean of what the sites have sent: more is not known here."""
         assert self.secure is not None
         self._look_for(notes)
-        numbers = {self.nodes[number]: number for number in notes}
         self.secure.require(broadcast)
+        nodes = {number: self.nodes[number] for number in notes}
         try:
             answers, mean = self.secure.visits(
-                TellingGrid(self.grid, numbers, self.observer.warn),
-                {node: notes[number] for node, number in numbers.items()},
-                broadcast.shared,
-                self.timeout,
+                self.grid, nodes, notes, broadcast.shared, self.timeout, self.observer.warn
             )
         except UserError:
             raise
-        except Exception as error:  # Flower's workflow takes what a site says as it comes, and fails in many ways
-            self.observer.warn(f"secure aggregation has failed: {type(error).__name__} {error}")
+        except Exception as error:  # Flower's workflow may fail of what it is told in many ways
+            self.observer.warn(one_line(f"secure aggregation has failed: {type(error).__name__} {error}"))
             return
-        for node, text in answers.items():
+        for number, note in answers.items():
             try:
-                yield _own_visit(numbers[node], note_from(text), mean)
+                yield _own_visit(number, note_from(note), mean)
             except UserError as error:
-                self.observer.warn(f"refused the answer of site {numbers[node]}, but its update is in the sum: {error}")
+                self.observer.warn(f"refused the answer of site {number}, but its update is in the sum: {error}")
 
     def _require_all(self, asked: Mapping[int, Any], found: Mapping[int, Any], lack: str) -> None:
         missing = [str(number) for number in asked if number not in found]

@@ -45,10 +45,10 @@ def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If an array's bytes are not the array that they say they are.
     """
-    return {name: torch.from_numpy(_array(array.data)) for name, array in record.items()}
+    return {name: torch.from_numpy(read_array(array.data)) for name, array in record.items()}
 
 
-def _array(content: bytes) -> npt.NDArray[Any]:
+def read_array(content: bytes) -> npt.NDArray[Any]:
     """An array from the bytes of an .npy file, once they are known to be as many as its header says.
 
     Raises:
@@ -121,6 +121,11 @@ def reason_of(reply: Message) -> str:
     return lines[-1][:500] if lines else "it does not say why"
 
 
+def one_line(text: str) -> str:
+    """What a site has said, fit for a line of a log."""
+    return " ".join(text.split())[:500]
+
+
 def look_to_json(look: Look | None) -> dict[str, Any] | None:
     """What a client is to compare, as JSON."""
     if look is None:
@@ -166,7 +171,7 @@ def scores_of(message: Message, rounds: int) -> list[float]:
         UserError: If they are something else.
     """
     scores = note_of(message).get("scores")
-    if not isinstance(scores, list) or len(scores) < rounds or not all(map(_is_number, scores)):
+    if not isinstance(scores, list) or len(scores) < rounds or not all(map(is_number, scores)):
         raise UserError(f"its scores of Local are {str(scores)[:80]}, and {rounds} numbers are needed")
     return [float(score) for score in scores]
 
@@ -179,11 +184,11 @@ def _require_kinds(values: Mapping[str, Any]) -> None:
     """
     samples = values["num_samples"]
     sound = {
-        "client": _is_count(values["client"]),
-        "score": _is_number(values["score"]),
-        "supervised_rounds": _is_count(values["supervised_rounds"]),
-        "logs": isinstance(values["logs"], dict) and all(map(_is_number, values["logs"].values())),
-        "num_samples": samples is None or _is_count(samples),
+        "client": is_count(values["client"]),
+        "score": is_number(values["score"]),
+        "supervised_rounds": is_count(values["supervised_rounds"]),
+        "logs": isinstance(values["logs"], dict) and all(map(is_number, values["logs"].values())),
+        "num_samples": samples is None or is_count(samples),
         "tradeoff": values.get("tradeoff") is None or _is_tradeoff(values["tradeoff"]),
         "comparison": values.get("comparison") is None or _is_comparison(values["comparison"]),
     }
@@ -191,15 +196,16 @@ def _require_kinds(values: Mapping[str, Any]) -> None:
         raise ValueError(f"its {wrong[0]} is {str(values[wrong[0]])[:80]!r}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**53
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 0
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 to 2^53."""
+    return isinstance(value, int) and is_number(value) and value >= 0
 
 
 def _is_tradeoff(value: Any) -> bool:
@@ -210,7 +216,7 @@ def _is_tradeoff(value: Any) -> bool:
         and value.keys() == lengths.keys()
         and all(
             isinstance(value[name], list)
-            and all(isinstance(p, list) and len(p) == length and all(map(_is_number, p)) for p in value[name])
+            and all(isinstance(p, list) and len(p) == length and all(map(is_number, p)) for p in value[name])
             for name, length in lengths.items()
         )
     )
@@ -222,4 +228,4 @@ def _is_comparison(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != names or value["kept"] not in ("federated", "local"):
         return False
     counts = ("samples", "worse", "better")
-    return all(_is_count(value[n]) for n in counts) and all(_is_number(value[n]) for n in names - {"kept", *counts})
+    return all(is_count(value[n]) for n in counts) and all(is_number(value[n]) for n in names - {"kept", *counts})

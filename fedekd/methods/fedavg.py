@@ -41,8 +41,8 @@ class FedAvg(Method):
 
     @property
     def needs_only_mean(self) -> bool:
-        """Whether models are merged by the uniform mean."""
-        return is_uniform_mean(self.merge)
+        """Whether models are merged by the uniform mean, and nothing else is done with them."""
+        return type(self).aggregate is FedAvg.aggregate and is_uniform_mean(self.merge)
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial model for all."""

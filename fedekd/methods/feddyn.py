@@ -65,6 +65,11 @@ class FedDyn(FedAvg):
         }
         return update
 
+    @property
+    def needs_only_mean(self) -> bool:
+        """Yes: h takes the sum of the drifts, and the model their mean."""
+        return True
+
     def aggregate(self, updates: Sequence[Update], round: int) -> None:
         """Renew h and the global model."""
         states = [update.state for update in updates]

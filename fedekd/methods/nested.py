@@ -30,11 +30,6 @@ class NestedFedAvg(FedAvg):
         super().__init__(weights)
         self.weights = weights
 
-    @property
-    def needs_only_mean(self) -> bool:
-        """No: a weight is averaged over those who hold it."""
-        return False
-
     def start(self, blueprint: Blueprint) -> None:
         """The whole model, and the shapes of what each client holds of it."""
         model = dict(blueprint.require_exits(type(self).__name__).state_dict())

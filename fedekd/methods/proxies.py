@@ -23,8 +23,8 @@ class ProxyMethod(Method):
 
     @property
     def needs_only_mean(self) -> bool:
-        """Whether proxies are merged by the uniform mean."""
-        return is_uniform_mean(self.merge)
+        """Whether proxies are merged by the uniform mean, and nothing else is done with them."""
+        return type(self).aggregate is ProxyMethod.aggregate and is_uniform_mean(self.merge)
 
     def start(self, blueprint: Blueprint) -> None:
         """One initial proxy for all."""

@@ -180,9 +180,11 @@ def test_every_method_agrees_with_itself(name: str, options: list[str]) -> None:
         require_agreement(description, ours)
 
 
-def test_a_server_refuses_a_site_before_the_first_round(hospitals: Hospitals) -> None:
-    hospitals.open(2, options=["--method.beta=0.25"])
-    with pytest.raises(UserError, match=r"site 2 has method.FedeKD.beta 0\.25"):
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_a_server_refuses_a_site_before_the_first_round(what: str, hospitals: Hospitals) -> None:
+    other, words = DIFFERENT[what]
+    hospitals.open(1, options=other)
+    with pytest.raises(UserError, match=words):
         serve(hospitals.grid, Settings(tuple(hospitals.options), SITES, wait=0.0))
     assert {message.metadata.message_type for message in hospitals.grid.sent} == {HELLO}
     assert not any(hospitals.versions(number) for number in range(SITES))

@@ -14,26 +14,44 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp.mod import LocalDpMod
-from flwr.common import bytes_to_ndarray
+from flwr.common import FitIns, bytes_to_ndarray, ndarray_to_bytes, ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
+from flwr.compat.common.recorddict_compat import fitins_to_recorddict
 
 from fedekd.errors import UserError
+from fedekd.federation import Orchestrator
 from fedekd.federation.checkpoint import CheckpointFolder
 from fedekd.flower import apps, mods
 from fedekd.flower.apps import Settings, make_client_app, serve
-from fedekd.flower.messages import VISIT, note_of, packed
-from fedekd.flower.secure import STEPS, SecureAggregation
+from fedekd.flower.messages import HELLO, VISIT, note_of, packed
+from fedekd.flower.rehearsal import same_figures, same_proxy
+from fedekd.flower.rounded_engine import RoundedEngine
+from fedekd.flower.secure import STEPS, SecureAggregation, needed_to_unmask
 from fedekd.methods import Broadcast
 
-from .conftest import NODES, SITES, Answer, FakeGrid, Hospitals, StoppedError, Watch, broken, carried, lost, same
+from .conftest import (
+    NODES,
+    SITES,
+    Answer,
+    FakeGrid,
+    Hospitals,
+    StoppedError,
+    Watch,
+    broken,
+    carried,
+    late,
+    lost,
+    parts_of,
+    same,
+)
 
 pytestmark = pytest.mark.flower
 
-SECURE = SecureAggregation(range=2.0)
+SECURE = SecureAggregation(largest_change=2.0)
 STAGES = Stage.all()
 
 Updates = dict[int, dict[str, torch.Tensor]]
@@ -91,13 +109,13 @@ def stage_of(message: Message) -> str | None:
 def updates(monkeypatch: pytest.MonkeyPatch) -> Updates:
     """By site, the last update that it was to mask."""
     found: Updates = {}
-    changes = mods._changes
+    changes = SecureAggregation.changes
 
-    def noting(update: Any, sent: Any, range: float) -> Any:
+    def noting(self: SecureAggregation, update: Any, sent: Any) -> Any:
         found[Node.at_work] = dict(update)
-        return changes(update, sent, range)
+        return changes(self, update, sent)
 
-    monkeypatch.setattr(mods, "_changes", noting)
+    monkeypatch.setattr(SecureAggregation, "changes", noting)
     return found
 
 
@@ -185,36 +203,24 @@ def test_a_run_is_the_same_each_time_and_near_the_open_one(
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("how", [lost, broken], ids=["lost", "broken"])
-def test_who_is_lost_is_not_in_the_mean(stage: str, how: Any, once: Hospitals, updates: Updates) -> None:
+def test_of_three_sites_none_can_be_spared(stage: str, how: Any, once: Hospitals) -> None:
     once.grid.meddle = at(1, stage, how)
-    _, mean, watch = first_mean(once)
-    counted = list(NODES) if stage == Stage.UNMASK else [0, 2]  # at the end all that is asked for is what two can give
-    assert_mean(mean, [updates[number] for number in counted])
-    assert watch.rows[0]["comm/updates"] == len(counted)
-    told = ["round 0: no usable answer from the sites 1; they are missing from this round"]
-    assert [line for line in watch.warnings if line.startswith("round")] == (told if len(counted) == 2 else [])
-    if how is broken:
-        assert any(line.startswith("site 1 could not answer") and "the disk is full" in line for line in watch.warnings)
-
-
-def test_and_takes_part_again(nodes: Hospitals) -> None:
-    nodes.grid.meddle = at(1, Stage.COLLECT_MASKED_VECTORS, broken)
-    nodes.server(observer=(watch := Watch()), secure=SECURE).run()
-    assert [row["comm/updates"] for row in watch.rows] == [2, 3]
-
-
-def test_of_two_that_are_lost_the_round_is_lost(once: Hospitals) -> None:
-    once.grid.meddle = lambda message, answer: (
-        broken(message, answer)
-        if message.metadata.dst_node_id in (NODES[0], NODES[1]) and stage_of(message) == Stage.COLLECT_MASKED_VECTORS
-        else answer()
-    )
     first, mean, watch = first_mean(once)
     assert same(mean, first)
-    assert any("no usable answer from the sites 0, 1, 2" in line for line in watch.warnings)
+    assert watch.rows[0]["comm/updates"] == 0
+    words = "site 1 could not answer: <class 'OSError'>:<'the disk is full'>"
+    assert watch.warnings[0] == ("site 1 has not answered within 60 s" if how is lost else words)
+    assert "round 0: no usable answer from the sites 0, 1, 2; they are missing from this round" in watch.warnings
 
 
-def test_a_site_that_is_away_is_left_out(nodes: Hospitals) -> None:
+@pytest.mark.parametrize("how", [broken, late])
+def test_and_the_next_round_is_theirs_again(how: Any, nodes: Hospitals) -> None:
+    nodes.grid.meddle = at(1, Stage.COLLECT_MASKED_VECTORS, how)
+    nodes.server(observer=(watch := Watch()), secure=SECURE).run()
+    assert [row["comm/updates"] for row in watch.rows] == [0, 3]
+
+
+def test_a_site_that_is_away_is_named(nodes: Hospitals) -> None:
     away = nodes.grid.nodes[NODES[2]]
 
     def before(round: int) -> None:
@@ -224,76 +230,55 @@ def test_a_site_that_is_away_is_left_out(nodes: Hospitals) -> None:
             nodes.grid.nodes[NODES[2]] = away
 
     watch = Watch(before)
-    server = nodes.server(observer=watch, secure=SECURE)
-    server.run()
-    assert [row["comm/updates"] for row in watch.rows] == [2, 3]
-
-
-JUNK: dict[str, Any] = {
-    Stage.SETUP: {"nothing": 1},
-    Stage.SHARE_KEYS: {Key.DESTINATION_LIST: [1], Key.CIPHERTEXT_LIST: [b"x", b"y"]},
-    Stage.COLLECT_MASKED_VECTORS: {Key.MASKED_PARAMETERS: [b"\x00", b"no array"]},
-    Stage.UNMASK: {Key.NODE_ID_LIST: [5], Key.SHARE_LIST: [b"x"]},
-}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_junk_ends_no_run(stage: str, nodes: Hospitals) -> None:
-    def junk(message: Message, answer: Answer) -> Message:
-        reply = answer()
-        reply.content[RECORD_KEY_CONFIGS] = ConfigRecord(JUNK[stage])
-        return reply
-
-    nodes.grid.meddle = at(1, stage, junk)
-    nodes.server(observer=(watch := Watch()), secure=SECURE).run()
+    nodes.server(observer=watch, secure=SECURE).run()
     assert [row["comm/updates"] for row in watch.rows] == [0, 3]
-    assert any(line.startswith("secure aggregation has failed") and "\n" not in line for line in watch.warnings)
+    assert watch.warnings[0].startswith("site 2 could not answer")
 
 
-@pytest.mark.parametrize("note", ["[]", "{", '{"client": 2}', "[" * 100_000], ids=lambda note: note[:14])
-def test_a_site_whose_note_cannot_be_read_is_told(note: str, nodes: Hospitals) -> None:
-    def other(message: Message, answer: Answer) -> Message:
+def noted(note: Any) -> Any:
+    """A site says something else beside its masked update."""
+
+    def meddle(message: Message, answer: Answer) -> Message:
         reply = answer()
-        reply.content["fitres.metrics"] = ConfigRecord({"note": note})
+        reply.content["fitres.metrics"] = ConfigRecord({} if note is None else {"note": note})
         return reply
 
-    nodes.grid.meddle = at(1, Stage.COLLECT_MASKED_VECTORS, other)
+    return meddle
+
+
+@pytest.mark.parametrize("note", [None, 5, "[]", "{", "[" * 100_000], ids=lambda note: str(note)[:14])
+def test_a_note_that_cannot_be_read_is_kept_from_the_sum(note: Any, once: Hospitals) -> None:
+    once.grid.meddle = at(1, Stage.COLLECT_MASKED_VECTORS, noted(note))
+    first, mean, watch = first_mean(once)
+    assert same(mean, first)
+    assert watch.warnings[0].startswith(
+        "refused the answer of site 1: what it says in the stage collect_masked_vectors"
+    )
+
+
+def test_a_note_that_is_no_visit_is_told(nodes: Hospitals) -> None:
+    nodes.grid.meddle = at(1, Stage.COLLECT_MASKED_VECTORS, noted('{"client": 2}'))
     nodes.server(observer=(watch := Watch()), secure=SECURE).run()
     assert [row["comm/updates"] for row in watch.rows] == [2, 3]
     assert watch.warnings[0].startswith("refused the answer of site 1, but its update is in the sum: ")
 
 
-@pytest.mark.parametrize(("needed", "of"), [(1, 3), (2, 4), (2, 2), (0, 3)])
-def test_a_site_agrees_to_no_sum_that_few_can_unmask(needed: int, of: int, once: Hospitals) -> None:
-    def weak(message: Message, answer: Answer) -> Message | None:
-        node: Any = once.grid.nodes[NODES[1]]
-        told = message.content[RECORD_KEY_CONFIGS]
-        told[Key.THRESHOLD], told[Key.SAMPLE_NUMBER] = needed, of
-        with pytest.raises(UserError, match=f"{needed} of {of} sites"):
-            node(message)
-        return None
-
-    once.grid.meddle = at(1, Stage.SETUP, weak)
-    _, _, watch = first_mean(once)
-    assert watch.rows[0]["comm/updates"] == 2
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(torch.nan, "changes by nan"), (torch.inf, "changes by inf"), (2.5, "changes by 2.5"), (-2.0, "changes by 2,")],
+    [(torch.nan, "changes by nan,"), (torch.inf, "changes by inf,"), (2.5, "changes by 2.5,"), (-2.0, "changes by 2,")],
 )
 def test_an_update_that_cannot_be_carried_does_not_leave_its_site(change: float, words: str) -> None:
     sent = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
     update = {**sent, "b": torch.tensor([[0.0, change], [0.0, 0.0]])}
-    with pytest.raises(UserError, match=rf"'b' {words}.*secure_range"):
-        mods._changes(update, sent, 2.0)
+    with pytest.raises(UserError, match=rf"'b' {words} and secure_range is 2"):
+        SECURE.changes(update, sent)
     with pytest.raises(UserError, match="other names: c"):
-        mods._changes({**sent, "c": torch.zeros(1)}, sent, 2.0)
+        SECURE.changes({**sent, "c": torch.zeros(1)}, sent)
 
 
 def test_what_flower_would_round_at_random_is_whole() -> None:
     sent = {"a": torch.randn(1000)}
-    [change] = mods._changes({"a": sent["a"] + torch.randn(1000).clamp(-1.9, 1.9)}, sent, 2.0)
+    [change] = SECURE.changes({"a": sent["a"] + torch.randn(1000).clamp(-1.9, 1.9)}, sent)
     steps = (change + 2.0) * (STEPS / 4.0)
     assert (steps == np.round(steps)).all()
     assert steps.min() >= 0
@@ -326,17 +311,21 @@ def test_what_is_sent_must_be_one_state_of_floats() -> None:
     SECURE.require(Broadcast({"a": torch.zeros(1)}))
 
 
-def test_two_hide_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at least 3 sites in a round, and there are 2"):
-        SECURE.visits(FakeGrid(), {1: {}, 2: {}}, {}, None)
-    with pytest.raises(UserError, match="secure aggregation needs at least 3 sites, and sites is 2"):
-        Settings((), 2, secure=True)
+@pytest.mark.parametrize("sites", [0, 1, 2, 1024])
+def test_too_few_hide_nothing_and_too_many_cannot_be_summed(sites: int) -> None:
+    words = f"secure aggregation is of 3 to 1023 sites in a round, and there are {sites}"
+    numbers = range(sites)
+    with pytest.raises(UserError, match=words):
+        SECURE.visits(FakeGrid(), dict.fromkeys(numbers, 5), {number: {} for number in numbers}, {}, None, print)
+    if sites:
+        with pytest.raises(UserError, match=words):
+            Settings((), sites, secure=True)
 
 
-@pytest.mark.parametrize("range", [0.0, -2.0, 3.0, float("nan"), float("inf")])
-def test_the_range_is_a_power_of_two(range: float) -> None:
-    with pytest.raises(UserError, match=f"secure_range is {range}, and must be a power of two"):
-        Settings((), 3, secure_range=range)
+@pytest.mark.parametrize("largest", [0.0, -2.0, 3.0, float("nan"), float("inf")])
+def test_the_range_is_a_power_of_two(largest: float) -> None:
+    with pytest.raises(UserError, match=f"secure_range is {largest}, and must be a power of two"):
+        Settings((), 3, secure_range=largest)
 
 
 def test_settings_are_read(options: list[str]) -> None:
@@ -346,10 +335,22 @@ def test_settings_are_read(options: list[str]) -> None:
         Settings.of({**told, "secure": "yes"})
 
 
-def test_a_method_that_looks_at_each_update_is_refused(options: list[str]) -> None:
-    chosen = [*options, "--method.aggregator=fedekd.functional.CoordinateMedian"]
-    with pytest.raises(UserError, match="secure: FedeKD, as it is configured, needs more"):
-        serve(FakeGrid(), Settings(tuple(chosen), SITES, secure=True))
+REFUSED = {
+    "--method.aggregator=fedekd.functional.CoordinateMedian": "secure: FedeKD, as it is configured, needs more",
+    "--dropout=0.1": "dropout is 0.1, and nothing can be taken out of a secure sum",
+    "--participation=0.67": "3 to 1023 sites in a round, and there are 2",
+    "--method=CAFEDistill": "secure: CAFEDistill",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_cannot_be_hidden_is_refused_before_a_site_does_anything(option: str, hospitals: Hospitals) -> None:
+    for number in range(SITES):
+        hospitals.open(number, options=[option])
+    chosen = Settings((*hospitals.options, option), SITES, secure=True, wait=0.0)
+    with pytest.raises(UserError, match=REFUSED[option]):
+        serve(hospitals.grid, chosen)
+    assert {message.metadata.message_type for message in hospitals.grid.sent} <= {HELLO}
 
 
 class Summand:
@@ -359,7 +360,7 @@ class Summand:
         generator = torch.Generator().manual_seed(node)
         self.update = {name: value + torch.randn(value.shape, generator=generator) / 4 for name, value in sent.items()}
         self.context = Context(1, node, {}, RecordDict(), {})
-        self.app = make_ffn(self.send, [mods.require_threshold, secaggplus_mod, mods.as_visit])
+        self.app = make_ffn(self.send, [mods.require_protocol, secaggplus_mod, mods.as_visit])
 
     def send(self, message: Message, context: Context) -> Message:
         return Message(packed(note_of(message), self.update), reply_to=message)
@@ -369,30 +370,202 @@ class Summand:
 
 
 SETUP, SHARE, COLLECT, UNMASK = STAGES
+SENT = {"weight": torch.linspace(-30, 30, 200).reshape(20, 10), "bias": torch.zeros(())}
+
+
+class Sum:
+    """So many sites, numbered from 1, and one sum of what they send.
+
+    Args:
+        sites: How many.
+        meddle: With what goes between them and the server.
+    """
+
+    def __init__(self, sites: int, meddle: Any = None) -> None:
+        self.summands = {100 + site: Summand(100 + site, SENT) for site in range(1, sites + 1)}
+        self.grid, self.warnings = FakeGrid(), list[str]()
+        self.grid.nodes = dict(self.summands)
+        if meddle is not None:
+            self.grid.meddle = meddle
+        nodes = {site: 100 + site for site in range(1, sites + 1)}
+        notes = {site: {"site": site} for site in nodes}
+        self.answers, self.mean = SECURE.visits(self.grid, nodes, notes, SENT, 1.0, self.warnings.append)
+
+    def assert_of(self, left: list[int]) -> None:
+        """The mean is of these sites, and so are the notes."""
+        assert {site: json.loads(answer) for site, answer in self.answers.items()} == {
+            site: {"site": site} for site in left
+        }
+        for name, expected in mean_of([self.summands[100 + site].update for site in left]).items():
+            assert self.mean[name].shape == SENT[name].shape
+            torch.testing.assert_close(self.mean[name].double(), expected, rtol=1e-7, atol=SECURE.resolution / 2 + 1e-7)
 
 
 @pytest.mark.parametrize(
     ("sites", "away"),
     [
         (3, {}),
-        (5, {1: SHARE, 2: COLLECT}),
-        (5, {1: COLLECT, 2: COLLECT}),
+        (4, {2: COLLECT}),
+        (6, {1: SHARE, 2: COLLECT}),
+        (6, {1: COLLECT, 2: COLLECT}),
         (7, {1: SETUP, 2: COLLECT}),
-        (8, {1: SETUP, 5: SHARE, 3: COLLECT}),
-        (8, {1: COLLECT, 2: UNMASK, 3: UNMASK}),
+        (9, {1: SETUP, 5: SHARE, 3: COLLECT}),
+        (9, {1: COLLECT, 2: UNMASK, 3: UNMASK}),
     ],
 )
 def test_the_mean_is_of_those_who_are_left(sites: int, away: dict[int, str]) -> None:
-    sent = {"weight": torch.linspace(-30, 30, 200).reshape(20, 10), "bias": torch.zeros(())}
-    grid = FakeGrid()
-    summands = {node: Summand(node, sent) for node in range(1, sites + 1)}
-    grid.nodes = dict(summands)
-    grid.meddle = lambda message, answer: (
-        None if away.get(message.metadata.dst_node_id) == stage_of(message) else answer()
+    found = Sum(
+        sites,
+        lambda message, answer: None if away.get(message.metadata.dst_node_id - 100) == stage_of(message) else answer(),
     )
-    answers, mean = SECURE.visits(grid, {node: {"site": node} for node in summands}, sent, 1.0)
-    left = [node for node in summands if away.get(node) in (None, UNMASK)]
-    assert {node: json.loads(answer) for node, answer in answers.items()} == {node: {"site": node} for node in left}
-    for name, expected in mean_of([summands[node].update for node in left]).items():
-        assert mean[name].shape == sent[name].shape
-        torch.testing.assert_close(mean[name].double(), expected, rtol=1e-7, atol=SECURE.resolution / 2 + 1e-7)
+    found.assert_of([site for site in range(1, sites + 1) if away.get(site) in (None, UNMASK)])
+    assert sorted(found.warnings) == [f"site {site} has not answered within 1 s" for site in sorted(away)]
+
+
+@pytest.mark.parametrize("sites", [4, 5, 6, 9])
+def test_of_fewer_than_two_thirds_there_is_no_mean(sites: int) -> None:
+    lost = sites - needed_to_unmask(sites) + 1
+    found = Sum(
+        sites,
+        lambda message, answer: (
+            None if message.metadata.dst_node_id <= 100 + lost and stage_of(message) == COLLECT else answer()
+        ),
+    )
+    assert (found.answers, found.mean) == ({}, {})
+
+
+def saying(stage: str, values: Any) -> Any:
+    """Site 2 says something else in a stage; the values are made of its own."""
+
+    def meddle(message: Message, answer: Answer) -> Message:
+        meant = message.metadata.dst_node_id == 102 and stage_of(message) == stage
+        reply = answer()
+        if meant:
+            own = dict(reply.content.config_records[RECORD_KEY_CONFIGS])
+            reply.content[RECORD_KEY_CONFIGS] = ConfigRecord(values(own))
+        return reply
+
+    return meddle
+
+
+def other_parts(change: Any) -> Any:
+    """Other masked vectors, made of its own."""
+    return lambda own: {
+        **own,
+        Key.MASKED_PARAMETERS: [
+            ndarray_to_bytes(part) for part in change([bytes_to_ndarray(p) for p in own[Key.MASKED_PARAMETERS]])
+        ],
+    }
+
+
+JUNK = {
+    "no keys": (SETUP, lambda own: {"nothing": 1}),
+    "a key that is none": (SETUP, lambda own: {**own, Key.PUBLIC_KEY_1: b"key"}),
+    "a key of another kind": (SETUP, lambda own: {**own, Key.PUBLIC_KEY_2: 5}),
+    "shares for others": (SHARE, lambda own: {**own, Key.DESTINATION_LIST: [1, 2, 3, 4]}),
+    "too few shares": (SHARE, lambda own: {**own, Key.CIPHERTEXT_LIST: own[Key.CIPHERTEXT_LIST][1:]}),
+    "no vectors": (COLLECT, lambda own: {"nothing": 1}),
+    "vectors that are none": (COLLECT, lambda own: {Key.MASKED_PARAMETERS: [b"\x00", b"x", b"y"]}),
+    "one vector": (COLLECT, other_parts(lambda parts: parts[:1])),
+    "short vectors": (COLLECT, other_parts(lambda parts: [parts[0], parts[1][:1], parts[2]])),
+    "columns": (COLLECT, other_parts(lambda parts: [parts[0], parts[1][:, None], parts[2]])),
+    "floats": (COLLECT, other_parts(lambda parts: [part.astype(float) for part in parts])),
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_who_sends_junk_is_named_and_left_out(what: str) -> None:
+    stage, values = JUNK[what]
+    found = Sum(5, saying(stage, values))
+    found.assert_of([1, 3, 4, 5])
+    [warning] = found.warnings
+    assert warning.startswith(f"refused the answer of site 2: what it says in the stage {stage} ")
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda own: {Key.NODE_ID_LIST: [5], Key.SHARE_LIST: [b"x"]},
+        lambda own: {**own, Key.SHARE_LIST: own[Key.SHARE_LIST][1:]},
+        lambda own: {**own, Key.SHARE_LIST: [5] * len(own[Key.SHARE_LIST])},
+    ],
+    ids=["others", "too few", "numbers"],
+)
+def test_of_who_sends_junk_at_the_end_the_update_is_there(values: Any) -> None:
+    found = Sum(5, saying(UNMASK, values))
+    found.assert_of([1, 2, 3, 4, 5])
+    assert len(found.warnings) == 1
+
+
+def test_a_sum_that_is_none_is_no_mean() -> None:
+    spoilt = other_parts(lambda parts: [parts[0], (parts[1] + 2**31) % 2**32, parts[2]])
+    with pytest.raises(ValueError, match="a site has spoilt it"):
+        Sum(5, saying(COLLECT, spoilt))
+
+
+def test_shares_that_cannot_be_opened_are_told_by_those_who_should(once: Hospitals) -> None:
+    found = Sum(9, saying(SHARE, lambda own: {**own, Key.CIPHERTEXT_LIST: [b"x", *own[Key.CIPHERTEXT_LIST][1:]]}))
+    assert len(found.answers) == 8
+    [warning] = found.warnings
+    assert "could not answer" in warning
+
+
+ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one of three unmasks": (SETUP, {Key.THRESHOLD: 1}),
+    "two of three unmask": (SETUP, {Key.THRESHOLD: 2}),
+    "half of the sites unmask": (SETUP, {Key.SAMPLE_NUMBER: 6, Key.SHARE_NUMBER: 6}),
+    "more shares than sites": (SETUP, {Key.SHARE_NUMBER: 10}),
+    "masks of no size": (SETUP, {Key.MOD_RANGE: 2}),
+    "few steps": (SETUP, {Key.TARGET_RANGE: 1}),
+    "an update weighed down": (SETUP, {Key.MAX_WEIGHT: 1e9}),
+    "a range that is none": (SETUP, {Key.CLIPPING_RANGE: 1e-9}),
+    "a threshold of another kind": (SETUP, {Key.THRESHOLD: 3.0}),
+    "both secrets of two": (UNMASK, {Key.DEAD_NODE_ID_LIST: [101, 102]}),
+    "one site thrice": (UNMASK, {Key.ACTIVE_NODE_ID_LIST: [101, 101, 101], Key.DEAD_NODE_ID_LIST: [102]}),
+}
+
+
+@pytest.mark.parametrize("what", ATTACKS)
+def test_a_site_takes_no_part_in_a_sum_that_would_not_hide_it(what: str) -> None:
+    stage, said = ATTACKS[what]
+    refusals = []
+
+    def attack(message: Message, answer: Answer) -> Message | None:
+        if message.metadata.dst_node_id == 102 and stage_of(message) == stage:
+            message.content[RECORD_KEY_CONFIGS].update(said)
+            reply = answer()
+            assert reply.has_error()
+            refusals.append(reply.error.reason)
+            return reply
+        return answer()
+
+    Sum(3, attack)
+    [refusal] = refusals
+    assert "UserError" in refusal
+    assert "\n" not in refusal
+
+
+def test_no_other_way_leads_around_the_masks(nodes: Hospitals) -> None:
+    site: Any = nodes.grid.nodes[NODES[0]]
+    fit = FitIns(ndarrays_to_parameters([]), {"note": "{}", "names": "[]", "largest_change": 8.0})
+    message = Message(fitins_to_recorddict(fit, keep_input=True), NODES[0], "train.default")
+    with pytest.raises(UserError, match=r"'train\.default' is no part of secure aggregation"):
+        site(carried(message))
+
+
+def test_why_a_visit_fails_is_told(once: Hospitals) -> None:
+    def refuse(message: Message, context: Context, call_next: Any) -> Message:
+        return Message(Error(1, "a mod of this site\nhas other ideas"), reply_to=message)
+
+    once.grid.nodes[NODES[1]] = Node(once, 1, refuse)
+    _, _, watch = first_mean(once)
+    assert "has other ideas" in watch.warnings[0]
+
+
+def test_one_process_can_come_to_the_same(nodes: Hospitals, options: list[str], tmp_path: Path) -> None:
+    nodes.server(tmp_path / "sites", secure=SecureAggregation()).run()
+    parts = {**parts_of(options), "engine": RoundedEngine}
+    Orchestrator(**parts, output=tmp_path / "here", reference_folder=tmp_path / "local").run()
+    assert same_figures(tmp_path / "sites", tmp_path / "here")
+    assert same_proxy(tmp_path / "sites", tmp_path / "here")
