@@ -7,29 +7,21 @@ their spread over repetitions.
 from __future__ import annotations
 
 import argparse
-import platform
-from pathlib import Path
 
 import torch
 
 from benchmarks.footprint import memory, memory_of, start_up
+from benchmarks.machine import machine
 from benchmarks.setting import Setting, make_setting
 from benchmarks.training import phases, side_by_side, whole_round
 from benchmarks.where import where_time_goes
 from fedekd.modules import TrainerFactory
-from fedekd.modules.trainer_factory import usable_cores
 
 
-def machine(setting: Setting) -> str:
-    """What this ran on, without its name."""
-    told = Path("/proc/cpuinfo")  # Linux alone has it
-    lines = told.read_text().splitlines() if told.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
+def told(setting: Setting) -> str:
+    """What this ran on, without its name, and how."""
     device = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "no GPU used"
-    trained = f"{setting.trainer.precision}, {setting.trainer.threads} thread(s)"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    cores = usable_cores()
-    return f"{cpu}, {cores} cores; {device}; {versions}; {trained}; {setting.source}"
+    return f"{machine()}; {device}; {setting.trainer.precision}, {setting.trainer.threads} thread(s); {setting.source}"
 
 
 def main() -> None:
@@ -51,7 +43,7 @@ def main() -> None:
     if options.memory_of:
         memory_of(setting, options.memory_of)
         return
-    print(f"# make bench\n\n{machine(setting)}")
+    print(f"# make bench\n\n{told(setting)}")
     parts = options.only.split(",")
     with setting.trainer.numerics():
         if "phases" in parts:

@@ -585,7 +585,13 @@ def test_a_score_that_is_none_is_refused(options: list[str], undisturbed: Undist
 def introduction(number: int) -> RecordDict:
     """What a site says of itself, as short as it can be."""
     return packed(
-        {"number": number, "recipe": {}, "sizes": dict.fromkeys(SPLITS, 1), "class_counts": [3], "digest": "0" * 64}
+        {
+            "number": number,
+            "recipe": {"fedekd": "1"},
+            "sizes": dict.fromkeys(SPLITS, 1),
+            "class_counts": [3],
+            "digest": "0" * 64,
+        }
     )
 
 
