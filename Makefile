@@ -55,6 +55,11 @@ $(EXTRAS): $(INSTALLED)
 .PHONY: extras
 extras: $(EXTRAS)
 
+## bench-clients: 200 clients in one process, under Ray and by Flower's simulation (options: ARGS="--clients 50")
+.PHONY: bench-clients
+bench-clients: $(EXTRAS)
+	$(BIN)/python -m benchmarks.clients $(ARGS)
+
 ## sites: rehearse a federation of three sites on this machine, with TLS and keys (options: ARGS="--sites 2")
 .PHONY: sites
 sites: $(EXTRAS)

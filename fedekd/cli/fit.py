@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fedekd.configuration.arguments import as_values, build_parts, federation_pa
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.run_folder import HARMLESS, first_difference
+from fedekd.federation.unwalked import unwalked
 from fedekd.reporting import Display, result_tables
 
 
@@ -74,19 +74,6 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
             display.console.print(table)
         display.console.print(f"written to {output}", soft_wrap=True)
     return 0
-
-
-@contextmanager
-def unwalked() -> Iterator[None]:
-    """Inside, the collection at the end of each round need not walk what is there already: all that was imported."""
-    if gc.get_freeze_count():  # somebody else's, to keep
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _program() -> str:

@@ -19,6 +19,7 @@ from fedekd.federation.engine import InProcessEngine, Look, Visit
 from fedekd.federation.observer import Observer
 from fedekd.federation.reference import LocalReference
 from fedekd.federation.remote import Forwarder
+from fedekd.federation.unwalked import unwalked
 from fedekd.methods import Blueprint, Broadcast, Method, StateDict
 
 Event = tuple[str, tuple[Any, ...]]
@@ -82,6 +83,7 @@ class ClientHost:
         self.events.clear()
         return self.engine.references({number: rounds})[number], self._told()
 
+    @unwalked()
     def visit(
         self,
         number: int,
@@ -104,6 +106,7 @@ class ClientHost:
             visit = replace(visit, update=replace(visit.update, state=on_cpu))
         return visit, self._told()
 
+    @unwalked()
     def score(self, number: int, version: int) -> tuple[float, list[Event]]:
         """A client's score in a version of its state."""
         self._take_up(number, version)
@@ -111,6 +114,7 @@ class ClientHost:
         self._put_down(number)
         return score, self._told()
 
+    @unwalked()
     def begin(self, number: int) -> tuple[None, list[Event]]:
         """Write version 0 of a client's state: as it is before its first visit."""
         self._take_up(number, 0)

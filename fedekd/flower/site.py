@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -36,6 +38,13 @@ from fedekd.flower.messages import (
 KEPT_VERSIONS = 4
 
 
+@lru_cache(maxsize=1)  # in a simulation one process is one site after another, of the same options and data
+def _parts(options: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of a federation; nobody changes them."""
+    parser = federation_parser()
+    return build_parts(parser, parse(parser, list(options)))
+
+
 class Site:
     """What runs at one hospital.
 
@@ -52,10 +61,9 @@ class Site:
     """
 
     def __init__(self, options: Sequence[str], number: int, sites: int, folder: Path, data: str | None = None) -> None:
-        parser = federation_parser()
         # Data that were dealt beforehand are not dealt again.
         own = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
-        parts = build_parts(parser, parse(parser, [*options, *own, "--logger=null"]))
+        parts = _parts((*options, *own, "--logger=null"))
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
         method, images = parts["method"], module.images
