@@ -74,7 +74,7 @@ test: $(INSTALLED)
 ## test-extras: run the tests of Ray and of Flower, which make test skips where they are not installed
 .PHONY: test-extras
 test-extras: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ray or flower" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower" tests $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint
