@@ -194,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     engines = chosen.engines.split(",")
     if unknown := [engine for engine in engines if engine not in ENGINES]:
         parser.error(f"--engines has {unknown[0]!r}; there are {', '.join(ENGINES)}")
-    if chosen.rounds < 2:
-        parser.error(f"--rounds is {chosen.rounds}, and must be at least 2")
+    for name, least in (("clients", 1), ("rounds", 2), ("processes", 1)):
+        if getattr(chosen, name) < least:
+            parser.error(f"--{name} is {getattr(chosen, name)}, and must be at least {least}")
     if not all(find_spec(extra) for extra in ("ray", "flwr")):
         print("error: Ray and Flower are not both installed: make extras", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ from fedekd.federation import Orchestrator
 from fedekd.federation.checkpoint import CheckpointFolder
 from fedekd.flower.credentials import make_authority, make_node_key, make_server_certificate
 from fedekd.flower.rounded_engine import RoundedEngine
+from fedekd.flower.secure import require_sites
 from fedekd.reporting import Display
 
 #: What is rehearsed, unless options are given.
@@ -232,6 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(config.folder).resolve()
     if folder.exists():
         print(f"error: --folder {folder} exists already; remove it, or choose another", file=sys.stderr)
+        return 2
+    try:
+        if config.secure:
+            require_sites(config.sites)
+    except UserError as error:
+        print(f"error: --sites {config.sites}: {error}", file=sys.stderr)
         return 2
     folder.mkdir(parents=True)
     options = [*config.options.split(), f"--data.num_clients={config.sites}", "--data.num_classes=10", "--logger=null"]

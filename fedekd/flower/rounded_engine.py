@@ -25,9 +25,6 @@ class RoundedEngine(InProcessEngine):
         visits = list(super().visit(participants, broadcast, *arguments, **options))
         changes = [self.secure.changes(visit.update.state, broadcast.shared) for visit in visits if visit.update]
         means = [np.sum(parts, axis=0) / len(parts) for parts in zip(*changes, strict=True)]
+        mean = self.secure.changed(broadcast.shared, means) if means else {}
         for visit in visits:
-            if visit.update is None:
-                yield visit
-            else:
-                mean = self.secure.changed(broadcast.shared, means)
-                yield replace(visit, update=replace(visit.update, state=mean))
+            yield visit if visit.update is None else replace(visit, update=replace(visit.update, state=mean))

@@ -50,7 +50,8 @@ class VettingGrid:
             else:
                 sound.append(reply)
         for unanswered in waiting:
-            self.warn(f"site {self.sites[nodes[unanswered]]} has not answered within {timeout:g} s")
+            within = "" if timeout is None else f" within {timeout:g} s"
+            self.warn(f"site {self.sites[nodes[unanswered]]} has not answered{within}")
         return sound
 
     def _objection(self, node: int, asked: Mapping[str, Any], reply: Message) -> str | None:

@@ -40,7 +40,7 @@ def test_without_the_extras_it_says_how_to_get_them(
     assert capsys.readouterr().err == "error: Ray and Flower are not both installed: make extras\n"
 
 
-@pytest.mark.parametrize("wrong", ["--engines=Ray,Rai", "--rounds=1"])
+@pytest.mark.parametrize("wrong", ["--engines=Ray,Rai", "--rounds=1", "--clients=0", "--processes=0"])
 def test_what_cannot_be_measured_is_said(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([wrong])

@@ -127,6 +127,21 @@ def test_other_addresses_are_left_to_ray(
     assert elsewhere.addresses == [address or "local"]
 
 
+Machines = list[Mapping[str, float]]
+EngineOn = Callable[[Machines, dict[str, Any]], Any]
+
+
+@pytest.fixture
+def engine_on(cluster: Cluster, federate: Federate, states: Path) -> EngineOn:
+    """Makes an engine over a cluster of such machines."""
+
+    def make(machines: Machines, options: dict[str, Any]) -> Any:
+        cluster.machines = machines
+        return federate(engine=Ray(folder=str(states), **options)).engine
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("machines", "options", "actors"),
     [
@@ -142,15 +157,9 @@ def test_other_addresses_are_left_to_ray(
     ],
 )
 def test_as_many_actors_as_fit_on_each_machine(
-    machines: list[Mapping[str, float]],
-    options: dict[str, Any],
-    actors: int,
-    cluster: Cluster,
-    federate: Federate,
-    states: Path,
+    machines: Machines, options: dict[str, Any], actors: int, cluster: Cluster, engine_on: EngineOn
 ) -> None:
-    cluster.machines = machines
-    engine: Any = federate(engine=Ray(folder=str(states), **options)).engine
+    engine = engine_on(machines, options)
     engine._started()
     assert len(cluster.actors) == actors
     engine.close()
@@ -180,15 +189,9 @@ def test_as_many_actors_as_fit_on_each_machine(
     ],
 )
 def test_what_fits_on_no_machine_is_told(
-    machines: list[Mapping[str, float]],
-    options: dict[str, Any],
-    words: str,
-    cluster: Cluster,
-    federate: Federate,
-    states: Path,
+    machines: Machines, options: dict[str, Any], words: str, cluster: Cluster, engine_on: EngineOn, states: Path
 ) -> None:
-    cluster.machines = machines
-    engine: Any = federate(engine=Ray(folder=str(states), **options)).engine
+    engine = engine_on(machines, options)
     with pytest.raises(UserError, match=f"^the cluster has {re.escape(words)}$"):
         engine._started()
     assert not cluster.actors

@@ -28,6 +28,7 @@ from fedekd.federation.checkpoint import CheckpointFolder
 from fedekd.flower import apps, mods
 from fedekd.flower.apps import Settings, make_client_app, serve
 from fedekd.flower.messages import HELLO, VISIT, note_of, packed
+from fedekd.flower.rehearsal import main as rehearse
 from fedekd.flower.rehearsal import same_figures, same_proxy
 from fedekd.flower.rounded_engine import RoundedEngine
 from fedekd.flower.secure import STEPS, SecureAggregation, needed_to_unmask
@@ -569,3 +570,11 @@ def test_one_process_can_come_to_the_same(nodes: Hospitals, options: list[str], 
     Orchestrator(**parts, output=tmp_path / "here", reference_folder=tmp_path / "local").run()
     assert same_figures(tmp_path / "sites", tmp_path / "here")
     assert same_proxy(tmp_path / "sites", tmp_path / "here")
+
+
+def test_a_rehearsal_of_too_few_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sites"
+    assert rehearse([f"--folder={folder}", "--secure=true", "--sites=2"]) == 2
+    told = capsys.readouterr().err
+    assert told == "error: --sites 2: secure aggregation is of 3 to 1023 sites in a round, and there are 2\n"
+    assert not folder.exists()
