@@ -218,6 +218,12 @@ def _do_no_harm(said: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
     return DoNoHarm() if said else None
 
 
+def parts_of(options: Sequence[str]) -> dict[str, Any]:
+    """The parts of a federation, from options of `fit`; see `build_parts`."""
+    parser = federation_parser()
+    return build_parts(parser, parse(parser, list(options)))
+
+
 def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The parts of a federation, as `Orchestrator` takes them; `config` gets every `auto` of the trainer decided.
 

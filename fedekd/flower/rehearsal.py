@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.arguments import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator
@@ -201,12 +201,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def parts_of(options: Sequence[str]) -> dict[str, Any]:
-    """The parts of a federation, from options of `fit`."""
-    parser = federation_parser()
-    return build_parts(parser, parse(parser, list(options)))
 
 
 @contextmanager

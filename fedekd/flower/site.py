@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.arguments import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
 from fedekd.federation.client_host import ClientHost, Share
@@ -38,11 +37,8 @@ from fedekd.flower.messages import (
 KEPT_VERSIONS = 4
 
 
-@lru_cache(maxsize=1)  # in a simulation one process is one site after another, of the same options and data
-def _parts(options: tuple[str, ...]) -> dict[str, Any]:
-    """The parts of a federation; nobody changes them."""
-    parser = federation_parser()
-    return build_parts(parser, parse(parser, list(options)))
+#: In a simulation one process is one site after another, of the same options and data; nobody changes the parts.
+_parts_of = lru_cache(maxsize=1)(parts_of)
 
 
 class Site:
@@ -63,7 +59,7 @@ class Site:
     def __init__(self, options: Sequence[str], number: int, sites: int, folder: Path, data: str | None = None) -> None:
         # Data that were dealt beforehand are not dealt again.
         own = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
-        parts = _parts((*options, *own, "--logger=null"))
+        parts = _parts_of((*options, *own, "--logger=null"))
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
         method, images = parts["method"], module.images

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.arguments import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
 from fedekd.federation.shared_blueprint import shared_blueprint
@@ -209,12 +209,6 @@ class Watch(SilentObserver):
 
 class StoppedError(Exception):
     """The server's process has ended."""
-
-
-def parts_of(options: Sequence[str]) -> dict[str, Any]:
-    """The parts of a federation, from options of `fit`."""
-    parser = federation_parser()
-    return build_parts(parser, parse(parser, list(options)))
 
 
 def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, Blueprint]:

@@ -22,6 +22,7 @@ from flwr.common import FitIns, bytes_to_ndarray, ndarray_to_bytes, ndarrays_to_
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.compat.common.recorddict_compat import fitins_to_recorddict
 
+from fedekd.configuration.arguments import parts_of
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator
 from fedekd.federation.checkpoint import CheckpointFolder
@@ -46,7 +47,6 @@ from .conftest import (
     carried,
     late,
     lost,
-    parts_of,
     same,
 )
 

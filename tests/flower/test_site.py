@@ -15,6 +15,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Context, Message, RecordDict
 
+from fedekd.configuration.arguments import parts_of
 from fedekd.errors import UserError
 from fedekd.federation.client_store import ClientStore
 from fedekd.flower import apps
@@ -35,7 +36,7 @@ from fedekd.flower.messages import (
 from fedekd.flower.rehearsal import write_site_data
 from fedekd.flower.site import KEPT_VERSIONS, Site
 
-from .conftest import SITES, Hospitals, parts_of, same
+from .conftest import SITES, Hospitals, same
 
 pytestmark = pytest.mark.flower
 
