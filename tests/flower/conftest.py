@@ -39,7 +39,7 @@ else:  # every test here says that it is skipped
 SITES = 3
 
 #: Flower's numbers of the sites' nodes, which are nothing like the sites' own.
-NODES = {0: 930, 1: 920, 2: 910}
+NODES = {0: 930, 1: 920, 2: 910, 3: 900, 4: 890}
 
 Answer = Callable[[], "Message"]
 Meddler = Callable[["Message", Answer], "Message | None"]
@@ -219,24 +219,25 @@ def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, Blueprin
 
 
 class Hospitals:
-    """Three sites with a folder each, and a server of the same options.
+    """Sites with a folder each, and a server of the same options.
 
     Args:
         folder: Where theirs are made.
         options: As those of `fit`.
         local: Where Local's references of the same clients are: the sites find them in their folders.
+        sites: How many there are.
     """
 
-    def __init__(self, folder: Path, options: Sequence[str], local: Path | None = None) -> None:
-        self.folder, self.options, self.grid = folder, list(options), FakeGrid()
-        for number in range(SITES):
+    def __init__(self, folder: Path, options: Sequence[str], local: Path | None = None, sites: int = SITES) -> None:
+        self.folder, self.options, self.sites, self.grid = folder, list(options), sites, FakeGrid()
+        for number in range(sites):
             if local is not None:
                 shutil.copytree(local, folder / f"hospital-{number}/site-{number:03d}/local")
             self.open(number)
 
     def open(self, number: int, node: int | None = None, options: Sequence[str] = ()) -> Site:
         """Start a site, or start it again."""
-        site = Site([*self.options, *options], number, SITES, self.folder / f"hospital-{number}")
+        site = Site([*self.options, *options], number, self.sites, self.folder / f"hospital-{number}")
         self.grid.nodes[NODES[number] if node is None else node] = site
         return site
 
@@ -254,7 +255,7 @@ class Hospitals:
     ) -> Orchestrator:
         """A server over the sites, as `fedekd.flower.apps.serve` makes it."""
         parts, observer = parts_of(self.options), observer or Watch()
-        found = wait_for_sites(self.grid, SITES, 0.0, observer)
+        found = wait_for_sites(self.grid, self.sites, 0.0, observer)
         descriptions = sorted(found.values(), key=lambda description: int(description["number"]))
         given = parts["data"]
         parts["data"] = SiteData(given.dataset, given.alpha, descriptions, given.batch_size, given.eval_batch_size)

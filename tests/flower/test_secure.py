@@ -71,7 +71,7 @@ class Node:
 
     def __init__(self, hospitals: Hospitals, number: int, *own: Any, **settings: Any) -> None:
         chosen = Settings(
-            tuple(hospitals.options), SITES, folder=str(hospitals.folder / f"hospital-{number}"), **settings
+            tuple(hospitals.options), hospitals.sites, folder=str(hospitals.folder / f"hospital-{number}"), **settings
         )
         self.number = number
         self.app = make_client_app(chosen, mods=own)
@@ -84,8 +84,8 @@ class Node:
 
 def behind_apps(hospitals: Hospitals, *own: Any) -> Hospitals:
     """The same sites, each behind its app."""
-    for number, node in NODES.items():
-        hospitals.grid.nodes[node] = Node(hospitals, number, *own)
+    for number in range(hospitals.sites):
+        hospitals.grid.nodes[NODES[number]] = Node(hospitals, number, *own)
     return hospitals
 
 
@@ -564,9 +564,18 @@ def test_why_a_visit_fails_is_told(once: Hospitals) -> None:
     assert "has other ideas" in watch.warnings[0]
 
 
-def test_one_process_can_come_to_the_same(nodes: Hospitals, options: list[str], tmp_path: Path) -> None:
+PARTIAL = ["--data.num_clients=5", "--participation=0.6"]
+LOOKS = ["--do_no_harm.looks=2", "--rounds=3"]
+
+
+@pytest.mark.parametrize("more", [[], PARTIAL, [*PARTIAL, *LOOKS]], ids=["all", "three of five", "with looks"])
+def test_one_process_can_come_to_the_same(
+    more: list[str], options: list[str], tmp_path: Path, undisturbed: Any
+) -> None:
+    chosen, sites = [*options, *more], 5 if more else SITES
+    nodes = behind_apps(Hospitals(tmp_path, chosen, None if more else undisturbed[2] / "local", sites))
     nodes.server(tmp_path / "sites", secure=SecureAggregation()).run()
-    parts = {**parts_of(options), "engine": RoundedEngine}
+    parts = {**parts_of(chosen), "engine": RoundedEngine}
     Orchestrator(**parts, output=tmp_path / "here", reference_folder=tmp_path / "local").run()
     assert same_figures(tmp_path / "sites", tmp_path / "here")
     assert same_proxy(tmp_path / "sites", tmp_path / "here")
