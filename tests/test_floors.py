@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fedekd
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted(path.parent.name for path in (ROOT / "fedekd").glob("*/__init__.py"))
 
@@ -38,3 +40,10 @@ def test_a_room_imports_only_from_below(room: str) -> None:
     floor = floors()
     for path, other in imported_rooms(room):
         assert other == room or floor[other] < floor[room], f"{path} imports {other}"
+
+
+def test_rooms_are_reached_by_their_names() -> None:
+    commands = {"benchmark", "cli", "configuration", "flower"}  # what they offer is called from a shell
+    assert {name for name in fedekd.__all__ if name in ROOMS} == {*ROOMS} - commands
+    for name in fedekd.__all__:
+        assert name == "__version__" or fedekd.__getattr__(name) is getattr(fedekd, name)

@@ -20,15 +20,24 @@ from fedekd.methods import Client, Local
 #: Splits on which a client may later compare Local with what the federation gave it.
 COMPARED_SPLITS = ("selection", "certificate")
 
-#: What trains a client: a reference made by other code is not reused.
-_TRAINING_CODE = ("data/batches.py", "functional", "methods/client.py", "methods/local.py", "modules", "seeding.py")
+#: What trains and scores a client: a reference made by other code is not reused.
+TRAINING_CODE = (
+    "data/batches.py",
+    "functional",
+    "methods/blueprint.py",
+    "methods/client.py",
+    "methods/local.py",
+    "metrics/scores.py",
+    "modules",
+    "seeding.py",
+)
 
 
 @cache
 def _training_code() -> str:
     root = Path(fedekd.__file__).parent
-    files = [root / part for part in _TRAINING_CODE if part.endswith(".py")]
-    files += [path for part in _TRAINING_CODE for path in sorted((root / part).glob("*.py"))]
+    files = [root / part for part in TRAINING_CODE if part.endswith(".py")]
+    files += [path for part in TRAINING_CODE for path in sorted((root / part).glob("*.py"))]
     return digest(b"".join(path.read_bytes() for path in files))
 
 
