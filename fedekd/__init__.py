@@ -22,7 +22,19 @@ _WHERE = {
     "Orchestrator": "fedekd.federation",
     "ProxyDistillModule": "fedekd.modules",
 }
-_ROOMS = ("certificates", "data", "evaluation", "exits", "federation", "functional", "methods", "metrics", "models", "modules", "reporting")
+_ROOMS = (
+    "certificates",
+    "data",
+    "evaluation",
+    "exits",
+    "federation",
+    "functional",
+    "methods",
+    "metrics",
+    "models",
+    "modules",
+    "reporting",
+)
 
 __all__ = [
     "FederatedDataModule",

@@ -69,8 +69,8 @@ class DoNoHarm:
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
             raise UserError(f"do_no_harm.delta is {self.delta}, and must be in (0, 1)")
-        if not 0 <= self.margin < 1:
-            raise UserError(f"do_no_harm.margin is {self.margin}, and must be in [0, 1)")
+        if not self.margin >= 0:
+            raise UserError(f"do_no_harm.margin is {self.margin}, and must be at least 0")
         if self.keep not in get_args(Keep):
             raise UserError(
                 f"do_no_harm.keep is {self.keep!r}, which is not known; {nearest(str(self.keep), get_args(Keep))}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -21,12 +24,13 @@ from fedekd.evaluation.calibration import (
     calibrate_client,
     costs_of,
     exit_lines,
+    learned_from,
     require_exits,
     share_saved,
     shared_images,
 )
 from fedekd.evaluation.clients import ClientLine, client_line
-from fedekd.evaluation.policies import client_lines_path, policy_path
+from fedekd.evaluation.policies import client_lines_path, load_policy, policy_path
 from fedekd.exits import ExitPolicy
 from fedekd.functional import SCORES
 from fedekd.methods import Client
@@ -94,7 +98,10 @@ def run(argv: Sequence[str]) -> int:
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
     clients = orchestrator.restored_clients()
     held_out = None if config.input is None else _load(config.input, clients[0].images)
-    trained_on = torch.cat([client.splits.train for client in clients])
+    trained_on = torch.cat([learned_from(client) for client in clients])
+    rule = orchestrator.do_no_harm
+    chosen_by = [] if rule is None else [getattr(client.splits, rule.split) for client in clients]
+    off_limits = torch.cat([trained_on, *chosen_by])
     console = Console()
     chosen = chosen_clients(clients, config.client)
     if config.client is None:
@@ -106,22 +113,30 @@ def run(argv: Sequence[str]) -> int:
     calibrator = _calibrator(config.alpha, delta, config.mode)
     # All of them before the first is written: a mistake leaves everything as it was.
     policies = [
-        calibrate_client(client, calibrator, config.score, held_out, trained_on, config.gamma) for client in chosen
+        replace(
+            calibrate_client(client, calibrator, config.score, held_out, off_limits, config.gamma),
+            together=len(chosen) if config.simultaneous else 1,
+        )
+        for client in chosen
     ]
+    table = client_lines_path(folder)
+    in_table = table.is_file() if config.client is not None else len(clients) > 1
+    lines = [client_line(client, policy) for client, policy in zip(chosen, policies, strict=True)] if in_table else []
     for client, policy in zip(chosen, policies, strict=True):
         path = policy_path(folder, client.number)
+        if config.client is not None:
+            _tell_of_those_left(folder, client.number, console)
         policy.save(path)
         console.print(_table(policy, client))
         for line in (*_remarks(policy, client, trained_on if held_out is None else None), f"written to {path}"):
             console.print(line, highlight=False, soft_wrap=True)
-    if len(clients) > 1 and config.client is None:
-        lines = [client_line(client, policy) for client, policy in zip(chosen, policies, strict=True)]
-        console.print(_client_table(lines, config.delta if config.simultaneous else None, calibrator))
-        path = client_lines_path(folder)
-        write_text(path, csv_text([field.name for field in fields(ClientLine)], [asdict(line) for line in lines]))
-        without = len(clients) - len(chosen)
+    if in_table:
+        _write_lines(table, lines, keep=config.client is not None)
+        if config.client is None:
+            console.print(_client_table(lines, config.delta if config.simultaneous else None, calibrator))
+        without = len(clients) - len(chosen) if config.client is None else 0
         told = f"; {without} clients have no exits" if without else ""
-        console.print(f"written to {path}{told}", highlight=False, soft_wrap=True)
+        console.print(f"written to {table}{told}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -130,6 +145,32 @@ def _calibrator(alpha: float, delta: float, mode: str) -> SelectiveRiskCalibrato
         return SelectiveRiskCalibrator(alpha, delta, mode)
     except UserError as error:
         raise UserError(f"--{error}") from error
+
+
+def _tell_of_those_left(folder: Path, number: int, console: Console) -> None:
+    """That a promise made for several clients at once is none any more where one of them gets another policy."""
+    before = None
+    with suppress(UserError):  # a damaged policy is replaced like any other
+        before = load_policy(folder, number)
+    if before is not None and before.together > 1:
+        console.print(
+            f"the policy that is replaced was one of {before.together} made to hold at once (--simultaneous): with the"
+            " new one they no longer do",
+            soft_wrap=True,
+        )
+
+
+def _write_lines(path: Path, lines: Sequence[ClientLine], keep: bool = False) -> None:
+    """The table of all clients; with `keep`, those of the file that are not among the lines stay in it."""
+    names = [field.name for field in fields(ClientLine)]
+    rows: dict[str, Mapping[str, Any]] = {}
+    if keep:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            # A table of another version is begun anew.
+            rows = {row["client"]: row for row in table} if table.fieldnames == names else {}
+    rows |= {str(line.client): asdict(line) for line in lines}
+    write_text(path, csv_text(names, [rows[number] for number in sorted(rows, key=int)]))
 
 
 def _client_table(lines: Sequence[ClientLine], together: float | None, calibrator: SelectiveRiskCalibrator) -> Table:

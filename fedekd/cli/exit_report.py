@@ -75,6 +75,8 @@ def _clients(folder: Path, number: int, beside_local: bool) -> dict[str, Client]
     orchestrator, _, summary = open_finished("report", folder, in_process=True)
     if not 0 <= number < orchestrator.num_clients:
         raise UserError(f"--client is {number}, and {folder} has the clients 0..{orchestrator.num_clients - 1}")
-    found = {str(summary["method"]): orchestrator.restored_clients()[number]}
+    client = orchestrator.restored_clients()[number]
+    client.keep_local(None)  # what the method has come to, whichever of the two models do_no_harm lets the client use
+    found = {str(summary["method"]): client}
     local = orchestrator.reference_clients()[number] if beside_local else None
     return found if local is None else found | {"Local": local}

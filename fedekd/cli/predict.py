@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
             f"warning: client {client.number} has no exit policy, so all images go to the last exit; {hint}",
             file=sys.stderr,
         )
-    if policy is not None and not any(policy.certified) and max(policy.thresholds[:-1], default=-1) != float("inf"):
+    if policy is not None and policy.promises_nothing:
         print(f"warning: the policy is of mode {policy.mode}, which promises nothing", file=sys.stderr)
     lines = list(_predictions(client, policy, images))
     text = io.StringIO(newline="")

@@ -59,6 +59,24 @@ def require_exits(network: object, whose: str) -> MultiExitNetwork:
     return network
 
 
+def require_untouched(client: Client) -> None:
+    """Hold a client's validation split to be one that its method has not learned from.
+
+    Raises:
+        UserError: If it has.
+    """
+    if "validation" in client.learns_from:
+        raise UserError(
+            f"client {client.number} was trained by a method that learns from its validation samples: nothing can be"
+            " promised on them; calibrate with --input, labelled images that it has never seen"
+        )
+
+
+def learned_from(client: Client) -> Tensor:
+    """Which images a client's method has trained on, as indices."""
+    return torch.cat([getattr(client.splits, split) for split in client.learns_from])
+
+
 def costs_of(network: MultiExitNetwork, images: ImageData, proxy: nn.Module | None = None) -> ExitCosts:
     """FLOPs of one image of a data set, in the network and in the proxy whose opinion is asked."""
     return exit_costs(network, (images.in_channels, *images.image_size), proxy)
@@ -82,20 +100,22 @@ def calibrate_client(
         calibrator: The rule.
         score: Which confidence, a name of `fedekd.functional.SCORES`; `agreement` asks the client's proxy, too.
         held_out: Other labelled images in place of both splits: a third of them tunes, the others calibrate.
-        trained_on: Images that the network has learned from, as indices, where that is more than the client's own
-            training split: a federated network has learned from everybody's.
+        trained_on: Images that the network has learned from or was chosen by, as indices, where that is more than the
+            client's own training: a federated network has learned from everybody's.
         gamma: Of `agreement`.
 
     Raises:
-        UserError: If the network has no exits, there are no samples, or `held_out` holds images of the training split.
+        UserError: If the network has no exits, there are no samples, it has learned from the client's own splits or
+            from images of `held_out`, or `held_out` repeats itself.
     """
     if client.blueprint.task == "regression":
         raise UserError("exits are calibrated by whether a class is right, and this is a regression run")
     network = require_exits(client.kept, f"the private model of client {client.number}")
     if held_out is None:
+        require_untouched(client)
         tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
     else:
-        _require_apart(client, held_out, client.splits.train if trained_on is None else trained_on)
+        _require_apart(client, held_out, learned_from(client) if trained_on is None else trained_on)
         outputs = exit_outputs(network, held_out.images, held_out.labels, proxy=client.networks.get("proxy"))
         # Shuffled: a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.blueprint.seed, client.number, "held out"))
@@ -215,6 +235,11 @@ def _require_apart(client: Client, held_out: ImageData, trained_on: Tensor) -> N
     train = client.images.images[trained_on.to(client.images.images.device)]
     if shared := shared_images(held_out.images, train):
         raise UserError(
-            f"--input: {shared} of {len(held_out)} images are among those that the network was trained on;"
-            " a promise made from them would be worth nothing"
+            f"--input: {shared} of {len(held_out)} images are among those that the network was trained on"
+            " or chosen by; a promise made from them would be worth nothing"
+        )
+    if repeats := len(held_out) - len({_content(image) for image in held_out.images}):
+        raise UserError(
+            f"--input: {repeats} of {len(held_out)} images repeat another one, pixel by pixel; a promise counts each as"
+            " evidence of its own, so each may be there once"
         )

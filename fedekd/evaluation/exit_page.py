@@ -69,7 +69,8 @@ def finding(report: ExitReport) -> str:
         f" images leave early and {1 - found.point.cost:.1%} of the FLOPs are saved; accuracy changes by {change:+.2f}"
         f" points, from {found.full_accuracy:.4f} to {found.point.accuracy:.4f}."
     )
-    if len(report.runs) > 1:
+    ranges = {(round(curve[0].cost, 9), round(curve[-1].cost, 9)) for curve in report.curves[:2]}
+    if len(report.runs) > 1 and len(ranges) == 1:  # a mean over other budgets is no comparison
         gain = report.areas[0] - report.areas[1]
         told += (
             f" Over all budgets {report.runs[0].name} is {100 * gain:+.2f} points from {report.runs[1].name}"

@@ -11,7 +11,7 @@ import torch
 
 from fedekd.certificates import MODES, ScoredExits, SelectiveRiskCalibrator, Validity, check_validity
 from fedekd.errors import UserError
-from fedekd.evaluation.calibration import costs_of, fit_policy, require_exits, split_outputs
+from fedekd.evaluation.calibration import costs_of, fit_policy, require_exits, require_untouched, split_outputs
 from fedekd.evaluation.robustness import Corrupted, Labelled, under_corruption
 from fedekd.evaluation.scoring import ExitOutputs, prepared
 from fedekd.evaluation.tradeoff import Outcome, anytime_curve, area, outcome
@@ -166,10 +166,14 @@ def make_exit_report(
         options: What to take time for.
         provenance: Where it comes from, as values for the page.
         advance: Called before each step with what comes next.
+
+    Raises:
+        UserError: If a network has not two exits, or the first one's method has learned from validation samples.
     """
     options = options or ReportOptions()
     names = list(clients)
     client = clients[names[0]]
+    require_untouched(client)
     advance("outputs of all exits")
     runs = [load_trained(each, name) for name, each in clients.items()]
     own = runs[0]

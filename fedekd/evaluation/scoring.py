@@ -86,7 +86,8 @@ def exit_outputs(
 ) -> ExitOutputs:
     """Run images through the whole network, all exits evaluated, in the precision of its weights.
 
-    No autocast: a policy that is calibrated on these scores must find the same ones later, on whatever machine.
+    No autocast: a policy that is calibrated on these scores must find the same ones later, on another machine but for
+    round-off (a GPU's TF32 included): a score on the very threshold may fall to either side.
 
     Args:
         network: E exits.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import cache
 from hashlib import sha256
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def network_fingerprint(network: nn.Module) -> str:
 
     The layout in memory and the device do not count. Parts are known by their class and by their plain settings: a
     network of the same weights with another activation, or another number of attention heads, is another network.
+    Settings that a part does not keep under the name of its argument are not seen.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -28,7 +30,7 @@ def network_fingerprint(network: nn.Module) -> str:
     digest = sha256()
     for name, part in network.named_modules():
         digest.update(f"{name}:{type(part).__qualname__}:{part.extra_repr()}:{_settings(part)};".encode())
-    for name, tensor in network.state_dict().items():
+    for name, tensor in (network.state_dict() | dict(network.named_buffers())).items():  # also those never saved
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
@@ -37,10 +39,21 @@ def network_fingerprint(network: nn.Module) -> str:
 
 def _settings(part: nn.Module) -> str:
     """What a part was made with, as far as it is plain and kept under its own name; not what it counts as it runs."""
-    plain = (bool, int, float, str)
     names = sorted(inspect.signature(type(part).__init__).parameters)
-    values = {name: getattr(part, name, None) for name in names if name != "self"}
-    return str([(name, value) for name, value in values.items() if isinstance(value, plain)])
+    values = {name: _plain(getattr(part, name, None)) for name in names if name != "self"}
+    return str([(name, value) for name, value in values.items() if value is not None])
+
+
+def _plain(value: Any) -> Any:
+    """A setting that is alike in every process: a number, a text, a function's name, or a list of these; else None."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, list | tuple):
+        parts = [_plain(each) for each in value]
+        return None if None in parts else parts
+    return None
 
 
 class _Steps:

@@ -45,6 +45,8 @@ def assign_exits(
     chosen = np.full(samples, exits - 1)
     eligible = np.ones(samples, dtype=bool)
     for exit_, (threshold, band) in enumerate(zip(thresholds[:-1], bands[:-1], strict=True)):
+        if band == math.inf:  # it is never asked, so that its score does not matter: it may be NaN
+            continue
         chosen[eligible & (scores[:, exit_] >= threshold)] = exit_
         eligible &= scores[:, exit_] < band
     return chosen
@@ -74,6 +76,8 @@ class ExitPolicy:
         versions: Of fedekd and torch, at calibration.
         gamma: Of the score `agreement`.
         proxy: For `agreement`, the fingerprint of the proxy that gives the second opinion; empty for none.
+        together: How many clients' promises, this one among them, hold all at once: with probability 1 - together *
+            delta.
     """
 
     thresholds: tuple[float, ...]
@@ -92,6 +96,7 @@ class ExitPolicy:
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     gamma: float = 1.0
     proxy: str = ""
+    together: int = 1
     _verified: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +131,11 @@ class ExitPolicy:
     def asks_proxy(self) -> bool:
         """Whether the score is one that a proxy has a part in."""
         return self.score == AGREEMENT
+
+    @property
+    def promises_nothing(self) -> bool:
+        """Whether images may leave early, and nothing is promised of them."""
+        return not any(self.certified) and any(threshold < math.inf for threshold in self.thresholds[:-1])
 
     @property
     def evaluated(self) -> tuple[bool, ...]:

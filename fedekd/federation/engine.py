@@ -185,6 +185,7 @@ class InProcessEngine:
         """A client, as it is now."""
         if number not in self.clients:
             client = self._new_client(number)
+            client.learns_from = self.method.learns_from
             self.method.equip(client)
             self.clients[number] = client
         return self.clients[number]

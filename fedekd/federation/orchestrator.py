@@ -109,10 +109,12 @@ class Orchestrator:
         name, looks = type(self.method).__name__, self.do_no_harm.looks
         if self.method.is_reference:
             raise UserError(f"do_no_harm compares a method with Local, and the method is {name}")
-        if self.method.learns_from_validation:
+        if "validation" in self.method.learns_from:
             raise UserError(
                 f"do_no_harm compares models on a part of the validation split, from which method {name} learns"
             )
+        if self.task == "classification" and self.do_no_harm.margin >= 1:
+            raise UserError(f"do_no_harm.margin is {self.do_no_harm.margin}, and accuracies differ by less than 1")
         if looks > self.options.rounds:
             raise UserError(f"do_no_harm.looks is {looks}, and there are {self.options.rounds} rounds")
         for splits in self.data.clients:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fedekd
 from fedekd.atomic import atomic_file
@@ -41,9 +42,9 @@ def _training_code() -> str:
     return digest(b"".join(path.read_bytes() for path in files))
 
 
-def _model_code(network: nn.Module) -> str:
-    """A hash of the files that define a network's layers, PyTorch's own left to its version."""
-    modules = {type(module).__module__ for module in network.modules()}
+def _code_of(objects: Iterable[object]) -> str:
+    """A hash of the files that define the classes of objects, PyTorch's own left to its version."""
+    modules = {type(each).__module__ for each in objects}
     own = sorted(name for name in modules if not name.startswith("torch."))
     files = [getattr(sys.modules[name], "__file__", None) for name in own]
     return digest(b"".join(Path(file).read_bytes() for file in files if file))
@@ -64,7 +65,8 @@ def reference_key(client: Client) -> str:
         "client": client.number,
         "blueprint": blueprint,
         "weights": digest(pack(network.state_dict())),
-        "model": _model_code(network),
+        "model": _code_of(network.modules()),
+        "optimizer": _code_of([client.blueprint.optimizer(network.parameters())]),
         "code": _training_code(),
         "torch": torch.__version__,
     }

@@ -80,8 +80,8 @@ class Method(ABC):
     #: How many exits the private model has where `client.exits` is not said; None leaves it as it is.
     exits: int | None = None
 
-    #: True where training looks at the validation split: nothing can be certified on a part of it afterwards.
-    learns_from_validation = False
+    #: The splits that training looks at; of one that includes validation nothing can be certified on a part of it.
+    learns_from: tuple[str, ...] = ("train",)
 
     def __init__(self) -> None:
         self.server_state: dict[str, Any] = {}

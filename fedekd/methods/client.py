@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ class Client:
         loss_scales: By role: the states of float16's loss scalers; empty in other precisions.
         memory: What the method keeps on the client, as a plain state_dict.
         supervised_epochs: Epochs of supervised training that the private model has had.
+        learns_from: The splits that the method's training looks at.
     """
+
+    learns_from: tuple[str, ...] = ("train",)
 
     def __init__(self, number: int, splits: ClientSplits, images: ImageData, blueprint: Blueprint) -> None:
         self.number, self.splits, self.images, self.blueprint = number, splits, images, blueprint
@@ -117,20 +120,21 @@ class Client:
         return module.epoch_means
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
-    def predict(self, role: str, split: str, with_features: bool = False) -> Prediction:
+    def predict(self, role: str, split: str, with_features: bool = False, *, mixed: bool = True) -> Prediction:
         """A network's predictions for all samples of a split, in order, in evaluation mode.
 
         Args:
             role: Which network.
             split: `train`, `validation`, `selection`, `calibration`, `certificate` or `test`.
             with_features: Also the features.
+            mixed: In the mixed precision of training, where that is one; False is in the precision of the weights.
         """
         network, trainer = self.networks[role], self.blueprint.trainer
         indices = getattr(self.splits, split).to(self.images.images.device)
         was_training = network.training
         network.eval()
         parts = []
-        with trainer.autocast():
+        with trainer.autocast() if mixed else nullcontext():
             for chosen in indices.split(self.blueprint.eval_batch_size):
                 x = scale(self.images.images[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 parts.append(predict(network, x, with_features))
@@ -154,9 +158,10 @@ class Client:
     def losses(self, split: str, role: str = "private") -> Tensor:
         """What a network's last exit loses on each sample of a split: 1 if it is wrong, or its squared error; (n,).
 
-        An output that is not finite is wrong, or as far off as can be.
+        An output that is not finite is wrong, or as far off as can be. No mixed precision: what is compared by these is
+        the model as `predict` will use it.
         """
-        output = self.predict(role, split).output
+        output = self.predict(role, split, mixed=False).output
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
         finite = output.isfinite().all(dim=1)
         if self.blueprint.task == "regression":

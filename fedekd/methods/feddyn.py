@@ -55,14 +55,19 @@ class FedDyn(FedAvg):
         return [*super().objectives(client, network, round), Linear(network, client.memory["g"]), quadratic]
 
     def upload(self, client: Client, round: int) -> Update:
-        """Train, renew g_k, and send the model."""
+        """Train, renew g_k, and send the model.
+
+        g_k lasts: training that has diverged leaves it as it was, or the client would diverge in every later round.
+        """
         before = trainable(client.networks["private"])
         update = super().upload(client, round)
         gradients: dict[str, Tensor] = client.memory["g"]
-        client.memory["g"] = {
+        renewed = {
             name: gradients[name].to(value.device) - self.alpha * (update.state[name] - value)
             for name, value in before.items()
         }
+        if all(bool(gradient.isfinite().all()) for gradient in renewed.values()):
+            client.memory["g"] = renewed
         return update
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import Aggregator, active_exits
 from fedekd.functional.coordination import SCHEDULES, Schedule
 from fedekd.methods.base import StateDict, Update
+from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.proxies import ProxyMethod
 from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, ProxyDistillModule
@@ -81,16 +84,20 @@ class FedeKD(ProxyMethod):
             raise UserError(f"method.schedule is {schedule!r}, which is not known; {nearest(schedule, SCHEDULES)}")
         if not consistency_weight >= 0:
             raise UserError(f"method.consistency_weight is {consistency_weight}, and must be at least 0")
-        if not beta > 0:
-            raise UserError(f"method.beta is {beta}, and must be above 0")
+        if not 0 < beta < math.inf:
+            raise UserError(f"method.beta is {beta}, and must be a finite number above 0")
         if isinstance(energy, str) and energy not in ENERGIES:
             energy = _imported(energy)
         if not lambda_kd >= 0:
             raise UserError(f"method.lambda_kd is {lambda_kd}, and must be at least 0")
-        if not temperature > 0:
-            raise UserError(f"method.temperature is {temperature}, and must be above 0")
+        if not 0 < temperature < math.inf:
+            raise UserError(f"method.temperature is {temperature}, and must be a finite number above 0")
         if proxy_epochs is not None and proxy_epochs < 1:
             raise UserError(f"method.proxy_epochs is {proxy_epochs}, and must be at least 1, or null")
+        for name, state in (("private", private_optimizer_state), ("proxy", proxy_optimizer_state)):
+            if state not in get_args(OptimizerState):
+                hint = nearest(state, get_args(OptimizerState))
+                raise UserError(f"method.{name}_optimizer_state is {state!r}, which is not known; {hint}")
         self.beta, self.lambda_kd, self.energy, self.gate, self.energy_of = (
             beta,
             lambda_kd,
@@ -103,6 +110,19 @@ class FedeKD(ProxyMethod):
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
 
+    def start(self, blueprint: Blueprint) -> None:
+        """One initial proxy for all, and a look whether the modules can be made: of one client of each kind.
+
+        Raises:
+            UserError: If an option does not fit the task or the networks; nobody has trained yet.
+        """
+        super().start(blueprint)
+        proxy = blueprint.network("proxy", "server")
+        for owner in {blueprint.kind(number): number for number in range(blueprint.num_clients)}.values():
+            private = blueprint.network("private", owner)
+            self._backward(blueprint, private, proxy, self.lambda_kd)
+            self._forward(blueprint, private, proxy)
+
     def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
         """The backward stage (lines 9-17): the private model learns from labels and from the global proxy."""
         private, proxy = client.networks["private"], client.networks["proxy"]
@@ -110,19 +130,7 @@ class FedeKD(ProxyMethod):
         if round == 0:
             return {}
         lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
-        module = GatedPrivateModule(
-            private,
-            proxy,
-            client.blueprint.task,
-            self.energy,
-            self.beta,
-            lambda_kd,
-            client.blueprint.optimizer,
-            self.gate,
-            self.energy_of,
-            self._active(client, round),
-            self.consistency_weight,
-        )
+        module = self._backward(client.blueprint, private, proxy, lambda_kd, self._active(client, round))
         # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
         taught = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
         logs = client.train(
@@ -151,7 +159,32 @@ class FedeKD(ProxyMethod):
     def upload(self, client: Client, round: int) -> Update:
         """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        module = ProxyDistillModule(proxy, private, client.blueprint.task, self.temperature, client.blueprint.optimizer)
+        module = self._forward(client.blueprint, private, proxy)
         taught = client.predict("private", "train").tensors
         client.train("proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy)
         return self.proxy_of(client)
+
+    def _backward(
+        self,
+        blueprint: Blueprint,
+        private: nn.Module,
+        proxy: nn.Module,
+        lambda_kd: float,
+        active: list[bool] | None = None,
+    ) -> GatedPrivateModule:
+        return GatedPrivateModule(
+            private,
+            proxy,
+            blueprint.task,
+            energy=self.energy,
+            beta=self.beta,
+            lambda_kd=lambda_kd,
+            optimizer=blueprint.optimizer,
+            gate=self.gate,
+            energy_of=self.energy_of,
+            active=active,
+            consistency_weight=self.consistency_weight,
+        )
+
+    def _forward(self, blueprint: Blueprint, private: nn.Module, proxy: nn.Module) -> ProxyDistillModule:
+        return ProxyDistillModule(proxy, private, blueprint.task, self.temperature, blueprint.optimizer)

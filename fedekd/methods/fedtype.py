@@ -32,7 +32,7 @@ class FedType(ProxyMethod):
             model: the private models are then Local's, bit for bit.
     """
 
-    learns_from_validation = True
+    learns_from = ("train", "validation")
 
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
@@ -112,4 +112,5 @@ class FedType(ProxyMethod):
         )
         change = client.score("validation", "proxy") - before
         lam = client.memory["lam"]
-        client.memory["lam"] = lam if change >= 0 else lam - (1 - lam) * change
+        if change < 0:  # nor where it is NaN, as a proxy has diverged
+            client.memory["lam"] = lam - (1 - lam) * change

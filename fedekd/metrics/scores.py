@@ -28,7 +28,7 @@ def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
         task: Which of the two.
 
     Returns:
-        Accuracy in [0, 1], or RMSE in the target's unit; NaN if there are no samples.
+        Accuracy in [0, 1], or RMSE in the target's unit; NaN if there are no samples, or an output is not finite.
 
     Raises:
         UserError: `task` is unknown.
@@ -59,7 +59,7 @@ def _rmse(outputs: Tensor, targets: Tensor) -> float:
     for name, tensor in (("outputs", outputs), ("targets", targets)):
         if tensor.shape not in {(n,), (n, 1)}:
             raise ValueError(f"RMSE needs {name} of shape ({n},) or ({n}, 1), but has {tuple(tensor.shape)}")
-    if n == 0:
+    if n == 0 or not torch.isfinite(outputs).all():
         return math.nan
     predicted, wanted = outputs.to(torch.float64).flatten(), targets.to(torch.float64).flatten()
     return mean_squared_error(predicted, wanted, squared=False).item()

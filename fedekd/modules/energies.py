@@ -7,7 +7,7 @@ A new energy is one class here (or anywhere: `energy` takes an instance too) and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +126,10 @@ def build_energy(energy: str | Energy, task: Task, of: Source, private: nn.Modul
     """An energy by its short name, or the instance that was given.
 
     Raises:
-        UserError: If the name is unknown, the energy is not defined for the task, or a network lacks what it needs.
+        UserError: If a name is unknown, the energy is not defined for the task, or a network lacks what it needs.
     """
+    if of not in get_args(Source):
+        raise UserError(f"energy_of is {of!r}, which is not known; {nearest(of, get_args(Source))}")
     if isinstance(energy, str):
         if energy not in ENERGIES:
             raise UserError(f"energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")

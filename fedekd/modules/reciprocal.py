@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,9 +36,14 @@ class ConformalModel:
     def calibrate(
         cls, logits: Tensor, labels: Tensor, alpha: float, lam: float, generator: torch.Generator
     ) -> ConformalModel:
-        """Fit the temperature, and then tau, on calibration samples (n, C) and (n,)."""
+        """Fit the temperature, and then tau, on calibration samples (n, C) and (n,).
+
+        Of a network that has diverged, whose logits are not finite, every set holds every label.
+        """
         logits, labels = F.at_least_float32(logits).cpu(), labels.cpu()
         kappa = min(5, -(-logits.shape[1] // 2))
+        if not logits.isfinite().all():
+            return cls(1.0, math.inf, lam, kappa)
         temperature = F.fit_temperature(logits, labels)
         probabilities = (logits / temperature).softmax(dim=1)
         uniforms = torch.rand(len(labels), generator=generator, dtype=probabilities.dtype)

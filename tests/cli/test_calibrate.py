@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedekd.cli import main
+from fedekd.configuration.finished import open_finished
 from fedekd.exits import ExitPolicy
 from fedekd.federation import Orchestrator
 from fedekd.methods import Client
@@ -90,6 +92,66 @@ def test_every_client_gets_a_policy_and_its_exits_are_told(
     before = [Path("run/exits", name).read_bytes() for name in files]
     assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2"]) == 0
     assert [Path("run/exits", name).read_bytes() for name in files] == before
+
+
+def test_the_table_of_all_clients_follows_the_policy_of_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows() -> list[dict[str, str]]:
+        with Path("run/exits/clients.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2", "--simultaneous"]) == 0
+    before = rows()
+    assert ExitPolicy.load(Path("run/exits/client-001.json")).together == 2
+    capsys.readouterr()
+    assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
+    printed = capsys.readouterr().out
+    assert "one of 2 made to hold at once (--simultaneous): with the new one they no longer do" in printed
+    after = rows()
+    assert after[0] == before[0]
+    assert (before[1]["certified_risk"], after[1]["certified_risk"]) == ("0.2", "0.4")
+    assert ExitPolicy.load(Path("run/exits/client-001.json")).together == 1
+    assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
+    assert "at once" not in capsys.readouterr().out
+    assert rows() == after
+
+
+def test_nothing_is_promised_on_samples_that_a_method_learns_from(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(ready / "blobs.npz", "learned", "--method=FedType", "--client.exits=2") == 0
+    capsys.readouterr()
+    assert main(["calibrate", "learned"]) == 2
+    assert "client 0 was trained by a method that learns from its validation samples" in told(capsys)
+    assert main(["report", "learned", "--output=page"]) == 2
+    assert "learns from its validation samples" in told(capsys)
+    images, labels = pooled(ready)
+    federation, *_ = open_finished("test", Path("learned"), in_process=True)
+    theirs = federation.data.clients[1].validation.numpy()
+    np.savez("more.npz", test_images=images[theirs], test_labels=labels[theirs])
+    assert main(["calibrate", "learned", "--client=0", "--input=more.npz"]) == 2
+    assert f"{len(theirs)} of {len(theirs)} images are among those that the network was trained on" in told(capsys)
+    assert not Path("learned/exits").exists()
+
+
+def test_what_a_kept_model_was_chosen_by_is_refused(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.delta=0.1") == 0
+    images, labels = pooled(ready)
+    federation, *_ = open_finished("test", Path("chosen"), in_process=True)
+    by = federation.data.clients[0].certificate.numpy()
+    np.savez("more.npz", test_images=images[by], test_labels=labels[by])
+    capsys.readouterr()
+    assert main(["calibrate", "chosen", "--client=0", "--input=more.npz"]) == 2
+    assert "or chosen by" in told(capsys)
+
+
+def test_images_that_are_there_twice_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    twice, labels = np.concatenate([images, images[:5]]), np.arange(25) % 3
+    np.savez("more.npz", test_images=twice, test_labels=labels)
+    assert main(["calibrate", "run", "--input", "more.npz"]) == 2
+    assert "--input: 5 of 25 images repeat another one, pixel by pixel" in told(capsys)
 
 
 def test_an_exit_that_stays_closed_says_what_would_open_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,8 +243,6 @@ def test_regression_runs_are_refused(here: Path, ready: Path, capsys: pytest.Cap
 
 
 def trained_on(ready: Path, client: int) -> np.ndarray:
-    from fedekd.configuration.finished import open_finished
-
     federation, *_ = open_finished("test", Path("run"), in_process=True)
     return federation.data.clients[client].train.numpy()
 

@@ -103,6 +103,18 @@ def test_two_runs_of_one_method_stand_side_by_side(run: Path, monkeypatch: pytes
     assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in alone]
 
 
+def test_the_methods_network_is_shown_where_a_client_keeps_its_local_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    fit(run / "blobs.npz", "runs/kept", "--method=SafeKD", "--client.exits=2", "--do_no_harm.delta=1e-9")
+    assert json.loads(Path("runs/kept/summary.json").read_text())["clients"][0]["kept"] == "local"
+    assert main(["report", "runs/kept", "--draws=1"]) == 0
+    kept, alone = (rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("kept", "safe"))
+    assert kept == alone
+    assert [row["accuracy"] for row in kept[:2]] != [row["accuracy"] for row in kept[2:]]
+
+
 def test_what_cannot_be_reported_is_told_in_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,24 @@ def test_running_a_network_makes_it_no_other():
     assert network_fingerprint(served) == before
 
 
+class Activated(nn.Module):
+    """Its settings have no weights: a function, a list, and a buffer that is not saved."""
+
+    def __init__(self, function=torch.relu, sizes=(1, 2), scale=1.0) -> None:
+        super().__init__()
+        self.function, self.sizes = function, sizes
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+def test_settings_without_weights_tell():
+    others = [Activated(torch.tanh), Activated(nn.functional.relu), Activated(sizes=[1, 3]), Activated(scale=2.0)]
+    assert len({network_fingerprint(each) for each in (Activated(), *others)}) == 5
+    assert network_fingerprint(Activated(sizes=[1, 2])) == network_fingerprint(Activated())
+    relu, gelu = (nn.TransformerEncoderLayer(4, 2, 8, activation=name) for name in ("relu", "gelu"))
+    gelu.load_state_dict(relu.state_dict())
+    assert network_fingerprint(relu) != network_fingerprint(gelu)
+
+
 def test_objects_in_a_tuple_do_not_tell():
     def of() -> nn.Module:
         torch.manual_seed(0)

@@ -83,6 +83,8 @@ def literal_exit(scores, thresholds, bands) -> int:
     """One sample's way through a network, as the policy says it."""
     last = len(scores) - 1
     for exit_ in range(last):
+        if thresholds[exit_] == bands[exit_] == INF:
+            continue  # closed, and so not even computed
         if scores[exit_] >= thresholds[exit_]:
             return exit_
         if not scores[exit_] < bands[exit_]:

@@ -125,6 +125,15 @@ def test_missing_and_unreadable_files_are_told_in_one_line(tmp_path):
         ExitPolicy.load(tmp_path / "x.json")
 
 
+def test_which_policies_let_images_leave_without_a_promise():
+    assert policy(0.5).promises_nothing
+    assert policy(0.5, INF).promises_nothing
+    assert policy(INF, 0.5).promises_nothing
+    assert not policy(INF, INF).promises_nothing
+    assert not policy().promises_nothing  # one exit: nobody leaves early
+    assert not policy(INF, 0.5, certified=(False, True, False)).promises_nothing
+
+
 def test_it_serves_its_network_in_any_layout_and_after_a_copy():
     served = network()
     own = of(served)

@@ -266,7 +266,7 @@ METHODS = {
     name: each
     for name in fedekd.methods.__all__
     if inspect.isclass(each := getattr(fedekd.methods, name)) and issubclass(each, Method)
-    if not (inspect.isabstract(each) or each.is_reference or each.learns_from_validation)
+    if not (inspect.isabstract(each) or each.is_reference or "validation" in each.learns_from)
 } | {"FedAvg, fine-tuned": lambda: FedAvg(finetune_epochs=1)}
 
 

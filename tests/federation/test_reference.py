@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import fedekd
-from fedekd.federation.reference import TRAINING_CODE
+from fedekd.federation.reference import TRAINING_CODE, reference_key
+from fedekd.methods import ClientOptions, Local
+
+from .conftest import Federate
 
 ROOT = Path(fedekd.__file__).parent
 
@@ -54,6 +61,20 @@ def test_all_that_training_imports_is_part_of_the_key() -> None:
     assert "functional/shapes.py" in names
     known = (*TRAINING_CODE, *HASHED_OTHERWISE)
     assert [name for name in names if not any(name == one or name.startswith(f"{one}/") for one in known)] == []
+
+
+def test_an_optimizer_of_ones_own_is_known_by_its_code(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(body: str) -> str:
+        (tmp_path / "own_optimizer.py").write_text(f"import torch\n\nclass Own(torch.optim.SGD):\n    {body}\n")
+        sys.modules.pop("own_optimizer", None)
+        importlib.invalidate_caches()
+        options = ClientOptions(optimizer={"class_path": "own_optimizer.Own", "init_args": {"lr": 0.1}})
+        return reference_key(federate(Local(), client=options).engine.client(0))  # type: ignore[attr-defined]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    assert key("pass") == key("pass") != key("momentum = 0.9")
 
 
 def test_all_of_the_key_is_there() -> None:

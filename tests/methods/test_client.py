@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fedekd.data import FederatedDataModule
+from fedekd.data import FederatedDataModule, scale
 from fedekd.methods import Client, ClientOptions
-from fedekd.modules import SupervisedModule
+from fedekd.modules import SupervisedModule, TrainerFactory
 
 from .conftest import make_blueprint
 
@@ -72,11 +73,28 @@ def test_training_leaves_the_global_generator_as_it_was(client: Client) -> None:
 def test_predictions_come_in_the_order_of_the_split(client: Client) -> None:
     network = client.networks["private"].eval()
     output = client.predict("private", "train").output
-    from fedekd.data import scale
 
     with torch.no_grad():
         expected = network(scale(client.images.images[client.splits.train]))
     torch.testing.assert_close(output, expected)
+
+
+def test_losses_are_those_of_the_model_that_is_used_later(client: Client) -> None:
+    """Which answers in the precision of its weights, whatever it was trained in."""
+    mixed = TrainerFactory(accelerator="cpu", precision="bf16-mixed", threads=1)
+    client.blueprint = replace(client.blueprint, trainer=mixed)
+    client.networks["private"] = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    plain = client.predict("private", "test", mixed=False).output
+    with torch.no_grad():
+        assert torch.equal(plain, client.networks["private"](scale(client.images.images[client.splits.test])))
+    assert not torch.equal(plain, client.predict("private", "test").output.float())
+    # A label that only one of the two precisions finds: nearly a tie.
+    targets = client.images.targets[client.splits.test]
+    layer = client.networks["private"][1]
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([1.0, 1.001, 0.0]))  # in bfloat16 both are 1, and the first is taken
+    assert torch.equal(client.losses("test"), (targets != 1).double())
 
 
 def test_state_dict_round_trip(client: Client) -> None:

@@ -47,6 +47,12 @@ def test_no_samples_have_no_score() -> None:
     assert math.isnan(score(torch.zeros(0, 1), torch.zeros(0), "regression"))
 
 
+@pytest.mark.parametrize("output", [math.inf, -math.inf, math.nan])
+def test_a_model_that_has_diverged_has_no_score(output: float) -> None:
+    assert math.isnan(score(torch.tensor([[output, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), "classification"))
+    assert math.isnan(score(torch.tensor([[output], [0.0]]), torch.tensor([0.0, 1.0]), "regression"))
+
+
 def test_every_task_has_a_name_for_its_score() -> None:
     assert tuple(SCORE_NAME) == TASKS
     assert list(SCORE_NAME.values()) == ["accuracy", "rmse"]

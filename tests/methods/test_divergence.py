@@ -1,0 +1,130 @@
+"""Training that diverges at one client, or at all of them, ends no federation and shuts nobody out for ever."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.errors import UserError
+from fedekd.federation import RoundOptions, SilentObserver
+from fedekd.methods import Client, ClientOptions, FedDyn, FedeKD, FedType
+from fedekd.modules.reciprocal import ConformalModel
+
+from .conftest import Federate, weights
+from .test_methods import CASES, METHODS, small_client
+
+#: Whose private model begins each round with what the server sends.
+SHARED = ("fedavg", "fedprox", "feddyn", "fedper", "fedrep", "cafedistill", "depthfl", "scalefl")
+
+
+class Listener(SilentObserver):
+    def __init__(self) -> None:
+        self.phases, self.updates = 0, list[float]()
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        self.phases += 1
+
+    def round_finished(self, row: Any) -> None:
+        self.updates.append(row["comm/updates"])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_who_diverges_once_takes_part_again(name: str, federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Client.train
+
+    def diverging(self: Client, role: str, module: Any, round: int, **options: Any) -> dict[str, float]:
+        logs = train(self, role, module, round, **options)
+        if (self.number, role, round) == (0, "private", 0):
+            for parameter in self.networks["private"].parameters():
+                parameter.data.fill_(math.nan)
+        return logs
+
+    monkeypatch.setattr(Client, "train", diverging)
+    run = federate(
+        METHODS[name](), client=small_client(name), rounds=RoundOptions(rounds=2), observer=(listener := Listener())
+    )
+    summary = run.run()
+    assert listener.updates == [2, 3]
+    assert all(math.isfinite(client["method"]) for client in summary["clients"])
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+@pytest.mark.parametrize(("name", "task"), [case for case in CASES if "-" not in case[0]])
+def test_a_federation_that_diverges_comes_to_its_end(name: str, task: str, federate: Federate) -> None:
+    small = small_client(name)
+    client = ClientOptions(
+        local_epochs=1,
+        private_model=small.private_model,
+        exits=small.exits,
+        optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}},
+    )
+    summary = federate(METHODS[name](), task, client=client).run()
+    assert all(math.isnan(client["local"]) for client in summary["clients"])
+
+
+def test_the_sets_of_a_network_that_diverged_hold_every_label() -> None:
+    logits = torch.randn(40, 3)
+    logits[7, 1] = math.inf
+    model = ConformalModel.calibrate(logits, torch.arange(40) % 3, 0.1, 0.001, torch.Generator())
+    for others in (torch.randn(5, 3), torch.full((5, 3), math.nan)):
+        assert model.sets(others, torch.Generator()).all()
+
+
+def test_the_weight_of_the_proxys_sets_outlives_a_divergence(federate: Federate) -> None:
+    run = federate(FedType())
+    run.method.start(run.blueprint)
+    client = run.engine.client(0)  # type: ignore[attr-defined]
+    before = client.memory["lam"]
+    for parameter in client.networks["proxy"].parameters():
+        parameter.data.fill_(math.nan)
+    run.method.upload(client, 0)
+    assert client.memory["lam"] == before
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "words"),
+    [
+        ({"energy": "entropy"}, "regression", "energy 'entropy' is defined for classification"),
+        ({"consistency_weight": 0.5}, "regression", "consistency_weight is 0.5, and regression"),
+        ({"gate": "nonsense"}, "classification", "gate is 'nonsense', which is not known"),
+        ({"energy_of": "nonsense"}, "classification", "energy_of is 'nonsense', which is not known"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anybody_trains(
+    options: dict[str, Any], task: str, words: str, federate: Federate
+) -> None:
+    run = federate(FedeKD(**options), task, observer=(listener := Listener()))
+    with pytest.raises(UserError, match=words):
+        run.run()
+    assert listener.phases == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"beta": math.inf}, r"method\.beta is inf, and must be a finite number above 0"),
+        ({"temperature": math.inf}, r"method\.temperature is inf, and must be a finite number above 0"),
+        ({"private_optimizer_state": "cary"}, r"method\.private_optimizer_state is 'cary'.* 'carry'"),
+        ({"proxy_optimizer_state": "keep"}, r"method\.proxy_optimizer_state is 'keep'"),
+    ],
+)
+def test_options_are_held_to_their_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        FedeKD(**options)
+
+
+def test_feddyns_gradients_are_renewed_where_they_can_be(federate: Federate) -> None:
+    run = federate(FedDyn(alpha=0.1))
+    run.method.start(run.blueprint)
+    client = run.engine.client(0)  # type: ignore[attr-defined]
+    run.method.absorb(client, run.method.server_state["model"], 0)
+    run.method.upload(client, 0)
+    sound = {name: value.clone() for name, value in client.memory["g"].items()}
+    assert any(value.abs().max() > 0 for value in sound.values())
+    for parameter in client.networks["private"].parameters():
+        parameter.data.fill_(math.nan)
+    run.method.upload(client, 1)
+    assert all(torch.equal(value, sound[name]) for name, value in client.memory["g"].items())
