@@ -24,7 +24,7 @@ FEDERATIONS = 2000
     ("arguments", "words"),
     [
         *[({"delta": bad}, rf"do_no_harm\.delta is {bad}, and must be in \(0, 1\)") for bad in (0, 1, -0.1, math.nan)],
-        *[({"margin": bad}, rf"do_no_harm\.margin is {bad}, and must be in \[0, 1\)") for bad in (-0.1, 1, math.nan)],
+        *[({"margin": bad}, rf"do_no_harm\.margin is {bad}, and must be at least 0") for bad in (-0.1, math.nan)],
         ({"keep": "beter"}, r"do_no_harm\.keep is 'beter', which is not known; did you mean 'better'"),
         *[({"looks": bad}, rf"do_no_harm\.looks is {bad}, and must be at least 1") for bad in (0, -1)],
         *[({"clip": bad}, rf"do_no_harm\.clip is {bad}, and must be a finite") for bad in (0, -1, math.nan, math.inf)],

@@ -219,6 +219,7 @@ def test_a_client_of_nothing_but_training_samples_is_told(client):
         networks=client.networks,
         kept=client.kept,
         images=client.images,
+        learns_from=client.learns_from,
         blueprint=client.blueprint,
         splits=replace(client.splits, selection=client.splits.test[:0]),
     )

@@ -147,7 +147,7 @@ def test_promises_are_those_of_each_client_and_of_their_pools(clients: Any) -> N
 
 
 def changed(client: Any, **values: Any) -> Any:
-    names = ("number", "kept", "kept_role", "networks", "images", "blueprint", "splits")
+    names = ("number", "kept", "kept_role", "networks", "images", "learns_from", "blueprint", "splits")
     return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
 
 
