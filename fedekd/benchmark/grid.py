@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fedekd.configuration.arguments import as_values, federation_parser, parse
+from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError, nearest
 from fedekd.evaluation.promises import PromiseOptions
 
@@ -140,6 +140,26 @@ def cells(
                 cell = Cell(dataset, float(alpha), seed, label, of_cell, key, configuration, promises)
                 found.setdefault(cell.key, cell)
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
+
+
+def require_valid(grid: Sequence[Cell]) -> None:
+    """Make the parts of a run for each method, each partition and each set of options in a grid; nothing is trained.
+
+    Raises:
+        UserError: If one of them cannot be made; it names the first cell that has it.
+    """
+    parser, known = federation_parser(), set[str]()
+    for cell in grid:
+        values = {**cell.values, "logger": None, "seed": 0}
+        rest = {name: value for name, value in values.items() if name not in ("method", "data")}
+        aspects = {json.dumps(part, sort_keys=True) for part in (values["method"], values["data"], rest)}
+        if aspects <= known:
+            continue
+        known |= aspects
+        try:
+            build_parts(parser, parser.parse_object(values))
+        except UserError as error:
+            raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
 
 
 def _promises(block: Block) -> PromiseOptions | None:

@@ -50,20 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for a user's mistake, told in one line on stderr; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview())
-        return OK
-    if argv[0] in ("-V", "--version"):
-        from fedekd import __version__
-
-        print(f"fedekd {__version__}")
-        return OK
-    # Threads that spin while they wait make a busy machine many times slower; an idle one hardly notices.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.stdout is None:  # closed by who has started this: what is told is for nobody
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is open to the end
     try:
-        if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
-        code: int = import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+        code = _run(argv)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
@@ -72,17 +62,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as error:
-        return _fail(_told(error))
+        return _fail(_told(error, argv))
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
 
 
-def _told(error: OSError) -> str:
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return OK
+    if argv[0] in ("-V", "--version"):
+        from fedekd import __version__
+
+        print(f"fedekd {__version__}")
+        return OK
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
+    # Threads that spin while they wait make a busy machine many times slower; an idle one hardly notices.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "" not in sys.path:
+        sys.path.append("")  # a method or a partition of one's own may lie where one stands
+    code: int = import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+    return code
+
+
+def _told(error: OSError, argv: Sequence[str]) -> str:
     """What the system refused, and where."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; what was finished is kept: free some space and use fit --resume"
+        again = "use fit --resume" if argv[:1] == ["fit"] else "start it again"
+        return f"no space left on the disk{where}; what was finished is kept: free some space and {again}"
     text = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {text}" if error.filename else text
 

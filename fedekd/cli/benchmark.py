@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedekd.benchmark import Block, Cell, cells, markdown_table, parse_filter, read_results, run_grid
+from fedekd.benchmark import Block, Cell, cells, markdown_table, parse_filter, read_results, require_valid, run_grid
 from fedekd.benchmark.results import Row
 from fedekd.configuration.arguments import parse
 from fedekd.errors import UserError
+from fedekd.modules import TrainerFactory
 
 
 def benchmark_parser() -> ArgumentParser:
@@ -88,6 +91,36 @@ def _name(cell: Cell) -> str:
     return f"{cell.dataset} alpha {cell.alpha:g} seed {cell.seed} {cell.method}"
 
 
+def _trainer(config: Namespace) -> dict[str, Any]:
+    """The options of all trainers, held to what this machine has.
+
+    Raises:
+        UserError: If one is not valid, or the device is not there.
+    """
+    if config.threads != "auto" and not (config.threads.isdecimal() and int(config.threads)):
+        raise UserError(f"--threads is {config.threads!r}, and must be a whole number of at least 1, or auto")
+    threads = config.threads if config.threads == "auto" else int(config.threads)
+    options = {"accelerator": config.accelerator, "precision": config.precision, "threads": threads}
+    try:
+        TrainerFactory(**options).resolve()
+    except UserError as error:
+        raise UserError(str(error).replace("--trainer.", "--").replace("trainer.", "--")) from error
+    return options
+
+
+def _tell_of_other_precisions(kept: Mapping[str, Row], grid: Sequence[Cell], wanted: str) -> None:
+    """That finished cells stay as they are, where another precision is asked for than they had."""
+    had = Counter(kept[cell.key]["precision"] for cell in grid if cell.key in kept)
+    others = {precision: count for precision, count in had.items() if precision != wanted}
+    if wanted != "auto" and others:
+        told = ", ".join(f"{count} in {precision}" for precision, count in sorted(others.items()))
+        print(
+            f"warning: --precision is {wanted}, and of the finished cells were run {told}; they are not run again: give"
+            " another --results for that",
+            file=sys.stderr,
+        )
+
+
 def run(argv: Sequence[str]) -> int:
     """Run `benchmark` with its options; the exit code is 1 if a cell failed."""
     config = parse(benchmark_parser(), argv)
@@ -95,17 +128,22 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("benchmark needs a grid, as in: benchmark --config benchmark/quick.yaml")
     if config.processes < 1:
         raise UserError(f"processes is {config.processes}, and must be at least 1")
+    trainer = _trainer(config)
     grid = cells(config.blocks, parse_filter(config.filter))
     if not grid:
-        raise UserError(f"--filter {config.filter} leaves no cell of the grid")
+        raise UserError(
+            f"--filter {config.filter} leaves no cell of the grid" if config.filter else "the grid is empty"
+        )
     output = Path(config.output)
     results = Path(config.results) if config.results else output / "results"
-    if config.threads != "auto" and not config.threads.isdecimal():
-        raise UserError(f"threads is {config.threads!r}, and must be a whole number or 'auto'")
-    threads = config.threads if config.threads == "auto" else int(config.threads)
-    trainer = {"accelerator": config.accelerator, "precision": config.precision, "threads": threads}
+    for flag, folder in (("output", output), ("results", results)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--{flag} {folder} is no folder")
     failures = []
     if config.run:
+        kept = read_results(results)
+        require_valid([cell for cell in grid if cell.key not in kept])
+        _tell_of_other_precisions(kept, grid, trainer["precision"])
         display = GridDisplay()
         with display.progress:
             failures = run_grid(grid, output / "runs", results, config.processes, trainer, display)

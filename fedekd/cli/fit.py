@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
-from fedekd.federation.run_folder import HARMLESS, first_difference
+from fedekd.federation.run_folder import HARMLESS, FolderInUseError, first_difference
 from fedekd.federation.unwalked import unwalked
 from fedekd.reporting import Display, result_tables
 
@@ -33,18 +33,24 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--data.dataset must be given, there or in a configuration: --config digits.yaml")
     if resume is not None:
         config = _saved_configuration(parser, argv, resume)
-        if RunFolder(resume, {}).summary is not None:
-            print(f"{resume} is finished: nothing to do")
-            return 0
+        finished = RunFolder(resume, {})
+        if finished.summary is not None:
+            if (damage := finished.damage()) is None:
+                print(f"{resume} is finished: nothing to do")
+                return 0
+            print(f"warning: {resume} is finished, but {damage}", file=sys.stderr)
     parts = build_parts(parser, config)
     # What is wrong with the data is found before a new folder is there.
+    kept = Path(config.reference_dir)
+    if kept.exists() and not kept.is_dir():
+        raise UserError(f"--reference_dir {kept} is no folder")
     parts["data"].prepare_data()
     parts["data"].setup()
     output = resume if resume is not None else _new_folder(config.output, parts)
     try:
         return federate(parts, config, output)
-    except UserError:
-        if resume is None:
+    except UserError as error:
+        if resume is None and not isinstance(error, FolderInUseError):
             _give_back(output)
         raise
 
@@ -103,7 +109,10 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Pa
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume {folder}: there is no run ({path} is missing)")
-    saved = parse(parser, ["--config", str(path)])
+    try:
+        saved = parse(parser, ["--config", str(path)])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     now = parse(parser, ["--config", str(path), *argv])
     if now.output is not None:
         raise UserError(
@@ -124,6 +133,8 @@ def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
         UserError: If the folder that was asked for is there already.
     """
     if given is not None:
+        if not given:
+            raise UserError("--output is empty, and must name a folder")
         folder = Path(given)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +143,9 @@ def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
             if not folder.is_dir():
                 raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from error
             if any(folder.iterdir()):
-                hint = f"go on with fit --resume {shlex.quote(given)}"
-                raise UserError(f"--output {folder} exists already; choose another, or {hint}") from error
+                is_run = (folder / "config.yaml").is_file()
+                hint = f", or go on with fit --resume {shlex.quote(given)}" if is_run else ""
+                raise UserError(f"--output {folder} exists already; choose another{hint}") from error
         return folder
     stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):

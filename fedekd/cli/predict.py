@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,6 +120,11 @@ def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> I
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
             logits, scores = outputs[-1], max_softmax_confidence(outputs[-1])
             exits = torch.full((len(x),), len(outputs) - 1)
+        if diverged := int((~logits.isfinite().all(dim=1)).sum()):
+            raise UserError(
+                f"the outputs of client {client.number}'s network are not finite for {diverged} of {len(x)} images: its"
+                " training has diverged, and it classifies nothing"
+            )
         for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            yield place, label, exit_ + 1, round(score, 6) if math.isfinite(score) else score
+            yield place, label, exit_ + 1, round(score, 6)
             place += 1

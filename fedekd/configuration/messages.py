@@ -42,6 +42,12 @@ def _flag(text: str) -> str:
     return f"--{match[1]}" if match else "the configuration"
 
 
+def _inner_flag(match: re.Match[str], text: str) -> str:
+    """The key that a complaint within complaints is about, as a flag with all that lie around it."""
+    keys = re.findall(r'Parser key "([^"]+)"', text[: match.end()])
+    return f"--{'.'.join(keys)}" if keys else "the configuration"
+
+
 def _unrecognized(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
     given = match[1].split()[0]
     if not given.startswith("-"):
@@ -94,16 +100,30 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def _unknown_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
     name = match[1]
-    flag = _flag(text)
-    base = re.search(r"Subtypes: \[?<class '([^']+)'>", text)
+    flag = _inner_flag(match, text)
+    bases = re.findall(r"Subtypes: \[?<class '([^']+)'>", text[: match.end()])
     hint = "give a class path, as in package.module.Class"
-    if base:
-        module, _, attribute = base[1].rpartition(".")
+    if bases:
+        module, _, attribute = bases[-1].rpartition(".")
         known = {found.__name__ for found in _subclasses(getattr(import_module(module), attribute))}
         suggestion = nearest(name, known)
         # torch.nn.Module has hundreds of subclasses: a list of them all is no help.
         hint = suggestion if suggestion.startswith("did") or len(known) < 20 else hint
     return f"{flag} {name}: there is no such class; {hint}"
+
+
+def _abstract_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    module, _, name = match[1].rpartition(".")
+    known = sorted(found.__name__ for found in _subclasses(getattr(import_module(module), name)))
+    return f"{_inner_flag(match, text)} needs a class beside its arguments; choose from: {', '.join(known)}"
+
+
+def _no_module(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return f"{_inner_flag(match, text)} {match[1]}: {match[2].strip()}"
+
+
+def _no_file(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
+    return f"{_flag(text)} {match[1]}: there is no such file, and keys are given one by one, as in {_flag(text)}.KEY"
 
 
 def _broken_class_path(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
@@ -177,6 +197,9 @@ _COMPLAINTS: list[tuple[str, Complaint]] = [
     (r"^Option '([^']+)' is not accepted", _unexpected_key),
     (r"Group '([^']+)' does not accept option '([^']+)'", _unexpected_in_group),
     (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unexpected_in_class),
+    (r"Problem with given class_path '([^']+)':\s+(No module named [^\n]+)", _no_module),
+    (r"Expected an instantiatable class, but (\S+) is abstract", _abstract_class),
+    (r"Unable to load config '([^']+)'", _no_file),
     (
         r"(?s).*Subtypes: \[((?:<class '(?:int|float|str|bool)'>|typing\.Literal\[[^\]]*\])[^\n]*)\]\n"
         r".*?Given value: ([^\n]*)",

@@ -159,10 +159,19 @@ class FederatedDataModule(lightning.LightningDataModule):
         if self._clients is None:
             default = PARTITIONS["label" if images.task == "classification" else "cluster"]
             partition = self._partition or default
-            parts = partition(
-                images, self.num_clients, self.alpha, derive_seed(self.seed, "partition"), self.min_samples
-            )
-            _check_partition(parts, self.num_clients, len(images))
+            seed = derive_seed(self.seed, "partition")
+            try:
+                parts = list(partition(images, self.num_clients, self.alpha, seed, self.min_samples))
+                _check_partition(parts, self.num_clients, len(images))
+            except UserError:
+                raise
+            except (TypeError, ValueError) as error:
+                if partition in PARTITIONS.values():
+                    raise
+                raise UserError(
+                    f"data.partition: its function, called with (images, num_clients, alpha, seed, min_samples), must"
+                    f" give an array of indices for each client: {error}"
+                ) from error
             self._clients = [split_client(client, part, self.fractions, self.seed) for client, part in enumerate(parts)]
 
     @property

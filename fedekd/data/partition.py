@@ -236,7 +236,7 @@ def _draw_cuts(
     raise UserError(
         f"data.min_samples={min_samples}: none of {MAX_DRAWS} draws with data.alpha={alpha} gave each of "
         f"{num_clients} clients (data.num_clients) as many samples (best: {best}); lower data.min_samples "
-        "or data.num_clients, raise data.alpha, or take another data.seed"
+        "or data.num_clients, raise data.alpha, or take another seed"
     )
 
 

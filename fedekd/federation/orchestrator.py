@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,8 @@ class Orchestrator:
         trainer: TrainerFactory | None = None,
         rounds: RoundOptions | None = None,
         seed: int = 0,
-        output: Path | None = None,
-        reference_folder: Path | None = None,
+        output: str | Path | None = None,
+        reference_folder: str | Path | None = None,
         loggers: Sequence[Logger] = (),
         observer: Observer | None = None,
         config: Mapping[str, Any] | None = None,
@@ -95,8 +97,10 @@ class Orchestrator:
         self.blueprint = shared_blueprint(method, data, client, trainer, self.options, seed, self.num_clients)
         self._require_models_that_fit()
         self._require_comparable()
-        self.engine = placement(method, data, self.blueprint, reference_folder, self.observer)
+        references = None if reference_folder is None else Path(reference_folder)
+        self.engine = placement(method, data, self.blueprint, references, self.observer)
         self.guard = Guard(self.options.max_update_norm)
+        output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output)
         self.progress = Progress()
@@ -154,14 +158,16 @@ class Orchestrator:
             The summary, as `summary.json` holds it.
 
         Raises:
-            UserError: If the checkpoint belongs to another configuration or other data.
+            UserError: If the checkpoint belongs to another configuration or other data, or another process is at work
+                in the folder.
             Interrupted: On Ctrl-C; what was finished is kept.
         """
-        with self.interrupts:
+        with self.interrupts, self.folder.claimed() if self.folder is not None else nullcontext():
             began = time.monotonic()
             try:
                 self.method.start(self.blueprint)
-                self._restore()
+                for complaint in self._restore():
+                    self.observer.warn(f"{complaint}; going on from round {self.progress.round}")
                 self._announce()
                 self._train_references()
                 for round in range(self.progress.round, self.options.rounds + 1):
@@ -187,8 +193,7 @@ class Orchestrator:
         if not isinstance(self.engine, InProcessEngine):
             raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
         self.method.start(self.blueprint)
-        self._restore()
-        self._require_finished()
+        self._restore_finished()
         return [self.engine.client(number) for number in range(self.num_clients)]
 
     def reference_clients(self) -> list[Client | None]:
@@ -201,9 +206,14 @@ class Orchestrator:
             raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
         return [self.engine.reference_client(number, self.options.rounds) for number in range(self.num_clients)]
 
-    def _require_finished(self) -> None:
-        if self.progress.round <= self.options.rounds:
-            raise UserError("the checkpoint of the last round is damaged or missing; go on with fit --resume")
+    def _restore_finished(self) -> None:
+        complaints = self._restore()
+        if self.folder is None or self.progress.round <= self.options.rounds:
+            folder = shlex.quote(str(self.folder.folder)) if self.folder is not None else "RUN"
+            again = f"fit --resume {folder} makes it again"
+            if complaints:
+                raise UserError(f"{folder}: {complaints[0]}; {again}")
+            raise UserError(f"{folder}: there is no checkpoint of the last round; without summary.json, {again}")
 
     def rescore(self) -> dict[str, Any]:
         """Score the clients of a finished run again, from its checkpoint.
@@ -216,8 +226,7 @@ class Orchestrator:
         """
         try:
             self.method.start(self.blueprint)
-            self._restore()
-            self._require_finished()
+            self._restore_finished()
             self._train_references()
             for number in range(self.num_clients):
                 self.progress.records[number].score = self.engine.score(number)
@@ -292,21 +301,19 @@ class Orchestrator:
             for number in range(self.num_clients)
         }
 
-    def _restore(self) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
+    def _restore(self) -> list[str]:
+        """Take up the newest whole checkpoint, if there is one; gives what is wrong with those that are newer."""
         if self.folder is None:
-            return
+            return []
         checkpoint, complaints = self.folder.restore(self._identity())
-        for complaint in complaints:
-            where = "starting anew" if checkpoint is None else f"going on from round {checkpoint.round}"
-            self.observer.warn(f"{complaint}; {where}")
         if checkpoint is None:
-            return
+            return complaints
         self.progress = Progress.from_json(checkpoint.notes["progress"])
         self.method.server_state = checkpoint.server
         for number, state in checkpoint.clients.items():
             self.engine.load_client_state(number, state)
         self._require_compared()
+        return complaints
 
     def _require_compared(self) -> None:
         """A run that finished without do_no_harm has compared nothing, and cannot tell what is kept."""

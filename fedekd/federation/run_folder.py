@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from fedekd.errors import UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointFolder
 from fedekd.federation.progress import Progress
 from fedekd.reporting import figures, write_metrics_csv
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Options that change no number: a run may go on with other ones.
 HARMLESS = ("data.root", "data.download", "reference_dir", "trainer.device", "logger", "engine")
@@ -40,6 +47,8 @@ def first_difference(
     """
     if path in ignored:
         return None
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        ours, theirs = (dict(enumerate(each)) for each in (ours, theirs))
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
             found = first_difference(ours.get(key), theirs.get(key), ignored, f"{path}.{key}" if path else str(key))
@@ -76,6 +85,10 @@ def as_plain(value: Any) -> Any:
     return {"class": type(value).__qualname__, **as_plain(own)}
 
 
+class FolderInUseError(UserError):
+    """Another process is at work in a run's folder."""
+
+
 class RunFolder:
     """Where a run writes.
 
@@ -91,6 +104,28 @@ class RunFolder:
         if config and not (folder / "config.yaml").exists():
             with atomic_file(folder / "config.yaml") as file:
                 file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside, no other process can claim the folder; a process that is killed gives it back.
+
+        Raises:
+            FolderInUseError: If another one has.
+        """
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FolderInUseError(f"{self.folder}: another process is at work there") from error
+            except OSError:  # a file system that knows no locks
+                pass
+            yield
+        finally:
+            os.close(handle)
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, if it is one of this configuration and this data.
@@ -140,6 +175,11 @@ class RunFolder:
         write_metrics_csv(history, self.folder / "metrics.csv")
         with atomic_file(self.folder / "summary.json") as file:
             file.write((json.dumps(dict(summary), indent=2) + "\n").encode())
+
+    def damage(self) -> str | None:
+        """What is wrong with the newest checkpoint; None if nothing is, or there is none any more."""
+        _, complaints = self.checkpoints.load()
+        return complaints[0] if complaints else None
 
     @property
     def summary(self) -> dict[str, Any] | None:

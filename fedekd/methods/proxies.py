@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from fedekd.functional import Aggregator, Mean
@@ -42,6 +43,10 @@ class ProxyMethod(Method):
         """Load the global proxy."""
         client.networks["proxy"].load_state_dict(received)
         return {}
+
+    @abstractmethod
+    def upload(self, client: Client, round: int) -> Update:
+        """Train the proxy, and send it (`proxy_of`)."""
 
     def proxy_of(self, client: Client) -> Update:
         """A client's proxy, as it is sent."""

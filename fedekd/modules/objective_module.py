@@ -149,6 +149,10 @@ class ObjectiveModule(LightningModule):
         """Score the network on a test batch."""
         self._evaluate(batch, self.test_metrics, "test")
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The network's output, of several exits the last one's, for a batch `(x, y)` or for images alone."""
+        return predict(self.network, batch[0] if isinstance(batch, list | tuple) else batch).output
+
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
         x, y, *_ = batch
         self._score(predict(self.network, x), y, metrics, stage)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedekd.benchmark import Block, Cell, cells, parse_filter, read_results, run_grid, write_results
 from fedekd.benchmark.results import COLUMNS
@@ -152,6 +153,42 @@ def test_benchmark_command_fills_the_results_and_repeats_nothing(
     assert "2 cells, 2 of them finished" in capsys.readouterr().out
 
 
+def test_finished_cells_of_another_precision_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text("blocks:\n- {datasets: [digits], alphas: [5.0], seeds: [0], methods: {L: Local}}\n")
+    [only] = cells([Block(["digits"], [5.0], [0], {"L": {"class_path": "Local"}})])
+    write_results(Path("out/results"), [{**fake_row(only), "precision": "bf16-mixed"}])
+    command = ["benchmark", "--config=grid.yaml", "--output=out", "--accelerator=cpu"]
+    assert main([*command, "--precision=32-true"]) == 0
+    assert "--precision is 32-true, and of the finished cells were run 1 in bf16-mixed" in capsys.readouterr().err
+    for same in ("bf16-mixed", "auto"):
+        assert main([*command, f"--precision={same}"]) == 0
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("alphas: [0]", "digits alpha 0 FedeKD: data.alpha=0"),
+        ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta is -1"),
+        ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds is 0"),
+    ],
+)
+def test_what_no_run_could_be_made_of_is_told_before_any(
+    line: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = {"datasets": ["digits"], "alphas": [5.0], "seeds": [0], "methods": {"FedeKD": {"class_path": "FedeKD"}}}
+    Path("grid.yaml").write_text(yaml.safe_dump({"blocks": [block | yaml.safe_load(line)]}))
+    assert main(["benchmark", "--config=grid.yaml", "--output=out", "--accelerator=cpu"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {words}")
+    assert told.count("\n") == 1
+    assert not Path("out").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_benchmark_repeats_no_finished_run(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(
@@ -187,6 +224,10 @@ def test_a_killed_benchmark_repeats_no_finished_run(tmp_path: Path) -> None:
         (["--config", "benchmark/quick.yaml", "--processes", "0"], "processes is 0"),
         (["--config", "benchmark/quick.yml"], "did you mean 'benchmark/quick.yaml'"),
         (["--config", "benchmark/quick.yaml", "--outptu", "x"], "did you mean --output"),
+        (["--config", "benchmark/quick.yaml", "--threads", "0"], "--threads is '0', and must be a whole number of"),
+        (["--config", "benchmark/quick.yaml", "--accelerator", "foo"], "--accelerator is 'foo'"),
+        (["--config", "benchmark/quick.yaml", "--precision", "foo"], "--precision is 'foo'"),
+        (["--config", "benchmark/quick.yaml", "--output", "/dev/null"], "--output /dev/null is no folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from fedekd.cli import main
 from fedekd.configuration.configs import config_folders, find_config
-from fedekd.federation import Interrupted, Orchestrator
+from fedekd.federation import Interrupted, Orchestrator, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (ROOT / "configs", ROOT / "configs/exits", ROOT / "configs/cafedistill")
@@ -140,6 +140,97 @@ def test_resume_without_a_checkpoint_starts_anew(npz: Path, here: Path) -> None:
         path.unlink()
     assert main(["fit", "--resume", "a"]) == 0
     assert Path("a/metrics.csv").read_bytes() == expected
+
+
+def test_a_finished_run_whose_checkpoint_is_damaged_is_made_again(
+    npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(npz, "--output=a", rounds=2)
+    expected = Path("a/metrics.csv").read_bytes()
+    victim = sorted(Path("a/checkpoints").glob("client-001-*.pt"))[-1]
+    victim.write_bytes(victim.read_bytes()[:1000])
+    capsys.readouterr()
+    for command in (["test", "a"], ["predict", "a", "--input=images.npz", "--client=0"]):
+        np.savez("images.npz", images=np.zeros((1, 8, 8), np.uint8))
+        assert main(command) == 2
+        assert "is damaged" in (text := told(capsys))
+        assert text.endswith("; fit --resume a makes it again\n")
+    assert main(["fit", "--resume", "a"]) == 0
+    assert "warning: a is finished, but the checkpoint of round 3 is damaged" in capsys.readouterr().err
+    assert Path("a/metrics.csv").read_bytes() == expected
+    assert main(["test", "a"]) == 0
+    for path in Path("a/checkpoints").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert main(["test", "a"]) == 2
+    assert "there is no checkpoint of the last round; without summary.json, fit --resume a makes it again" in told(
+        capsys
+    )
+
+
+def test_two_processes_do_not_share_a_run(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(npz, "--output=a")
+    Path("a/summary.json").unlink()
+    Path("b").mkdir()
+    before = sorted(Path("a").rglob("*"))
+    with RunFolder(Path("a"), {}).claimed(), RunFolder(Path("b"), {}).claimed():
+        capsys.readouterr()
+        assert main(["fit", "--resume", "a", "--quiet"]) == 2
+        assert told(capsys) == "error: a: another process is at work there\n"
+        assert fit(npz, "--output=b", "--quiet") == 2
+        assert told(capsys) == "error: b: another process is at work there\n"
+        assert Path("b/config.yaml").exists()  # it is the other's
+    assert sorted(Path("a").rglob("*")) == before
+    assert main(["fit", "--resume", "a", "--quiet"]) == 0
+
+
+def test_a_network_that_diverged_classifies_nothing(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(npz, "--output=a", "--client.optimizer.lr=1e30") == 0
+    np.savez("images.npz", images=np.zeros((5, 8, 8), np.uint8))
+    capsys.readouterr()
+    assert main(["predict", "a", "--input=images.npz", "--client=1"]) == 2
+    assert "the outputs of client 1's network are not finite for 5 of 5 images" in told(capsys)
+    assert not Path("predictions.csv").exists()
+    assert main(["test", "a"]) == 0  # NaN is as good as NaN
+    assert "the same as summary.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--version"], ["fit", "--help"]])
+def test_help_for_nobody(options: list[str]) -> None:
+    code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-u", "-c", code, *options]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.stderr == "" or ended.stderr.startswith("error: no space left")  # argparse says nothing
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_partition_of_ones_own_may_lie_where_one_stands(
+    npz: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    Path("own_partition.py").write_text(
+        "import numpy as np\n"
+        "def thirds(images, num_clients, alpha, seed, min_samples):\n"
+        "    return np.array_split(np.arange(len(images)), num_clients)\n"
+        "def two_arguments(images, num_clients): ...\n"
+        "def nothing(*arguments): ...\n"
+    )
+    assert fit(npz, "--data.partition=own_partition.thirds", "--output=a", "--quiet") == 0
+    for name in ("two_arguments", "nothing"):
+        assert fit(npz, f"--data.partition=own_partition.{name}", "--output=b") == 2
+        assert "data.partition: its function, called with (images, num_clients, alpha, seed, min_samples)" in told(
+            capsys
+        )
+    assert not Path("b").exists()
 
 
 def test_a_checkpoint_cut_short_falls_back_and_ends_the_same(
@@ -433,6 +524,16 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         ([f"--output={'a' * 300}"], "File name too long"),
         (["--client.private_model=torchvision.models.vit_b_16"], "Input shape indivisible by patch size"),
         (["rounds", "3"], "'rounds'"),
+        (["--client.optimizer=torch.optim.LBFGS"], "LBFGS, which works out the loss several times in a step"),
+        (["--client.optimizer=SparseAdam"], "SparseAdam, which is for sparse gradients alone"),
+        (["--method=ProxyMethod"], "ProxyMethod"),
+        (["--method.aggregator=foo"], "--method.aggregator foo: there is no such class; choose from: CoordinateMedian"),
+        (["--method.aggregator.trim=0.9"], "--method.aggregator needs a class beside its arguments"),
+        (["--method.energy={class_path: nope.E}"], "--method.energy nope.E: No module named 'nope'"),
+        (["--client=nope.yaml"], "--client nope.yaml: there is no such file"),
+        (["--reference_dir=/dev/null"], "--reference_dir /dev/null is no folder"),
+        (["--output="], "--output is empty"),
+        (["--data.min_samples=40", "--data.alpha=0.01"], "or take another seed"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

@@ -51,6 +51,17 @@ def plain_trainer(folder: Path, epochs: int = 2) -> Trainer:
     )
 
 
+def test_a_trainer_predicts_with_the_loader_it_was_tested_with(tmp_path: Path) -> None:
+    private, proxy = networks()
+    x, _ = batch(n=24)
+    with torch.no_grad():
+        expected = private.eval()(x)
+    for given in (loader(), DataLoader(x, batch_size=8)):  # type: ignore[arg-type, var-annotated]
+        outputs = plain_trainer(tmp_path).predict(GatedPrivateModule(private, proxy), given)
+        assert outputs is not None
+        torch.testing.assert_close(torch.cat(outputs), expected)  # type: ignore[arg-type]
+
+
 def literal_private_loss(p_logits: Tensor, q_logits: Tensor, y: Tensor, beta: float, lam: float) -> Tensor:
     """Eq. 1, 3, 4 and 5, written out sample by sample."""
     energies, losses = [], []
