@@ -131,9 +131,8 @@ def run(argv: Sequence[str]) -> int:
     trainer = _trainer(config)
     grid = cells(config.blocks, parse_filter(config.filter))
     if not grid:
-        raise UserError(
-            f"--filter {config.filter} leaves no cell of the grid" if config.filter else "the grid is empty"
-        )
+        told = f"--filter {config.filter} leaves no cell of the grid"
+        raise UserError(told if config.filter else "the grid has no cells")
     output = Path(config.output)
     results = Path(config.results) if config.results else output / "results"
     for flag, folder in (("output", output), ("results", results)):

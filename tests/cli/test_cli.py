@@ -533,7 +533,6 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         (["--client=nope.yaml"], "--client nope.yaml: there is no such file"),
         (["--reference_dir=/dev/null"], "--reference_dir /dev/null is no folder"),
         (["--output="], "--output is empty"),
-        (["--data.min_samples=40", "--data.alpha=0.01"], "or take another seed"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
