@@ -57,7 +57,7 @@ def candidates(tuning: ScoredExits, ratio: float, setting: Setting) -> tuple[lis
                 walk = walk_down(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
                 first_walks.setdefault(exit_, walk)
                 fits = np.flatnonzero(walk.risk <= share * setting.alpha)
-                if len(fits) and forecast(walk, setting.alpha, ratio)[fits[-1]] <= setting.delta:
+                if len(fits) and forecast(walk.at(fits[-1]), setting.alpha, ratio) <= setting.delta:
                     threshold = float(walk.thresholds[fits[-1]])
             thresholds.append(threshold)
             alive &= tuning.scores[:, exit_] < threshold

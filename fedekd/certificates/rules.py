@@ -1,4 +1,4 @@
-"""What every rule of calibration gives, and the table of them."""
+"""What every rule of calibration gives; `calibrator.MODES` is the table of them."""
 
 from __future__ import annotations
 

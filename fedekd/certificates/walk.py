@@ -32,8 +32,13 @@ class Walk(NamedTuple):
 
     @property
     def risk(self) -> Scores:
-        """K / m."""
+        """k / m: errors among those who would leave."""
         return self.errors / self.samples
+
+    def at(self, place: int) -> Walk:
+        """One of the thresholds alone, where the p-values of all would take long for nothing."""
+        only = slice(place, place + 1)
+        return Walk(self.thresholds[only], self.samples[only], self.errors[only])
 
 
 def walk_down(scores: Scores, correct: Flags) -> Walk:

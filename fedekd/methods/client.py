@@ -56,7 +56,7 @@ class Client:
 
     @property
     def supervised_rounds(self) -> int:
-        """Rounds of supervised training that the private model has had: what its next one is paired with Local by."""
+        """Rounds of supervised training that the private model has had; it is held against Local after as many."""
         return self.supervised_epochs // self.blueprint.client.local_epochs
 
     def train(

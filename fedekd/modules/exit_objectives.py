@@ -1,4 +1,4 @@
-"""The terms of the SAFE-KD loss that need several exits (arXiv 2602.03043)."""
+"""The terms of a loss that need several exits: those of SAFE-KD (arXiv 2602.03043), and DepthFL's."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Mutual:
     def __init__(self, task: Task, private_weight: float, proxy_weight: float, adaptive: bool = False) -> None:
         for flag, weight in (("private_weight", private_weight), ("proxy_weight", proxy_weight)):
             if not 0 <= weight <= 1:
-                raise UserError(f"method.{flag} is {weight}, and must be in [0, 1]")
+                raise UserError(f"{flag} is {weight}, and must be in [0, 1]")
         self.task, self.weights, self.adaptive = task, (private_weight, proxy_weight), adaptive
         self.supervised = Supervised(task)
 

@@ -12,7 +12,7 @@ from fedekd.modules.prediction import Prediction
 
 
 def trainable(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of a network's trainable parameters, by name; its buffers are no part of them."""
+    """Copies of a network's parameters, frozen ones included, by name; its buffers are no part of them."""
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 

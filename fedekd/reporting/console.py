@@ -223,7 +223,7 @@ class Display:
             self._progress.stop()
 
     def round_started(self, round: int) -> None:
-        """Show the round's number; 0 is the training of Local, before the federation begins."""
+        """Show the round's number; in round 0 nothing has been aggregated yet."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=f"round {round}/{self.rounds}")
 
