@@ -98,11 +98,27 @@ class SelectiveRiskCalibrator:
             gamma: Of the score `agreement`.
             proxy: Fingerprint of the proxy that had a part in the scores, if any.
 
+        Returns:
+            The policy, with what is promised of it and what it was calibrated on.
+
         Raises:
             UserError: If the arrays do not fit together, are empty, or hold NaN.
         """
-        calibration = ScoredExits.checked(scores, correct, true_class_probability, "calibration ")
-        tuning = ScoredExits.checked(tuning_scores, tuning_correct, name="tuning ")
+        policy = self.fit_scored(
+            ScoredExits.checked(scores, correct, true_class_probability, "calibration "),
+            ScoredExits.checked(tuning_scores, tuning_correct, name="tuning "),
+            cost,
+        )
+        return replace(policy, score=score, network=network, gamma=gamma, proxy=proxy)
+
+    def fit_scored(
+        self, calibration: ScoredExits, tuning: ScoredExits, cost: Sequence[float] | None = None
+    ) -> ExitPolicy:
+        """As `fit`, from samples that are checked already; whose scores they are is for the caller to add.
+
+        Raises:
+            UserError: If the two have not as many exits, or the costs do not fit them.
+        """
         exits = calibration.num_exits
         if tuning.num_exits != exits:
             raise UserError(f"calibration has {exits} exits, and tuning {tuning.num_exits}; both need the same")
@@ -113,12 +129,9 @@ class SelectiveRiskCalibrator:
             )
         mode = MODES[self.mode]
         chosen = mode.rule(calibration, tuning, Setting(self.alpha, self.delta, costs))
-        policy = self._policy(chosen, calibration, len(tuning), mode.promises, score, network)
-        return replace(policy, gamma=gamma, proxy=proxy)
+        return self._policy(chosen, calibration, len(tuning), mode.promises)
 
-    def _policy(
-        self, chosen: Chosen, calibration: ScoredExits, tuning: int, promises: bool, score: str, network: str
-    ) -> ExitPolicy:
+    def _policy(self, chosen: Chosen, calibration: ScoredExits, tuning: int, promises: bool) -> ExitPolicy:
         thresholds, bands = (*chosen.thresholds, -math.inf), (*chosen.bands, -math.inf)
         policy = ExitPolicy(
             thresholds=thresholds,
@@ -132,12 +145,10 @@ class SelectiveRiskCalibrator:
         leaving = [exits == exit_ for exit_ in range(policy.num_exits)]
         return replace(
             policy,
-            score=score,
             samples=len(calibration),
             tuning_samples=tuning,
             leaving=tuple(int(leaves.sum()) for leaves in leaving),
             errors=tuple(int((leaves & ~calibration.correct[:, e]).sum()) for e, leaves in enumerate(leaving)),
             needed=(*chosen.needed, None),
-            network=network,
             versions={"fedekd": fedekd.__version__, "torch": torch.__version__},
         )

@@ -12,7 +12,6 @@ from fedekd.certificates.calibrator import SelectiveRiskCalibrator
 from fedekd.certificates.scored import ScoredExits
 from fedekd.certificates.validity import true_risks
 from fedekd.errors import UserError
-from fedekd.exits import ExitPolicy
 
 Risks = npt.NDArray[np.float64]
 
@@ -109,27 +108,17 @@ def check_federated_validity(
     everybody = _concatenated(pools)
     evenly = tuple((exit_ + 1) / num_exits for exit_ in range(num_exits))
     costs = evenly if cost is None else cost([True] * num_exits)
-
-    def fitted(calibration: ScoredExits, tuning: ScoredExits) -> ExitPolicy:
-        return calibrator.fit(
-            calibration.scores,
-            calibration.correct,
-            tuning.scores,
-            tuning.correct,
-            calibration.true_class_probability,
-            costs,
-        )
-
     for draw in range(draws):
         rng = np.random.default_rng((seed, draw))
         drawn = [
             (pool.take(rng.integers(len(pool), size=n)), pool.take(rng.integers(len(pool), size=t)))
             for pool, n, t in zip(pools, samples, tuning_samples, strict=True)
         ]
-        shared = fitted(*map(_concatenated, zip(*drawn, strict=True)))
+        calibration, tuning = map(_concatenated, zip(*drawn, strict=True))
+        shared = calibrator.fit_scored(calibration, tuning, costs)
         together[draw] = true_risks(everybody, shared)
         for client, (pool, parts) in enumerate(zip(pools, drawn, strict=True)):
-            own[draw, client] = true_risks(pool, fitted(*parts))
+            own[draw, client] = true_risks(pool, calibrator.fit_scored(*parts, costs))
             pooled[draw, client] = true_risks(pool, shared)
     return FederatedValidity(calibrator.alpha, calibrator.delta, calibrator.mode, own, pooled, together)
 

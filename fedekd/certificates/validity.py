@@ -108,14 +108,7 @@ def check_validity(
     for draw in range(draws):
         rng = np.random.default_rng((seed, draw))
         calibration, tuning = (pool.take(rng.integers(len(pool), size=n)) for n in (samples, tuning_samples))
-        policy = calibrator.fit(
-            calibration.scores,
-            calibration.correct,
-            tuning.scores,
-            tuning.correct,
-            calibration.true_class_probability,
-            even if cost is None else cost([True] * exits),
-        )
+        policy = calibrator.fit_scored(calibration, tuning, even if cost is None else cost([True] * exits))
         risks[draw] = true_risks(pool, policy)
         costs = np.asarray(even if cost is None else cost(policy.evaluated))
         mean_costs[draw] = costs[policy.assign(pool.scores)].mean()

@@ -32,7 +32,7 @@ class Walk(NamedTuple):
 
     @property
     def risk(self) -> Scores:
-        """k / m: errors among those who would leave."""
+        """The share of errors among those who would leave, k / m."""
         return self.errors / self.samples
 
     def at(self, place: int) -> Walk:

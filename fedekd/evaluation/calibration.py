@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
@@ -148,15 +148,14 @@ def fit_policy(
     """
     if calibrator.mode == "released" and score != "max_softmax":
         raise UserError(f"mode 'released' compares probabilities, and the score is {score!r}; use max_softmax")
-    tuning_scored, scored = tuning.scored(score, gamma), calibration.scored(score, gamma)
     asks_proxy = score == AGREEMENT and proxy is not None
-    return calibrator.fit(
-        scored.scores,
-        scored.correct,
-        tuning_scored.scores,
-        tuning_scored.correct,
-        scored.true_class_probability,
+    policy = calibrator.fit_scored(
+        calibration.scored(score, gamma),
+        tuning.scored(score, gamma),
         [cost / costs.full for cost in costs.leaving([True] * network.num_exits, asks_proxy)],
+    )
+    return replace(
+        policy,
         score=score,
         network=network_fingerprint(network),
         gamma=gamma,

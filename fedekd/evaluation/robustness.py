@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedekd.certificates import SelectiveRiskCalibrator
 from fedekd.data.corruptions import CORRUPTIONS, LEVELS, corrupt
+from fedekd.evaluation.calibration import fit_policy
 from fedekd.evaluation.scoring import ExitOutputs, exit_outputs
 from fedekd.evaluation.tradeoff import Outcome, outcome
 from fedekd.exits import ExitPolicy
@@ -52,39 +53,26 @@ def under_corruption(
     tuning: Labelled,
     calibration: Labelled,
     test: Labelled,
-    seed: int = 0,
-    finished: Callable[[], None] = lambda: None,
 ) -> Iterator[Corrupted]:
-    """Each corruption at each level, one at a time.
+    """Each corruption at each level, one at a time; the three kinds of images are corrupted independently.
 
     Args:
         network: The network that was calibrated.
-        policy: Its policy, of clean images.
+        policy: Its policy, of clean images; one that asks no proxy.
         costs: Of the network.
         tuning: Clean images, to be corrupted, on which the order of the tests is decided.
         calibration: And those on which the tests are made.
         test: And those that are judged.
-        seed: Of what is random in a corruption; the three kinds of images are corrupted independently.
-        finished: Called after each.
     """
     calibrator = SelectiveRiskCalibrator(policy.alpha, policy.delta, policy.mode)
     for name in CORRUPTIONS:
         for level in LEVELS:
             tuned, calibrated, judged = (
-                _outputs(network, part, name, level, 3 * seed + place)
+                _outputs(network, part, name, level, seed=place)
                 for place, part in enumerate((tuning, calibration, test))
             )
-            scored, tuning_scored = calibrated.scored(policy.score), tuned.scored(policy.score)
-            again = calibrator.fit(
-                scored.scores,
-                scored.correct,
-                tuning_scored.scores,
-                tuning_scored.correct,
-                scored.true_class_probability,
-                score=policy.score,
-            )
+            again = fit_policy(calibrator, network, costs, tuned, calibrated, policy.score, policy.gamma)
             yield Corrupted(name, level, outcome(policy, judged, costs), outcome(again, judged, costs))
-            finished()
 
 
 def _outputs(network: MultiExitNetwork, part: Labelled, name: str, level: int, seed: int) -> ExitOutputs:
