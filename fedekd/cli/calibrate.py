@@ -24,8 +24,8 @@ from fedekd.evaluation.calibration import (
     calibrate_client,
     costs_of,
     exit_lines,
+    exits_of,
     learned_from,
-    require_exits,
     share_saved,
     shared_images,
 )
@@ -238,7 +238,7 @@ def _table(policy: ExitPolicy, client: Client) -> Table:
 
 
 def _costs(client: Client) -> ExitCosts:
-    return costs_of(require_exits(client.kept, "the network"), client.images, client.networks.get("proxy"))
+    return costs_of(exits_of(client), client.images, client.networks.get("proxy"))
 
 
 def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None) -> list[str]:

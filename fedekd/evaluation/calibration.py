@@ -59,6 +59,15 @@ def require_exits(network: object, whose: str) -> MultiExitNetwork:
     return network
 
 
+def exits_of(client: Client) -> MultiExitNetwork:
+    """The network that a client keeps.
+
+    Raises:
+        UserError: If it has no exits.
+    """
+    return require_exits(client.kept, f"the {client.kept_role} model of client {client.number}")
+
+
 def require_untouched(client: Client) -> None:
     """Hold a client's validation split to be one that its method has not learned from.
 
@@ -110,7 +119,7 @@ def calibrate_client(
     """
     if client.blueprint.task == "regression":
         raise UserError("exits are calibrated by whether a class is right, and this is a regression run")
-    network = require_exits(client.kept, f"the private model of client {client.number}")
+    network = exits_of(client)
     if held_out is None:
         require_untouched(client)
         tuning, calibration = (split_outputs(client, split) for split in ("selection", "calibration"))
@@ -152,7 +161,7 @@ def fit_policy(
     policy = calibrator.fit_scored(
         calibration.scored(score, gamma),
         tuning.scored(score, gamma),
-        [cost / costs.full for cost in costs.leaving([True] * network.num_exits, asks_proxy)],
+        costs.shares([True] * network.num_exits, asks_proxy),
     )
     return replace(
         policy,
@@ -165,7 +174,7 @@ def fit_policy(
 
 def split_outputs(client: Client, split: str) -> ExitOutputs:
     """All exits' answers to one of a client's splits."""
-    network = require_exits(client.kept, f"the private model of client {client.number}")
+    network = exits_of(client)
     indices = getattr(client.splits, split).to(client.images.images.device)
     if not len(indices):
         classes = client.blueprint.num_outputs
@@ -176,7 +185,7 @@ def split_outputs(client: Client, split: str) -> ExitOutputs:
 
 def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
     """A policy exit by exit, the last included."""
-    leaving_costs = costs.leaving(policy.evaluated, policy.asks_proxy)
+    shares = costs.shares(policy.evaluated, policy.asks_proxy)
     lines = []
     for place in range(policy.num_exits):
         last = place == policy.num_exits - 1
@@ -189,7 +198,7 @@ def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
                 errors=policy.errors[place],
                 bound=policy.alpha if policy.certified[place] else None,
                 share=policy.leaving[place] / policy.samples,
-                saved=1.0 - leaving_costs[place] / costs.full,
+                saved=1.0 - shares[place],
                 note="" if is_open else _why_closed(policy, place),
             )
         )
@@ -198,8 +207,8 @@ def exit_lines(policy: ExitPolicy, costs: ExitCosts) -> list[ExitLine]:
 
 def share_saved(policy: ExitPolicy, exits: Sequence[int] | Tensor, costs: ExitCosts) -> float:
     """Share of the full network's FLOPs that is saved by images that left at these exits."""
-    leaving = torch.tensor(costs.leaving(policy.evaluated, policy.asks_proxy), dtype=torch.float64)
-    return 1.0 - float(leaving[torch.as_tensor(exits)].mean()) / costs.full
+    shares = torch.tensor(costs.shares(policy.evaluated, policy.asks_proxy), dtype=torch.float64)
+    return 1.0 - float(shares[torch.as_tensor(exits)].mean())
 
 
 def _why_closed(policy: ExitPolicy, place: int) -> str:

@@ -11,9 +11,9 @@ import torch
 
 from fedekd.certificates import MODES, ScoredExits, SelectiveRiskCalibrator, Validity, check_validity
 from fedekd.errors import UserError
-from fedekd.evaluation.calibration import costs_of, fit_policy, require_exits, require_untouched, split_outputs
+from fedekd.evaluation.calibration import costs_of, exits_of, fit_policy, require_untouched, split_outputs
 from fedekd.evaluation.robustness import Corrupted, Labelled, under_corruption
-from fedekd.evaluation.scoring import ExitOutputs, prepared
+from fedekd.evaluation.scoring import HELD_OUT, ExitOutputs, prepared
 from fedekd.evaluation.tradeoff import Outcome, anytime_curve, area, outcome
 from fedekd.exits import ExitPolicy, Latency, Point, exit_points, measure_latency
 from fedekd.exits.latency import BATCH_SIZES
@@ -75,8 +75,7 @@ class Trained:
     @property
     def held_out(self) -> ExitOutputs:
         """For all images that training has not touched."""
-        parts = list(self.splits.values())
-        return ExitOutputs(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))
+        return ExitOutputs.joined(list(self.splits.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +145,10 @@ class ExitReport:
 
 def load_trained(client: Client, name: str) -> Trained:
     """A client's network, and its outputs for every split that training has not touched."""
-    network = require_exits(client.kept, f"the private model of client {client.number}")
+    network = exits_of(client)
     if network.num_exits == 1:
         raise UserError(f"the network of client {client.number} has one exit alone, and nobody can leave it early")
-    splits = {split: split_outputs(client, split) for split in ("selection", "calibration", "certificate", "test")}
+    splits = {split: split_outputs(client, split) for split in HELD_OUT}
     return Trained(name, network, costs_of(network, client.images), splits)
 
 
@@ -217,15 +216,12 @@ def _validity(run: Trained, options: ReportOptions, advance: Callable[[str], Non
     pool: ScoredExits = run.held_out.scored()
     samples, tuning = len(run.splits["calibration"]), len(run.splits["selection"])
 
-    def cost(evaluated: Sequence[bool]) -> list[float]:
-        return [flops / run.costs.full for flops in run.costs.leaving(evaluated)]
-
     found = []
     for alpha in options.alphas:
         for mode in MODES:
             advance(f"{options.draws} draws of {mode} at alpha {alpha:g}")
             calibrator = SelectiveRiskCalibrator(alpha, options.delta, mode)
-            found.append(check_validity(pool, calibrator, samples, tuning, options.draws, cost=cost))
+            found.append(check_validity(pool, calibrator, samples, tuning, options.draws, cost=run.costs.shares))
     return found
 
 

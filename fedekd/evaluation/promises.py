@@ -8,17 +8,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from fedekd.certificates import SelectiveRiskCalibrator, check_federated_validity
 from fedekd.errors import UserError
-from fedekd.evaluation.calibration import calibrate_client, costs_of, require_exits, split_outputs
+from fedekd.evaluation.calibration import calibrate_client, costs_of, exits_of, split_outputs
 from fedekd.evaluation.clients import ClientLine, client_line
-from fedekd.evaluation.scoring import ExitOutputs
+from fedekd.evaluation.scoring import HELD_OUT, ExitOutputs
 from fedekd.methods import Client
-
-#: The splits that training has not touched.
-_HELD_OUT = ("selection", "calibration", "certificate", "test")
 
 
 @dataclass(frozen=True)
@@ -128,15 +123,12 @@ def federation_promises(clients: Sequence[Client], options: PromiseOptions, seed
     """
     if not clients:
         raise UserError("there are no clients; at least 1 is needed")
-    outputs = [{split: split_outputs(client, split) for split in _HELD_OUT} for client in clients]
-    joined = [_joined(list(of_client.values())) for of_client in outputs]
+    outputs = [{split: split_outputs(client, split) for split in HELD_OUT} for client in clients]
+    joined = [ExitOutputs.joined(list(of_client.values())) for of_client in outputs]
     if not all(bool(each.logits.isfinite().all()) for each in joined):
         return []
     pools = [each.scored() for each in joined]
-    costs = costs_of(require_exits(clients[0].kept, "the private model of client 0"), clients[0].images)
-
-    def cost(evaluated: Sequence[bool]) -> list[float]:
-        return [flops / costs.full for flops in costs.leaving(evaluated)]
+    costs = costs_of(exits_of(clients[0]), clients[0].images)
 
     found = []
     for calibrator in options.calibrators():
@@ -148,7 +140,7 @@ def federation_promises(clients: Sequence[Client], options: PromiseOptions, seed
             [len(of_client["selection"]) for of_client in outputs],
             options.draws,
             seed,
-            cost,
+            costs.shares,
         )
         counts = zip(lines, validity.own_violations, validity.pooled_violations, strict=True)
         found.append(
@@ -162,7 +154,3 @@ def federation_promises(clients: Sequence[Client], options: PromiseOptions, seed
             )
         )
     return found
-
-
-def _joined(parts: Sequence[ExitOutputs]) -> ExitOutputs:
-    return ExitOutputs(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))

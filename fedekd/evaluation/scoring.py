@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from fedekd.errors import UserError, nearest
 from fedekd.functional import AGREEMENT, SCORES, at_least_float32, score_exit
 from fedekd.models import MultiExitNetwork
 from fedekd.models.modes import evaluating
+
+#: The splits that training has not touched.
+HELD_OUT = ("selection", "calibration", "certificate", "test")
 
 #: Images at a time; changes no score but in its last bits.
 BATCH_SIZE = 128
@@ -49,6 +53,16 @@ class ExitOutputs:
     def accuracies(self) -> list[float]:
         """Of each exit, over all images."""
         return self.correct.double().mean(dim=0).tolist()
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExitOutputs]) -> ExitOutputs:
+        """Those of several splits, in order."""
+        proxies = [part.proxy for part in parts if part.proxy is not None]
+        return cls(
+            torch.cat([part.logits for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat(proxies) if len(proxies) == len(parts) else None,
+        )
 
     def take(self, places: Tensor) -> ExitOutputs:
         """Some of the images, by index or by mask."""

@@ -47,7 +47,7 @@ def anytime_curve(outputs: ExitOutputs, costs: ExitCosts, score: str = "max_soft
         Points by rising cost.
     """
     scored = outputs.scored(score)
-    leaving = np.asarray(costs.leaving([True] * outputs.num_exits)) / costs.full
+    leaving = np.asarray(costs.shares([True] * outputs.num_exits))
     rows = np.arange(len(outputs))
     # As many thresholds where scores crowd, near 1, as anywhere else.
     thresholds = np.unique(np.quantile(scored.scores[:, :-1], np.linspace(0.0, 1.0, _POINTS)))
@@ -80,7 +80,7 @@ def outcome(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) -> Outco
     scored = outputs.scored(policy.score, policy.gamma)
     exits = policy.assign(scored.scores)
     right = scored.correct[np.arange(len(outputs)), exits]
-    leaving = np.asarray(costs.leaving(policy.evaluated, policy.asks_proxy)) / costs.full
+    leaving = np.asarray(costs.shares(policy.evaluated, policy.asks_proxy))
     places = range(policy.num_exits)
     return Outcome(
         Point(float(leaving[exits].mean()), float(right.mean())),

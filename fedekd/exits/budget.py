@@ -65,7 +65,7 @@ def budget_points(
     """
     if not len(tuning) or not len(scores):
         return {}
-    leaving = np.asarray(costs.leaving([True] * scores.shape[1])) / costs.full
+    leaving = np.asarray(costs.shares([True] * scores.shape[1]))
     # Of a sample the scores of shallower exits count, too: it is gone as soon as one of them reaches the threshold.
     reached = np.maximum.accumulate(np.nan_to_num(tuning[:, :-1], nan=-math.inf), axis=1)
     thresholds = np.unique(reached[reached > -math.inf])

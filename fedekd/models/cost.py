@@ -64,6 +64,10 @@ class ExitCosts:
         second = self.proxy if asks_proxy and any(evaluated[:-1]) else 0
         return tuple(second + sum(parts) for parts in zip(reached, before, self.heads, strict=True))
 
+    def shares(self, evaluated: Sequence[bool], asks_proxy: bool = False) -> list[float]:
+        """The same as shares of the plain network's cost, E numbers."""
+        return [cost / self.full for cost in self.leaving(evaluated, asks_proxy)]
+
 
 def exit_costs(
     network: MultiExitNetwork, image_shape: tuple[int, int, int], proxy: nn.Module | None = None

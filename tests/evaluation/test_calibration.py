@@ -218,6 +218,7 @@ def test_a_client_of_nothing_but_training_samples_is_told(client):
         number=5,
         networks=client.networks,
         kept=client.kept,
+        kept_role=client.kept_role,
         images=client.images,
         learns_from=client.learns_from,
         blueprint=client.blueprint,
