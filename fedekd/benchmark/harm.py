@@ -12,7 +12,6 @@ from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.results import EVIDENCE, Row
 from fedekd.benchmark.table import spread
 from fedekd.certificates import DoNoHarm, acceptance
-from fedekd.functional import paired_p_value
 from fedekd.reporting.figures import BLACK, CLIENT_COLOURS
 from fedekd.reporting.pages import minus
 
@@ -113,12 +112,9 @@ def _lines(method: str, runs: Sequence[Sequence[Mapping[str, Any]]], rule: DoNoH
 
     found = [line("everyone takes it", [[True] * len(clients) for clients in runs])]
     for margin in MARGINS:
+        with_margin = replace(rule, margin=margin)
         certified = [
-            [
-                paired_p_value(client["worse"], client["better"], client["samples"], margin, rule.level / 10)
-                <= rule.level
-                for client in clients
-            ]
+            [with_margin.p_value(c["worse"], c["better"], c["samples"]) <= rule.level for c in clients]
             for clients in runs
         ]
         found.append(line(f"margin {margin:g}", certified))

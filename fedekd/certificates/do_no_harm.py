@@ -92,6 +92,15 @@ class DoNoHarm:
         """Delta / looks: what a p-value may be at most."""
         return self.delta / self.looks
 
+    @property
+    def slack(self) -> float:
+        """The part of the level that bounds how often two classifiers differ, where there is a margin."""
+        return self.level / 10
+
+    def p_value(self, worse: int, better: int, samples: int) -> float:
+        """Of "the federated classifier is worse by the margin or more"; up to `level` it is taken."""
+        return paired_p_value(worse, better, samples, self.margin, self.slack)
+
     def looks_at(self, round: int, rounds: int) -> bool:
         """Whether clients compare after a round, of 1..rounds."""
         return round in {math.ceil(rounds * look / self.looks) for look in range(1, self.looks + 1)}
@@ -124,7 +133,7 @@ class DoNoHarm:
                 math.nan,
             )
         if task == "classification":
-            p_value = paired_p_value(worse, better, samples, self.margin, slack=self.level / 10)
+            p_value = self.p_value(worse, better, samples)
         else:
             worse = better = 0
             # A model without a finite output loses every sample; a difference of two such is no evidence.

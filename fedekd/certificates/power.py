@@ -44,14 +44,14 @@ def acceptance(rule: DoNoHarm, gain: float, differing: float, samples: int) -> f
     likely = binom.pmf(numbers, samples, lost)
     total = 0.0
     for worse in numbers[likely > _NEGLIGIBLE].tolist():
-        needed = _needed(rule.margin, rule.level, worse, samples)
+        needed = _needed(rule, worse, samples)
         # Given those that are worse, the better ones are among the others.
         total += float(likely[worse] * binom.sf(needed - 1, samples - worse, won_elsewhere))
     return total
 
 
 @lru_cache(maxsize=1 << 14)
-def _needed(margin: float, level: float, worse: int, samples: int) -> int:
+def _needed(rule: DoNoHarm, worse: int, samples: int) -> int:
     """The least number of better ones that has the model taken; one more than there can be if none has."""
-    refused = paired_p_values(worse, samples, margin, level / 10) > level
+    refused = paired_p_values(worse, samples, rule.margin, rule.slack) > rule.level
     return int(refused.sum())
