@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fedekd.data import FederatedDataModule, ImageData, load_images
 from fedekd.errors import UserError
-from fedekd.methods import Blueprint, Client, ClientOptions, Method
+from fedekd.federation import RoundOptions
+from fedekd.federation.shared_blueprint import shared_blueprint
+from fedekd.methods import Blueprint, Client, ClientOptions, FedeKD, Method
 from fedekd.modules import TrainerFactory
 
 
@@ -87,18 +89,6 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
     data = FederatedDataModule("fashionmnist", num_clients=6, alpha=0.1, seed=seed)
     data.adopt(ImageData("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
     data.setup()
-    blueprint = Blueprint(
-        task="classification",
-        in_channels=1,
-        image_size=(28, 28),
-        num_outputs=10,
-        batch_size=data.batch_size,
-        eval_batch_size=data.eval_batch_size,
-        seed=seed,
-        client=ClientOptions(),
-        trainer=trainer.resolve(),
-        num_clients=6,
-        rounds=1,
-    )
+    blueprint = shared_blueprint(FedeKD(), data, ClientOptions(), trainer, RoundOptions(rounds=1), seed, num_clients=6)
     device = blueprint.trainer.torch_device
     return Setting(data, blueprint, data.images.images.to(device), data.images.targets.to(device), source)

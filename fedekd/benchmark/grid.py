@@ -15,9 +15,10 @@ from jsonargparse import ArgumentParser
 from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError, nearest
 from fedekd.evaluation.promises import PromiseOptions
+from fedekd.federation.run_folder import HARMLESS
 
 #: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
-_CIRCUMSTANCES = ("trainer", "engine", "logger", "reference_dir", "data.root", "data.download", "data.eval_batch_size")
+_CIRCUMSTANCES = (*HARMLESS, "trainer", "data.eval_batch_size")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -116,7 +117,7 @@ class Rehearsal:
 
     def submit(self, options: Sequence[str], timeout: float = 0.0, secure: bool = False) -> int:
         """Start a run of the app; its number."""
-        settings = {"options": " ".join(options), "sites": self.sites, "folder": str(self.folder), "secure": secure}
+        settings = {"options": shlex.join(options), "sites": self.sites, "folder": str(self.folder), "secure": secure}
         settings |= {"output": str(self.folder / "server"), "timeout": float(timeout)}
         told = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
         reply = self._flwr("run", str(APP), "rehearsal", "--run-config", told, "--format", "json")
@@ -235,7 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --sites {config.sites}: {error}", file=sys.stderr)
         return 2
     folder.mkdir(parents=True)
-    options = [*config.options.split(), f"--data.num_clients={config.sites}", "--data.num_classes=10", "--logger=null"]
+    options = [
+        *shlex.split(config.options),
+        f"--data.num_clients={config.sites}",
+        "--data.num_classes=10",
+        "--logger=null",
+    ]
     try:
         with rehearsed(folder, options, config.sites) as rehearsal:
             print(

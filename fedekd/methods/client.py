@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
 from fedekd.methods.blueprint import Blueprint
 from fedekd.metrics import score
+from fedekd.models.modes import evaluating
 from fedekd.modules import ObjectiveModule, Prediction, predict
 from fedekd.seeding import derive_seed
 
@@ -131,14 +132,11 @@ class Client:
         """
         network, trainer = self.networks[role], self.blueprint.trainer
         indices = getattr(self.splits, split).to(self.images.images.device)
-        was_training = network.training
-        network.eval()
         parts = []
-        with trainer.autocast() if mixed else nullcontext():
+        with evaluating(network), trainer.autocast() if mixed else nullcontext():
             for chosen in indices.split(self.blueprint.eval_batch_size):
                 x = scale(self.images.images[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 parts.append(predict(network, x, with_features))
-        network.train(was_training)
         if not parts:
             empty = torch.empty(0, self.blueprint.num_outputs, device=self.images.images.device)
             return Prediction((empty,) * getattr(network, "num_exits", 1))

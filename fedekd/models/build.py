@@ -13,6 +13,7 @@ from torch import nn
 from fedekd.errors import UserError, nearest
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
+from fedekd.models.modes import evaluating
 
 _LONGEST_HINT = 200  # torchvision.models has 200 names: no help in one line of an error
 
@@ -102,17 +103,12 @@ def check_model(
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
     name = type(getattr(model, "backbone", model)).__name__
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             output = model(images)
     except Exception as error:  # a model of one's own may fail in any way
         shape = f"{in_channels} x {height} x {width}"
         raise UserError(f"{flag} {name} cannot take images of {shape}: {_said(error)}") from error
-    finally:
-        for part, training in modes:
-            part.training = training
     for each in output if isinstance(output, list | tuple) else [output]:
         if not isinstance(each, torch.Tensor) or each.shape != (2, num_outputs):
             given = tuple(each.shape) if isinstance(each, torch.Tensor) else f"a {type(each).__name__}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork
+from fedekd.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,6 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Predi
 
 @torch.no_grad()
 def teach(network: nn.Module, x: Tensor, with_features: bool = False) -> Prediction:
-    """Run a frozen teacher: in evaluation mode, without a graph. Restores the mode it found."""
-    was_training = network.training
-    network.eval()
-    try:
+    """Run a frozen teacher: in evaluation mode, without a graph."""
+    with evaluating(network):
         return predict(network, x, with_features)
-    finally:
-        network.train(was_training)
