@@ -27,11 +27,17 @@ FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threa
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
+
+
+@pytest.fixture
+def here(folder: Path, undrawn: None) -> Path:
+    """An empty working folder, in which runs draw no figures."""
+    return folder
 
 
 def fit(npz: Path, *options: str, rounds: int = 1) -> int:
@@ -57,7 +63,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-def test_fit_writes_the_whole_folder(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_writes_the_whole_folder(npz: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(npz, "--output=runs/one", rounds=2) == 0
     run = here / "runs" / "one"
     printed = capsys.readouterr().out
@@ -106,7 +112,7 @@ def test_config_of_a_run_repeats_it(npz: Path, here: Path) -> None:
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
 
-def test_regression_run(npz: Path, here: Path) -> None:
+def test_regression_run(npz: Path, folder: Path) -> None:
     assert fit(npz, "--output=a", "--task=regression", "--data.alpha=10") == 0
     summary = json.loads(Path("a/summary.json").read_text())
     assert (summary["task"], summary["metric"]) == ("regression", "rmse")

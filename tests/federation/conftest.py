@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,26 @@ from fedekd.modules import TrainerFactory
 Federate = Callable[..., Orchestrator]
 
 
+def federation(npz: Path, method: Method | None = None, **parts: Any) -> Orchestrator:
+    """An orchestrator over three clients of a small data set; keyword arguments replace its parts."""
+    defaults: dict[str, Any] = {
+        "data": FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8),
+        "client": ClientOptions(
+            local_epochs=1,
+            private_model={"class_path": "fedekd.models.PrivateCNN"},
+            proxy_model={"class_path": "fedekd.models.ProxyCNN"},
+            optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+        ),
+        "trainer": TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
+        "rounds": RoundOptions(rounds=2),
+    }
+    return Orchestrator(method or FedeKD(), **{**defaults, **parts})
+
+
 @pytest.fixture
 def federate(npz: Path, undrawn: None) -> Federate:
-    """Makes an orchestrator over three clients of a small data set; keyword arguments replace its parts."""
-
-    def make(method: Method | None = None, **parts: Any) -> Orchestrator:
-        defaults: dict[str, Any] = {
-            "data": FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8),
-            "client": ClientOptions(
-                local_epochs=1,
-                private_model={"class_path": "fedekd.models.PrivateCNN"},
-                proxy_model={"class_path": "fedekd.models.ProxyCNN"},
-                optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
-            ),
-            "trainer": TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
-            "rounds": RoundOptions(rounds=2),
-        }
-        return Orchestrator(method or FedeKD(), **{**defaults, **parts})
-
-    return make
+    """`federation` of the small data set, without figures."""
+    return partial(federation, npz)
 
 
 def weights(orchestrator: Orchestrator, role: str = "private") -> dict[str, Any]:

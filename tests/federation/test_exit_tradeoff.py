@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +22,7 @@ from fedekd.federation.summary import summarize
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local
 from fedekd.models import exit_costs
 
-from .conftest import Federate
+from .conftest import Federate, federation
 
 
 def options(**values: Any) -> ClientOptions:
@@ -34,9 +36,10 @@ def clients_of(run: Orchestrator) -> list[Any]:
     return [engine.client(number) for number in range(3)]
 
 
-@pytest.fixture
-def finished(federate: Federate) -> Orchestrator:
-    run = federate(FedeKD(), client=options())
+@pytest.fixture(scope="module")
+def finished(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Orchestrator:
+    """A federation with three exits that has come to its end; nobody changes it."""
+    run = federation(write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz"), client=options())
     run.run()
     return run
 
@@ -139,9 +142,9 @@ def test_without_validation_images_there_are_exits_and_no_budgets(federate: Fede
     assert summary["budgets"] == []
 
 
-def test_a_network_that_has_diverged_is_worth_nothing_at_any_budget(finished: Orchestrator) -> None:
+def test_a_network_that_has_diverged_is_worth_nothing_at_any_budget(federate: Federate) -> None:
     """Its outputs are not finite, and argmax would take the first class."""
-    client = clients_of(finished)[0]
+    client = clients_of(federate(client=options()))[0]
     with torch.no_grad():
         for parameter in client.networks["private"].parameters():
             parameter.fill_(math.nan)

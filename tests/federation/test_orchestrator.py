@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Meth
 from fedekd.methods.base import num_bytes
 from fedekd.modules import TrainerFactory
 
-from .conftest import Federate, weights
+from .conftest import Federate, federation, weights
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
@@ -104,12 +104,20 @@ class StopAfter(SilentObserver):
         self._count()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Orchestrator, dict[str, Any]]:
+    """A federation that nobody has stopped, and its summary."""
+    whole = federation(write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz"))
+    return whole, whole.run()
+
+
 @pytest.mark.parametrize("events", [1, 2, 4, 7, 10, 11, 13, 16, 18, 20])
 def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(
-    federate: Federate, tmp_path: Path, events: int
+    federate: Federate, uninterrupted: tuple[Orchestrator, dict[str, Any]], tmp_path: Path, events: int
 ) -> None:
-    whole = federate()
-    expected = whole.run()
+    whole, expected = uninterrupted
     with pytest.raises(StoppedError):
         federate(output=tmp_path / "run", reference_folder=tmp_path / "local", observer=StopAfter(events)).run()
     again = federate(output=tmp_path / "run", reference_folder=tmp_path / "local")
