@@ -65,7 +65,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_fit_writes_the_whole_folder(npz: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(npz, "--output=runs/one", rounds=2) == 0
-    run = here / "runs" / "one"
+    run = folder / "runs" / "one"
     printed = capsys.readouterr().out
     assert "round 2/2" in printed
     assert "Delta" in printed
@@ -100,7 +100,7 @@ def test_fit_writes_the_whole_folder(npz: Path, folder: Path, capsys: pytest.Cap
     assert config["trainer"]["threads"] == 1
     # Nothing of this machine in what must be repeatable.
     repeatable = [run / "metrics.csv", *(run / "checkpoints").glob("*.pt")]
-    assert all(str(here).encode() not in path.read_bytes() for path in repeatable)
+    assert all(str(folder).encode() not in path.read_bytes() for path in repeatable)
 
 
 def test_config_of_a_run_repeats_it(npz: Path, here: Path) -> None:
