@@ -47,7 +47,13 @@ class SafeKD(Method):
         super().__init__()
         try:
             check_arguments(
-                distillation_weight, consistency_weight, temperature, dkd_alpha, dkd_beta, warmup_epochs, ema_decay
+                distillation_weight=distillation_weight,
+                consistency_weight=consistency_weight,
+                temperature=temperature,
+                dkd_alpha=dkd_alpha,
+                dkd_beta=dkd_beta,
+                warmup_epochs=warmup_epochs,
+                ema_decay=ema_decay,
             )
             if exit_weights is not None:
                 require_exit_weights(exit_weights, len(exit_weights))
@@ -83,16 +89,16 @@ class SafeKD(Method):
         module = MultiExitModule(
             client.networks["private"],
             average if average is not None else "ema",
-            self.distillation_weight,
-            self.consistency_weight,
-            self.temperature,
-            self.dkd_alpha,
-            self.dkd_beta,
-            self.warmup_epochs,
-            self.exit_weights,
-            self.ema_decay,
-            client.blueprint.optimizer,
-            client.supervised_epochs,
+            distillation_weight=self.distillation_weight,
+            consistency_weight=self.consistency_weight,
+            temperature=self.temperature,
+            dkd_alpha=self.dkd_alpha,
+            dkd_beta=self.dkd_beta,
+            warmup_epochs=self.warmup_epochs,
+            exit_weights=self.exit_weights,
+            ema_decay=self.ema_decay,
+            optimizer=client.blueprint.optimizer,
+            first_epoch=client.supervised_epochs,
         )
         logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
         client.supervised_epochs += client.blueprint.client.local_epochs

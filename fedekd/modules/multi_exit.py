@@ -50,6 +50,7 @@ def _require_decay(decay: float) -> None:
 
 
 def check_arguments(
+    *,
     distillation_weight: float,
     consistency_weight: float,
     temperature: float,
@@ -118,7 +119,13 @@ class MultiExitModule(ObjectiveModule):
         first_epoch: int = 0,
     ) -> None:
         check_arguments(
-            distillation_weight, consistency_weight, temperature, dkd_alpha, dkd_beta, warmup_epochs, ema_decay
+            distillation_weight=distillation_weight,
+            consistency_weight=consistency_weight,
+            temperature=temperature,
+            dkd_alpha=dkd_alpha,
+            dkd_beta=dkd_beta,
+            warmup_epochs=warmup_epochs,
+            ema_decay=ema_decay,
         )
         if isinstance(teacher, str) and teacher != "ema":
             raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
