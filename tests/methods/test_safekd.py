@@ -159,7 +159,7 @@ def test_clients_of_a_run_that_is_not_finished_are_not_given(federate: Federate,
     stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(12))
     with pytest.raises(StoppedError):
         stopped.run()
-    with pytest.raises(UserError, match="checkpoint of the last round is damaged or missing"):
+    with pytest.raises(UserError, match="there is no checkpoint of the last round"):
         federate(SafeKD(), client=client(), output=tmp_path).restored_clients()
     with pytest.raises(UserError, match="given by the engine InProcess"):
         federate(SafeKD(), client=client(), engine=lambda *parts: object()).restored_clients()
