@@ -212,7 +212,8 @@ def _load(path: str, like: ImageData) -> ImageData:
     try:
         return load_images(path, task=like.task, num_classes=like.num_classes)
     except UserError as error:
-        raise UserError(str(error).replace("data.dataset:", "--input:", 1)) from error
+        told = str(error).replace("data.dataset:", "--input:", 1)
+        raise UserError(told.replace(" (data.num_classes sets it)", ", as in the run")) from error
 
 
 def _table(policy: ExitPolicy, client: Client) -> Table:

@@ -54,7 +54,7 @@ class ObjectiveModule(LightningModule):
         with_features: Whether the objectives need the networks' features.
 
     Raises:
-        UserError: If the task is not known.
+        UserError: If the task is not known, or the network is its own teacher.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class ObjectiveModule(LightningModule):
         super().__init__()
         if task not in TASKS:
             raise UserError(f"task is {task!r}, which is not known; {nearest(task, TASKS)}")
+        if teacher is network:
+            raise UserError("a network cannot be its own teacher: it would be frozen, and nothing trained")
         self.network, self.objectives = network, objectives
         # Not a submodule: it is nobody's to train, to count, to save or to wrap for distributed training.
         self._teacher = (teacher,)

@@ -62,6 +62,13 @@ def test_a_trainer_predicts_with_the_loader_it_was_tested_with(tmp_path: Path) -
         torch.testing.assert_close(torch.cat(outputs), expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("module", [GatedPrivateModule, ProxyDistillModule])
+def test_no_network_is_its_own_teacher(module: Callable[..., Any]) -> None:
+    network, _ = networks()
+    with pytest.raises(UserError, match="cannot be its own teacher"):
+        module(network, network)
+
+
 def literal_private_loss(p_logits: Tensor, q_logits: Tensor, y: Tensor, beta: float, lam: float) -> Tensor:
     """Eq. 1, 3, 4 and 5, written out sample by sample."""
     energies, losses = [], []
