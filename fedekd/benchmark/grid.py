@@ -143,22 +143,29 @@ def cells(
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
 
 
-def require_valid(grid: Sequence[Cell]) -> None:
+def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
     """Make the parts of a run for each method, each partition and each set of options in a grid; nothing is trained.
+
+    Args:
+        grid: The cells.
+        trainer: Replaces the trainer's options of each, as `run_grid` has it.
 
     Raises:
         UserError: If one of them cannot be made; it names the first cell that has it.
     """
     parser, known = federation_parser(), set[str]()
     for cell in grid:
-        values = {**cell.values, "logger": None, "seed": 0}
+        values = {**cell.values, "logger": None, "seed": 0, "trainer": {**cell.values["trainer"], **trainer}}
         rest = {name: value for name, value in values.items() if name not in ("method", "data")}
-        aspects = {json.dumps(part, sort_keys=True) for part in (values["method"], values["data"], rest)}
+        parts = values["method"], values["data"], rest, [values["method"], cell.promises is not None]
+        aspects = {json.dumps(part, sort_keys=True) for part in parts}
         if aspects <= known:
             continue
         known |= aspects
         try:
-            build_parts(parser, parser.parse_object(values))
+            method = build_parts(parser, parser.parse_object(values))["method"]
+            if cell.promises is not None and "validation" in method.learns_from:
+                raise UserError("promises are made on validation samples, and the method learns from these")
         except UserError as error:
             raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
 

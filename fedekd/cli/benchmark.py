@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -104,7 +105,7 @@ def _trainer(config: Namespace) -> dict[str, Any]:
     try:
         TrainerFactory(**options).resolve()
     except UserError as error:
-        raise UserError(str(error).replace("--trainer.", "--").replace("trainer.", "--")) from error
+        raise UserError(re.sub(r"(--)?trainer\.(?!device)", "--", str(error))) from error
     return options
 
 
@@ -141,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
     failures = []
     if config.run:
         kept = read_results(results)
-        require_valid([cell for cell in grid if cell.key not in kept])
+        require_valid([cell for cell in grid if cell.key not in kept], trainer)
         _tell_of_other_precisions(kept, grid, trainer["precision"])
         display = GridDisplay()
         with display.progress:

@@ -33,12 +33,10 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--data.dataset must be given, there or in a configuration: --config digits.yaml")
     if resume is not None:
         config = _saved_configuration(parser, argv, resume)
-        finished = RunFolder(resume, {})
-        if finished.summary is not None:
-            if (damage := finished.damage()) is None:
-                print(f"{resume} is finished: nothing to do")
-                return 0
-            print(f"warning: {resume} is finished, but {damage}", file=sys.stderr)
+        folder = RunFolder(resume, {})
+        if folder.summary is not None and not folder.is_damaged():
+            print(f"{resume} is finished: nothing to do")
+            return 0
     parts = build_parts(parser, config)
     # What is wrong with the data is found before a new folder is there.
     kept = Path(config.reference_dir)

@@ -113,9 +113,9 @@ def _unknown_class(match: re.Match[str], text: str, parser: ArgumentParser) -> s
 
 
 def _abstract_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    module, _, name = match[1].rpartition(".")
+    module, _, name = re.findall(r"Subtypes: \[?<class '([^']+)'>", text[: match.end()])[-1].rpartition(".")
     known = sorted(found.__name__ for found in _subclasses(getattr(import_module(module), name)))
-    return f"{_inner_flag(match, text)} needs a class beside its arguments; choose from: {', '.join(known)}"
+    return f"{_inner_flag(match, text)} needs a class that can be made; choose from: {', '.join(known)}"
 
 
 def _no_module(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
@@ -198,7 +198,7 @@ _COMPLAINTS: list[tuple[str, Complaint]] = [
     (r"Group '([^']+)' does not accept option '([^']+)'", _unexpected_in_group),
     (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unexpected_in_class),
     (r"Problem with given class_path '([^']+)':\s+(No module named [^\n]+)", _no_module),
-    (r"Expected an instantiatable class, but (\S+) is abstract", _abstract_class),
+    (r"Expected an instantiatable class, but(?: \S+)? is abstract", _abstract_class),
     (r"Unable to load config '([^']+)'", _no_file),
     (
         r"(?s).*Subtypes: \[((?:<class '(?:int|float|str|bool)'>|typing\.Literal\[[^\]]*\])[^\n]*)\]\n"

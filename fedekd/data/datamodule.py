@@ -162,16 +162,16 @@ class FederatedDataModule(lightning.LightningDataModule):
             seed = derive_seed(self.seed, "partition")
             try:
                 parts = list(partition(images, self.num_clients, self.alpha, seed, self.min_samples))
-                _check_partition(parts, self.num_clients, len(images))
             except UserError:
                 raise
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # a function of one's own may fail in any way
                 if partition in PARTITIONS.values():
                     raise
                 raise UserError(
-                    f"data.partition: its function, called with (images, num_clients, alpha, seed, min_samples), must"
-                    f" give an array of indices for each client: {error}"
+                    "data.partition: its function, called with (images, num_clients, alpha, seed, min_samples) for a"
+                    f" list of arrays, has failed: {type(error).__name__}: {error}"
                 ) from error
+            _check_partition(parts, self.num_clients, len(images))
             self._clients = [split_client(client, part, self.fractions, self.seed) for client, part in enumerate(parts)]
 
     @property

@@ -77,7 +77,7 @@ def require_untouched(client: Client) -> None:
     if "validation" in client.learns_from:
         raise UserError(
             f"client {client.number} was trained by a method that learns from its validation samples: nothing can be"
-            " promised on them; calibrate with --input, labelled images that it has never seen"
+            " promised on them, only on labelled images that it has never seen (calibrate --input)"
         )
 
 

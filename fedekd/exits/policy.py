@@ -22,7 +22,7 @@ from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
 #: Of the file's layout; a file of another layout is refused.
-FORMAT = 1
+FORMAT = 2
 
 
 def assign_exits(

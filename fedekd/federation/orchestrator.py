@@ -166,8 +166,7 @@ class Orchestrator:
             began = time.monotonic()
             try:
                 self.method.start(self.blueprint)
-                for complaint in self._restore():
-                    self.observer.warn(f"{complaint}; going on from round {self.progress.round}")
+                self._go_on()
                 self._announce()
                 self._train_references()
                 for round in range(self.progress.round, self.options.rounds + 1):
@@ -208,7 +207,7 @@ class Orchestrator:
 
     def _restore_finished(self) -> None:
         complaints = self._restore()
-        if self.folder is None or self.progress.round <= self.options.rounds:
+        if self.progress.round <= self.options.rounds:
             folder = shlex.quote(str(self.folder.folder)) if self.folder is not None else "RUN"
             again = f"fit --resume {folder} makes it again"
             if complaints:
@@ -300,6 +299,15 @@ class Orchestrator:
             number: min(self.options.rounds, 1 + sum(number in taking_part for taking_part in visits))
             for number in range(self.num_clients)
         }
+
+    def _go_on(self) -> None:
+        """Take up what there is of the run; one that was finished is finished no more where its end is damaged."""
+        complaints = self._restore()
+        where = f"going on from round {self.progress.round}" if self.progress.round else "starting anew"
+        for complaint in complaints:
+            self.observer.warn(f"{complaint}; {where}")
+        if complaints and self.folder is not None:
+            self.folder.reopen()
 
     def _restore(self) -> list[str]:
         """Take up the newest whole checkpoint, if there is one; gives what is wrong with those that are newer."""

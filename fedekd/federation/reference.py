@@ -29,6 +29,7 @@ TRAINING_CODE = (
     "methods/client.py",
     "methods/local.py",
     "metrics/scores.py",
+    "models/modes.py",
     "modules",
     "seeding.py",
 )

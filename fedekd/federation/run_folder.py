@@ -101,31 +101,19 @@ class RunFolder:
         self.folder, self.config = folder, dict(config)
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         folder.mkdir(parents=True, exist_ok=True)
-        if config and not (folder / "config.yaml").exists():
-            with atomic_file(folder / "config.yaml") as file:
-                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside, no other process can claim the folder; a process that is killed gives it back.
+        """Inside, no other process can claim the folder, and the configuration is in it; one that is killed frees it.
 
         Raises:
             FolderInUseError: If another one has.
         """
-        if fcntl is None:
+        with _locked(self.folder):
+            if self.config and not (self.folder / "config.yaml").exists():
+                with atomic_file(self.folder / "config.yaml") as file:
+                    file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
             yield
-            return
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise FolderInUseError(f"{self.folder}: another process is at work there") from error
-            except OSError:  # a file system that knows no locks
-                pass
-            yield
-        finally:
-            os.close(handle)
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, if it is one of this configuration and this data.
@@ -176,10 +164,14 @@ class RunFolder:
         with atomic_file(self.folder / "summary.json") as file:
             file.write((json.dumps(dict(summary), indent=2) + "\n").encode())
 
-    def damage(self) -> str | None:
-        """What is wrong with the newest checkpoint; None if nothing is, or there is none any more."""
+    def is_damaged(self) -> bool:
+        """Whether the newest checkpoint is; not if there is none any more."""
         _, complaints = self.checkpoints.load()
-        return complaints[0] if complaints else None
+        return bool(complaints)
+
+    def reopen(self) -> None:
+        """Make a finished run one that is not."""
+        (self.folder / "summary.json").unlink(missing_ok=True)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -198,3 +190,22 @@ class RunFolder:
         if not isinstance(summary, dict):
             raise UserError(f"{path} is damaged; remove it and go on with fit --resume {shlex.quote(str(self.folder))}")
         return summary
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process; where there are no locks, nothing is held."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderInUseError(f"{folder}: another process is at work there") from error
+        except OSError:  # a file system that knows no locks
+            pass
+        yield
+    finally:
+        os.close(handle)

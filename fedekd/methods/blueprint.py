@@ -22,10 +22,10 @@ Spec = Mapping[str, Any]  # {"class_path": ..., "init_args": {...}}
 #: Up to this many pixels a side a ResNet with exits begins without reducing them: of 32, its stem would leave 8.
 SMALL_IMAGE = 64
 
-#: Optimizers of PyTorch's that no network here can be trained with.
+#: Optimizers of PyTorch's that no network here can be trained with, by name.
 _UNFIT = {
-    "torch.optim.LBFGS": "works out the loss several times in a step",
-    "torch.optim.SparseAdam": "is for sparse gradients alone",
+    "LBFGS": "works out the loss several times in a step",
+    "SparseAdam": "is for sparse gradients alone",
 }
 
 #: Optimizers whose fused form runs on CPUs too, and agrees with the plain one.
@@ -78,8 +78,9 @@ class ClientOptions:
             raise UserError(f"client.lr_decay is {self.lr_decay}, and must be above 0 and at most 1")
         if not isinstance(self.optimizer, Mapping) or "class_path" not in self.optimizer:
             raise UserError(f"client.optimizer is {self.optimizer!r}, and must have a class_path and init_args")
-        if why := _UNFIT.get(self.optimizer["class_path"]):
-            raise UserError(f"client.optimizer is {self.optimizer['class_path']}, which {why}; take another")
+        package, _, name = self.optimizer["class_path"].rpartition(".")
+        if package.startswith("torch.optim") and name in _UNFIT:
+            raise UserError(f"client.optimizer is {package}.{name}, which {_UNFIT[name]}; take another")
         depths = [self.depths] if isinstance(self.depths, int) else self.depths
         if depths is not None and not (depths and min(depths) >= 1):
             raise UserError(f"client.depths is {self.depths}, and must be numbers of stages, at least 1, or null")

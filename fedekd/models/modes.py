@@ -11,11 +11,13 @@ from torch import nn
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Inside, a network and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
-    training = [part for part in network.modules() if part.training]
-    if training:
+    modes = [(part, part.training) for part in network.modules()]
+    if any(training for _, training in modes):
         network.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        if modes[0][1]:
+            network.train()  # a network of one's own may do more in it than set a flag
+        for part, training in modes:
+            part.training = training

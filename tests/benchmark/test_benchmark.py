@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fedekd.benchmark import Block, Cell, cells, parse_filter, read_results, run_grid, write_results
+from fedekd.benchmark import Block, Cell, cells, parse_filter, read_results, require_valid, run_grid, write_results
 from fedekd.benchmark.results import COLUMNS
 from fedekd.cli import main
 from fedekd.errors import UserError
@@ -25,6 +26,9 @@ BLOCK = Block(
     seeds=[0, 1],
     methods={"FedeKD": {"class_path": "FedeKD"}, "FedAvg": {"class_path": "FedAvg"}},
 )
+
+#: A card without bfloat16.
+OLD_CARD = {"trainer.precision": "16-mixed"}
 
 
 def test_a_grid_is_the_product_and_each_cell_is_there_once() -> None:
@@ -174,6 +178,10 @@ def test_finished_cells_of_another_precision_are_told(
         ("alphas: [0]", "digits alpha 0 FedeKD: data.alpha=0"),
         ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta is -1"),
         ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds is 0"),
+        (
+            "{methods: {T: {class_path: FedType}}, options: {client.exits: 2}, promises: {draws: 1}}",
+            "digits alpha 5 T: promises are made on validation samples, and the method learns from these",
+        ),
     ],
 )
 def test_what_no_run_could_be_made_of_is_told_before_any(
@@ -187,6 +195,13 @@ def test_what_no_run_could_be_made_of_is_told_before_any(
     assert told.startswith(f"error: {words}")
     assert told.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_what_the_command_says_of_the_trainer_comes_before_the_grid() -> None:
+    [cell] = cells([replace(BLOCK, alphas=[0.5], seeds=[0], methods={"L": {"class_path": "Local"}}, options=OLD_CARD)])
+    with pytest.raises(UserError, match="needs CUDA"):
+        require_valid([cell], {"accelerator": "cpu"})
+    require_valid([cell], {"accelerator": "cpu", "precision": "32-true"})
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_a_policy_comes_back_to_the_last_digit(thresholds, data):
         assert repr(getattr(after, name)) == repr(getattr(before, name)), name  # -0.0 and 0.0, tuples and lists
     assert after.to_json() == text
     strict = json.loads(text, parse_constant=pytest.fail)  # no Infinity or NaN: JSON has none
-    assert strict["format"] == 1
+    assert strict["format"] == 2
 
 
 def test_a_file_is_the_same_policy(tmp_path):
@@ -96,7 +96,7 @@ def changed_file(**values) -> str:
         ("[1]", "no exit policy"),
         ("{}", "no exit policy: 'format'"),
         (policy(0.5).to_json()[:-20], "no exit policy"),
-        (changed_file(format=2), "layout 2, and this version reads 1"),
+        (changed_file(format=1), "layout 1, and this version reads 2"),
         (changed_file(thresholds=None), "no exit policy"),
         (changed_file(thresholds=["many", "-inf"]), "no exit policy"),
         (changed_file(thresholds=["nan", "-inf"]), "is no number"),

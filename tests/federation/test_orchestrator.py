@@ -274,6 +274,25 @@ def test_a_reference_belongs_to_its_seed_and_model(federate: Federate, tmp_path:
     assert len(list((tmp_path / "local").iterdir())) == 6
 
 
+def test_a_run_without_a_folder_is_scored_again_from_memory(federate: Federate) -> None:
+    run = federate()
+    expected = run.run()
+    assert [client.number for client in run.restored_clients()] == [0, 1, 2]
+    assert repeatable(run.rescore()) == repeatable(expected)
+
+
+def test_a_finished_run_that_is_made_again_is_not_finished_meanwhile(federate: Federate, tmp_path: Path) -> None:
+    expected = federate(output=tmp_path).run()
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    listener = Listener()
+    with pytest.raises(StoppedError):
+        federate(output=tmp_path, observer=StopAfter(12)).run()
+    assert not (tmp_path / "summary.json").exists()
+    assert repeatable(federate(output=tmp_path, observer=listener).run()) == repeatable(expected)
+    assert not listener.warnings
+
+
 def test_rescoring_gives_the_summary_again(federate: Federate, tmp_path: Path) -> None:
     expected = federate(output=tmp_path).run()
     assert repeatable(federate(output=tmp_path).rescore()) == repeatable(expected)

@@ -21,7 +21,10 @@ ROOT = Path(fedekd.__file__).parent
 #: What training also imports, and why it need not be among the training code.
 HASHED_OTHERWISE = {
     "data": "the samples themselves are part of the key",
-    "models": "so are the weights, and the files of the network's own layers",
+    **dict.fromkeys(
+        [f"models/{name}.py" for name in ("build", "cnn", "image_classifier", "multi_exit", "split")],
+        "so are the weights, and the files of the network's own layers",
+    ),
     "methods/base.py": "only asks the methods' four verbs",
     "errors.py": "says what is wrong, and then nothing is trained",
     "tasks.py": "two names",
