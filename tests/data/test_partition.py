@@ -199,7 +199,7 @@ def test_table_of_partitions(blobs: ImageData) -> None:
                 "6 clients",
                 "data.num_clients",
                 "10000 draws",
-                "data.seed",
+                "another seed",
             ],
         ),
         (lambda: dirichlet_cluster_partition(FEATURES, 3, 0.0, 0), ["data.alpha=0.0"]),
