@@ -203,7 +203,7 @@ def test_a_network_that_diverged_classifies_nothing(npz: Path, here: Path, capsy
     assert "the same as summary.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--version"], ["fit", "--help"]])
+@pytest.mark.parametrize("options", [[], ["--version"]])
 def test_help_for_nobody(options: list[str]) -> None:
     code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-u", "-c", code, *options]
@@ -214,9 +214,8 @@ def test_help_for_nobody(options: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    if options != ["fit", "--help"]:  # of which argparse says nothing
-        assert ended.returncode == 2
-        assert ended.stderr.startswith("error: no space left on the disk")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no space left on the disk")
     ended = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
     )
