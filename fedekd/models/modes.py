@@ -12,8 +12,10 @@ from torch import nn
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Inside, a network and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
     modes = [(part, part.training) for part in network.modules()]
-    if any(training for _, training in modes):
-        network.eval()
+    if not any(training for _, training in modes):
+        yield
+        return
+    network.eval()
     try:
         yield
     finally:

@@ -66,6 +66,10 @@ def check_arguments(
     """
     DecoupledDistilled(distillation_weight, dkd_alpha, dkd_beta, temperature)
     DeepToShallow(consistency_weight, temperature)
+    _require_pace(warmup_epochs, ema_decay)
+
+
+def _require_pace(warmup_epochs: int, ema_decay: float) -> None:
     if warmup_epochs < 0:
         raise UserError(f"warmup_epochs is {warmup_epochs}, and must be at least 0")
     _require_decay(ema_decay)
@@ -118,15 +122,7 @@ class MultiExitModule(ObjectiveModule):
         optimizer: OptimizerCallable = default_optimizer,
         first_epoch: int = 0,
     ) -> None:
-        check_arguments(
-            distillation_weight=distillation_weight,
-            consistency_weight=consistency_weight,
-            temperature=temperature,
-            dkd_alpha=dkd_alpha,
-            dkd_beta=dkd_beta,
-            warmup_epochs=warmup_epochs,
-            ema_decay=ema_decay,
-        )
+        _require_pace(warmup_epochs, ema_decay)
         if isinstance(teacher, str) and teacher != "ema":
             raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
         if exit_weights is not None:
