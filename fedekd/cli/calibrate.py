@@ -163,14 +163,20 @@ def _tell_of_those_left(folder: Path, number: int, console: Console) -> None:
 def _write_lines(path: Path, lines: Sequence[ClientLine], keep: bool = False) -> None:
     """The table of all clients; with `keep`, those of the file that are not among the lines stay in it."""
     names = [field.name for field in fields(ClientLine)]
-    rows: dict[str, Mapping[str, Any]] = {}
-    if keep:
+    rows = _rows(path, names) if keep else {}
+    rows |= {line.client: asdict(line) for line in lines}
+    write_text(path, csv_text(names, [rows[number] for number in sorted(rows)]))
+
+
+def _rows(path: Path, names: Sequence[str]) -> dict[int, Mapping[str, Any]]:
+    """The lines of a table by client; none of one that is damaged or of another version, which is then begun anew."""
+    try:
         with path.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            # A table of another version is begun anew.
-            rows = {row["client"]: row for row in table} if table.fieldnames == names else {}
-    rows |= {str(line.client): asdict(line) for line in lines}
-    write_text(path, csv_text(names, [rows[number] for number in sorted(rows, key=int)]))
+            rows = list(csv.DictReader(file, strict=True))
+        whole = all(list(row) == names and None not in row.values() for row in rows)
+        return {int(row["client"]): row for row in rows} if whole else {}
+    except (csv.Error, ValueError):  # of the latter are bytes that are no UTF-8
+        return {}
 
 
 def _client_table(lines: Sequence[ClientLine], together: float | None, calibrator: SelectiveRiskCalibrator) -> Table:

@@ -115,6 +115,8 @@ class ExitPolicy:
             raise UserError(f"an exit policy has the score {self.score!r}, which is not known")
         if not all(isinstance(flag, bool) for flag in self.certified):
             raise UserError(f"an exit policy has the certificates {self.certified}; true or false is needed")
+        if not isinstance(self.together, int) or self.together < 1:
+            raise UserError(f"an exit policy is one of {self.together!r} that hold together; at least 1 is needed")
         if self.thresholds[-1] != -math.inf:
             raise UserError(f"the last exit's threshold is {self.thresholds[-1]}, and must be -inf: all leave there")
 

@@ -113,6 +113,20 @@ def test_the_table_of_all_clients_follows_the_policy_of_one(here: Path, capsys: 
     assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
     assert "at once" not in capsys.readouterr().out
     assert rows() == after
+    table, policy = Path("run/exits/clients.csv"), Path("run/exits/client-001.json")
+    whole = table.read_bytes()
+    for damaged in (
+        b"",
+        b"\xff\xfe",
+        b"client\n1\n",
+        whole[:-40],
+        whole + b"x" * 7,
+        whole.replace(b"\n0,", b"\nzero,"),
+    ):
+        table.write_bytes(damaged)
+        policy.write_text(policy.read_text().replace('"together": 1', '"together": "two"'))
+        assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
+        assert rows() == after[1:]
 
 
 def test_nothing_is_promised_on_samples_that_a_method_learns_from(

@@ -96,6 +96,8 @@ def changed_file(**values) -> str:
         ("[1]", "no exit policy"),
         ("{}", "no exit policy: 'format'"),
         (policy(0.5).to_json()[:-20], "no exit policy"),
+        (changed_file(together=0), "one of 0 that hold together; at least 1"),
+        (changed_file(together="two"), "one of 'two' that hold together"),
         (changed_file(format=1), "layout 1, and this version reads 2"),
         (changed_file(thresholds=None), "no exit policy"),
         (changed_file(thresholds=["many", "-inf"]), "no exit policy"),
