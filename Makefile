@@ -43,7 +43,7 @@ tables: $(INSTALLED)
 ## bench: time fedekd beside a bare loop and a plain script, as ratios (options: ARGS="--only phases")
 .PHONY: bench
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m perf $(ARGS)
 
 # Ray and Flower are large and not everybody's: without them their tests are skipped, and say so.
 EXTRAS := $(VENV)/.extras
@@ -58,7 +58,7 @@ extras: $(EXTRAS)
 ## bench-clients: 200 clients in one process, under Ray and by Flower's simulation (options: ARGS="--clients 50")
 .PHONY: bench-clients
 bench-clients: $(EXTRAS)
-	$(BIN)/python -m benchmarks.clients $(ARGS)
+	$(BIN)/python -m perf.clients $(ARGS)
 
 ## sites: rehearse a federation of three sites on this machine, with TLS and keys (options: ARGS="--sites 2")
 .PHONY: sites

@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_HOMES = {
     "FederatedDataModule": "fedekd.data",
     "GatedPrivateModule": "fedekd.modules",
     "Orchestrator": "fedekd.federation",
     "ProxyDistillModule": "fedekd.modules",
 }
-_ROOMS = (
-    "certificates",
+_PACKAGES = (
     "data",
-    "evaluation",
-    "exits",
+    "do_no_harm",
+    "early_exit",
     "federation",
     "functional",
     "methods",
@@ -42,14 +41,14 @@ __all__ = [
     "Orchestrator",
     "ProxyDistillModule",
     "__version__",
-    *_ROOMS,
+    *_PACKAGES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
-    if name in _ROOMS:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
         return import_module(f"fedekd.{name}")
     raise AttributeError(f"module 'fedekd' has no attribute {name!r}")
 

@@ -16,8 +16,8 @@ from fedekd.benchmark.grid import Block, Cell, cell_key, cells
 from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.published import DATASETS
 from fedekd.benchmark.results import Row, read_results, to_row
-from fedekd.configuration.arguments import as_values, federation_parser, parse
 from fedekd.configuration.configs import shipped_folder
+from fedekd.configuration.options import as_values, federation_parser, parse
 from fedekd.errors import UserError
 
 

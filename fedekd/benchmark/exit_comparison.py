@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.results import EXIT_COLUMN, Row
 from fedekd.benchmark.table import spread
-from fedekd.exits import Point, cost_of
+from fedekd.early_exit.cost_curves import Point, cost_of
 from fedekd.reporting.figures import BLACK, CLIENT_COLOURS
 from fedekd.reporting.pages import minus
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
+from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
+from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, nearest
-from fedekd.evaluation.promises import PromiseOptions
-from fedekd.federation.run_folder import HARMLESS
+from fedekd.federation.run_folder import RUNTIME_OPTIONS
 
 #: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
-_CIRCUMSTANCES = (*HARMLESS, "trainer", "data.eval_batch_size")
+_CIRCUMSTANCES = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Block:
     methods: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     config: str = "{dataset}.yaml"
-    promises: PromiseOptions | None = None
+    promises: CoverageOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Cell:
     values: Mapping[str, Any]
     key: str
     configuration: str = ""
-    promises: PromiseOptions | None = None
+    promises: CoverageOptions | None = None
 
     @property
     def group(self) -> str:
@@ -164,16 +164,16 @@ def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
         known |= aspects
         try:
             method = build_parts(parser, parser.parse_object(values))["method"]
-            if cell.promises is not None and "validation" in method.learns_from:
+            if cell.promises is not None and "validation" in method.training_splits:
                 raise UserError("promises are made on validation samples, and the method learns from these")
         except UserError as error:
             raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
 
 
-def _promises(block: Block) -> PromiseOptions | None:
+def _promises(block: Block) -> CoverageOptions | None:
     """A block's, which a parser leaves as a namespace."""
     given = block.promises
-    return given if given is None or isinstance(given, PromiseOptions) else PromiseOptions(**vars(given))
+    return given if given is None or isinstance(given, CoverageOptions) else CoverageOptions(**vars(given))
 
 
 def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
@@ -196,7 +196,7 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, default=lambda each: each.as_dict())
 
 
-def cell_key(values: Mapping[str, Any], parser: ArgumentParser, promises: PromiseOptions | None = None) -> str:
+def cell_key(values: Mapping[str, Any], parser: ArgumentParser, promises: CoverageOptions | None = None) -> str:
     """A hash of a configuration's departures from the defaults, its circumstances left out.
 
     A cell whose clients are to be calibrated is not finished by one whose clients were not.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.results import EVIDENCE, Row
 from fedekd.benchmark.table import spread
-from fedekd.certificates import DoNoHarm, acceptance
+from fedekd.do_no_harm.power import acceptance_probability
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.reporting.figures import BLACK, CLIENT_COLOURS
 from fedekd.reporting.pages import minus
 
@@ -49,7 +50,7 @@ class HarmTable:
         dataset: The data set.
         alpha: Concentration of its partition.
         delta: Of the certificates.
-        samples: Mean size of a certificate split.
+        samples: Mean size of a holdout split.
         differing: Mean share of its samples that one of the two models gets right and the other wrong.
         lines: By method and margin.
     """
@@ -140,7 +141,7 @@ def power_curves(table: HarmTable) -> Figure:
         for colour, samples in zip(CLIENT_COLOURS, sorted({300, round(table.samples), 2300, 7000}), strict=False):
             rule = DoNoHarm(delta=table.delta, margin=margin)
             within = [gain for gain in gains if abs(gain) <= table.differing]
-            likely = [acceptance(rule, gain, table.differing, samples) for gain in within]
+            likely = [acceptance_probability(rule, gain, table.differing, samples) for gain in within]
             axes.plot(within, likely, color=colour, label=f"n = {samples:,}")
         axes.axhline(table.delta, color=BLACK, linewidth=0.8, linestyle="--")
         axes.axvline(-margin, color=BLACK, linewidth=0.8, linestyle=":")

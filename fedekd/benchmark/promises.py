@@ -10,8 +10,8 @@ from statistics import fmean
 
 from fedekd.benchmark.measured import Measured, title
 from fedekd.benchmark.results import PROMISES, Row
-from fedekd.certificates import MODES
-from fedekd.evaluation.promises import Promise
+from fedekd.early_exit.calibration.calibrator import MODES
+from fedekd.early_exit.guarantee_coverage import CoverageResult
 from fedekd.functional.binomial import clopper_pearson
 from fedekd.reporting.pages import minus
 
@@ -26,15 +26,15 @@ class PromiseLine:
     """
 
     method: str
-    by_seed: Mapping[int, Promise]
+    by_seed: Mapping[int, CoverageResult]
 
     @property
-    def promise(self) -> Promise:
+    def promise(self) -> CoverageResult:
         """Of the first seed: rule and error rate are the same in all."""
         return next(iter(self.by_seed.values()))
 
     def mean(self, of_client: str) -> float:
-        """A number of `ClientLine`, mean over clients and seeds."""
+        """A number of `ClientExitReport`, mean over clients and seeds."""
         return fmean(self.of_seed(of_client, seed) for seed in self.by_seed)
 
     def of_seed(self, of_client: str, seed: int) -> float:
@@ -83,10 +83,10 @@ def promise_tables(measured: Measured) -> list[PromiseTable]:
 
 
 def _table(dataset: str, alpha: float, rows: Sequence[Row]) -> PromiseTable:
-    found: dict[tuple[float, int, str], dict[int, Promise]] = {}
+    found: dict[tuple[float, int, str], dict[int, CoverageResult]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         for values in json.loads(row[PROMISES]):
-            promise = Promise.from_values(values)
+            promise = CoverageResult.from_values(values)
             place = promise.alpha, list(MODES).index(promise.mode), row["method"]
             found.setdefault(place, {})[int(row["seed"])] = promise
     return PromiseTable(dataset, alpha, tuple(PromiseLine(key[2], by_seed) for key, by_seed in sorted(found.items())))

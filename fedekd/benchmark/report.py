@@ -171,7 +171,7 @@ def _power(table: HarmTable) -> Drawing:
     heading = f"{table.name}: what a certificate can see"
     told = (
         f"The probability, exact, that a client takes the federated model, by its true gain and the size n of the"
-        f" certificate split, where the two models differ on {table.differing:.1%} of the samples. Dashed: delta;"
+        f" holdout split, where the two models differ on {table.differing:.1%} of the samples. Dashed: delta;"
         " dotted: where harm begins."
     )
     return Drawing(f"power-{_slug(table.name)}", heading, power_curves(table), told)

@@ -18,7 +18,7 @@ from fedekd.benchmark.page import html_page, markdown_page
 from fedekd.benchmark.promises import PromiseTable
 from fedekd.benchmark.report import SWEPT, Report
 from fedekd.benchmark.tables import Table
-from fedekd.evaluation.clients import ClientLine
+from fedekd.early_exit.client_report import ClientExitReport
 from fedekd.reporting.figures import save
 from fedekd.reporting.pages import csv_text, write_text
 
@@ -97,7 +97,7 @@ def _harm_lines(tables: Sequence[HarmTable]) -> list[dict[str, Any]]:
     ]
 
 
-_OF_LINE = tuple(name for name in [field.name for field in fields(ClientLine)] if name != "client")
+_OF_LINE = tuple(name for name in [field.name for field in fields(ClientExitReport)] if name != "client")
 _PROMISE_COLUMNS = (
     *("dataset", "alpha", "method", "seed", "rule", "error_rate", "delta", "client", *_OF_LINE),
     *("draws", "broken", "broken_pooled", "broken_together"),

@@ -15,10 +15,10 @@ import yaml
 from fedekd.atomic import atomic_file
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, to_row
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
-from fedekd.evaluation.promises import federation_promises
-from fedekd.federation import InProcess, Orchestrator, SilentObserver
+from fedekd.early_exit.guarantee_coverage import federation_promises
+from fedekd.federation import Orchestrator, Sequential, SilentObserver
 
 
 @lru_cache(maxsize=1)  # cells come sorted by data set: the next one is needed only when this one is done with
@@ -37,20 +37,20 @@ def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
     }
 
 
-def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir: Path, commit: str) -> Row:
+def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir: Path, commit: str) -> Row:
     """Run one federation, or go on with it, and give its row.
 
     Args:
         cell: Which.
         folder: The run's folder; its checkpoints are removed when it is finished.
         trainer: Replaces the trainer's options of the configuration.
-        reference_dir: Where Local's references are shared.
+        baseline_dir: Where Local's references are shared.
         commit: Of the code.
     """
     summary_path = folder / "summary.json"
     parser = federation_parser()
     folder.mkdir(parents=True, exist_ok=True)
-    values = {**cell.values, "logger": None, "reference_dir": str(reference_dir)}
+    values = {**cell.values, "logger": None, "baseline_dir": str(baseline_dir)}
     values["trainer"] = {**values["trainer"], **trainer}
     request = folder / "request.yaml"
     request.write_text(yaml.safe_dump(values))
@@ -64,7 +64,7 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], reference_dir
 
     def orchestrator(**others: Any) -> Orchestrator:
         built = parts() | others
-        return Orchestrator(**built, output=folder, reference_folder=reference_dir, observer=SilentObserver())
+        return Orchestrator(**built, output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
 
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
     promises = _promises(cell, folder / "promises.json", orchestrator)
@@ -79,7 +79,7 @@ def _promises(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator])
     if cell.promises is None:
         return None
     if not path.exists():
-        found = federation_promises(orchestrator(engine=InProcess()).restored_clients(), cell.promises, cell.seed)
+        found = federation_promises(orchestrator(engine=Sequential()).load_clients(), cell.promises, cell.seed)
         with atomic_file(path) as file:
             file.write(json.dumps([promise.as_values() for promise in found], indent=1).encode())
     values: list[dict[str, Any]] = json.loads(path.read_text())

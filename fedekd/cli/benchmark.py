@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedekd.benchmark import Block, Cell, cells, markdown_table, parse_filter, read_results, require_valid, run_grid
 from fedekd.benchmark.results import Row
-from fedekd.configuration.arguments import parse
+from fedekd.configuration.options import parse
 from fedekd.errors import UserError
 from fedekd.modules import TrainerFactory
 

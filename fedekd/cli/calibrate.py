@@ -15,12 +15,11 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from fedekd.certificates import MODES, SelectiveRiskCalibrator
-from fedekd.configuration.arguments import parse
-from fedekd.configuration.finished import open_finished
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.options import parse
 from fedekd.data import ImageData, load_images
-from fedekd.errors import UserError, nearest
-from fedekd.evaluation.calibration import (
+from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
+from fedekd.early_exit.client_calibration import (
     calibrate_client,
     costs_of,
     exit_lines,
@@ -29,9 +28,10 @@ from fedekd.evaluation.calibration import (
     share_saved,
     shared_images,
 )
-from fedekd.evaluation.clients import ClientLine, client_line
-from fedekd.evaluation.policies import client_lines_path, load_policy, policy_path
-from fedekd.exits import ExitPolicy
+from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
+from fedekd.early_exit.policies import client_lines_path, load_policy, policy_path
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.errors import UserError, nearest
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import ExitCosts, MultiExitNetwork
@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--gamma is {config.gamma}, and must be a finite number of at least 0")
     folder = Path(config.run)
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
-    clients = orchestrator.restored_clients()
+    clients = orchestrator.load_clients()
     held_out = None if config.input is None else _load(config.input, clients[0].images)
     trained_on = torch.cat([learned_from(client) for client in clients])
     rule = orchestrator.do_no_harm
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
     chosen = chosen_clients(clients, config.client)
     if config.client is None:
         # Of several architectures some may have exits and some not; where none has, the first tells what is missing.
-        chosen = [each for each in chosen if isinstance(each.kept, MultiExitNetwork)] or chosen[:1]
+        chosen = [each for each in chosen if isinstance(each.deployed_model, MultiExitNetwork)] or chosen[:1]
     if config.simultaneous and config.client is not None:
         raise UserError(f"--simultaneous is for all clients together, and --client is {config.client}")
     delta = config.delta / len(chosen) if config.simultaneous else config.delta
@@ -121,7 +121,11 @@ def run(argv: Sequence[str]) -> int:
     ]
     table = client_lines_path(folder)
     in_table = table.is_file() if config.client is not None else len(clients) > 1
-    lines = [client_line(client, policy) for client, policy in zip(chosen, policies, strict=True)] if in_table else []
+    lines = (
+        [client_exit_report(client, policy) for client, policy in zip(chosen, policies, strict=True)]
+        if in_table
+        else []
+    )
     for client, policy in zip(chosen, policies, strict=True):
         path = policy_path(folder, client.number)
         if config.client is not None:
@@ -160,9 +164,9 @@ def _tell_of_those_left(folder: Path, number: int, console: Console) -> None:
         )
 
 
-def _write_lines(path: Path, lines: Sequence[ClientLine], keep: bool = False) -> None:
+def _write_lines(path: Path, lines: Sequence[ClientExitReport], keep: bool = False) -> None:
     """The table of all clients; with `keep`, those of the file that are not among the lines stay in it."""
-    names = [field.name for field in fields(ClientLine)]
+    names = [field.name for field in fields(ClientExitReport)]
     rows = _rows(path, names) if keep else {}
     rows |= {line.client: asdict(line) for line in lines}
     write_text(path, csv_text(names, [rows[number] for number in sorted(rows)]))
@@ -179,7 +183,9 @@ def _rows(path: Path, names: Sequence[str]) -> dict[int, Mapping[str, Any]]:
         return {}
 
 
-def _client_table(lines: Sequence[ClientLine], together: float | None, calibrator: SelectiveRiskCalibrator) -> Table:
+def _client_table(
+    lines: Sequence[ClientExitReport], together: float | None, calibrator: SelectiveRiskCalibrator
+) -> Table:
     """What each client may rely on."""
     promise = f"{together:g} for all clients together" if together is not None else f"{calibrator.delta:g} each"
     table = Table(title=f"error rates of those who leave early: alpha {calibrator.alpha:g}, delta {promise}")
@@ -258,7 +264,7 @@ def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None
         remarks.append(f"mode {policy.mode} promises nothing of these exits; ltt and path do")
     if trained_on is not None:
         images, splits = client.images.images, client.splits
-        held_out = images[torch.cat([splits.selection, splits.calibration])]
+        held_out = images[torch.cat([splits.tuning, splits.calibration])]
         if shared := shared_images(held_out, images[trained_on]):
             remarks.append(
                 f"{shared} of {len(held_out)} held-out images are, pixel by pixel, also among those trained on: the"

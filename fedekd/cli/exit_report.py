@@ -11,11 +11,11 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 import fedekd
-from fedekd.configuration.arguments import federation_parser, parse
-from fedekd.configuration.finished import open_finished
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.options import federation_parser, parse
+from fedekd.early_exit.report.exit_report import ReportOptions, make_exit_report
+from fedekd.early_exit.report.page import finding, write_exit_report
 from fedekd.errors import UserError
-from fedekd.evaluation.exit_page import finding, write_exit_report
-from fedekd.evaluation.exit_report import ReportOptions, make_exit_report
 from fedekd.methods import Client
 from fedekd.reporting.pages import current_commit
 
@@ -75,8 +75,10 @@ def _clients(folder: Path, number: int, beside_local: bool) -> dict[str, Client]
     orchestrator, _, summary = open_finished("report", folder, in_process=True)
     if not 0 <= number < orchestrator.num_clients:
         raise UserError(f"--client is {number}, and {folder} has the clients 0..{orchestrator.num_clients - 1}")
-    client = orchestrator.restored_clients()[number]
-    client.keep_local(None)  # what the method has come to, whichever of the two models do_no_harm lets the client use
+    client = orchestrator.load_clients()[number]
+    client.use_local_model(
+        None
+    )  # what the method has come to, whichever of the two models do_no_harm lets the client use
     found = {str(summary["method"]): client}
-    local = orchestrator.reference_clients()[number] if beside_local else None
+    local = orchestrator.baseline_clients()[number] if beside_local else None
     return found if local is None else found | {"Local": local}

@@ -12,11 +12,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fedekd.configuration.arguments import as_values, build_parts, federation_parser, parse
+from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
-from fedekd.federation.run_folder import HARMLESS, FolderInUseError, first_difference
-from fedekd.federation.unwalked import unwalked
+from fedekd.federation.engines.gc_frozen import gc_frozen
+from fedekd.federation.run_folder import RUNTIME_OPTIONS, FolderInUseError, first_difference
 from fedekd.reporting import Display, result_tables
 
 
@@ -39,9 +39,9 @@ def run(argv: Sequence[str]) -> int:
             return 0
     parts = build_parts(parser, config)
     # What is wrong with the data is found before a new folder is there.
-    kept = Path(config.reference_dir)
+    kept = Path(config.baseline_dir)
     if kept.exists() and not kept.is_dir():
-        raise UserError(f"--reference_dir {kept} is no folder")
+        raise UserError(f"--baseline_dir {kept} is no folder")
     parts["data"].prepare_data()
     parts["data"].setup()
     output = resume if resume is not None else _new_folder(config.output, parts)
@@ -64,11 +64,9 @@ def _give_back(folder: Path) -> None:
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
     """Run the federation to its end, or until Ctrl-C; returns the exit code."""
     with Display(quiet=config.quiet) as display:
-        orchestrator = Orchestrator(
-            **parts, output=output, reference_folder=Path(config.reference_dir), observer=display
-        )
+        orchestrator = Orchestrator(**parts, output=output, baseline_dir=Path(config.baseline_dir), observer=display)
         try:
-            with unwalked():
+            with gc_frozen():
                 summary = orchestrator.run()
         except Interrupted as stop:
             print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
@@ -116,7 +114,7 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Pa
         raise UserError(
             f"--output {now.output} cannot be given with --resume {folder}: a run goes on in its own folder"
         )
-    if difference := first_difference(as_values(parser, saved), as_values(parser, now), HARMLESS):
+    if difference := first_difference(as_values(parser, saved), as_values(parser, now), RUNTIME_OPTIONS):
         key, old, new = difference
         raise UserError(
             f"--resume {folder} was begun with {key} {old!r}, and cannot go on with {new!r}; start a new run"

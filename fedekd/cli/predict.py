@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fedekd.atomic import atomic_file
 from fedekd.cli.calibrate import chosen_clients
-from fedekd.configuration.arguments import parse
-from fedekd.configuration.finished import open_finished
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.options import parse
 from fedekd.data.unlabelled import read_images
+from fedekd.early_exit.policies import load_policy
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.scoring import BATCH_SIZE, prepared
 from fedekd.errors import UserError
-from fedekd.evaluation.policies import load_policy
-from fedekd.evaluation.scoring import BATCH_SIZE, prepared
-from fedekd.exits import ExitPolicy
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import evaluating
+from fedekd.models.modes import eval_mode
 
 COLUMNS = ("image", "label", "exit", "score")
 
@@ -68,24 +68,24 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         raise UserError(f"--input: {str(error).removeprefix('data.dataset: ')}") from error
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
-    clients = orchestrator.restored_clients()
+    clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:
         raise UserError(f"--client must be given: this run has the clients 0..{len(clients) - 1}")
     client = chosen_clients(clients, config.client or 0)[0]
     if images.shape[1:] != client.images.images.shape[1:]:
         given, own = tuple(images.shape[1:]), tuple(client.images.images.shape[1:])
         raise UserError(f"--input has images of {given}, and the network takes {own} (channels, height, width)")
-    if client.blueprint.task == "regression":
+    if client.spec.task == "regression":
         raise UserError(f"{config.run} is a regression run; predict gives the classes of a classifier")
     policy = load_policy(Path(config.run), client.number)
-    network = client.kept
+    network = client.deployed_model
     if policy is None and isinstance(network, MultiExitNetwork):
         hint = f"calibrate {config.run} lets images leave early"
         print(
             f"warning: client {client.number} has no exit policy, so all images go to the last exit; {hint}",
             file=sys.stderr,
         )
-    if policy is not None and policy.promises_nothing:
+    if policy is not None and policy.has_no_guarantee:
         print(f"warning: the policy is of mode {policy.mode}, which promises nothing", file=sys.stderr)
     lines = list(_predictions(client, policy, images))
     text = io.StringIO(newline="")
@@ -105,17 +105,17 @@ def run(argv: Sequence[str]) -> int:
 @torch.no_grad()
 def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> Iterator[tuple[int, int, int, float]]:
     """Number, label, exit (from 1) and score of each image."""
-    network = client.kept
+    network = client.deployed_model
     place = 0
     batches = torch.split(images, BATCH_SIZE)
     quiet = not sys.stderr.isatty()
     for chosen in track(batches, "images", console=Console(stderr=True), disable=quiet, transient=True):
         x = prepared(network, chosen)
         if policy is not None and isinstance(network, MultiExitNetwork):
-            departures = policy.depart(network, x, client.networks.get("proxy"))
+            departures = policy.predict_with_exits(network, x, client.networks.get("proxy"))
             logits, exits, scores = departures
         else:
-            with evaluating(network):
+            with eval_mode(network):
                 outputs = network(x)
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
             logits, scores = outputs[-1], max_softmax_confidence(outputs[-1])

@@ -15,7 +15,7 @@ from fedekd.benchmark.measured import Measured
 from fedekd.benchmark.report import make_report
 from fedekd.benchmark.report_files import write_report
 from fedekd.cli.exit_report import has_exits, report_exits
-from fedekd.configuration.arguments import parse
+from fedekd.configuration.options import parse
 from fedekd.errors import UserError
 
 

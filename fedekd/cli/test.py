@@ -8,8 +8,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from fedekd.configuration.arguments import parse
-from fedekd.configuration.finished import open_finished
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.options import parse
 from fedekd.errors import UserError
 from fedekd.federation.run_folder import first_difference
 from fedekd.reporting import result_tables
@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     if not argv:
         raise UserError("test needs the folder of a run, as in: test runs/NAME")
     orchestrator, _, kept = open_finished("test", Path(parse(parser, argv).run))
-    summary = orchestrator.rescore()
+    summary = orchestrator.evaluate_checkpoint()
     console = Console()
     for table in result_tables(summary):
         console.print(table)

@@ -37,18 +37,18 @@ class ClientSplits:
         train: What its models are trained on.
         validation: Held out from training and test; the union of the next three.
         test: What it is scored on.
-        selection: Validation samples on which thresholds and choices are tuned.
+        tuning: Validation samples on which thresholds and choices are tuned.
         calibration: Validation samples on which exits and conformal sets are calibrated.
-        certificate: Validation samples on which do-no-harm is decided.
+        holdout: Validation samples on which do-no-harm is decided.
     """
 
     client: int
     train: Tensor
     validation: Tensor
     test: Tensor
-    selection: Tensor
+    tuning: Tensor
     calibration: Tensor
-    certificate: Tensor
+    holdout: Tensor
 
     def __len__(self) -> int:
         return len(self.train) + len(self.validation) + len(self.test)

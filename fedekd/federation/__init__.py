@@ -1,30 +1,30 @@
 """The round loop of a federation, where its clients run, and what it keeps on disk."""
 
-from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Placement, Visit
-from fedekd.federation.guard import Guard
+from fedekd.federation.engines.base import ClientResult, Engine, EngineConfig, Sequential, SequentialEngine
+from fedekd.federation.engines.multiprocess import MultiProcess, MultiProcessEngine
+from fedekd.federation.engines.ray_engine import Ray, RayEngine
 from fedekd.federation.interrupts import Interrupted
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.orchestrator import Orchestrator
-from fedekd.federation.ray_engine import Ray, RayEngine
 from fedekd.federation.run_folder import RunFolder
-from fedekd.federation.side_by_side import SideBySide, SideBySideEngine
+from fedekd.federation.update_validation import UpdateValidator
 
 __all__ = [
+    "ClientResult",
     "Engine",
-    "Guard",
-    "InProcess",
-    "InProcessEngine",
+    "EngineConfig",
     "Interrupted",
+    "MultiProcess",
+    "MultiProcessEngine",
     "Observer",
     "Orchestrator",
-    "Placement",
     "Ray",
     "RayEngine",
     "RoundOptions",
     "RunFolder",
-    "SideBySide",
-    "SideBySideEngine",
+    "Sequential",
+    "SequentialEngine",
     "SilentObserver",
-    "Visit",
+    "UpdateValidator",
 ]

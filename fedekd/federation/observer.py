@@ -14,12 +14,12 @@ class Observer(Protocol):
         """The work begins, or goes on: training steps in all, and those already done."""
         ...
 
-    def round_started(self, round: int) -> None:
-        """The participants are about to absorb aggregate number `round`."""
+    def round_started(self, round_idx: int) -> None:
+        """The participants are about to absorb aggregate number `round_idx`."""
         ...
 
     def phase_started(self, client: int, phase: str) -> None:
-        """A client begins a phase: `local`, `absorb` or `upload`."""
+        """A client begins a phase: `local`, `receive` or `upload`."""
         ...
 
     def phase_finished(self, client: int, phase: str, steps: int) -> None:
@@ -45,7 +45,7 @@ class SilentObserver:
     def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
         """See `Observer`."""
 
-    def round_started(self, round: int) -> None:
+    def round_started(self, round_idx: int) -> None:
         """See `Observer`."""
 
     def phase_started(self, client: int, phase: str) -> None:

@@ -13,20 +13,20 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from fedekd.certificates import DoNoHarm
 from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.engine import Engine, InProcess, InProcessEngine, Look, Placement
-from fedekd.federation.guard import Guard
+from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
 from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
-from fedekd.federation.run_folder import RunFolder, as_plain
-from fedekd.federation.shared_blueprint import shared_blueprint
+from fedekd.federation.run_folder import RunFolder, to_json_value
+from fedekd.federation.shared_specification import shared_specification
 from fedekd.federation.summary import summarize
-from fedekd.methods import Blueprint, Broadcast, Client, ClientOptions, Method, Update
+from fedekd.federation.update_validation import UpdateValidator
+from fedekd.methods import Broadcast, Client, ClientOptions, FederationSpec, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
@@ -34,7 +34,7 @@ from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
 from fedekd.reporting import Tracker
 
-EngineFactory = Callable[[Method, FederatedDataModule, Blueprint, Path | None, Observer], Engine]
+EngineFactory = Callable[[Method, FederatedDataModule, FederationSpec, Path | None, Observer], Engine]
 
 
 class Orchestrator:
@@ -51,12 +51,12 @@ class Orchestrator:
         rounds: How many rounds, and who takes part.
         seed: Seeds everything but the partition, which `data.seed` seeds.
         output: The run's folder; None writes nothing at all.
-        reference_folder: Where Local's references are kept for all runs; None trains them anew.
+        baseline_dir: Where Local's references are kept for all runs; None trains them anew.
         loggers: Lightning loggers; each gets one call a round.
         observer: Is told what happens.
         config: What the run was configured with; kept beside the results and compared on resume.
         do_no_harm: When a client takes the federated model; None has it take it always.
-        engine: Where clients run: `InProcess()`, which is the default, `SideBySide(2)`, or whatever makes an engine.
+        engine: Where clients run: `Sequential()`, which is the default, `MultiProcess(2)`, or whatever makes an engine.
 
     Raises:
         UserError: If the parts do not fit together, or the device is not there.
@@ -71,11 +71,11 @@ class Orchestrator:
         rounds: RoundOptions | None = None,
         seed: int = 0,
         output: str | Path | None = None,
-        reference_folder: str | Path | None = None,
+        baseline_dir: str | Path | None = None,
         loggers: Sequence[Logger] = (),
         observer: Observer | None = None,
         config: Mapping[str, Any] | None = None,
-        engine: Placement | EngineFactory | None = None,
+        engine: EngineConfig | EngineFactory | None = None,
         do_no_harm: DoNoHarm | None = None,
     ) -> None:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
@@ -88,18 +88,18 @@ class Orchestrator:
         in_a_round = len(participants(self.options, self.num_clients, seed, 0))
         if self.options.quorum > in_a_round:
             raise UserError(f"quorum is {self.options.quorum}, but only {in_a_round} clients take part in a round")
-        placement = engine if engine is not None else InProcess()
+        placement = engine if engine is not None else Sequential()
         trainer = trainer or TrainerFactory()
-        if trainer.threads == "auto" and isinstance(placement, Placement):
+        if trainer.threads == "auto" and isinstance(placement, EngineConfig):
             trainer = replace(trainer, threads=placement.threads(usable_cores(), self.num_clients))
         client = client or ClientOptions()
         self.adds_exits = method.exits is not None and client.exits is None
-        self.blueprint = shared_blueprint(method, data, client, trainer, self.options, seed, self.num_clients)
+        self.spec = shared_specification(method, data, client, trainer, self.options, seed, self.num_clients)
         self._require_models_that_fit()
         self._require_comparable()
-        references = None if reference_folder is None else Path(reference_folder)
-        self.engine = placement(method, data, self.blueprint, references, self.observer)
-        self.guard = Guard(self.options.max_update_norm)
+        references = None if baseline_dir is None else Path(baseline_dir)
+        self.engine = placement(method, data, self.spec, references, self.observer)
+        self.guard = UpdateValidator(self.options.max_update_norm)
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output)
@@ -111,9 +111,9 @@ class Orchestrator:
         if self.do_no_harm is None:
             return
         name, looks = type(self.method).__name__, self.do_no_harm.looks
-        if self.method.is_reference:
+        if self.method.is_local_baseline:
             raise UserError(f"do_no_harm compares a method with Local, and the method is {name}")
-        if "validation" in self.method.learns_from:
+        if "validation" in self.method.training_splits:
             raise UserError(
                 f"do_no_harm compares models on a part of the validation split, from which method {name} learns"
             )
@@ -133,14 +133,14 @@ class Orchestrator:
         smallest = min(self.data.clients, key=lambda splits: len(splits.train))
         single = self.data.batch_size == 1 or len(smallest.train) == 1
         # One client of each kind is enough.
-        owners = {self.blueprint.kind(number): number for number in reversed(range(self.num_clients))}.values()
+        owners = {self.spec.architecture_key(number): number for number in reversed(range(self.num_clients))}.values()
         for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
-            network = self.blueprint.network(role, owner)
+            network = self.spec.build_model(role, owner)
             check_model(
                 network.float().cpu(),
-                in_channels=self.blueprint.in_channels,
-                image_size=self.blueprint.image_size,
-                num_outputs=self.blueprint.num_outputs,
+                in_channels=self.spec.in_channels,
+                image_size=self.spec.image_size,
+                num_outputs=self.spec.num_outputs,
                 flag=f"client.{role}_model",
             )
             # BatchNorm cannot train on one sample.
@@ -162,20 +162,20 @@ class Orchestrator:
                 in the folder.
             Interrupted: On Ctrl-C; what was finished is kept.
         """
-        with self.interrupts, self.folder.claimed() if self.folder is not None else nullcontext():
+        with self.interrupts, self.folder.lock() if self.folder is not None else nullcontext():
             began = time.monotonic()
             try:
-                self.method.start(self.blueprint)
-                self._go_on()
-                self._announce()
+                self.method.init_server(self.spec)
+                self._resume()
+                self._start_logging()
                 self._train_references()
-                for round in range(self.progress.round, self.options.rounds + 1):
-                    changed = self._run_round(round)
+                for round_idx in range(self.progress.round, self.options.rounds + 1):
+                    changed = self._run_round(round_idx)
                     self.progress.seconds += time.monotonic() - began
                     began = time.monotonic()
-                    self._keep(round, changed)
+                    self._checkpoint(round_idx, changed)
                 summary = summarize(self)
-                self._conclude(summary)
+                self._finish(summary)
             except BaseException as error:
                 self.tracker.close("interrupted" if isinstance(error, Interrupted) else "failed")
                 raise
@@ -183,27 +183,27 @@ class Orchestrator:
                 self.engine.close()
         return summary
 
-    def restored_clients(self) -> list[Client]:
+    def load_clients(self) -> list[Client]:
         """The clients of a finished run as they are after the last round, in this process.
 
         Raises:
             UserError: If there is no whole checkpoint of a finished run, or clients do not run in this process.
         """
-        if not isinstance(self.engine, InProcessEngine):
-            raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
-        self.method.start(self.blueprint)
+        if not isinstance(self.engine, SequentialEngine):
+            raise UserError(f"clients are given by the engine Sequential, and this is {type(self.engine).__name__}")
+        self.method.init_server(self.spec)
         self._restore_finished()
         return [self.engine.client(number) for number in range(self.num_clients)]
 
-    def reference_clients(self) -> list[Client | None]:
+    def baseline_clients(self) -> list[Client | None]:
         """The clients as Local left them after this run's rounds; None for those that are not kept.
 
         Raises:
             UserError: If clients do not run in this process.
         """
-        if not isinstance(self.engine, InProcessEngine):
-            raise UserError(f"clients are given by the engine InProcess, and this is {type(self.engine).__name__}")
-        return [self.engine.reference_client(number, self.options.rounds) for number in range(self.num_clients)]
+        if not isinstance(self.engine, SequentialEngine):
+            raise UserError(f"clients are given by the engine Sequential, and this is {type(self.engine).__name__}")
+        return [self.engine.baseline_client(number, self.options.rounds) for number in range(self.num_clients)]
 
     def _restore_finished(self) -> None:
         complaints = self._restore()
@@ -214,7 +214,7 @@ class Orchestrator:
                 raise UserError(f"{folder}: {complaints[0]}; {again}")
             raise UserError(f"{folder}: there is no checkpoint of the last round; without summary.json, {again}")
 
-    def rescore(self) -> dict[str, Any]:
+    def evaluate_checkpoint(self) -> dict[str, Any]:
         """Score the clients of a finished run again, from its checkpoint.
 
         Returns:
@@ -224,7 +224,7 @@ class Orchestrator:
             UserError: If there is no whole checkpoint of a finished run.
         """
         try:
-            self.method.start(self.blueprint)
+            self.method.init_server(self.spec)
             self._restore_finished()
             self._train_references()
             for number in range(self.num_clients):
@@ -233,66 +233,66 @@ class Orchestrator:
         finally:
             self.engine.close()
 
-    def _run_round(self, round: int) -> list[int]:
-        """Broadcast aggregate `round`; let participants absorb, be scored and upload; aggregate what is accepted.
+    def _run_round(self, round_idx: int) -> list[int]:
+        """Broadcast aggregate `round_idx`; let participants absorb, be scored and upload; aggregate what is accepted.
 
         Returns:
             The clients that have changed: the participants, but for those that did not answer.
         """
-        last = round == self.options.rounds
-        self.observer.round_started(round)
-        taking_part = participants(self.options, self.num_clients, self.seed, round)
-        broadcast = self.method.broadcast(taking_part, round)
+        last = round_idx == self.options.rounds
+        self.observer.round_started(round_idx)
+        taking_part = participants(self.options, self.num_clients, self.seed, round_idx)
+        broadcast = self.method.broadcast(taking_part, round_idx)
         updates, visited = [], []
         look = None
-        if self.do_no_harm is not None and self.do_no_harm.looks_at(round, self.options.rounds):
-            look = Look(self.do_no_harm, self._reference_rounds())
-        for visit in self.engine.visit(taking_part, broadcast, round, upload=not last, look=look):
+        if self.do_no_harm is not None and self.do_no_harm.looks_at(round_idx, self.options.rounds):
+            look = ComparisonRequest(self.do_no_harm, self._reference_rounds())
+        for visit in self.engine.run_clients(taking_part, broadcast, round_idx, upload=not last, look=look):
             visited.append(visit.client)
-            self.progress.note_down(num_bytes(broadcast.to(visit.client)))
-            if round > 0:
-                self.progress.note_visit(visit)
+            self.progress.add_bytes_down(num_bytes(broadcast.to(visit.client)))
+            if round_idx > 0:
+                self.progress.add_result(visit)
             if visit.update is not None:
                 updates.append(visit.update)
-        if round > 0 and self.progress.records:  # nobody may have answered yet
-            self.progress.row(round, self.task)
+        if round_idx > 0 and self.progress.records:  # nobody may have answered yet
+            self.progress.row(round_idx, self.task)
         if not last:
-            self._aggregate(updates, broadcast, round)
-        self.progress.round = round + 1
+            self._aggregate(updates, broadcast, round_idx)
+        self.progress.round = round_idx + 1
         gc.collect()  # Trainers hold on to each other, and to what they trained
         return visited
 
-    def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round: int) -> None:
+    def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round_idx: int) -> None:
         """Hand the method the updates that arrived and are sound, in the order of their clients."""
-        lost = lost_updates(self.options, self.num_clients, self.seed, round)
+        lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
         accepted = []
         for update in sorted(updates, key=lambda update: update.client):
             if update.client in lost and update.state:
-                self.observer.warn(f"round {round + 1}: the update of client {update.client} was lost")
+                self.observer.warn(f"round {round_idx + 1}: the update of client {update.client} was lost")
                 continue
-            self.progress.note_up(num_bytes(update.state))
+            self.progress.add_bytes_up(num_bytes(update.state))
             if reason := self.guard.objection(update.state, broadcast.to(update.client)):
-                self.observer.warn(f"round {round + 1}: refused the update of client {update.client}: {reason}")
+                self.observer.warn(f"round {round_idx + 1}: refused the update of client {update.client}: {reason}")
                 continue
             accepted.append(update)
         self.progress.traffic.updates = len(accepted)
         if len(accepted) >= self.options.quorum:
-            self.method.aggregate(accepted, round)
+            self.method.aggregate(accepted, round_idx)
         else:
             self.observer.warn(
-                f"round {round + 1}: {len(accepted)} updates are fewer than the quorum of {self.options.quorum};"
+                f"round {round_idx + 1}: {len(accepted)} updates are fewer than the quorum of {self.options.quorum};"
                 " the server keeps its state"
             )
 
     def _train_references(self) -> None:
         """Local, before round 0: for each client as many rounds as it will be trained for at most."""
         if not self.progress.local:
-            references = self.engine.references(self._reference_rounds())
+            references = self.engine.local_baselines(self._reference_rounds())
             self.progress.local = {number: reference.scores for number, reference in sorted(references.items())}
 
     def _reference_rounds(self) -> dict[int, int]:
         """How many rounds of Local each client is measured against at most."""
-        if self.method.is_reference:
+        if self.method.is_local_baseline:
             return {}
         visits = [participants(self.options, self.num_clients, self.seed, r) for r in range(self.options.rounds)]
         return {
@@ -300,7 +300,7 @@ class Orchestrator:
             for number in range(self.num_clients)
         }
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Take up what there is of the run; one that was finished is finished no more where its end is damaged."""
         complaints = self._restore()
         where = f"going on from round {self.progress.round}" if self.progress.round else "starting anew"
@@ -329,7 +329,7 @@ class Orchestrator:
         if finished and self.do_no_harm is not None and not any(r.comparison for r in self.progress.records.values()):
             raise UserError("do_no_harm was not asked for when this run was made, and it is finished; run it anew")
 
-    def _keep(self, round: int, changed: Sequence[int]) -> None:
+    def _checkpoint(self, round_idx: int, changed: Sequence[int]) -> None:
         """Make the round count: checkpoint first, then everything that can be written again from it."""
         if self.folder is not None:
             with self.interrupts.shield():
@@ -339,11 +339,11 @@ class Orchestrator:
                     ((number, self.engine.client_state(number)) for number in changed),
                     self._identity(),
                 )
-        if round > 0 and self.progress.history:
+        if round_idx > 0 and self.progress.history:
             self.tracker.log_round(self.progress.history[-1])
             self.observer.round_finished(self.progress.history[-1])
 
-    def _conclude(self, summary: Mapping[str, Any]) -> None:
+    def _finish(self, summary: Mapping[str, Any]) -> None:
         """Say what is left to say; the run counts as finished only when everybody has heard it."""
         if self.folder is not None:
             self.folder.draw(summary, self.progress.history, self.data)
@@ -354,7 +354,7 @@ class Orchestrator:
             self.folder.conclude(summary, self.progress.history)
         self.observer.finished()
 
-    def _announce(self) -> None:
+    def _start_logging(self) -> None:
         """Tell the display how much there is to do, and the loggers what they may have missed."""
         if self.adds_exits:
             self.observer.warn(
@@ -365,24 +365,24 @@ class Orchestrator:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)
         steps = [-(-len(splits.train) // self.data.batch_size) for splits in self.data.clients]
-        epochs = self.blueprint.client.local_epochs
+        epochs = self.spec.client.local_epochs
         local = epochs * sum(steps[number] * rounds for number, rounds in self._reference_rounds().items())
         total, done = local, local if self.progress.local else 0
-        for round in range(self.options.rounds + 1):
-            phases = (round > 0) + (round < self.options.rounds)
-            taking_part = participants(self.options, self.num_clients, self.seed, round)
+        for round_idx in range(self.options.rounds + 1):
+            phases = (round_idx > 0) + (round_idx < self.options.rounds)
+            taking_part = participants(self.options, self.num_clients, self.seed, round_idx)
             cost = phases * epochs * sum(steps[number] for number in taking_part)
             total += cost
-            done += cost if round < self.progress.round else 0
+            done += cost if round_idx < self.progress.round else 0
         self.observer.started(self.options.rounds, total, done)
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with, beyond the configuration."""
         settings = {name: value for name, value in vars(self.method).items() if name != "server_state"}
         return {
-            "method": {type(self.method).__name__: as_plain(settings)},
-            "rounds": as_plain(self.options),
-            **({} if self.do_no_harm is None else {"do_no_harm": as_plain(self.do_no_harm)}),
-            "blueprint": as_plain(self.blueprint.fingerprint()),
+            "method": {type(self.method).__name__: to_json_value(settings)},
+            "rounds": to_json_value(self.options),
+            **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
+            "spec": to_json_value(self.spec.hash_dict()),
             "data": [splits.digest(self.data.images) for splits in self.data.clients],
         }

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedekd.certificates import Comparison
-from fedekd.federation.engine import Visit
-from fedekd.federation.exit_tradeoff import ExitTradeoff
-from fedekd.federation.reference import LocalReference
+from fedekd.do_no_harm.rule import Comparison
+from fedekd.early_exit.client_tradeoff import ExitTradeoff
+from fedekd.federation.engines.base import ClientResult
+from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.metrics import SCORE_NAME, negative_transfer
 from fedekd.tasks import Task
 
@@ -71,14 +71,14 @@ class Progress:
     """Where a federation stands.
 
     Attributes:
-        round: The next round.
+        round_idx: The next round.
         history: A row for each finished round.
         records: By client number.
         traffic: Since the last row.
         bytes_up: In all.
         bytes_down: In all.
         seconds: Spent in all, over stops and resumes.
-        local: Local's scores by client, as `LocalReference` has them; empty where the method is Local itself.
+        local: Local's scores by client, as `LocalBaseline` has them; empty where the method is Local itself.
     """
 
     round: int = 0
@@ -90,7 +90,7 @@ class Progress:
     seconds: float = 0.0
     local: dict[int, list[float]] = field(default_factory=dict)
 
-    def note_visit(self, visit: Visit) -> None:
+    def add_result(self, visit: ClientResult) -> None:
         """Take in what a visit showed; what was found at the last look stays."""
         before = self.records.get(visit.client)
         comparison = visit.comparison or (before.comparison if before else None)
@@ -98,17 +98,17 @@ class Progress:
             visit.score, visit.supervised_rounds, visit.logs, visit.tradeoff, comparison
         )
 
-    def note_down(self, size: int) -> None:
+    def add_bytes_down(self, size: int) -> None:
         """Count bytes sent to a client."""
         self.traffic.bytes_down += size
         self.bytes_down += size
 
-    def note_up(self, size: int) -> None:
+    def add_bytes_up(self, size: int) -> None:
         """Count bytes that arrived from a client."""
         self.traffic.bytes_up += size
         self.bytes_up += size
 
-    def row(self, round: int, task: Task) -> dict[str, float]:
+    def row(self, round_idx: int, task: Task) -> dict[str, float]:
         """The row of a finished round; closes the account of its traffic.
 
         Delta is against Local after the same number of supervised rounds. A client that has not taken part yet has
@@ -120,7 +120,7 @@ class Progress:
         local = self.local_scores()
         delta = negative_transfer(scores, [local[number] for number in numbers], task)
         row: dict[str, float] = {
-            "round": round,
+            "round": round_idx,
             f"{name}/mean": sum(scores) / len(scores),
             f"{name}/worst": worst_score(scores, task),
         }
@@ -170,7 +170,7 @@ class Progress:
         """Local's score for each known client; its own where the method is Local itself."""
         if not self.local:
             return {number: record.score for number, record in self.records.items()}
-        references = {number: LocalReference(scores) for number, scores in self.local.items()}
+        references = {number: LocalBaseline(scores) for number, scores in self.local.items()}
         return {number: references[number].after(record.supervised_rounds) for number, record in self.records.items()}
 
     def to_json(self) -> dict[str, Any]:

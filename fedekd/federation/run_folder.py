@@ -16,7 +16,7 @@ import yaml
 from fedekd.atomic import atomic_file
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.checkpoint import Checkpoint, CheckpointFolder
+from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.progress import Progress
 from fedekd.reporting import figures, write_metrics_csv
 
@@ -26,7 +26,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 #: Options that change no number: a run may go on with other ones.
-HARMLESS = ("data.root", "data.download", "reference_dir", "trainer.device", "logger", "engine")
+RUNTIME_OPTIONS = ("data.root", "data.download", "baseline_dir", "trainer.device", "logger", "engine")
 
 
 def first_difference(
@@ -43,7 +43,7 @@ def first_difference(
     Example:
         >>> first_difference({"data": {"alpha": 0.1}}, {"data": {"alpha": 0.3}})
         ('data.alpha', 0.1, 0.3)
-        >>> first_difference({"data": {"root": "a"}}, {"data": {"root": "b"}}, HARMLESS)
+        >>> first_difference({"data": {"root": "a"}}, {"data": {"root": "b"}}, RUNTIME_OPTIONS)
     """
     if path in ignored:
         return None
@@ -59,30 +59,30 @@ def first_difference(
     return None if both_nan or ours == theirs else (path, ours, theirs)
 
 
-def known_then(before: Any, now: Any) -> Any:
+def drop_unknown_keys(before: Any, now: Any) -> Any:
     """What is said now, without the keys that were not known before.
 
     An option that a run knows nothing of is younger than the run, and its default does what was done then.
 
     Example:
-        >>> known_then({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
+        >>> drop_unknown_keys({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
         {'client': {'local_epochs': 3}}
     """
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return now
-    return {key: known_then(before[key], value) for key, value in now.items() if key in before}
+    return {key: drop_unknown_keys(before[key], value) for key, value in now.items() if key in before}
 
 
-def as_plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """A configuration as values that JSON keeps as they are; an object as its class and its attributes."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): as_plain(item) for key, item in value.items()}
+        return {str(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     own = {} if isinstance(value, torch.nn.Module) else getattr(value, "__dict__", {})
-    return {"class": type(value).__qualname__, **as_plain(own)}
+    return {"class": type(value).__qualname__, **to_json_value(own)}
 
 
 class FolderInUseError(UserError):
@@ -99,11 +99,11 @@ class RunFolder:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, dict(config)
-        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.checkpoints = CheckpointStore(folder / "checkpoints")
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Inside, no other process can claim the folder, and the configuration is in it; one that is killed frees it.
 
         Raises:
@@ -126,14 +126,14 @@ class RunFolder:
         checkpoint, complaints = self.checkpoints.load()
         if checkpoint is not None:
             kept = checkpoint.notes
-            config = known_then(kept["config"], self.config)
-            if difference := first_difference(kept["config"], config, HARMLESS):
+            config = drop_unknown_keys(kept["config"], self.config)
+            if difference := first_difference(kept["config"], config, RUNTIME_OPTIONS):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder} was run with {key}: {before!r}, and the configuration now says {now!r};"
                     " resume with the same configuration, or start a new run with --output"
                 )
-            if difference := first_difference(kept["identity"], known_then(kept["identity"], dict(identity))):
+            if difference := first_difference(kept["identity"], drop_unknown_keys(kept["identity"], dict(identity))):
                 key, before, now = difference
                 raise UserError(f"{self.folder} was run with other {key}: it was {before}, and is now {now}")
         return checkpoint, complaints

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fedekd
-from fedekd.certificates import DoNoHarm
-from fedekd.federation.exit_tradeoff import mean_tradeoff
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.early_exit.client_tradeoff import mean_tradeoff
 from fedekd.federation.progress import worst_score
 from fedekd.metrics import SCORE_NAME, negative_transfer
 

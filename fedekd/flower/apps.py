@@ -14,13 +14,13 @@ from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
+from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions, RunFolder
 from fedekd.federation.participation import participants
 from fedekd.flower.description import SiteData, recipe, require_agreement, require_alike
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
-from fedekd.flower.mods import as_visit, require_protocol
+from fedekd.flower.mods import require_protocol, to_client_result
 from fedekd.flower.secure import SecureAggregation, require_sites
 from fedekd.flower.site import Site
 from fedekd.methods import Method
@@ -127,11 +127,11 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
             raise UserError("this site sends its updates by secure aggregation alone (secure)")
         return answer(message, context)
 
-    for action in ("hello", "reference", "score", "absorb"):
+    for action in ("hello", "reference", "score", "receive"):
         app.query(action)(answer)
     app.train("visit", mods=list(mods))(answer_openly)
     # Flower's mod listens to messages of this type alone.
-    app.train(mods=[require_protocol, secaggplus_mod, as_visit, *mods])(answer)
+    app.train(mods=[require_protocol, secaggplus_mod, to_client_result, *mods])(answer)
     return app
 
 
@@ -167,13 +167,13 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
-        ours = recipe(method, orchestrator.blueprint)
+        ours = recipe(method, orchestrator.spec)
         for description in told:
             require_agreement(description, ours)
         if secure is not None:
             taking_part = participants(orchestrator.options, settings.sites, orchestrator.seed, 0)
             require_sites(len(taking_part))
-            method.start(orchestrator.blueprint)  # as the run will: before it, sites would train Local for nothing
+            method.init_server(orchestrator.spec)  # as the run will: before it, sites would train Local for nothing
             secure.require(method.broadcast(taking_part, 0))
         summary = orchestrator.run()
         for table in result_tables(summary):
@@ -187,7 +187,7 @@ def _require_mean(method: Method, rounds: RoundOptions) -> None:
     Raises:
         UserError: Naming what needs more.
     """
-    if not method.needs_only_mean:
+    if not method.supports_secure_mean:
         name = type(method).__name__
         raise UserError(f"secure: {name}, as it is configured, needs more of the updates than their uniform mean")
     if rounds.dropout:

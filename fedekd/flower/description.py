@@ -14,43 +14,43 @@ from torch import Tensor
 import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
-from fedekd.federation.run_folder import as_plain, first_difference
+from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.flower.messages import is_count
-from fedekd.methods import Blueprint, Method
+from fedekd.methods import FederationSpec, Method
 
 #: The splits whose sizes a site tells.
-SPLITS = ("train", "validation", "test", "selection", "calibration", "certificate")
+SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
 
 
-def recipe(method: Method, blueprint: Blueprint) -> dict[str, Any]:
+def recipe(method: Method, spec: FederationSpec) -> dict[str, Any]:
     """What all parts of a federation must agree on, as plain values; each may have a private model of its own."""
-    proxy = blueprint.network("proxy", "server").state_dict()
-    client = blueprint.client
+    proxy = spec.build_model("proxy", "server").state_dict()
+    client = spec.client
     settings = {name: value for name, value in vars(method).items() if name != "server_state"}
     return {
         "fedekd": fedekd.__version__,
-        "task": blueprint.task,
-        "channels": blueprint.in_channels,
-        "image_size": list(blueprint.image_size),
-        "classes": blueprint.num_outputs,
-        "seed": blueprint.seed,
-        "rounds": blueprint.rounds,
+        "task": spec.task,
+        "channels": spec.in_channels,
+        "image_size": list(spec.image_size),
+        "classes": spec.num_outputs,
+        "seed": spec.seed,
+        "rounds": spec.rounds,
         "local_epochs": client.local_epochs,
         "lr_decay": client.lr_decay,
-        "batch_size": blueprint.batch_size,
-        "optimizer": as_plain(client.optimizer),
-        "method": {type(method).__name__: as_plain(settings)},
+        "batch_size": spec.batch_size,
+        "optimizer": to_json_value(client.optimizer),
+        "method": {type(method).__name__: to_json_value(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
     }
 
 
-def describe(method: Method, blueprint: Blueprint, images: ImageData, splits: ClientSplits) -> dict[str, Any]:
+def describe(method: Method, spec: FederationSpec, images: ImageData, splits: ClientSplits) -> dict[str, Any]:
     """What a site tells of itself."""
     own = torch.cat([splits.train, splits.validation, splits.test])
     counts = torch.bincount(images.labels[own], minlength=images.num_classes)
     return {
         "number": splits.client,
-        "recipe": recipe(method, blueprint),
+        "recipe": recipe(method, spec),
         "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
         "class_counts": counts.tolist(),
         "digest": splits.digest(images),

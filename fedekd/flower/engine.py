@@ -10,9 +10,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedekd.errors import UserError
-from fedekd.federation.engine import Look, Visit
+from fedekd.federation.engines.base import ClientResult, ComparisonRequest
+from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.reference import LocalReference
 from fedekd.flower.description import require_description
 from fedekd.flower.messages import (
     ABSORB,
@@ -66,29 +66,29 @@ class FlowerEngine:
         self.observer = observer or SilentObserver()
         self._versions: dict[int, int] = {}
 
-    def references(self, rounds: Mapping[int, int]) -> dict[int, LocalReference]:
+    def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
         """Local's reference for each site, trained there; only its scores are told."""
         asked = {number: packed({"rounds": wanted}) for number, wanted in rounds.items()}
         found = {}
         for number, reply in self._ask(REFERENCE, asked, None):
             try:
-                found[number] = LocalReference(scores_of(reply, rounds[number]))
+                found[number] = LocalBaseline(scores_of(reply, rounds[number]))
             except UserError as error:
                 self.observer.warn(f"refused the answer of site {number}: {error}")
         self._require_all(asked, found, "has no answer to what Local comes to there")
         return found
 
-    def visit(
+    def run_clients(
         self,
         participants: Sequence[int],
         broadcast: Broadcast,
-        round: int,
+        round_idx: int,
         upload: bool,
-        look: Look | None = None,
-    ) -> Iterator[Visit]:
+        look: ComparisonRequest | None = None,
+    ) -> Iterator[ClientResult]:
         """The participants, as they answer; those that do not are missing, but for the last round."""
         notes = {
-            number: {"round": round, "version": self._versions.get(number, 0), "look": look_to_json(look)}
+            number: {"round": round_idx, "version": self._versions.get(number, 0), "look": look_to_json(look)}
             for number in participants
         }
         visited = []
@@ -97,7 +97,7 @@ class FlowerEngine:
             visited.append(visit.client)
             yield visit
         if missing := [str(number) for number in participants if number not in visited]:
-            told = f"round {round}: no usable answer from the sites {', '.join(missing)}"
+            told = f"round {round_idx}: no usable answer from the sites {', '.join(missing)}"
             if not upload:
                 raise UserError(f"{told}, and the federation cannot end without them; start it again to go on")
             self.observer.warn(f"{told}; they are missing from this round")
@@ -148,7 +148,9 @@ class FlowerEngine:
             elif number in gone:
                 self.nodes[number] = node
 
-    def _open(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, upload: bool) -> Iterator[Visit]:
+    def _open(
+        self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, upload: bool
+    ) -> Iterator[ClientResult]:
         """Visits as they come, with what each site sends; what cannot be read or had better not be is refused."""
         asked = {number: packed(note, broadcast.to(number)) for number, note in notes.items()}
         for number, reply in self._ask(VISIT if upload else ABSORB, asked, self.timeout if upload else None):
@@ -160,7 +162,7 @@ class FlowerEngine:
             except (UserError, ValueError, TypeError) as error:
                 self.observer.warn(f"refused the answer of site {number}: {error}")
 
-    def _hidden(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[Visit]:
+    def _hidden(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[ClientResult]:
         """Visits whose updates are all the mean of what the sites have sent: more is not known here."""
         assert self.secure is not None
         self._look_for(notes)
@@ -187,7 +189,7 @@ class FlowerEngine:
             raise UserError(f"site {', '.join(missing)} {lack}; start it again to go on")
 
 
-def _own_visit(number: int, note: Mapping[str, Any], state: StateDict) -> Visit:
+def _own_visit(number: int, note: Mapping[str, Any], state: StateDict) -> ClientResult:
     """A site's visit.
 
     Raises:

@@ -15,10 +15,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.lib import format as npy
 
-from fedekd.certificates import Comparison, DoNoHarm
+from fedekd.do_no_harm.rule import Comparison, DoNoHarm
+from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
-from fedekd.federation.engine import Look, Visit
-from fedekd.federation.exit_tradeoff import ExitTradeoff
+from fedekd.federation.engines.base import ClientResult, ComparisonRequest
 from fedekd.methods import StateDict, Update
 
 #: Names of the two records of a message. Flower's own mods want one of each kind.
@@ -126,27 +126,29 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
-def look_to_json(look: Look | None) -> dict[str, Any] | None:
+def look_to_json(look: ComparisonRequest | None) -> dict[str, Any] | None:
     """What a client is to compare, as JSON."""
     if look is None:
         return None
     return {"rule": asdict(look.rule), "rounds": {str(number): rounds for number, rounds in look.rounds.items()}}
 
 
-def look_from_json(values: Mapping[str, Any] | None) -> Look | None:
+def look_from_json(values: Mapping[str, Any] | None) -> ComparisonRequest | None:
     """The inverse of `look_to_json`."""
     if values is None:
         return None
-    return Look(DoNoHarm(**values["rule"]), {int(number): rounds for number, rounds in values["rounds"].items()})
+    return ComparisonRequest(
+        DoNoHarm(**values["rule"]), {int(number): rounds for number, rounds in values["rounds"].items()}
+    )
 
 
-def visit_to_json(visit: Visit) -> dict[str, Any]:
+def visit_to_json(visit: ClientResult) -> dict[str, Any]:
     """All of a visit but the tensors of its update."""
     samples = None if visit.update is None else visit.update.num_samples
     return {**{name: value for name, value in asdict(visit).items() if name != "update"}, "num_samples": samples}
 
 
-def visit_from_json(values: Mapping[str, Any], state: StateDict) -> Visit:
+def visit_from_json(values: Mapping[str, Any], state: StateDict) -> ClientResult:
     """The inverse of `visit_to_json`, with the tensors.
 
     Raises:
@@ -159,7 +161,7 @@ def visit_from_json(values: Mapping[str, Any], state: StateDict) -> Visit:
         rest |= {name: part(**rest[name]) for name, part in parts.items() if rest.get(name) is not None}
         samples = values["num_samples"]
         update = None if samples is None else Update(int(rest["client"]), state, int(samples))
-        return Visit(**rest, update=update)
+        return ClientResult(**rest, update=update)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"an answer that is no visit: {type(error).__name__} {error}") from error
 

@@ -57,7 +57,7 @@ def _require_cover(told: Mapping[str, Any]) -> None:
     SecureAggregation(float(told.get(Key.CLIPPING_RANGE, 0.0)))
 
 
-def as_visit(message: Message, context: Context, call_next: App) -> Message:
+def to_client_result(message: Message, context: Context, call_next: App) -> Message:
     """A mod, after Flower's: what it hands on becomes a visit, and the visit's update the changes that it masks.
 
     Raises:

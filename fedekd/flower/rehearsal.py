@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from fedekd.configuration.arguments import parts_of
+from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator
-from fedekd.federation.checkpoint import CheckpointFolder
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.flower.credentials import make_authority, make_node_key, make_server_certificate
 from fedekd.flower.rounded_engine import RoundedEngine
 from fedekd.flower.secure import require_sites
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Orchestrator(
             **parts,
             output=folder / "one-process",
-            reference_folder=folder / "local",
+            baseline_dir=folder / "local",
             observer=display,
         ).run()
     print(f"Delta of {config.sites} sites: {summary['delta']}")
@@ -285,7 +285,7 @@ def same_proxy(one: Path, other: Path) -> bool:
 
 def last_proxy(run: Path) -> dict[str, Any]:
     """The server's state at the end of a run; empty if it has none."""
-    checkpoint, _ = CheckpointFolder(run / "checkpoints").load()
+    checkpoint, _ = CheckpointStore(run / "checkpoints").load()
     return {} if checkpoint is None else dict(checkpoint.server)
 
 

@@ -27,7 +27,7 @@ from flwr.server.workflow.constant import Key as WorkflowKey
 from flwr.serverapp import Grid
 
 from fedekd.errors import UserError
-from fedekd.flower.vetting import VettingGrid
+from fedekd.flower.validation import ValidatingGrid
 from fedekd.methods import Broadcast, StateDict
 
 #: Into how many steps a change is divided, and modulo what the steps of all sites are summed.
@@ -166,7 +166,7 @@ class SecureAggregation:
         )
         sites = {nodes[site]: site for site in notes}
         manager: Any = SimpleNamespace(num_available=lambda: len(notes))
-        vetting = VettingGrid(grid, sites, [tensor.numel() for tensor in sent.values()], warn)
+        vetting = ValidatingGrid(grid, sites, [tensor.numel() for tensor in sent.values()], warn)
         workflow(vetting, LegacyContext(context, strategy=strategy, client_manager=manager))
         if not strategy.answers:
             return {}, {}

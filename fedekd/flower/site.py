@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from fedekd.configuration.arguments import parts_of
+from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
-from fedekd.federation.client_host import ClientHost, Share
-from fedekd.federation.remote import clients_side, without_pixels
-from fedekd.federation.run_folder import as_plain
-from fedekd.federation.shared_blueprint import shared_blueprint
+from fedekd.federation.engines.remote import without_images, without_server_state
+from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
+from fedekd.federation.run_folder import to_json_value
+from fedekd.federation.shared_specification import shared_specification
 from fedekd.flower.description import describe, recipe
 from fedekd.flower.messages import (
     ABSORB,
@@ -63,27 +63,27 @@ class Site:
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
         method, images = parts["method"], module.images
-        blueprint = shared_blueprint(
+        spec = shared_specification(
             method, module, parts["client"], parts["trainer"], parts["rounds"], parts["seed"], sites
         )
         folder = folder / f"site-{number:03d}"
         # Another federation in the same folder has other states; the same one again makes the same.
         # On another device, or with other threads, they are the same federation's.
-        network = {name: value for name, value in blueprint.fingerprint().items() if name != "trainer"}
-        what = json.dumps([recipe(method, blueprint), as_plain(network), splits.digest(images)])
+        network = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
+        what = json.dumps([recipe(method, spec), to_json_value(network), splits.digest(images)])
         states = folder / "states" / sha256(what.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
-        share = Share(
-            clients_side(method),
-            without_pixels(images),
+        share = WorkerSetup(
+            without_server_state(method),
+            without_images(images),
             {number: splits},
-            blueprint,
+            spec,
             folder / "local",
             states,
         )
         self.number, self.images, self.splits = number, images, splits
-        self.method, self.blueprint = method, blueprint
-        self.host = ClientHost(share, np.ascontiguousarray(images.images.numpy()))
+        self.method, self.spec = method, spec
+        self.host = ClientWorker(share, np.ascontiguousarray(images.images.numpy()))
 
     @staticmethod
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
@@ -113,7 +113,7 @@ class Site:
         return answers[asked](message)
 
     def _hello(self, message: Message) -> RecordDict:
-        return packed(describe(self.method, self.blueprint, self.images, self.splits))
+        return packed(describe(self.method, self.spec, self.images, self.splits))
 
     def _reference(self, message: Message) -> RecordDict:
         reference, _ = self.host.reference(self.number, int(note_of(message)["rounds"]))

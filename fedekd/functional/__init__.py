@@ -2,7 +2,6 @@
 
 from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean
-from fedekd.functional.comparison import betting_p_value, paired_p_value
 from fedekd.functional.confidence import (
     AGREEMENT,
     CONFIDENCES,
@@ -21,7 +20,6 @@ from fedekd.functional.conformal import (
     set_agreement,
     set_ranking_loss,
 )
-from fedekd.functional.coordination import active_exits, cosine_similarities, mixing_weights, student_budget
 from fedekd.functional.distillation import (
     decoupled_distillation,
     gated_distillation,
@@ -36,10 +34,12 @@ from fedekd.functional.energies import (
     margin_energy,
     squared_error_energy,
 )
+from fedekd.functional.exit_scheduling import active_exits, cosine_similarities, mixing_weights, student_budget
 from fedekd.functional.gate import trust_weights
-from fedekd.functional.nested import average_nested, nested_state_dict
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.paired_tests import betting_p_value, paired_p_value
+from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.simplex import project_to_simplex
+from fedekd.functional.submodels import average_submodels, submodel_state_dict
 
 __all__ = [
     "AGREEMENT",
@@ -51,9 +51,8 @@ __all__ = [
     "TrimmedMean",
     "active_exits",
     "agreement_confidence",
-    "at_least_float32",
-    "average_nested",
     "average_state_dicts",
+    "average_submodels",
     "betting_p_value",
     "conformal_quantile",
     "cosine_similarities",
@@ -70,7 +69,6 @@ __all__ = [
     "margin_energy",
     "max_softmax_confidence",
     "mixing_weights",
-    "nested_state_dict",
     "paired_p_value",
     "prediction_sets",
     "project_to_simplex",
@@ -81,5 +79,7 @@ __all__ = [
     "squared_error_distillation",
     "squared_error_energy",
     "student_budget",
+    "submodel_state_dict",
     "trust_weights",
+    "upcast_to_float32",
 ]

@@ -67,12 +67,12 @@ def require_alike(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
                 )
 
 
-def widened(tensor: Tensor, first: Tensor) -> Tensor:
+def to_float64(tensor: Tensor, first: Tensor) -> Tensor:
     """The tensor in (at least) float64, without its graph, on the device of the `first`."""
     return tensor.detach().to(device=first.device, dtype=torch.promote_types(first.dtype, torch.float64))
 
 
-def narrowed(value: Tensor, first: Tensor) -> Tensor:
+def cast_like(value: Tensor, first: Tensor) -> Tensor:
     """A float64 result in the dtype of the `first` of its inputs; integers rounded to the nearest, ties to even."""
     if not (first.is_floating_point() or first.is_complex()):
         value = value.round()
@@ -93,4 +93,4 @@ def _normalize(weights: Sequence[float], count: int) -> list[float]:
 
 def _average(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     first = terms[0][1]
-    return narrowed(reduce(torch.add, (share * widened(tensor, first) for share, tensor in terms)), first)
+    return cast_like(reduce(torch.add, (share * to_float64(tensor, first) for share, tensor in terms)), first)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional.aggregation import average_state_dicts, narrowed, require_alike, widened
+from fedekd.functional.aggregation import average_state_dicts, cast_like, require_alike, to_float64
 
 Weights = Literal["uniform", "samples"]
 
@@ -99,8 +99,8 @@ def _mean_without_extremes(states: Sequence[Mapping[str, Tensor]], dropped: int)
 
 def _middle(tensors: Sequence[Tensor], dropped: int) -> Tensor:
     first = tensors[0]
-    stacked = torch.stack([widened(tensor, first) for tensor in tensors])
+    stacked = torch.stack([to_float64(tensor, first) for tensor in tensors])
     if first.is_complex():  # has no order of its own: its real and imaginary parts are two coordinates
         stacked = torch.view_as_real(stacked)
     merged = stacked.sort(dim=0).values[dropped : len(tensors) - dropped].mean(dim=0)
-    return narrowed(torch.view_as_complex(merged) if first.is_complex() else merged, first)
+    return cast_like(torch.view_as_complex(merged) if first.is_complex() else merged, first)

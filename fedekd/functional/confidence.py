@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedekd.functional.energies import entropy_energy, kl_energy
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.shapes import require_matrix
 
 
@@ -37,7 +37,7 @@ def max_softmax_confidence(logits: Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     require_matrix(logits=logits)
-    return at_least_float32(logits).softmax(dim=1).amax(dim=1)
+    return upcast_to_float32(logits).softmax(dim=1).amax(dim=1)
 
 
 def margin_confidence(logits: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def margin_confidence(logits: Tensor) -> Tensor:
         tensor([0., 1.])
     """
     _require_classes("margin_confidence", logits)
-    first, second = at_least_float32(logits).softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
+    first, second = upcast_to_float32(logits).softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
     return first - second
 
 
@@ -80,7 +80,7 @@ def entropy_confidence(logits: Tensor) -> Tensor:
         tensor([0., 1.])
     """
     _require_classes("entropy_confidence", logits)
-    logits = at_least_float32(logits)
+    logits = upcast_to_float32(logits)
     # An eps so small that it tells only on p = 0, which it keeps from 0 * log(0).
     entropy = entropy_energy(logits, eps=torch.finfo(logits.dtype).tiny)
     # In float32, equal probabilities of 7 classes come to -2e-7.

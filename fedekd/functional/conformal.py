@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.shapes import require_matrix, require_same_shape
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
@@ -77,7 +77,7 @@ def conformal_quantile(scores: Tensor, alpha: float) -> float:
     if numerator > n:
         return math.inf
     position = math.ceil(Fraction(numerator * (n - 1), n))
-    quantile = float(at_least_float32(scores).sort().values[position])
+    quantile = float(upcast_to_float32(scores).sort().values[position])
     return math.inf if math.isnan(quantile) else quantile
 
 
@@ -211,7 +211,7 @@ def set_ranking_loss(logits: Tensor, sets: Tensor) -> Tensor:
         tensor([1.])
     """
     require_matrix(logits=logits, sets=sets)
-    z = at_least_float32(logits)
+    z = upcast_to_float32(logits)
     violations = (z[:, None, :] - z[:, :, None]).relu()  # (n, a, b): by how much b outranks a
     sets = sets.bool()
     pairs = sets[:, :, None] & ~sets[:, None, :]
@@ -220,7 +220,7 @@ def set_ranking_loss(logits: Tensor, sets: Tensor) -> Tensor:
 
 def _ranking(probabilities: Tensor) -> torch.return_types.sort:
     """Likeliest first; of equals, the lower class first."""
-    return at_least_float32(probabilities).sort(dim=1, descending=True, stable=True)
+    return upcast_to_float32(probabilities).sort(dim=1, descending=True, stable=True)
 
 
 def _scores_of_every_label(probabilities: Tensor, uniforms: Tensor, lam: float, kappa: int) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from torch import Tensor, zeros_like
 from torch import bool as bool_
 
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.shapes import require_matrix, require_same_shape
 
 
@@ -41,8 +41,8 @@ def kl_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, but is {temperature}")
     require_matrix(student_logits=student_logits, teacher_logits=teacher_logits)
-    log_p = (at_least_float32(student_logits) / temperature).log_softmax(dim=1)
-    log_q = (at_least_float32(teacher_logits) / temperature).log_softmax(dim=1)
+    log_p = (upcast_to_float32(student_logits) / temperature).log_softmax(dim=1)
+    log_q = (upcast_to_float32(teacher_logits) / temperature).log_softmax(dim=1)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim=1)
 
 
@@ -97,7 +97,7 @@ def decoupled_distillation(
 
     def parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the target, of all others together, and of each among the others."""
-        log_p = (at_least_float32(logits) / temperature).log_softmax(dim=1)
+        log_p = (upcast_to_float32(logits) / temperature).log_softmax(dim=1)
         # Not the logarithm of 1 - p_y, which loses all its digits where a model is sure.
         log_others = log_p.masked_fill(is_target, -math.inf).logsumexp(dim=1)
         return log_p.gather(1, place).squeeze(1), log_others, log_p - log_others.unsqueeze(1)
@@ -130,7 +130,7 @@ def squared_error_distillation(student_output: Tensor, teacher_output: Tensor) -
         tensor([4., 0.])
     """
     require_same_shape(student_output=student_output, teacher_output=teacher_output)
-    residual = at_least_float32(student_output) - at_least_float32(teacher_output)
+    residual = upcast_to_float32(student_output) - upcast_to_float32(teacher_output)
     return residual.square().unsqueeze(-1).flatten(1).sum(dim=1)
 
 
@@ -156,4 +156,4 @@ def gated_distillation(per_sample_loss: Tensor, weights: Tensor) -> Tensor:
         tensor(1.)
     """
     require_same_shape(per_sample_loss=per_sample_loss, weights=weights)
-    return (at_least_float32(weights.detach()) * at_least_float32(per_sample_loss)).mean()
+    return (upcast_to_float32(weights.detach()) * upcast_to_float32(per_sample_loss)).mean()

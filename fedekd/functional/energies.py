@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.shapes import require_matrix, require_same_shape
 
 
@@ -38,8 +38,8 @@ def kl_energy(private_logits: Tensor, proxy_logits: Tensor, eps: float = 1e-8) -
         True
     """
     require_matrix(private_logits=private_logits, proxy_logits=proxy_logits)
-    log_p = at_least_float32(private_logits).log_softmax(dim=1)
-    log_q = at_least_float32(proxy_logits).log_softmax(dim=1)
+    log_p = upcast_to_float32(private_logits).log_softmax(dim=1)
+    log_q = upcast_to_float32(proxy_logits).log_softmax(dim=1)
     p, q = log_p.exp(), log_q.exp()
     # KL(p‖q) + KL(q‖p) in one sum, none of whose terms is negative: rounding cannot make an energy negative.
     divergence = 0.5 * ((p - q) * (log_p - log_q)).sum(dim=1)
@@ -65,7 +65,7 @@ def squared_error_energy(private_output: Tensor, proxy_output: Tensor) -> Tensor
         tensor([2., 0.])
     """
     require_same_shape(private_output=private_output, proxy_output=proxy_output)
-    residual = at_least_float32(private_output) - at_least_float32(proxy_output)
+    residual = upcast_to_float32(private_output) - upcast_to_float32(proxy_output)
     return 0.5 * residual.square().unsqueeze(-1).flatten(1).sum(dim=1)
 
 
@@ -88,7 +88,7 @@ def entropy_energy(logits: Tensor, eps: float = 1e-8) -> Tensor:
         tensor([0.6931])
     """
     require_matrix(logits=logits)
-    p = at_least_float32(logits).softmax(dim=1)
+    p = upcast_to_float32(logits).softmax(dim=1)
     return -(p * (p + eps).log()).sum(dim=1)
 
 
@@ -111,7 +111,7 @@ def margin_energy(logits: Tensor) -> Tensor:
     require_matrix(logits=logits)
     if logits.shape[1] < 2:
         raise ValueError(f"margin_energy needs logits of at least 2 classes, but has {tuple(logits.shape)}")
-    first, second = at_least_float32(logits).topk(2, dim=1).values.unbind(dim=1)
+    first, second = upcast_to_float32(logits).topk(2, dim=1).values.unbind(dim=1)
     return second - first
 
 
@@ -132,7 +132,7 @@ def logsumexp_energy(logits: Tensor) -> Tensor:
         tensor([-10000.6934])
     """
     require_matrix(logits=logits)
-    return -at_least_float32(logits).logsumexp(dim=1)
+    return -upcast_to_float32(logits).logsumexp(dim=1)
 
 
 def feature_distance_energy(proxy_features: Tensor, private_features: Tensor) -> Tensor:
@@ -153,6 +153,6 @@ def feature_distance_energy(proxy_features: Tensor, private_features: Tensor) ->
         tensor([5.])
     """
     require_matrix(proxy_features=proxy_features, private_features=private_features)
-    difference = at_least_float32(proxy_features) - at_least_float32(private_features)
+    difference = upcast_to_float32(proxy_features) - upcast_to_float32(private_features)
     distance: Tensor = torch.linalg.vector_norm(difference, dim=1)
     return distance

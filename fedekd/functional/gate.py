@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 
 
 def trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tensor:
@@ -41,7 +41,7 @@ def trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tenso
         raise ValueError(f"beta must be a positive number, but is {beta}")
     if energy.ndim != 1:
         raise ValueError(f"energy must have shape (B,), but has {tuple(energy.shape)}")
-    energy = at_least_float32(energy.detach())
+    energy = upcast_to_float32(energy.detach())
     if len(energy) == 0:
         return energy
     # Subtracting a constant from every energy changes nothing in Ẽ but its rounding: the float32 mean of

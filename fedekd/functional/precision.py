@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def at_least_float32(t: Tensor) -> Tensor:
+def upcast_to_float32(t: Tensor) -> Tensor:
     """`t` in float32 if it has less precision (float16, bfloat16, integers), otherwise `t` as it is.
 
     Under mixed precision, logits arrive in half precision: bfloat16 holds 8 bits, and float16 ends at
@@ -14,9 +14,9 @@ def at_least_float32(t: Tensor) -> Tensor:
     flow back in the dtype of `t`.
 
     Example:
-        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        >>> upcast_to_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
         torch.float32
-        >>> at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype
+        >>> upcast_to_float32(torch.zeros(1, dtype=torch.float64)).dtype
         torch.float64
     """
     return t.to(torch.promote_types(t.dtype, torch.float32))

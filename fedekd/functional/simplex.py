@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, arange
 
-from fedekd.functional.precision import at_least_float32
+from fedekd.functional.precision import upcast_to_float32
 
 
 def project_to_simplex(v: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def project_to_simplex(v: Tensor) -> Tensor:
     """
     if v.ndim not in (1, 2) or not v.shape[-1]:
         raise ValueError(f"v must have the shape (n,) or (m, n) with n >= 1, but has {tuple(v.shape)}")
-    v = at_least_float32(v)
+    v = upcast_to_float32(v)
     # The largest entry becomes 0: what is added to all of them must not cost digits.
     shifted = v - v.max(dim=-1, keepdim=True).values
     descending = shifted.sort(dim=-1, descending=True).values

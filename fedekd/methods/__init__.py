@@ -1,7 +1,6 @@
 """Federated methods, each one file that reads like its paper."""
 
 from fedekd.methods.base import Broadcast, Method, StateDict, Update
-from fedekd.methods.blueprint import Blueprint, ClientOptions
 from fedekd.methods.cafedistill import CAFEDistill
 from fedekd.methods.client import Client
 from fedekd.methods.depthfl import DepthFL
@@ -17,10 +16,10 @@ from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
 from fedekd.methods.safekd import SafeKD
 from fedekd.methods.scalefl import ScaleFL
+from fedekd.methods.specification import ClientOptions, FederationSpec
 
 __all__ = [
     "FML",
-    "Blueprint",
     "Broadcast",
     "CAFEDistill",
     "Client",
@@ -35,6 +34,7 @@ __all__ = [
     "FedRep",
     "FedType",
     "FedeKD",
+    "FederationSpec",
     "Local",
     "Method",
     "SafeKD",

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
+from fedekd.methods.specification import FederationSpec
 
 StateDict = Mapping[str, Tensor]
 
@@ -75,29 +75,29 @@ class Method(ABC):
     """
 
     #: True for the method that Delta is measured against.
-    is_reference = False
+    is_local_baseline = False
 
     #: How many exits the private model has where `client.exits` is not said; None leaves it as it is.
     exits: int | None = None
 
     #: The splits that training looks at; of one that includes validation nothing can be certified on a part of it.
-    learns_from: tuple[str, ...] = ("train",)
+    training_splits: tuple[str, ...] = ("train",)
 
     def __init__(self) -> None:
         self.server_state: dict[str, Any] = {}
 
-    def start(self, blueprint: Blueprint) -> None:  # noqa: B027 - a method without a server state has nothing to start
+    def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - a method without a server state has nothing to start
         """On the server, before the first round: set `server_state`."""
 
-    def equip(self, client: Client) -> None:  # noqa: B027 - a method with private models alone adds none
+    def init_client(self, client: Client) -> None:  # noqa: B027 - a method with private models alone adds none
         """On the client, before its first round: add the networks it needs besides `private`."""
 
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """On the server: what each participant is sent."""
         return Broadcast()
 
     @property
-    def needs_only_mean(self) -> bool:
+    def supports_secure_mean(self) -> bool:
         """Whether `aggregate` asks no more of the updates than their uniform mean.
 
         If each update were replaced by that mean, it would come to the same: so each may stay hidden (secure
@@ -106,12 +106,12 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """On the client: take in what was received; returns what is worth logging of it."""
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """On the client: what it sends."""
         return Update(client.number, {}, len(client.splits.train))
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:  # noqa: B027 - nothing to renew
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:  # noqa: B027 - nothing to renew
         """On the server: renew `server_state` from the updates, ordered by client."""

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import Mean, active_exits, average_state_dicts, cosine_similarities, mixing_weights
-from fedekd.functional.coordination import ORDERS, SCHEDULES, Order, Schedule
+from fedekd.functional.exit_scheduling import ORDERS, SCHEDULES, Order, Schedule
 from fedekd.methods.base import Broadcast, Method, StateDict, Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
+from fedekd.methods.specification import FederationSpec
 from fedekd.models import MultiExitNetwork
-from fedekd.modules import DeepToShallow, Objective, ObjectiveModule, Supervised
-from fedekd.modules.exit_objectives import require_at_least_0, require_temperature
+from fedekd.modules import LossTerm, ObjectiveModule, SelfDistillationLoss, SupervisedLoss
+from fedekd.modules.losses.exits import require_at_least_0, require_temperature
 
 Conflict = Literal["head_update", "trunk_gradient"]
 CONFLICTS: tuple[Conflict, ...] = get_args(Conflict)
@@ -87,14 +87,14 @@ class CAFEDistill(Method):
         self.order, self.schedule, self.conflict = order, schedule, conflict
         self.merge = Mean(weights)
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial trunk and deepest head for all; nobody has been compared."""
-        blueprint.require_one_architecture("CAFEDistill")
-        network = blueprint.require_exits("CAFEDistill")
+        spec.require_one_architecture("CAFEDistill")
+        network = spec.require_exits("CAFEDistill")
         if not isinstance(network.heads[-1], nn.Linear):
             raise UserError("method CAFEDistill mixes the network's last layers, and client.depths cuts them off")
         trunk, head = _parts(network.state_dict(), network.num_exits)
-        count = blueprint.num_clients
+        count = spec.num_clients
         self.server_state = {
             "trunk": trunk,
             "newcomers_head": head,
@@ -102,17 +102,17 @@ class CAFEDistill(Method):
             "weights": [name for name, _ in network.named_parameters()],
             "similarities": torch.zeros(count, count, dtype=torch.float64),
             "exits": network.num_exits,
-            "rounds": blueprint.rounds,
+            "rounds": spec.rounds,
         }
 
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """The trunk for all; for each its mixed head, and which of its exits learn."""
         state = self.server_state
         active = torch.ones(len(participants), state["exits"], dtype=torch.bool)
-        if round < state["rounds"]:  # after the last aggregation nobody learns
+        if round_idx < state["rounds"]:  # after the last aggregation nobody learns
             chosen = torch.tensor(participants)
             among = state["similarities"][chosen][:, chosen]
-            active = active_exits(among, round + 1, state["rounds"], state["exits"], self.order, self.schedule)
+            active = active_exits(among, round_idx + 1, state["rounds"], state["exits"], self.order, self.schedule)
         personal = {
             client: {**self.mixed_head(client), ACTIVE: active[place].to(torch.uint8)}
             for place, client in enumerate(participants)
@@ -124,39 +124,39 @@ class CAFEDistill(Method):
         heads: Mapping[int, StateDict] = self.server_state["heads"]
         return heads[client] if client in heads else cast(StateDict, self.server_state["newcomers_head"])
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load trunk and mixed head; the shallow heads are the client's own."""
-        client.take_in({name: tensor for name, tensor in received.items() if name != ACTIVE})
-        learned = client.memory.get(ACTIVE, ())  # in the training that led to what is scored now
-        client.memory[ACTIVE] = received[ACTIVE].cpu()
+        client.load_received({name: tensor for name, tensor in received.items() if name != ACTIVE})
+        learned = client.method_state.get(ACTIVE, ())  # in the training that led to what is scored now
+        client.method_state[ACTIVE] = received[ACTIVE].cpu()
         return {f"exit_{number}/active": float(learns) for number, learns in enumerate(learned, start=1)}
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train the active exits, and send trunk and deepest head."""
         network = cast(MultiExitNetwork, client.networks["private"])
         module = ObjectiveModule(
-            network, self.objectives(client.memory[ACTIVE]), client.blueprint.task, client.blueprint.optimizer
+            network, self.objectives(client.method_state[ACTIVE]), client.spec.task, client.spec.optimizer
         )
-        client.train("private", module, round)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.train("private", module, round_idx)
+        client.supervised_epochs += client.spec.client.local_epochs
         if not isinstance(network.heads[-1], nn.Linear):
             raise UserError("method CAFEDistill mixes the network's last layers, and client.depths cuts them off")
         trunk, head = _parts(network.state_dict(), network.num_exits)
-        return Update(client.number, {**trunk, **head, ACTIVE: client.memory[ACTIVE]}, len(client.splits.train))
+        return Update(client.number, {**trunk, **head, ACTIVE: client.method_state[ACTIVE]}, len(client.splits.train))
 
-    def objectives(self, active: Tensor) -> list[Objective]:
+    def objectives(self, active: Tensor) -> list[LossTerm]:
         """The terms of the loss, for the exits that learn.
 
         Args:
             active: Which, (m,).
         """
         learns = [float(each) for each in active]
-        found: list[Objective] = [Supervised("classification", [each / len(learns) for each in learns])]
+        found: list[LossTerm] = [SupervisedLoss("classification", [each / len(learns) for each in learns])]
         if self.distillation_weight:
-            found.append(DeepToShallow(self.distillation_weight, self.temperature, learns))
+            found.append(SelfDistillationLoss(self.distillation_weight, self.temperature, learns))
         return found
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
         """Average the trunks, compare what was done to the heads, and mix them for each of their clients."""
         state = self.server_state
         clients = [update.client for update in updates]

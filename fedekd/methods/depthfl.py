@@ -9,9 +9,9 @@ from torch import nn
 
 from fedekd.errors import UserError
 from fedekd.methods.client import Client
-from fedekd.methods.nested import NestedFedAvg
-from fedekd.modules import MutualExits, Objective, Supervised
-from fedekd.modules.exit_objectives import require_at_least_0
+from fedekd.methods.submodels import NestedFedAvg
+from fedekd.modules import LossTerm, MutualExitLoss, SupervisedLoss
+from fedekd.modules.losses.exits import require_at_least_0
 
 
 class DepthFL(NestedFedAvg):
@@ -43,15 +43,15 @@ class DepthFL(NestedFedAvg):
         require_at_least_0(**{"method.distillation_weight": distillation_weight})
         self.distillation_weight, self.ramp_up = distillation_weight, ramp_up
 
-    def weight_in(self, round: int, rounds: int) -> float:
+    def weight_in(self, round_idx: int, rounds: int) -> float:
         """lambda_t in round t + 1 of T."""
         rising = self.ramp_up * rounds
-        missing = 1.0 - min(1.0, round / rising) if rising else 0.0
+        missing = 1.0 - min(1.0, round_idx / rising) if rising else 0.0
         return self.distillation_weight * math.exp(-5.0 * missing**2)
 
-    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """Cross-entropy at all exits, and what they learn from each other."""
-        found: list[Objective] = [Supervised(client.blueprint.task)]
+        found: list[LossTerm] = [SupervisedLoss(client.spec.task)]
         if self.distillation_weight:
-            found.append(MutualExits(self.weight_in(round, client.blueprint.rounds)))
+            found.append(MutualExitLoss(self.weight_in(round_idx, client.spec.rounds)))
         return found

@@ -9,8 +9,8 @@ from fedekd.functional import Aggregator
 from fedekd.methods.base import StateDict, Update
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
-from fedekd.modules import Objective, ObjectiveModule, Supervised, SupervisedModule
-from fedekd.modules.regularizers import Proximal, trainable
+from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, SupervisedModule
+from fedekd.modules.losses.regularizers import ProximalPenalty, trainable
 
 
 class Ditto(FedAvg):
@@ -36,27 +36,27 @@ class Ditto(FedAvg):
             raise UserError(f"method.lam is {lam}, and must be at least 0")
         self.lam = lam
 
-    def equip(self, client: Client) -> None:
+    def init_client(self, client: Client) -> None:
         """A client also carries the global model."""
-        client.networks["global"] = client.blueprint.network("private", "server")
+        client.networks["global"] = client.spec.build_model("private", "server")
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global model, and train the personal one beside it."""
         client.networks["global"].load_state_dict(received)
-        if round == 0:
+        if round_idx == 0:
             return {}
-        task, private = client.blueprint.task, client.networks["private"]
-        objectives: list[Objective] = [Supervised(task)]
+        task, private = client.spec.task, client.networks["private"]
+        objectives: list[LossTerm] = [SupervisedLoss(task)]
         if self.lam:
-            objectives.append(Proximal(private, trainable(client.networks["global"]), self.lam))
-        module = ObjectiveModule(private, objectives, task, client.blueprint.optimizer)
+            objectives.append(ProximalPenalty(private, trainable(client.networks["global"]), self.lam))
+        module = ObjectiveModule(private, objectives, task, client.spec.optimizer)
         logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.supervised_epochs += client.spec.client.local_epochs
         return logs
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train the global model on the client's data, and send it."""
         network = client.networks["global"]
-        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
-        client.train("global", module, round)
+        module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
+        client.train("global", module, round_idx)
         return Update(client.number, dict(network.state_dict()), len(client.splits.train))

@@ -10,9 +10,9 @@ from torch import nn
 from fedekd.errors import UserError
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import Broadcast, Method, StateDict, Update, is_uniform_mean
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
-from fedekd.modules import Objective, ObjectiveModule, Supervised, SupervisedModule
+from fedekd.methods.specification import FederationSpec
+from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, SupervisedModule
 
 
 class FedAvg(Method):
@@ -40,45 +40,45 @@ class FedAvg(Method):
         self.finetune_epochs = finetune_epochs
 
     @property
-    def needs_only_mean(self) -> bool:
+    def supports_secure_mean(self) -> bool:
         """Whether models are merged by the uniform mean, and nothing else is done with them."""
         return type(self).aggregate is FedAvg.aggregate and is_uniform_mean(self.merge)
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial model for all."""
-        blueprint.require_one_architecture(type(self).__name__)
-        self.server_state = {"model": dict(blueprint.network("private", "server").state_dict())}
+        spec.require_one_architecture(type(self).__name__)
+        self.server_state = {"model": dict(spec.build_model("private", "server").state_dict())}
 
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """The global model."""
         return Broadcast(self.server_state["model"])
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global model; after the last round, make it the client's own."""
         network = client.networks["private"]
         network.load_state_dict(received)
-        if round < client.blueprint.rounds or not self.finetune_epochs:
+        if round_idx < client.spec.rounds or not self.finetune_epochs:
             return {}
-        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
-        logs = client.train("private", module, round, epochs=self.finetune_epochs)
+        module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
+        logs = client.train("private", module, round_idx, epochs=self.finetune_epochs)
         client.supervised_epochs += self.finetune_epochs
         return logs
 
-    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """What a client minimises in a round: L_k."""
-        return [Supervised(client.blueprint.task)]
+        return [SupervisedLoss(client.spec.task)]
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train the global model on the client's data, and send it."""
         network = client.networks["private"]
         module = ObjectiveModule(
-            network, self.objectives(client, network, round), client.blueprint.task, client.blueprint.optimizer
+            network, self.objectives(client, network, round_idx), client.spec.task, client.spec.optimizer
         )
-        client.train("private", module, round)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.train("private", module, round_idx)
+        client.supervised_epochs += client.spec.client.local_epochs
         return Update(client.number, dict(network.state_dict()), len(client.splits.train))
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
         """The average of the clients' models."""
         states, sizes = [update.state for update in updates], [update.num_samples for update in updates]
         self.server_state = {"model": self.merge(states, sizes)}

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fedekd.errors import UserError
 from fedekd.functional import average_state_dicts
 from fedekd.methods.base import StateDict, Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
-from fedekd.modules import Objective
-from fedekd.modules.regularizers import Linear, Proximal, trainable
+from fedekd.methods.specification import FederationSpec
+from fedekd.modules import LossTerm
+from fedekd.modules.losses.regularizers import Linear, ProximalPenalty, trainable
 
 
 class FedDyn(FedAvg):
@@ -39,43 +39,43 @@ class FedDyn(FedAvg):
             raise UserError(f"method.alpha is {alpha}, and must be above 0: FedDyn divides by it")
         self.alpha = alpha
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial model for all, and h = 0."""
-        super().start(blueprint)
-        self.num_clients = blueprint.num_clients
-        parameters = trainable(blueprint.network("private", "server"))
+        super().init_server(spec)
+        self.num_clients = spec.num_clients
+        parameters = trainable(spec.build_model("private", "server"))
         self.server_state["h"] = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
-    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """L_k, the linear term and the quadratic one."""
         anchor = trainable(network)
-        if "g" not in client.memory:
-            client.memory["g"] = {name: torch.zeros_like(value) for name, value in anchor.items()}
-        quadratic = Proximal(network, anchor, self.alpha)
-        return [*super().objectives(client, network, round), Linear(network, client.memory["g"]), quadratic]
+        if "g" not in client.method_state:
+            client.method_state["g"] = {name: torch.zeros_like(value) for name, value in anchor.items()}
+        quadratic = ProximalPenalty(network, anchor, self.alpha)
+        return [*super().objectives(client, network, round_idx), Linear(network, client.method_state["g"]), quadratic]
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train, renew g_k, and send the model.
 
         g_k lasts: training that has diverged leaves it as it was, or the client would diverge in every later round.
         """
         before = trainable(client.networks["private"])
-        update = super().upload(client, round)
-        gradients: dict[str, Tensor] = client.memory["g"]
+        update = super().prepare_update(client, round_idx)
+        gradients: dict[str, Tensor] = client.method_state["g"]
         renewed = {
             name: gradients[name].to(value.device) - self.alpha * (update.state[name] - value)
             for name, value in before.items()
         }
         if all(bool(gradient.isfinite().all()) for gradient in renewed.values()):
-            client.memory["g"] = renewed
+            client.method_state["g"] = renewed
         return update
 
     @property
-    def needs_only_mean(self) -> bool:
+    def supports_secure_mean(self) -> bool:
         """Yes: h takes the sum of the drifts, and the model their mean."""
         return True
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
         """Renew h and the global model."""
         states = [update.state for update in updates]
         model: StateDict = self.server_state["model"]

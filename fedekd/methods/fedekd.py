@@ -11,14 +11,14 @@ from torch import nn
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import Aggregator, active_exits
-from fedekd.functional.coordination import SCHEDULES, Schedule
+from fedekd.functional.exit_scheduling import SCHEDULES, Schedule
 from fedekd.methods.base import StateDict, Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.proxies import ProxyMethod
+from fedekd.methods.specification import FederationSpec
 from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, ProxyDistillModule
 from fedekd.modules.energies import Source
-from fedekd.modules.objectives import Gate
+from fedekd.modules.losses.distillation import Gate
 
 OptimizerState = Literal["carry", "reset"]
 
@@ -110,36 +110,40 @@ class FedeKD(ProxyMethod):
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial proxy for all, and a look whether the modules can be made: of one client of each kind.
 
         Raises:
             UserError: If an option does not fit the task or the networks; nobody has trained yet.
         """
-        super().start(blueprint)
-        proxy = blueprint.network("proxy", "server")
-        for owner in {blueprint.kind(number): number for number in range(blueprint.num_clients)}.values():
-            private = blueprint.network("private", owner)
-            self._backward(blueprint, private, proxy, self.lambda_kd)
-            self._forward(blueprint, private, proxy)
+        super().init_server(spec)
+        proxy = spec.build_model("proxy", "server")
+        for owner in {spec.architecture_key(number): number for number in range(spec.num_clients)}.values():
+            private = spec.build_model("private", owner)
+            self._backward(spec, private, proxy, self.lambda_kd)
+            self._forward(spec, private, proxy)
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """The backward stage (lines 9-17): the private model learns from labels and from the global proxy."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        super().absorb(client, received, round)
-        if round == 0:
+        super().receive(client, received, round_idx)
+        if round_idx == 0:
             return {}
         lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
-        module = self._backward(client.blueprint, private, proxy, lambda_kd, self._active(client, round))
+        module = self._backward(client.spec, private, proxy, lambda_kd, self._active(client, round_idx))
         # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
-        taught = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
+        teacher_outputs = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
         logs = client.train(
-            "private", module, client.supervised_rounds + 1, taught=taught, carry_optimizer=self.carry_private
+            "private",
+            module,
+            client.supervised_rounds + 1,
+            teacher_outputs=teacher_outputs,
+            carry_optimizer=self.carry_private,
         )
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.supervised_epochs += client.spec.client.local_epochs
         return logs
 
-    def _active(self, client: Client, round: int) -> list[bool] | None:
+    def _active(self, client: Client, round_idx: int) -> list[bool] | None:
         """Which exits learn in a round; None is all of them.
 
         Networks of unlike architecture have no updates of heads to compare: every client goes by the budget alone.
@@ -147,26 +151,33 @@ class FedeKD(ProxyMethod):
         exits = getattr(client.networks["private"], "num_exits", 1)
         if self.schedule == "all_on" or exits == 1:
             return None
-        rounds = client.blueprint.rounds
-        active: list[bool] = active_exits(torch.eye(1), round, rounds, exits, schedule=self.schedule)[0].tolist()
+        rounds = client.spec.rounds
+        active: list[bool] = active_exits(torch.eye(1), round_idx, rounds, exits, schedule=self.schedule)[0].tolist()
         return active
 
     def _is_untrained(self, client: Client, received: StateDict) -> bool:
         """Whether the global proxy is still the initial one, because no round has met its quorum yet."""
-        initial = client.blueprint.network("proxy", "server").state_dict()
+        initial = client.spec.build_model("proxy", "server").state_dict()
         return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        module = self._forward(client.blueprint, private, proxy)
-        taught = client.predict("private", "train").tensors
-        client.train("proxy", module, round, epochs=self.proxy_epochs, taught=taught, carry_optimizer=self.carry_proxy)
+        module = self._forward(client.spec, private, proxy)
+        teacher_outputs = client.predict("private", "train").tensors
+        client.train(
+            "proxy",
+            module,
+            round_idx,
+            epochs=self.proxy_epochs,
+            teacher_outputs=teacher_outputs,
+            carry_optimizer=self.carry_proxy,
+        )
         return self.proxy_of(client)
 
     def _backward(
         self,
-        blueprint: Blueprint,
+        spec: FederationSpec,
         private: nn.Module,
         proxy: nn.Module,
         lambda_kd: float,
@@ -175,16 +186,16 @@ class FedeKD(ProxyMethod):
         return GatedPrivateModule(
             private,
             proxy,
-            blueprint.task,
+            spec.task,
             energy=self.energy,
             beta=self.beta,
             lambda_kd=lambda_kd,
-            optimizer=blueprint.optimizer,
+            optimizer=spec.optimizer,
             gate=self.gate,
             energy_of=self.energy_of,
             active=active,
             consistency_weight=self.consistency_weight,
         )
 
-    def _forward(self, blueprint: Blueprint, private: nn.Module, proxy: nn.Module) -> ProxyDistillModule:
-        return ProxyDistillModule(proxy, private, blueprint.task, self.temperature, blueprint.optimizer)
+    def _forward(self, spec: FederationSpec, private: nn.Module, proxy: nn.Module) -> ProxyDistillModule:
+        return ProxyDistillModule(proxy, private, spec.task, self.temperature, spec.optimizer)

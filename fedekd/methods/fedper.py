@@ -9,9 +9,9 @@ from torch import Tensor
 from fedekd.errors import UserError
 from fedekd.functional import Aggregator
 from fedekd.methods.base import StateDict, Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
+from fedekd.methods.specification import FederationSpec
 
 
 class FedPer(FedAvg):
@@ -35,9 +35,9 @@ class FedPer(FedAvg):
         super().__init__(weights, aggregator, finetune_epochs)
         self.personal = personal
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial base for all."""
-        super().start(blueprint)
+        super().init_server(spec)
         model = self.server_state["model"]
         personal = self.personal_parts(model)
         for part in personal:
@@ -58,14 +58,14 @@ class FedPer(FedAvg):
         personal = self.personal_parts(state)
         return {name: value for name, value in state.items() if not any(belongs(name, part) for part in personal)}
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the base, and keep the head."""
-        client.take_in(received)
-        return super().absorb(client, client.networks["private"].state_dict(), round)
+        client.load_received(received)
+        return super().receive(client, client.networks["private"].state_dict(), round_idx)
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train base and head together, and send the base."""
-        update = super().upload(client, round)
+        update = super().prepare_update(client, round_idx)
         return Update(update.client, self._base(update.state), update.num_samples)
 
 

@@ -10,8 +10,8 @@ from fedekd.errors import UserError
 from fedekd.functional import Aggregator
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
-from fedekd.modules import Objective
-from fedekd.modules.regularizers import Proximal, trainable
+from fedekd.modules import LossTerm
+from fedekd.modules.losses.regularizers import ProximalPenalty, trainable
 
 
 class FedProx(FedAvg):
@@ -36,7 +36,7 @@ class FedProx(FedAvg):
             raise UserError(f"method.mu is {mu}, and must be at least 0")
         self.mu = mu
 
-    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """L_k and the proximal term."""
-        objectives = super().objectives(client, network, round)
-        return [*objectives, Proximal(network, trainable(network), self.mu)] if self.mu else objectives
+        objectives = super().objectives(client, network, round_idx)
+        return [*objectives, ProximalPenalty(network, trainable(network), self.mu)] if self.mu else objectives

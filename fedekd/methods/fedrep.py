@@ -11,9 +11,9 @@ from torch import nn
 from fedekd.errors import UserError
 from fedekd.functional import Aggregator
 from fedekd.methods.base import Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.fedper import FedPer, belongs
+from fedekd.methods.specification import FederationSpec
 from fedekd.modules import SupervisedModule
 
 
@@ -42,21 +42,21 @@ class FedRep(FedPer):
             raise UserError(f"method.head_epochs is {head_epochs}, and must be at least 1")
         self.head_epochs = head_epochs
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial representation for all; there must be a head to train beside it."""
-        super().start(blueprint)
-        if not self.personal_parts(blueprint.network("private", "server").state_dict()):
+        super().init_server(spec)
+        if not self.personal_parts(spec.build_model("private", "server").state_dict()):
             raise UserError("method.personal is [], which leaves FedRep no head to train; take FedAvg")
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train the head with the representation held, then the representation with the head held; send the latter."""
         network = client.networks["private"]
         head = self.personal_parts(network.state_dict())
         with _held(network, head, inside=False):
-            module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
-            client.train("head", module, round, epochs=self.head_epochs)
+            module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
+            client.train("head", module, round_idx, epochs=self.head_epochs)
         with _held(network, head, inside=True):
-            return super().upload(client, round)
+            return super().prepare_update(client, round_idx)
 
 
 @contextmanager

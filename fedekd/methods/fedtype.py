@@ -6,12 +6,12 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.methods.base import StateDict, Update
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
 from fedekd.methods.proxies import ProxyMethod
-from fedekd.modules import Distilled, Objective, ObjectiveModule, Supervised
-from fedekd.modules.reciprocal import ConformalModel, Reciprocal, Variant
-from fedekd.modules.regularizers import Proximal, trainable
+from fedekd.methods.specification import FederationSpec
+from fedekd.modules import DistillationLoss, LossTerm, ObjectiveModule, SupervisedLoss
+from fedekd.modules.losses.fedtype import ConformalModel, SetRankingLoss, Variant
+from fedekd.modules.losses.regularizers import ProximalPenalty, trainable
 from fedekd.seeding import derive_seed
 
 #: The regularization of the private model's sets, and what the proxy's begins with.
@@ -32,7 +32,7 @@ class FedType(ProxyMethod):
             model: the private models are then Local's, bit for bit.
     """
 
-    learns_from = ("train", "validation")
+    training_splits = ("train", "validation")
 
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
@@ -42,75 +42,75 @@ class FedType(ProxyMethod):
             raise UserError(f"method.mu is {mu}, and must be at least 0")
         self.alpha, self.mu, self.variant = alpha, mu, variant
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial proxy for all."""
-        if blueprint.task != "classification":
+        if spec.task != "classification":
             raise UserError("method FedType is for classification: a regression has no sets of labels")
-        super().start(blueprint)
+        super().init_server(spec)
 
-    def equip(self, client: Client) -> None:
+    def init_client(self, client: Client) -> None:
         """A client carries a proxy beside its private model."""
         if not len(client.splits.validation):
             raise UserError(
                 f"method FedType calibrates on validation samples, and client {client.number} has none;"
                 " raise data.min_samples or the second of data.fractions"
             )
-        super().equip(client)
-        client.memory["lam"] = PROXY_LAM
+        super().init_client(client)
+        client.method_state["lam"] = PROXY_LAM
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train both, a backward and a forward epoch in turn, and send the proxy."""
         anchor = trainable(client.networks["proxy"])
         client.optimizer_states.pop("proxy", None)
-        for epoch in range(client.blueprint.client.local_epochs):
-            self._backward_epoch(client, round, epoch)
-            self._forward_epoch(client, round, epoch, anchor)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        for epoch in range(client.spec.client.local_epochs):
+            self._backward_epoch(client, round_idx, epoch)
+            self._forward_epoch(client, round_idx, epoch, anchor)
+        client.supervised_epochs += client.spec.client.local_epochs
         return self.proxy_of(client)
 
-    def _backward_epoch(self, client: Client, round: int, epoch: int) -> None:
+    def _backward_epoch(self, client: Client, round_idx: int, epoch: int) -> None:
         """The private model: CE + mean_i eta_i l_i, with the frozen proxy's sets."""
-        seed = derive_seed(client.blueprint.seed, client.number, round, "sets", epoch)
+        seed = derive_seed(client.spec.seed, client.number, round_idx, "sets", epoch)
         generator = torch.Generator().manual_seed(seed)
         labels = client.images.targets[client.splits.validation.to(client.images.targets.device)]
         models = {
             role: ConformalModel.calibrate(
                 client.predict(role, "validation").output, labels, self.alpha, lam, generator
             )
-            for role, lam in (("private", PRIVATE_LAM), ("proxy", client.memory["lam"]))
+            for role, lam in (("private", PRIVATE_LAM), ("proxy", client.method_state["lam"]))
         }
-        reciprocal = Reciprocal(models["private"], models["proxy"], self.variant, generator)
+        reciprocal = SetRankingLoss(models["private"], models["proxy"], self.variant, generator)
         private, proxy = client.networks["private"], client.networks["proxy"]
-        objectives: list[Objective] = [Supervised("classification"), reciprocal]
-        module = ObjectiveModule(private, objectives, "classification", client.blueprint.optimizer, teacher=proxy)
+        objectives: list[LossTerm] = [SupervisedLoss("classification"), reciprocal]
+        module = ObjectiveModule(private, objectives, "classification", client.spec.optimizer, teacher=proxy)
         client.train(
             "private",
             module,
             client.supervised_rounds + 1,
             epochs=1,
             first_epoch=epoch,
-            taught=client.predict("proxy", "train").tensors,
+            teacher_outputs=client.predict("proxy", "train").tensors,
             carry_optimizer=True,
         )
 
-    def _forward_epoch(self, client: Client, round: int, epoch: int, anchor: StateDict) -> None:
+    def _forward_epoch(self, client: Client, round_idx: int, epoch: int, anchor: StateDict) -> None:
         """The proxy: CE + KL(private || proxy), near the global proxy if mu is above 0; then renew its lam."""
         private, proxy = client.networks["private"], client.networks["proxy"]
         before = client.score("validation", "proxy")
-        objectives: list[Objective] = [Supervised("classification"), Distilled("classification")]
+        objectives: list[LossTerm] = [SupervisedLoss("classification"), DistillationLoss("classification")]
         if self.mu:
-            objectives.append(Proximal(proxy, anchor, self.mu))
-        module = ObjectiveModule(proxy, objectives, "classification", client.blueprint.optimizer, teacher=private)
+            objectives.append(ProximalPenalty(proxy, anchor, self.mu))
+        module = ObjectiveModule(proxy, objectives, "classification", client.spec.optimizer, teacher=private)
         client.train(
             "proxy",
             module,
-            round,
+            round_idx,
             epochs=1,
             first_epoch=epoch,
-            taught=client.predict("private", "train").tensors,
+            teacher_outputs=client.predict("private", "train").tensors,
             carry_optimizer=True,
         )
         change = client.score("validation", "proxy") - before
-        lam = client.memory["lam"]
+        lam = client.method_state["lam"]
         if change < 0:  # nor where it is NaN, as a proxy has diverged
-            client.memory["lam"] = lam - (1 - lam) * change
+            client.method_state["lam"] = lam - (1 - lam) * change

@@ -40,20 +40,20 @@ class FML(ProxyMethod):
                 raise UserError(f"method.{flag} is {weight}, and must be in [0, 1]")
         self.private_weight, self.proxy_weight = private_weight, proxy_weight
 
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train both together, and send the proxy."""
         module = MutualModule(
             client.networks["private"],
             client.networks["proxy"],
-            client.blueprint.task,
+            client.spec.task,
             self.private_weight,
             self.proxy_weight,
             self.adaptive,
-            client.blueprint.optimizer,
+            client.spec.optimizer,
         )
-        client.train("private", module, round, carry_optimizer=True)
+        client.train("private", module, round_idx, carry_optimizer=True)
         self._forget_proxy(client)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.supervised_epochs += client.spec.client.local_epochs
         return self.proxy_of(client)
 
     def _forget_proxy(self, client: Client) -> None:

@@ -14,13 +14,13 @@ class Local(Method):
     order and the same number of supervised epochs per round.
     """
 
-    is_reference = True
+    is_local_baseline = True
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Train for `local_epochs` on L_sup."""
-        if round == 0:
+        if round_idx == 0:
             return {}
-        module = SupervisedModule(client.networks["private"], client.blueprint.task, client.blueprint.optimizer)
+        module = SupervisedModule(client.networks["private"], client.spec.task, client.spec.optimizer)
         logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.supervised_epochs += client.spec.client.local_epochs
         return logs

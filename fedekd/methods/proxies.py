@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import Broadcast, Method, StateDict, Update, is_uniform_mean
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
+from fedekd.methods.specification import FederationSpec
 
 
 class ProxyMethod(Method):
@@ -23,35 +23,35 @@ class ProxyMethod(Method):
         self.merge = aggregator if aggregator is not None else Mean()
 
     @property
-    def needs_only_mean(self) -> bool:
+    def supports_secure_mean(self) -> bool:
         """Whether proxies are merged by the uniform mean, and nothing else is done with them."""
         return type(self).aggregate is ProxyMethod.aggregate and is_uniform_mean(self.merge)
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """One initial proxy for all."""
-        self.server_state = dict(blueprint.network("proxy", "server").state_dict())
+        self.server_state = dict(spec.build_model("proxy", "server").state_dict())
 
-    def equip(self, client: Client) -> None:
+    def init_client(self, client: Client) -> None:
         """A client carries a proxy beside its private model."""
-        client.networks["proxy"] = client.blueprint.network("proxy", "server")
+        client.networks["proxy"] = client.spec.build_model("proxy", "server")
 
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """The global proxy."""
         return Broadcast(self.server_state)
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global proxy."""
         client.networks["proxy"].load_state_dict(received)
         return {}
 
     @abstractmethod
-    def upload(self, client: Client, round: int) -> Update:
+    def prepare_update(self, client: Client, round_idx: int) -> Update:
         """Train the proxy, and send it (`proxy_of`)."""
 
     def proxy_of(self, client: Client) -> Update:
         """A client's proxy, as it is sent."""
         return Update(client.number, dict(client.networks["proxy"].state_dict()), len(client.splits.train))
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
         """The merged proxies."""
         self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])

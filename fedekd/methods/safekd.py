@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from fedekd.errors import UserError
 from fedekd.methods.base import Method, StateDict
-from fedekd.methods.blueprint import Blueprint
 from fedekd.methods.client import Client
+from fedekd.methods.specification import FederationSpec
 from fedekd.modules import MovingAverage, MultiExitModule
-from fedekd.modules.exit_objectives import require_exit_weights
+from fedekd.modules.losses.exits import require_exit_weights
 from fedekd.modules.multi_exit import check_arguments
 
 
@@ -64,25 +64,25 @@ class SafeKD(Method):
         self.warmup_epochs, self.ema_decay = warmup_epochs, ema_decay
         self.exit_weights = None if exit_weights is None else list(exit_weights)
 
-    def start(self, blueprint: Blueprint) -> None:
+    def init_server(self, spec: FederationSpec) -> None:
         """There is no server; the task and the number of weights are looked at before anything is trained."""
-        if blueprint.task == "regression":
+        if spec.task == "regression":
             raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
         if self.exit_weights is not None:
-            exits = getattr(blueprint.network("private", "server"), "num_exits", 1)
+            exits = getattr(spec.build_model("private", "server"), "num_exits", 1)
             if len(self.exit_weights) != exits:
                 raise UserError(
                     f"method.exit_weights has {len(self.exit_weights)} numbers, and the network has {exits} exits"
                 )
 
-    def equip(self, client: Client) -> None:
+    def init_client(self, client: Client) -> None:
         """The teacher begins as a copy of the network."""
         if self.distillation_weight:
             client.networks["teacher"] = MovingAverage(client.networks["private"], self.ema_decay)
 
-    def absorb(self, client: Client, received: StateDict, round: int) -> dict[str, float]:
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Train for `local_epochs`."""
-        if round == 0:
+        if round_idx == 0:
             return {}
         average = client.networks.get("teacher")
         assert average is None or isinstance(average, MovingAverage)
@@ -97,9 +97,9 @@ class SafeKD(Method):
             warmup_epochs=self.warmup_epochs,
             exit_weights=self.exit_weights,
             ema_decay=self.ema_decay,
-            optimizer=client.blueprint.optimizer,
+            optimizer=client.spec.optimizer,
             first_epoch=client.supervised_epochs,
         )
         logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
-        client.supervised_epochs += client.blueprint.client.local_epochs
+        client.supervised_epochs += client.spec.client.local_epochs
         return logs

@@ -8,10 +8,10 @@ from torch import nn
 
 from fedekd.errors import UserError
 from fedekd.methods.client import Client
-from fedekd.methods.nested import NestedFedAvg
+from fedekd.methods.submodels import NestedFedAvg
 from fedekd.models import MultiExitNetwork
-from fedekd.modules import DeepToShallow, Objective, Supervised
-from fedekd.modules.exit_objectives import require_at_least_0, require_temperature
+from fedekd.modules import LossTerm, SelfDistillationLoss, SupervisedLoss
+from fedekd.modules.losses.exits import require_at_least_0, require_temperature
 
 #: What is meant as a whole number of rounds may lie a rounding error above it.
 _ROUNDING = 1e-9
@@ -47,11 +47,11 @@ class ScaleFL(NestedFedAvg):
         require_temperature(temperature, "method.temperature")
         self.distillation_weight, self.temperature, self.warm_up = distillation_weight, temperature, warm_up
 
-    def objectives(self, client: Client, network: nn.Module, round: int) -> list[Objective]:
+    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """Cross-entropy, the deeper the heavier, and what the deepest exit teaches."""
         exits = cast(MultiExitNetwork, network).num_exits
         weights = [2 * place / (exits * (exits + 1)) for place in range(1, exits + 1)]
-        found: list[Objective] = [Supervised(client.blueprint.task, weights)]
-        if self.distillation_weight and round >= self.warm_up * client.blueprint.rounds - _ROUNDING:
-            found.append(DeepToShallow(self.distillation_weight, self.temperature, weights))
+        found: list[LossTerm] = [SupervisedLoss(client.spec.task, weights)]
+        if self.distillation_weight and round_idx >= self.warm_up * client.spec.rounds - _ROUNDING:
+            found.append(SelfDistillationLoss(self.distillation_weight, self.temperature, weights))
         return found

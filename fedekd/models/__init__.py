@@ -6,7 +6,7 @@ from fedekd.models.cost import ExitCosts, exit_costs
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
 from fedekd.models.size import num_parameters
-from fedekd.models.split import multi_exit
+from fedekd.models.stages import multi_exit
 
 __all__ = [
     "Conv3",

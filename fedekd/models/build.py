@@ -13,7 +13,7 @@ from torch import nn
 from fedekd.errors import UserError, nearest
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
-from fedekd.models.modes import evaluating
+from fedekd.models.modes import eval_mode
 
 _LONGEST_HINT = 200  # torchvision.models has 200 names: no help in one line of an error
 
@@ -104,7 +104,7 @@ def check_model(
     images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
     name = type(getattr(model, "backbone", model)).__name__
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             output = model(images)
     except Exception as error:  # a model of one's own may fail in any way
         shape = f"{in_channels} x {height} x {width}"

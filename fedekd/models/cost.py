@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedekd.errors import UserError
-from fedekd.models.modes import evaluating
+from fedekd.models.modes import eval_mode
 from fedekd.models.multi_exit import MultiExitNetwork
 
 
@@ -41,13 +41,13 @@ class ExitCosts:
         """Of the plain network: all stages and the last head alone."""
         return sum(self.stages) + self.heads[-1]
 
-    def leaving(self, evaluated: Sequence[bool], asks_proxy: bool = False) -> tuple[int, ...]:
+    def leaving(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> tuple[int, ...]:
         """Of an image that leaves at exit e: all stages up to e, and the heads up to e that are evaluated.
 
         Args:
             evaluated: Of each exit, whether its head is evaluated when an image comes by: where no image may leave
                 it need not be, and costs nothing. The last exit's always is, whatever is said of it.
-            asks_proxy: Whether the proxy is asked; of every image, where any exit before the last is evaluated.
+            uses_proxy: Whether the proxy is asked; of every image, where any exit before the last is evaluated.
 
         Returns:
             E numbers, each with the head of its own exit: at an exit that is not evaluated, it is what leaving there
@@ -61,12 +61,12 @@ class ExitCosts:
         passing = [head if paid else 0 for head, paid in zip(self.heads, evaluated, strict=True)]
         before = accumulate(passing[:-1], initial=0)
         reached = accumulate(self.stages)
-        second = self.proxy if asks_proxy and any(evaluated[:-1]) else 0
+        second = self.proxy if uses_proxy and any(evaluated[:-1]) else 0
         return tuple(second + sum(parts) for parts in zip(reached, before, self.heads, strict=True))
 
-    def shares(self, evaluated: Sequence[bool], asks_proxy: bool = False) -> list[float]:
+    def shares(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> list[float]:
         """The same as shares of the plain network's cost, E numbers."""
-        return [cost / self.full for cost in self.leaving(evaluated, asks_proxy)]
+        return [cost / self.full for cost in self.leaving(evaluated, uses_proxy)]
 
 
 def exit_costs(
@@ -94,7 +94,7 @@ def exit_costs(
     like = network.head.weight
     x = image = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
     stages, heads = [], []
-    with evaluating(network), torch.no_grad(), _countable_attention():
+    with eval_mode(network), torch.no_grad(), _countable_attention():
         try:
             for stage, head in zip(network.stages, network.heads, strict=True):
                 x, flops = _counted(stage, x)
@@ -102,7 +102,7 @@ def exit_costs(
                 heads.append(_counted(head, x)[1])
             second = 0
             if proxy is not None:
-                with evaluating(proxy):
+                with eval_mode(proxy):
                     second = _counted(proxy, image)[1]
         except Exception as error:  # a stage of one's own may fail in any way
             said = " ".join(str(error).split()) or type(error).__name__

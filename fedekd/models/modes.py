@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Inside, a network and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
     modes = [(part, part.training) for part in network.modules()]
     if not any(training for _, training in modes):

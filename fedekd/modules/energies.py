@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedekd import functional as F
 from fedekd.errors import UserError, nearest
-from fedekd.modules.prediction import Prediction
+from fedekd.modules.prediction import ModelOutput
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
 
@@ -32,7 +32,7 @@ class Energy(nn.Module):
     needs_features: bool = False
     tasks: tuple[Task, ...] = ("classification",)
 
-    def forward(self, private: Prediction, proxy: Prediction) -> Tensor:
+    def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
         """The energies (B,) of a batch, at least float32."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class DisagreementEnergy(Energy):
         super().__init__()
         self.task, self.eps = task, eps
 
-    def forward(self, private: Prediction, proxy: Prediction) -> Tensor:
+    def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
         """Eq. 1 or Eq. 2, (B,)."""
         if self.task == "regression":
             return F.squared_error_energy(private.output, proxy.output)
@@ -68,7 +68,7 @@ class UncertaintyEnergy(Energy):
         super().__init__()
         self.function, self.of = function, of
 
-    def forward(self, private: Prediction, proxy: Prediction) -> Tensor:
+    def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
         """`function` of the chosen model's logits, (B,)."""
         return self.function((proxy if self.of == "proxy" else private).output)
 
@@ -94,11 +94,11 @@ class FeatureEnergy(Energy):
         projection = torch.randn(private_features, proxy_features, generator=generator)
         self.register_buffer("projection", projection / private_features**0.5, persistent=False)
 
-    def forward(self, private: Prediction, proxy: Prediction) -> Tensor:
+    def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
         """Eq. 9, (B,)."""
         assert private.features is not None
         assert proxy.features is not None
-        features = F.at_least_float32(private.features)
+        features = F.upcast_to_float32(private.features)
         projected = features @ self.projection.to(features.dtype)
         return F.feature_distance_energy(proxy.features, projected)
 

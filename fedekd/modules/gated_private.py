@@ -9,9 +9,9 @@ from torch import nn
 
 from fedekd.errors import UserError
 from fedekd.modules.energies import Energy, Source, build_energy
-from fedekd.modules.exit_objectives import DeepToShallow
+from fedekd.modules.losses.distillation import Gate, GatedDistillationLoss, LossTerm, SupervisedLoss
+from fedekd.modules.losses.exits import SelfDistillationLoss
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
-from fedekd.modules.objectives import Gate, Gated, Objective, Supervised
 from fedekd.tasks import Task
 
 
@@ -63,9 +63,11 @@ class GatedPrivateModule(ObjectiveModule):
     ) -> None:
         built = build_energy(energy, task, energy_of, private, proxy)
         shares = None if active is None else [float(learns) / len(active) for learns in active]
-        gated = Gated(task, built, beta, lambda_kd, gate, shares)
-        objectives: list[Objective] = [Supervised(task, shares), gated] if lambda_kd else [Supervised(task, shares)]
-        consistency = DeepToShallow(consistency_weight, consistency_temperature, shares)
+        gated = GatedDistillationLoss(task, built, beta, lambda_kd, gate, shares)
+        objectives: list[LossTerm] = (
+            [SupervisedLoss(task, shares), gated] if lambda_kd else [SupervisedLoss(task, shares)]
+        )
+        consistency = SelfDistillationLoss(consistency_weight, consistency_temperature, shares)
         if consistency_weight:
             if task == "regression":
                 raise UserError(f"consistency_weight is {consistency_weight}, and regression has no classes to distil")

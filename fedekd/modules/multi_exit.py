@@ -12,11 +12,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
 
 from fedekd.errors import UserError
-from fedekd.functional import at_least_float32
-from fedekd.modules.exit_objectives import DecoupledDistilled, DeepToShallow, require_exit_weights
+from fedekd.functional import upcast_to_float32
+from fedekd.modules.losses.distillation import LossTerm, SupervisedLoss
+from fedekd.modules.losses.exits import DKDLoss, SelfDistillationLoss, require_exit_weights
 from fedekd.modules.objective_module import ObjectiveModule, build_metrics
-from fedekd.modules.objectives import Objective, Supervised
-from fedekd.modules.prediction import Prediction
+from fedekd.modules.prediction import ModelOutput
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -64,8 +64,8 @@ def check_arguments(
     Raises:
         UserError: If one is not; it begins with its name.
     """
-    DecoupledDistilled(distillation_weight, dkd_alpha, dkd_beta, temperature)
-    DeepToShallow(consistency_weight, temperature)
+    DKDLoss(distillation_weight, dkd_alpha, dkd_beta, temperature)
+    SelfDistillationLoss(consistency_weight, temperature)
     _require_pace(warmup_epochs, ema_decay)
 
 
@@ -127,9 +127,9 @@ class MultiExitModule(ObjectiveModule):
             raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
         if exit_weights is not None:
             require_exit_weights(exit_weights, getattr(network, "num_exits", len(exit_weights)))
-        distilled = DecoupledDistilled(distillation_weight, dkd_alpha, dkd_beta, temperature, exit_weights)
-        consistent = DeepToShallow(consistency_weight, temperature, exit_weights)
-        objectives: list[Objective] = [Supervised("classification", exit_weights)]
+        distilled = DKDLoss(distillation_weight, dkd_alpha, dkd_beta, temperature, exit_weights)
+        consistent = SelfDistillationLoss(consistency_weight, temperature, exit_weights)
+        objectives: list[LossTerm] = [SupervisedLoss("classification", exit_weights)]
         objectives += [distilled] if distillation_weight else []
         objectives += [consistent] if consistency_weight else []
         if not distillation_weight:
@@ -155,7 +155,7 @@ class MultiExitModule(ObjectiveModule):
         super().on_train_epoch_start()
         if self.warmup_epochs:
             epoch = self.first_epoch + self.current_epoch
-            self.distilled.warmth = min((epoch + 1) / self.warmup_epochs, 1.0)
+            self.distilled.warmup_factor = min((epoch + 1) / self.warmup_epochs, 1.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows the network."""
@@ -163,10 +163,10 @@ class MultiExitModule(ObjectiveModule):
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def _score(self, prediction: Prediction, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+    def _score(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
         super()._score(prediction, targets, metrics, stage)
         exits: Any = self.exit_metrics[stage]
         # Not strictly: a network of one's own need not say how many exits it has, and is then scored by its last.
         for own, logits in zip(exits, prediction.exits, strict=False):
-            own.update(at_least_float32(logits), targets)
+            own.update(upcast_to_float32(logits), targets)
             self.log_dict(own, batch_size=len(targets))

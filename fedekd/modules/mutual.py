@@ -7,13 +7,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from fedekd.errors import UserError
+from fedekd.modules.losses.distillation import Record, SupervisedLoss, per_sample_distillation
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
-from fedekd.modules.objectives import Record, Supervised, per_sample_distillation
-from fedekd.modules.prediction import Prediction, predict
+from fedekd.modules.prediction import ModelOutput, predict
 from fedekd.tasks import Task
 
 
-class Pair(nn.Module):
+class PrivateProxyPair(nn.Module):
     """A private model and a proxy side by side: gives the outputs of both, the private model's first.
 
     Args:
@@ -30,7 +30,7 @@ class Pair(nn.Module):
         return [*predict(self.private, x).exits, self.proxy(x)]
 
 
-class Mutual:
+class MutualLoss:
     """L_sup and distillation from the other, for both; neither teacher gets a gradient from its student.
 
     Args:
@@ -48,23 +48,25 @@ class Mutual:
             if not 0 <= weight <= 1:
                 raise UserError(f"{flag} is {weight}, and must be in [0, 1]")
         self.task, self.weights, self.adaptive = task, (private_weight, proxy_weight), adaptive
-        self.supervised = Supervised(task)
+        self.supervised = SupervisedLoss(task)
 
-    def __call__(self, student: Prediction, teacher: Prediction | None, targets: Tensor, record: Record) -> Tensor:
+    def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
         """The sum of both models' losses."""
-        private, proxy = Prediction(student.exits[:-1]), Prediction(student.exits[-1:])
+        private, proxy = ModelOutput(student.exits[:-1]), ModelOutput(student.exits[-1:])
         losses = [self.supervised(model, None, targets, record) for model in (private, proxy)]
-        taught = [
+        teacher_outputs = [
             per_sample_distillation(self.task, learner.output, other.output.detach()).mean()
             for learner, other in ((private, proxy), (proxy, private))
         ]
-        for name, loss, lesson in zip(("private", "proxy"), losses, taught, strict=True):
+        for name, loss, lesson in zip(("private", "proxy"), losses, teacher_outputs, strict=True):
             record(f"loss/{name}_supervised", loss)
             record(f"loss/{name}_distilled", lesson)
         if self.adaptive:
             ignorance = torch.stack(losses).sum().detach().clamp_min(1e-8)
-            return torch.stack([loss + lesson / ignorance for loss, lesson in zip(losses, taught, strict=True)]).sum()
-        terms = zip(self.weights, losses, taught, strict=True)
+            return torch.stack(
+                [loss + lesson / ignorance for loss, lesson in zip(losses, teacher_outputs, strict=True)]
+            ).sum()
+        terms = zip(self.weights, losses, teacher_outputs, strict=True)
         return torch.stack([weight * loss + (1 - weight) * lesson for weight, loss, lesson in terms]).sum()
 
 
@@ -93,5 +95,5 @@ class MutualModule(ObjectiveModule):
         adaptive: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
     ) -> None:
-        objective = Mutual(task, private_weight, proxy_weight, adaptive)
-        super().__init__(Pair(private, proxy), [objective], task, optimizer)
+        objective = MutualLoss(task, private_weight, proxy_weight, adaptive)
+        super().__init__(PrivateProxyPair(private, proxy), [objective], task, optimizer)

@@ -13,9 +13,9 @@ from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fedekd.errors import UserError, nearest
-from fedekd.functional import at_least_float32
-from fedekd.modules.objectives import Objective
-from fedekd.modules.prediction import Prediction, predict, teach
+from fedekd.functional import upcast_to_float32
+from fedekd.modules.losses.distillation import LossTerm
+from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.tasks import TASKS, Task
 
 
@@ -60,7 +60,7 @@ class ObjectiveModule(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        objectives: Sequence[Objective],
+        objectives: Sequence[LossTerm],
         task: Task = "classification",
         optimizer: OptimizerCallable = default_optimizer,
         teacher: nn.Module | None = None,
@@ -110,10 +110,10 @@ class ObjectiveModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the objectives, a scalar."""
-        x, y, *taught = batch
+        x, y, *teacher_outputs = batch
         self._batch_size = len(x)
         self._seen += len(x)
-        teacher = self._teach(x, tuple(taught))
+        teacher = self._teach(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
         losses = {}
         for objective in self.objectives:
@@ -124,12 +124,12 @@ class ObjectiveModule(LightningModule):
         self.record("loss", total)
         return total
 
-    def _teach(self, x: Tensor, taught: tuple[Tensor, ...]) -> Prediction | None:
+    def _teach(self, x: Tensor, teacher_outputs: tuple[Tensor, ...]) -> ModelOutput | None:
         if self.teacher is None:
             return None
-        if taught:
-            return Prediction.from_tensors(taught)
-        return teach(self.teacher, x, self.with_features)
+        if teacher_outputs:
+            return ModelOutput.from_tensors(teacher_outputs)
+        return teacher_forward(self.teacher, x, self.with_features)
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch's means anew."""
@@ -159,9 +159,9 @@ class ObjectiveModule(LightningModule):
         x, y, *_ = batch
         self._score(predict(self.network, x), y, metrics, stage)
 
-    def _score(self, prediction: Prediction, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+    def _score(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
         """Log how good the last exit is on a batch of an evaluation."""
-        output = at_least_float32(prediction.output)
+        output = upcast_to_float32(prediction.output)
         if self.task == "regression":
             output, targets = output.reshape(-1), targets.reshape(-1)
             loss = torch.nn.functional.mse_loss(output, targets.to(output.dtype))

@@ -1,7 +1,7 @@
 """What a network says of a batch, and how it is asked.
 
 A network answers with a tensor, or with a list of tensors, one per exit. Everything above this file sees a
-`Prediction` and needs no second case for networks with exits.
+`ModelOutput` and needs no second case for networks with exits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import evaluating
+from fedekd.models.modes import eval_mode
 
 
 @dataclass(frozen=True)
-class Prediction:
+class ModelOutput:
     """The outputs of a network for B samples.
 
     Attributes:
@@ -40,17 +40,17 @@ class Prediction:
         return (self.output,) if self.features is None else (self.output, self.features)
 
     @classmethod
-    def from_tensors(cls, tensors: tuple[Tensor, ...]) -> Prediction:
+    def from_tensors(cls, tensors: tuple[Tensor, ...]) -> ModelOutput:
         """The inverse of `tensors`."""
         return cls((tensors[0],), *tensors[1:2])
 
-    def detach(self) -> Prediction:
+    def detach(self) -> ModelOutput:
         """The same numbers, cut from the graph."""
         features = None if self.features is None else self.features.detach()
-        return Prediction(tuple(exit_.detach() for exit_ in self.exits), features)
+        return ModelOutput(tuple(exit_.detach() for exit_ in self.exits), features)
 
 
-def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Prediction:
+def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
     """Run a network on images `x` (B, C, H, W).
 
     Args:
@@ -65,20 +65,20 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Predi
         network_: Any = network
         if isinstance(network, MultiExitNetwork):
             exits, features = network.exits_and_features(x)
-            return Prediction(tuple(exits), features)
+            return ModelOutput(tuple(exits), features)
         if not (callable(getattr(network, "features", None)) and callable(getattr(network, "head", None))):
             raise UserError(
                 f"energy 'feature' needs networks with features(x) and head, and {type(network).__name__} has not both;"
                 " wrap it in fedekd.models.ImageClassifier or choose another energy"
             )
         features = network_.features(x)
-        return Prediction((network_.head(features),), features)
+        return ModelOutput((network_.head(features),), features)
     output = network(x)
-    return Prediction((output,) if isinstance(output, Tensor) else tuple(output))
+    return ModelOutput((output,) if isinstance(output, Tensor) else tuple(output))
 
 
 @torch.no_grad()
-def teach(network: nn.Module, x: Tensor, with_features: bool = False) -> Prediction:
+def teacher_forward(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
     """Run a frozen teacher: in evaluation mode, without a graph."""
-    with evaluating(network):
+    with eval_mode(network):
         return predict(network, x, with_features)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+from fedekd.modules.losses.distillation import DistillationLoss
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
-from fedekd.modules.objectives import Distilled
 from fedekd.tasks import Task
 
 
@@ -33,4 +33,4 @@ class ProxyDistillModule(ObjectiveModule):
         temperature: float = 1.0,
         optimizer: OptimizerCallable = default_optimizer,
     ) -> None:
-        super().__init__(proxy, [Distilled(task, temperature)], task, optimizer, teacher=private)
+        super().__init__(proxy, [DistillationLoss(task, temperature)], task, optimizer, teacher=private)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+from fedekd.modules.losses.distillation import SupervisedLoss
 from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
-from fedekd.modules.objectives import Supervised
 from fedekd.tasks import Task
 
 
@@ -25,4 +25,4 @@ class SupervisedModule(ObjectiveModule):
         task: Task = "classification",
         optimizer: OptimizerCallable = default_optimizer,
     ) -> None:
-        super().__init__(network, [Supervised(task)], task, optimizer)
+        super().__init__(network, [SupervisedLoss(task)], task, optimizer)

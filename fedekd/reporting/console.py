@@ -222,10 +222,10 @@ class Display:
         if self._progress is not None:
             self._progress.stop()
 
-    def round_started(self, round: int) -> None:
+    def round_started(self, round_idx: int) -> None:
         """Show the round's number; in round 0 nothing has been aggregated yet."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=f"round {round}/{self.rounds}")
+            self._progress.update(self._task, description=f"round {round_idx}/{self.rounds}")
 
     def phase_started(self, client: int, phase: str) -> None:
         """Show which client does what."""

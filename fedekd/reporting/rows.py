@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, float]
-"""The numbers of one round: `round` (1, 2, ...) and names such as `delta/avg` or `client_3/accuracy`."""
+"""The numbers of one round: `round_idx` (1, 2, ...) and names such as `delta/avg` or `client_3/accuracy`."""
 
 Summary: TypeAlias = Mapping[str, Any]
 """What `summary.json` holds."""
@@ -42,7 +42,7 @@ def client_series(history: Iterable[Row], name: str) -> dict[int, tuple[list[int
 
 
 def column_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of a table's columns: `round`, the federation's, then each client's, by number.
+    """Names in the order of a table's columns: `round_idx`, the federation's, then each client's, by number.
 
     Example:
         >>> column_order(["client_10/delta", "delta/avg", "round", "client_2/delta"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Write a row a round, atomically; the bytes depend on the numbers alone.
 
-    The first column is `round`, then come the names of all rows in `column_order`. A float is written in the
+    The first column is `round_idx`, then come the names of all rows in `column_order`. A float is written in the
     fewest digits that read back as the same float, an integer as one; a name that a row lacks is an empty
     cell.
 
@@ -99,7 +99,7 @@ class Tracker:
             logger.log_hyperparams(dict(config))
 
     def log_round(self, row: Row) -> None:
-        """Log one round's row with `round` as the step, to each logger that does not hold that round yet."""
+        """Log one round's row with `round_idx` as the step, to each logger that does not hold that round yet."""
         for place, logger in enumerate(self.loggers):
             if place not in self._held:
                 self._held[place] = logger.rounds_held() if isinstance(logger, FederationLogger) else 0

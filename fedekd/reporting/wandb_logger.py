@@ -24,7 +24,7 @@ from fedekd.reporting.rows import Summary
 class WandbRunLogger(WandbLogger):
     """Lightning's WandbLogger, made for one run that spans many fits and may be stopped and resumed.
 
-    Every metric is drawn over `round`, and a sweep may name any of them, `delta/avg` say. Nothing is printed.
+    Every metric is drawn over `round_idx`, and a sweep may name any of them, `delta/avg` say. Nothing is printed.
 
     The run is online if someone is logged in, else offline, in files that `wandb sync` uploads later. Its id
     is random, kept in the run's folder, and the same after a resume. Weights & Biases cannot resume an
@@ -123,7 +123,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log one row at once. In a run of its own, W&B's step is the row's `round`."""
+        """Log one row at once. In a run of its own, W&B's step is the row's `round_idx`."""
         run = self.experiment
         # A run that was active before has steps of its own, and drops rows whose step lies behind them.
         w_and_b_step = int(metrics["round"]) if self._owns_run and "round" in metrics else None

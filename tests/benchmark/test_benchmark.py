@@ -72,7 +72,7 @@ def fake_row(cell: Cell) -> dict[str, str]:
     return {**row, "key": cell.key, "dataset": cell.dataset, "alpha": str(cell.alpha), "method": cell.method}
 
 
-def fake_run(cell: Cell, folder: Path, trainer: Any, reference_dir: Path, commit: str) -> dict[str, str]:
+def fake_run(cell: Cell, folder: Path, trainer: Any, baseline_dir: Path, commit: str) -> dict[str, str]:
     """In place of a federation: notes that it ran; fails or dies where it is told to."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ran").open("a") as file:

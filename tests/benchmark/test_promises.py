@@ -30,14 +30,14 @@ from fedekd.benchmark.report_files import write_report
 from fedekd.benchmark.results import COLUMNS, PROMISES, Row, to_row
 from fedekd.benchmark.worker import run_cell
 from fedekd.cli.benchmark import benchmark_parser
-from fedekd.configuration.arguments import parse
+from fedekd.configuration.options import parse
+from fedekd.early_exit.client_report import ClientExitReport
+from fedekd.early_exit.guarantee_coverage import ClientCoverage, CoverageOptions, CoverageResult
 from fedekd.errors import UserError
-from fedekd.evaluation.clients import ClientLine
-from fedekd.evaluation.promises import ClientPromise, Promise, PromiseOptions
 from fedekd.federation import Orchestrator, RunFolder
 
 METHOD = {"FedeKD": {"class_path": "FedeKD"}}
-OPTIONS = PromiseOptions(alphas=[0.1, 0.3], delta=0.2, modes=["ltt", "plug_in"], draws=5)
+OPTIONS = CoverageOptions(alphas=[0.1, 0.3], delta=0.2, modes=["ltt", "empirical"], draws=5)
 SMALL = {
     **{"client.exits": 3, "client.local_epochs": 3, "data.num_clients": 3, "data.batch_size": 32, "rounds": 1},
     "client.private_model": {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.25}},
@@ -54,23 +54,25 @@ def client(
     leaving: float = 0.0,
     accuracy: float | None = None,
     number: int = 0,
-) -> ClientPromise:
+) -> ClientCoverage:
     right = full if accuracy is None else accuracy
-    return ClientPromise(
-        ClientLine(number, "private", 3, open_, leaving, saved, 0.05 if open_ else None, None, right, full), own, pooled
+    return ClientCoverage(
+        ClientExitReport(number, "private", 3, open_, leaving, saved, 0.05 if open_ else None, None, right, full),
+        own,
+        pooled,
     )
 
 
-def ltt(*clients: ClientPromise, together: int = 0, **values: Any) -> Promise:
+def ltt(*clients: ClientCoverage, together: int = 0, **values: Any) -> CoverageResult:
     rule = {"alpha": 0.05, "delta": 0.1, "mode": "ltt", "draws": 20, **values}
-    return Promise(**rule, together=together, clients=clients)
+    return CoverageResult(**rule, together=together, clients=clients)
 
 
-def plug_in(*clients: ClientPromise, **values: Any) -> Promise:
-    return ltt(*clients, mode="plug_in", **values)
+def empirical(*clients: ClientCoverage, **values: Any) -> CoverageResult:
+    return ltt(*clients, mode="empirical", **values)
 
 
-def row(method: str, seed: int, *promises: Promise, **place: Any) -> Row:
+def row(method: str, seed: int, *promises: CoverageResult, **place: Any) -> Row:
     """A finished run; without promises it has no such column."""
     summary = {
         **{"dataset": "digits", "alpha": 0.1, "seed": seed, "task": "classification", "metric": "accuracy"},
@@ -99,9 +101,9 @@ GATE_ALL_ON = [
 
 
 def rows() -> list[Row]:
-    """Four methods that differ in two things; one of them lacks a seed, and two were calibrated by plug_in too."""
+    """Four methods that differ in two things; one of them lacks a seed, and two were calibrated by empirical too."""
     return [
-        row("gate, all on", 0, GATE_ALL_ON[0], plug_in(client(2, 0.5, 0.9, own=12))),
+        row("gate, all on", 0, GATE_ALL_ON[0], empirical(client(2, 0.5, 0.9, own=12))),
         row("gate, all on", 1, GATE_ALL_ON[1]),
         row("gate, progressive", 0, ltt(client(1, 0.35, 0.88))),
         row("gate, progressive", 1, ltt(client(1, 0.10, 0.80))),
@@ -109,7 +111,7 @@ def rows() -> list[Row]:
             "no gate, all on",
             0,
             ltt(client(1, 0.1, 0.9), client(1, 0.3, 0.84, own=1, pooled=20, number=1)),
-            plug_in(client(2, 0.3, 0.9, own=18)),
+            empirical(client(2, 0.3, 0.9, own=18)),
         ),
         row("no gate, progressive", 0, ltt(client(0, 0.30, 0.81, own=3))),
         row("no gate, progressive", 1, ltt(client(1, 0.20, 0.84, own=2))),
@@ -123,11 +125,11 @@ def table() -> PromiseTable:
 
 
 def test_the_column_survives_a_file_byte_for_byte(tmp_path: Path) -> None:
-    promises = [ltt(client(1, 0.1 + 0.2, 1 / 3), client(0, 0.0, 1e-17, number=1)), plug_in(client(2, -0.0, 1.0))]
+    promises = [ltt(client(1, 0.1 + 0.2, 1 / 3), client(0, 0.0, 1e-17, number=1)), empirical(client(2, -0.0, 1.0))]
     own = [row("gate, all on", 0, *promises), row("FedAvg", 0)]
     assert list(own[0]) == [*COLUMNS, PROMISES]
     assert list(own[1]) == list(COLUMNS)
-    assert [Promise.from_values(values) for values in json.loads(own[0][PROMISES])] == promises
+    assert [CoverageResult.from_values(values) for values in json.loads(own[0][PROMISES])] == promises
     write_results(tmp_path, own)
     content = (tmp_path / "digits.csv").read_bytes()
     assert content.decode().splitlines()[0].split(",") == [*COLUMNS, PROMISES]
@@ -159,7 +161,7 @@ def test_promises_decide_the_key_of_a_cell_that_has_them() -> None:
     assert len({plain.key, *(cell.key for cell in found)}) == 1 + len(changes)
     assert len({plain.configuration, *(cell.configuration for cell in found)}) == 1 + len(changes)
     assert found[0].promises == OPTIONS
-    assert found[0].key == cell_of(PromiseOptions([0.1, 0.3], 0.2, ["ltt", "plug_in"], 5)).key
+    assert found[0].key == cell_of(CoverageOptions([0.1, 0.3], 0.2, ["ltt", "empirical"], 5)).key
     assert found[0].values == plain.values
     seeds = cells([Block(["digits"], [0.5], [0, 1], METHOD, promises=OPTIONS)])
     assert [cell.configuration for cell in seeds] == [found[0].configuration] * 2
@@ -167,7 +169,7 @@ def test_promises_decide_the_key_of_a_cell_that_has_them() -> None:
 
 
 def test_a_block_of_a_file_is_one_of_promise_options(tmp_path: Path) -> None:
-    values = {"alphas": [0.1, 0.3], "delta": 0.2, "modes": ["ltt", "plug_in"], "draws": 5}
+    values = {"alphas": [0.1, 0.3], "delta": 0.2, "modes": ["ltt", "empirical"], "draws": 5}
     wanted = cell_of(OPTIONS)
     assert cell_of(Namespace(**values)) == wanted  # type: ignore[no-untyped-call]
     grid = "blocks:\n- {datasets: [digits], alphas: [0.5], seeds: [0], methods: {FedeKD: {class_path: FedeKD}}"
@@ -176,8 +178,8 @@ def test_a_block_of_a_file_is_one_of_promise_options(tmp_path: Path) -> None:
     assert (read.key, read.promises) == (wanted.key, OPTIONS)
     (tmp_path / "grid.yaml").write_text(f"{grid}, promises: {{draws: 5}}}}\n")
     [read] = cells(parse(benchmark_parser(), ["--config", str(tmp_path / "grid.yaml")]).blocks)
-    assert read.promises == PromiseOptions(draws=5)
-    for bad, words in (("{draws: 0}", "draws"), ("{modes: [plug-in]}", "plug_in"), ("{rules: [ltt]}", "rules")):
+    assert read.promises == CoverageOptions(draws=5)
+    for bad, words in (("{draws: 0}", "draws"), ("{modes: [plug-in]}", "empirical"), ("{rules: [ltt]}", "rules")):
         (tmp_path / "grid.yaml").write_text(f"{grid}, promises: {bad}}}\n")
         with pytest.raises(UserError, match=words) as told:
             cells(parse(benchmark_parser(), ["--config", str(tmp_path / "grid.yaml")]).blocks)
@@ -217,7 +219,7 @@ def test_a_cell_with_promises_keeps_them_and_no_checkpoints(once: tuple[Path, Ro
     kept = json.loads((folder / "run/promises.json").read_text())
     assert json.loads(found[PROMISES]) == kept
     assert [(each["alpha"], each["mode"], each["draws"]) for each in kept] == [
-        *((0.1, "ltt", 5), (0.1, "plug_in", 5), (0.3, "ltt", 5), (0.3, "plug_in", 5)),
+        *((0.1, "ltt", 5), (0.1, "empirical", 5), (0.3, "ltt", 5), (0.3, "empirical", 5)),
     ]
     accuracies = [each["line"]["full_accuracy"] for each in kept[0]["clients"]]
     # In float32 too, of the same images: these are the clients as they were after the last round.
@@ -231,7 +233,7 @@ def test_a_cell_with_promises_keeps_them_and_no_checkpoints(once: tuple[Path, Ro
 
 def test_a_finished_cell_is_not_run_again(once: tuple[Path, Row, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, found, _ = once
-    for name in ("run", "restored_clients"):
+    for name in ("run", "load_clients"):
         monkeypatch.setattr(Orchestrator, name, never)
     monkeypatch.setattr(worker, "federation_promises", never)
     again = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
@@ -270,7 +272,7 @@ def test_a_cell_that_was_killed_before_its_promises_ends_with_the_same_column(
 def test_there_is_a_table_for_every_place() -> None:
     own = [
         row("gate", 3, GATE_ALL_ON[0], dataset="retinamnist"),
-        row("gate", 1, plug_in(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5), alpha=0.02)),
+        row("gate", 1, empirical(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5), alpha=0.02)),
         row("gate", 0, ltt(client(1, 0.2, 0.7))),
         row("gate", 0, GATE_ALL_ON[0], alpha=0.05),
         row("FedAvg", 0, alpha=0.9),
@@ -282,7 +284,7 @@ def test_there_is_a_table_for_every_place() -> None:
     assert lines == [
         (0.02, "ltt", "gate", [1]),
         (0.05, "ltt", "gate", [0, 1]),
-        (0.05, "plug_in", "gate", [1]),
+        (0.05, "empirical", "gate", [1]),
     ]
     assert found[1].lines[1].by_seed[0] == ltt(client(1, 0.2, 0.7))
     assert promise_tables(Measured([row("FedAvg", 0)])) == []
@@ -293,7 +295,7 @@ def test_lines_tell_what_is_saved() -> None:
     assert {len(heads)} == {len(line) for line in lines}
     assert [(line[0], line[2]) for line in lines] == [
         *(("gate, all on", "ltt"), ("gate, progressive", "ltt"), ("no gate, all on", "ltt")),
-        *(("no gate, progressive", "ltt"), ("gate, all on", "plug_in"), ("no gate, all on", "plug_in")),
+        *(("no gate, progressive", "ltt"), ("gate, all on", "empirical"), ("no gate, all on", "empirical")),
     ]
     # Means over two clients and two seeds: (2 + 1 + 0 + 2) / 4, (0.5 + 0.3 + 0 + 0.6) / 4, ...
     assert dict(zip(heads, lines[0], strict=True)) == {
@@ -337,10 +339,10 @@ BY_LTT = (
 def test_factors_are_told_by_pairs_of_runs() -> None:
     told = promise_finding(table())
     assert told == [
-        BY_LTT,  # nothing by plug_in, which promises nothing
+        BY_LTT,  # nothing by empirical, which promises nothing
         # ltt: (0.26 + 0.225 + 0.2 + 0.25) / 4, and 6 + 1 + 3 + 2 of 80 + 40 + 40 + 40.
         "At an error rate of 0.05, over all methods, ltt saves 23.4% of the FLOPs and breaks 6.0% of its promises,"
-        " plug_in saves 40.0% of the FLOPs and breaks 75.0% of its promises.",
+        " empirical saves 40.0% of the FLOPs and breaks 75.0% of its promises.",
     ]
 
 
@@ -365,7 +367,7 @@ def test_only_what_differs_in_one_part_is_a_pair() -> None:
     assert pairs("gate", "no gate, progressive") == []
     assert pairs("gate, all on, wide", "no gate, all on, narrow") == []
     assert pairs("gate") == []
-    assert pairs("gate, all on", "no gate, all on", mode="plug_in") == []
+    assert pairs("gate, all on", "no gate, all on", mode="empirical") == []
     [told] = pairs("no gate", "gate")
     assert told.startswith("At an error rate of 0.05 by ltt: gate against no gate (1 pair of runs), accuracy of")
     assert "FLOPs saved +10.0 points (more in 1 of 1)" in told
@@ -396,18 +398,18 @@ def test_rules_are_held_against_each_other_at_every_error_rate() -> None:
         "gate",
         0,
         ltt(client(1, 0.1, 0.9, own=1), alpha=0.02),
-        plug_in(client(1, 0.4, 0.9, own=7), alpha=0.02),
+        empirical(client(1, 0.4, 0.9, own=7), alpha=0.02),
         ltt(client(1, 0.2, 0.9, own=2)),
-        plug_in(client(1, 0.5, 0.9, own=9)),
+        empirical(client(1, 0.5, 0.9, own=9)),
         ltt(client(1, 0.3, 0.9), alpha=0.1),
     )
     [found] = promise_tables(Measured([own]))
     told = "of the FLOPs and breaks"
     assert promise_finding(found) == [
         f"At an error rate of 0.02, over all methods, ltt saves 10.0% {told} 5.0% of its promises,"
-        f" plug_in saves 40.0% {told} 35.0% of its promises.",
+        f" empirical saves 40.0% {told} 35.0% of its promises.",
         f"At an error rate of 0.05, over all methods, ltt saves 20.0% {told} 10.0% of its promises,"
-        f" plug_in saves 50.0% {told} 45.0% of its promises.",
+        f" empirical saves 50.0% {told} 45.0% of its promises.",
     ]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fedekd.cli import main
-from fedekd.configuration.finished import open_finished
-from fedekd.exits import ExitPolicy
+from fedekd.configuration.load_run import open_finished
+from fedekd.early_exit import ExitPolicy
 from fedekd.federation import Orchestrator
 from fedekd.methods import Client
 
@@ -153,7 +153,7 @@ def test_what_a_kept_model_was_chosen_by_is_refused(
     assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.delta=0.1") == 0
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("chosen"), in_process=True)
-    by = federation.data.clients[0].certificate.numpy()
+    by = federation.data.clients[0].holdout.numpy()
     np.savez("more.npz", test_images=images[by], test_labels=labels[by])
     capsys.readouterr()
     assert main(["calibrate", "chosen", "--client=0", "--input=more.npz"]) == 2
@@ -181,7 +181,7 @@ def test_an_exit_that_stays_closed_says_what_would_open_it(here: Path, capsys: p
     assert "an image saves" in printed
 
 
-@pytest.mark.parametrize("mode", ["crc", "released", "plug_in"])
+@pytest.mark.parametrize("mode", ["crc", "released", "empirical"])
 def test_rules_that_promise_nothing_say_so(mode: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     score = "max_softmax" if mode == "released" else "margin"
     assert main(["calibrate", "run", "--mode", mode, "--client", "0", "--score", score]) == 0
@@ -295,8 +295,8 @@ def test_nothing_is_written_where_a_later_client_fails(
             parameter.data.fill_(float("nan"))
         return clients
 
-    real = Orchestrator.restored_clients
-    monkeypatch.setattr(Orchestrator, "restored_clients", restored)
+    real = Orchestrator.load_clients
+    monkeypatch.setattr(Orchestrator, "load_clients", restored)
     assert main(["calibrate", "run"]) == 2
     assert "the network diverged" in told(capsys)
     assert not Path("run/exits").exists()

@@ -181,7 +181,7 @@ def test_two_processes_do_not_share_a_run(npz: Path, here: Path, capsys: pytest.
     Path("a/summary.json").unlink()
     Path("b").mkdir()
     before = sorted(Path("a").rglob("*"))
-    with RunFolder(Path("a"), {}).claimed(), RunFolder(Path("b"), {}).claimed():
+    with RunFolder(Path("a"), {}).lock(), RunFolder(Path("b"), {}).lock():
         capsys.readouterr()
         assert main(["fit", "--resume", "a", "--quiet"]) == 2
         assert told(capsys) == "error: a: another process is at work there\n"
@@ -274,7 +274,7 @@ def test_resume_may_look_elsewhere_for_data_and_references(npz: Path, here: Path
     fit(npz, "--output=a", "--data.download=false")
     for path in [Path("a/summary.json"), *Path("a").glob("figures/*")]:
         path.unlink()
-    harmless = ["--data.root=x", "--data.download=true", "--reference_dir=y", "--trainer.device=1"]
+    harmless = ["--data.root=x", "--data.download=true", "--baseline_dir=y", "--trainer.device=1"]
     assert main(["fit", "--resume", "a", *harmless, "--logger=CSVLogger", "--logger.save_dir=logs"]) == 0
     assert list(Path("logs").rglob("metrics.csv"))
     for path in [Path("a/summary.json"), *Path("a/checkpoints").iterdir()]:
@@ -498,10 +498,10 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         (["--data.dataset=fashionmist"], "did you mean 'fashionmnist'"),
         (["--data.dataset=no/such.npz"], "no/such.npz"),
         (["--data.dataset=octmnist", "--data.download=false"], "octmnist.npz"),
-        (["--engine.processes=4"], "InProcess takes no 'processes'; it takes no arguments"),
-        (["--engine=SideByside"], "did you mean 'SideBySide'"),
-        (["--engine=SideBySide", "--data.num_clients=0", "--trainer.threads=auto"], "data.num_clients=0"),
-        (["--engine=SideBySide", "--engine.processes=0"], "engine.processes is 0"),
+        (["--engine.processes=4"], "Sequential takes no 'processes'; it takes no arguments"),
+        (["--engine=SideByside"], "did you mean 'MultiProcess'"),
+        (["--engine=MultiProcess", "--data.num_clients=0", "--trainer.threads=auto"], "data.num_clients=0"),
+        (["--engine=MultiProcess", "--engine.processes=0"], "engine.processes is 0"),
         (["--rounds=0"], "rounds is 0"),
         (["--rounds=five"], "--rounds is 'five', and must be a whole number"),
         (["--rounds"], "--rounds"),
@@ -536,7 +536,7 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         (["--client.optimizer=torch.optim.LBFGS"], "LBFGS, which works out the loss several times in a step"),
         (["--client.optimizer=SparseAdam"], "SparseAdam, which is for sparse gradients alone"),
         (["--method=ProxyMethod"], "--method needs a class that can be made; choose from: CAFEDistill, "),
-        (["--engine=Placement"], "--engine needs a class that can be made; choose from: InProcess, "),
+        (["--engine=Placement"], "--engine needs a class that can be made; choose from: Sequential, "),
         (["--client.optimizer=torch.optim.lbfgs.LBFGS"], "LBFGS, which works out the loss several times in a step"),
         (["--method.aggregator=foo"], "--method.aggregator foo: there is no such class; choose from: CoordinateMedian"),
         (
@@ -545,7 +545,7 @@ def test_torchvision_classifier_by_class_path(npz: Path, here: Path) -> None:
         ),
         (["--method.energy={class_path: nope.E}"], "--method.energy nope.E: No module named 'nope'"),
         (["--client=nope.yaml"], "--client nope.yaml: there is no such file"),
-        (["--reference_dir=/dev/null"], "--reference_dir /dev/null is no folder"),
+        (["--baseline_dir=/dev/null"], "--baseline_dir /dev/null is no folder"),
         (["--output="], "--output is empty"),
     ],
 )
@@ -578,7 +578,7 @@ def test_a_mistake_is_told_in_one_line(
         ("trainer: 5\n", "trainer is 5, and must hold keys and values"),
         ("data: 5\n", "data is 5, and must hold keys and values"),
         ("data: {fractions: null}\n", "--data.fractions is null"),
-        ("reference_dir: null\n", "--reference_dir is null"),
+        ("baseline_dir: null\n", "--baseline_dir is null"),
         ("task: 5\n", "--task is '5', and must be text or null"),
         ("config: 5\n", "must be the name of a file"),
         ("", "mine.yaml is empty"),
@@ -679,7 +679,7 @@ def test_a_run_from_before_an_option_existed_is_taken_up(npz: Path, here: Path) 
     assert fit(npz, "--output=run", rounds=2) == 0
     manifest = max(Path("run/checkpoints").glob("manifest-*.json"))
     content = json.loads(manifest.read_text())
-    for part in (content["notes"]["config"]["client"], content["notes"]["identity"]["blueprint"]["client"]):
+    for part in (content["notes"]["config"]["client"], content["notes"]["identity"]["spec"]["client"]):
         del part["lr_decay"]
     manifest.write_text(json.dumps(content))
     assert main(["test", "run"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedekd.cli import main
-from fedekd.exits import ExitPolicy
+from fedekd.early_exit import ExitPolicy
 from fedekd.models import PrivateCNN, multi_exit
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from fedekd.certificates import DoNoHarm
 from fedekd.cli import main
-from fedekd.configuration.arguments import build_parts, federation_parser, parse
-from fedekd.configuration.finished import open_finished
-from fedekd.evaluation.scoring import prepared
-from fedekd.exits import ExitPolicy, network_fingerprint
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.options import build_parts, federation_parser, parse
+from fedekd.do_no_harm import DoNoHarm
+from fedekd.early_exit import ExitPolicy, network_fingerprint
+from fedekd.early_exit.scoring import prepared
 
 SAFE = ("--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=0.002")
 NEVER = "--do_no_harm.delta=1e-9"
@@ -178,7 +178,7 @@ def test_what_comes_after_uses_what_is_kept(
 ) -> None:
     npz = write_blobs(here / "more.npz", num_samples=300)
     assert fit(npz, *SAFE, NEVER, "--output=a", rounds=2) == 0
-    client = open_finished("test", Path("a"), in_process=True)[0].restored_clients()[1]
+    client = open_finished("test", Path("a"), in_process=True)[0].load_clients()[1]
     images = np.random.default_rng(5).integers(0, 256, (150, 8, 8), dtype=np.uint8)
     np.savez("images.npz", images=images)
 

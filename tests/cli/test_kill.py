@@ -93,7 +93,7 @@ def quiet_run(
     """A data set, and what an undisturbed run on it writes."""
     folder = tmp_path_factory.mktemp("quiet")
     npz = write_blobs(folder / "blobs.npz")
-    assert main(options(npz, f"--output={folder}/run", f"--reference_dir={folder}/local", "--logger=null")) == 0
+    assert main(options(npz, f"--output={folder}/run", f"--baseline_dir={folder}/local", "--logger=null")) == 0
     return npz, contents(folder / "run")
 
 
@@ -118,7 +118,7 @@ MOMENTS = [
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_and_resume(moment: str, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     npz, expected = quiet_run
-    arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", "--logger=null")
+    arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", "--logger=null")
     kill(moment, arguments)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
@@ -134,7 +134,7 @@ def test_wandb_holds_every_round_once_after_a_kill(
 ) -> None:
     npz, _ = quiet_run
     logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
-    arguments = options(npz, f"--output={tmp_path}/run", f"--reference_dir={tmp_path}/local", logger)
+    arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", logger)
     kill("fsync:26", arguments)
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
@@ -142,7 +142,7 @@ def test_wandb_holds_every_round_once_after_a_kill(
     assert rounds == [1, 2, 3]
 
 
-BESIDE = ("--engine=SideBySide", "--engine.processes=2")
+BESIDE = ("--engine=MultiProcess", "--engine.processes=2")
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_interrupt_says_how_to_go_on(
 ) -> None:
     npz, expected = quiet_run
     run = tmp_path / "run"
-    arguments = options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null", *engine)
+    arguments = options(npz, f"--output={run}", f"--baseline_dir={tmp_path}/local", "--logger=null", *engine)
     process = start(arguments)
     os.killpg(process.pid, number)  # as a terminal does, and a batch system: all processes are told
     _, told = process.communicate(timeout=60)
@@ -203,7 +203,7 @@ def test_interrupt_says_how_to_go_on(
     assert "Traceback" not in told, told
     assert_ended(process.pid)
     assert not list((tmp_path / "tmp").glob("fedekd-*"))
-    assert main(["fit", "--resume", str(run), "--engine=InProcess"]) == 0
+    assert main(["fit", "--resume", str(run), "--engine=Sequential"]) == 0
     assert contents(run) == expected
 
 
@@ -213,10 +213,10 @@ def test_processes_end_with_a_killed_parent(
 ) -> None:
     npz, expected = quiet_run
     run = tmp_path / "run"
-    process = start(options(npz, f"--output={run}", f"--reference_dir={tmp_path}/local", "--logger=null", *BESIDE))
+    process = start(options(npz, f"--output={run}", f"--baseline_dir={tmp_path}/local", "--logger=null", *BESIDE))
     process.kill()
     process.communicate(timeout=60)
     assert_ended(process.pid)
     assert not list((tmp_path / "tmp").glob("fedekd-*"))
-    assert main(["fit", "--resume", str(run), "--engine=InProcess"]) == 0
+    assert main(["fit", "--resume", str(run), "--engine=Sequential"]) == 0
     assert contents(run) == expected

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fedekd.cli import main
-from fedekd.configuration.finished import open_finished
-from fedekd.evaluation.scoring import prepared
-from fedekd.exits import ExitPolicy
+from fedekd.configuration.load_run import open_finished
+from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.scoring import prepared
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
 
@@ -69,7 +69,7 @@ def rows(path: str = "predictions.csv") -> list[dict[str, str]]:
 
 def network_of(run: str):
     federation, *_ = open_finished("test", Path(run), in_process=True)
-    return federation.restored_clients()[0].networks["private"]
+    return federation.load_clients()[0].networks["private"]
 
 
 def batches(run: str, images: np.ndarray = IMAGES):
@@ -86,7 +86,7 @@ def test_predictions_are_those_of_the_policy(here: Path, capsys: pytest.CaptureF
     assert [row["image"] for row in found] == [str(place) for place in range(150)]
     policy = ExitPolicy.load(Path("one/exits/client-000.json"))
     network, parts = batches("one")
-    departures = [policy.depart(network, x) for x in parts]
+    departures = [policy.predict_with_exits(network, x) for x in parts]
     labels = torch.cat([each.logits.argmax(1) for each in departures]).tolist()
     exits = torch.cat([each.exits for each in departures]).tolist()
     scores = torch.cat([each.scores for each in departures]).tolist()
@@ -187,7 +187,7 @@ def test_the_policy_of_another_network_is_refused(here: Path, capsys: pytest.Cap
     assert "the exit policy was calibrated for network" in told(capsys)
     assert not Path("predictions.csv").exists()
     values = json.loads(Path("one/exits/client-000.json").read_text())
-    values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "bands", "certified")}
+    values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "search_bounds", "certified")}
     Path("one/exits/client-000.json").write_text(json.dumps(values))
     assert main(["predict", "one", "--input", "images.npz"]) == 2
     assert "the exit policy is for 3 exits, and the network has 2" in told(capsys)

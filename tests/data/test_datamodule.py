@@ -36,7 +36,7 @@ def test_clients_partition_the_images(tiny: str) -> None:
         assert own.client == k
         assert len(own) >= 10
         assert len(own.train) == int(0.6 * len(own) + 0.5)
-        thirds = torch.cat([own.selection, own.calibration, own.certificate])
+        thirds = torch.cat([own.tuning, own.calibration, own.holdout])
         assert thirds.sort().values.tolist() == own.validation.tolist()
         assert own.train.dtype == torch.int64
 
@@ -73,7 +73,7 @@ def test_the_seed_decides_everything(tiny: str) -> None:
     one, again, other = (FederatedDataModule(tiny, num_clients=3, alpha=1.0, seed=seed) for seed in (0, 0, 1))
     for k in range(3):
         assert torch.equal(one.clients[k].train, again.clients[k].train)
-        assert torch.equal(one.clients[k].certificate, again.clients[k].certificate)
+        assert torch.equal(one.clients[k].holdout, again.clients[k].holdout)
     assert not all(torch.equal(one.clients[k].train, other.clients[k].train) for k in range(3))
     first, second, third = (torch.cat([y for _, y in data.train_dataloader()]) for data in (one, again, other))
     assert torch.equal(first, second)

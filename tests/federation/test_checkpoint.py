@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedekd.federation.checkpoint import CheckpointFolder
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.federation.storage import pack, unpack
 
 
@@ -20,9 +20,9 @@ def state(value: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> CheckpointFolder:
+def folder(tmp_path: Path) -> CheckpointStore:
     """Two checkpoints of two clients; only client 0 took part in the second."""
-    folder = CheckpointFolder(tmp_path)
+    folder = CheckpointStore(tmp_path)
     folder.save(1, {"note": 0.1}, {"w": torch.zeros(1)}, {0: state(1), 1: state(2)}.items())
     folder.save(2, {"note": 0.2}, {"w": torch.ones(1)}, {0: state(3)}.items())
     return folder
@@ -32,7 +32,7 @@ def weight(client: Any) -> float:
     return float(client["networks"]["private"]["weight"][0])
 
 
-def test_a_copied_manifest_is_none(folder: CheckpointFolder) -> None:
+def test_a_copied_manifest_is_none(folder: CheckpointStore) -> None:
     content = (folder.folder / "manifest-0002.json").read_text()
     for name in ("manifest-0002 (copy).json", "manifest-7.json", "manifest-0009.json.json"):
         (folder.folder / name).write_text(content)
@@ -43,7 +43,7 @@ def test_a_copied_manifest_is_none(folder: CheckpointFolder) -> None:
     assert (folder.folder / "manifest-0002 (copy).json").exists()
 
 
-def test_newest_is_loaded_with_the_older_file_of_an_absent_client(folder: CheckpointFolder) -> None:
+def test_newest_is_loaded_with_the_older_file_of_an_absent_client(folder: CheckpointStore) -> None:
     checkpoint, complaints = folder.load()
     assert complaints == []
     assert checkpoint is not None
@@ -54,7 +54,7 @@ def test_newest_is_loaded_with_the_older_file_of_an_absent_client(folder: Checkp
 
 @pytest.mark.parametrize("name", ["client-000-0002.pt", "server-0002.pt", "manifest-0002.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_damage_falls_back_to_the_round_before_and_says_so(folder: CheckpointFolder, name: str, damage: str) -> None:
+def test_damage_falls_back_to_the_round_before_and_says_so(folder: CheckpointStore, name: str, damage: str) -> None:
     path = folder.folder / name
     content = path.read_bytes()
     if damage == "cut":
@@ -71,7 +71,7 @@ def test_damage_falls_back_to_the_round_before_and_says_so(folder: CheckpointFol
     assert all("round 2 is damaged" in complaint for complaint in complaints)
 
 
-def test_going_on_after_a_fall_back_makes_the_new_round_count(folder: CheckpointFolder) -> None:
+def test_going_on_after_a_fall_back_makes_the_new_round_count(folder: CheckpointStore) -> None:
     (folder.folder / "server-0002.pt").write_bytes(b"")
     folder.save(2, {}, {"w": torch.full((1,), 5.0)}, {0: state(7)}.items())
     checkpoint, complaints = folder.load()
@@ -80,7 +80,7 @@ def test_going_on_after_a_fall_back_makes_the_new_round_count(folder: Checkpoint
     assert (checkpoint.round, weight(checkpoint.clients[0]), weight(checkpoint.clients[1])) == (2, 7, 2)
 
 
-def test_all_damaged_starts_anew_and_is_not_outlived_by_the_damaged(folder: CheckpointFolder) -> None:
+def test_all_damaged_starts_anew_and_is_not_outlived_by_the_damaged(folder: CheckpointStore) -> None:
     for path in folder.folder.glob("server-*"):
         path.unlink()
     checkpoint, complaints = folder.load()
@@ -92,9 +92,9 @@ def test_all_damaged_starts_anew_and_is_not_outlived_by_the_damaged(folder: Chec
     assert (checkpoint.round, complaints) == (1, [])
 
 
-def test_only_two_checkpoints_are_kept(folder: CheckpointFolder) -> None:
-    for round in range(3, 8):
-        folder.save(round, {}, {"w": torch.zeros(1)}, {0: state(round)}.items())
+def test_only_two_checkpoints_are_kept(folder: CheckpointStore) -> None:
+    for round_idx in range(3, 8):
+        folder.save(round_idx, {}, {"w": torch.zeros(1)}, {0: state(round_idx)}.items())
     names = sorted(path.name for path in folder.folder.iterdir())
     assert names == [
         "client-000-0006.pt",
@@ -107,9 +107,7 @@ def test_only_two_checkpoints_are_kept(folder: CheckpointFolder) -> None:
     ]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_whole(folder: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     real, left = os.fsync, [2]
 
     def fsync(descriptor: int) -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import fedekd.methods
-from fedekd.certificates import DoNoHarm
 from fedekd.data import FederatedDataModule, scale
+from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation import InProcessEngine, Orchestrator, RoundOptions, SideBySide, SilentObserver
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, SequentialEngine, SilentObserver
 from fedekd.functional import betting_p_value
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, FedType, Local, Method, Update
 from fedekd.modules import ProxyDistillModule, SupervisedModule
@@ -32,15 +32,15 @@ HALF, NEVER = DoNoHarm(delta=0.5), DoNoHarm(delta=1e-9)
 class Uneven(Method):
     """Client 0 is Local, client 1 forgets it all in the end, client 2 trains four times as long."""
 
-    def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
-        if round == 0:
+    def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
+        if round_idx == 0:
             return {}
-        network, epochs = client.networks["private"], client.blueprint.client.local_epochs
-        module = SupervisedModule(network, client.blueprint.task, client.blueprint.optimizer)
+        network, epochs = client.networks["private"], client.spec.client.local_epochs
+        module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
         times = 4 if client.number == 2 else 1
         client.train("private", module, client.supervised_rounds + 1, epochs=times * epochs, carry_optimizer=True)
         client.supervised_epochs += epochs
-        if client.number == 1 and round == client.blueprint.rounds:
+        if client.number == 1 and round_idx == client.spec.rounds:
             torch.nn.init.zeros_(network.head.weight)
         return {}
 
@@ -95,9 +95,9 @@ def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
     """Wherever its reference comes from: trained for this alone, or read where no or 4 rounds lay before."""
     folder = None if held is None else tmp_path / "local"
     if held:
-        harmless(FedeKD(), rounds=RoundOptions(rounds=held), reference_folder=folder, do_no_harm=None).run()
+        harmless(FedeKD(), rounds=RoundOptions(rounds=held), baseline_dir=folder, do_no_harm=None).run()
     alone, without = harmless(Local(), do_no_harm=None), harmless(do_no_harm=None)
-    run = harmless(reference_folder=folder, output=tmp_path / "run")
+    run = harmless(baseline_dir=folder, output=tmp_path / "run")
     for each in (alone, without):
         each.run()
     summary = run.run()
@@ -105,12 +105,12 @@ def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
     assert_equal_weights(kept_local(run), of_clients(weights(alone), 0, 1))
     assert_equal_weights(weights(run), weights(without))  # the federated ones stay beside them
     opened = harmless(output=tmp_path / "run")
-    clients = opened.restored_clients()
-    assert [client.kept_role for client in clients] == ["local", "local", "private"]
-    assert [client.kept is client.networks[client.kept_role] for client in clients] == [True] * 3
+    clients = opened.load_clients()
+    assert [client.deployed_role for client in clients] == ["local", "local", "private"]
+    assert [client.deployed_model is client.networks[client.deployed_role] for client in clients] == [True] * 3
     assert_equal_weights(weights(opened), weights(without))
     assert_equal_weights(kept_local(opened), kept_local(run))
-    assert repeatable(harmless(output=tmp_path / "run").rescore()) == repeatable(summary)
+    assert repeatable(harmless(output=tmp_path / "run").evaluate_checkpoint()) == repeatable(summary)
 
 
 def right(client: Any, network: Any, split: str) -> list[bool]:
@@ -132,7 +132,7 @@ def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_p
     before, after = [], []
     for number, told in enumerate(summary["clients"]):
         ours, theirs = (engine.clients[number] for engine in engines)
-        split = "certificate" if keep == "certified" else "selection"
+        split = "holdout" if keep == "certified" else "tuning"
         federated, local = (right(each, each.networks["private"], split) for each in (ours, theirs))
         worse = sum(a and not b for a, b in zip(local, federated, strict=True))
         better = sum(b and not a for a, b in zip(local, federated, strict=True))
@@ -145,7 +145,7 @@ def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_p
         assert told["kept"] == ("federated" if takes else "local")
         scores = [float(np.mean(right(each, each.networks["private"], "test"))) for each in (ours, theirs)]
         assert (told["method"], told["local"]) == pytest.approx(scores)
-        assert ours.score(role=ours.kept_role) == scores[0 if takes else 1]
+        assert ours.score(role=ours.deployed_role) == scores[0 if takes else 1]
         before.append(scores[0] - scores[1])
         after.append(scores[0] - scores[1] if takes else 0.0)
     kept, delta = summary["kept"], {"avg": np.mean(after), "worst": min(after), "p10": np.percentile(after, 10)}
@@ -181,8 +181,8 @@ def test_of_numbers_the_squared_errors_decide(harmless: Federate) -> None:
         errors = []
         for engine in engines:
             client = engine.clients[number]
-            output = client.predict("private", "certificate").output.double().squeeze(1)
-            errors.append((output - client.images.targets[client.splits.certificate].double()) ** 2)
+            output = client.predict("private", "holdout").output.double().squeeze(1)
+            errors.append((output - client.images.targets[client.splits.holdout].double()) ** 2)
         gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
         assert told["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
         assert told["kept"] == ("federated" if told["p_value"] <= 0.9 else "local")
@@ -204,7 +204,7 @@ class StopAfterRound(SilentObserver):
 
 
 def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate, tmp_path: Path) -> None:
-    parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.9, looks=2), "reference_folder": tmp_path / "l"}
+    parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.9, looks=2), "baseline_dir": tmp_path / "l"}
     whole = harmless(**parts)
     expected = whole.run()
     assert kept_local(whole)
@@ -216,16 +216,16 @@ def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate
         assert repeatable(again.run()) == repeatable(expected)
         assert again.progress.history == whole.progress.history
         again = harmless(**parts)
-        again.restored_clients()
+        again.load_clients()
         assert_equal_weights(kept_local(again), kept_local(whole))
 
 
-class Backwards(InProcessEngine):
-    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Any:
-        yield from super().visit(list(reversed(participants)), *arguments, **options)
+class Backwards(SequentialEngine):
+    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Any:
+        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
 
 
-@pytest.mark.parametrize("engine", [Backwards, pytest.param(SideBySide(2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", [Backwards, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
 def test_where_and_in_which_order_clients_run_changes_nothing(harmless: Federate, tmp_path: Path, engine: Any) -> None:
     rule = DoNoHarm(keep="better", looks=2)
     expected = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "a").run()
@@ -266,7 +266,7 @@ METHODS = {
     name: each
     for name in fedekd.methods.__all__
     if inspect.isclass(each := getattr(fedekd.methods, name)) and issubclass(each, Method)
-    if not (inspect.isabstract(each) or each.is_reference or "validation" in each.learns_from)
+    if not (inspect.isabstract(each) or each.is_local_baseline or "validation" in each.training_splits)
 } | {"FedAvg, fine-tuned": lambda: FedAvg(finetune_epochs=1)}
 
 
@@ -299,8 +299,8 @@ def test_with_every_method_what_is_kept_is_what_delta_is_against(
         ({"method": Local()}, "do_no_harm compares a method with Local, and the method is Local"),
         ({"method": FedType()}, "a part of the validation split, from which method FedType learns"),
         ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks is 3, and there are 2 rounds"),
-        ({"fractions": (0.8, 0.0, 0.2)}, "on the certificate split, and client 0 has no sample in it; raise"),
-        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(keep="better")}, "on the selection split, and client 0"),
+        ({"fractions": (0.8, 0.0, 0.2)}, "on the holdout split, and client 0 has no sample in it; raise"),
+        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(keep="better")}, "on the tuning split, and client 0"),
     ],
 )
 def test_what_cannot_be_compared_is_told_beforehand(
@@ -332,8 +332,8 @@ def test_a_run_without_a_rule_is_not_finished_with_one(harmless: Federate, tmp_p
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_a_model_that_has_diverged_is_not_kept(harmless: Federate, tmp_path: Path, task: Any) -> None:
     class Diverging(Uneven):
-        def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
-            found = super().absorb(client, received, round)
+        def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
+            found = super().receive(client, received, round_idx)
             torch.nn.init.constant_(client.networks["private"].head.weight, math.nan)
             return found
 
@@ -346,9 +346,9 @@ def test_a_reference_that_lies_there_is_not_trained_again(
     harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
-    absorb = Local.absorb
-    monkeypatch.setattr(Local, "absorb", lambda *given: trained.append(given[1].number) or absorb(*given))
-    harmless(reference_folder=tmp_path, do_no_harm=NEVER).run()
+    receive = Local.receive
+    monkeypatch.setattr(Local, "receive", lambda *given: trained.append(given[1].number) or receive(*given))
+    harmless(baseline_dir=tmp_path, do_no_harm=NEVER).run()
     assert sorted(trained) == [0, 0, 1, 1, 2, 2]
     assert all(len(torch.load(path, weights_only=False)["scores"]) == 2 for path in tmp_path.glob("*.pt"))
 
@@ -360,13 +360,15 @@ class PermutedProxies(FedeKD):
         super().__init__(lambda_kd=20.0, gate="none")
         self.liars = list(liars)
 
-    def upload(self, client: Any, round: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> Update:
         if client.number not in self.liars:
-            return super().upload(client, round)
+            return super().prepare_update(client, round_idx)
         private, proxy = client.networks["private"], client.networks["proxy"]
-        module = ProxyDistillModule(proxy, private, client.blueprint.task, 1.0, client.blueprint.optimizer)
-        taught = tuple(logits.roll(1 + client.number, dims=1) for logits in client.predict("private", "train").tensors)
-        client.train("proxy", module, round, taught=taught)
+        module = ProxyDistillModule(proxy, private, client.spec.task, 1.0, client.spec.optimizer)
+        teacher_outputs = tuple(
+            logits.roll(1 + client.number, dims=1) for logits in client.predict("private", "train").tensors
+        )
+        client.train("proxy", module, round_idx, teacher_outputs=teacher_outputs)
         return self.proxy_of(client)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import InProcessEngine, Orchestrator, RoundOptions, SilentObserver, Visit
+from fedekd.federation import ClientResult, Orchestrator, RoundOptions, SequentialEngine, SilentObserver
 from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.modules import TrainerFactory
@@ -64,14 +64,14 @@ def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path:
     assert contents[0] != contents[2]
 
 
-class BackwardsEngine(InProcessEngine):
+class BackwardsEngine(SequentialEngine):
     """Lets the clients run in reverse."""
 
-    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
+    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
         yield from super().visit(list(reversed(participants)), *arguments, **options)
 
-    def references(self, rounds: Any) -> Any:
-        return super().references(dict(reversed(rounds.items())))
+    def local_baselines(self, rounds: Any) -> Any:
+        return super().local_baselines(dict(reversed(rounds.items())))
 
 
 def test_order_of_clients_changes_no_number(federate: Federate) -> None:
@@ -119,8 +119,8 @@ def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(
 ) -> None:
     whole, expected = uninterrupted
     with pytest.raises(StoppedError):
-        federate(output=tmp_path / "run", reference_folder=tmp_path / "local", observer=StopAfter(events)).run()
-    again = federate(output=tmp_path / "run", reference_folder=tmp_path / "local")
+        federate(output=tmp_path / "run", baseline_dir=tmp_path / "local", observer=StopAfter(events)).run()
+    again = federate(output=tmp_path / "run", baseline_dir=tmp_path / "local")
     assert repeatable(again.run()) == repeatable(expected)
     assert again.progress.history == whole.progress.history
     assert_same_weights(whole, again)
@@ -152,25 +152,25 @@ class FirstTeachesNone(Method):
         super().__init__()
         self.calls: list[tuple[str, int, int]] = []
 
-    def start(self, blueprint: Any) -> None:
+    def init_server(self, spec: Any) -> None:
         self.server_state = {"total": torch.zeros(1)}
 
-    def broadcast(self, participants: Sequence[int], round: int) -> Broadcast:
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         return Broadcast(self.server_state, {1: {"extra": torch.ones(2)}})
 
-    def absorb(self, client: Any, received: Any, round: int) -> dict[str, float]:
-        self.calls.append(("absorb", client.number, round))
+    def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
+        self.calls.append(("receive", client.number, round_idx))
         assert ("extra" in received) == (client.number == 1)
         return {}
 
-    def upload(self, client: Any, round: int) -> Update:
-        self.calls.append(("upload", client.number, round))
+    def prepare_update(self, client: Any, round_idx: int) -> Update:
+        self.calls.append(("upload", client.number, round_idx))
         state = {"total": torch.tensor([float(client.number)])}
         if client.number == 1:
             state["extra"] = torch.ones(2)
         return Update(client.number, state, len(client.splits.train))
 
-    def aggregate(self, updates: Sequence[Update], round: int) -> None:
+    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
         assert [update.client for update in updates] == sorted(update.client for update in updates)
         self.server_state = {"total": self.server_state["total"] + sum(u.state["total"] for u in updates)}
 
@@ -179,11 +179,11 @@ def test_verbs_come_in_the_order_of_algorithm_1(federate: Federate) -> None:
     method = FirstTeachesNone()
     federate(method).run()
     expected = []
-    for round in range(3):
+    for round_idx in range(3):
         for client in range(3):
-            expected.append(("absorb", client, round))
-            if round < 2:
-                expected.append(("upload", client, round))
+            expected.append(("receive", client, round_idx))
+            if round_idx < 2:
+                expected.append(("upload", client, round_idx))
     assert method.calls == expected
     assert method.server_state["total"].item() == 2 * (0 + 1 + 2)
 
@@ -201,9 +201,9 @@ def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
 class Poisoner(FedeKD):
     """Client 1 sends NaN in the first round."""
 
-    def upload(self, client: Any, round: int) -> Update:
-        update = super().upload(client, round)
-        if client.number == 1 and round == 0:
+    def prepare_update(self, client: Any, round_idx: int) -> Update:
+        update = super().prepare_update(client, round_idx)
+        if client.number == 1 and round_idx == 0:
             return Update(1, {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}, 1)
         return update
 
@@ -232,7 +232,7 @@ def test_too_few_updates_leave_the_server_as_it_was(federate: Federate) -> None:
     run = federate(Poisoner(), observer=listener, rounds=RoundOptions(rounds=1, quorum=3))
     run.run()
     assert "quorum of 3" in listener.warnings[-1]
-    initial = run.blueprint.network("proxy", "server").state_dict()
+    initial = run.spec.build_model("proxy", "server").state_dict()
     assert all(torch.equal(tensor, initial[name]) for name, tensor in run.method.server_state.items())
 
 
@@ -247,38 +247,38 @@ def test_lost_updates_are_counted_and_told(federate: Federate) -> None:
 
 
 def test_local_is_trained_once_and_then_read(federate: Federate, tmp_path: Path) -> None:
-    first = federate(reference_folder=tmp_path / "local")
+    first = federate(baseline_dir=tmp_path / "local")
     expected = first.run()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()}
     assert len(kept) == 3
-    second = federate(FedeKD(beta=3.0), reference_folder=tmp_path / "local").run()
+    second = federate(FedeKD(beta=3.0), baseline_dir=tmp_path / "local").run()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()} == kept
     assert [c["local"] for c in second["clients"]] == [c["local"] for c in expected["clients"]]
     # More rounds go on from what is there, and give what training at once gives.
-    longer = federate(reference_folder=tmp_path / "local", rounds=RoundOptions(rounds=3)).run()
+    longer = federate(baseline_dir=tmp_path / "local", rounds=RoundOptions(rounds=3)).run()
     at_once = federate(rounds=RoundOptions(rounds=3)).run()
     assert [c["local"] for c in longer["clients"]] == [c["local"] for c in at_once["clients"]]
 
 
 def test_damaged_reference_is_trained_anew(federate: Federate, tmp_path: Path) -> None:
-    expected = federate(reference_folder=tmp_path / "local").run()
+    expected = federate(baseline_dir=tmp_path / "local").run()
     for path in (tmp_path / "local").iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    assert repeatable(federate(reference_folder=tmp_path / "local").run()) == repeatable(expected)
+    assert repeatable(federate(baseline_dir=tmp_path / "local").run()) == repeatable(expected)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"client": ClientOptions(local_epochs=2)}])
 def test_a_reference_belongs_to_its_seed_and_model(federate: Federate, tmp_path: Path, other: dict[str, Any]) -> None:
-    federate(reference_folder=tmp_path / "local").run()
-    federate(reference_folder=tmp_path / "local", **other).run()
+    federate(baseline_dir=tmp_path / "local").run()
+    federate(baseline_dir=tmp_path / "local", **other).run()
     assert len(list((tmp_path / "local").iterdir())) == 6
 
 
 def test_a_run_without_a_folder_is_scored_again_from_memory(federate: Federate) -> None:
     run = federate()
     expected = run.run()
-    assert [client.number for client in run.restored_clients()] == [0, 1, 2]
-    assert repeatable(run.rescore()) == repeatable(expected)
+    assert [client.number for client in run.load_clients()] == [0, 1, 2]
+    assert repeatable(run.evaluate_checkpoint()) == repeatable(expected)
 
 
 def test_a_finished_run_that_is_made_again_is_not_finished_meanwhile(federate: Federate, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_finished_run_that_is_made_again_is_not_finished_meanwhile(federate: F
 
 def test_rescoring_gives_the_summary_again(federate: Federate, tmp_path: Path) -> None:
     expected = federate(output=tmp_path).run()
-    assert repeatable(federate(output=tmp_path).rescore()) == repeatable(expected)
+    assert repeatable(federate(output=tmp_path).evaluate_checkpoint()) == repeatable(expected)
 
 
 def test_without_teaching_partial_participation_is_local_too(federate: Federate) -> None:
@@ -315,15 +315,15 @@ def test_delta_of_every_round_is_against_local_after_as_many_rounds(federate: Fe
 
 def test_before_a_round_has_met_its_quorum_nobody_is_taught(federate: Federate) -> None:
     class Unlucky(FedeKD):
-        def upload(self, client: Any, round: int) -> Update:
-            update = super().upload(client, round)
+        def prepare_update(self, client: Any, round_idx: int) -> Update:
+            update = super().prepare_update(client, round_idx)
             spoilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
-            return Update(update.client, spoilt, 1) if round < 2 else update
+            return Update(update.client, spoilt, 1) if round_idx < 2 else update
 
     run = federate(Unlucky(), rounds=RoundOptions(rounds=4), observer=Listener())
     run.run()
-    taught = ["gate/weight_mean" in row for row in run.progress.history]
-    assert taught == [False, False, True, True]
+    teacher_outputs = ["gate/weight_mean" in row for row in run.progress.history]
+    assert teacher_outputs == [False, False, True, True]
     assert [row["delta/avg"] for row in run.progress.history[:2]] == [0.0, 0.0]
 
 
@@ -396,5 +396,5 @@ def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: 
 def test_a_model_of_other_outputs_is_refused_before_anything_is_trained(federate: Federate, tmp_path: Path) -> None:
     client = ClientOptions(private_model={"class_path": "torchvision.models.alexnet"})  # too deep for 8 x 8 pixels
     with pytest.raises(UserError, match=r"client\.private_model"):
-        federate(client=client, reference_folder=tmp_path / "local")
+        federate(client=client, baseline_dir=tmp_path / "local")
     assert not (tmp_path / "local").exists()

@@ -36,10 +36,10 @@ def test_a_value_out_of_range_is_named(wrong: dict[str, Any]) -> None:
 
 def test_participants_are_drawn_by_round_and_seed_and_all_come_at_the_end() -> None:
     options = RoundOptions(rounds=30, participation=0.25)
-    drawn = [participants(options, 20, 7, round) for round in range(30)]
+    drawn = [participants(options, 20, 7, round_idx) for round_idx in range(30)]
     assert all(len(set(each)) == 5 and each == sorted(each) for each in drawn)
-    assert drawn == [participants(options, 20, 7, round) for round in range(30)]
-    assert drawn != [participants(options, 20, 8, round) for round in range(30)]
+    assert drawn == [participants(options, 20, 7, round_idx) for round_idx in range(30)]
+    assert drawn != [participants(options, 20, 8, round_idx) for round_idx in range(30)]
     assert set().union(*drawn) == set(range(20))
     assert participants(options, 20, 7, 30) == list(range(20))
     assert participants(RoundOptions(participation=0.01), 20, 0, 0).__len__() == 1
@@ -48,7 +48,7 @@ def test_participants_are_drawn_by_round_and_seed_and_all_come_at_the_end() -> N
 def test_lost_updates_come_at_the_given_rate() -> None:
     assert lost_updates(RoundOptions(), 100, 0, 0) == set()
     options = RoundOptions(dropout=0.3)
-    lost = sum(len(lost_updates(options, 100, 0, round)) for round in range(100))
+    lost = sum(len(lost_updates(options, 100, 0, round_idx)) for round_idx in range(100))
     assert 2_800 < lost < 3_200  # 10,000 draws; five standard deviations are 229
 
 

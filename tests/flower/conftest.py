@@ -13,12 +13,12 @@ from uuid import uuid4
 import pytest
 import torch
 
-from fedekd.configuration.arguments import parts_of
+from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
-from fedekd.federation.shared_blueprint import shared_blueprint
+from fedekd.federation.shared_specification import shared_specification
 from fedekd.federation.storage import unpack
-from fedekd.methods import Blueprint, Method
+from fedekd.methods import FederationSpec, Method
 
 if find_spec("flwr") is not None:
     from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
@@ -122,11 +122,11 @@ class FakeGrid(Grid):
         return self.meddle(message, answer)
 
 
-def at(number: int, round: int, meddler: Meddler) -> Meddler:
+def at(number: int, round_idx: int, meddler: Meddler) -> Meddler:
     """Meddle with what one site is asked in one round, and with nothing else."""
 
     def meddle(message: Message, answer: Answer) -> Message | None:
-        asked = message.metadata.message_type in (VISIT, ABSORB) and note_of(message)["round"] == round
+        asked = message.metadata.message_type in (VISIT, ABSORB) and note_of(message)["round"] == round_idx
         meant = asked and message.metadata.dst_node_id == NODES[number]
         return meddler(message, answer) if meant else answer()
 
@@ -194,9 +194,9 @@ class Watch(SilentObserver):
         self.rows: list[dict[str, float]] = []
         self.before, self.stop_after = before, stop_after
 
-    def round_started(self, round: int) -> None:
+    def round_started(self, round_idx: int) -> None:
         if self.before is not None:
-            self.before(round)
+            self.before(round_idx)
 
     def round_finished(self, row: Any) -> None:
         self.rows.append(dict(row))
@@ -211,11 +211,11 @@ class StoppedError(Exception):
     """The server's process has ended."""
 
 
-def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, Blueprint]:
-    """A method, its data and its blueprint, as a site makes them."""
+def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, FederationSpec]:
+    """A method, its data and its spec, as a site makes them."""
     parts = parts_of(options)
     given = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
-    return parts["method"], parts["data"], shared_blueprint(*given, SITES)
+    return parts["method"], parts["data"], shared_specification(*given, SITES)
 
 
 class Hospitals:
@@ -265,13 +265,13 @@ class Hospitals:
         )
         orchestrator = Orchestrator(**parts, output=output, observer=observer)
         for description in descriptions:
-            require_agreement(description, recipe(parts["method"], orchestrator.blueprint))
+            require_agreement(description, recipe(parts["method"], orchestrator.spec))
         return orchestrator
 
 
 def in_process(options: Sequence[str], output: Path) -> tuple[Orchestrator, dict[str, Any]]:
     """The same federation in this process, and its summary."""
-    orchestrator = Orchestrator(**parts_of(options), output=output, reference_folder=output / "local")
+    orchestrator = Orchestrator(**parts_of(options), output=output, baseline_dir=output / "local")
     return orchestrator, orchestrator.run()
 
 

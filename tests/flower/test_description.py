@@ -26,8 +26,8 @@ pytestmark = pytest.mark.flower
 
 def told_by_all(options: list[str]) -> list[dict[str, Any]]:
     """What the sites tell, after a journey through JSON."""
-    method, data, blueprint = built(options)
-    told = [describe(method, blueprint, data.images, splits) for splits in data.clients]
+    method, data, spec = built(options)
+    told = [describe(method, spec, data.images, splits) for splits in data.clients]
     return list(json.loads(json.dumps(told)))
 
 
@@ -49,8 +49,8 @@ def test_a_site_tells_numbers_and_neither_pixels_nor_indices(hospitals: Hospital
     assert set(told) == {"number", "recipe", "sizes", "class_counts", "digest"}
     assert set(told["sizes"]) == set(SPLITS)
     assert re.fullmatch("[0-9a-f]{64}", told["digest"])
-    method, _, blueprint = built(hospitals.options)
-    assert told.pop("recipe") == json.loads(json.dumps(recipe(method, blueprint)))  # which the server has of itself
+    method, _, spec = built(hospitals.options)
+    assert told.pop("recipe") == json.loads(json.dumps(recipe(method, spec)))  # which the server has of itself
     assert [leaf for leaf in leaves(told) if isinstance(leaf, list)] == [told["class_counts"]]
     assert len(told["class_counts"]) == 3
     assert sum(told["class_counts"]) == told["sizes"]["train"] + told["sizes"]["validation"] + told["sizes"]["test"]
@@ -65,11 +65,11 @@ def hospitals_hello(hospitals: Hospitals) -> Any:
 
 
 def test_other_pixels_change_the_digest_and_nothing_else(options: list[str]) -> None:
-    method, data, blueprint = built(options)
+    method, data, spec = built(options)
     splits = data.clients[0]
-    before = describe(method, blueprint, data.images, splits)
+    before = describe(method, spec, data.images, splits)
     data.images.images[splits.test[0], 0, 0, 0] += 1
-    after = describe(method, blueprint, data.images, splits)
+    after = describe(method, spec, data.images, splits)
     assert before.pop("digest") != after.pop("digest")
     assert before == after
 
@@ -103,8 +103,8 @@ def test_the_server_knows_what_the_data_would_have_told(
 
 
 def test_a_class_that_a_site_has_not_counts_too(options: list[str]) -> None:
-    method, data, blueprint = built([*options, "--data.num_classes=7"])
-    assert describe(method, blueprint, data.images, data.clients[0])["class_counts"][3:] == [0, 0, 0, 0]
+    method, data, spec = built([*options, "--data.num_classes=7"])
+    assert describe(method, spec, data.images, data.clients[0])["class_counts"][3:] == [0, 0, 0, 0]
 
 
 DIFFERENT = {
@@ -133,26 +133,26 @@ DIFFERENT = {
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_what_differs_is_named_with_its_site(what: str, options: list[str]) -> None:
     other, words = DIFFERENT[what]
-    method, _, blueprint = built(options)
+    method, _, spec = built(options)
     with pytest.raises(UserError, match=words) as caught:
-        require_agreement(told_by_all([*options, *other])[1], recipe(method, blueprint))
+        require_agreement(told_by_all([*options, *other])[1], recipe(method, spec))
     assert "\n" not in str(caught.value)
     assert "install" not in str(caught.value)
 
 
 def test_another_version_says_what_to_do(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, _, blueprint = built(options)
-    ours = recipe(method, blueprint)
+    method, _, spec = built(options)
+    ours = recipe(method, spec)
     monkeypatch.setattr(fedekd, "__version__", "0.0.7")
     with pytest.raises(UserError, match=r"site 2 has fedekd 0\.0\.7, and the federation .*; install the same version"):
         require_agreement(told_by_all(options)[2], ours)
 
 
 def test_images_of_another_size_are_named(options: list[str], write_blobs: Callable[..., Path], tmp_path: Path) -> None:
-    method, _, blueprint = built(options)
+    method, _, spec = built(options)
     path = write_blobs(tmp_path / "colour.npz", channels=3)
     with pytest.raises(UserError, match="site 0 has channels 3, and the federation 1"):
-        require_agreement(told_by_all([*options, f"--data.dataset={path}"])[0], recipe(method, blueprint))
+        require_agreement(told_by_all([*options, f"--data.dataset={path}"])[0], recipe(method, spec))
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_images_of_another_size_are_named(options: list[str], write_blobs: Calla
     ],
 )
 def test_private_models_and_machines_may_differ(own: list[str], options: list[str]) -> None:
-    method, _, blueprint = built(options)
-    require_agreement(told_by_all([*options, *own])[0], recipe(method, blueprint))
+    method, _, spec = built(options)
+    require_agreement(told_by_all([*options, *own])[0], recipe(method, spec))
 
 
 @pytest.mark.parametrize(
     "name", ["FedeKD", "FML", "FedKD", "FedType", "FedAvg", "FedProx", "FedPer", "FedRep", "Ditto", "FedDyn", "Local"]
 )
 def test_every_method_agrees_with_itself(name: str, options: list[str]) -> None:
-    method, _, blueprint = built([*options, f"--method={name}"])
-    ours = recipe(method, blueprint)
+    method, _, spec = built([*options, f"--method={name}"])
+    ours = recipe(method, spec)
     for description in told_by_all([*options, f"--method={name}"]):
         require_agreement(description, ours)
 

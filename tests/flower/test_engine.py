@@ -19,7 +19,7 @@ from flwr.app import Array, Error, Message, RecordDict
 
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator
-from fedekd.federation.client_store import ClientStore
+from fedekd.federation.engines.client_store import ClientStore
 from fedekd.federation.storage import unpack
 from fedekd.flower import engine as flower_engine
 from fedekd.flower.apps import Settings, serve
@@ -180,7 +180,7 @@ def test_nothing_private_is_in_any_message(hospitals: Hospitals, tmp_path: Path)
     hospitals.grid.meddle = watched
     run = hospitals.server(tmp_path / "run")
     run.run()
-    assert run.rescore()["mean"] > 0
+    assert run.evaluate_checkpoint()["mean"] > 0
     messages = [*hospitals.grid.sent, *hospitals.grid.answers]
     assert {message.metadata.message_type for message in messages} == set(NOTES)
 
@@ -249,7 +249,7 @@ def test_a_new_server_goes_on_from_the_last_whole_round(
 
 def test_rescored_is_as_scored(hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path) -> None:
     hospitals.server(tmp_path / "run").run()
-    again = hospitals.server(tmp_path / "run").rescore()
+    again = hospitals.server(tmp_path / "run").evaluate_checkpoint()
     assert again["clients"] == undisturbed[1]["clients"]
     assert again["delta"] == undisturbed[1]["delta"]
 
@@ -261,13 +261,13 @@ def without(
     """The run folder of a federation that site 1 was missing from in one round, by the round."""
     folders: dict[int, Path] = {}
 
-    def make(round: int) -> Path:
-        if round not in folders:
-            folders[round] = tmp_path_factory.mktemp(f"without-{round}")
-            hospitals = Hospitals(folders[round], options, undisturbed[2] / "local")
-            hospitals.grid.meddle = at(1, round, lost)
-            hospitals.server(folders[round] / "run").run()
-        return folders[round] / "run"
+    def make(round_idx: int) -> Path:
+        if round_idx not in folders:
+            folders[round_idx] = tmp_path_factory.mktemp(f"without-{round_idx}")
+            hospitals = Hospitals(folders[round_idx], options, undisturbed[2] / "local")
+            hospitals.grid.meddle = at(1, round_idx, lost)
+            hospitals.server(folders[round_idx] / "run").run()
+        return folders[round_idx] / "run"
 
     return make
 
@@ -294,7 +294,7 @@ MISSING: dict[str, tuple[Meddler, list[str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("how", "round"),
+    ("how", "round_idx"),
     [
         ("late", 0),
         ("late", 1),
@@ -305,19 +305,19 @@ MISSING: dict[str, tuple[Meddler, list[str]]] = {
     ],
 )
 def test_a_site_that_is_missing_from_a_round_is_as_it_was(
-    how: str, round: int, hospitals: Hospitals, without: Callable[[int], Path], tmp_path: Path
+    how: str, round_idx: int, hospitals: Hospitals, without: Callable[[int], Path], tmp_path: Path
 ) -> None:
     meddler, words = MISSING[how]
-    hospitals.grid.meddle = at(1, round, meddler)
+    hospitals.grid.meddle = at(1, round_idx, meddler)
     watch = Watch()
     summary = hospitals.server(tmp_path / "run", watch).run()
     *reasons, last = watch.warnings
-    assert last == f"round {round}: no usable answer from the sites 1; they are missing from this round"
+    assert last == f"round {round_idx}: no usable answer from the sites 1; they are missing from this round"
     assert len(reasons) == len(words)
     assert all(re.match(*pair) for pair in zip(words, reasons, strict=True))
-    assert [row["comm/updates"] for row in watch.rows] == ([2, 3] if round == 0 else [3, 2])
+    assert [row["comm/updates"] for row in watch.rows] == ([2, 3] if round_idx == 0 else [3, 2])
     assert [client["client"] for client in summary["clients"]] == [0, 1, 2]
-    assert (tmp_path / "run/metrics.csv").read_bytes() == (without(round) / "metrics.csv").read_bytes()
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (without(round_idx) / "metrics.csv").read_bytes()
     assert [max(hospitals.versions(number)) for number in range(SITES)] == [3, 2, 3]
 
 
@@ -336,9 +336,11 @@ def test_who_is_missing_from_round_1_has_no_row_in_it(without: Callable[[int], P
 
 def visited(run: Orchestrator) -> list[int]:
     """The sites whose answers to a first visit come through."""
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     everyone = list(range(SITES))
-    return sorted(visit.client for visit in run.engine.visit(everyone, run.method.broadcast(everyone, 0), 0, True))
+    return sorted(
+        visit.client for visit in run.engine.run_clients(everyone, run.method.broadcast(everyone, 0), 0, True)
+    )
 
 
 def test_a_dead_site_is_named(hospitals: Hospitals) -> None:
@@ -358,7 +360,7 @@ def test_the_quorum_counts_what_has_arrived(
     run.run()
     words = "round 1: 2 updates are fewer than the quorum of 3; the server keeps its state"
     assert (words in watch.warnings) is kept
-    initial = run.blueprint.network("proxy", "server").state_dict()
+    initial = run.spec.build_model("proxy", "server").state_dict()
     assert same(dict(run.method.server_state), dict(initial)) is kept
     assert watch.rows[0]["comm/updates"] == 2
 
@@ -366,8 +368,8 @@ def test_the_quorum_counts_what_has_arrived(
 def test_a_site_that_comes_back_as_another_node_is_found(
     hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    def before(round: int) -> None:
-        if round == 1:
+    def before(round_idx: int) -> None:
+        if round_idx == 1:
             del hospitals.grid.nodes[NODES[1]]
             hospitals.open(1, node=77)
             hospitals.grid.nodes[78] = lambda message: introduction(7)  # and so comes somebody unknown
@@ -384,10 +386,10 @@ def test_a_site_that_comes_back_as_another_node_is_found(
 def test_a_site_that_is_gone_for_a_round_is_asked_again(
     hospitals: Hospitals, without: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    def before(round: int) -> None:
-        if round == 1:
+    def before(round_idx: int) -> None:
+        if round_idx == 1:
             del hospitals.grid.nodes[NODES[1]]
-        elif round == 2:
+        elif round_idx == 2:
             hospitals.open(1)
 
     watch = Watch(before)
@@ -452,8 +454,8 @@ def test_nobody_can_be_missing_in_the_end(hospitals: Hospitals, undisturbed: Und
 
 
 def test_a_site_that_has_lost_its_networks_says_so(hospitals: Hospitals, tmp_path: Path) -> None:
-    def before(round: int) -> None:
-        if round == 1:
+    def before(round_idx: int) -> None:
+        if round_idx == 1:
             shutil.rmtree(tmp_path / "hospital-1/site-001/states")
 
     watch = Watch(before)
@@ -482,7 +484,7 @@ def test_scores_of_local_must_be_as_many_as_rounds(said: Any, hospitals: Hospita
         else answer()
     )
     with pytest.raises(UserError, match="site 2"):
-        hospitals.server().engine.references(dict.fromkeys(range(SITES), 2))
+        hospitals.server().engine.local_baselines(dict.fromkeys(range(SITES), 2))
 
 
 def with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Meddler:

@@ -15,11 +15,11 @@ pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedekd.certificates import Comparison, DoNoHarm
+from fedekd.do_no_harm import Comparison, DoNoHarm
+from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
-from fedekd.federation import Visit
-from fedekd.federation.engine import Look
-from fedekd.federation.exit_tradeoff import ExitTradeoff
+from fedekd.federation import ClientResult
+from fedekd.federation.engines.base import ComparisonRequest
 from fedekd.flower.messages import (
     NOTE,
     STATE,
@@ -155,19 +155,19 @@ def test_unreadable_notes_are_one_line(content: RecordDict) -> None:
 
 
 def test_a_look_there_and_back() -> None:
-    look = Look(DoNoHarm(delta=0.05, margin=0.01, looks=3, keep="better", clip=2.0), {0: 3, 2: 1, 11: 2})
+    look = ComparisonRequest(DoNoHarm(delta=0.05, margin=0.01, looks=3, keep="better", clip=2.0), {0: 3, 2: 1, 11: 2})
     assert look_from_json(json.loads(json.dumps(look_to_json(look)))) == look
     assert look_to_json(None) is None
     assert look_from_json(None) is None
 
 
-BARE = Visit(2, 0.75, 3, {"loss": 0.1, "gate/weight_mean": 1 / 3}, None)
+BARE = ClientResult(2, 0.75, 3, {"loss": 0.1, "gate/weight_mean": 1 / 3}, None)
 UPDATE = Update(2, {"w": torch.randn(2, 2)}, 17)
 TRADEOFF = ExitTradeoff([[0.4, 0.7], [1.0, math.nan]], [[0.5, 0.45, 0.8]])
 COMPARISON = Comparison("local", 20, 3, 2, -0.05, 0.8125, 0.1)
 
 
-def told(visit: Visit) -> str:
+def told(visit: ClientResult) -> str:
     """All of a visit but its tensors, NaN as NaN."""
     return repr({**asdict(replace(visit, update=None)), "update": visit.update and visit.update.num_samples})
 
@@ -184,7 +184,7 @@ def told(visit: Visit) -> str:
     ],
     ids=["bare", "first", "extreme", "exits", "compared", "both"],
 )
-def test_a_visit_there_and_back(visit: Visit) -> None:
+def test_a_visit_there_and_back(visit: ClientResult) -> None:
     arrived = message(packed(visit_to_json(visit), None if visit.update is None else visit.update.state))
     assert "w" not in str(note_of(arrived).get("update"))
     found = visit_from_json(note_of(arrived), from_arrays(state_of(arrived)))

@@ -15,7 +15,7 @@ pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 
-from fedekd.federation import Guard
+from fedekd.federation import UpdateValidator
 from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.messages import ABSORB, HELLO, REFERENCE, SCORE, VISIT, from_arrays, note_of, packed, state_of
@@ -39,8 +39,8 @@ def new_sites() -> Iterator[None]:
 @pytest.fixture
 def sent(options: list[str]) -> State:
     """A proxy, as the server sends it."""
-    _, _, blueprint = built(options)
-    return dict(blueprint.network("proxy", "server").state_dict())
+    _, _, spec = built(options)
+    return dict(spec.build_model("proxy", "server").state_dict())
 
 
 class Node:
@@ -53,8 +53,8 @@ class Node:
     def __call__(self, what: str, note: dict[str, Any], state: State | None = None) -> Message:
         return carried(self.app(carried(Message(packed(note, state), 5, what)), self.context))
 
-    def visit(self, what: str, state: State, round: int = 0, version: int = 0) -> Message:
-        return self(what, {"round": round, "version": version, "look": None}, state)
+    def visit(self, what: str, state: State, round_idx: int = 0, version: int = 0) -> Message:
+        return self(what, {"round": round_idx, "version": version, "look": None}, state)
 
 
 def flat(state: State) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_an_update_is_clipped_to_its_norm(options: list[str], sent: State, tmp_p
         clipped = from_arrays(state_of(reply))
         assert list(clipped) == list(sent)
         torch.testing.assert_close(flat(clipped) - flat(sent), expected, rtol=1e-4, atol=1e-7)
-        assert Guard(max_norm=1.001 * min(bound, norm)).objection(clipped, sent) is None
+        assert UpdateValidator(max_norm=1.001 * min(bound, norm)).objection(clipped, sent) is None
 
 
 def test_noise_is_added_and_the_guard_accepts_it(options: list[str], sent: State, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_noise_is_added_and_the_guard_accepts_it(options: list[str], sent: State
     assert len(noise) > 50_000
     assert float(noise.std()) == pytest.approx(deviation, rel=0.02)
     assert abs(float(noise.mean())) < 5 * deviation / len(noise) ** 0.5
-    assert Guard().objection(noised, sent) is None
+    assert UpdateValidator().objection(noised, sent) is None
     # What is said beside the tensors is as it was, and so is what stays on the disk.
     assert repr(note_of(reply)) == repr(note_of(plain))
     kept = [path.read_bytes() for path in sorted(tmp_path.glob("[ab]/site-000/states/*/client-00000-000001.pt"))]
@@ -105,7 +105,7 @@ def test_the_last_visit_and_all_questions_pass_untouched(options: list[str], sen
     told = []
     for node in (plain, noised):
         node.visit(VISIT, sent)
-        absorbed = node.visit(ABSORB, sent, round=2, version=1)
+        absorbed = node.visit(ABSORB, sent, round_idx=2, version=1)
         assert not dict(state_of(absorbed))
         told.append(
             [

@@ -22,10 +22,10 @@ from flwr.common import FitIns, bytes_to_ndarray, ndarray_to_bytes, ndarrays_to_
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.compat.common.recorddict_compat import fitins_to_recorddict
 
-from fedekd.configuration.arguments import parts_of
+from fedekd.configuration.options import parts_of
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator
-from fedekd.federation.checkpoint import CheckpointFolder
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.flower import apps, mods
 from fedekd.flower.apps import Settings, make_client_app, serve
 from fedekd.flower.messages import HELLO, VISIT, note_of, packed
@@ -134,7 +134,7 @@ def at(number: int, stage: str, meddler: Callable[[Message, Answer], Message | N
 def first_mean(once: Hospitals) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Watch]:
     """The first proxy, what the server makes of the only round, and what it says."""
     server = once.server(observer=(watch := Watch()), secure=SECURE)
-    first = {name: tensor.clone() for name, tensor in server.blueprint.network("proxy", "server").state_dict().items()}
+    first = {name: tensor.clone() for name, tensor in server.spec.build_model("proxy", "server").state_dict().items()}
     server.run()
     return first, dict(server.method.server_state), watch
 
@@ -193,7 +193,7 @@ def test_a_run_is_the_same_each_time_and_near_the_open_one(
     again.server(tmp_path / "two", secure=SECURE).run()
     assert (tmp_path / "one/metrics.csv").read_bytes() == (tmp_path / "two/metrics.csv").read_bytes()
     proxies = [
-        CheckpointFolder(folder / "checkpoints").load()[0].server for folder in (tmp_path / "one", tmp_path / "two")
+        CheckpointStore(folder / "checkpoints").load()[0].server for folder in (tmp_path / "one", tmp_path / "two")
     ]  # type: ignore[union-attr]
     assert same(*proxies)
     for name, tensor in undisturbed[0].method.server_state.items():
@@ -224,8 +224,8 @@ def test_and_the_next_round_is_theirs_again(how: Any, nodes: Hospitals) -> None:
 def test_a_site_that_is_away_is_named(nodes: Hospitals) -> None:
     away = nodes.grid.nodes[NODES[2]]
 
-    def before(round: int) -> None:
-        if round == 0:
+    def before(round_idx: int) -> None:
+        if round_idx == 0:
             del nodes.grid.nodes[NODES[2]]
         else:
             nodes.grid.nodes[NODES[2]] = away
@@ -361,7 +361,7 @@ class Summand:
         generator = torch.Generator().manual_seed(node)
         self.update = {name: value + torch.randn(value.shape, generator=generator) / 4 for name, value in sent.items()}
         self.context = Context(1, node, {}, RecordDict(), {})
-        self.app = make_ffn(self.send, [mods.require_protocol, secaggplus_mod, mods.as_visit])
+        self.app = make_ffn(self.send, [mods.require_protocol, secaggplus_mod, mods.to_client_result])
 
     def send(self, message: Message, context: Context) -> Message:
         return Message(packed(note_of(message), self.update), reply_to=message)
@@ -576,7 +576,7 @@ def test_one_process_can_come_to_the_same(
     nodes = behind_apps(Hospitals(tmp_path, chosen, None if more else undisturbed[2] / "local", sites))
     nodes.server(tmp_path / "sites", secure=SecureAggregation()).run()
     parts = {**parts_of(chosen), "engine": RoundedEngine}
-    Orchestrator(**parts, output=tmp_path / "here", reference_folder=tmp_path / "local").run()
+    Orchestrator(**parts, output=tmp_path / "here", baseline_dir=tmp_path / "local").run()
     assert same_figures(tmp_path / "sites", tmp_path / "here")
     assert same_proxy(tmp_path / "sites", tmp_path / "here")
 

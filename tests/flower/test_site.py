@@ -15,9 +15,9 @@ pytest.importorskip("flwr")
 
 from flwr.app import Context, Message, RecordDict
 
-from fedekd.configuration.arguments import parts_of
+from fedekd.configuration.options import parts_of
 from fedekd.errors import UserError
-from fedekd.federation.client_store import ClientStore
+from fedekd.federation.engines.client_store import ClientStore
 from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.description import SPLITS
@@ -54,10 +54,10 @@ def asked(what: str, note: dict[str, Any], state: Any = None) -> Message:
     return Message(packed(note, state), 5, what)
 
 
-def visit(site: Site, version: int, round: int, state: Any = None) -> Any:
+def visit(site: Site, version: int, round_idx: int, state: Any = None) -> Any:
     """One visit, of the server's first proxy unless another state is given."""
-    proxy = site.blueprint.network("proxy", "server").state_dict() if state is None else state
-    message = asked(VISIT, {"round": round, "version": version, "look": None}, proxy)
+    proxy = site.spec.build_model("proxy", "server").state_dict() if state is None else state
+    message = asked(VISIT, {"round": round_idx, "version": version, "look": None}, proxy)
     reply = Message(site.answer(message), reply_to=message)
     return visit_from_json(note_of(reply), from_arrays(state_of(reply)))
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RoundOptions
-from fedekd.methods import Blueprint, ClientOptions, Method
+from fedekd.methods import ClientOptions, FederationSpec, Method
 from fedekd.modules import TrainerFactory
 
 Federate = Callable[..., Orchestrator]
@@ -36,8 +36,8 @@ def federate(npz: Path, undrawn: None) -> Federate:
     return make
 
 
-def make_blueprint(**values: Any) -> Blueprint:
-    """A small federation's blueprint; keyword arguments replace its values."""
+def make_spec(**values: Any) -> FederationSpec:
+    """A small federation's spec; keyword arguments replace its values."""
     defaults: dict[str, Any] = {
         "task": "classification",
         "in_channels": 1,
@@ -51,7 +51,7 @@ def make_blueprint(**values: Any) -> Blueprint:
         "num_clients": 3,
         "rounds": 5,
     }
-    return Blueprint(**{**defaults, **values})
+    return FederationSpec(**{**defaults, **values})
 
 
 def weights(run: Orchestrator, role: str = "private") -> dict[str, Any]:

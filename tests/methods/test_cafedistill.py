@@ -16,7 +16,7 @@ from fedekd.methods import CAFEDistill, ClientOptions, FedPer, Update
 from fedekd.methods.base import num_bytes
 from fedekd.methods.cafedistill import ACTIVE
 
-from .conftest import Federate, make_blueprint, weights
+from .conftest import Federate, make_spec, weights
 
 
 def options(**values: Any) -> ClientOptions:
@@ -29,7 +29,7 @@ def options(**values: Any) -> ClientOptions:
 def begun(federate: Federate) -> Orchestrator:
     """A federation of three clients and eight rounds before its first one."""
     run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=8))
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     return run
 
 
@@ -38,15 +38,15 @@ def client_of(run: Orchestrator, number: int) -> Any:
     return engine.client(number)
 
 
-def one_round(run: Orchestrator, participants: Sequence[int], round: int) -> list[Update]:
+def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) -> list[Update]:
     """By hand, verb by verb; the updates as they were sent."""
-    broadcast, updates = run.method.broadcast(participants, round), []
+    broadcast, updates = run.method.broadcast(participants, round_idx), []
     for number in participants:
         client = client_of(run, number)
-        run.method.absorb(client, broadcast.to(number), round)
-        update = run.method.upload(client, round)
+        run.method.receive(client, broadcast.to(number), round_idx)
+        update = run.method.prepare_update(client, round_idx)
         updates.append(replace(update, state={name: tensor.clone() for name, tensor in update.state.items()}))
-    run.method.aggregate(updates, round)
+    run.method.aggregate(updates, round_idx)
     return updates
 
 
@@ -65,7 +65,7 @@ def test_without_conflict_and_distillation_it_is_fedper_with_shallow_heads_of_on
 def test_what_travels_is_trunk_and_one_head_each_way(federate: Federate) -> None:
     run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
     run.run()
-    network: Any = run.blueprint.network("private", "server")
+    network: Any = run.spec.build_model("private", "server")
     one_way = num_bytes(network.stages.state_dict()) + num_bytes(network.head.state_dict()) + 3  # a byte an exit
     assert run.progress.bytes_up == 2 * 3 * one_way
     assert run.progress.bytes_down == 3 * 3 * one_way
@@ -79,8 +79,8 @@ def test_shallow_heads_stay_and_idle_ones_do_not_move(begun: Orchestrator) -> No
     assert sent[ACTIVE].tolist() == [0, 0, 1]
     client = client_of(begun, 1)
     before = {name: tensor.clone() for name, tensor in client.networks["private"].state_dict().items()}
-    begun.method.absorb(client, sent, 0)
-    begun.method.upload(client, 0)
+    begun.method.receive(client, sent, 0)
+    begun.method.prepare_update(client, 0)
     after = client.networks["private"].state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any(name.startswith(("heads.0", "heads.1")) for name in moved), moved
@@ -156,10 +156,10 @@ def test_which_exits_have_learned_is_logged(federate: Federate) -> None:
 def test_what_clients_did_to_the_trunk_is_compared_by_its_weights_alone(federate: Federate) -> None:
     resnet = options(private_model={"class_path": "torchvision.models.resnet18"}, exits=2)
     run = federate(CAFEDistill(conflict="trunk_gradient"), client=resnet, rounds=RoundOptions(rounds=2))
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     before = {name: tensor.clone() for name, tensor in run.method.server_state["trunk"].items()}
     updates = one_round(run, [0, 1], 0)
-    weights = [name for name, _ in run.blueprint.network("private", 0).named_parameters() if name in before]
+    weights = [name for name, _ in run.spec.build_model("private", 0).named_parameters() if name in before]
     changes = [torch.cat([(u.state[n].double() - before[n].double()).flatten() for n in weights]) for u in updates]
     wanted = torch.nn.functional.cosine_similarity(*changes, dim=0)
     torch.testing.assert_close(run.method.server_state["similarities"][0, 1], wanted, rtol=0, atol=1e-9)
@@ -167,12 +167,12 @@ def test_what_clients_did_to_the_trunk_is_compared_by_its_weights_alone(federate
 
 def test_a_head_that_diverged_begins_anew(begun: Orchestrator) -> None:
     client, sent = client_of(begun, 1), begun.method.broadcast([1], 0).to(1)
-    initial = begun.blueprint.network("private", 1).state_dict()
+    initial = begun.spec.build_model("private", 1).state_dict()
     with torch.no_grad():
         client.networks["private"].heads[0].linear.weight[0, 0] = float("nan")
         client.networks["private"].heads[1].linear.weight.add_(1.0)
     kept = client.networks["private"].heads[1].linear.weight.clone()
-    begun.method.absorb(client, sent, 0)
+    begun.method.receive(client, sent, 0)
     assert torch.equal(client.networks["private"].heads[0].linear.weight, initial["heads.0.linear.weight"])
     assert torch.equal(client.networks["private"].heads[1].linear.weight, kept)
 
@@ -196,11 +196,11 @@ def test_mistakes_are_told(arguments: dict[str, Any], words: str) -> None:
 
 def test_what_it_cannot_federate_is_told() -> None:
     with pytest.raises(UserError, match="regression"):
-        CAFEDistill().start(make_blueprint(task="regression", num_outputs=1))
+        CAFEDistill().init_server(make_spec(task="regression", num_outputs=1))
     with pytest.raises(UserError, match=r"client\.exits"):
-        CAFEDistill().start(make_blueprint())
+        CAFEDistill().init_server(make_spec())
     with pytest.raises(UserError, match="at least 2"):
-        CAFEDistill().start(make_blueprint(client=options(exits=1)))
+        CAFEDistill().init_server(make_spec(client=options(exits=1)))
 
 
 def test_the_learning_rate_decays_round_by_round(federate: Federate) -> None:

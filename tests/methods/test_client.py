@@ -14,14 +14,14 @@ from fedekd.data import FederatedDataModule, scale
 from fedekd.methods import Client, ClientOptions
 from fedekd.modules import SupervisedModule, TrainerFactory
 
-from .conftest import make_blueprint
+from .conftest import make_spec
 
 
 @pytest.fixture
 def client(blobs: FederatedDataModule) -> Client:
     """A client whose private model has dropout and BatchNorm."""
-    blueprint = make_blueprint(client=ClientOptions(local_epochs=3))
-    client = Client(1, blobs.clients[1], blobs.images, blueprint)
+    spec = make_spec(client=ClientOptions(local_epochs=3))
+    client = Client(1, blobs.clients[1], blobs.images, spec)
     torch.manual_seed(0)
     client.networks["private"] = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3)
@@ -30,7 +30,7 @@ def client(blobs: FederatedDataModule) -> Client:
 
 
 def module(client: Client) -> SupervisedModule:
-    return SupervisedModule(client.networks["private"], "classification", client.blueprint.optimizer)
+    return SupervisedModule(client.networks["private"], "classification", client.spec.optimizer)
 
 
 def weights(client: Client) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def test_epochs_in_turn_are_epochs_in_one_go(client: Client) -> None:
     assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
 
 
-@pytest.mark.parametrize("other", [{"round": 3}, {"role": "proxy"}, {"first_epoch": 1}])
+@pytest.mark.parametrize("other", [{"round_idx": 3}, {"role": "proxy"}, {"first_epoch": 1}])
 def test_another_purpose_draws_another_order(client: Client, other: dict[str, Any]) -> None:
     start = weights(client)
     results = []
     for arguments in ({}, {}, other):
         client.networks["private"].load_state_dict(start)
-        client.train(**{"role": "private", "module": module(client), "round": 2, **arguments})
+        client.train(**{"role": "private", "module": module(client), "round_idx": 2, **arguments})
         results.append(weights(client))
     assert all(torch.equal(results[0][name], results[1][name]) for name in start)
     assert any(not torch.equal(results[0][name], results[2][name]) for name in start)
@@ -82,7 +82,7 @@ def test_predictions_come_in_the_order_of_the_split(client: Client) -> None:
 def test_losses_are_those_of_the_model_that_is_used_later(client: Client) -> None:
     """Which answers in the precision of its weights, whatever it was trained in."""
     mixed = TrainerFactory(accelerator="cpu", precision="bf16-mixed", threads=1)
-    client.blueprint = replace(client.blueprint, trainer=mixed)
+    client.spec = replace(client.spec, trainer=mixed)
     client.networks["private"] = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     plain = client.predict("private", "test", mixed=False).output
     with torch.no_grad():
@@ -99,13 +99,13 @@ def test_losses_are_those_of_the_model_that_is_used_later(client: Client) -> Non
 
 def test_state_dict_round_trip(client: Client) -> None:
     client.train("private", module(client), 0, carry_optimizer=True)
-    client.memory = {"g": {"w": torch.ones(2)}}
+    client.method_state = {"g": {"w": torch.ones(2)}}
     client.supervised_epochs = 3
     state = copy.deepcopy(client.state_dict())
     client.train("private", module(client), 1, carry_optimizer=True)
     after = weights(client)
     client.load_state_dict(copy.deepcopy(state))
-    assert client.memory["g"]["w"].sum() == 2
+    assert client.method_state["g"]["w"].sum() == 2
     client.train("private", module(client), 1, carry_optimizer=True)
     assert all(torch.equal(after[name], weights(client)[name]) for name in after)
 

@@ -11,7 +11,7 @@ import torch
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions, SilentObserver
 from fedekd.methods import Client, ClientOptions, FedDyn, FedeKD, FedType
-from fedekd.modules.reciprocal import ConformalModel
+from fedekd.modules.losses.fedtype import ConformalModel
 
 from .conftest import Federate, weights
 from .test_methods import CASES, METHODS, small_client
@@ -35,9 +35,9 @@ class Listener(SilentObserver):
 def test_who_diverges_once_takes_part_again(name: str, federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     train = Client.train
 
-    def diverging(self: Client, role: str, module: Any, round: int, **options: Any) -> dict[str, float]:
-        logs = train(self, role, module, round, **options)
-        if (self.number, role, round) == (0, "private", 0):
+    def diverging(self: Client, role: str, module: Any, round_idx: int, **options: Any) -> dict[str, float]:
+        logs = train(self, role, module, round_idx, **options)
+        if (self.number, role, round_idx) == (0, "private", 0):
             for parameter in self.networks["private"].parameters():
                 parameter.data.fill_(math.nan)
         return logs
@@ -75,13 +75,13 @@ def test_the_sets_of_a_network_that_diverged_hold_every_label() -> None:
 
 def test_the_weight_of_the_proxys_sets_outlives_a_divergence(federate: Federate) -> None:
     run = federate(FedType())
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     client = run.engine.client(0)  # type: ignore[attr-defined]
-    before = client.memory["lam"]
+    before = client.method_state["lam"]
     for parameter in client.networks["proxy"].parameters():
         parameter.data.fill_(math.nan)
-    run.method.upload(client, 0)
-    assert client.memory["lam"] == before
+    run.method.prepare_update(client, 0)
+    assert client.method_state["lam"] == before
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_options_are_held_to_their_range(options: dict[str, Any], words: str) ->
 
 def test_feddyns_gradients_are_renewed_where_they_can_be(federate: Federate) -> None:
     run = federate(FedDyn(alpha=0.1))
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     client = run.engine.client(0)  # type: ignore[attr-defined]
-    run.method.absorb(client, run.method.server_state["model"], 0)
-    run.method.upload(client, 0)
-    sound = {name: value.clone() for name, value in client.memory["g"].items()}
+    run.method.receive(client, run.method.server_state["model"], 0)
+    run.method.prepare_update(client, 0)
+    sound = {name: value.clone() for name, value in client.method_state["g"].items()}
     assert any(value.abs().max() > 0 for value in sound.values())
     for parameter in client.networks["private"].parameters():
         parameter.data.fill_(math.nan)
-    run.method.upload(client, 1)
-    assert all(torch.equal(value, sound[name]) for name, value in client.memory["g"].items())
+    run.method.prepare_update(client, 1)
+    assert all(torch.equal(value, sound[name]) for name, value in client.method_state["g"].items())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.methods import FedAvg, FedDyn, FedProx
-from fedekd.modules import Prediction
+from fedekd.modules import ModelOutput
 
 
 class Point(nn.Module):
@@ -27,16 +27,16 @@ class Point(nn.Module):
 class QuadraticClient:
     """Minimises 1/2 (theta - c)' A (theta - c) plus the method's own terms, exactly: one Newton step."""
 
-    def __init__(self, number: int, curvature: Tensor, centre: Tensor, blueprint: Any) -> None:
-        self.number, self.curvature, self.centre, self.blueprint = number, curvature, centre, blueprint
+    def __init__(self, number: int, curvature: Tensor, centre: Tensor, spec: Any) -> None:
+        self.number, self.curvature, self.centre, self.spec = number, curvature, centre, spec
         self.networks = {"private": Point(len(centre))}
         self.memory: dict[str, Any] = {}
         self.supervised_epochs = 0
         self.splits = SimpleNamespace(train=[0])
 
-    def train(self, role: str, module: Any, round: int) -> dict[str, float]:
+    def train(self, role: str, module: Any, round_idx: int) -> dict[str, float]:
         theta = self.networks["private"].theta
-        nothing = Prediction((torch.zeros(1),))
+        nothing = ModelOutput((torch.zeros(1),))
 
         def loss(point: Tensor) -> Tensor:
             with torch.no_grad():
@@ -62,7 +62,7 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
     """The global model after some rounds, the optimum, and the clients."""
     generator = torch.Generator().manual_seed(0)
     dimension, num_clients = 4, 5
-    blueprint = SimpleNamespace(
+    spec = SimpleNamespace(
         task="regression",
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
         client=SimpleNamespace(local_epochs=1),
@@ -76,20 +76,20 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
         root = torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
         curvature = root @ root.T + 0.5 * torch.eye(dimension, dtype=torch.float64)
         centre = 3 * torch.randn(dimension, generator=generator, dtype=torch.float64)
-        clients.append(QuadraticClient(number, curvature, centre, blueprint))
+        clients.append(QuadraticClient(number, curvature, centre, spec))
     total = torch.stack([client.curvature for client in clients]).sum(0)
     optimum = torch.linalg.solve(total, torch.stack([c.curvature @ c.centre for c in clients]).sum(0))
-    method.start(blueprint)
-    for round in range(rounds):
+    method.init_server(spec)
+    for round_idx in range(rounds):
         chosen = (
             clients if share is None else [clients[i] for i in torch.randperm(num_clients, generator=generator)[:share]]
         )
-        sent = method.broadcast([c.number for c in chosen], round)
+        sent = method.broadcast([c.number for c in chosen], round_idx)
         updates = []
         for client in chosen:
-            method.absorb(client, sent.to(client.number), round)
-            updates.append(method.upload(client, round))
-        method.aggregate([type(u)(u.client, {n: t.clone() for n, t in u.state.items()}, 1) for u in updates], round)
+            method.receive(client, sent.to(client.number), round_idx)
+            updates.append(method.prepare_update(client, round_idx))
+        method.aggregate([type(u)(u.client, {n: t.clone() for n, t in u.state.items()}, 1) for u in updates], round_idx)
     return method.server_state["model"]["theta"], optimum, clients
 
 
@@ -98,7 +98,7 @@ def test_feddyn_reaches_the_global_optimum(share: int | None, rounds: int) -> No
     method = FedDyn(alpha=1.0)
     found, optimum, clients = federation(method, rounds, share)
     torch.testing.assert_close(found, optimum, rtol=0, atol=1e-8)
-    h = torch.stack([client.memory["g"]["theta"] for client in clients]).mean(0)
+    h = torch.stack([client.method_state["g"]["theta"] for client in clients]).mean(0)
     torch.testing.assert_close(method.server_state["h"]["theta"], h, rtol=0, atol=1e-10)
 
 

@@ -63,22 +63,22 @@ class Phases:
         self.asked: list[tuple[str, int, int | None]] = []
         real = Client.train
 
-        def train(client: Client, role: str, module: ObjectiveModule, round: int, **given: Any) -> Any:
+        def train(client: Client, role: str, module: ObjectiveModule, round_idx: int, **given: Any) -> Any:
             before = {name: weight.detach().clone() for name, weight in module.network.named_parameters()}
-            recorded = real(client, role, module, round, **given)
+            recorded = real(client, role, module, round_idx, **given)
             after = dict(module.network.named_parameters())
             self.moved.append({name for name in before if not torch.equal(before[name], after[name])})
-            self.asked.append((role, round, given.get("epochs")))
+            self.asked.append((role, round_idx, given.get("epochs")))
             return recorded
 
         monkeypatch.setattr(Client, "train", train)
 
 
 def upload_once(run: Orchestrator) -> Any:
-    run.method.start(run.blueprint)
+    run.method.init_server(run.spec)
     client = client_of(run)
-    run.method.absorb(client, run.method.broadcast([0], 0).to(0), 0)
-    return run.method.upload(client, 0)
+    run.method.receive(client, run.method.broadcast([0], 0).to(0), 0)
+    return run.method.prepare_update(client, 0)
 
 
 @KINDS
@@ -104,12 +104,12 @@ def test_both_phases_are_plain_training_of_what_is_free(
     by_hand = federate(FedRep(head_epochs=3), client=client)
     other = client_of(by_hand)
     network = other.networks["private"]
-    server = by_hand.blueprint.network("private", "server").state_dict()
+    server = by_hand.spec.build_model("private", "server").state_dict()
     own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(head)}
     network.load_state_dict({**server, **own})
     for role, epochs in (("head", 3), ("private", 2)):
         free = [p for name, p in network.named_parameters() if name.startswith(head) == (role == "head")]
-        module = SupervisedModule(network, "classification", lambda every, free=free: other.blueprint.optimizer(free))
+        module = SupervisedModule(network, "classification", lambda every, free=free: other.spec.optimizer(free))
         other.train(role, module, 0, epochs=epochs)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, client_of(run).networks["private"].state_dict()[name]), name

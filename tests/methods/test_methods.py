@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import InProcessEngine, RoundOptions, SilentObserver, Visit
+from fedekd.federation import ClientResult, RoundOptions, SequentialEngine, SilentObserver
 from fedekd.functional import CoordinateMedian, TrimmedMean
 from fedekd.methods import (
     FML,
@@ -100,9 +100,9 @@ class StopAfter(SilentObserver):
             raise StoppedError
 
 
-class BackwardsEngine(InProcessEngine):
-    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
-        yield from super().visit(list(reversed(participants)), *arguments, **options)
+class BackwardsEngine(SequentialEngine):
+    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
+        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +179,8 @@ def test_fedavg_by_samples_is_the_weighted_mean(federate: Federate) -> None:
     from fedekd.functional import average_state_dicts
 
     class Watched(FedAvg):
-        def aggregate(self, updates: Any, round: int) -> None:
-            super().aggregate(updates, round)
+        def aggregate(self, updates: Any, round_idx: int) -> None:
+            super().aggregate(updates, round_idx)
             expected = average_state_dicts([u.state for u in updates], [u.num_samples for u in updates])
             assert all(torch.equal(self.server_state["model"][name], value) for name, value in expected.items())
             assert len({u.num_samples for u in updates}) > 1

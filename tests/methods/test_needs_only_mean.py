@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedekd.federation import InProcessEngine, RoundOptions, Visit
+from fedekd.federation import ClientResult, RoundOptions, SequentialEngine
 from fedekd.functional import average_state_dicts
 
 from .conftest import Federate
@@ -22,11 +22,11 @@ OTHERS = {
 }
 
 
-class AveragingEngine(InProcessEngine):
+class AveragingEngine(SequentialEngine):
     """Hands on the mean of the updates in place of each."""
 
-    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
-        visits = list(super().visit(participants, *arguments, **options))
+    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
+        visits = list(super().run_clients(participants, *arguments, **options))
         updates = [visit.update for visit in visits if visit.update is not None]
         for visit in visits:
             if visit.update is None:
@@ -53,7 +53,7 @@ def after_a_round(federate: Federate, name: str, **parts: Any) -> dict[str, torc
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mean_is_enough(name: str, federate: Federate) -> None:
-    enough = METHODS[name]().needs_only_mean
+    enough = METHODS[name]().supports_secure_mean
     assert enough is (name not in OTHERS)
     if enough:
         plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import InProcess, InProcessEngine, RoundOptions, SilentObserver, Visit
+from fedekd.federation import ClientResult, RoundOptions, Sequential, SequentialEngine, SilentObserver
 from fedekd.methods import FML, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import MultiExitModule
 
-from .conftest import Federate, make_blueprint, weights
+from .conftest import Federate, make_spec, weights
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 
@@ -41,9 +41,9 @@ class StopAfter(SilentObserver):
             raise StoppedError
 
 
-class BackwardsEngine(InProcessEngine):
-    def visit(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Visit]:
-        yield from super().visit(list(reversed(participants)), *arguments, **options)
+class BackwardsEngine(SequentialEngine):
+    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
+        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
 
 
 class Warnings(SilentObserver):
@@ -148,7 +148,7 @@ def test_the_clients_of_a_finished_run_come_back_as_they_were(federate: Federate
     run = federate(SafeKD(), client=client(), output=tmp_path)
     run.run()
     again = federate(SafeKD(), client=client(), output=tmp_path)
-    clients = again.restored_clients()
+    clients = again.load_clients()
     assert [each.number for each in clients] == [0, 1, 2]
     assert_equal(weights(run), weights(again))
     assert_equal(weights(run, "teacher"), weights(again, "teacher"))
@@ -160,10 +160,10 @@ def test_clients_of_a_run_that_is_not_finished_are_not_given(federate: Federate,
     with pytest.raises(StoppedError):
         stopped.run()
     with pytest.raises(UserError, match="there is no checkpoint of the last round"):
-        federate(SafeKD(), client=client(), output=tmp_path).restored_clients()
-    with pytest.raises(UserError, match="given by the engine InProcess"):
-        federate(SafeKD(), client=client(), engine=lambda *parts: object()).restored_clients()
-    assert federate(SafeKD(), client=client(), engine=InProcess()).num_clients == 3
+        federate(SafeKD(), client=client(), output=tmp_path).load_clients()
+    with pytest.raises(UserError, match="given by the engine Sequential"):
+        federate(SafeKD(), client=client(), engine=lambda *parts: object()).load_clients()
+    assert federate(SafeKD(), client=client(), engine=Sequential()).num_clients == 3
 
 
 def test_regression_is_refused_in_one_line(federate: Federate) -> None:
@@ -204,22 +204,22 @@ def test_numbers_below_one_are_told(name: str, value: int) -> None:
 
 
 def test_exits_are_the_private_model_s_alone_and_begin_alike_for_all() -> None:
-    plain, cut = make_blueprint(client=client(exits=None)), make_blueprint(client=client(exit_grid=2))
-    assert not isinstance(cut.network("proxy", 0), MultiExitNetwork)
-    one, again, other = cut.network("private", 0), cut.network("private", 0), cut.network("private", 1)
+    plain, cut = make_spec(client=client(exits=None)), make_spec(client=client(exit_grid=2))
+    assert not isinstance(cut.build_model("proxy", 0), MultiExitNetwork)
+    one, again, other = cut.build_model("private", 0), cut.build_model("private", 0), cut.build_model("private", 1)
     assert isinstance(one, MultiExitNetwork)
     assert one.heads[0].num_features == 4 * 32
     assert_equal(dict(one.state_dict()), dict(again.state_dict()))
     assert not torch.equal(one.heads[0].linear.weight, other.heads[0].linear.weight)
     # The backbone's initial weights are those it has without exits.
-    backbone = plain.network("private", 0).state_dict()
+    backbone = plain.build_model("private", 0).state_dict()
     assert torch.equal(one.head.weight, backbone["head.weight"])
-    assert cut.fingerprint() != make_blueprint(client=client()).fingerprint() != plain.fingerprint()
+    assert cut.hash_dict() != make_spec(client=client()).hash_dict() != plain.hash_dict()
 
 
 def trained(run: Any) -> dict[str, bool]:
     """Which heads of the first client's network have moved."""
-    before = run.blueprint.network("private", 0)
+    before = run.spec.build_model("private", 0)
     after = run.engine.clients[0].networks["private"]
     pairs = zip(before.heads, after.heads, strict=True)
     return {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedekd.models.modes import evaluating
+from fedekd.models.modes import eval_mode
 
 
 class Merging(nn.Module):
@@ -28,7 +28,7 @@ class Merging(nn.Module):
 def test_a_network_that_does_more_than_set_a_flag_is_restored(training: bool) -> None:
     network = nn.Sequential(Merging(), nn.Dropout()).train(training)
     before = network[0].weight.clone()
-    with evaluating(network):
+    with eval_mode(network):
         assert not any(part.training for part in network.modules())
         assert torch.equal(network[0].weight, torch.ones(3))
     assert all(part.training == training for part in network.modules())
@@ -39,7 +39,7 @@ def test_a_network_that_does_more_than_set_a_flag_is_restored(training: bool) ->
 def test_parts_in_another_mode_keep_it(frozen: int) -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
     network[frozen].eval()
-    with suppress(ValueError), evaluating(network):
+    with suppress(ValueError), eval_mode(network):
         assert not network[1 - frozen].training
         raise ValueError("it fails")
     assert network.training

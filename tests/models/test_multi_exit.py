@@ -394,7 +394,7 @@ def test_a_refused_network_keeps_its_stem():
     assert backbone.conv1 is before
 
 
-class Pair(nn.Module):
+class PrivateProxyPair(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x, x
 
@@ -412,7 +412,7 @@ class Pair(nn.Module):
             {},
             r"stage 2 cannot take an input of \(2, 2, 62, 62\)",
         ),
-        ([nn.Sequential(nn.Conv2d(1, 2, 3), Pair()), nn.Linear(8, 10)], {}, "stage 1 gives a tuple"),
+        ([nn.Sequential(nn.Conv2d(1, 2, 3), PrivateProxyPair()), nn.Linear(8, 10)], {}, "stage 1 gives a tuple"),
         (
             [nn.Sequential(nn.Conv2d(1, 2, 3), nn.Unflatten(1, (1, 2))), nn.Linear(8, 10)],
             {},

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torchvision import models
 
+from fedekd.early_exit import early_exit_forward, network_fingerprint
 from fedekd.errors import UserError
-from fedekd.exits import infer, network_fingerprint
 from fedekd.models import ExitHead, MultiExitNetwork, PrivateCNN, ProxyCNN, exit_costs, multi_exit
-from fedekd.modules import Prediction, build_energy
+from fedekd.modules import ModelOutput, build_energy
 from fedekd.modules.prediction import predict
 
 CLASSES = 5
@@ -93,7 +93,7 @@ def test_the_energy_of_features_is_of_what_the_last_layer_sees(depth: int) -> No
     ours, theirs = predict(part, x, with_features=True), predict(proxy, x, with_features=True)
     assert ours.features is not None
     found = energy(ours, theirs)
-    again = energy(Prediction(ours.exits, part.features(x)), theirs)
+    again = energy(ModelOutput(ours.exits, part.features(x)), theirs)
     assert found.shape == (4,)
     assert torch.equal(found, again)
 
@@ -102,7 +102,7 @@ def test_images_leave_it_early() -> None:
     part, x = network_of("PrivateCNN").shallow(2), torch.rand(6, 3, 32, 32)
     first = part(x)[0].softmax(1).max(1).values
     threshold = float(first.median())
-    departures = infer(part, x, [threshold, -torch.inf])
+    departures = early_exit_forward(part, x, [threshold, -torch.inf])
     assert departures.exits.tolist() == [0 if score >= threshold else 1 for score in first]
     assert len(set(departures.exits.tolist())) == 2
 

@@ -98,13 +98,13 @@ def test_each_exit_has_a_gate_of_its_own(batch: tuple[nn.Module, nn.Module, Tens
 
 def test_a_schedule_lets_shallow_exits_learn_one_after_the_other() -> None:
     class Stub:
-        class blueprint:  # noqa: N801
+        class spec:  # noqa: N801
             rounds = 8
 
         networks = {"private": multi_exit(PrivateCNN(1, 8, 4), 4)}  # noqa: RUF012
 
     method = FedeKD(schedule="progressive")
-    counts = [sum(method._active(Stub(), round)) for round in range(1, 9)]  # type: ignore[arg-type]
+    counts = [sum(method._active(Stub(), round_idx)) for round_idx in range(1, 9)]  # type: ignore[arg-type]
     assert counts == [1, 2, 2, 3, 3, 3, 3, 3]  # floor(2/3 * 2t/8 * 3) shallow ones, two at most, and the deepest
     assert method._active(Stub(), 2) == [True, False, True]  # type: ignore[arg-type]
     assert FedeKD()._active(Stub(), 1) is None  # type: ignore[arg-type]

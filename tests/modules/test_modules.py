@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedekd import GatedPrivateModule, ProxyDistillModule
 from fedekd.errors import UserError
 from fedekd.models import PrivateCNN, ProxyCNN
-from fedekd.modules import ObjectiveModule, Prediction, SupervisedModule
+from fedekd.modules import ModelOutput, ObjectiveModule, SupervisedModule
 from fedekd.tasks import Task
 
 
@@ -129,9 +129,9 @@ def test_teacher_outputs_that_come_with_the_batch_are_the_teacher_s(task: Task) 
     private, proxy = networks(task)
     x, y = batch(task)
     with torch.no_grad():
-        taught = proxy(x)
+        teacher_outputs = proxy(x)
     module = GatedPrivateModule(private, proxy, task=task)
-    torch.testing.assert_close(module.training_step((x, y, taught), 0), module.training_step((x, y), 0))
+    torch.testing.assert_close(module.training_step((x, y, teacher_outputs), 0), module.training_step((x, y), 0))
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -285,7 +285,7 @@ def test_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
 
 
 def test_shuffled_gate_has_the_gate_s_weights_in_another_order() -> None:
-    from fedekd.modules.objectives import GATES
+    from fedekd.modules.losses.distillation import GATES
 
     energy = torch.arange(50.0)
     torch.manual_seed(3)
@@ -300,7 +300,7 @@ def test_uncertainty_energy_looks_at_whom_it_is_told_to() -> None:
 
     private, proxy = networks()
     x, _ = batch()
-    seen = {"private": Prediction((private(x),)), "proxy": Prediction((proxy(x),))}
+    seen = {"private": ModelOutput((private(x),)), "proxy": ModelOutput((proxy(x),))}
     for of in ("private", "proxy"):
         energy = build_energy("entropy", "classification", of, private, proxy)
         torch.testing.assert_close(energy(seen["private"], seen["proxy"]), entropy_energy(seen[of].output))

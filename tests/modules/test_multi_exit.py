@@ -81,8 +81,8 @@ def literal_loss(exits, teacher, y, w, a, b, t, alpha, beta) -> Tensor:
     deepest = exits[-1].detach()
     for e, (logits, weight) in enumerate(zip(exits, w, strict=True)):
         terms = []
-        for row, taught, deep, label in zip(logits, teacher, deepest, y.tolist(), strict=True):
-            term = -softmax(row, 1.0)[label].log() + a * literal_dkd(row, taught, label, alpha, beta, t)
+        for row, teacher_outputs, deep, label in zip(logits, teacher, deepest, y.tolist(), strict=True):
+            term = -softmax(row, 1.0)[label].log() + a * literal_dkd(row, teacher_outputs, label, alpha, beta, t)
             if e < len(exits) - 1:
                 term = term + b * t**2 * kl(softmax(deep, t), softmax(row, t))
             terms.append(term)
@@ -112,9 +112,9 @@ def test_a_step_is_the_specification_s_loss_in_value_and_gradient(a, b, t, alpha
     ours = [zero if parameter.grad is None else parameter.grad.clone() for parameter in student.parameters()]
     student.zero_grad()
     with torch.no_grad():
-        taught = teacher.eval()(x)[-1]
+        teacher_outputs = teacher.eval()(x)[-1]
     w = weights or [1 / exits] * exits
-    literal = literal_loss(student(x), taught, y, w, a, b, t, alpha, beta)
+    literal = literal_loss(student(x), teacher_outputs, y, w, a, b, t, alpha, beta)
     literal.backward()
     torch.testing.assert_close(loss, literal, rtol=1e-11, atol=1e-12)
     for mine, parameter in zip(ours, student.parameters(), strict=True):
@@ -152,13 +152,13 @@ class Snapshots(Callback):
 
     def __init__(self) -> None:
         self.networks: list[dict[str, Tensor]] = []
-        self.warmth: list[float] = []
+        self.warmup_factor: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
         self.networks.append({name: value.clone() for name, value in module.network.state_dict().items()})
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        self.warmth.append(module.distilled.warmth)
+        self.warmup_factor.append(module.distilled.warmup_factor)
 
 
 def test_the_average_is_of_the_whole_network(tmp_path):
@@ -224,15 +224,15 @@ def test_distillation_warms_up(warmup, first, expected, tmp_path):
     seen = Snapshots()
     module = MultiExitModule(network(), network(1), warmup_epochs=warmup, first_epoch=first)
     trainer(tmp_path, epochs=5, callbacks=[seen]).fit(module, loader(8))
-    assert seen.warmth == expected
+    assert seen.warmup_factor == expected
 
 
 def test_warmth_scales_distillation_alone():
     x, y = batch()
     module = MultiExitModule(network().double(), network(1).double(), warmup_epochs=20)
     losses = []
-    for warmth in (0.0, 0.5, 1.0):
-        module.distilled.warmth = warmth
+    for warmup_factor in (0.0, 0.5, 1.0):
+        module.distilled.warmup_factor = warmup_factor
         losses.append(module.training_step((x.double(), y), 0).item())
     assert losses[1] - losses[0] == pytest.approx(losses[2] - losses[1], rel=1e-9)
     assert losses[2] > losses[0]

@@ -1,0 +1,1 @@
+"""Report of a calibrated early-exit network: tables, figures and pages."""

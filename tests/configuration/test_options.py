@@ -1,0 +1,54 @@
+"""What a configuration says, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedekd.configuration.options import as_values, federation_parser, parse
+from fedekd.models import build_model, check_model
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("alexnet", 64),
+        ("convnext_tiny", 32),
+        ("densenet121", 32),
+        ("efficientnet_b0", 28),
+        ("googlenet", 28),
+        pytest.param("inception_v3", 96, marks=pytest.mark.slow),
+        pytest.param("maxvit_t", 224, marks=pytest.mark.slow),
+        ("mnasnet0_5", 28),
+        ("mobilenet_v3_small", 28),
+        ("regnet_y_400mf", 28),
+        ("resnext50_32x4d", 28),
+        ("shufflenet_v2_x0_5", 28),
+        pytest.param("swin_t", 32, marks=pytest.mark.slow),
+        pytest.param("vgg11", 32, marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 32, marks=pytest.mark.slow),
+        pytest.param("wide_resnet50_2", 28, marks=pytest.mark.slow),
+    ],
+)
+def test_one_model_of_each_of_torchvisions_families(name: str, size: int) -> None:
+    """As the command line hands it on: with one argument that the user gave, and none that nobody gave."""
+    parser = federation_parser()
+    argv = ["--data.dataset=digits", f"--client.private_model=torchvision.models.{name}"]
+    config = parse(parser, [*argv, "--client.private_model.progress=false"])
+    spec = as_values(parser, config)["client"]["private_model"]
+    assert spec == {"class_path": f"torchvision.models.{name}", "init_args": {"progress": False}}
+    model = build_model(spec, in_channels=1, image_size=size, num_classes=4)
+    check_model(model, in_channels=1, image_size=size, num_outputs=4)
+    assert model(torch.zeros(2, 1, size, size)).shape == (2, 4)  # training: no auxiliary outputs
+    assert as_values(parser, parse(parser, argv))["client"]["private_model"] == {"class_path": spec["class_path"]}
+
+
+def test_only_what_was_chosen_of_a_model_is_kept() -> None:
+    parser = federation_parser()
+    model = "--client.proxy_model=torchvision.models.resnet18"
+    config = parse(parser, ["--data.dataset=digits", model, "--client.proxy_model.zero_init_residual=true"])
+    spec = {"class_path": "torchvision.models.resnet18", "init_args": {"zero_init_residual": True}}
+    assert as_values(parser, config)["client"]["proxy_model"] == spec
+    assert config.client.proxy_model.init_args.weights is None  # the parsed configuration is not changed
+    # Of all other classes the defaults are kept: they decide the numbers, and a later version may change them.
+    assert as_values(parser, config)["method"]["init_args"]["beta"] == 1.0

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedekd.early_exit import ExitPolicy, Latency, measure_latency, network_fingerprint
+from fedekd.errors import UserError
+from fedekd.models import PrivateCNN, multi_exit
+
+
+def test_one_entry_a_batch_size_in_order():
+    network = multi_exit(PrivateCNN(1, 8, 3), 3, 2).train()
+    shapes = []
+    network.stages[0].register_forward_hook(lambda stage, inputs, output: shapes.append(inputs[0].shape[0]))
+    own = ExitPolicy(
+        (0.0, -math.inf), (0.0, -math.inf), (False, False), 0.05, 0.1, "ltt", network=network_fingerprint(network)
+    )
+    found = measure_latency(network, own, torch.randn(5, 1, 8, 8), batch_sizes=(1, 8), batches=3)
+    assert [entry.batch_size for entry in found] == [1, 8]
+    assert all(isinstance(entry, Latency) for entry in found)
+    assert all(0 < value < math.inf for entry in found for value in (entry.full, entry.early, entry.ratio))
+    assert all(0 <= entry.error < math.inf for entry in found)
+    assert all(entry.ratio == pytest.approx(entry.early / entry.full) for entry in found)
+    # Full and early in turn; two pairs to warm up; more images than there are come round again; single images are
+    # twenty times as many.
+    assert shapes == [1] * 2 * (2 + 60) + [8] * 2 * (2 + 3)
+    assert network.training
+    assert network_fingerprint(network) == own.network
+
+
+def test_another_network_is_not_timed():
+    network = multi_exit(PrivateCNN(1, 8, 3), 3, 2)
+    own = ExitPolicy((0.5, -math.inf), (0.5, -math.inf), (False, False), 0.05, 0.1, "ltt", network="ab" * 32)
+    network.stages[0] = nn.Identity()
+    with pytest.raises(UserError, match="calibrate this one"):
+        measure_latency(network, own, torch.zeros(1, 1, 8, 8), (1,), 1)

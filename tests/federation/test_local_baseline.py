@@ -1,0 +1,84 @@
+"""A kept reference of Local is reused only where the code that made it is still the same."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedekd
+from fedekd.federation.local_baseline import TRAINING_CODE, baseline_key
+from fedekd.methods import ClientOptions, Local
+
+from .conftest import Federate
+
+ROOT = Path(fedekd.__file__).parent
+
+#: What training also imports, and why it need not be among the training code.
+HASHED_OTHERWISE = {
+    "data": "the samples themselves are part of the key",
+    **dict.fromkeys(
+        [f"models/{name}.py" for name in ("build", "cnn", "image_classifier", "multi_exit", "split")],
+        "so are the weights, and the files of the network's own layers",
+    ),
+    "methods/base.py": "only asks the methods' four verbs",
+    "errors.py": "says what is wrong, and then nothing is trained",
+    "tasks.py": "two names",
+}
+
+
+def imports(path: Path) -> Iterator[Path]:
+    """The files of fedekd that a file imports, behind what packages pass on."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedekd"):
+            for alias in node.names:
+                yield from defining(str(node.module), alias.name)
+
+
+def defining(module: str, name: str) -> Iterator[Path]:
+    """The file in which a name of a module is defined."""
+    place = ROOT.parent / module.replace(".", "/")
+    if (file := place.with_suffix(".py")).exists():
+        yield file
+        return
+    if (package := place / name).is_dir():
+        yield from package.glob("*.py")
+        return
+    for node in ast.walk(ast.parse((place / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            yield from defining(str(node.module), name)
+
+
+def test_all_that_training_imports_is_part_of_the_key() -> None:
+    found, waiting = set[Path](), [ROOT / "methods/client.py", ROOT / "methods/local.py"]
+    while waiting:
+        if (path := waiting.pop()) not in found:
+            found.add(path)
+            waiting += imports(path)
+    names = sorted(str(path.relative_to(ROOT)) for path in found)
+    assert "modules/objective_module.py" in names  # through methods/client.py and modules/__init__.py
+    assert "functional/shapes.py" in names
+    known = (*TRAINING_CODE, *HASHED_OTHERWISE)
+    assert [name for name in names if not any(name == one or name.startswith(f"{one}/") for one in known)] == []
+
+
+def test_an_optimizer_of_ones_own_is_known_by_its_code(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(body: str) -> str:
+        (tmp_path / "own_optimizer.py").write_text(f"import torch\n\nclass Own(torch.optim.SGD):\n    {body}\n")
+        sys.modules.pop("own_optimizer", None)
+        importlib.invalidate_caches()
+        options = ClientOptions(optimizer={"class_path": "own_optimizer.Own", "init_args": {"lr": 0.1}})
+        return baseline_key(federate(Local(), client=options).engine.client(0))  # type: ignore[attr-defined]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    assert key("pass") == key("pass") != key("momentum = 0.9")
+
+
+def test_all_of_the_key_is_there() -> None:
+    assert all((ROOT / part).exists() for part in TRAINING_CODE)

@@ -1,0 +1,260 @@
+"""DepthFL and ScaleFL through the orchestrator: who holds what of the server's model, and who averages it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedekd.errors import UserError
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
+from fedekd.functional import average_state_dicts
+from fedekd.methods import (
+    CAFEDistill,
+    Client,
+    ClientOptions,
+    DepthFL,
+    Ditto,
+    FedAvg,
+    FedDyn,
+    FedPer,
+    FedProx,
+    FedRep,
+    Local,
+    Method,
+    ScaleFL,
+    Update,
+)
+
+from .conftest import Federate, make_spec, weights
+
+DEPTHS = [1, 2, 3]
+
+
+def cnn(width: float = 1.0) -> dict[str, Any]:
+    return {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": width}}
+
+
+def options(**values: Any) -> ClientOptions:
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
+    return replace(ClientOptions(local_epochs=1, private_model=cnn(0.25), optimizer=adam, exits=3), **values)
+
+
+def client_of(run: Orchestrator, number: int) -> Any:
+    engine: Any = run.engine
+    return engine.client(number)
+
+
+def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) -> list[Update]:
+    """By hand, verb by verb; the updates as they were sent."""
+    broadcast, updates = run.method.broadcast(participants, round_idx), []
+    for number in participants:
+        client = client_of(run, number)
+        run.method.receive(client, broadcast.to(number), round_idx)
+        update = run.method.prepare_update(client, round_idx)
+        updates.append(replace(update, state=copied(update.state)))
+    run.method.aggregate(updates, round_idx)
+    return updates
+
+
+def started(run: Orchestrator) -> Orchestrator:
+    run.method.init_server(run.spec)
+    return run
+
+
+def assert_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def differ(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def depth_of(name: str) -> int:
+    """From `stages.1.0.weight` and `heads.1.norm.bias`: 2."""
+    return int(name.split(".")[1]) + 1
+
+
+@pytest.mark.parametrize("depths", [None, 2])
+@pytest.mark.parametrize("average", ["uniform", "samples"])
+def test_alike_and_without_distillation_depthfl_is_fedavg_bit_for_bit(
+    depths: int | None, average: Any, federate: Federate
+) -> None:
+    client = options(depths=depths)
+    ours, fedavg = (federate(m(weights=average), client=client) for m in (lambda **a: DepthFL(0.0, **a), FedAvg))
+    assert ours.run()["clients"] == fedavg.run()["clients"]
+    assert ours.progress.bytes_up == fedavg.progress.bytes_up
+    assert_equal(weights(ours), weights(fedavg))
+
+
+class Watched(DepthFL):
+    """Notes what each client is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: dict[int, set[str]] = {}
+
+    def receive(self, client: Client, received: Mapping[str, Tensor], round_idx: int) -> dict[str, float]:
+        self.received.setdefault(client.number, set()).update(received)
+        return super().receive(client, received, round_idx)
+
+
+def test_each_client_holds_receives_and_sends_its_stages_alone(federate: Federate) -> None:
+    method = Watched()
+    run = federate(method, client=options(depths=DEPTHS))
+    summary = run.run()
+    whole = run.spec.build_model("private", "server").state_dict()
+    size = {
+        depth: sum(t.numel() * t.element_size() for name, t in whole.items() if depth_of(name) <= depth)
+        for depth in DEPTHS
+    }
+    assert size[1] < size[2] < size[3]
+    rows = run.progress.history
+    assert [row["comm/bytes_up"] for row in rows] == [sum(size.values())] * 2
+    assert [row["comm/bytes_down"] for row in rows] == [2 * sum(size.values()), sum(size.values())]
+    assert summary["bytes_up"] == 2 * sum(size.values())
+    for number, depth in enumerate(DEPTHS):
+        client = client_of(run, number)
+        assert client.networks["private"].num_exits == len(client.exit_scores()) == depth
+        assert method.received[number] == {name for name in whole if depth_of(name) <= depth}
+        held = client.networks["private"].state_dict()
+        assert_equal(held, {name: run.method.server_state["model"][name] for name in held})
+    assert {name for name in rows[-1] if name.startswith("client_1/exit")} == {
+        *("client_1/exit_1/accuracy", "client_1/exit_2/accuracy"),
+    }
+    assert [line["exit"] for line in summary["exits"]] == DEPTHS
+
+
+def test_a_stage_is_averaged_over_those_who_hold_it(federate: Federate) -> None:
+    run = started(federate(DepthFL(weights="samples"), client=options(depths=DEPTHS)))
+    updates = one_round(run, [0, 1, 2], 0)
+    assert len({update.num_samples for update in updates}) > 1
+    for name, tensor in run.method.server_state["model"].items():
+        holders = [update for update in updates if name in update.state]
+        assert [update.client for update in holders] == [n for n in range(3) if depth_of(name) <= DEPTHS[n]]
+        shares = [update.num_samples for update in holders]
+        wanted = sum(share * update.state[name].double() for share, update in zip(shares, holders, strict=True)) / sum(
+            shares
+        )
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-7, atol=1e-9)
+    deepest = {name: t for name, t in updates[2].state.items() if depth_of(name) == 3}
+    assert_equal(deepest, {name: run.method.server_state["model"][name] for name in deepest})
+
+
+def test_what_no_participant_holds_stays_as_it_was(federate: Federate) -> None:
+    run = started(federate(DepthFL(), client=options(depths=DEPTHS)))
+    before = copied(run.method.server_state["model"])
+    one_round(run, [0, 1], 0)
+    moved = {name for name, t in run.method.server_state["model"].items() if not torch.equal(t, before[name])}
+    assert {depth_of(name) for name in moved} == {1, 2}
+
+
+def test_local_is_trained_at_the_depth_of_each_client(federate: Federate) -> None:
+    ours, local = (federate(method, client=options(depths=DEPTHS)) for method in (DepthFL(), Local()))
+    ours.run()
+    scores = [client["method"] for client in local.run()["clients"]]
+    assert [ours.progress.local[number][-1] for number in range(3)] == scores
+    assert [client_of(local, number).networks["private"].num_exits for number in range(3)] == DEPTHS
+
+
+def widths(*each: float) -> list[dict[str, Any]]:
+    return [cnn(width) for width in each]
+
+
+@pytest.mark.parametrize("depths", [None, [3, 2, 1]])
+def test_a_narrower_client_holds_the_leading_channels(depths: list[int] | None, federate: Federate) -> None:
+    client = options(private_model=widths(0.5, 0.25, 0.125), depths=depths)
+    run = started(federate(ScaleFL(warm_up=0.0), client=client))
+    whole = copied(run.method.server_state["model"])
+    broadcast = run.method.broadcast([0, 1, 2], 0)
+    for number, channels in enumerate((32, 16, 8)):
+        sent = broadcast.to(number)
+        assert sent["stages.0.0.weight"].shape == (channels, 1, 3, 3)
+        for name, tensor in sent.items():
+            assert torch.equal(tensor, whole[name][tuple(slice(size) for size in tensor.shape)]), name
+    updates = one_round(run, [0, 1, 2], 0)
+    after = run.method.server_state["model"]["heads.0.linear.weight"]
+    own = [update.state["heads.0.linear.weight"] for update in updates]
+    assert [tensor.shape[1] for tensor in own] == [32, 16, 8]
+    for column in range(32):
+        states = [{"w": tensor[:, column]} for tensor in own if tensor.shape[1] > column]
+        torch.testing.assert_close(after[:, column], average_state_dicts(states)["w"], rtol=0, atol=1e-7)
+    sizes = [sum(t.numel() * t.element_size() for t in broadcast.to(number).values()) for number in range(3)]
+    run = federate(ScaleFL(warm_up=0.0), client=client)
+    assert run.run()["bytes_up"] == 2 * sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        widths(0.25, 0.5, 0.25),
+        [{"class_path": "fedekd.models.ProxyCNN"}, *widths(1.0, 1.0)],
+        [cnn(), {"class_path": "torchvision.models.resnet18"}, cnn()],
+    ],
+    ids=["wider", "another class", "other layers"],
+)
+def test_a_model_that_is_no_part_of_the_first_is_told(models: Any, federate: Federate) -> None:
+    run = federate(ScaleFL(), client=options(private_model=models, exits=2))
+    with pytest.raises(UserError, match=r"^client\.private_models?: that of client 1 .* list the widest first$"):
+        run.run()
+    assert not run.progress.local
+
+
+@pytest.mark.parametrize("method", [DepthFL, ScaleFL])
+def test_regression_and_networks_without_exits_are_told(method: Callable[[], Method]) -> None:
+    with pytest.raises(UserError, match=rf"{method.__name__} .* regression"):
+        method().init_server(make_spec(task="regression", num_outputs=1, client=options()))
+    with pytest.raises(UserError, match=rf"{method.__name__} .*client\.exits"):
+        method().init_server(make_spec())
+
+
+@pytest.mark.parametrize("method", [FedAvg, FedPer, FedRep, FedProx, FedDyn, Ditto, CAFEDistill])
+def test_unlike_depths_are_refused_where_whole_models_are_averaged(method: Callable[[], Method]) -> None:
+    with pytest.raises(UserError, match=rf"{method.__name__} .*client\.depths"):
+        method().init_server(make_spec(client=options(depths=DEPTHS), num_clients=3))
+
+
+def test_cafedistill_needs_the_last_layer_of_the_network() -> None:
+    with pytest.raises(UserError, match=r"CAFEDistill .*client\.depths"):
+        CAFEDistill().init_server(make_spec(client=options(depths=2)))
+
+
+@pytest.mark.parametrize("method", [FedAvg, DepthFL])
+def test_a_depth_that_no_client_has_is_not_the_servers(method: Callable[[], Method], federate: Federate) -> None:
+    """Three clients, and a fourth depth: they are dealt out in turn, and it is nobody's."""
+    run = federate(method(), client=options(depths=[1, 1, 1, 3]), rounds=RoundOptions(rounds=1))
+    assert len(run.run()["clients"]) == 3
+
+
+@pytest.mark.parametrize("depths", [0, [], [1, 0], -1])
+def test_depths_below_one_are_told(depths: Any) -> None:
+    with pytest.raises(UserError, match=r"client\.depths is .*, and must be numbers of stages, at least 1, or null"):
+        options(depths=depths)
+
+
+def test_depths_are_looked_at_before_anything_is_trained(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"client\.depths is \[1, 2, 4\]: depth must be from 1 to 3, but is 4"):
+        federate(DepthFL(), client=options(depths=[1, 2, 4]))
+    with pytest.raises(UserError, match=r"client\.depths needs a network with exits; set --client\.exits"):
+        federate(FedAvg(), client=options(depths=2, exits=None))
+
+
+@pytest.mark.slow
+def test_side_by_side_gives_the_same_numbers(federate: Federate) -> None:
+    client = options(private_model=widths(0.5, 0.25, 0.125), depths=[3, 2, 1])
+    one, two = (federate(ScaleFL(warm_up=0.0), client=client, engine=engine) for engine in (None, MultiProcess(1)))
+    ours, theirs = one.run(), two.run()
+    for name in ("clients", "exits", "budgets", "bytes_up", "bytes_down"):
+        assert ours[name] == theirs[name]
+    assert_equal(one.method.server_state["model"], two.method.server_state["model"])
