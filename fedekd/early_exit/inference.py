@@ -49,8 +49,8 @@ def early_exit_forward(
         network: E exits.
         x: Images, shape (B, C, H, W), on the network's device.
         thresholds: Of each exit; the last one's counts as -inf.
-        search_bounds: Of each exit, at most its threshold: who reaches it and not the threshold leaves at the last exit. By
-            default the thresholds.
+        search_bounds: Of each exit, at most its threshold (default: the thresholds). A sample whose score lies
+            between bound and threshold exits at the last exit.
         score: A name of `fedekd.functional.SCORES`.
         proxy: For the score `agreement`, the network whose second opinion it is; asked of all images, unless no exit
             before the last is open.

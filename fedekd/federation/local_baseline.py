@@ -28,7 +28,7 @@ TRAINING_CODE = (
     "methods/specification.py",
     "methods/client.py",
     "methods/local.py",
-    "metrics/scores.py",
+    "metrics/registry.py",
     "models/modes.py",
     "modules",
     "seeding.py",

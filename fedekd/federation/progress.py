@@ -12,7 +12,7 @@ from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
-from fedekd.metrics import SCORE_NAME, negative_transfer
+from fedekd.metrics import negative_transfer, primary_metric
 from fedekd.tasks import Task
 
 #: Quantities of which a row also holds the mean over clients, beside all that begin with `exit`.
@@ -114,7 +114,7 @@ class Progress:
         Delta is against Local after the same number of supervised rounds. A client that has not taken part yet has
         no score, and is left out of the means.
         """
-        name = SCORE_NAME[task]
+        name = primary_metric(task).name
         numbers = sorted(self.records)
         scores = [self.records[number].score for number in numbers]
         local = self.local_scores()
@@ -151,7 +151,7 @@ class Progress:
 
         A client that has not looked yet uses the federated one.
         """
-        name, local, numbers = SCORE_NAME[task], self.local_scores(), sorted(self.records)
+        name, local, numbers = primary_metric(task).name, self.local_scores(), sorted(self.records)
         takes = [self._takes_federated(number) for number in numbers]
         scores = [self.records[n].score if taken else local[n] for n, taken in zip(numbers, takes, strict=True)]
         delta = negative_transfer(scores, [local[number] for number in numbers], task)

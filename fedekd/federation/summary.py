@@ -11,7 +11,7 @@ import fedekd
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.client_tradeoff import mean_tradeoff
 from fedekd.federation.progress import worst_score
-from fedekd.metrics import SCORE_NAME, negative_transfer
+from fedekd.metrics import negative_transfer, primary_metric
 
 if TYPE_CHECKING:
     from fedekd.federation.orchestrator import Orchestrator
@@ -47,7 +47,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "seed": run.seed,
         "method": type(run.method).__name__,
         "task": run.task,
-        "metric": SCORE_NAME[run.task],
+        "metric": primary_metric(run.task).name,
         "rounds": run.options.rounds,
         "mean": sum(scores) / len(scores),
         "worst": worst_score(scores, run.task),
@@ -78,7 +78,7 @@ def _kept(run: Orchestrator, number: int) -> dict[str, Any]:
 def _kept_by_all(run: Orchestrator, rule: DoNoHarm) -> dict[str, Any]:
     """Scores and Delta where every client uses the model that it keeps."""
     found = run.progress.kept(run.task)
-    name = SCORE_NAME[run.task]
+    name = primary_metric(run.task).name
     return {
         "rule": asdict(rule),
         "federated": found["federated"],

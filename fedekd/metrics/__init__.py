@@ -1,15 +1,17 @@
-"""How well clients are served: their scores, their calibration, and what they gain or lose by taking part."""
+"""Metrics: the registry of scores, Delta against local training, and calibration error."""
 
 from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
-from fedekd.metrics.scores import SCORE_NAME, score
+from fedekd.metrics.registry import METRICS, MetricSpec, primary_metric, score
 
 __all__ = [
-    "SCORE_NAME",
+    "METRICS",
+    "MetricSpec",
     "NegativeTransfer",
     "ReliabilityBin",
     "expected_calibration_error",
     "negative_transfer",
+    "primary_metric",
     "reliability",
     "score",
 ]

@@ -15,7 +15,7 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff, exit_tradeoff
 from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.methods import Broadcast, Client, FederationSpec, Method, Update
-from fedekd.metrics import SCORE_NAME
+from fedekd.metrics import primary_metric
 from fedekd.models import MultiExitNetwork
 
 
@@ -233,7 +233,7 @@ class SequentialEngine:
                 scores = client.exit_scores() if round_idx else [math.nan]
                 score = scores[-1]
                 if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
-                    name = SCORE_NAME[self.spec.task]
+                    name = primary_metric(self.spec.task).name
                     logs = logs | {f"exit_{place}/{name}": value for place, value in enumerate(scores, start=1)}
                 if round_idx and math.isnan(score):
                     self.observer.warn(f"round {round_idx}: client {number} has no score; its outputs are not finite")

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, root_mean_squared_error
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from fedekd.errors import UserError
-from fedekd.metrics import SCORE_NAME, score
+from fedekd.metrics import METRICS, primary_metric, score
 from fedekd.tasks import TASKS
 
 
@@ -53,9 +53,15 @@ def test_a_model_that_has_diverged_has_no_score(output: float) -> None:
     assert math.isnan(score(torch.tensor([[output], [0.0]]), torch.tensor([0.0, 1.0]), "regression"))
 
 
-def test_every_task_has_a_name_for_its_score() -> None:
-    assert tuple(SCORE_NAME) == TASKS
-    assert list(SCORE_NAME.values()) == ["accuracy", "rmse"]
+def test_primary_metric_is_accuracy_or_rmse() -> None:
+    assert [primary_metric(task).name for task in TASKS] == ["accuracy", "rmse"]
+    assert all(name == row.name for name, row in METRICS.items())
+
+
+def test_metric_spec_worst_follows_direction() -> None:
+    assert primary_metric("classification").worst([0.5, 0.25]) == 0.25
+    assert primary_metric("regression").worst([0.5, 0.25]) == 0.5
+    assert math.isnan(primary_metric("regression").worst([0.5, math.nan]))
 
 
 def test_mistakes_are_named() -> None:

@@ -1,0 +1,152 @@
+"""Registry of metrics: one row per metric, with its function, direction, unit and format.
+
+No other module names a metric. The primary metric of a task is the score of a client's test split
+(FedeKD Section 4.2: accuracy for classification, RMSE for regression).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import mean_squared_error
+
+from fedekd.tasks import TASKS, Task, require_task
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One row of `METRICS`.
+
+    Attributes:
+        name: Key in logs, CSV files and `summary.json`.
+        title: Name in tables and figures.
+        task: The task whose outputs the metric scores.
+        function: `(outputs, targets) -> float` over a whole split; NaN where the metric is undefined.
+        higher_is_better: Direction: True if a larger value is better.
+        unit: Unit of the value; empty for a ratio, `target` for the unit of the targets.
+        format: Format of a printed value, as in `format(value, ".4f")`.
+    """
+
+    name: str
+    title: str
+    task: Task
+    function: Callable[[Tensor, Tensor], float]
+    higher_is_better: bool
+    unit: str = ""
+    format: str = ".4f"
+
+    def text(self, value: float) -> str:
+        """Return a value as it is printed."""
+        return format(value, self.format)
+
+    def difference_text(self, value: float) -> str:
+        """Return a difference of two values as it is printed, with its sign."""
+        return format(value, f"+{self.format}")
+
+    def worst(self, values: list[float]) -> float:
+        """Return the worst of the values; NaN if one of them is NaN."""
+        if any(math.isnan(value) for value in values):
+            return math.nan
+        return min(values) if self.higher_is_better else max(values)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    r"""Accuracy $\frac1N \sum_i 1[\hat y_i = y_i]$, in float64.
+
+    Args:
+        logits: Shape (N, C).
+        labels: Class indices, shape (N,).
+
+    Returns:
+        A value in [0, 1]; NaN if there are no samples or a logit is not finite.
+
+    Raises:
+        ValueError: If the shapes do not match.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"accuracy needs logits (N, C) and labels (N,), but has {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if not torch.isfinite(logits).all():
+        return math.nan  # argmax would take the first class for a model that has diverged
+    # Counted here: torchmetrics divides in float32, and 0.9338 would read 0.9337999820709229 in a summary.
+    return (logits.argmax(dim=1) == labels).to(torch.float64).mean().item()
+
+
+def rmse(outputs: Tensor, targets: Tensor) -> float:
+    r"""Root mean squared error $\sqrt{\frac1N \sum_i (\hat y_i - y_i)^2}$, in float64.
+
+    Args:
+        outputs: Shape (N, 1) or (N,).
+        targets: Real numbers, shape (N,) or (N, 1).
+
+    Returns:
+        A value of at least 0 in the unit of the targets; NaN if there are no samples or an output is not finite.
+
+    Raises:
+        ValueError: If the shapes do not match.
+    """
+    n = len(outputs)
+    for name, tensor in (("outputs", outputs), ("targets", targets)):
+        if tensor.shape not in {(n,), (n, 1)}:
+            raise ValueError(f"RMSE needs {name} of shape ({n},) or ({n}, 1), but has {tuple(tensor.shape)}")
+    if n == 0 or not torch.isfinite(outputs).all():
+        return math.nan
+    predicted, wanted = outputs.to(torch.float64).flatten(), targets.to(torch.float64).flatten()
+    return mean_squared_error(predicted, wanted, squared=False).item()
+
+
+#: By name; the first row of a task is its primary metric. A new metric is one function and one row.
+METRICS: dict[str, MetricSpec] = {
+    row.name: row
+    for row in (
+        MetricSpec("accuracy", "accuracy", "classification", accuracy, higher_is_better=True),
+        MetricSpec("rmse", "RMSE", "regression", rmse, higher_is_better=False, unit="target"),
+    )
+}
+
+_PRIMARY: dict[Task, MetricSpec] = {task: next(row for row in METRICS.values() if row.task == task) for task in TASKS}
+
+
+def primary_metric(task: Task) -> MetricSpec:
+    """Return the metric by which clients are scored and Delta is computed.
+
+    Args:
+        task: `classification` or `regression`.
+
+    Raises:
+        UserError: If `task` is unknown.
+
+    Example:
+        >>> primary_metric("regression").name
+        'rmse'
+    """
+    return _PRIMARY[require_task(task)]
+
+
+def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
+    """Score a whole split by the primary metric of a task, in float64 and independent of the evaluation batch size.
+
+    Args:
+        outputs: Logits, shape (N, C); for regression shape (N, 1) or (N,).
+        targets: Labels, shape (N,); for regression real numbers, shape (N,) or (N, 1).
+        task: `classification` or `regression`.
+
+    Returns:
+        The value of the primary metric; NaN if there are no samples or an output is not finite.
+
+    Raises:
+        UserError: If `task` is unknown.
+        ValueError: If the shapes do not match.
+
+    Example:
+        >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
+        0.5
+        >>> score(torch.tensor([[1.0], [7.0]]), torch.tensor([0.0, 0.0]), "regression")
+        5.0
+    """
+    return primary_metric(task).function(outputs.detach(), targets.detach())
