@@ -21,7 +21,7 @@ class Images(Dataset[Any]):
     """A client's images, scaled one by one."""
 
     def __init__(self, setting: CalibrationTarget, indices: Tensor) -> None:
-        self.images, self.targets = setting.data.images.images, setting.data.images.targets  # on the host
+        self.images, self.targets = setting.data.images.pixels, setting.data.images.targets  # on the host
         self.indices = indices.cpu()
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ class CalibrationTarget:
     def client(self, method: Method, indices: Tensor) -> Client:
         """A client that trains on the samples `indices`, ready for its first phase."""
         method.init_server(self.spec)
-        images = replace(self.data.images, images=self.images, targets=self.targets)
+        images = replace(self.data.images, pixels=self.images, targets=self.targets)
         client = Client(0, replace(self.data.clients[0], train=indices), images, self.spec)
         method.init_client(client)
         return client
@@ -80,7 +80,7 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
     """FashionMNIST's first `samples` images, or random ones where it is not at hand; nothing is downloaded."""
     try:
         whole, source = load_images("fashionmnist", root, download=False), "FashionMNIST"
-        images, targets = whole.images[:samples], whole.targets[:samples]
+        images, targets = whole.pixels[:samples], whole.targets[:samples]
     except UserError:
         source = "random images of FashionMNIST's shape"
         generator = torch.Generator().manual_seed(seed)
@@ -91,4 +91,4 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
     data.setup()
     spec = shared_specification(FedeKD(), data, ClientOptions(), trainer, RoundOptions(rounds=1), seed, num_clients=6)
     device = spec.trainer.torch_device
-    return CalibrationTarget(data, spec, data.images.images.to(device), data.images.targets.to(device), source)
+    return CalibrationTarget(data, spec, data.images.pixels.to(device), data.images.targets.to(device), source)

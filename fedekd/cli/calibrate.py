@@ -263,7 +263,7 @@ def _remarks(policy: ExitPolicy, client: Client, trained_on: torch.Tensor | None
     if not MODES[policy.mode].promises:
         remarks.append(f"mode {policy.mode} promises nothing of these exits; ltt and path do")
     if trained_on is not None:
-        images, splits = client.images.images, client.splits
+        images, splits = client.images.pixels, client.splits
         held_out = images[torch.cat([splits.tuning, splits.calibration])]
         if shared := shared_images(held_out, images[trained_on]):
             remarks.append(

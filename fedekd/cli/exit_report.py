@@ -57,7 +57,7 @@ def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> in
                 "commit": current_commit(),
                 "fedekd": fedekd.__version__,
                 "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if first.images.images.is_cuda else "cpu",
+                "device": torch.cuda.get_device_name() if first.images.pixels.is_cuda else "cpu",
                 "threads": torch.get_num_threads(),
                 "precision": "float32",
             },

@@ -72,8 +72,8 @@ def run(argv: Sequence[str]) -> int:
     if config.client is None and len(clients) > 1:
         raise UserError(f"--client must be given: this run has the clients 0..{len(clients) - 1}")
     client = chosen_clients(clients, config.client or 0)[0]
-    if images.shape[1:] != client.images.images.shape[1:]:
-        given, own = tuple(images.shape[1:]), tuple(client.images.images.shape[1:])
+    if images.shape[1:] != client.images.pixels.shape[1:]:
+        given, own = tuple(images.shape[1:]), tuple(client.images.pixels.shape[1:])
         raise UserError(f"--input has images of {given}, and the network takes {own} (channels, height, width)")
     if client.spec.task == "regression":
         raise UserError(f"{config.run} is a regression run; predict gives the classes of a classifier")

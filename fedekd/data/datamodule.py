@@ -228,7 +228,7 @@ class FederatedDataModule(lightning.LightningDataModule):
     ) -> TensorBatches:
         chosen = self.clients if self.client is None else [self.clients[self.client]]
         indices = torch.cat([split(own) for own in chosen])
-        return TensorBatches(self.images.images, self.images.targets, indices, size, generator=generator)
+        return TensorBatches(self.images.pixels, self.images.targets, indices, size, generator=generator)
 
 
 def split_client(

@@ -25,7 +25,7 @@ class ImageData:
 
     Args:
         name: What the data set is called.
-        images: Pixels 0..255, uint8, shape (N, C, H, W), contiguous.
+        pixels: Values 0..255, uint8, shape (N, C, H, W), contiguous.
         targets: Classes, int64, or for regression grades, float32; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades; labels are 0..num_classes-1.
@@ -33,7 +33,7 @@ class ImageData:
     """
 
     name: str
-    images: Tensor
+    pixels: Tensor
     targets: Tensor
     task: Task
     num_classes: int
@@ -89,7 +89,7 @@ class ImageData:
             )
         return cls(
             name=name,
-            images=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            pixels=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
             targets=torch.from_numpy(labels if task == "classification" else labels.astype(np.float32)),
             task=task,
             num_classes=num_classes,
@@ -97,17 +97,17 @@ class ImageData:
         )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pixels)
 
     @property
     def in_channels(self) -> int:
         """Channels of an image."""
-        return self.images.shape[1]
+        return self.pixels.shape[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        return self.images.shape[2], self.images.shape[3]
+        return self.pixels.shape[2], self.pixels.shape[3]
 
     @property
     def labels(self) -> Tensor:
@@ -135,12 +135,12 @@ def content_digest(data: ImageData, groups: list[Tensor]) -> str:
         data: The images.
         groups: Index tensors, int64; where one group ends and the next begins counts too.
     """
-    digest = sha256(f"{data.task} {data.num_classes} {tuple(data.images.shape[1:])}".encode())
+    digest = sha256(f"{data.task} {data.num_classes} {tuple(data.pixels.shape[1:])}".encode())
     for group in groups:
         digest.update(f" {len(group)} ".encode())
         # A few thousand samples at a time: the digest must not double the memory a large data set takes.
         for part in torch.split(group, 4096):
-            digest.update(data.images[part].cpu().numpy().tobytes())
+            digest.update(data.pixels[part].cpu().numpy().tobytes())
             digest.update(data.targets[part].cpu().numpy().tobytes())
     return digest.hexdigest()
 

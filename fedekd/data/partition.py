@@ -257,7 +257,7 @@ def _by_label(images: ImageData, num_clients: int, alpha: float, seed: int, min_
 
 def _by_cluster(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     # Pixels unscaled, which spares a copy: mapping them to [-1, 1] changes no cluster.
-    pixels = images.images.numpy()
+    pixels = images.pixels.numpy()
     return dirichlet_cluster_partition(pixels, num_clients, alpha, seed, min_samples=min_samples)
 
 

@@ -80,7 +80,7 @@ def load_images(
 
     Example:
         >>> digits = load_images("digits")
-        >>> digits.images.shape, digits.num_classes, digits.task
+        >>> digits.pixels.shape, digits.num_classes, digits.task
         (torch.Size([1797, 1, 8, 8]), 10, 'classification')
     """
     folder = Path(root).expanduser()

@@ -126,7 +126,7 @@ def calibrate_client(
         tuning, calibration = (split_outputs(client, split) for split in ("tuning", "calibration"))
     else:
         _require_apart(client, held_out, learned_from(client) if trained_on is None else trained_on)
-        outputs = exit_outputs(network, held_out.images, held_out.labels, proxy=client.networks.get("proxy"))
+        outputs = exit_outputs(network, held_out.pixels, held_out.labels, proxy=client.networks.get("proxy"))
         # Shuffled: a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.spec.seed, client.number, "held out"))
         order = torch.randperm(len(outputs), generator=generator)
@@ -176,11 +176,11 @@ def fit_policy(
 def split_outputs(client: Client, split: str) -> ExitOutputs:
     """All exits' answers to one of a client's splits."""
     network = exits_of(client)
-    indices = getattr(client.splits, split).to(client.images.images.device)
+    indices = getattr(client.splits, split).to(client.images.pixels.device)
     if not len(indices):
         classes = client.spec.num_outputs
         return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
-    images, labels = client.images.images[indices], client.images.labels[indices]
+    images, labels = client.images.pixels[indices], client.images.labels[indices]
     return exit_outputs(network, images, labels, proxy=client.networks.get("proxy"))
 
 
@@ -236,18 +236,18 @@ def _content(image: Tensor) -> bytes:
 
 
 def _require_apart(client: Client, held_out: ImageData, trained_on: Tensor) -> None:
-    if held_out.images.shape[1:] != client.images.images.shape[1:]:
-        given, own = tuple(held_out.images.shape[1:]), tuple(client.images.images.shape[1:])
+    if held_out.pixels.shape[1:] != client.images.pixels.shape[1:]:
+        given, own = tuple(held_out.pixels.shape[1:]), tuple(client.images.pixels.shape[1:])
         raise UserError(
             f"--input has images of {given}, and the network was trained on {own} (channels, height, width)"
         )
-    train = client.images.images[trained_on.to(client.images.images.device)]
-    if shared := shared_images(held_out.images, train):
+    train = client.images.pixels[trained_on.to(client.images.pixels.device)]
+    if shared := shared_images(held_out.pixels, train):
         raise UserError(
             f"--input: {shared} of {len(held_out)} images are among those that the network was trained on"
             " or chosen by; a promise made from them would be worth nothing"
         )
-    if repeats := len(held_out) - len({_content(image) for image in held_out.images}):
+    if repeats := len(held_out) - len({_content(image) for image in held_out.pixels}):
         raise UserError(
             f"--input: {repeats} of {len(held_out)} images repeat another one, pixel by pixel; a promise counts each as"
             " evidence of its own, so each may be there once"

@@ -46,7 +46,7 @@ def write_site_data(data: FederatedDataModule, folder: Path) -> list[Path]:
     images, paths = data.images, []
     for splits in data.clients:
         own = np.sort(np.concatenate([part.numpy() for part in (splits.train, splits.validation, splits.test)]))
-        pixels = images.images[own].permute(0, 2, 3, 1).numpy()
+        pixels = images.pixels[own].permute(0, 2, 3, 1).numpy()
         arrays = {"train_images": pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels}
         arrays["train_labels"] = images.labels[own].numpy()[:, None]
         for split in ("val", "test"):  # MedMNIST's layout has them; all splits are pooled

@@ -83,7 +83,7 @@ class Site:
         )
         self.number, self.images, self.splits = number, images, splits
         self.method, self.spec = method, spec
-        self.host = ClientWorker(share, np.ascontiguousarray(images.images.numpy()))
+        self.host = ClientWorker(share, np.ascontiguousarray(images.pixels.numpy()))
 
     @staticmethod
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:

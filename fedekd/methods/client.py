@@ -97,7 +97,7 @@ class Client:
             return torch.Generator().manual_seed(seed)
 
         batches = TensorBatches(
-            self.images.images,
+            self.images.pixels,
             self.images.targets,
             self.splits.train,
             spec.batch_size,
@@ -131,14 +131,14 @@ class Client:
             mixed: In the mixed precision of training, where that is one; False is in the precision of the weights.
         """
         network, trainer = self.networks[role], self.spec.trainer
-        indices = getattr(self.splits, split).to(self.images.images.device)
+        indices = getattr(self.splits, split).to(self.images.pixels.device)
         parts = []
         with eval_mode(network), trainer.autocast() if mixed else nullcontext():
             for chosen in indices.split(self.spec.eval_batch_size):
-                x = scale(self.images.images[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
+                x = scale(self.images.pixels[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 parts.append(predict(network, x, with_features))
         if not parts:
-            empty = torch.empty(0, self.spec.num_outputs, device=self.images.images.device)
+            empty = torch.empty(0, self.spec.num_outputs, device=self.images.pixels.device)
             return ModelOutput((empty,) * getattr(network, "num_exits", 1))
         exits = tuple(torch.cat(outputs) for outputs in zip(*(part.exits for part in parts), strict=True))
         features = torch.cat([part.features for part in parts if part.features is not None]) if with_features else None

@@ -186,7 +186,7 @@ def test_digest_follows_the_contents(write_npz: WriteNpz) -> None:
     digests = [own.digest(data.images) for own in data.clients]
     assert digests == [own.digest(again.images) for own in again.clients]
     assert digests[0] != digests[1]
-    again.images.images[again.clients[0].test[0], 0, 0, 0] += 1
+    again.images.pixels[again.clients[0].test[0], 0, 0, 0] += 1
     assert again.clients[0].digest(again.images) != digests[0]
     assert again.clients[1].digest(again.images) == digests[1]
 

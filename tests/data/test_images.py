@@ -22,10 +22,10 @@ def build(images: Any = None, targets: Any = None, task: Any = "classification",
 def test_channels_come_first_and_labels_are_flat() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
     data = build(images)
-    assert data.images.dtype == torch.uint8
-    assert data.images.is_contiguous()
-    assert data.images.shape == (6, 3, 8, 9)
-    assert data.images[4, 2, 5, 7] == images[4, 5, 7, 2]
+    assert data.pixels.dtype == torch.uint8
+    assert data.pixels.is_contiguous()
+    assert data.pixels.shape == (6, 3, 8, 9)
+    assert data.pixels[4, 2, 5, 7] == images[4, 5, 7, 2]
     assert (data.in_channels, data.image_size, data.num_classes, data.num_outputs, len(data)) == (
         3,
         (8, 9),
@@ -38,7 +38,7 @@ def test_channels_come_first_and_labels_are_flat() -> None:
 
 
 def test_grey_images_get_a_channel() -> None:
-    assert build(np.zeros((6, 8, 9), np.uint8)).images.shape == (6, 1, 8, 9)
+    assert build(np.zeros((6, 8, 9), np.uint8)).pixels.shape == (6, 1, 8, 9)
 
 
 def test_regression_has_float_targets_and_one_output() -> None:
@@ -102,15 +102,15 @@ def test_splits_must_sum_to_the_images() -> None:
 def test_digest_tells_contents_and_ignores_the_name() -> None:
     data = build()
     assert data.digest() == build().digest() == replace(data, name="other").digest()
-    other_pixels, other_target = data.images.clone(), data.targets.clone()
+    other_pixels, other_target = data.pixels.clone(), data.targets.clone()
     other_pixels[5, 0, 0, 0] += 1
     other_target[5] = 0
     others = [
-        replace(data, images=other_pixels),
+        replace(data, pixels=other_pixels),
         replace(data, targets=other_target),
         replace(data, task="regression"),
         replace(data, num_classes=4),
-        replace(data, images=data.images.reshape(6, 3, 9, 8)),
+        replace(data, pixels=data.pixels.reshape(6, 3, 9, 8)),
     ]
     assert len({data.digest(), *(other.digest() for other in others)}) == 6
 

@@ -172,7 +172,7 @@ def test_table_of_partitions(blobs: ImageData) -> None:
     by_label = PARTITIONS["label"](blobs, 3, 0.3, 0, 10)
     by_hand = dirichlet_label_partition(blobs.labels, 3, 0.3, 0, 10)
     assert all(np.array_equal(a, b) for a, b in zip(by_label, by_hand, strict=True))
-    scaled = blobs.images.numpy() / 127.5 - 1
+    scaled = blobs.pixels.numpy() / 127.5 - 1
     by_cluster = PARTITIONS["cluster"](blobs, 3, 0.3, 0, 10)
     by_hand = dirichlet_cluster_partition(scaled, 3, 0.3, 0)
     assert all(np.array_equal(a, b) for a, b in zip(by_cluster, by_hand, strict=True))

@@ -53,18 +53,18 @@ def write_fashionmnist(root: Path) -> tuple[Any, Any]:
 
 def test_digits() -> None:
     digits = load_images("digits", download=False)
-    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.pixels.shape == (1797, 1, 8, 8)
     assert digits.splits == {"train": 1797, "val": 0, "test": 0}
     assert (digits.name, digits.task, digits.num_classes) == ("digits", "classification", 10)
     assert torch.bincount(digits.targets).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    levels = sorted(set(digits.images.flatten().tolist()))
+    levels = sorted(set(digits.pixels.flatten().tolist()))
     assert levels == [round(level * 255 / 16) for level in range(17)]
 
 
 def test_a_path_is_a_classification_of_the_labels_it_holds(write_npz: WriteNpz) -> None:
     data = load_images(str(write_npz("mine", classes=4, shape=(8, 10, 3))))
     assert (data.name, data.task, data.num_classes) == ("mine", "classification", 4)
-    assert data.images.shape == (42, 3, 8, 10)
+    assert data.pixels.shape == (42, 3, 8, 10)
     assert data.splits == {"train": 30, "val": 0, "test": 12}
 
 
@@ -119,7 +119,7 @@ def test_fashionmnist_through_torchvision(
 ) -> None:
     images, labels = write_fashionmnist(tmp_path)
     data = load_images("fashionmnist", tmp_path)
-    assert np.array_equal(data.images.numpy()[:, 0], images)
+    assert np.array_equal(data.pixels.numpy()[:, 0], images)
     assert data.targets.tolist() == labels.tolist()
     assert data.splits == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 10)
@@ -155,7 +155,7 @@ def test_cifar100_through_torchvision(
 ) -> None:
     images, labels = write_cifar100(tmp_path, monkeypatch)
     data = load_images("cifar100", tmp_path)
-    assert np.array_equal(data.images.numpy().transpose(0, 2, 3, 1), images)
+    assert np.array_equal(data.pixels.numpy().transpose(0, 2, 3, 1), images)
     assert data.targets.tolist() == labels
     assert data.splits == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 100)
@@ -290,8 +290,8 @@ def test_diabetic_retinopathy_through_medimeta(tmp_path: Path, monkeypatch: pyte
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "info.yaml").touch()
     data = load_images("diabetic_retinopathy", tmp_path)
-    assert data.images.shape == (9, 3, 16, 16)
-    assert data.images[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert data.pixels.shape == (9, 3, 16, 16)
+    assert data.pixels[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
     assert data.targets.tolist() == [0, 2, 4, 1, 3, 1, 3, 0, 2]
     assert data.splits == {"train": 5, "val": 0, "test": 4}
     assert (data.task, data.num_classes) == ("regression", 5)

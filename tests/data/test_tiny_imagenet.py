@@ -76,7 +76,7 @@ def test_by_its_name(tmp_path: Path) -> None:
     write_folder(tmp_path / "tiny-imagenet-200", wnids, train=1)
     data = load_images("tinyimagenet", tmp_path, download=False)
     assert (data.name, data.task, data.num_classes) == ("tinyimagenet", "classification", 200)
-    assert data.images.shape == (400, 3, 64, 64)
+    assert data.pixels.shape == (400, 3, 64, 64)
     assert data.splits == {"train": 200, "val": 0, "test": 200}
     assert data.targets.tolist() == [*range(200), *reversed(range(200))]
 
@@ -89,7 +89,7 @@ def test_loading_holds_the_images_twice_at_most(tmp_path: Path) -> None:
     data = load_images("tinyimagenet", tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2.3 * data.images.nbytes
+    assert peak < 2.3 * data.pixels.nbytes
 
 
 @pytest.mark.parametrize("download", [True, False])

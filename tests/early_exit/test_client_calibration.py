@@ -87,10 +87,10 @@ def test_what_leaves_in_inference_is_what_was_counted(client):
     policy = calibrate_client(client, SelectiveRiskCalibrator(0.3, 0.3))
     assert policy.leaving[0] > 0
     chosen = client.splits.calibration
-    outputs = exit_outputs(client.networks["private"], client.images.images[chosen], client.images.labels[chosen])
+    outputs = exit_outputs(client.networks["private"], client.images.pixels[chosen], client.images.labels[chosen])
 
     _, exits = policy.predict(
-        client.networks["private"], prepared(client.networks["private"], client.images.images[chosen])
+        client.networks["private"], prepared(client.networks["private"], client.images.pixels[chosen])
     )
     counted = np.bincount(policy.assign(outputs.scored().scores), minlength=2)
     assert tuple(counted) == policy.leaving == tuple(np.bincount(exits.numpy(), minlength=2))
@@ -98,7 +98,7 @@ def test_what_leaves_in_inference_is_what_was_counted(client):
 
 def held_out(client, indices):
     images = client.images
-    return replace(images, images=images.images[indices], targets=images.targets[indices], splits={"all": len(indices)})
+    return replace(images, pixels=images.pixels[indices], targets=images.targets[indices], splits={"all": len(indices)})
 
 
 def test_other_labelled_images_take_the_place_of_both_splits(client):
@@ -118,7 +118,7 @@ def test_images_that_were_trained_on_are_counted_and_refused(client):
 
 def test_images_of_another_shape_are_refused(client):
     data = held_out(client, client.splits.test)
-    other = replace(data, images=data.images[..., :7])
+    other = replace(data, pixels=data.pixels[..., :7])
     with pytest.raises(UserError, match=r"images of \(1, 8, 7\), and the network was trained on \(1, 8, 8\)"):
         calibrate_client(client, SelectiveRiskCalibrator(0.1), held_out=other)
 

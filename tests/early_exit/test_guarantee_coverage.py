@@ -108,7 +108,7 @@ def pool_of(client: Any) -> ExitScores:
     parts = []
     for split in (client.splits.tuning, client.splits.calibration, client.splits.holdout, client.splits.test):
         images = client.images
-        parts.append(exit_outputs(client.networks["private"], images.images[split], images.labels[split]).scored())
+        parts.append(exit_outputs(client.networks["private"], images.pixels[split], images.labels[split]).scored())
     return ExitScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 

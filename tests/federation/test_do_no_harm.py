@@ -118,7 +118,7 @@ def right(client: Any, network: Any, split: str) -> list[bool]:
     images, found = client.images, []
     for index in getattr(client.splits, split):
         with torch.no_grad():
-            output = network.eval()(scale(images.images[index][None]))
+            output = network.eval()(scale(images.pixels[index][None]))
         found.append(bool(output.argmax() == images.targets[index]))
     return found
 

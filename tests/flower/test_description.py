@@ -68,7 +68,7 @@ def test_other_pixels_change_the_digest_and_nothing_else(options: list[str]) -> 
     method, data, spec = built(options)
     splits = data.clients[0]
     before = describe(method, spec, data.images, splits)
-    data.images.images[splits.test[0], 0, 0, 0] += 1
+    data.images.pixels[splits.test[0], 0, 0, 0] += 1
     after = describe(method, spec, data.images, splits)
     assert before.pop("digest") != after.pop("digest")
     assert before == after

@@ -87,7 +87,7 @@ def test_data_of_its_own_are_what_it_was_dealt(
         assert site.splits.digest(site.images) == client.digest(data.images)
         for split in SPLITS:
             mine, dealt = getattr(site.splits, split), getattr(client, split)
-            assert torch.equal(site.images.images[mine], data.images.images[dealt]), split
+            assert torch.equal(site.images.pixels[mine], data.images.pixels[dealt]), split
             assert torch.equal(site.images.targets[mine], data.images.targets[dealt]), split
         assert site.images.num_classes == 4
 

@@ -75,7 +75,7 @@ def test_predictions_come_in_the_order_of_the_split(client: Client) -> None:
     output = client.predict("private", "train").output
 
     with torch.no_grad():
-        expected = network(scale(client.images.images[client.splits.train]))
+        expected = network(scale(client.images.pixels[client.splits.train]))
     torch.testing.assert_close(output, expected)
 
 
@@ -86,7 +86,7 @@ def test_losses_are_those_of_the_model_that_is_used_later(client: Client) -> Non
     client.networks["private"] = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     plain = client.predict("private", "test", mixed=False).output
     with torch.no_grad():
-        assert torch.equal(plain, client.networks["private"](scale(client.images.images[client.splits.test])))
+        assert torch.equal(plain, client.networks["private"](scale(client.images.pixels[client.splits.test])))
     assert not torch.equal(plain, client.predict("private", "test").output.float())
     # A label that only one of the two precisions finds: nearly a tie.
     targets = client.images.targets[client.splits.test]

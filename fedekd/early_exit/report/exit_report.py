@@ -209,8 +209,8 @@ def _policy_line(client: Client, run: Trained, alpha: float, options: ReportOpti
         # In a random order: splits are sorted by place in the data set, and so perhaps by class.
         test = client.splits.test
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.spec.seed))
-        chosen = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.images.device)
-        images = prepared(run.network, client.images.images[chosen])
+        chosen = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.pixels.device)
+        images = prepared(run.network, client.images.pixels[chosen])
         latency = measure_latency(run.network, policy, images, batches=options.batches)
     return PolicyLine(policy, evaluate_policy(policy, run.test, run.costs), latency)
 
@@ -256,7 +256,7 @@ def _corrupted(client: Client, run: Trained, options: ReportOptions, advance: Ca
         # Spread over the split, which is sorted by place in the data set, and so perhaps by class.
         wanted = min(len(indices), options.corrupted)
         chosen = indices[torch.linspace(0, len(indices) - 1, wanted, dtype=torch.float64).round().long()]
-        return Labelled(client.images.images[chosen], client.images.labels[chosen])
+        return Labelled(client.images.pixels[chosen], client.images.labels[chosen])
 
     found = []
     for line in under_corruption(

@@ -174,7 +174,7 @@ class SequentialEngine:
         self.method, self.spec, self.baseline_dir = method, spec, baseline_dir
         self.observer = observer or SilentObserver()
         device = spec.trainer.torch_device
-        self.images = replace(data.images, images=data.images.images.to(device), targets=data.images.targets.to(device))
+        self.images = replace(data.images, pixels=data.images.pixels.to(device), targets=data.images.targets.to(device))
         self.splits = data.clients
         self.clients: dict[int, Client] = {}
 

@@ -71,7 +71,7 @@ class _Share:
         """The images, mapped: processes that train on the CPU share one copy."""
         size = int(torch.tensor(self.shape).prod())
         mapped = torch.from_file(str(self.pixels), shared=False, size=size, dtype=torch.uint8)
-        return replace(self.without_images, images=mapped.view(self.shape))
+        return replace(self.without_images, pixels=mapped.view(self.shape))
 
 
 class MultiProcessEngine:
@@ -189,8 +189,8 @@ class MultiProcessEngine:
         with tempfile.TemporaryDirectory(prefix="fedekd-", ignore_cleanup_errors=True) as folder:
             images = self._data.images
             pixels = Path(folder) / "pixels"
-            images.images.cpu().numpy().tofile(pixels)
-            share = _Share(without_images(images), list(self._data.clients), pixels, tuple(images.images.shape))
+            images.pixels.cpu().numpy().tofile(pixels)
+            share = _Share(without_images(images), list(self._data.clients), pixels, tuple(images.pixels.shape))
             parts = pickle.dumps((without_server_state(self._method), share, self._spec, self._references))
             for place in range(max(self._home) + 1):
                 self._workers.append(_Worker([n for n, home in enumerate(self._home) if home == place]))

@@ -214,7 +214,7 @@ class RayEngine:
                 None if self._references is None else self._references.resolve(),
                 self._store.folder,
             )
-            pixels = np.ascontiguousarray(self._data.images.images.cpu().numpy())
+            pixels = np.ascontiguousarray(self._data.images.pixels.cpu().numpy())
             with deferred():
                 parts = self._ray.put(share), self._ray.put(pixels)  # one copy a machine
             options = self.options

@@ -46,4 +46,4 @@ def without_server_state(method: Method) -> Method:
 
 def without_images(images: ImageData) -> ImageData:
     """All that is known of a data set's images but the images themselves."""
-    return replace(images, images=torch.empty(0, *images.images.shape[1:], dtype=torch.uint8))
+    return replace(images, pixels=torch.empty(0, *images.pixels.shape[1:], dtype=torch.uint8))

@@ -63,7 +63,7 @@ class ClientWorker:
     def __init__(self, share: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the view cannot be written to, and nobody does
-            images = replace(share.without_images, images=torch.from_numpy(pixels))
+            images = replace(share.without_images, pixels=torch.from_numpy(pixels))
         self.events: list[Event] = []
         self.store = ClientStore(share.store)
         self.engine = SequentialEngine(

@@ -44,8 +44,8 @@ def test_corrupted_images_are_spread_over_their_split(client: Any, monkeypatch: 
     for part, split in zip(seen, splits, strict=True):
         assert len(part.images) == 15
         # The first and the last are there, and no two neighbours lie far apart.
-        assert torch.equal(part.images[0], client.images.images[split[0]])
-        assert torch.equal(part.images[-1], client.images.images[split[-1]])
+        assert torch.equal(part.images[0], client.images.pixels[split[0]])
+        assert torch.equal(part.images[-1], client.images.pixels[split[-1]])
 
 
 def test_the_reports_policies_are_those_of_calibrate(client: Any) -> None:

@@ -95,7 +95,7 @@ def make_host(run: Orchestrator, folder: Path) -> ClientWorker:
     folder.mkdir()
     method, images = without_server_state(run.method), without_images(run.data.images)
     share = WorkerSetup(method, images, list(run.data.clients), run.spec, None, folder)
-    return ClientWorker(share, np.ascontiguousarray(run.data.images.images.numpy()))
+    return ClientWorker(share, np.ascontiguousarray(run.data.images.pixels.numpy()))
 
 
 def fail_halfway(host: ClientWorker, version: int, shared: StateDict) -> None:
