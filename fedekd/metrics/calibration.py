@@ -1,4 +1,4 @@
-"""Whether a classifier is right as often as it says (Guo et al., 2017, arXiv 1706.04599)."""
+"""Calibration of a classifier: confidence compared with accuracy (Guo et al., 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
 
 from fedekd.functional.shapes import require_same_shape
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The samples whose confidence lies in one interval.
+    """One point of a reliability diagram: the samples whose confidence lies in one interval.
 
-    Args:
-        low: Lower end of the interval, not part of it, save for 0.
-        high: Upper end, part of it.
+    Attributes:
+        low: Lower end of the interval, included.
+        high: Upper end, excluded; the last interval includes 1.
         count: Number of samples, at least 1.
-        confidence: Their mean confidence.
-        accuracy: The share of them that are right.
+        confidence: Mean confidence of the samples.
+        accuracy: Fraction of the samples that are classified correctly.
     """
 
     low: float
@@ -31,41 +32,36 @@ class ReliabilityBin:
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[ReliabilityBin]:
-    r"""Accuracy against confidence, in bins of equal width: the points of a reliability diagram.
+    r"""Return accuracy and mean confidence in bins of equal width: a reliability diagram.
 
-    Bin m of M holds confidences in $(\frac{m-1}M, \frac mM]$; the first also holds 0.
+    Bin m of M holds the confidences in $[\frac{m-1}M, \frac mM)$, as in torchmetrics; the last bin also holds 1.
+    Guo et al. assign an inner edge to the bin below instead.
 
     Args:
-        confidence: Of each prediction, in [0, 1], shape (N,); NaN goes to the last bin, whose mean is then NaN.
-        correct: Whether each prediction is right, bool, shape (N,).
-        bins: M, at least 1.
+        confidence: Confidence of each prediction, in [0, 1], shape (N,). NaN is counted in the last bin, whose
+            mean confidence is then NaN.
+        correct: True where a prediction is correct, bool, shape (N,).
+        bins: Number of bins M, at least 1.
 
     Returns:
-        The bins that hold a sample, by rising confidence.
+        The bins with at least one sample, in ascending order of confidence; means in float64.
 
     Raises:
-        ValueError: The shapes differ or are not (N,), `correct` is not bool, a confidence lies outside [0, 1], or
-            there is no bin.
+        ValueError: If the shapes differ or are not (N,), `correct` is not bool, a confidence lies outside [0, 1], or
+            `bins` is less than 1.
 
     Example:
-        >>> reliability(torch.tensor([0.5, 0.75, 1.0]), torch.tensor([True, False, True]), bins=2)[1]
+        >>> reliability(torch.tensor([0.25, 0.75, 1.0]), torch.tensor([True, False, True]), bins=2)[1]
         ReliabilityBin(low=0.5, high=1.0, count=2, confidence=0.875, accuracy=0.5)
     """
-    require_same_shape(confidence=confidence, correct=correct)
-    if confidence.ndim != 1:
-        raise ValueError(f"confidence must have shape (N,), but has {tuple(confidence.shape)}")
-    if correct.dtype != torch.bool:
-        raise ValueError(f"correct must be bool, but is {correct.dtype}")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, but is {bins}")
-    values = confidence.detach().to("cpu", torch.float64)
-    if ((values < 0) | (values > 1)).any():
-        raise ValueError(f"confidence must lie in [0, 1], but spans {values.min().item()} to {values.max().item()}")
-    edges = torch.arange(bins + 1, dtype=torch.float64) / bins
-    members = torch.bucketize(values, edges[1:-1])  # the number of inner edges below a value
-    counts = torch.bincount(members, minlength=bins)
-    confidences = torch.bincount(members, weights=values, minlength=bins) / counts
-    accuracies = torch.bincount(members, weights=correct.to("cpu", torch.float64), minlength=bins) / counts
+    values = _validated(confidence, correct, bins)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    bin_indices = torch.bucketize(values, edges[1:-1], right=True)
+    counts = torch.bincount(bin_indices, minlength=bins)
+    confidences, accuracies = (
+        torch.bincount(bin_indices, weights=weights, minlength=bins) / counts
+        for weights in (values, correct.to("cpu", torch.float64))
+    )
     columns = zip(edges[:-1], edges[1:], counts, confidences, accuracies, strict=True)
     return [
         ReliabilityBin(low.item(), high.item(), int(count), mean.item(), accuracy.item())
@@ -75,20 +71,19 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[Rel
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    r"""Distance of accuracy from confidence, on average over samples and by bins (Guo et al., Eq. 3).
+    r"""Return the expected calibration error (Guo et al., Eq. 3), by torchmetrics in float64.
 
     $$\mathrm{ECE} = \sum_m \frac{|B_m|}N |\mathrm{acc}(B_m) - \mathrm{conf}(B_m)|$$
 
-    with $B_m$ the bins of `reliability`. torchmetrics' `multiclass_calibration_error` gives an edge to the bin above
-    it instead, and 1 to a bin of its own; where no confidence lies on an edge, the two agree.
+    with the bins $B_m$ of `reliability`.
 
     Args:
-        confidence: Of each prediction, in [0, 1], shape (N,).
-        correct: Whether each prediction is right, bool, shape (N,).
-        bins: Number of bins, at least 1.
+        confidence: Confidence of each prediction, in [0, 1], shape (N,).
+        correct: True where a prediction is correct, bool, shape (N,).
+        bins: Number of bins M, at least 1.
 
     Returns:
-        The error in [0, 1]; NaN if there are no samples or a confidence is NaN.
+        The error, in [0, 1]; NaN if there are no samples or a confidence is NaN.
 
     Raises:
         ValueError: As `reliability`.
@@ -96,10 +91,25 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     Example:
         >>> expected_calibration_error(torch.tensor([0.75] * 4), torch.tensor([True, True, True, False]))
         0.0
-        >>> expected_calibration_error(torch.ones(4), torch.tensor([True, True, True, False]))
-        0.25
     """
-    filled = reliability(confidence, correct, bins)
-    if not filled:
+    values = _validated(confidence, correct, bins)
+    if not len(values) or values.isnan().any():
         return math.nan
-    return sum(part.count * abs(part.accuracy - part.confidence) for part in filled) / len(confidence)
+    # torchmetrics gives a confidence of exactly 1 a bin of its own; the largest float64 below 1 is in the last bin.
+    below_one = values.clamp(max=math.nextafter(1, 0))
+    return binary_calibration_error(below_one, correct.to("cpu", torch.int64), n_bins=bins).item()
+
+
+def _validated(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
+    """Check the arguments and return the confidences as float64 on the CPU."""
+    require_same_shape(confidence=confidence, correct=correct)
+    if confidence.ndim != 1:
+        raise ValueError(f"confidence: expected shape (N,), got {tuple(confidence.shape)}")
+    if correct.dtype != torch.bool:
+        raise ValueError(f"correct: expected bool, got {correct.dtype}")
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
+    values = confidence.detach().to("cpu", torch.float64)
+    if ((values < 0) | (values > 1)).any():
+        raise ValueError(f"confidence: expected values in [0, 1], got {values.min().item()} to {values.max().item()}")
+    return values

@@ -1,27 +1,17 @@
-"""Negative transfer: what a client loses by taking part, against training alone (FedeKD Section 4.2)."""
+"""Delta: the gain of each client over its local baseline (FedeKD Section 4.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from fedekd.metrics.registry import primary_metric
 from fedekd.tasks import Task, require_task
-
-
-class _Tail(NamedTuple):
-    """The end of the clients' Deltas at which harm lies."""
-
-    name: str
-    quantile: float
-    worst: float  # the quantile of the client that fares worst
-
-
-_TAILS = {"classification": _Tail("p10", 0.1, 0.0), "regression": _Tail("p90", 0.9, 1.0)}
 
 
 def negative_transfer(
@@ -29,53 +19,56 @@ def negative_transfer(
     local_scores: Tensor | Sequence[float],
     task: Task = "classification",
 ) -> dict[str, Tensor]:
-    r"""Summarize over K clients $\Delta_k = \mathrm{score}_k^{method} - \mathrm{score}_k^{local}$.
+    r"""Summarize $\Delta_k = \mathrm{score}_k^{method} - \mathrm{score}_k^{local}$ over K clients.
 
-    For classification the scores are accuracies: a negative $\Delta_k$ is harm, the worst client is the
-    minimum, and the tail is the 10th percentile, `p10`. For regression they are RMSEs: a positive
-    $\Delta_k$ is harm, the worst is the maximum, and the tail is the 90th percentile, `p90`. Percentiles
-    interpolate linearly, as `numpy.percentile` does. A client without a score (NaN) makes every summary
-    NaN: none is dropped silently.
+    The direction of the task's primary metric decides which sign is harm. Classification (accuracy, larger is
+    better): the worst client has the smallest Delta and the tail is the 10th percentile, `p10`. Regression (RMSE,
+    smaller is better): the worst client has the largest Delta and the tail is the 90th percentile, `p90`.
+    Percentiles interpolate linearly, as `numpy.percentile`. A missing score (NaN) makes every summary NaN.
 
     Args:
-        method_scores: Each client's score under the method, shape (K,).
-        local_scores: The same clients' scores after training alone, shape (K,).
-        task: Which of the two conventions holds.
+        method_scores: Score of each client under the method, shape (K,), K at least 1.
+        local_scores: Score of the same clients' local baselines, shape (K,).
+        task: `classification` or `regression`.
 
     Returns:
-        `avg`, `worst` and `p10` or `p90`, scalars, and `client`, the K values of $\Delta_k$; float64, in the
-        scores' unit.
+        `avg`, `worst` and `p10` or `p90`, scalars, and `client`, the K values of Delta; float64, in the unit of the
+        scores.
 
     Raises:
-        UserError: `task` is unknown.
-        ValueError: There are no clients, or not as many scores of one kind as of the other.
+        UserError: If `task` is unknown.
+        ValueError: If there are no clients, or the numbers of scores differ.
+
+    Reference:
+        FedeKD (arXiv 2605.05553), Section 4.2.
 
     Example:
         >>> delta = negative_transfer([0.75, 0.5], [0.5, 0.75], task="classification")
         >>> {name: delta[name].tolist() for name in ("avg", "worst", "client")}
         {'avg': 0.0, 'worst': -0.25, 'client': [0.25, -0.25]}
     """
-    tail = _TAILS[require_task(task)]
+    metric = primary_metric(task)
     method, local = _as_scores(method_scores, local_scores)
     if method.numel() == 0:
-        raise ValueError("negative transfer needs the scores of at least one client")
+        raise ValueError("negative_transfer: expected the scores of at least one client, got none")
     client = method - local
-    quantiles = torch.tensor([tail.quantile, tail.worst], dtype=client.dtype, device=client.device)
-    percentile, worst = torch.quantile(client, quantiles).unbind()
-    return {"avg": client.mean(), "worst": worst, tail.name: percentile, "client": client}
+    worst_quantile = 0.0 if metric.higher_is_better else 1.0
+    quantiles = torch.tensor([metric.tail_percent / 100, worst_quantile], dtype=client.dtype, device=client.device)
+    tail, worst = torch.quantile(client, quantiles).unbind()
+    return {"avg": client.mean(), "worst": worst, metric.tail: tail, "client": client}
 
 
 class NegativeTransfer(Metric):
-    """`negative_transfer` over clients that report one by one, or several at a time.
+    """`negative_transfer` as a torchmetrics Metric: clients are added one or several at a time.
 
     Scores are kept in float64, clients in the order of their updates.
 
     Args:
-        task: "classification" (accuracies; `p10`) or "regression" (RMSEs; `p90`).
-        kwargs: What every `torchmetrics.Metric` takes.
+        task: `classification` (accuracy, `p10`) or `regression` (RMSE, `p90`).
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
-        UserError: `task` is unknown.
+        UserError: If `task` is unknown.
 
     Example:
         >>> metric = NegativeTransfer(task="regression")
@@ -103,10 +96,10 @@ class NegativeTransfer(Metric):
 
         Args:
             method_scores: Their scores under the method, shape (K,), or a scalar for one client.
-            local_scores: Their scores after training alone, of the same shape.
+            local_scores: The scores of their local baselines, of the same shape.
 
         Raises:
-            ValueError: There are not as many scores of one kind as of the other.
+            ValueError: If the shapes differ or have more than one dimension.
         """
         method, local = _as_scores(method_scores, local_scores)
         self.method_scores.append(method)
@@ -116,11 +109,11 @@ class NegativeTransfer(Metric):
         """Summarize all clients added so far.
 
         Returns:
-            What `negative_transfer` returns; but `client` is a scalar if there is one client only, as
-            torchmetrics squeezes every result of a single element.
+            The result of `negative_transfer`; for a single client `client` is a scalar, since torchmetrics squeezes
+            results of one element.
 
         Raises:
-            ValueError: No clients were added.
+            ValueError: If no clients were added.
         """
         if not self.method_scores:
             return negative_transfer([], [], self.task)
@@ -134,7 +127,7 @@ def _as_scores(
     local = torch.as_tensor(local_scores, dtype=torch.float64, device=method.device).detach()
     if method.ndim > 1 or method.shape != local.shape:
         raise ValueError(
-            f"one score a client is needed of each kind, but method_scores has shape {tuple(method.shape)} "
-            f"and local_scores {tuple(local.shape)}"
+            "expected one score of each kind per client, got method_scores of shape "
+            f"{tuple(method.shape)} and local_scores of shape {tuple(local.shape)}"
         )
     return method.reshape(-1), local.reshape(-1)

@@ -1,20 +1,23 @@
 """Registry of metrics: one row per metric, with its function, direction, unit and format.
 
-No other module names a metric. The primary metric of a task is the score of a client's test split
+No other package names a metric. The primary metric of a task is the score of a client's test split
 (FedeKD Section 4.2: accuracy for classification, RMSE for regression).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import mean_squared_error
 
-from fedekd.tasks import TASKS, Task, require_task
+from fedekd.tasks import Task, require_task
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class MetricSpec:
         task: The task whose outputs the metric scores.
         function: `(outputs, targets) -> float` over a whole split; NaN where the metric is undefined.
         higher_is_better: Direction: True if a larger value is better.
+        torchmetric: Constructor of the same metric as a `torchmetrics.Metric`, which modules update batch by batch.
         unit: Unit of the value; empty for a ratio, `target` for the unit of the targets.
         format: Format of a printed value, as in `format(value, ".4f")`.
     """
@@ -36,6 +40,7 @@ class MetricSpec:
     task: Task
     function: Callable[[Tensor, Tensor], float]
     higher_is_better: bool
+    torchmetric: Callable[[], Metric]
     unit: str = ""
     format: str = ".4f"
 
@@ -47,11 +52,21 @@ class MetricSpec:
         """Return a difference of two values as it is printed, with its sign."""
         return format(value, f"+{self.format}")
 
-    def worst(self, values: list[float]) -> float:
+    def worst(self, values: Sequence[float]) -> float:
         """Return the worst of the values; NaN if one of them is NaN."""
         if any(math.isnan(value) for value in values):
             return math.nan
         return min(values) if self.higher_is_better else max(values)
+
+    @property
+    def tail_percent(self) -> int:
+        """Percentile of Delta at its harmful end: 10 if a larger value is better, else 90."""
+        return 10 if self.higher_is_better else 90
+
+    @property
+    def tail(self) -> str:
+        """Name of that percentile in summaries and logs: `p10` or `p90`."""
+        return f"p{self.tail_percent}"
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -69,11 +84,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"accuracy needs logits (N, C) and labels (N,), but has {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"accuracy: expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     if not torch.isfinite(logits).all():
-        return math.nan  # argmax would take the first class for a model that has diverged
-    # Counted here: torchmetrics divides in float32, and 0.9338 would read 0.9337999820709229 in a summary.
+        return math.nan  # argmax of NaN is class 0
+    # torchmetrics divides in float32: 0.9338 would be 0.9337999820709229 in summary.json.
     return (logits.argmax(dim=1) == labels).to(torch.float64).mean().item()
 
 
@@ -93,23 +108,36 @@ def rmse(outputs: Tensor, targets: Tensor) -> float:
     n = len(outputs)
     for name, tensor in (("outputs", outputs), ("targets", targets)):
         if tensor.shape not in {(n,), (n, 1)}:
-            raise ValueError(f"RMSE needs {name} of shape ({n},) or ({n}, 1), but has {tuple(tensor.shape)}")
+            raise ValueError(f"RMSE: expected {name} of shape ({n},) or ({n}, 1), got {tuple(tensor.shape)}")
     if n == 0 or not torch.isfinite(outputs).all():
         return math.nan
-    predicted, wanted = outputs.to(torch.float64).flatten(), targets.to(torch.float64).flatten()
-    return mean_squared_error(predicted, wanted, squared=False).item()
+    predicted, expected = outputs.to(torch.float64).flatten(), targets.to(torch.float64).flatten()
+    return mean_squared_error(predicted, expected, squared=False).item()
 
 
-#: By name; the first row of a task is its primary metric. A new metric is one function and one row.
+#: Metrics by name; the first row of a task is its primary metric. A new metric is one function and one row.
 METRICS: dict[str, MetricSpec] = {
     row.name: row
     for row in (
-        MetricSpec("accuracy", "accuracy", "classification", accuracy, higher_is_better=True),
-        MetricSpec("rmse", "RMSE", "regression", rmse, higher_is_better=False, unit="target"),
+        MetricSpec(
+            "accuracy",
+            "accuracy",
+            "classification",
+            accuracy,
+            higher_is_better=True,
+            torchmetric=partial(MulticlassAccuracy, num_classes=None, average="micro"),
+        ),
+        MetricSpec(
+            "rmse",
+            "RMSE",
+            "regression",
+            rmse,
+            higher_is_better=False,
+            torchmetric=partial(MeanSquaredError, squared=False),
+            unit="target",
+        ),
     )
 }
-
-_PRIMARY: dict[Task, MetricSpec] = {task: next(row for row in METRICS.values() if row.task == task) for task in TASKS}
 
 
 def primary_metric(task: Task) -> MetricSpec:
@@ -118,6 +146,9 @@ def primary_metric(task: Task) -> MetricSpec:
     Args:
         task: `classification` or `regression`.
 
+    Returns:
+        The first row of `METRICS` for the task.
+
     Raises:
         UserError: If `task` is unknown.
 
@@ -125,11 +156,29 @@ def primary_metric(task: Task) -> MetricSpec:
         >>> primary_metric("regression").name
         'rmse'
     """
-    return _PRIMARY[require_task(task)]
+    known = require_task(task)
+    return next(row for row in METRICS.values() if row.task == known)
+
+
+def build_metrics(task: Task) -> MetricCollection:
+    """Return the primary metric of a task as a torchmetrics collection under its name.
+
+    Args:
+        task: `classification` or `regression`.
+
+    Raises:
+        UserError: If `task` is unknown.
+
+    Example:
+        >>> list(build_metrics("regression"))
+        ['rmse']
+    """
+    metric = primary_metric(task)
+    return MetricCollection({metric.name: metric.torchmetric()})
 
 
 def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
-    """Score a whole split by the primary metric of a task, in float64 and independent of the evaluation batch size.
+    """Score a whole split by the primary metric of a task, in float64.
 
     Args:
         outputs: Logits, shape (N, C); for regression shape (N, 1) or (N,).

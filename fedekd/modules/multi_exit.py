@@ -13,9 +13,10 @@ from torchmetrics import MetricCollection
 
 from fedekd.errors import UserError
 from fedekd.functional import upcast_to_float32
+from fedekd.metrics import build_metrics
 from fedekd.modules.losses.distillation import LossTerm, SupervisedLoss
 from fedekd.modules.losses.exits import DKDLoss, SelfDistillationLoss, require_exit_weights
-from fedekd.modules.objective_module import ObjectiveModule, build_metrics
+from fedekd.modules.objective_module import ObjectiveModule
 from fedekd.modules.prediction import ModelOutput
 
 

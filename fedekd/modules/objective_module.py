@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import upcast_to_float32
+from fedekd.metrics import build_metrics
 from fedekd.modules.losses.distillation import LossTerm
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.tasks import TASKS, Task
@@ -22,16 +22,6 @@ from fedekd.tasks import TASKS, Task
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """The paper's optimizer: Adam with learning rate 1e-4."""
     return torch.optim.Adam(parameters, lr=1e-4)
-
-
-def build_metrics(task: Task) -> MetricCollection:
-    """What a network is scored by: accuracy, or root mean squared error."""
-    metrics: dict[str, Metric | MetricCollection] = (
-        {"rmse": MeanSquaredError(squared=False)}
-        if task == "regression"
-        else {"accuracy": MulticlassAccuracy(num_classes=None, average="micro")}
-    )
-    return MetricCollection(metrics)
 
 
 class ObjectiveModule(LightningModule):

@@ -13,7 +13,7 @@ scores = st.lists(st.tuples(st.floats(0, 2), st.floats(0, 2)), min_size=1, max_s
 
 
 @given(scores)
-def test_both_conventions_equal_numpy(pairs: list[tuple[float, float]]) -> None:
+def test_negative_transfer_either_task_equals_numpy(pairs: list[tuple[float, float]]) -> None:
     method, local = (list(column) for column in zip(*pairs, strict=True))
     delta = np.array(method) - np.array(local)
     for task, name, percent, worst in (
@@ -29,58 +29,42 @@ def test_both_conventions_equal_numpy(pairs: list[tuple[float, float]]) -> None:
         assert result[name].item() == pytest.approx(np.percentile(delta, percent), abs=1e-15)
 
 
-def test_harm_is_a_loss_of_accuracy_but_a_gain_of_rmse() -> None:
-    method, local = [0.9, 0.5, 0.7], [0.8, 0.7, 0.7]
-    accuracy, rmse = (
-        negative_transfer(method, local, "classification"),
-        negative_transfer(method, local, "regression"),
-    )
-    assert accuracy["worst"].item() == pytest.approx(-0.2)
-    assert accuracy["p10"].item() == pytest.approx(-0.16)
-    assert rmse["worst"].item() == pytest.approx(0.1)
-    assert rmse["p90"].item() == pytest.approx(0.08)
-
-
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_metric_is_its_functional_twin_however_clients_arrive(task: str) -> None:
+def test_metric_updated_in_parts_equals_function(task: str) -> None:
     method, local = torch.rand(2, 6, dtype=torch.float64)
     expected = negative_transfer(method, local, task)  # type: ignore[arg-type]
-    at_once, in_parts = NegativeTransfer(task), NegativeTransfer(task)  # type: ignore[arg-type]
-    at_once.update(method, local)
-    in_parts.update(method[:4].tolist(), local[:4].tolist())
-    in_parts.update(method[4], local[4])
-    in_parts.update(method[5:], local[5:])
-    for metric in (at_once, in_parts):
+    single_update, several_updates = NegativeTransfer(task), NegativeTransfer(task)  # type: ignore[arg-type]
+    single_update.update(method, local)
+    several_updates.update(method[:4].tolist(), local[:4].tolist())
+    several_updates.update(method[4], local[4])
+    several_updates.update(method[5:], local[5:])
+    for metric in (single_update, several_updates):
         for name, value in metric.compute().items():
             assert torch.equal(value, expected[name])
-    in_parts.reset()
-    in_parts.update([1.0], [0.5])
-    assert in_parts.compute()["client"].reshape(-1).tolist() == [0.5]
+    several_updates.reset()
+    several_updates.update([1.0], [0.5])
+    assert several_updates.compute()["client"].reshape(-1).tolist() == [0.5]
 
 
-def test_scores_are_not_rounded_to_float32() -> None:
+def test_metric_keeps_scores_in_float64() -> None:
     metric = NegativeTransfer()
     metric.update([0.1 + 1e-12], [0.1])
     assert metric.compute()["avg"].item() == pytest.approx(1e-12, rel=1e-3)
 
 
-def test_a_missing_score_is_not_dropped_silently() -> None:
+def test_negative_transfer_nan_score_makes_every_summary_nan() -> None:
     result = negative_transfer([0.5, float("nan")], [0.4, 0.3])
     assert all(result[name].isnan() for name in ("avg", "worst", "p10"))
 
 
-def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2,\) and local_scores \(3,\)"):
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_invalid_scores_or_task_raise() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2,\) and local_scores of shape \(3,\)"):
         negative_transfer([1.0, 2.0], [1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="at least one client"):
-        negative_transfer([], [])
-    with pytest.raises(ValueError, match="method_scores has shape"):
+    with pytest.raises(ValueError, match="method_scores of shape"):
         NegativeTransfer().update([1.0], [1.0, 2.0])
+    for empty in (lambda: negative_transfer([], []), NegativeTransfer().compute):
+        with pytest.raises(ValueError, match="at least one client"):
+            empty()
     with pytest.raises(UserError, match="did you mean 'regression'"):
         NegativeTransfer(task="regresion")  # type: ignore[arg-type]
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_a_metric_without_clients_has_nothing_to_compute() -> None:
-    with pytest.raises(ValueError, match="at least one client"):
-        NegativeTransfer().compute()

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import ast
+import json
 import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, root_mean_squared_error
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
+import fedekd
+from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.metrics import METRICS, primary_metric, score
+from fedekd.metrics import METRICS, MetricSpec, build_metrics, negative_transfer, primary_metric, registry, score
 from fedekd.tasks import TASKS
+
+#: Packages whose rewrite is not finished; the aim is none.
+PENDING = ("benchmark", "early_exit", "reporting", "cli")
 
 
 def test_accuracy_equals_two_other_libraries() -> None:
@@ -22,13 +34,13 @@ def test_accuracy_equals_two_other_libraries() -> None:
     assert value == pytest.approx(multiclass_accuracy(logits, labels, 5, average="micro").item(), rel=1e-6)
 
 
-def test_accuracy_is_a_ratio_in_double_precision() -> None:
+def test_accuracy_any_dtype_is_float64_ratio() -> None:
     assert score(torch.eye(3), torch.tensor([0, 0, 0]), "classification") == 1 / 3
     assert score(torch.eye(3).bfloat16(), torch.tensor([0, 1, 0]), "classification") == 2 / 3
 
 
 @pytest.mark.parametrize("shape", [(50,), (50, 1)])
-def test_rmse_equals_scikit_learn_whatever_the_column(shape: tuple[int, ...]) -> None:
+def test_rmse_either_shape_equals_scikit_learn(shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     outputs, targets = 1000 + torch.randn(50), 1000 + torch.randn(50)
     expected = root_mean_squared_error(targets.double().numpy(), outputs.double().numpy())
@@ -38,24 +50,36 @@ def test_rmse_equals_scikit_learn_whatever_the_column(shape: tuple[int, ...]) ->
     assert score(outputs, targets.reshape(shape), "regression") == value
 
 
-def test_rmse_takes_integer_targets() -> None:
+def test_rmse_accepts_integer_targets() -> None:
     assert score(torch.tensor([[1.0], [2.0]]), torch.tensor([4, 2]), "regression") == pytest.approx(np.sqrt(4.5))
 
 
-def test_no_samples_have_no_score() -> None:
+def test_score_no_samples_is_nan() -> None:
     assert math.isnan(score(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), "classification"))
     assert math.isnan(score(torch.zeros(0, 1), torch.zeros(0), "regression"))
 
 
 @pytest.mark.parametrize("output", [math.inf, -math.inf, math.nan])
-def test_a_model_that_has_diverged_has_no_score(output: float) -> None:
+def test_score_non_finite_output_is_nan(output: float) -> None:
     assert math.isnan(score(torch.tensor([[output, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), "classification"))
     assert math.isnan(score(torch.tensor([[output], [0.0]]), torch.tensor([0.0, 1.0]), "regression"))
 
 
 def test_primary_metric_is_accuracy_or_rmse() -> None:
     assert [primary_metric(task).name for task in TASKS] == ["accuracy", "rmse"]
+    assert [primary_metric(task).tail for task in TASKS] == ["p10", "p90"]
     assert all(name == row.name for name, row in METRICS.items())
+
+
+@pytest.mark.parametrize("row", METRICS.values(), ids=str)
+def test_metric_torchmetric_equals_function(row: MetricSpec) -> None:
+    torch.manual_seed(2)
+    outputs = torch.randn(40, 3) if row.task == "classification" else torch.randn(40)
+    targets = torch.randint(3, (40,)) if row.task == "classification" else torch.randn(40)
+    metrics = build_metrics(row.task)
+    for part in (slice(0, 32), slice(32, None)):
+        metrics.update(outputs[part], targets[part])
+    assert metrics.compute()[row.name].item() == pytest.approx(row.function(outputs, targets), rel=1e-6)
 
 
 def test_metric_spec_worst_follows_direction() -> None:
@@ -64,12 +88,62 @@ def test_metric_spec_worst_follows_direction() -> None:
     assert math.isnan(primary_metric("regression").worst([0.5, math.nan]))
 
 
-def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="RMSE needs outputs"):
+def test_score_invalid_shapes_or_task_raise() -> None:
+    with pytest.raises(ValueError, match="RMSE: expected outputs"):
         score(torch.zeros(4, 2), torch.zeros(4), "regression")
-    with pytest.raises(ValueError, match="RMSE needs targets"):
+    with pytest.raises(ValueError, match="RMSE: expected targets"):
         score(torch.zeros(4, 1), torch.zeros(3), "regression")
-    with pytest.raises(ValueError, match="accuracy needs"):
+    with pytest.raises(ValueError, match="accuracy: expected logits"):
         score(torch.zeros(4, 2), torch.zeros(4, 1), "classification")
     with pytest.raises(UserError, match="did you mean 'classification'"):
         score(torch.zeros(4, 2), torch.zeros(4), "clasification")  # type: ignore[arg-type]
+
+
+def quoted_keys(path: Path) -> Iterator[str]:
+    """String literals of a module that are a metric's key, or a path such as `client_0/accuracy` that ends in one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and not METRICS.keys().isdisjoint(node.value.split("/")):
+            yield f"{path}:{node.lineno}: {node.value!r}"
+
+
+def test_metric_keys_are_quoted_in_the_registry_only() -> None:
+    package = Path(fedekd.__file__).parent
+    modules = [
+        path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("metrics", *PENDING)
+    ]
+    assert [line for path in modules for line in quoted_keys(path)] == []
+
+
+def error_rate(logits: Tensor, labels: Tensor) -> float:
+    return 1.0 - registry.accuracy(logits, labels)
+
+
+@pytest.mark.xfail(reason="the summary and the tables do not follow the registry yet", strict=False)
+def test_new_metric_takes_one_function_and_one_row(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = MetricSpec(
+        "error_rate",
+        "error rate",
+        "classification",
+        error_rate,
+        higher_is_better=False,
+        torchmetric=partial(MulticlassAccuracy, num_classes=None, average="micro"),
+    )
+    rows = {row.name: row, **METRICS}
+    monkeypatch.setattr(registry, "METRICS", rows)
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.num_clients=3", "--data.alpha=1", "--rounds=1", "--trainer.threads=1", "--logger=null"]
+    assert main(["fit", f"--data.dataset={npz}", *options, "--output=run"]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    scores = [client["score"] for client in summary["clients"]]
+    assert (summary["metric"], summary["worst"]) == ("error_rate", max(scores))
+    local = [client["local"] for client in summary["clients"]]
+    expected = negative_transfer(scores, local, "classification")
+    assert summary["delta"] == {name: expected[name].item() for name in ("avg", "worst", "p90")}
+    header = (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
+    assert "client_0/error_rate" in header.split(",")
+    assert "accuracy" not in header
+    assert (tmp_path / "run/figures/error_rate_per_round.png").exists()
+    assert "error rate" in capsys.readouterr().out
