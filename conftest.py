@@ -1,4 +1,4 @@
-"""What is collected where an extra is missing: the doctests of its modules cannot be, since nothing imports them."""
+"""Leave out the doctests of modules whose optional dependency is not installed: importing them would fail."""
 
 from importlib.util import find_spec
 

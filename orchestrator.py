@@ -1,4 +1,4 @@
-"""The command line of fedekd: `python orchestrator.py fit --config digits.yaml`."""
+"""Command line of fedekd: `python orchestrator.py fit --config digits.yaml`."""
 
 import sys
 
