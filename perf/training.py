@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from fedekd.federation import Engine, MultiProcess, Sequential, SequentialEngine, SilentObserver
+from fedekd.federation import Engine, MultiProcess, RoundRequest, Sequential, SequentialEngine, SilentObserver
 from fedekd.methods import Broadcast, FedeKD
 from fedekd.modules.trainer_factory import usable_cores
 from perf import bare, script
@@ -68,12 +68,14 @@ def whole_round(setting: CalibrationTarget, repetitions: int) -> None:
     method.init_server(setting.spec)
     engine = SequentialEngine(method, setting.data, setting.spec)
     clients = range(6)
-    first = list(engine.run_clients(clients, method.broadcast(clients, 0), 0, upload=True))
+    first = list(engine.run_clients(RoundRequest(clients, method.broadcast(clients, 0), 0, collect_updates=True)))
     method.aggregate([visit.update for visit in first if visit.update is not None], 0)
     networks = {k: {role: setting.spec.build_model(role, k) for role in ("private", "proxy")} for k in clients}
 
     def ours() -> None:
-        visits = list(engine.run_clients(clients, Broadcast(method.server_state), 1, upload=True))
+        visits = list(
+            engine.run_clients(RoundRequest(clients, Broadcast(method.server_state), 1, collect_updates=True))
+        )
         method.aggregate([visit.update for visit in visits if visit.update is not None], 1)
 
     def as_script() -> None:
@@ -125,9 +127,9 @@ def side_by_side(setting: CalibrationTarget, repetitions: int) -> None:
 
 
 def _visit(engine: Engine, broadcast: Broadcast) -> None:
-    for _ in engine.run_clients(range(6), broadcast, 0, upload=True):
+    for _ in engine.run_clients(RoundRequest(range(6), broadcast, 0, collect_updates=True)):
         pass
-    for _ in engine.run_clients(range(6), _nudged(broadcast), 1, upload=False):
+    for _ in engine.run_clients(RoundRequest(range(6), _nudged(broadcast), 1, collect_updates=False)):
         pass
 
 

@@ -147,8 +147,9 @@ def test_every_option_that_is_named_exists(here: Path, capsys: pytest.CaptureFix
         option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings
     }
     for method in ("FedeKD", "FedAvg", "FedProx"):
+        options = ("--method", method, "--do_no_harm.confidence=0.9", "--print_config")
         with pytest.raises(SystemExit):
-            main(["fit", "--config", "digits.yaml", "--method", method, "--do_no_harm.delta=0.1", "--print_config"])
+            main(["fit", "--config", "digits.yaml", *options])
         known |= set(_keys(yaml.safe_load(capsys.readouterr().out)))
     named = set()
     for code in inline_code(README):

@@ -83,7 +83,7 @@ def _harm(folders: Sequence[Path], grid: str) -> str:
     parts = []
     for table in tables:
         heads, *lines = harm_lines(table)
-        parts.append(markdown([f"{table.name}, delta {table.delta:g}", *heads[1:]], lines))
+        parts.append(markdown([f"{table.name}, confidence {table.confidence:g}", *heads[1:]], lines))
     return "\n\n".join(parts)
 
 

@@ -49,7 +49,7 @@ class HarmTable:
     Attributes:
         dataset: The data set.
         alpha: Concentration of its partition.
-        delta: Of the certificates.
+        confidence: Of the certificates.
         samples: Mean size of a holdout split.
         differing: Mean share of its samples that one of the two models gets right and the other wrong.
         lines: By method and margin.
@@ -57,7 +57,7 @@ class HarmTable:
 
     dataset: str
     alpha: float
-    delta: float
+    confidence: float
     samples: float
     differing: float
     lines: tuple[HarmLine, ...]
@@ -87,12 +87,12 @@ def _table(dataset: str, alpha: float, rows: Sequence[Row]) -> HarmTable:
         rules.append(DoNoHarm(**evidence["rule"]))
     everyone = [client for of_method in runs.values() for clients in of_method for client in clients]
     # One look, at the end, is what the counts are of.
-    rule = replace(rules[0], looks=1, keep="certified")
+    rule = replace(rules[0], looks=1, rule="certified")
     lines = [line for method, of_method in runs.items() for line in _lines(method, of_method, rule)]
     return HarmTable(
         dataset,
         alpha,
-        rule.delta,
+        rule.confidence,
         fmean(client["samples"] for client in everyone),
         fmean((client["worse"] + client["better"]) / client["samples"] for client in everyone),
         tuple(lines),
@@ -102,10 +102,7 @@ def _table(dataset: str, alpha: float, rows: Sequence[Row]) -> HarmTable:
 def _lines(method: str, runs: Sequence[Sequence[Mapping[str, Any]]], rule: DoNoHarm) -> list[HarmLine]:
     def line(name: str, takes: Sequence[Sequence[bool]]) -> HarmLine:
         changes = [
-            [
-                client["method"] - client["local"] if taken else 0.0
-                for client, taken in zip(clients, chosen, strict=True)
-            ]
+            [client["score"] - client["local"] if taken else 0.0 for client, taken in zip(clients, chosen, strict=True)]
             for clients, chosen in zip(runs, takes, strict=True)
         ]
         taken = fmean(each for chosen in takes for each in chosen)
@@ -139,11 +136,11 @@ def power_curves(table: HarmTable) -> Figure:
     gains = [step / 1000 for step in range(-20, 31, 2)]
     for axes, margin in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.01), strict=True):
         for colour, samples in zip(CLIENT_COLOURS, sorted({300, round(table.samples), 2300, 7000}), strict=False):
-            rule = DoNoHarm(delta=table.delta, margin=margin)
+            rule = DoNoHarm(confidence=table.confidence, margin=margin)
             within = [gain for gain in gains if abs(gain) <= table.differing]
             likely = [acceptance_probability(rule, gain, table.differing, samples) for gain in within]
             axes.plot(within, likely, color=colour, label=f"n = {samples:,}")
-        axes.axhline(table.delta, color=BLACK, linewidth=0.8, linestyle="--")
+        axes.axhline(1 - table.confidence, color=BLACK, linewidth=0.8, linestyle="--")
         axes.axvline(-margin, color=BLACK, linewidth=0.8, linestyle=":")
         axes.set_title(f"margin {margin:g}, the models differ on {table.differing:.1%}", fontsize=10)
         axes.set_xlabel("true gain in accuracy")

@@ -32,7 +32,7 @@ PROMISES = "promises"
 #: Characters of a field; Python's own limit is that of some 400 calibrated clients.
 _LONGEST = 2**30
 
-_OF_EVIDENCE = ("client", "local", "method", "samples", "worse", "better", "gain", "p_value", "kept")
+_OF_EVIDENCE = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
 
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
 
@@ -89,10 +89,10 @@ def _of_exits(summary: Mapping[str, Any]) -> dict[str, float]:
 
 def _evidence(summary: Mapping[str, Any]) -> dict[str, str]:
     """The further column of a run with `do_no_harm`; none of another."""
-    if "kept" not in summary:
+    if "deployed" not in summary:
         return {}
     clients = [{name: client[name] for name in _OF_EVIDENCE if name in client} for client in summary["clients"]]
-    return {EVIDENCE: json.dumps({"rule": summary["kept"]["rule"], "clients": clients})}
+    return {EVIDENCE: json.dumps({"rule": summary["deployed"]["rule"], "clients": clients})}
 
 
 def exit_columns(rows: Iterable[Row]) -> list[str]:

@@ -29,7 +29,7 @@ def explain(text: str, parser: ArgumentParser) -> str:
 
 
 #: A class whose name nobody need know.
-_RULE = "true or false, or have its arguments given, as in --do_no_harm.delta 0.1"
+_RULE = "true or false, or have its arguments given, as in --do_no_harm.confidence 0.9"
 
 
 def _options(parser: ArgumentParser) -> list[str]:

@@ -113,7 +113,7 @@ def federation_parser() -> ArgumentParser:
         type=DoNoHarm | bool | None,
         default=None,
         help="Clients take the federated model only if their own held-out samples show that it is no worse than what"
-        " they trained alone; true, or its arguments, as in --do_no_harm.delta 0.1 (default: they take it).",
+        " they trained alone; true, or its arguments, as in --do_no_harm.confidence 0.9 (default: they take it).",
     )
     parser.add_argument(
         "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."

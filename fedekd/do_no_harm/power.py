@@ -21,7 +21,7 @@ def acceptance_probability(rule: DoNoHarm, gain: float, differing: float, sample
     level; elsewhere it is the power of the test.
 
     Args:
-        rule: When a client takes it; its `keep` must be `certified`.
+        rule: When a client takes it; its `rule` must be `certified`.
         gain: True accuracy of the federated model less that of the local one, at most `differing` in size.
         differing: The probability that one of the two is right and the other wrong, in [0, 1].
         samples: Samples of the holdout split.
@@ -53,5 +53,5 @@ def acceptance_probability(rule: DoNoHarm, gain: float, differing: float, sample
 @lru_cache(maxsize=1 << 14)
 def _needed(rule: DoNoHarm, worse: int, samples: int) -> int:
     """The least number of better ones that has the model taken; one more than there can be if none has."""
-    refused = paired_p_values(worse, samples, rule.margin, rule.slack) > rule.level
+    refused = paired_p_values(worse, samples, rule.margin, rule.nuisance_level) > rule.level
     return int(refused.sum())

@@ -1,8 +1,9 @@
 """The round loop of a federation, where its clients run, and what it keeps on disk."""
 
-from fedekd.federation.engines.base import ClientResult, Engine, EngineConfig, Sequential, SequentialEngine
+from fedekd.federation.engines.base import ClientResult, ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.multiprocess import MultiProcess, MultiProcessEngine
 from fedekd.federation.engines.ray_engine import Ray, RayEngine
+from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
@@ -12,6 +13,7 @@ from fedekd.federation.update_validation import UpdateValidator
 
 __all__ = [
     "ClientResult",
+    "ComparisonRequest",
     "Engine",
     "EngineConfig",
     "Interrupted",
@@ -22,6 +24,7 @@ __all__ = [
     "Ray",
     "RayEngine",
     "RoundOptions",
+    "RoundRequest",
     "RunFolder",
     "Sequential",
     "SequentialEngine",

@@ -19,7 +19,7 @@ class Observer(Protocol):
         ...
 
     def phase_started(self, client: int, phase: str) -> None:
-        """A client begins a phase: `local`, `receive` or `upload`."""
+        """A client begins a phase: `local`, `receive` or `update`."""
         ...
 
     def phase_finished(self, client: int, phase: str, steps: int) -> None:

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, Sequential, SequentialEngine
+from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
+from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions
@@ -244,16 +245,17 @@ class Orchestrator:
         taking_part = participants(self.options, self.num_clients, self.seed, round_idx)
         broadcast = self.method.broadcast(taking_part, round_idx)
         updates, visited = [], []
-        look = None
-        if self.do_no_harm is not None and self.do_no_harm.looks_at(round_idx, self.options.rounds):
-            look = ComparisonRequest(self.do_no_harm, self._reference_rounds())
-        for visit in self.engine.run_clients(taking_part, broadcast, round_idx, upload=not last, look=look):
-            visited.append(visit.client)
-            self.progress.add_bytes_down(num_bytes(broadcast.to(visit.client)))
+        comparison = None
+        if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
+            comparison = ComparisonRequest(self.do_no_harm, self._reference_rounds())
+        request = RoundRequest(taking_part, broadcast, round_idx, collect_updates=not last, comparison=comparison)
+        for result in self.engine.run_clients(request):
+            visited.append(result.client)
+            self.progress.add_bytes_down(num_bytes(broadcast.to(result.client)))
             if round_idx > 0:
-                self.progress.add_result(visit)
-            if visit.update is not None:
-                updates.append(visit.update)
+                self.progress.add_result(result)
+            if result.update is not None:
+                updates.append(result.update)
         if round_idx > 0 and self.progress.records:  # nobody may have answered yet
             self.progress.row(round_idx, self.task)
         if not last:

@@ -26,9 +26,9 @@ def worst_score(scores: Sequence[float], task: Task) -> float:
 
 
 def _as_numbers(comparison: Comparison) -> dict[str, float]:
-    """A comparison as a row holds it: `federated` is 1 where that model was kept."""
+    """A comparison as a row holds it: `federated` is 1 where that model is deployed."""
     values = asdict(comparison)
-    return {"federated": float(values.pop("kept") == "federated"), **values}
+    return {"federated": float(values.pop("deployed") == "federated"), **values}
 
 
 @dataclass
@@ -139,14 +139,16 @@ class Progress:
             row[f"client_{number}/delta"] = change
             row |= {f"client_{number}/{key}": value for key, value in record.logs.items()}
             if record.comparison is not None:
-                row |= {f"client_{number}/kept/{key}": value for key, value in _as_numbers(record.comparison).items()}
+                row |= {
+                    f"client_{number}/deployed/{key}": value for key, value in _as_numbers(record.comparison).items()
+                }
         if any(record.comparison is not None for record in self.records.values()):
-            row |= {f"kept/{key}": value for key, value in self.kept(task).items()}
+            row |= {f"deployed/{key}": value for key, value in self.deployed(task).items()}
         self.history.append(row)
         self.traffic = Traffic()
         return row
 
-    def kept(self, task: Task) -> dict[str, float]:
+    def deployed(self, task: Task) -> dict[str, float]:
         """Scores and Delta where every client uses what it keeps: the federated model, or the local one.
 
         A client that has not looked yet uses the federated one.
@@ -164,7 +166,7 @@ class Progress:
 
     def _takes_federated(self, number: int) -> bool:
         comparison = self.records[number].comparison
-        return comparison is None or comparison.kept == "federated"
+        return comparison is None or comparison.deployed == "federated"
 
     def local_scores(self) -> dict[int, float]:
         """Local's score for each known client; its own where the method is Local itself."""

@@ -32,14 +32,14 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
             "test": len(run.data.clients[number].test),
             "classes": [label for label, count in enumerate(counts[number]) if count],
             "local": local[number],
-            "method": score,
+            "score": score,
             "delta": change,
         }
         for number, score, change in zip(numbers, scores, changes, strict=True)
     ]
     if run.do_no_harm is not None:
         for client in clients:
-            client |= _kept(run, client["client"])
+            client |= _comparison(run, client["client"])
     tradeoffs = [record.tradeoff for record in run.progress.records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.images.name,
@@ -54,7 +54,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "local_mean": sum(local[number] for number in numbers) / len(numbers),
         "delta": {name: float(value) for name, value in delta.items()},
         "clients": clients,
-        **({"kept": _kept_by_all(run, run.do_no_harm)} if run.do_no_harm is not None else {}),
+        **({"deployed": _deployed(run, run.do_no_harm)} if run.do_no_harm is not None else {}),
         **(mean_tradeoff(tradeoffs) if any(len(each.exits) > 1 for each in tradeoffs) else {}),
         "seconds": run.progress.seconds,
         "bytes_up": run.progress.bytes_up,
@@ -67,7 +67,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
     }
 
 
-def _kept(run: Orchestrator, number: int) -> dict[str, Any]:
+def _comparison(run: Orchestrator, number: int) -> dict[str, Any]:
     """What a client keeps, and the evidence; without a number of its own where nothing was tested."""
     comparison = run.progress.records[number].comparison
     if comparison is None:
@@ -75,9 +75,9 @@ def _kept(run: Orchestrator, number: int) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in asdict(comparison).items()}
 
 
-def _kept_by_all(run: Orchestrator, rule: DoNoHarm) -> dict[str, Any]:
+def _deployed(run: Orchestrator, rule: DoNoHarm) -> dict[str, Any]:
     """Scores and Delta where every client uses the model that it keeps."""
-    found = run.progress.kept(run.task)
+    found = run.progress.deployed(run.task)
     name = primary_metric(run.task).name
     return {
         "rule": asdict(rule),

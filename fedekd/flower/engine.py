@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ClientResult, ComparisonRequest
+from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.flower.description import require_description
@@ -78,27 +78,23 @@ class FlowerEngine:
         self._require_all(asked, found, "has no answer to what Local comes to there")
         return found
 
-    def run_clients(
-        self,
-        participants: Sequence[int],
-        broadcast: Broadcast,
-        round_idx: int,
-        upload: bool,
-        look: ComparisonRequest | None = None,
-    ) -> Iterator[ClientResult]:
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """The participants, as they answer; those that do not are missing, but for the last round."""
+        round_idx, broadcast, collect_updates = request.round_idx, request.broadcast, request.collect_updates
+        comparison = look_to_json(request.comparison)
         notes = {
-            number: {"round": round_idx, "version": self._versions.get(number, 0), "look": look_to_json(look)}
-            for number in participants
+            number: {"round": round_idx, "version": self._versions.get(number, 0), "look": comparison}
+            for number in request.participants
         }
+        hidden = collect_updates and self.secure
         visited = []
-        for visit in self._hidden(notes, broadcast) if upload and self.secure else self._open(notes, broadcast, upload):
+        for visit in self._hidden(notes, broadcast) if hidden else self._open(notes, broadcast, collect_updates):
             self._versions[visit.client] = self._versions.get(visit.client, 0) + 1
             visited.append(visit.client)
             yield visit
-        if missing := [str(number) for number in participants if number not in visited]:
+        if missing := [str(number) for number in request.participants if number not in visited]:
             told = f"round {round_idx}: no usable answer from the sites {', '.join(missing)}"
-            if not upload:
+            if not collect_updates:
                 raise UserError(f"{told}, and the federation cannot end without them; start it again to go on")
             self.observer.warn(f"{told}; they are missing from this round")
 

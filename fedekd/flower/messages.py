@@ -227,7 +227,7 @@ def _is_tradeoff(value: Any) -> bool:
 def _is_comparison(value: Any) -> bool:
     """The fields of `Comparison`."""
     names = {field.name for field in fields(Comparison)}
-    if not isinstance(value, dict) or value.keys() != names or value["kept"] not in ("federated", "local"):
+    if not isinstance(value, dict) or value.keys() != names or value["deployed"] not in ("federated", "local"):
         return False
     counts = ("samples", "worse", "better")
-    return all(is_count(value[n]) for n in counts) and all(is_number(value[n]) for n in names - {"kept", *counts})
+    return all(is_count(value[n]) for n in counts) and all(is_number(value[n]) for n in names - {"deployed", *counts})

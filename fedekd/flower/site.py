@@ -14,6 +14,7 @@ from flwr.app import Message, RecordDict
 from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
+from fedekd.federation.engines.base import RoundRequest
 from fedekd.federation.engines.remote import without_images, without_server_state
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
 from fedekd.federation.run_folder import to_json_value
@@ -32,6 +33,7 @@ from fedekd.flower.messages import (
     state_of,
     visit_to_json,
 )
+from fedekd.methods import Broadcast
 
 #: Versions of its state that a site keeps: the server may go on from a checkpoint before its newest.
 KEPT_VERSIONS = 4
@@ -116,7 +118,7 @@ class Site:
         return packed(describe(self.method, self.spec, self.images, self.splits))
 
     def _reference(self, message: Message) -> RecordDict:
-        reference, _ = self.host.reference(self.number, int(note_of(message)["rounds"]))
+        reference, _ = self.host.local_baseline(self.number, int(note_of(message)["rounds"]))
         return packed({"scores": list(reference.scores)})
 
     def _score(self, message: Message) -> RecordDict:
@@ -130,8 +132,9 @@ class Site:
         version = int(note["version"])
         self._require_version(version)
         received = from_arrays(state_of(message))
-        look = look_from_json(note["look"])
-        visit, _ = self.host.visit(self.number, version, received, {}, int(note["round"]), upload, look)
+        comparison = look_from_json(note["look"])
+        request = RoundRequest([self.number], Broadcast(received), int(note["round"]), upload, comparison)
+        visit, _ = self.host.run_client(self.number, version, request, {})
         store = self.host.store
         for other in store.versions(self.number):
             if not version + 1 - KEPT_VERSIONS < other <= version + 1:

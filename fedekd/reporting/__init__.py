@@ -5,7 +5,7 @@ here does.
 """
 
 from fedekd.reporting import figures
-from fedekd.reporting.console import Display, client_table, kept_table, result_tables
+from fedekd.reporting.console import Display, client_table, deployed_table, result_tables
 from fedekd.reporting.tracking import FederationLogger, Tracker, read_metrics_csv, write_metrics_csv
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "FederationLogger",
     "Tracker",
     "client_table",
+    "deployed_table",
     "figures",
-    "kept_table",
     "read_metrics_csv",
     "result_tables",
     "write_metrics_csv",

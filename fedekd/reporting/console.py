@@ -28,8 +28,8 @@ _MAX_CLASS_RANGES = 8  # more would push the scores off an 80-column terminal
 
 
 def result_tables(summary: Summary) -> list[Table]:
-    """All there is to show of a finished run: `client_table` and, with `do_no_harm`, `kept_table`."""
-    return [client_table(summary), *([kept_table(summary)] if "kept" in summary else [])]
+    """All there is to show of a finished run: `client_table` and, with `do_no_harm`, `deployed_table`."""
+    return [client_table(summary), *([deployed_table(summary)] if "deployed" in summary else [])]
 
 
 def client_table(summary: Summary) -> Table:
@@ -67,7 +67,7 @@ def client_table(summary: Summary) -> Table:
             (str(client["train"]), str(client["test"])),
             _ranges(client.get("classes", [])),
             score(client["local"]),
-            score(client["method"]),
+            score(client["score"]),
             difference(client["delta"]),
         )
     table.add_section()
@@ -78,17 +78,22 @@ def client_table(summary: Summary) -> Table:
     return table
 
 
-def kept_table(summary: Summary) -> Table:
+def deployed_table(summary: Summary) -> Table:
     """Which model each client keeps, on what evidence, and what becomes of Delta.
 
     Args:
         summary: What `summary.json` holds of a run with `do_no_harm`.
     """
-    metric, rule, delta, after = summary["metric"], summary["kept"]["rule"], summary["delta"], summary["kept"]["delta"]
+    metric, rule, delta, after = (
+        summary["metric"],
+        summary["deployed"]["rule"],
+        summary["delta"],
+        summary["deployed"]["delta"],
+    )
     by_class = metric == "accuracy"
-    promise = f"delta {rule['delta']:g}, margin {rule['margin']:g}"
-    table = Table(title=f"do no harm: {promise if rule['keep'] == 'certified' else 'the better one, nothing promised'}")
-    for heading in ("client", "compared on", *(("worse", "better") if by_class else ("gain",)), "p", "keeps"):
+    guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}"
+    table = Table(title=f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}")
+    for heading in ("client", "compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):
         table.add_column(heading, justify="right")
     for heading in ("Delta before", "after"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -97,14 +102,13 @@ def kept_table(summary: Summary) -> Table:
         return Text(format(value, "+" + _SCORE_FORMATS[metric]), style="red" if harmed(value, metric) else "")
 
     for client in summary["clients"]:
-        if "kept" not in client:  # it has taken part in no round, and has nothing to compare
+        if "deployed" not in client:  # it has taken part in no round, and has nothing to compare
             table.add_row(str(client["client"]), *[""] * (5 if by_class else 4), *[difference(client["delta"])] * 2)
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
-        kept = client["delta"] if client["kept"] == "federated" else 0.0
-        changes = difference(client["delta"]), difference(kept)
-        table.add_row(str(client["client"]), str(client["samples"]), *evidence, p_value, client["kept"], *changes)
+        changes = difference(client["delta"]), difference(client["delta"] if client["deployed"] == "federated" else 0.0)
+        table.add_row(str(client["client"]), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
     for name, key in (("mean", "avg"), ("worst", "worst"), (tail_name(delta).upper(), tail_name(delta))):

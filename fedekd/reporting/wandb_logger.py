@@ -134,7 +134,7 @@ class WandbRunLogger(WandbLogger):
         """Put the final scores, Deltas and costs, and the table `clients`, into the run's summary.
 
         Of a network with exits also `budget_50/accuracy` and `budget_50/flops`, for each budget in percent;
-        with `do_no_harm` also `kept/delta/avg` and the like: what is left where clients keep what harms them not.
+        with `do_no_harm` also `deployed/delta/avg` and the like: what is left where clients keep what harms them not.
         """
         import wandb
 
@@ -144,12 +144,12 @@ class WandbRunLogger(WandbLogger):
         for line in summary.get("budgets", ()):
             name = f"budget_{round(100 * line['budget'])}"
             scores |= {f"{name}/accuracy": line["accuracy"], f"{name}/flops": line["cost"]}
-        if "kept" in summary:
-            kept = summary["kept"]
-            scores |= {f"kept/{metric}/mean": kept["mean"], "kept/federated": kept["federated"]}
-            deltas |= {f"kept/delta/{name}": value for name, value in kept["delta"].items()}
+        if "deployed" in summary:
+            deployed = summary["deployed"]
+            scores |= {f"deployed/{metric}/mean": deployed["mean"], "deployed/federated": deployed["federated"]}
+            deltas |= {f"deployed/delta/{name}": value for name, value in deployed["delta"].items()}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
-        names = ["client", "train", "test", "local", "method", "delta"]
+        names = ["client", "train", "test", "local", "score", "delta"]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
         self.experiment.summary.update({**scores, **deltas, **costs, "clients": table})
 

@@ -224,7 +224,7 @@ def test_a_cell_with_promises_keeps_them_and_no_checkpoints(once: tuple[Path, Ro
     accuracies = [each["line"]["full_accuracy"] for each in kept[0]["clients"]]
     # In float32 too, of the same images: these are the clients as they were after the last round.
     summary = json.loads((folder / "run/summary.json").read_text())
-    assert accuracies == pytest.approx([each["method"] for each in summary["clients"]], abs=1e-6)
+    assert accuracies == pytest.approx([each["score"] for each in summary["clients"]], abs=1e-6)
     assert sum(each["own"] for promise in kept for each in promise["clients"]) > 0
     assert (folder / "run/summary.json").is_file()
     assert not (folder / "run/checkpoints").exists()

@@ -150,7 +150,7 @@ def test_nothing_is_promised_on_samples_that_a_method_learns_from(
 def test_what_a_kept_model_was_chosen_by_is_refused(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.delta=0.1") == 0
+    assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.confidence=0.9") == 0
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("chosen"), in_process=True)
     by = federation.data.clients[0].holdout.numpy()

@@ -91,7 +91,7 @@ def test_fit_writes_the_whole_folder(npz: Path, folder: Path, capsys: pytest.Cap
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert [row["round"] for row in rows] == ["1", "2"]
     assert float(rows[-1]["delta/avg"]) == summary["delta"]["avg"]
-    assert float(rows[-1]["client_2/accuracy"]) == summary["clients"][2]["method"]
+    assert float(rows[-1]["client_2/accuracy"]) == summary["clients"][2]["score"]
     assert {path.name for path in (run / "figures").iterdir()} == {
         *("partition.png", "delta_per_client.png", "accuracy_per_round.png", "gate_weights.png"),
     }
@@ -125,7 +125,7 @@ def test_test_reproduces_the_figures(npz: Path, here: Path, capsys: pytest.Captu
     assert main(["test", "a"]) == 0
     assert "the same as summary.json, to the last digit" in capsys.readouterr().out
     summary = json.loads(Path("a/summary.json").read_text())
-    summary["clients"][0]["method"] += 1e-16 + 1e-3
+    summary["clients"][0]["score"] += 1e-16 + 1e-3
     Path("a/summary.json").write_text(json.dumps(summary))
     assert main(["test", "a"]) == 1
     assert "differs from summary.json" in capsys.readouterr().out

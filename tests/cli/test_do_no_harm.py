@@ -21,7 +21,7 @@ from fedekd.early_exit import ExitPolicy, network_fingerprint
 from fedekd.early_exit.scoring import prepared
 
 SAFE = ("--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=0.002")
-NEVER = "--do_no_harm.delta=1e-9"
+NEVER = "--do_no_harm.confidence=0.999999999"
 
 
 @pytest.fixture
@@ -55,15 +55,15 @@ def understood(*options: str) -> Any:
     ("options", "rule"),
     [
         ([], None),
-        (["--do_no_harm.delta", "0.1", "--do_no_harm.margin", "0.02"], DoNoHarm(0.1, 0.02)),
-        (["--do_no_harm.delta=0.2"], DoNoHarm(0.2)),
-        (["--do_no_harm.keep=better"], DoNoHarm(keep="better")),
+        (["--do_no_harm.confidence", "0.9", "--do_no_harm.margin", "0.02"], DoNoHarm(0.9, 0.02)),
+        (["--do_no_harm.confidence=0.8"], DoNoHarm(0.8)),
+        (["--do_no_harm.rule=better"], DoNoHarm(rule="better")),
         (["--do_no_harm.looks=2", "--do_no_harm.clip=4"], DoNoHarm(looks=2, clip=4.0)),
-        (["--do_no_harm", "{delta: 0.2, keep: better}"], DoNoHarm(0.2, keep="better")),
+        (["--do_no_harm", "{confidence: 0.8, rule: better}"], DoNoHarm(0.8, rule="better")),
         (["--do_no_harm={}"], DoNoHarm()),
         (["--do_no_harm=null"], None),
         (["--do_no_harm", "true"], DoNoHarm()),  # as the help says
-        (["--do_no_harm=true", "--do_no_harm.delta=0.2"], DoNoHarm(0.2)),
+        (["--do_no_harm=true", "--do_no_harm.confidence=0.8"], DoNoHarm(0.8)),
         (["--do_no_harm=false"], None),
     ],
 )
@@ -76,8 +76,8 @@ def test_what_people_write_is_understood(options: list[str], rule: DoNoHarm | No
     [
         ("null", None),
         ("{}", DoNoHarm()),
-        ("{delta: 0.2, margin: 0.01}", DoNoHarm(0.2, 0.01)),
-        ("{keep: better}", DoNoHarm(keep="better")),
+        ("{confidence: 0.8, margin: 0.01}", DoNoHarm(0.8, 0.01)),
+        ("{rule: better}", DoNoHarm(rule="better")),
         ("true", DoNoHarm()),
         ("false", None),
     ],
@@ -86,25 +86,25 @@ def test_in_a_file_too(text: str, rule: DoNoHarm | None, here: Path) -> None:
     Path("own.yaml").write_text(f"do_no_harm: {text}\n")
     assert understood("--config=own.yaml") == rule
     if rule is not None:
-        assert understood("--config=own.yaml", "--do_no_harm.delta=0.3").delta == 0.3
+        assert understood("--config=own.yaml", "--do_no_harm.confidence=0.7").confidence == 0.7
         assert understood("--config=own.yaml", "--do_no_harm=null") is None
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--do_no_harm.delta=2", "do_no_harm.delta is 2.0, and must be in (0, 1)"),
-        ("--do_no_harm.delta=abc", "--do_no_harm.delta is 'abc', and must be a number"),
-        ("--do_no_harm.delta=nan", "--do_no_harm.delta is 'nan', and must be a finite number"),
-        ("--do_no_harm.delta=null", "--do_no_harm.delta is null, and must have a value"),
+        ("--do_no_harm.confidence=2", "do_no_harm.confidence is 2.0, and must be in (0, 1)"),
+        ("--do_no_harm.confidence=abc", "--do_no_harm.confidence is 'abc', and must be a number"),
+        ("--do_no_harm.confidence=nan", "--do_no_harm.confidence is 'nan', and must be a finite number"),
+        ("--do_no_harm.confidence=null", "--do_no_harm.confidence is null, and must have a value"),
         ("--do_no_harm.margin=-0.1", "do_no_harm.margin is -0.1, and must be at least 0"),
-        ("--do_no_harm.keep=beter", "--do_no_harm.keep is 'beter', and must be one of 'certified', 'better'"),
+        ("--do_no_harm.rule=beter", "--do_no_harm.rule is 'beter', and must be one of 'certified', 'better'"),
         ("--do_no_harm.looks=0", "do_no_harm.looks is 0, and must be at least 1"),
         ("--do_no_harm.looks=1.5", "--do_no_harm.looks is '1.5', and must be a whole number"),
         ("--do_no_harm.looks=2", "do_no_harm.looks is 2, and there are 1 rounds"),
         ("--do_no_harm.clip=0", "do_no_harm.clip is 0.0, and must be a finite number above 0"),
-        ("--do_no_harm.detla=0.1", "did you mean 'delta'"),
-        ("--do_no_harm={detla: 0.1}", "did you mean 'delta'"),
+        ("--do_no_harm.confidnece=0.9", "did you mean 'confidence'"),
+        ("--do_no_harm={confidnece: 0.9}", "did you mean 'confidence'"),
         ("--do-no-harm=true", "unknown option --do-no-harm; did you mean --do_no_harm?"),
         ("--do_no_harm=maybe", "--do_no_harm is 'maybe', and must be"),
         ("--do_no_harm=0.1", "--do_no_harm is"),
@@ -122,21 +122,21 @@ def test_a_mistake_is_told_in_one_line(
 def test_methods_that_cannot_have_it_are_told(
     method: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fit(npz, f"--method={method}", "--do_no_harm.delta=0.1", "--output=a") == 2
+    assert fit(npz, f"--method={method}", "--do_no_harm.confidence=0.9", "--output=a") == 2
     assert f"{method}" in told(capsys)
 
 
 def test_it_is_kept_repeated_and_gone_on_with(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--do_no_harm.delta=0.1", "--do_no_harm.margin=0.02")
+    options = ("--do_no_harm.confidence=0.9", "--do_no_harm.margin=0.02")
     assert fit(npz, *options, "--output=a", rounds=2) == 0
     printed = capsys.readouterr().out
-    assert "do no harm: delta 0.1, margin 0.02" in printed
-    assert "keeps" in printed
-    rule = {"delta": 0.1, "margin": 0.02, "keep": "certified", "looks": 1, "clip": 1.0}
+    assert "do no harm: confidence 0.9, margin 0.02" in printed
+    assert "deployed" in printed
+    rule = {"confidence": 0.9, "margin": 0.02, "rule": "certified", "looks": 1, "clip": 1.0}
     assert yaml.safe_load(Path("a/config.yaml").read_text())["do_no_harm"] == rule
     summary = json.loads(Path("a/summary.json").read_text())
-    assert summary["kept"]["rule"] == rule
-    assert {"kept", "samples", "worse", "better", "p_value", "level"} <= set(summary["clients"][0])
+    assert summary["deployed"]["rule"] == rule
+    assert {"deployed", "samples", "worse", "better", "p_value", "level"} <= set(summary["clients"][0])
     assert main(["fit", "--config=a/config.yaml", "--output=b"]) == 0
     for name in ("metrics.csv", "config.yaml"):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
@@ -147,16 +147,16 @@ def test_it_is_kept_repeated_and_gone_on_with(npz: Path, here: Path, capsys: pyt
     assert main(["fit", "--resume=b", "--do_no_harm=null"]) == 2
     assert "do_no_harm" in told(capsys)
     assert main(["fit", "--resume=b"]) == 0
-    assert json.loads(Path("b/summary.json").read_text())["kept"] == summary["kept"]
+    assert json.loads(Path("b/summary.json").read_text())["deployed"] == summary["deployed"]
 
 
 def test_a_run_without_it_is_not_gone_on_with_it(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(npz, "--output=a") == 0
-    assert "kept" not in json.loads(Path("a/summary.json").read_text())
-    assert not any("kept" in column for column in Path("a/metrics.csv").read_text().splitlines()[0].split(","))
+    assert "deployed" not in json.loads(Path("a/summary.json").read_text())
+    assert not any("deployed" in column for column in Path("a/metrics.csv").read_text().splitlines()[0].split(","))
     assert "do no harm" not in capsys.readouterr().out
     Path("a/summary.json").unlink()
-    assert main(["fit", "--resume=a", "--do_no_harm.delta=0.1"]) == 2
+    assert main(["fit", "--resume=a", "--do_no_harm.confidence=0.9"]) == 2
     assert "do_no_harm" in told(capsys)
 
 
@@ -165,9 +165,9 @@ def test_test_says_the_same(npz: Path, here: Path, capsys: pytest.CaptureFixture
     assert main(["test", "a"]) == 0
     printed = capsys.readouterr().out
     assert "the same as summary.json, to the last digit" in printed
-    assert printed.count("do no harm: delta 1e-09, margin 0") == 2
+    assert printed.count("do no harm: confidence 0.999999999, margin 0") == 2
     summary = json.loads(Path("a/summary.json").read_text())
-    summary["clients"][1]["kept"] = "federated"
+    summary["clients"][1]["deployed"] = "federated"
     Path("a/summary.json").write_text(json.dumps(summary))
     assert main(["test", "a"]) == 1
     assert "differs from summary.json" in capsys.readouterr().out

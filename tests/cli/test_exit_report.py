@@ -107,8 +107,8 @@ def test_the_methods_network_is_shown_where_a_client_keeps_its_local_one(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
-    fit(run / "blobs.npz", "runs/kept", "--method=SafeKD", "--client.exits=2", "--do_no_harm.delta=1e-9")
-    assert json.loads(Path("runs/kept/summary.json").read_text())["clients"][0]["kept"] == "local"
+    fit(run / "blobs.npz", "runs/kept", "--method=SafeKD", "--client.exits=2", "--do_no_harm.confidence=0.999999999")
+    assert json.loads(Path("runs/kept/summary.json").read_text())["clients"][0]["deployed"] == "local"
     assert main(["report", "runs/kept", "--draws=1"]) == 0
     kept, alone = (rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("kept", "safe"))
     assert kept == alone

@@ -23,9 +23,12 @@ FEDERATIONS = 2000
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        *[({"delta": bad}, rf"do_no_harm\.delta is {bad}, and must be in \(0, 1\)") for bad in (0, 1, -0.1, math.nan)],
+        *[
+            ({"confidence": bad}, rf"do_no_harm\.confidence is {bad}, and must be in \(0, 1\)")
+            for bad in (0, 1, -0.1, math.nan)
+        ],
         *[({"margin": bad}, rf"do_no_harm\.margin is {bad}, and must be at least 0") for bad in (-0.1, math.nan)],
-        ({"keep": "beter"}, r"do_no_harm\.keep is 'beter', which is not known; did you mean 'better'"),
+        ({"rule": "beter"}, r"do_no_harm\.rule is 'beter', which is not known; did you mean 'better'"),
         *[({"looks": bad}, rf"do_no_harm\.looks is {bad}, and must be at least 1") for bad in (0, -1)],
         *[({"clip": bad}, rf"do_no_harm\.clip is {bad}, and must be a finite") for bad in (0, -1, math.nan, math.inf)],
         ({"margin": 0.5, "clip": 0.5}, r"do_no_harm\.margin is 0\.5, and must be below do_no_harm\.clip, 0\.5"),
@@ -41,7 +44,7 @@ def test_looks_are_spread_evenly_and_the_last_is_the_end():
     for rounds in range(1, 16):
         for looks in range(1, rounds + 1):
             rule = DoNoHarm(looks=looks)
-            at = [round_idx for round_idx in range(rounds + 1) if rule.looks_at(round_idx, rounds)]
+            at = [round_idx for round_idx in range(rounds + 1) if rule.compares_at(round_idx, rounds)]
             distances = np.diff([0, *at])
             assert len(at) == looks
             assert at[-1] == rounds
@@ -57,46 +60,46 @@ def losses(*parts: tuple[float, float, int]) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
 def test_of_classes_the_counts_decide(margin):
-    rule = DoNoHarm(0.1, margin, looks=2)
+    rule = DoNoHarm(0.9, margin, looks=2)
     pair = losses((0, 1, 2), (1, 0, 9), (0, 0, 150), (1, 1, 39))
     found = rule.compare(*pair, "classification")
     assert (found.worse, found.better, found.samples) == (2, 9, 200)
     assert found.gain == pytest.approx(7 / 200)
     assert found.level == 0.05
-    assert found.p_value == paired_p_value(2, 9, 200, margin, slack=0.005)
-    assert found.kept == "federated"
-    assert rule.compare(*reversed(pair), "classification").kept == "local"
+    assert found.p_value == paired_p_value(2, 9, 200, margin, 0.005)
+    assert found.deployed == "federated"
+    assert rule.compare(*reversed(pair), "classification").deployed == "local"
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     assert rule.compare(pair[0][order].float(), pair[1][order].float(), "classification") == found
 
 
 def test_the_level_itself_is_enough_and_no_more():
     half = losses((1, 0, 1), (0, 0, 5))  # p = 1/2
-    assert DoNoHarm(0.5).compare(*half, "classification").kept == "federated"
-    assert DoNoHarm(0.4999).compare(*half, "classification").kept == "local"
-    assert DoNoHarm(0.5, looks=2).compare(*half, "classification").kept == "local"
+    assert DoNoHarm(0.5).compare(*half, "classification").deployed == "federated"
+    assert DoNoHarm(0.5001).compare(*half, "classification").deployed == "local"
+    assert DoNoHarm(0.5, looks=2).compare(*half, "classification").deployed == "local"
 
 
 def test_of_numbers_the_clipped_differences_decide():
     generator = torch.Generator().manual_seed(1)
     local, federated = (5 * torch.rand(120, generator=generator, dtype=torch.float64) for _ in range(2))
-    rule = DoNoHarm(0.1, margin=0.2, clip=2.0)
+    rule = DoNoHarm(0.9, margin=0.2, clip=2.0)
     found = rule.compare(local, federated, "regression")
     gains = [max(-2.0, min(2.0, a - b)) / 2 for a, b in zip(local.tolist(), federated.tolist(), strict=True)]
     assert 0.01 < found.p_value < 0.99
     assert found.p_value == pytest.approx(betting_p_value(gains, 0.1), rel=1e-12)
     assert (found.worse, found.better, found.samples) == (0, 0, 120)
     assert found.gain == pytest.approx(float((local - federated).mean()))  # told as it is
-    assert found.kept == ("federated" if found.p_value <= 0.1 else "local")
+    assert found.deployed == ("federated" if found.p_value <= 0.1 else "local")
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_the_better_one_by_its_loss_promises_nothing(task):
-    rule = DoNoHarm(keep="better", margin=0.4)
+    rule = DoNoHarm(rule="better", margin=0.4)
     better = losses((1, 0, 3), (0, 1, 2))
     for pair, kept in ((better, "federated"), (tuple(reversed(better)), "local"), (losses((0, 0, 9)), "local")):
         found = rule.compare(*pair, task)
-        assert found.kept == kept
+        assert found.deployed == kept
         assert math.isnan(found.p_value)
         assert math.isnan(found.level)
     found = rule.compare(*better, task)
@@ -108,17 +111,17 @@ def test_the_better_one_by_its_loss_promises_nothing(task):
 @pytest.mark.parametrize("keep", ["certified", "better"])
 def test_ties_and_no_samples_keep_the_local_model(keep, task):
     for pair in (losses(), losses((0, 0, 500)), losses((1, 1, 40), (0, 0, 40))):
-        assert DoNoHarm(0.999, keep=keep).compare(*pair, task).kept == "local"
+        assert DoNoHarm(0.001, rule=keep).compare(*pair, task).deployed == "local"
 
 
 @pytest.mark.parametrize("keep", ["certified", "better"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_model_without_finite_outputs_is_never_certified(keep, bad):
-    rule = DoNoHarm(0.999, keep=keep)
+    rule = DoNoHarm(0.001, rule=keep)
     for pair in (losses((1, bad, 50)), losses((bad, bad, 50)), losses((9, 0, 50), (9, bad, 60))):
-        assert rule.compare(*pair, "regression").kept == "local"
+        assert rule.compare(*pair, "regression").deployed == "local"
     if bad == math.inf:  # but it may be left for one that has not diverged
-        assert rule.compare(*losses((bad, 1, 50)), "regression").kept == "federated"
+        assert rule.compare(*losses((bad, 1, 50)), "regression").deployed == "federated"
 
 
 def test_a_sample_that_both_lose_beyond_measure_counts_against_the_federated_model():
@@ -136,7 +139,7 @@ def test_losses_must_be_one_a_sample(shapes):
 def takes(rule: DoNoHarm, worse: int, better: int, samples: int) -> bool:
     """Whether the federated model is taken, which of classes the counts alone decide."""
     pair = losses((0, 1, worse), (1, 0, better), (0, 0, samples - worse - better))
-    return rule.compare(*pair, "classification").kept == "federated"
+    return rule.compare(*pair, "classification").deployed == "federated"
 
 
 def decisions(rule: DoNoHarm, counts: np.ndarray) -> np.ndarray:
@@ -158,11 +161,11 @@ def test_at_the_boundary_no_client_errs_more_than_delta(samples, margin, differi
     worse, better = (differing + margin) / 2, (differing - margin) / 2
     rng = np.random.default_rng(samples)
     counts = rng.multinomial(samples, [worse, better, 1 - differing], size=(FEDERATIONS, 3))
-    found = decisions(DoNoHarm(DELTA, margin), counts)
+    found = decisions(DoNoHarm(1 - DELTA, margin), counts)
     assert all(agrees(found[:, client]) for client in range(3))
     if margin == 0 and samples * differing > 40:
         assert found.mean() > 0.05  # nor does it by taking nothing
-        assert decisions(DoNoHarm(DELTA, keep="better"), counts).mean() > 4 * DELTA
+        assert decisions(DoNoHarm(1 - DELTA, rule="better"), counts).mean() > 4 * DELTA
 
 
 @cache
@@ -203,7 +206,7 @@ def federations(liars: int, samples: int = 200, clients: int = 4, classes: int =
 @pytest.mark.parametrize("liars", [1, 4])
 def test_a_proxy_of_permuted_labels_is_taken_no_more_often_than_delta(liars, margin):
     drawn = federations(liars)
-    found = decisions(DoNoHarm(DELTA, margin), drawn["holdout"])
+    found = decisions(DoNoHarm(1 - DELTA, margin), drawn["holdout"])
     harmed = drawn["gain"] <= -margin
     for client in range(4):
         assert harmed[:, client].sum() > 200
@@ -212,11 +215,11 @@ def test_a_proxy_of_permuted_labels_is_taken_no_more_often_than_delta(liars, mar
 
 def test_honest_proxies_are_taken_and_the_better_one_breaks_the_promise():
     honest, one = federations(0), federations(1)
-    assert decisions(DoNoHarm(DELTA), honest["holdout"])[honest["gain"] > 0.05].mean() > 0.5
+    assert decisions(DoNoHarm(1 - DELTA), honest["holdout"])[honest["gain"] > 0.05].mean() > 0.5
     harmed = one["gain"] <= 0
-    by_loss = decisions(DoNoHarm(keep="better"), one["tuning"])[harmed]
+    by_loss = decisions(DoNoHarm(rule="better"), one["tuning"])[harmed]
     assert not agrees(by_loss)
-    assert by_loss.mean() > 2 * decisions(DoNoHarm(DELTA), one["holdout"])[harmed].mean()
+    assert by_loss.mean() > 2 * decisions(DoNoHarm(1 - DELTA), one["holdout"])[harmed].mean()
 
 
 def test_looks_share_delta_however_they_hang_together():
@@ -228,8 +231,8 @@ def test_looks_share_delta_however_they_hang_together():
     for _ in range(looks):
         b, c = ((right[:, i] & ~right[:, 1 - i]).sum(axis=1) for i in range(2))
         counts = np.stack([b, c, samples - b - c], axis=1)
-        taken |= decisions(DoNoHarm(DELTA, looks=looks), counts)
-        undivided |= decisions(DoNoHarm(DELTA), counts)
+        taken |= decisions(DoNoHarm(1 - DELTA, looks=looks), counts)
+        undivided |= decisions(DoNoHarm(1 - DELTA), counts)
         right = np.where(rng.random(shape) < 0.7, right, rng.random(shape) < 0.8)
     assert agrees(taken)
     assert taken.mean() > 0.02
@@ -242,15 +245,15 @@ def test_of_numbers_no_client_errs_more_than_delta(margin):
     pool = np.clip(rng.normal(size=5000) ** 2 - rng.normal(size=5000) ** 2, -0.85, 0.85)
     gains = torch.from_numpy(pool - pool.mean() - margin)  # what clipping leaves of the differences
     drawn = torch.from_numpy(rng.integers(5000, size=(FEDERATIONS, 120)))
-    rule = DoNoHarm(DELTA, margin)
-    found = [rule.compare(2 + gains[draw], torch.full((120,), 2.0), "regression").kept for draw in drawn]
+    rule = DoNoHarm(1 - DELTA, margin)
+    found = [rule.compare(2 + gains[draw], torch.full((120,), 2.0), "regression").deployed for draw in drawn]
     assert agrees(np.array(found) == "federated")
 
 
 @pytest.mark.parametrize(("differing", "power"), [(0.04, 0.427), (0.05, 0.382), (0.06, 0.350)])
 def test_what_a_gain_of_half_a_point_needs(differing, power):
     """Of 2,300 samples, as few data sets leave a client: it is seen in two cases of five."""
-    samples, rule, gain = 2300, DoNoHarm(DELTA), 0.005
+    samples, rule, gain = 2300, DoNoHarm(1 - DELTA), 0.005
     counts = np.arange(samples + 1)
     differ = binom.pmf(counts, samples, differing)
     found = 0.0

@@ -177,7 +177,7 @@ class StopAfterRound(SilentObserver):
 
 
 class NoVisits(SequentialEngine):
-    def run_clients(self, *given: Any, **named: Any) -> Any:
+    def run_clients(self, request: Any) -> Any:
         raise AssertionError("everybody has been visited")
 
 

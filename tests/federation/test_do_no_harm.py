@@ -19,14 +19,14 @@ import fedekd.methods
 from fedekd.data import FederatedDataModule, scale
 from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, SequentialEngine, SilentObserver
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.functional import betting_p_value
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, FedType, Local, Method, Update
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 
 from .conftest import Federate, weights
 
-HALF, NEVER = DoNoHarm(delta=0.5), DoNoHarm(delta=1e-9)
+HALF, NEVER = DoNoHarm(confidence=0.5), DoNoHarm(confidence=0.999999999)
 
 
 class Uneven(Method):
@@ -101,7 +101,7 @@ def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
     for each in (alone, without):
         each.run()
     summary = run.run()
-    assert [client["kept"] for client in summary["clients"]] == ["local", "local", "federated"]
+    assert [client["deployed"] for client in summary["clients"]] == ["local", "local", "federated"]
     assert_equal_weights(kept_local(run), of_clients(weights(alone), 0, 1))
     assert_equal_weights(weights(run), weights(without))  # the federated ones stay beside them
     opened = harmless(output=tmp_path / "run")
@@ -125,7 +125,7 @@ def right(client: Any, network: Any, split: str) -> list[bool]:
 
 @pytest.mark.parametrize("keep", ["certified", "better"])
 def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_path: Path, keep: Any) -> None:
-    run, alone = harmless(do_no_harm=DoNoHarm(0.5, keep=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
+    run, alone = harmless(do_no_harm=DoNoHarm(0.5, rule=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
     summary = run.run()
     alone.run()
     engines: Any = run.engine, alone.engine
@@ -142,37 +142,38 @@ def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_p
         p = Fraction(sum(math.comb(of, k) for k in range(worse + 1)), 2**of)
         assert told["p_value"] == (None if keep == "better" else pytest.approx(float(p)))
         takes = better > worse if keep == "better" else p <= Fraction(1, 2)
-        assert told["kept"] == ("federated" if takes else "local")
+        assert told["deployed"] == ("federated" if takes else "local")
         scores = [float(np.mean(right(each, each.networks["private"], "test"))) for each in (ours, theirs)]
-        assert (told["method"], told["local"]) == pytest.approx(scores)
+        assert (told["score"], told["local"]) == pytest.approx(scores)
         assert ours.score(role=ours.deployed_role) == scores[0 if takes else 1]
         before.append(scores[0] - scores[1])
         after.append(scores[0] - scores[1] if takes else 0.0)
-    kept, delta = summary["kept"], {"avg": np.mean(after), "worst": min(after), "p10": np.percentile(after, 10)}
+    kept, delta = summary["deployed"], {"avg": np.mean(after), "worst": min(after), "p10": np.percentile(after, 10)}
     assert kept["delta"] == pytest.approx(delta)
     assert summary["delta"]["worst"] == pytest.approx(min(before))
     assert summary["delta"]["worst"] < kept["delta"]["worst"] == 0
     own = [client["local"] + change for client, change in zip(summary["clients"], after, strict=True)]
     assert (kept["mean"], kept["worst"]) == pytest.approx((np.mean(own), min(own)))
     assert kept["federated"] == pytest.approx(1 / 3)
-    assert kept["rule"] == {"delta": 0.5, "margin": 0.0, "keep": keep, "looks": 1, "clip": 1.0}
+    assert kept["rule"] == {"confidence": 0.5, "margin": 0.0, "rule": keep, "looks": 1, "clip": 1.0}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     last = list(csv.DictReader((tmp_path / "metrics.csv").open()))[-1]
     flat = {"federated": kept["federated"], "accuracy/mean": kept["mean"], "accuracy/worst": kept["worst"]}
     flat |= {f"delta/{name}": value for name, value in kept["delta"].items()}
-    assert {name: float(last[f"kept/{name}"]) for name in flat} == flat
+    assert {name: float(last[f"deployed/{name}"]) for name in flat} == flat
     for number, told in enumerate(summary["clients"]):
         found = {
-            name: float(last[f"client_{number}/kept/{name}"]) for name in ("federated", "worse", "better", "samples")
+            name: float(last[f"client_{number}/deployed/{name}"])
+            for name in ("federated", "worse", "better", "samples")
         }
         assert found == {
-            "federated": float(told["kept"] == "federated"),
+            "federated": float(told["deployed"] == "federated"),
             **{name: told[name] for name in list(found)[1:]},
         }
 
 
 def test_of_numbers_the_squared_errors_decide(harmless: Federate) -> None:
-    rule = DoNoHarm(0.9, clip=0.5)
+    rule = DoNoHarm(0.1, clip=0.5)
     run, alone = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
     summary = run.run()
     alone.run()
@@ -185,8 +186,8 @@ def test_of_numbers_the_squared_errors_decide(harmless: Federate) -> None:
             errors.append((output - client.images.targets[client.splits.holdout].double()) ** 2)
         gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
         assert told["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
-        assert told["kept"] == ("federated" if told["p_value"] <= 0.9 else "local")
-    assert {client["kept"] for client in summary["clients"]} == {"federated", "local"}
+        assert told["deployed"] == ("federated" if told["p_value"] <= 0.9 else "local")
+    assert {client["deployed"] for client in summary["clients"]} == {"federated", "local"}
 
 
 class StoppedError(Exception):
@@ -204,7 +205,7 @@ class StopAfterRound(SilentObserver):
 
 
 def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate, tmp_path: Path) -> None:
-    parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.9, looks=2), "baseline_dir": tmp_path / "l"}
+    parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.1, looks=2), "baseline_dir": tmp_path / "l"}
     whole = harmless(**parts)
     expected = whole.run()
     assert kept_local(whole)
@@ -221,18 +222,18 @@ def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate
 
 
 class Backwards(SequentialEngine):
-    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Any:
-        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
+    def run_clients(self, request: RoundRequest) -> Any:
+        yield from super().run_clients(request.only(list(reversed(request.participants))))
 
 
 @pytest.mark.parametrize("engine", [Backwards, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
 def test_where_and_in_which_order_clients_run_changes_nothing(harmless: Federate, tmp_path: Path, engine: Any) -> None:
-    rule = DoNoHarm(keep="better", looks=2)
+    rule = DoNoHarm(rule="better", looks=2)
     expected = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "a").run()
     other = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "b", engine=engine)
     crossed: list[Any] = []
-    ask = other.engine.references
-    other.engine.references = lambda rounds: crossed.append(ask(rounds)) or crossed[-1]  # type: ignore[method-assign]
+    ask = other.engine.local_baselines
+    other.engine.local_baselines = lambda rounds: crossed.append(ask(rounds)) or crossed[-1]  # type: ignore[method-assign]
     assert repeatable(other.run()) == repeatable(expected)
     for name in ("metrics.csv", *(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").glob("*/*.pt"))):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -243,10 +244,10 @@ def test_where_and_in_which_order_clients_run_changes_nothing(harmless: Federate
 def test_looks_are_told_when_they_come_and_share_delta(harmless: Federate) -> None:
     run = harmless(rounds=RoundOptions(rounds=4), do_no_harm=DoNoHarm(0.5, looks=2))
     summary = run.run()
-    looked = ["kept/federated" in row for row in run.progress.history]
+    looked = ["deployed/federated" in row for row in run.progress.history]
     assert looked == [False, True, True, True]
     assert [client["level"] for client in summary["clients"]] == [0.25] * 3
-    worse = [row["client_1/kept/worse"] for row in run.progress.history[1:]]
+    worse = [row["client_1/deployed/worse"] for row in run.progress.history[1:]]
     assert worse[0] == worse[1] == 0 < worse[2]  # it forgets in the end alone; between looks the last one stays
     assert "local" in run.engine.client(1).networks  # type: ignore[attr-defined]
 
@@ -256,8 +257,8 @@ def test_whoever_never_took_part_compares_too(harmless: Federate, method: Any) -
     """After the last aggregate everybody absorbs; its reference is Local after one round at least, as for Delta."""
     run = harmless(method(), rounds=RoundOptions(rounds=2, participation=0.4), do_no_harm=NEVER)
     summary = run.run()
-    assert [client["kept"] for client in summary["clients"]] == ["local"] * 3
-    assert summary["kept"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
+    assert [client["deployed"] for client in summary["clients"]] == ["local"] * 3
+    assert summary["deployed"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
     for number, told in enumerate(summary["clients"]):
         assert run.engine.client(number).score(role="local") == told["local"]  # type: ignore[attr-defined]
 
@@ -287,7 +288,7 @@ def test_with_every_method_what_is_kept_is_what_delta_is_against(
     case = client.exits, len(run.progress.local[0])
     if case not in trained_alone:
         alone = harmless(Local(), client=client, do_no_harm=None, rounds=RoundOptions(rounds=case[1]))
-        trained_alone[case] = [each["method"] for each in alone.run()["clients"]], weights(alone)
+        trained_alone[case] = [each["score"] for each in alone.run()["clients"]], weights(alone)
     scores, expected = trained_alone[case]
     assert [each["local"] for each in summary["clients"]] == scores
     assert_equal_weights(kept_local(run), expected)
@@ -300,7 +301,7 @@ def test_with_every_method_what_is_kept_is_what_delta_is_against(
         ({"method": FedType()}, "a part of the validation split, from which method FedType learns"),
         ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks is 3, and there are 2 rounds"),
         ({"fractions": (0.8, 0.0, 0.2)}, "on the holdout split, and client 0 has no sample in it; raise"),
-        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(keep="better")}, "on the tuning split, and client 0"),
+        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(rule="better")}, "on the tuning split, and client 0"),
     ],
 )
 def test_what_cannot_be_compared_is_told_beforehand(
@@ -314,7 +315,7 @@ def test_what_cannot_be_compared_is_told_beforehand(
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("other", [None, DoNoHarm(0.2), DoNoHarm(0.5, margin=0.01), DoNoHarm(0.5, keep="better")])
+@pytest.mark.parametrize("other", [None, DoNoHarm(0.8), DoNoHarm(0.5, margin=0.01), DoNoHarm(0.5, rule="better")])
 def test_a_run_is_not_taken_up_with_another_rule(harmless: Federate, tmp_path: Path, other: Any) -> None:
     with pytest.raises(StoppedError):
         harmless(output=tmp_path, observer=StopAfterRound(1)).run()
@@ -337,9 +338,9 @@ def test_a_model_that_has_diverged_is_not_kept(harmless: Federate, tmp_path: Pat
             torch.nn.init.constant_(client.networks["private"].head.weight, math.nan)
             return found
 
-    summary = harmless(Diverging(), task=task, output=tmp_path, do_no_harm=DoNoHarm(0.999, margin=0.4)).run()
-    assert [client["kept"] for client in summary["clients"]] == ["local"] * 3
-    assert summary["kept"]["mean"] == pytest.approx(summary["local_mean"])
+    summary = harmless(Diverging(), task=task, output=tmp_path, do_no_harm=DoNoHarm(0.001, margin=0.4)).run()
+    assert [client["deployed"] for client in summary["clients"]] == ["local"] * 3
+    assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])
 
 
 def test_a_reference_that_lies_there_is_not_trained_again(
@@ -378,8 +379,8 @@ def test_proxies_of_permuted_labels_harm_nobody_on_digits(federate: Federate, li
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-2}}
     model = {"class_path": "fedekd.models.ProxyCNN"}
     client = ClientOptions(local_epochs=2, private_model=model, proxy_model=model, optimizer=adam)
-    summary = federate(PermutedProxies(liars), data=data, client=client, do_no_harm=DoNoHarm(0.1)).run()
+    summary = federate(PermutedProxies(liars), data=data, client=client, do_no_harm=DoNoHarm(0.9)).run()
     assert max(told["delta"] for told in summary["clients"]) < -0.1
-    assert [told["kept"] for told in summary["clients"]] == ["local"] * 3
-    assert summary["kept"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
-    assert summary["kept"]["mean"] == pytest.approx(summary["local_mean"])
+    assert [told["deployed"] for told in summary["clients"]] == ["local"] * 3
+    assert summary["deployed"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
+    assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])

@@ -12,7 +12,7 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, Orchestrator, RoundOptions, SequentialEngine, SilentObserver
+from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Method, Update
 from fedekd.methods.base import num_bytes
 from fedekd.modules import TrainerFactory
@@ -39,8 +39,8 @@ def test_lambda_zero_is_local_bit_for_bit(federate: Federate, npz: Path, task: A
     ours, theirs = federated.run(), alone.run()
     assert_same_weights(alone, federated)
     assert ours["delta"]["avg"] == ours["delta"]["worst"] == 0.0
-    assert [client["method"] for client in ours["clients"]] == [client["method"] for client in theirs["clients"]]
-    assert [client["local"] for client in ours["clients"]] == [client["method"] for client in theirs["clients"]]
+    assert [client["score"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
+    assert [client["local"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
 
 
 def test_the_gate_changes_the_weights(federate: Federate) -> None:
@@ -67,8 +67,8 @@ def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path:
 class BackwardsEngine(SequentialEngine):
     """Lets the clients run in reverse."""
 
-    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
-        yield from super().visit(list(reversed(participants)), *arguments, **options)
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        yield from super().run_clients(request.only(list(reversed(request.participants))))
 
     def local_baselines(self, rounds: Any) -> Any:
         return super().local_baselines(dict(reversed(rounds.items())))
@@ -331,7 +331,7 @@ def test_a_model_that_diverges_has_no_score(federate: Federate) -> None:
     listener = Listener()
     client = ClientOptions(local_epochs=1, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}})
     summary = federate(Local(), client=client, observer=listener).run()
-    assert all(client["method"] != client["method"] for client in summary["clients"])
+    assert all(client["score"] != client["score"] for client in summary["clients"])
     assert summary["worst"] != summary["worst"]
     assert any("client 0 has no score" in text for text in listener.warnings)
 

@@ -295,7 +295,7 @@ def same(one: Any, other: Any) -> bool:
 @pytest.fixture(autouse=True)
 def server_task(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """This process is what Flower takes for a run's server; it leaves the collection of garbage to Python."""
-    for module in ("client_host", "orchestrator"):
+    for module in ("engines.worker", "orchestrator"):
         monkeypatch.setattr(f"fedekd.federation.{module}.gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(TaskIdentity, "_task_id", 1)
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)

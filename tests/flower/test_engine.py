@@ -18,7 +18,7 @@ pytest.importorskip("flwr")
 from flwr.app import Array, Error, Message, RecordDict
 
 from fedekd.errors import UserError
-from fedekd.federation import Orchestrator
+from fedekd.federation import Orchestrator, RoundRequest
 from fedekd.federation.engines.client_store import ClientStore
 from fedekd.federation.storage import unpack
 from fedekd.flower import engine as flower_engine
@@ -339,7 +339,8 @@ def visited(run: Orchestrator) -> list[int]:
     run.method.init_server(run.spec)
     everyone = list(range(SITES))
     return sorted(
-        visit.client for visit in run.engine.run_clients(everyone, run.method.broadcast(everyone, 0), 0, True)
+        visit.client
+        for visit in run.engine.run_clients(RoundRequest(everyone, run.method.broadcast(everyone, 0), 0, True))
     )
 
 

@@ -155,7 +155,9 @@ def test_unreadable_notes_are_one_line(content: RecordDict) -> None:
 
 
 def test_a_look_there_and_back() -> None:
-    look = ComparisonRequest(DoNoHarm(delta=0.05, margin=0.01, looks=3, keep="better", clip=2.0), {0: 3, 2: 1, 11: 2})
+    look = ComparisonRequest(
+        DoNoHarm(confidence=0.95, margin=0.01, looks=3, rule="better", clip=2.0), {0: 3, 2: 1, 11: 2}
+    )
     assert look_from_json(json.loads(json.dumps(look_to_json(look)))) == look
     assert look_to_json(None) is None
     assert look_from_json(None) is None
@@ -214,7 +216,7 @@ def lacking(name: str) -> dict[str, Any]:
         {**visit_to_json(BARE), "num_samples": 3, "client": "me"},
         {**visit_to_json(BARE), "tradeoff": {"exit": []}},
         {**visit_to_json(BARE), "comparison": [1]},
-        {**visit_to_json(BARE), "comparison": {"kept": "local"}},
+        {**visit_to_json(BARE), "comparison": {"deployed": "local"}},
     ],
 )
 def test_what_is_no_visit_is_one_line(note: Mapping[str, Any]) -> None:
@@ -228,7 +230,7 @@ def test_a_note_without_end_is_one_line() -> None:
         note_of(message(RecordDict({NOTE: ConfigRecord({"json": "[" * 100_000})})))
 
 
-JUNK = {"kept": "x", "samples": "a", "worse": None, "better": 1, "gain": "b", "p_value": [], "level": 0}
+JUNK = {"deployed": "x", "samples": "a", "worse": None, "better": 1, "gain": "b", "p_value": [], "level": 0}
 
 
 @pytest.mark.parametrize(

@@ -20,4 +20,4 @@ def test_every_method_runs_on_digits(name: str, task: str, federate: Federate) -
     summary = federate(METHODS[name](), data=data, client=client, rounds=RoundOptions(rounds=1)).run()
     assert summary["dataset"] == "digits"
     assert summary["metric"] == ("rmse" if task == "regression" else "accuracy")
-    assert all(math.isfinite(entry["method"]) and math.isfinite(entry["local"]) for entry in summary["clients"])
+    assert all(math.isfinite(entry["score"]) and math.isfinite(entry["local"]) for entry in summary["clients"])

@@ -48,7 +48,7 @@ def test_who_diverges_once_takes_part_again(name: str, federate: Federate, monke
     )
     summary = run.run()
     assert listener.updates == [2, 3]
-    assert all(math.isfinite(client["method"]) for client in summary["clients"])
+    assert all(math.isfinite(client["score"]) for client in summary["clients"])
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 

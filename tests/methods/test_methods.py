@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, RoundOptions, SequentialEngine, SilentObserver
+from fedekd.federation import ClientResult, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.functional import CoordinateMedian, TrimmedMean
 from fedekd.methods import (
     FML,
@@ -101,8 +101,8 @@ class StopAfter(SilentObserver):
 
 
 class BackwardsEngine(SequentialEngine):
-    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
-        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        yield from super().run_clients(request.only(list(reversed(request.participants))))
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:

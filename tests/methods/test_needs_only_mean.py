@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fedekd.federation import ClientResult, RoundOptions, SequentialEngine
+from fedekd.federation import ClientResult, RoundOptions, RoundRequest, SequentialEngine
 from fedekd.functional import average_state_dicts
 
 from .conftest import Federate
@@ -25,8 +25,8 @@ OTHERS = {
 class AveragingEngine(SequentialEngine):
     """Hands on the mean of the updates in place of each."""
 
-    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
-        visits = list(super().run_clients(participants, *arguments, **options))
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        visits = list(super().run_clients(request))
         updates = [visit.update for visit in visits if visit.update is not None]
         for visit in visits:
             if visit.update is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, RoundOptions, Sequential, SequentialEngine, SilentObserver
+from fedekd.federation import ClientResult, RoundOptions, RoundRequest, Sequential, SequentialEngine, SilentObserver
 from fedekd.methods import FML, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import MultiExitModule
@@ -42,8 +42,8 @@ class StopAfter(SilentObserver):
 
 
 class BackwardsEngine(SequentialEngine):
-    def run_clients(self, participants: Sequence[int], *arguments: Any, **options: Any) -> Iterator[ClientResult]:
-        yield from super().run_clients(list(reversed(participants)), *arguments, **options)
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        yield from super().run_clients(request.only(list(reversed(request.participants))))
 
 
 class Warnings(SilentObserver):

@@ -163,7 +163,7 @@ def test_what_no_participant_holds_stays_as_it_was(federate: Federate) -> None:
 def test_local_is_trained_at_the_depth_of_each_client(federate: Federate) -> None:
     ours, local = (federate(method, client=options(depths=DEPTHS)) for method in (DepthFL(), Local()))
     ours.run()
-    scores = [client["method"] for client in local.run()["clients"]]
+    scores = [client["score"] for client in local.run()["clients"]]
     assert [ours.progress.local[number][-1] for number in range(3)] == scores
     assert [client_of(local, number).networks["private"].num_exits for number in range(3)] == DEPTHS
 

@@ -38,7 +38,7 @@ def make_summary() -> Callable[..., dict[str, Any]]:
                     "test": 30 + client,
                     "classes": [0, 1, 2, client + 4],
                     "local": local,
-                    "method": method,
+                    "score": method,
                     "delta": method - local,
                 }
                 for client, (local, method) in enumerate(scores)

@@ -20,12 +20,13 @@ import torch
 
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ClientResult, ComparisonRequest, Engine, EngineConfig, SequentialEngine
+from fedekd.federation.engines.base import ClientResult, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.remote import EventForwarder, without_images, without_server_state
+from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.storage import pack, unpack
-from fedekd.methods import Broadcast, FederationSpec, Method
+from fedekd.methods import FederationSpec, Method
 from fedekd.processes import die_with_parent
 
 
@@ -106,22 +107,15 @@ class MultiProcessEngine:
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
         """Local's reference for each client."""
         asked = {place: {n: rounds[n] for n in rounds if self._home[n] == place} for place in self._places(rounds)}
-        replies = self._ask({place: ("references", (part,)) for place, part in asked.items()})
+        replies = self._ask({place: ("local_baselines", (part,)) for place, part in asked.items()})
         return {number: reference for part in replies for number, reference in part.items()}
 
-    def run_clients(
-        self,
-        participants: Sequence[int],
-        broadcast: Broadcast,
-        round_idx: int,
-        upload: bool,
-        look: ComparisonRequest | None = None,
-    ) -> Iterator[ClientResult]:
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """The participants, as they get ready."""
         asked = {}
-        for place in self._places(participants):
-            own = [number for number in participants if self._home[number] == place]
-            asked[place] = ("run_clients", (own, broadcast.only(own), round_idx, upload, look))
+        for place in self._places(request.participants):
+            own = [number for number in request.participants if self._home[number] == place]
+            asked[place] = ("run_clients", (request.only(own),))
         return self._ask(asked)
 
     def score(self, number: int) -> float:

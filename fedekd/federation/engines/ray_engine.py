@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import numpy as np
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ClientResult, ComparisonRequest, Engine, EngineConfig
+from fedekd.federation.engines.base import ClientResult, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.client_store import ClientStore
 from fedekd.federation.engines.ray_pool import ActorPool, Room, Task, reason
 from fedekd.federation.engines.remote import without_images, without_server_state
@@ -23,7 +24,7 @@ from fedekd.federation.engines.worker import WorkerSetup
 from fedekd.federation.interrupts import deferred
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.methods import Broadcast, FederationSpec, Method
+from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 from fedekd.modules.trainer_factory import usable_cores
 
 
@@ -119,31 +120,22 @@ class RayEngine:
 
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
         """Local's reference for each client."""
-        tasks = [Task(number, "reference", (wanted,)) for number, wanted in rounds.items()]
+        tasks = [Task(number, "local_baseline", (wanted,)) for number, wanted in rounds.items()]
         return {task.client: reference for task, reference in self._done(tasks)}
 
-    def run_clients(
-        self,
-        participants: Sequence[int],
-        broadcast: Broadcast,
-        round_idx: int,
-        upload: bool,
-        look: ComparisonRequest | None = None,
-    ) -> Iterator[ClientResult]:
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """The participants, as they get ready."""
         self._join()
         # One copy a machine, however many clients take part.
         with deferred():
-            shared = self._ray.put({name: tensor.detach().cpu() for name, tensor in broadcast.shared.items()})
+            shared = self._ray.put(replace(request, broadcast=Broadcast(_on_cpu(request.broadcast.shared))))
         tasks = []
-        for number in participants:
-            personal = {name: tensor.detach().cpu() for name, tensor in broadcast.personal.get(number, {}).items()}
-            version = self._versions.get(number, 0)
-            arguments = version, shared, personal, round_idx, upload, look
-            tasks.append(Task(number, "run_clients", arguments, anew=partial(self._new_version, number)))
-        for task, visit in self._done(tasks, may_be_late=upload):
+        for number in request.participants:
+            arguments = self._versions.get(number, 0), shared, _on_cpu(request.broadcast.personal.get(number, {}))
+            tasks.append(Task(number, "run_client", arguments, anew=partial(self._new_version, number)))
+        for task, result in self._done(tasks, may_be_late=request.collect_updates):
             self._advance(task.client)
-            yield visit
+            yield result
 
     def score(self, number: int) -> float:
         """A client's score as it is now."""
@@ -296,6 +288,10 @@ class RayEngine:
             prefix="fedekd-", dir=self.options.folder, ignore_cleanup_errors=True
         )
         return ClientStore(Path(self._temporary.name).resolve())
+
+
+def _on_cpu(state: StateDict) -> StateDict:
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def _imported() -> ModuleType:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from fedekd.data import ClientSplits, ImageData
-from fedekd.federation.engines.base import ClientResult, ComparisonRequest, SequentialEngine
+from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.federation.engines.client_store import ClientStore
 from fedekd.federation.engines.gc_frozen import gc_frozen
 from fedekd.federation.engines.remote import EventForwarder
+from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
@@ -78,33 +79,33 @@ class ClientWorker:
         """Whether it can begin."""
         return True
 
-    def reference(self, number: int, rounds: int) -> tuple[LocalBaseline, list[Event]]:
+    def local_baseline(self, number: int, rounds: int) -> tuple[LocalBaseline, list[Event]]:
         """Local's reference for a client."""
         self.events.clear()
         return self.engine.local_baselines({number: rounds})[number], self._told()
 
     @gc_frozen()
-    def visit(
-        self,
-        number: int,
-        version: int,
-        shared: StateDict,
-        personal: StateDict,
-        round_idx: int,
-        upload: bool,
-        look: ComparisonRequest | None,
-        becomes: int | None = None,
+    def run_client(
+        self, number: int, version: int, request: RoundRequest, personal: StateDict, becomes: int | None = None
     ) -> tuple[ClientResult, list[Event]]:
-        """One client's visit, from one version of its state to another: to the next, unless it is told which."""
+        """Run one client, from one version of its state to another.
+
+        Args:
+            number: Client number.
+            version: Version of the state to start from.
+            request: Request of the round, the same object for all clients; its participants are ignored.
+            personal: Personal part of the message to this client.
+            becomes: Version to write; None is the next one.
+        """
         self._take_up(number, version)
-        broadcast = Broadcast(shared, {number: personal} if personal else {})
-        [visit] = self.engine.run_clients([number], broadcast, round_idx, upload, look)
+        broadcast = Broadcast(request.broadcast.shared, {number: personal} if personal else {})
+        [result] = self.engine.run_clients(replace(request, participants=[number], broadcast=broadcast))
         self.store.write(number, version + 1 if becomes is None else becomes, self.engine.client_state(number))
         self._put_down(number)
-        if visit.update is not None:
-            on_cpu = {name: tensor.detach().cpu() for name, tensor in visit.update.state.items()}
-            visit = replace(visit, update=replace(visit.update, state=on_cpu))
-        return visit, self._told()
+        if result.update is not None:
+            on_cpu = {name: tensor.detach().cpu() for name, tensor in result.update.state.items()}
+            result = replace(result, update=replace(result.update, state=on_cpu))
+        return result, self._told()
 
     @gc_frozen()
     def score(self, number: int, version: int) -> tuple[float, list[Event]]:

@@ -15,7 +15,7 @@ import torch
 
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, SilentObserver
+from fedekd.federation import MultiProcess, RoundRequest, SilentObserver
 from fedekd.federation.engines.multiprocess import _dealt_out
 from fedekd.methods import Broadcast, FedAvg, FedeKD
 
@@ -153,7 +153,7 @@ def test_clients_stay_where_they_are_and_get_only_their_own(federate: Federate) 
     run.method.init_server(run.spec)
     try:
         before = engine.client_state(0)
-        list(engine.run_clients([0, 2], run.method.broadcast([0, 2], 0), 0, True))
+        list(engine.run_clients(RoundRequest([0, 2], run.method.broadcast([0, 2], 0), 0, True)))
         after = engine.client_state(0)
         assert not torch.equal(*(s["networks"]["proxy"]["head.weight"] for s in (before, after)))
         engine.load_client_state(0, before)

@@ -19,7 +19,8 @@ from fedekd.cli import main
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation import Ray, RoundOptions, SequentialEngine, ray_pool
+from fedekd.federation import Ray, RoundOptions, RoundRequest, SequentialEngine
+from fedekd.federation.engines import ray_pool
 from fedekd.federation.participation import participants
 from fedekd.federation.storage import pack
 from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedeKD, Update
@@ -173,12 +174,12 @@ def test_the_same_bytes_as_one_after_another(
     watches, runs = (Watch(), Keeper(temporary)), []
     for watch, name, engine in zip(watches, ("one", "two"), (None, Ray(actors=2)), strict=True):
         data = FederatedDataModule(str(npz), num_clients=3, alpha=50, batch_size=8, fractions=(0.4, 0.4, 0.2))
-        parts = {"data": data, "do_no_harm": DoNoHarm(keep="better", looks=2), "engine": engine, "observer": watch}
+        parts = {"data": data, "do_no_harm": DoNoHarm(rule="better", looks=2), "engine": engine, "observer": watch}
         runs.append(federate(output=tmp_path / name, baseline_dir=Path(f"local-{name}"), **parts))
         summary = runs[-1].run()
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert read(tmp_path / "local-one") == read(tmp_path / "local-two")
-    assert {client["kept"] for client in summary["clients"]} == {"federated", "local"}
+    assert {client["deployed"] for client in summary["clients"]} == {"federated", "local"}
     assert sorted(watches[0].begun) == sorted(watches[1].begun)
     assert watches[0].steps == watches[1].steps
     assert watches[1].warnings == []
@@ -306,10 +307,10 @@ def test_what_goes_wrong_in_an_actor_comes_out_and_closes_the_engine(
     run = federate(Faulty(error), engine=Ray(actors=1))
     run.method.init_server(run.spec)
     with pytest.raises(kind) as found:
-        list(run.engine.run_clients([0, 1], run.method.broadcast([0, 1], 0), 0, True))
+        list(run.engine.run_clients(RoundRequest([0, 1], run.method.broadcast([0, 1], 0), 0, True)))
     text = str(found.value)
     assert type(found.value) is kind
-    assert text == "something is wrong" if error == "told" else "in upload\n" in text
+    assert text == "something is wrong" if error == "told" else "in prepare_update\n" in text
     assert error == "told" or text.strip().endswith("ZeroDivisionError: 1 / 0")
     with pytest.raises(RuntimeError, match="closed"):
         run.engine.score(0)
@@ -356,11 +357,9 @@ def without(*missing: tuple[int, int]) -> Any:
     """An engine in this process, some of whose clients are missing in some rounds."""
 
     class Missing(SequentialEngine):
-        def run_clients(
-            self, participants: Sequence[int], broadcast: Any, round_idx: int, *more: Any, **options: Any
-        ) -> Any:
-            there = [number for number in participants if (number, round_idx) not in missing]
-            yield from super().run_clients(there, broadcast, round_idx, *more, **options)
+        def run_clients(self, request: RoundRequest) -> Any:
+            there = [number for number in request.participants if (number, request.round_idx) not in missing]
+            yield from super().run_clients(request.only(there))
 
     return Missing
 
@@ -433,7 +432,7 @@ def test_states_lie_in_the_folder_until_the_engine_is_closed(
         assert names(folder, "*/*") == ["client-00000-000000.pt"]
         state = engines[0].client_state(0)
         for engine in engines:
-            list(engine.run_clients([0, 2], here.method.broadcast([0, 2], 0), 0, True))
+            list(engine.run_clients(RoundRequest([0, 2], here.method.broadcast([0, 2], 0), 0, True)))
         assert names(folder, "*/*") == ["client-00000-000001.pt", "client-00002-000001.pt"]
         for number in range(3):  # 1 has not been visited
             assert engines[0].score(number) == engines[1].score(number)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedekd.errors import UserError
-from fedekd.federation import Ray, ray_engine, ray_pool
+from fedekd.federation import Ray, RoundRequest
+from fedekd.federation.engines import ray_engine, ray_pool
 from fedekd.federation.engines.worker import ClientWorker
 from fedekd.federation.storage import pack
 from fedekd.methods import FedAvg
@@ -61,8 +62,8 @@ class Cluster(Play):
         if verb == "ready":
             return 1.0, True
         host = ClientWorker(*self.parts[actor])
-        if verb == "visit" and self.fate:
-            self.out_of_reach.append(lambda: host.visit(*arguments))
+        if verb == "run_client" and self.fate:
+            self.out_of_reach.append(lambda: host.run_client(*arguments))
             return (1000.0, None) if self.fate.pop(0) == "late" else (1.0, RayError("The actor is unavailable."))
         return 1.0, getattr(host, verb)(*arguments)
 
@@ -208,9 +209,9 @@ def test_what_an_actor_out_of_reach_still_writes_counts_for_nothing(
         run.method.init_server(run.spec)
     cluster.fate = [fate]
     if fate == "late":
-        assert not list(there.engine.run_clients([1], here.method.broadcast([1], 0), 0, True))
+        assert not list(there.engine.run_clients(RoundRequest([1], here.method.broadcast([1], 0), 0, True)))
     for run in (here, there):
-        assert len(list(run.engine.run_clients([1], here.method.broadcast([1], 1), 1, True))) == 1
+        assert len(list(run.engine.run_clients(RoundRequest([1], here.method.broadcast([1], 1), 1, True)))) == 1
     [folder] = states.iterdir()
     assert names(folder) == ["client-00001-000002.pt"]
     [still] = cluster.out_of_reach
@@ -219,7 +220,7 @@ def test_what_an_actor_out_of_reach_still_writes_counts_for_nothing(
     for round_idx in (2, 3):
         assert pack(there.engine.client_state(1)) == pack(here.engine.client_state(1))
         for run in (here, there):
-            list(run.engine.run_clients([1], here.method.broadcast([1], round_idx), round_idx, True))
+            list(run.engine.run_clients(RoundRequest([1], here.method.broadcast([1], round_idx), round_idx, True)))
     there.engine.load_client_state(1, here.engine.client_state(1))
     assert pack(there.engine.client_state(1)) == pack(here.engine.client_state(1))
     assert names(folder) == ["client-00001-000001.pt", "client-00001-000005.pt"]

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import Orchestrator, Ray, client_store, ray_pool
+from fedekd.federation import Orchestrator, Ray, RoundRequest
+from fedekd.federation.engines import client_store, ray_pool
 from fedekd.federation.engines.client_store import ClientStore
 from fedekd.federation.engines.ray_pool import ActorPool, Room, Task
 from fedekd.federation.engines.remote import without_images, without_server_state
 from fedekd.federation.engines.worker import ClientWorker, Event, WorkerSetup
 from fedekd.federation.storage import pack
-from fedekd.methods import StateDict
+from fedekd.methods import Broadcast, StateDict
 
 from .conftest import Federate
 from .test_side_by_side import Watch
@@ -106,10 +107,10 @@ def fail_halfway(host: ClientWorker, version: int, shared: StateDict) -> None:
         type(method).prepare_update(method, client, round_idx)
         raise OSError("halfway")
 
-    method.upload = broken
+    method.prepare_update = broken
     with pytest.raises(OSError, match="halfway"):
-        host.visit(1, version, shared, {}, 0, True, None)
-    del method.upload
+        host.run_client(1, version, RoundRequest([1], Broadcast(shared), 0, True), {})
+    del method.prepare_update
 
 
 def phases(events: Sequence[Event], *names: str) -> bool:
@@ -125,8 +126,8 @@ def test_a_visit_can_be_made_again_from_the_state_before_it(federate: Federate, 
     states, updates = [], []
     for version in (0, 0, 1):
         fail_halfway(host, version, shared)
-        visit, events = host.visit(1, version, shared, {}, 0, True, None)
-        assert phases(events, "receive", "upload")
+        visit, events = host.run_client(1, version, RoundRequest([1], Broadcast(shared), 0, True), {})
+        assert phases(events, "receive", "update")
         assert not host.engine.clients  # put down: what a client needs in memory is given back
         assert visit.update is not None
         updates.append(visit.update.state)
@@ -142,7 +143,7 @@ def test_what_a_failed_visit_leaves_behind_is_forgotten(federate: Federate, tmp_
     host = make_host(run, tmp_path / "states")
     host.begin(1)
     before = host.store.read(1, 0)
-    for verb, arguments, told in (("begin", (), ()), ("score", (0,), ()), ("reference", (1,), ("local",))):
+    for verb, arguments, told in (("begin", (), ()), ("score", (0,), ()), ("local_baseline", (1,), ("local",))):
         fail_halfway(host, 0, run.method.broadcast([1], 0).shared)
         _, events = getattr(host, verb)(1, *arguments)
         assert phases(events, *told), verb
@@ -157,7 +158,7 @@ class RayTaskError(RayError):
     """As Ray's: what an actor ran has raised."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__(f"ray::ClientWorker.visit()\n  in upload\n{type(cause).__name__}: {cause}")
+        super().__init__(f"ray::ClientWorker.run_client()\n  in prepare_update\n{type(cause).__name__}: {cause}")
         self.cause = cause
 
 
@@ -431,7 +432,10 @@ def test_an_actor_that_cannot_start_is_told(said: str, told: str, begin: Begin) 
     [
         (UserError("something is wrong"), UserError("something is wrong")),
         (NotADirectoryError(20, "Not a directory", "local"), NotADirectoryError(20, "Not a directory", "local")),
-        (ZeroDivisionError("1 / 0"), RuntimeError("in an actor for clients:\nray::ClientWorker.visit()\n  in upload")),
+        (
+            ZeroDivisionError("1 / 0"),
+            RuntimeError("in an actor for clients:\nray::ClientWorker.run_client()\n  in prepare_update"),
+        ),
     ],
 )
 def test_what_goes_wrong_in_an_actor_comes_out_as_it_is(raised: Exception, told: Exception, begin: Begin) -> None:

@@ -1,0 +1,169 @@
+"""Engine that runs the clients one after another in this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import Comparison
+from fedekd.early_exit.client_tradeoff import exit_tradeoff
+from fedekd.federation.engines.base import (
+    ClientResult,
+    ComparisonRequest,
+    Engine,
+    EngineConfig,
+    PartitionedData,
+    RoundRequest,
+)
+from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
+from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.methods import Client, FederationSpec, Method
+from fedekd.metrics import primary_metric
+from fedekd.models import MultiExitNetwork
+
+
+class Sequential(EngineConfig):
+    """Clients run one after another in this process."""
+
+    def threads(self, cores: int, clients: int) -> int:
+        """All of them."""
+        return cores
+
+    def __call__(
+        self,
+        method: Method,
+        data: FederatedDataModule,
+        spec: FederationSpec,
+        baseline_dir: Path | None,
+        observer: Observer,
+    ) -> Engine:
+        """See `EngineConfig`."""
+        return SequentialEngine(method, data, spec, baseline_dir, observer)
+
+
+class SequentialEngine:
+    """Runs the clients one after another in this process, over one copy of the data set.
+
+    Args:
+        method: The method, for its two verbs on the client.
+        data: The federation's data, set up.
+        spec: How networks are built and trained.
+        baseline_dir: Where Local's references are kept; None trains them anew.
+        observer: Is told of each phase.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: PartitionedData,
+        spec: FederationSpec,
+        baseline_dir: Path | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.method, self.spec, self.baseline_dir = method, spec, baseline_dir
+        self.observer = observer or SilentObserver()
+        device = spec.trainer.torch_device
+        self.images = replace(data.images, pixels=data.images.pixels.to(device), targets=data.images.targets.to(device))
+        self.splits = data.clients
+        self.clients: dict[int, Client] = {}
+
+    def _new_client(self, number: int) -> Client:
+        return Client(number, self.splits[number], self.images, self.spec)
+
+    def client(self, number: int) -> Client:
+        """A client, as it is now."""
+        if number not in self.clients:
+            client = self._new_client(number)
+            client.training_splits = self.method.training_splits
+            self.method.init_client(client)
+            self.clients[number] = client
+        return self.clients[number]
+
+    def release(self, number: int) -> None:
+        """Forget a client whose state is kept elsewhere."""
+        self.clients.pop(number, None)
+
+    def client_steps(self, number: int) -> int:
+        """Training steps of one phase of a client, as the display counts them."""
+        batches = -(-len(self.splits[number].train) // self.spec.batch_size)
+        return batches * self.spec.client.local_epochs
+
+    def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
+        """Local's reference for each client; one client's networks are in memory at a time."""
+        found = {}
+        with self.spec.trainer.numerics():
+            for number, wanted in rounds.items():
+                self.observer.phase_started(number, "local")
+                reference = train_local_baseline(self._new_client(number), wanted, self.baseline_dir)
+                found[number] = LocalBaseline(reference.scores)  # what it loses on which sample is its own affair
+                self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
+        return found
+
+    def baseline_client(self, number: int, rounds: int) -> Client | None:
+        """A client as Local left it after so many rounds; None if that is not kept."""
+        client = self._new_client(number)
+        return client if restore_local_baseline(client, rounds, self.baseline_dir) else None
+
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        """Run the participants in the order of the request."""
+        round_idx, comparison = request.round_idx, None
+        with self.spec.trainer.numerics():
+            for number in request.participants:
+                client = self.client(number)
+                self.observer.phase_started(number, "receive")
+                logs = self.method.receive(client, request.broadcast.to(number), round_idx)
+                supervised_rounds = client.supervised_rounds
+                exit_scores = client.exit_scores() if round_idx else [math.nan]
+                score = exit_scores[-1]
+                if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
+                    name = primary_metric(self.spec.task).name
+                    logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
+                if round_idx and math.isnan(score):
+                    self.observer.warn(f"round {round_idx}: client {number} has no score; its outputs are not finite")
+                self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
+                if request.comparison is not None:
+                    comparison = self._compare(client, request.comparison, final=not request.collect_updates)
+                update, tradeoff = None, None
+                if request.collect_updates:
+                    self.observer.phase_started(number, "update")
+                    update = self.method.prepare_update(client, round_idx)
+                    self.observer.phase_finished(number, "update", self.client_steps(number))
+                else:
+                    tradeoff = exit_tradeoff(client)
+                yield ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
+
+    def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
+        """Compare the local model with the federated one; `final` also deploys the model that the rule selects."""
+        rounds, split = min(max(client.supervised_rounds, 1), request.rounds[client.number]), request.rule.split
+        local = self._new_client(client.number)
+        baseline = train_local_baseline(local, rounds, self.baseline_dir)
+        losses = baseline.losses_after(rounds, split), client.losses(split).cpu()
+        comparison = request.rule.compare(*losses, self.spec.task)
+        if final and comparison.deployed == "local":
+            if local.supervised_rounds != rounds:  # the stored model was trained further: train again, up to `rounds`
+                local = self._new_client(client.number)
+                train_local_baseline(local, rounds, None)
+            client.use_local_model(local)
+        elif final:
+            client.use_local_model(None)
+        return comparison
+
+    def score(self, number: int) -> float:
+        """A client's score as it is now."""
+        with self.spec.trainer.numerics():
+            return self.client(number).score()
+
+    def client_state(self, number: int) -> Any:
+        """All that must last of a client."""
+        return self.client(number).state_dict()
+
+    def load_client_state(self, number: int, state: Any) -> None:
+        """Set a client to a state it had."""
+        self.client(number).load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing to give back."""
