@@ -60,11 +60,11 @@ extras: $(EXTRAS)
 bench-clients: $(EXTRAS)
 	$(BIN)/python -m perf.clients $(ARGS)
 
-## sites: rehearse a federation of three sites on this machine, with TLS and keys (options: ARGS="--sites 2")
+## sites: run a federation of three sites on this machine, with TLS and keys (options: ARGS="--secure true")
 .PHONY: sites
 sites: $(EXTRAS)
 	rm -rf runs/sites
-	$(BIN)/python -m fedekd.flower.rehearsal $(ARGS)
+	$(BIN)/python -m examples.flower_deployment.rehearsal $(ARGS)
 
 ## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
 .PHONY: test

@@ -177,9 +177,10 @@ def print_table(found: dict[str, Measured], processes: int) -> None:
 
 def all_the_same(folders: Sequence[Path]) -> bool:
     """Whether all runs have the same figures and the same proxy as the first; it is told."""
-    from fedekd.flower.rehearsal import same_figures, same_proxy
+    from examples.flower_deployment.compare_runs import has_equal_metrics, has_equal_server_state
 
-    figures, proxies = (all(same(folders[0], other) for other in folders[1:]) for same in (same_figures, same_proxy))
+    checks = (has_equal_metrics, has_equal_server_state)
+    figures, proxies = (all(is_equal(folders[0], other) for other in folders[1:]) for is_equal in checks)
     print("\nEvery figure of every round is the same." if figures else "\nThe figures differ.")
     print("The last proxy is the same, bit for bit." if proxies else "The last proxies differ.")
     return figures and proxies

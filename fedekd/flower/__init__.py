@@ -1,1 +1,22 @@
-"""A federation of real sites, on Flower: needs `fedekd[flower]`. `apps` holds what its runtime starts."""
+"""Federated runs across real sites, on Flower (needs `fedekd[flower]`). Flower starts the apps in `apps`.
+
+Threat model
+  Never sent by a site: images, labels, sample indices, per-sample results, private models, optimizer states, the local
+    baseline's model and exit thresholds.
+  Sent to the server: split sizes, class counts and a SHA-256 digest of the samples; test scores and means over samples;
+    the method's update (FedeKD: the proxy); error texts.
+  Protected against:
+    - the network and unregistered sites, by Flower's TLS and SuperNode keys, which the operators must enable;
+    - malformed messages: site and server parse JSON and raw arrays, never pickles, and the server rejects updates with
+      wrong keys, shapes or dtypes, non-finite values or too many bytes;
+    - with `secure=true`, an honest-but-curious server: it receives the mean of at least three updates, no single one.
+  Not protected against:
+    - inference from a model or from the counts and scores. `LocalDpMod` adds noise at the site; its budgets add up over
+      rounds;
+    - a site that sends a well-formed false update or score. `max_update_norm` and robust aggregators limit the effect;
+      with `secure=true` only the mean can be checked, so the effect may go unnoticed;
+    - with `secure=true`, a malicious server: one that replaces the sites' public keys, repeats a round with one site
+      fewer, sends another app (limit it by `flower-supernode --trusted-entities`), or searches the 2^32 seeds from
+      which Flower 1.41 draws a mask; nor sites that collude with the server;
+    - access to a site's disk or server's run folder: files there are not encrypted.
+"""

@@ -1,4 +1,4 @@
-"""What Flower's runtime starts: a server app, and at each site a client app. Also for its simulation."""
+"""Flower's ServerApp and ClientApp of a federated run, for real sites and for Flower's simulation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions, RunFolder
 from fedekd.federation.participation import participants
-from fedekd.flower.description import SiteData, recipe, require_agreement, require_alike
+from fedekd.flower.description import SiteData, require_agreement, require_consistent_sites, shared_config
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
-from fedekd.flower.mods import require_protocol, to_client_result
-from fedekd.flower.secure import SecureAggregation, require_sites
+from fedekd.flower.messages import BASELINE, DESCRIBE, LAST_ROUND, ROUND, SCORE
+from fedekd.flower.secure.aggregation import SecureAggregation, require_num_sites
+from fedekd.flower.secure.mods import require_protocol, to_client_result
 from fedekd.flower.site import Site
 from fedekd.methods import Method
 from fedekd.reporting import Display, result_tables
@@ -31,19 +32,22 @@ Mod = Callable[..., Message]
 
 @dataclass(frozen=True)
 class Settings:
-    """A federation of sites; the same at all of them.
+    """Settings of a federation of sites, the same at the server and all sites.
 
     Attributes:
-        options: Its configuration, as options of `fit`, such as --config digits.yaml --rounds 3.
-        sites: How many sites there are.
-        folder: Where a site keeps its networks, unless its node says so itself.
-        output: The server's run folder; empty writes nothing.
-        timeout: Seconds that the server waits for the answers of a round, or of each of the four stages of a secure
-            one; 0 waits on.
-        wait: Seconds that the server waits for the sites to come.
-        secure: Whether the server is to learn the mean of the updates alone; a node that says so of itself in its own
-            configuration sends no other.
-        secure_range: The largest change of a weight that is then carried, a power of two.
+        options: Options of `fit`, such as --config digits.yaml --rounds 3.
+        sites: Number of sites, at least 1; at least 3 with `secure`.
+        folder: Folder of a site's state, unless `folder` in its --node-config names another.
+        output: Run folder of the server; empty writes nothing.
+        timeout: Seconds that the server waits for the replies of a round, with `secure` of each of its four stages;
+            0 waits forever.
+        wait: Seconds that the server waits for all sites to connect.
+        secure: Aggregate by SecAgg+: the server receives the mean of the updates only. A site with `secure=true` in
+            its --node-config refuses to send an update in any other way.
+        secure_range: Largest change of a weight that secure aggregation transmits, a power of two.
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     options: tuple[str, ...]
@@ -57,40 +61,48 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.sites < 1:
-            raise UserError(f"sites is {self.sites}, and must be at least 1")
+            raise UserError(f"sites: expected at least 1, got {self.sites}")
         for name in ("timeout", "wait"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, and must be at least 0")
+                raise UserError(f"{name}: expected at least 0 seconds, got {getattr(self, name)}")
         if not isinstance(self.secure, bool):
-            raise UserError(f"secure is {self.secure!r}, and must be true or false")
+            raise UserError(f"secure: expected true or false, got {self.secure!r}")
         if self.secure:
-            require_sites(self.sites)
+            require_num_sites(self.sites)
         SecureAggregation(self.secure_range)
 
     @classmethod
-    def of(cls, run_config: Mapping[str, Any]) -> Settings:
-        """From Flower's run configuration: `options` as one text, the others as they are."""
-        known = {name: run_config[name] for name in cls.__dataclass_fields__ if name in run_config}
-        if lacking := [name for name in ("options", "sites") if name not in known]:
-            raise UserError(f"the run configuration lacks {lacking[0]!r}")
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
+        """Build settings from Flower's run configuration, in which `options` is one string.
+
+        Raises:
+            UserError: `options` or `sites` is missing, or a value is invalid.
+        """
+        values = {name: run_config[name] for name in cls.__dataclass_fields__ if name in run_config}
+        if missing := [name for name in ("options", "sites") if name not in values]:
+            raise UserError(f"{missing[0]}: missing in the run configuration. Add it to flwr run --run-config.")
         try:
-            known |= {"options": tuple(shlex.split(str(known["options"])))}
+            values["options"] = tuple(shlex.split(str(values["options"])))
         except ValueError as error:
-            raise UserError(f"options is {known['options']!r}: {error}") from error
-        for name, kind in (("sites", int), ("timeout", float), ("wait", float), ("secure_range", float)):
-            if name in known:
+            raise UserError(f"options: expected options of fit, got {values['options']!r}: {error}") from error
+        for name, number in (("sites", int), ("timeout", float), ("wait", float), ("secure_range", float)):
+            if name in values:
                 try:
-                    known[name] = kind(known[name])
+                    values[name] = number(values[name])
                 except ValueError as error:
-                    raise UserError(f"{name} is {known[name]!r}, and must be a number") from error
-        return cls(**known)
+                    raise UserError(f"{name}: expected a number, got {values[name]!r}") from error
+        return cls(**values)
 
 
 def make_server_app(settings: Settings | None = None) -> ServerApp:
-    """The server's side; without settings those of Flower's run configuration count."""
+    """Build the ServerApp.
+
+    Args:
+        settings: None reads Flower's run configuration.
+    """
 
     def main(grid: Grid, context: Context) -> None:
-        serve(grid, settings or Settings.of(context.run_config))
+        serve(grid, settings or Settings.from_run_config(context.run_config))
 
     app = ServerApp()
     app.main()(main)
@@ -98,99 +110,114 @@ def make_server_app(settings: Settings | None = None) -> ServerApp:
 
 
 def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
-    """A site's side.
+    """Build the ClientApp of a site.
 
-    A node says which site it is: `number`, or in a simulation Flower's `partition-id`; where its data lie: `data`;
-    where it keeps its networks: `folder`; and what it does in its own way: `options`, such as another private model or
-    device.
+    A site configures its SuperNode by --node-config:
+        number: The site's number, from 0; a simulation sets Flower's `partition-id` instead.
+        data: The .npz file of its images.
+        folder: Folder of its state.
+        options: Additional options of `fit`, such as another private model or device.
+        secure: True sends updates by secure aggregation only.
 
     Args:
-        settings: None takes Flower's run configuration.
-        mods: Of Flower, for the updates that leave a site, such as flwr.clientapp.mod.LocalDpMod. Where updates are
-            hidden among each other, that comes after these.
+        settings: None reads Flower's run configuration.
+        mods: Flower mods for the updates that a site sends, such as flwr.clientapp.mod.LocalDpMod. They run before
+            the masking of secure aggregation.
     """
     app = ClientApp()
 
-    def answer(message: Message, context: Context) -> Message:
-        chosen, node = settings or Settings.of(context.run_config), context.node_config
+    def reply(message: Message, context: Context) -> Message:
+        run, node = settings or Settings.from_run_config(context.run_config), context.node_config
         number = node.get("number", node.get("partition-id"))
         if number is None:
-            raise UserError("the node's configuration lacks 'number', which site it is, from 0")
+            raise UserError("number: missing in the node configuration. Add number=0 (1, 2, ...) to --node-config.")
         data = node.get("data")
-        folder = str(node.get("folder", chosen.folder))
-        options = (*chosen.options, *shlex.split(str(node.get("options", ""))))
-        site = _site(options, int(number), chosen.sites, folder, None if data is None else str(data))
-        return Message(site.answer(message), reply_to=message)
+        folder = str(node.get("folder", run.folder))
+        options = (*run.options, *shlex.split(str(node.get("options", ""))))
+        site = _site(options, int(number), run.sites, folder, None if data is None else str(data))
+        return Message(site.reply(message), reply_to=message)
 
-    def answer_openly(message: Message, context: Context) -> Message:
-        if (settings or Settings.of(context.run_config)).secure or context.node_config.get("secure", False):
-            raise UserError("this site sends its updates by secure aggregation alone (secure)")
-        return answer(message, context)
+    def reply_unmasked(message: Message, context: Context) -> Message:
+        if (settings or Settings.from_run_config(context.run_config)).secure or context.node_config.get(
+            "secure", False
+        ):
+            raise UserError(
+                "secure: this site sends updates by secure aggregation only. Set secure=true at the server."
+            )
+        return reply(message, context)
 
-    for action in ("hello", "reference", "score", "receive"):
-        app.query(action)(answer)
-    app.train("visit", mods=list(mods))(answer_openly)
-    # Flower's mod listens to messages of this type alone.
-    app.train(mods=[require_protocol, secaggplus_mod, to_client_result, *mods])(answer)
+    for message_type in (DESCRIBE, BASELINE, SCORE, LAST_ROUND):
+        app.query(message_type.removeprefix("query."))(reply)
+    app.train(ROUND.removeprefix("train."), mods=list(mods))(reply_unmasked)
+    # Flower's SecAgg+ mod handles messages of type "train" without an action.
+    app.train(mods=[require_protocol, secaggplus_mod, to_client_result, *mods])(reply)
     return app
 
 
-@lru_cache(maxsize=1)  # what a process needs for one message after another; nothing of a client's state is in it
+@lru_cache(maxsize=1)  # reused between the messages of one site; holds no client state
 def _site(options: tuple[str, ...], number: int, sites: int, folder: str, data: str | None) -> Site:
     return Site(options, number, sites, Path(folder), data)
 
 
 def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
-    """Run a federation of sites to its end, or go on with one; the summary, as `summary.json` holds it.
+    """Run or resume a federation of sites.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        settings: The federation's settings.
+
+    Returns:
+        The summary, as in summary.json; of a finished run in `settings.output` without running anything.
 
     Raises:
-        UserError: If the configuration is not valid, or the sites do not fit together.
+        UserError: The configuration is invalid, sites are missing, or their configurations differ.
     """
     output = Path(settings.output) if settings.output else None
-    if output is not None and (finished := RunFolder(output, {}).summary) is not None:
-        print(f"{output} is finished: nothing to do")
-        return finished
+    if output is not None and (summary := RunFolder(output, {}).summary) is not None:
+        print(f"{output} is finished; nothing to do")
+        return summary
     parser = federation_parser()
     config = parse(parser, list(settings.options))
     parts = build_parts(parser, config)
-    given, method = parts["data"], parts["method"]
-    if settings.secure:
-        _require_mean(method, parts["rounds"])
+    data, method = parts["data"], parts["method"]
+    secure = SecureAggregation(settings.secure_range) if settings.secure else None
+    if secure is not None:
+        _require_secure_mean(method, parts["rounds"])
     with Display(quiet=config.quiet) as display:
-        found = wait_for_sites(grid, settings.sites, settings.wait, display)
-        told = sorted(found.values(), key=lambda description: int(description["number"]))
-        require_alike(told)
-        parts["data"] = SiteData(given.dataset, given.alpha, told, given.batch_size, given.eval_batch_size)
-        nodes = {int(description["number"]): node for node, description in found.items()}
-        by_number = {int(description["number"]): description for description in told}
-        secure = SecureAggregation(settings.secure_range) if settings.secure else None
-        engine = FlowerEngine(grid, nodes, settings.timeout or None, display, by_number, secure)
+        nodes, descriptions = wait_for_sites(grid, settings.sites, settings.wait)
+        sites = list(descriptions.values())
+        require_consistent_sites(sites)
+        parts["data"] = SiteData(data.dataset, data.alpha, sites, data.batch_size, data.eval_batch_size)
+        engine = FlowerEngine(grid, nodes, settings.timeout or None, display, descriptions, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
-        ours = recipe(method, orchestrator.spec)
-        for description in told:
-            require_agreement(description, ours)
+        expected = shared_config(method, orchestrator.spec)
+        for description in sites:
+            require_agreement(description, expected)
         if secure is not None:
-            taking_part = participants(orchestrator.options, settings.sites, orchestrator.seed, 0)
-            require_sites(len(taking_part))
-            method.init_server(orchestrator.spec)  # as the run will: before it, sites would train Local for nothing
-            secure.require(method.broadcast(taking_part, 0))
+            first = participants(orchestrator.options, settings.sites, orchestrator.seed, 0)
+            require_num_sites(len(first))
+            method.init_server(orchestrator.spec)  # check now what is sent, before the sites train their baselines
+            secure.require_supported(method.broadcast(first, 0))
         summary = orchestrator.run()
         for table in result_tables(summary):
             display.console.print(table)
     return summary
 
 
-def _require_mean(method: Method, rounds: RoundOptions) -> None:
-    """Hold a federation to what it can be where the server knows nothing of updates but their mean.
+def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:
+    """Check that the method needs no more than the uniform mean of the updates.
 
     Raises:
-        UserError: Naming what needs more.
+        UserError: Names the option that needs single updates.
     """
     if not method.supports_secure_mean:
-        name = type(method).__name__
-        raise UserError(f"secure: {name}, as it is configured, needs more of the updates than their uniform mean")
+        raise UserError(
+            f"secure: expected a method that needs only the uniform mean of the updates, got {type(method).__name__}"
+            " as configured. Choose a method or aggregator with uniform weights, or secure=false."
+        )
     if rounds.dropout:
         raise UserError(
-            f"dropout is {rounds.dropout}, and nothing can be taken out of a secure sum afterwards (secure)"
+            f"dropout: expected 0 with secure=true, got {rounds.dropout}."
+            " An update cannot be removed from a masked sum."
         )

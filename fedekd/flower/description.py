@@ -1,4 +1,4 @@
-"""What a server knows of its sites: how many samples of what, never which."""
+"""Description of a site for the server: configuration, sizes and class counts, but no samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
@@ -18,12 +17,15 @@ from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.flower.messages import is_count
 from fedekd.methods import FederationSpec, Method
 
-#: The splits whose sizes a site tells.
+#: The splits whose sizes are part of a description.
 SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
 
 
-def recipe(method: Method, spec: FederationSpec) -> dict[str, Any]:
-    """What all parts of a federation must agree on, as plain values; each may have a private model of its own."""
+def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
+    """Return what the server and all sites must agree on, as JSON values.
+
+    The private model is not part of it: each site may have its own.
+    """
     proxy = spec.build_model("proxy", "server").state_dict()
     client = spec.client
     settings = {name: value for name, value in vars(method).items() if name != "server_state"}
@@ -45,12 +47,12 @@ def recipe(method: Method, spec: FederationSpec) -> dict[str, Any]:
 
 
 def describe(method: Method, spec: FederationSpec, images: ImageData, splits: ClientSplits) -> dict[str, Any]:
-    """What a site tells of itself."""
-    own = torch.cat([splits.train, splits.validation, splits.test])
-    counts = torch.bincount(images.labels[own], minlength=images.num_classes)
+    """Return a site's description, as JSON values."""
+    indices = torch.cat([splits.train, splits.validation, splits.test])
+    counts = torch.bincount(images.labels[indices], minlength=images.num_classes)
     return {
-        "number": splits.client,
-        "recipe": recipe(method, spec),
+        "site": splits.client,
+        "config": shared_config(method, spec),
         "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
         "class_counts": counts.tolist(),
         "digest": splits.digest(images),
@@ -59,28 +61,28 @@ def describe(method: Method, spec: FederationSpec, images: ImageData, splits: Cl
 
 @dataclass(frozen=True, eq=False)
 class SiteSplits(ClientSplits):
-    """A site's samples as the server knows them: of each split the size.
+    """A site's splits on the server: the sizes are right, the indices are zeros.
 
     Attributes:
-        content: The digest that the site gave of its samples.
+        content: The digest of the samples, from the site's description.
     """
 
     content: str = ""
 
     def digest(self, images: ImageData) -> str:
-        """What the site said; `images` is not looked at."""
+        """Return the digest from the site's description; `images` is not used."""
         return self.content
 
 
 class SiteData(FederatedDataModule):
-    """The data of a federation of sites, of which the server holds none.
+    """Data module on the server of a federation of sites; it holds no samples.
 
     Args:
-        name: What the data set is called.
-        alpha: How the data were dealt, where they were; for the summary.
-        descriptions: What each site told, by number.
-        batch_size: Samples a training batch.
-        eval_batch_size: Samples an evaluation batch.
+        name: Name of the data set.
+        alpha: Dirichlet concentration of the partition, if there was one; reported in the summary.
+        descriptions: The sites' descriptions, in the order of their numbers.
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per evaluation batch.
     """
 
     def __init__(
@@ -92,79 +94,81 @@ class SiteData(FederatedDataModule):
         eval_batch_size: int,
     ) -> None:
         super().__init__(name, len(descriptions), alpha, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        facts = descriptions[0]["recipe"]
-        height, width = facts["image_size"]
-        regression = facts["task"] == "regression"
+        config = descriptions[0]["config"]
+        height, width = config["image_size"]
         self._images = ImageData(
             name,
-            torch.empty(0, facts["channels"], height, width, dtype=torch.uint8),
-            torch.empty(0, dtype=torch.float32 if regression else torch.int64),
-            facts["task"],
+            torch.empty(0, config["channels"], height, width, dtype=torch.uint8),
+            torch.empty(0, dtype=torch.float32 if config["task"] == "regression" else torch.int64),
+            config["task"],
             len(descriptions[0]["class_counts"]),
             {},
         )
         self._clients = [
             SiteSplits(
-                number, **{split: _of_size(each["sizes"][split]) for split in SPLITS}, content=str(each["digest"])
+                site,
+                **{split: torch.zeros(description["sizes"][split], dtype=torch.int64) for split in SPLITS},
+                content=description["digest"],
             )
-            for number, each in enumerate(descriptions)
+            for site, description in enumerate(descriptions)
         ]
-        self._class_counts = np.asarray([each["class_counts"] for each in descriptions], dtype=np.int64)
+        self._class_counts = np.asarray([description["class_counts"] for description in descriptions], dtype=np.int64)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
-        """As the sites told them, (K, classes)."""
+        """Return the sites' class counts, (sites, classes)."""
         return self._class_counts
 
 
 def require_description(description: Mapping[str, Any]) -> None:
-    """Hold what a site tells of itself to what `describe` gives.
+    """Check that a received description has the fields and types of `describe`.
 
     Raises:
-        UserError: Naming what is missing or of another kind.
+        UserError: Names the first missing or invalid field.
     """
-    sizes, counts, told = (description.get(name) for name in ("sizes", "class_counts", "recipe"))
-    sound = {
-        "number": is_count(description.get("number")),
-        "recipe": isinstance(told, dict) and "fedekd" in told,
+    config, sizes, counts = (description.get(name) for name in ("config", "sizes", "class_counts"))
+    valid = {
+        "site": is_count(description.get("site")),
+        "config": isinstance(config, dict) and "fedekd" in config,
         "sizes": isinstance(sizes, dict) and all(is_count(sizes.get(name)) for name in SPLITS),
         "class_counts": isinstance(counts, list) and all(map(is_count, counts)),
         "digest": isinstance(description.get("digest"), str),
     }
-    if wrong := [name for name, fits in sound.items() if not fits]:
-        raise UserError(f"its {wrong[0]} is {str(description.get(wrong[0]))[:80]!r}")
+    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
+        raise UserError(f"invalid site description: {invalid[0]} is {str(description.get(invalid[0]))[:80]!r}")
 
 
-def require_alike(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Hold sites to each other, before one of them is asked what their data are like.
+def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all sites have this version of fedekd, one configuration and as many classes.
 
     Raises:
-        UserError: Naming the site that has another version of fedekd, or differs from the first.
+        UserError: Names the first site that differs from the server's version or from the first site.
     """
     for description in descriptions:
-        version = {"fedekd": description["recipe"]["fedekd"]}
-        require_agreement({**description, "recipe": version}, {"fedekd": fedekd.__version__})
+        version = {"fedekd": description["config"]["fedekd"]}
+        require_agreement({**description, "config": version}, {"fedekd": fedekd.__version__})
     first = descriptions[0]
     for description in descriptions:
-        require_agreement(description, first["recipe"])
-        classes, others = len(description["class_counts"]), len(first["class_counts"])
-        if classes != others:
+        require_agreement(description, first["config"])
+        classes, expected = len(description["class_counts"]), len(first["class_counts"])
+        if classes != expected:
             raise UserError(
-                f"site {description['number']} tells of {classes} classes, and site {first['number']} of {others}"
+                f"site {description['site']}: expected {expected} classes, as at site {first['site']}, got {classes}."
+                " Set --data.num_classes to the same number at all sites."
             )
 
 
-def require_agreement(description: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Hold a site to what the federation has agreed on.
+def require_agreement(description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Check a site's configuration against the federation's.
 
     Raises:
-        UserError: Naming the site, and the first thing in which it differs.
+        UserError: Names the site and the first option that differs.
     """
-    difference = first_difference(description["recipe"], dict(ours))
+    difference = first_difference(description["config"], dict(config))
     if difference is not None:
-        key, theirs, here = difference
-        told = "" if key != "fedekd" else "; install the same version everywhere"
-        raise UserError(f"site {description['number']} has {key} {theirs}, and the federation {here}{told}")
-
-
-def _of_size(size: int) -> Tensor:
-    return torch.zeros(int(size), dtype=torch.int64)
+        key, actual, expected = difference
+        action = (
+            "Install the same version of fedekd at the server and at all sites."
+            if key == "fedekd"
+            else "Use the same options and configuration files at the server and at all sites."
+        )
+        raise UserError(f"site {description['site']}: {key}: expected {expected}, got {actual}. {action}")

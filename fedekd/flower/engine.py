@@ -1,55 +1,55 @@
-"""Clients that are sites of their own, reached through Flower: one message each way a round."""
+"""Engine whose clients are Flower nodes at real sites: one message each way per round."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ClientResult, RoundRequest
+from fedekd.federation import ClientResult, RoundRequest
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.flower.description import require_description
 from fedekd.flower.messages import (
-    ABSORB,
-    HELLO,
-    REFERENCE,
+    BASELINE,
+    DESCRIBE,
+    LAST_ROUND,
+    ROUND,
     SCORE,
-    VISIT,
+    arrays_of,
+    baseline_scores,
+    client_result_from_json,
+    comparison_request_to_json,
+    error_reason,
     from_arrays,
-    look_to_json,
-    note_from,
-    note_of,
-    num_bytes,
     one_line,
-    packed,
-    reason_of,
-    scores_of,
-    state_of,
-    visit_from_json,
+    pack,
+    parse_values,
+    payload_bytes,
+    values_of,
 )
-from fedekd.flower.secure import SecureAggregation
+from fedekd.flower.secure.aggregation import SecureAggregation
 from fedekd.methods import Broadcast, StateDict
-from fedekd.methods.base import num_bytes as size_of
+from fedekd.methods.base import num_bytes
 
-#: How much larger than what was sent an update may be before it is refused unread: names and headers take some.
-_SLACK = 2**20
+#: Bytes by which an update may exceed the broadcast before it is rejected unread; array headers need some.
+_HEADER_BYTES = 2**20
 
 
 class FlowerEngine:
-    """Asks sites for what a round needs. Their states stay with them; a state is known here by its version.
+    """Runs the rounds at the sites. Client states stay there; the server knows only their version numbers.
 
     Args:
-        grid: Flower's way to the sites.
-        nodes: By a site's number, Flower's number of its node.
-        timeout: Seconds to wait for the answers of a round; None waits on.
-        observer: Is told what goes wrong.
-        descriptions: By number, what each site told of itself; who comes back must be the same. None asks nobody.
-        secure: Hides each update among the others; None lets every site send its own.
+        grid: Flower's connection to the nodes.
+        nodes: Flower's node id of each site number.
+        timeout: Seconds to wait for the replies of a round; None waits forever.
+        observer: Receives warnings.
+        descriptions: Description of each site number; a site that reconnects must have the same. None skips the check.
+        secure: Secure aggregation of the updates; None lets each site send its update in the clear.
     """
 
     def __init__(
@@ -67,191 +67,223 @@ class FlowerEngine:
         self._versions: dict[int, int] = {}
 
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
-        """Local's reference for each site, trained there; only its scores are told."""
-        asked = {number: packed({"rounds": wanted}) for number, wanted in rounds.items()}
-        found = {}
-        for number, reply in self._ask(REFERENCE, asked, None):
+        """Train the local baseline at each site; the sites send its scores only.
+
+        Raises:
+            UserError: A site does not return valid scores.
+        """
+        contents = {site: pack({"rounds": count}) for site, count in rounds.items()}
+        baselines = {}
+        for site, reply in self._send(BASELINE, contents, None):
             try:
-                found[number] = LocalBaseline(scores_of(reply, rounds[number]))
+                baselines[site] = LocalBaseline(baseline_scores(reply, rounds[site]))
             except UserError as error:
-                self.observer.warn(f"refused the answer of site {number}: {error}")
-        self._require_all(asked, found, "has no answer to what Local comes to there")
-        return found
+                self.observer.warn(f"rejected the reply of site {site}: {error}")
+        _require_replies(rounds, baselines, "local baseline")
+        return baselines
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        """The participants, as they answer; those that do not are missing, but for the last round."""
-        round_idx, broadcast, collect_updates = request.round_idx, request.broadcast, request.collect_updates
-        comparison = look_to_json(request.comparison)
-        notes = {
-            number: {"round": round_idx, "version": self._versions.get(number, 0), "look": comparison}
-            for number in request.participants
+        """Yield the results of a round in the order of the replies.
+
+        A participant without a usable reply is left out with a warning.
+
+        Raises:
+            UserError: A reply is missing in the last round, which needs all participants.
+        """
+        values = {
+            site: {
+                "round": request.round_idx,
+                "version": self._versions.get(site, 0),
+                "comparison": comparison_request_to_json(request.comparison),
+            }
+            for site in request.participants
         }
-        hidden = collect_updates and self.secure
-        visited = []
-        for visit in self._hidden(notes, broadcast) if hidden else self._open(notes, broadcast, collect_updates):
-            self._versions[visit.client] = self._versions.get(visit.client, 0) + 1
-            visited.append(visit.client)
-            yield visit
-        if missing := [str(number) for number in request.participants if number not in visited]:
-            told = f"round {round_idx}: no usable answer from the sites {', '.join(missing)}"
-            if not collect_updates:
-                raise UserError(f"{told}, and the federation cannot end without them; start it again to go on")
-            self.observer.warn(f"{told}; they are missing from this round")
+        if request.collect_updates and self.secure:
+            results = self._run_secure(values, request.broadcast)
+        else:
+            results = self._run_plain(values, request.broadcast, request.collect_updates)
+        received = set()
+        for result in results:
+            self._versions[result.client] = self._versions.get(result.client, 0) + 1
+            received.add(result.client)
+            yield result
+        if missing := ", ".join(str(site) for site in request.participants if site not in received):
+            reason = f"round {request.round_idx}: no valid reply from site {missing}"
+            if not request.collect_updates:
+                raise UserError(f"{reason}. The last round needs every site: start the sites and repeat the command.")
+            self.observer.warn(f"{reason}; left out of this round")
 
     def score(self, number: int) -> float:
-        """A site's score as it is now."""
-        asked = {number: packed({"version": self._versions.get(number, 0)})}
-        found = {who: float(note_of(reply)["score"]) for who, reply in self._ask(SCORE, asked, None)}
-        self._require_all(asked, found, "has not told its score")
-        return found[number]
+        """Return the test score of a site's current model.
+
+        Raises:
+            UserError: The site does not reply.
+        """
+        contents = {number: pack({"version": self._versions.get(number, 0)})}
+        scores = {site: float(values_of(reply)["score"]) for site, reply in self._send(SCORE, contents, None)}
+        _require_replies(contents, scores, "score")
+        return scores[number]
 
     def client_state(self, number: int) -> Any:
-        """The version of a site's state: the state itself never leaves it."""
+        """Return the version number of a site's state; the state itself stays at the site."""
         return {"version": self._versions.get(number, 0)}
 
     def load_client_state(self, number: int, state: Any) -> None:
-        """Let a site go on from a version that it has on its disk."""
+        """Set the version from which a site continues; the site has it on disk."""
         self._versions[number] = int(state["version"])
 
     def close(self) -> None:
-        """Sites belong to themselves: there is nothing to end."""
+        """Do nothing: the sites' processes are not the server's to end."""
 
-    def _ask(self, what: str, asked: Mapping[int, Any], timeout: float | None) -> Iterator[tuple[int, Message]]:
-        """Send each site its message, and give the answers as they come; a site's error is told, and no answer."""
-        self._look_for(asked)
-        messages = {number: Message(content, self.nodes[number], what) for number, content in asked.items()}
+    def _send(
+        self, message_type: str, contents: Mapping[int, Any], timeout: float | None
+    ) -> Iterator[tuple[int, Message]]:
+        """Send one message per site and yield (site, reply); error replies become warnings."""
+        self._find_restarted(contents)
+        messages = {site: Message(content, self.nodes[site], message_type) for site, content in contents.items()}
         for reply in self.grid.send_and_receive(messages.values(), timeout=timeout):
-            # Not by who sent it: the SuperLink answers in place of a node that is gone.
-            answered = reply.metadata.reply_to_message_id
-            number = next((n for n, message in messages.items() if message.metadata.message_id == answered), None)
+            # Match by message id: the SuperLink replies itself for a node that is offline.
+            message_id = reply.metadata.reply_to_message_id
+            site = next((site for site, message in messages.items() if message.metadata.message_id == message_id), None)
             if reply.has_error():
-                self.observer.warn(f"site {number} could not answer: {reason_of(reply)}")
-            elif number is not None:
-                yield number, reply
+                self.observer.warn(f"site {site} failed: {error_reason(reply)}")
+            elif site is not None:
+                yield site, reply
 
-    def _look_for(self, numbers: Iterable[int]) -> None:
-        """Find sites again that are there under another node's number, as after a new installation."""
-        known = set(self.grid.get_node_ids())
-        gone = {number for number in numbers if self.nodes[number] not in known}
-        if not gone:
+    def _find_restarted(self, sites: Iterable[int]) -> None:
+        """Update the node ids of sites that have reconnected under a new one."""
+        connected = set(self.grid.get_node_ids())
+        absent = {site for site in sites if self.nodes[site] not in connected}
+        if not absent:
             return
-        newcomers = introduced(self.grid, known - set(self.nodes.values()), warn=self.observer.warn)
-        for node, description in newcomers.items():
-            number = int(description["number"])
-            expected = None if self.descriptions is None else self.descriptions.get(number)
-            if number in gone and expected is not None and dict(expected) != description:
-                self.observer.warn(f"site {number} has come back with other data or settings, and is left out")
-            elif number in gone:
-                self.nodes[number] = node
+        new_nodes = connected - set(self.nodes.values())
+        for node, description in request_descriptions(self.grid, new_nodes, warn=self.observer.warn).items():
+            site = description["site"]
+            expected = None if self.descriptions is None else self.descriptions.get(site)
+            if site in absent and expected is not None and dict(expected) != description:
+                self.observer.warn(f"site {site} reconnected with other data or settings; left out")
+            elif site in absent:
+                self.nodes[site] = node
 
-    def _open(
-        self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, upload: bool
+    def _run_plain(
+        self, values: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, collect_updates: bool
     ) -> Iterator[ClientResult]:
-        """Visits as they come, with what each site sends; what cannot be read or had better not be is refused."""
-        asked = {number: packed(note, broadcast.to(number)) for number, note in notes.items()}
-        for number, reply in self._ask(VISIT if upload else ABSORB, asked, self.timeout if upload else None):
+        """Yield results whose updates arrive in the clear; malformed or oversized replies are rejected."""
+        contents = {site: pack(site_values, broadcast.to(site)) for site, site_values in values.items()}
+        message_type, timeout = (ROUND, self.timeout) if collect_updates else (LAST_ROUND, None)
+        for site, reply in self._send(message_type, contents, timeout):
             try:
-                arrays, sent = state_of(reply), size_of(broadcast.to(number))
-                if num_bytes(arrays) > sent + _SLACK:
-                    raise UserError(f"its update has {num_bytes(arrays):,} bytes, and it was sent {sent:,}")
-                yield _own_visit(number, note_of(reply), from_arrays(arrays))
+                arrays, sent_bytes = arrays_of(reply), num_bytes(broadcast.to(site))
+                if payload_bytes(arrays) > sent_bytes + _HEADER_BYTES:
+                    raise UserError(f"update of {payload_bytes(arrays):,} bytes, but {sent_bytes:,} bytes were sent")
+                yield _result_of(site, values_of(reply), from_arrays(arrays))
             except (UserError, ValueError, TypeError) as error:
-                self.observer.warn(f"refused the answer of site {number}: {error}")
+                self.observer.warn(f"rejected the reply of site {site}: {error}")
 
-    def _hidden(self, notes: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[ClientResult]:
-        """Visits whose updates are all the mean of what the sites have sent: more is not known here."""
+    def _run_secure(self, values: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[ClientResult]:
+        """Yield results whose updates are all the mean: the server receives no single update."""
         assert self.secure is not None
-        self._look_for(notes)
-        self.secure.require(broadcast)
-        nodes = {number: self.nodes[number] for number in notes}
+        self._find_restarted(values)
+        self.secure.require_supported(broadcast)
+        nodes = {site: self.nodes[site] for site in values}
         try:
-            answers, mean = self.secure.visits(
-                self.grid, nodes, notes, broadcast.shared, self.timeout, self.observer.warn
+            replies, mean = self.secure.run_round(
+                self.grid, nodes, values, broadcast.shared, self.timeout, self.observer.warn
             )
         except UserError:
             raise
-        except Exception as error:  # Flower's workflow may fail of what it is told in many ways
-            self.observer.warn(one_line(f"secure aggregation has failed: {type(error).__name__} {error}"))
+        except Exception as error:  # Flower's workflow does not validate replies and may fail in any way
+            self.observer.warn(one_line(f"secure aggregation failed: {type(error).__name__} {error}"))
             return
-        for number, note in answers.items():
+        for site, text in replies.items():
             try:
-                yield _own_visit(number, note_from(note), mean)
+                yield _result_of(site, parse_values(text), mean)
             except UserError as error:
-                self.observer.warn(f"refused the answer of site {number}, but its update is in the sum: {error}")
-
-    def _require_all(self, asked: Mapping[int, Any], found: Mapping[int, Any], lack: str) -> None:
-        missing = [str(number) for number in asked if number not in found]
-        if missing:
-            raise UserError(f"site {', '.join(missing)} {lack}; start it again to go on")
+                self.observer.warn(f"rejected the reply of site {site}, but its update is in the mean: {error}")
 
 
-def _own_visit(number: int, note: Mapping[str, Any], state: StateDict) -> ClientResult:
-    """A site's visit.
+def _require_replies(expected: Iterable[int], received: Collection[int], subject: str) -> None:
+    if missing := ", ".join(str(site) for site in expected if site not in received):
+        raise UserError(f"no {subject} from site {missing}. Start the sites and repeat the command.")
+
+
+def _result_of(site: int, values: Mapping[str, Any], state: StateDict) -> ClientResult:
+    """Build a site's result.
 
     Raises:
-        UserError: If it is none, or another site's.
+        UserError: The reply is invalid or names another client.
     """
-    visit = visit_from_json(note, state)
-    if visit.client != number:
-        raise UserError(f"it speaks for client {visit.client}")
-    return visit
+    result = client_result_from_json(values, state)
+    if result.client != site:
+        raise UserError(f"expected the result of client {site}, got client {result.client}")
+    return result
 
 
-def introduced(
+def request_descriptions(
     grid: Grid, nodes: set[int], timeout: float | None = 120.0, warn: Callable[[str], None] | None = None
 ) -> dict[int, dict[str, Any]]:
-    """What each of these nodes tells of its site.
+    """Request the descriptions of nodes; a node that does not reply is left out.
 
     Args:
-        grid: The way to the nodes.
-        nodes: Which.
-        timeout: Seconds to wait for them.
-        warn: Is told of a node that answers with an error, which is then left out; None lets that be an error.
-
-    Raises:
-        UserError: If a node cannot introduce itself, and that is an error.
-    """
-    messages = [Message(packed({}), node, HELLO) for node in nodes]
-    found = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
-        if reply.has_error():
-            told = reason_of(reply)
-        else:
-            try:
-                description = note_of(reply)
-                require_description(description)
-            except UserError as error:
-                told = str(error)
-            else:
-                found[int(reply.metadata.src_node_id)] = description
-                continue
-        told = f"a site could not introduce itself: {told}"
-        if warn is None:
-            raise UserError(told)
-        warn(told)
-    return found
-
-
-def wait_for_sites(grid: Grid, sites: int, seconds: float, observer: Observer) -> dict[int, dict[str, Any]]:
-    """Wait until so many sites are there, and let them introduce themselves.
+        grid: Flower's connection to the nodes.
+        nodes: Node ids.
+        timeout: Seconds to wait for the replies.
+        warn: Called for a node with an error or an invalid reply, which is left out; None raises instead.
 
     Returns:
-        By node, what its site tells.
+        The description by node id.
 
     Raises:
-        UserError: If they do not come in time, or two of them have the same number.
+        UserError: A node replies with an error or an invalid description, and `warn` is None.
     """
-    found: dict[int, dict[str, Any]] = {}
+    messages = [Message(pack({}), node, DESCRIBE) for node in nodes]
+    descriptions = {}
+    for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
+        try:
+            if reply.has_error():
+                raise UserError(error_reason(reply))
+            description = values_of(reply)
+            require_description(description)
+        except UserError as error:
+            if warn is None:
+                raise UserError(f"a site sent no description: {error}") from error
+            warn(f"a site sent no description: {error}")
+        else:
+            descriptions[int(reply.metadata.src_node_id)] = description
+    return descriptions
+
+
+def wait_for_sites(grid: Grid, sites: int, seconds: float) -> tuple[dict[int, int], dict[int, dict[str, Any]]]:
+    """Wait until all sites are connected and have sent their descriptions.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        sites: Number of sites, at least 1.
+        seconds: Time limit.
+
+    Returns:
+        The node id by site number, and the description by site number, both in ascending order.
+
+    Raises:
+        UserError: Too few sites connect in time, a description is invalid, or the site numbers are not 0..sites-1.
+    """
+    descriptions: dict[int, dict[str, Any]] = {}
     end = time.monotonic() + seconds
-    while len(found) < sites:
-        here = set(grid.get_node_ids())
-        found = {node: description for node, description in found.items() if node in here}
-        found |= introduced(grid, here - found.keys())
-        if len(found) < sites:
+    while len(descriptions) < sites:
+        connected = set(grid.get_node_ids())
+        descriptions = {node: description for node, description in descriptions.items() if node in connected}
+        descriptions |= request_descriptions(grid, connected - descriptions.keys())
+        if len(descriptions) < sites:
             if time.monotonic() > end:
-                raise UserError(f"{len(found)} of {sites} sites have come within {seconds:g} s (sites, wait)")
+                raise UserError(
+                    f"sites: expected {sites} within {seconds:g} s, got {len(descriptions)}."
+                    " Start the missing sites or raise wait."
+                )
             time.sleep(0.5)
-    numbers = sorted(int(description["number"]) for description in found.values())
-    if numbers != list(range(sites)):
-        raise UserError(f"the sites have the numbers {', '.join(map(str, numbers))}, and must be 0..{sites - 1}")
-    return found
+    nodes = dict(sorted((description["site"], node) for node, description in descriptions.items()))
+    if list(nodes) != list(range(sites)) or len(descriptions) != sites:
+        numbers = ", ".join(str(number) for number in sorted(d["site"] for d in descriptions.values()))
+        raise UserError(
+            f"number: expected 0 to {sites - 1}, one per site, got {numbers}. Correct number in each --node-config."
+        )
+    return nodes, {site: descriptions[node] for site, node in nodes.items()}

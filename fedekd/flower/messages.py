@@ -1,4 +1,4 @@
-"""What travels between the server and a site: tensors as one record of arrays, all else as one record of JSON."""
+"""Messages between server and site: tensors in one record of arrays, everything else in one record of JSON."""
 
 from __future__ import annotations
 
@@ -21,197 +21,197 @@ from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest
 from fedekd.methods import StateDict, Update
 
-#: Names of the two records of a message. Flower's own mods want one of each kind.
-STATE, NOTE = "state", "note"
+#: Names of the two records of a message. Flower's mods expect exactly one record of each kind.
+STATE, VALUES = "state", "values"
 
-#: What a site is asked. `train` alone carries tensors both ways, and is what mods of Flower work on.
-HELLO, REFERENCE, SCORE, ABSORB, VISIT = (
-    "query.hello",
-    "query.reference",
+#: Message types. Only ROUND carries tensors in both directions; Flower's mods apply to it.
+DESCRIBE, BASELINE, SCORE, LAST_ROUND, ROUND = (
+    "query.describe",
+    "query.baseline",
     "query.score",
-    "query.absorb",
-    "train.visit",
+    "query.last_round",
+    "train.round",
 )
 
 
 def to_arrays(state: StateDict) -> ArrayRecord:
-    """Tensors as Flower carries them: names, shapes, dtypes and bytes, and nothing that could be run."""
+    """Convert tensors to Flower's arrays: names, shapes, dtypes and raw bytes."""
     return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    """The inverse of `to_arrays`.
+    """Convert Flower's arrays to tensors; the inverse of `to_arrays`.
 
     Raises:
-        ValueError: If an array's bytes are not the array that they say they are.
+        ValueError: The bytes of an array are not a numeric .npy file of the declared size.
     """
     return {name: torch.from_numpy(read_array(array.data)) for name, array in record.items()}
 
 
 def read_array(content: bytes) -> npt.NDArray[Any]:
-    """An array from the bytes of an .npy file, once they are known to be as many as its header says.
+    """Read an .npy file from bytes, without pickle and without allocating more than the bytes hold.
 
     Raises:
-        ValueError: If they are not, are no such file, or hold objects, which would have to be run.
+        ValueError: The header is unreadable, the dtype is not numeric, or the size differs from the header's.
     """
     buffer = io.BytesIO(content)
     try:
         version = npy.read_magic(buffer)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(buffer)
-    except Exception as error:  # a header is parsed as Python's literals are, and may fail in as many ways
-        raise ValueError(f"an array with an unreadable header: {type(error).__name__}") from error
+    except Exception as error:  # NumPy parses the header as a Python literal, which fails in many ways
+        raise ValueError(f"array with an unreadable header: {type(error).__name__}") from error
     start = buffer.tell()
-    if dtype.kind not in "biuf":  # objects would have to be run, and elements of no bytes fit any shape
-        raise ValueError(f"an array of {dtype}")
+    if dtype.kind not in "biuf":  # object arrays execute code; elements of zero bytes fit any shape
+        raise ValueError(f"array of unsupported dtype {dtype}")
     if math.prod(shape) * dtype.itemsize != len(content) - start:
-        raise ValueError(f"an array of shape {shape}, {dtype}, in {len(content) - start} bytes")
-    # A copy: what came over a wire may not be written to.
+        raise ValueError(f"array of shape {shape} and {dtype} in {len(content) - start} bytes")
+    # Copy: received bytes are read-only.
     return np.array(np.ndarray(shape, dtype, content, start, order="F" if fortran else "C"))
 
 
-def num_bytes(record: ArrayRecord) -> int:
-    """Bytes of a record's arrays, before they are unpacked."""
+def payload_bytes(record: ArrayRecord) -> int:
+    """Bytes of a record's arrays with their headers, counted before unpacking."""
     return sum(len(array.data) for array in record.values())
 
 
-def packed(note: Mapping[str, Any], state: StateDict | None = None) -> RecordDict:
-    """The content of a message."""
-    content = RecordDict({NOTE: ConfigRecord({"json": json.dumps(note)})})
+def pack(values: Mapping[str, Any], state: StateDict | None = None) -> RecordDict:
+    """Build the content of a message from JSON values and optional tensors."""
+    content = RecordDict({VALUES: ConfigRecord({"json": json.dumps(values)})})
     if state is not None:
         content[STATE] = to_arrays(state)
     return content
 
 
-def note_of(message: Message) -> dict[str, Any]:
-    """What a message says beside its tensors.
+def values_of(message: Message) -> dict[str, Any]:
+    """Read the JSON values of a message.
 
     Raises:
-        UserError: If it says nothing that can be read.
+        UserError: The record is missing or not a JSON object.
     """
     try:
-        return note_from(str(message.content.config_records[NOTE]["json"]))
+        return parse_values(str(message.content.config_records[VALUES]["json"]))
     except KeyError as error:
-        raise UserError(f"a message without a readable note: {type(error).__name__} {error}") from error
+        raise UserError(f"message without JSON values: {type(error).__name__} {error}") from error
 
 
-def note_from(text: str) -> dict[str, Any]:
-    """What a note says.
+def parse_values(text: str) -> dict[str, Any]:
+    """Parse a JSON object.
 
     Raises:
-        UserError: If it is no JSON object.
+        UserError: The text is not a JSON object.
     """
     try:
-        note: Any = json.loads(text)
+        values: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"a message without a readable note: {type(error).__name__} {error}") from error
-    if not isinstance(note, dict):
-        raise UserError("a message whose note is no JSON object")
-    return note
+        raise UserError(f"message with invalid JSON values: {type(error).__name__} {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"message values: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
-def state_of(message: Message) -> ArrayRecord:
-    """The tensors of a message; none if it carries none."""
+def arrays_of(message: Message) -> ArrayRecord:
+    """Return the arrays of a message; empty if it has none."""
     return message.content.array_records.get(STATE, ArrayRecord({}))
 
 
-def reason_of(reply: Message) -> str:
-    """Of an error the last line, which is the error itself where it has a trace."""
+def error_reason(reply: Message) -> str:
+    """Return the last line of an error reply: of a traceback, the exception itself."""
     lines = [line.strip() for line in str(reply.error.reason or "").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it does not say why"
+    return lines[-1][:500] if lines else "no reason given"
 
 
 def one_line(text: str) -> str:
-    """What a site has said, fit for a line of a log."""
+    """Collapse white space and cut to 500 characters, for a log line."""
     return " ".join(text.split())[:500]
 
 
-def look_to_json(look: ComparisonRequest | None) -> dict[str, Any] | None:
-    """What a client is to compare, as JSON."""
-    if look is None:
+def comparison_request_to_json(request: ComparisonRequest | None) -> dict[str, Any] | None:
+    """Convert a comparison request to JSON values."""
+    if request is None:
         return None
-    return {"rule": asdict(look.rule), "rounds": {str(number): rounds for number, rounds in look.rounds.items()}}
+    rounds = {str(client): count for client, count in request.rounds.items()}
+    return {"rule": asdict(request.rule), "rounds": rounds}
 
 
-def look_from_json(values: Mapping[str, Any] | None) -> ComparisonRequest | None:
-    """The inverse of `look_to_json`."""
+def comparison_request_from_json(values: Mapping[str, Any] | None) -> ComparisonRequest | None:
+    """Convert JSON values to a comparison request; the inverse of `comparison_request_to_json`."""
     if values is None:
         return None
-    return ComparisonRequest(
-        DoNoHarm(**values["rule"]), {int(number): rounds for number, rounds in values["rounds"].items()}
-    )
+    rounds = {int(client): count for client, count in values["rounds"].items()}
+    return ComparisonRequest(DoNoHarm(**values["rule"]), rounds)
 
 
-def visit_to_json(visit: ClientResult) -> dict[str, Any]:
-    """All of a visit but the tensors of its update."""
-    samples = None if visit.update is None else visit.update.num_samples
-    return {**{name: value for name, value in asdict(visit).items() if name != "update"}, "num_samples": samples}
+def client_result_to_json(result: ClientResult) -> dict[str, Any]:
+    """Convert a client's result to JSON values, without the tensors of its update."""
+    num_samples = None if result.update is None else result.update.num_samples
+    return {**{name: value for name, value in asdict(result).items() if name != "update"}, "num_samples": num_samples}
 
 
-def visit_from_json(values: Mapping[str, Any], state: StateDict) -> ClientResult:
-    """The inverse of `visit_to_json`, with the tensors.
+def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> ClientResult:
+    """Build a client's result from JSON values and the tensors of its update.
 
     Raises:
-        UserError: If it is not what a visit looks like.
+        UserError: A field is missing, unknown or of the wrong type.
     """
     try:
-        _require_kinds(values)
-        rest = {name: value for name, value in values.items() if name != "num_samples"}
-        parts: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
-        rest |= {name: part(**rest[name]) for name, part in parts.items() if rest.get(name) is not None}
-        samples = values["num_samples"]
-        update = None if samples is None else Update(int(rest["client"]), state, int(samples))
-        return ClientResult(**rest, update=update)
+        _require_field_types(values)
+        arguments = {name: value for name, value in values.items() if name != "num_samples"}
+        nested: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
+        arguments |= {name: cls(**arguments[name]) for name, cls in nested.items() if arguments.get(name) is not None}
+        num_samples = values["num_samples"]
+        update = None if num_samples is None else Update(int(arguments["client"]), state, int(num_samples))
+        return ClientResult(**arguments, update=update)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"an answer that is no visit: {type(error).__name__} {error}") from error
+        raise UserError(f"invalid client result: {type(error).__name__} {error}") from error
 
 
-def scores_of(message: Message, rounds: int) -> list[float]:
-    """Local's scores, one a round.
+def baseline_scores(message: Message, rounds: int) -> list[float]:
+    """Read the local baseline's scores, one per round.
 
     Raises:
-        UserError: If they are something else.
+        UserError: They are not numbers, or fewer than the rounds.
     """
-    scores = note_of(message).get("scores")
+    scores = values_of(message).get("scores")
     if not isinstance(scores, list) or len(scores) < rounds or not all(map(is_number, scores)):
-        raise UserError(f"its scores of Local are {str(scores)[:80]}, and {rounds} numbers are needed")
+        raise UserError(f"local baseline scores: expected {rounds} numbers, got {str(scores)[:80]}")
     return [float(score) for score in scores]
 
 
-def _require_kinds(values: Mapping[str, Any]) -> None:
-    """Hold what a site says of its visit to what a row of metrics can take.
+def _require_field_types(values: Mapping[str, Any]) -> None:
+    """Check the types that a row of metrics.csv relies on.
 
     Raises:
-        ValueError: Naming what is of another kind.
+        ValueError: Names the first field of the wrong type.
     """
-    samples = values["num_samples"]
-    sound = {
+    num_samples = values["num_samples"]
+    valid = {
         "client": is_count(values["client"]),
         "score": is_number(values["score"]),
         "supervised_rounds": is_count(values["supervised_rounds"]),
         "logs": isinstance(values["logs"], dict) and all(map(is_number, values["logs"].values())),
-        "num_samples": samples is None or is_count(samples),
+        "num_samples": num_samples is None or is_count(num_samples),
         "tradeoff": values.get("tradeoff") is None or _is_tradeoff(values["tradeoff"]),
         "comparison": values.get("comparison") is None or _is_comparison(values["comparison"]),
     }
-    if wrong := [name for name, fits in sound.items() if not fits]:
-        raise ValueError(f"its {wrong[0]} is {str(values[wrong[0]])[:80]!r}")
+    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
+        raise ValueError(f"{invalid[0]} is {str(values[invalid[0]])[:80]!r}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
+    """Return True for a float, or for an int that a float represents exactly."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**53
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 0 to 2^53."""
+    """Return True for an int in [0, 2^53)."""
     return isinstance(value, int) and is_number(value) and value >= 0
 
 
 def _is_tradeoff(value: Any) -> bool:
-    """Lists of (cost, accuracy), and of (budget, cost, accuracy), as `ExitTradeoff` has them."""
+    """Return True for the fields of `ExitTradeoff`: (cost, accuracy) pairs, (budget, cost, accuracy) triples."""
     lengths = {"exits": 2, "budgets": 3}
     return (
         isinstance(value, dict)
@@ -225,7 +225,7 @@ def _is_tradeoff(value: Any) -> bool:
 
 
 def _is_comparison(value: Any) -> bool:
-    """The fields of `Comparison`."""
+    """Return True for the fields of `Comparison`."""
     names = {field.name for field in fields(Comparison)}
     if not isinstance(value, dict) or value.keys() != names or value["deployed"] not in ("federated", "local"):
         return False

@@ -1,4 +1,4 @@
-"""One site: its data, its networks on its own disk, and what it answers."""
+"""One site: its data, its client state on disk, and its replies to the server."""
 
 from __future__ import annotations
 
@@ -14,54 +14,53 @@ from flwr.app import Message, RecordDict
 from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
-from fedekd.federation.engines.base import RoundRequest
+from fedekd.federation import RoundRequest
 from fedekd.federation.engines.remote import without_images, without_server_state
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
 from fedekd.federation.run_folder import to_json_value
 from fedekd.federation.shared_specification import shared_specification
-from fedekd.flower.description import describe, recipe
+from fedekd.flower.description import describe, shared_config
 from fedekd.flower.messages import (
-    ABSORB,
-    HELLO,
-    REFERENCE,
+    BASELINE,
+    DESCRIBE,
+    LAST_ROUND,
+    ROUND,
     SCORE,
-    VISIT,
+    arrays_of,
+    client_result_to_json,
+    comparison_request_from_json,
     from_arrays,
-    look_from_json,
-    note_of,
-    packed,
-    state_of,
-    visit_to_json,
+    pack,
+    values_of,
 )
 from fedekd.methods import Broadcast
 
-#: Versions of its state that a site keeps: the server may go on from a checkpoint before its newest.
+#: Versions of the client state that a site keeps: the server may resume from a checkpoint older than its newest.
 KEPT_VERSIONS = 4
 
-
-#: In a simulation one process is one site after another, of the same options and data; nobody changes the parts.
+#: In a simulation one process runs many sites with equal options; the parts are read-only.
 _parts_of = lru_cache(maxsize=1)(parts_of)
 
 
 class Site:
-    """What runs at one hospital.
+    """Client of one site, with its state in a folder.
 
     Args:
         options: The federation's configuration, as options of `fit`.
-        number: The site's number, from 0.
-        sites: How many sites there are.
-        folder: Where it keeps its networks and what Local came to; nobody else's.
-        data: The site's own images, .npz in MedMNIST's layout; None takes its part of the configured data set, as in
-            a simulation.
+        number: The site's number, in [0, sites).
+        sites: Number of sites.
+        folder: Folder of the client states and the local baseline; a subfolder per site is created.
+        data: The site's own images, .npz in MedMNIST's layout; None takes the site's part of the configured data set,
+            as in a simulation.
 
     Raises:
-        UserError: If the configuration or the data are not valid.
+        UserError: The configuration or the data are invalid.
     """
 
     def __init__(self, options: Sequence[str], number: int, sites: int, folder: Path, data: str | None = None) -> None:
-        # Data that were dealt beforehand are not dealt again.
-        own = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
-        parts = _parts_of((*options, *own, "--logger=null"))
+        # The site's own file is one client: it is not partitioned again.
+        data_options = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
+        parts = _parts_of((*options, *data_options, "--logger=null"))
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
         method, images = parts["method"], module.images
@@ -69,13 +68,12 @@ class Site:
             method, module, parts["client"], parts["trainer"], parts["rounds"], parts["seed"], sites
         )
         folder = folder / f"site-{number:03d}"
-        # Another federation in the same folder has other states; the same one again makes the same.
-        # On another device, or with other threads, they are the same federation's.
-        network = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
-        what = json.dumps([recipe(method, spec), to_json_value(network), splits.digest(images)])
-        states = folder / "states" / sha256(what.encode()).hexdigest()[:16]
+        # One folder of states per federation. The trainer is left out: device and threads may change between runs.
+        model_spec = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
+        identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(images)])
+        states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
-        share = WorkerSetup(
+        setup = WorkerSetup(
             without_server_state(method),
             without_images(images),
             {number: splits},
@@ -85,65 +83,70 @@ class Site:
         )
         self.number, self.images, self.splits = number, images, splits
         self.method, self.spec = method, spec
-        self.host = ClientWorker(share, np.ascontiguousarray(images.pixels.numpy()))
+        self.worker = ClientWorker(setup, np.ascontiguousarray(images.pixels.numpy()))
 
     @staticmethod
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
         if data is not None:
-            everything = np.arange(len(module.images), dtype=np.int64)
-            return split_client(number, everything, module.fractions, module.seed)
+            indices = np.arange(len(module.images), dtype=np.int64)
+            return split_client(number, indices, module.fractions, module.seed)
         if module.num_clients != sites:
-            raise UserError(f"data.num_clients is {module.num_clients}, and there are {sites} sites")
+            raise UserError(
+                f"data.num_clients: expected {sites} (sites), got {module.num_clients}."
+                " Set both to the same number, or data in --node-config to the site's own file."
+            )
         return module.clients[number]
 
-    def answer(self, message: Message) -> RecordDict:
-        """What the site says to a message of the server.
+    def reply(self, message: Message) -> RecordDict:
+        """Return the content of the reply to a message of the server.
 
         Raises:
-            UserError: If the message asks for something unknown, or for a state that is not there.
+            UserError: The message type is unknown, or the requested version of the state is not on disk.
         """
-        answers = {
-            HELLO: self._hello,
-            REFERENCE: self._reference,
+        handlers = {
+            DESCRIBE: self._describe,
+            BASELINE: self._baseline,
             SCORE: self._score,
-            VISIT: self._visit,
-            ABSORB: self._visit,
+            ROUND: self._round,
+            LAST_ROUND: self._round,
         }
-        asked = message.metadata.message_type
-        if asked not in answers:
-            raise UserError(f"site {self.number} is asked {asked!r}, which it does not know; {nearest(asked, answers)}")
-        return answers[asked](message)
+        message_type = message.metadata.message_type
+        if message_type not in handlers:
+            raise UserError(
+                f"site {self.number}: unknown message type {message_type!r}; {nearest(message_type, handlers)}"
+            )
+        return handlers[message_type](message)
 
-    def _hello(self, message: Message) -> RecordDict:
-        return packed(describe(self.method, self.spec, self.images, self.splits))
+    def _describe(self, message: Message) -> RecordDict:
+        return pack(describe(self.method, self.spec, self.images, self.splits))
 
-    def _reference(self, message: Message) -> RecordDict:
-        reference, _ = self.host.local_baseline(self.number, int(note_of(message)["rounds"]))
-        return packed({"scores": list(reference.scores)})
+    def _baseline(self, message: Message) -> RecordDict:
+        baseline, _ = self.worker.local_baseline(self.number, int(values_of(message)["rounds"]))
+        return pack({"scores": list(baseline.scores)})
 
     def _score(self, message: Message) -> RecordDict:
-        version = int(note_of(message)["version"])
+        version = int(values_of(message)["version"])
         self._require_version(version)
-        score, _ = self.host.score(self.number, version)
-        return packed({"score": score})
+        score, _ = self.worker.score(self.number, version)
+        return pack({"score": score})
 
-    def _visit(self, message: Message) -> RecordDict:
-        note, upload = note_of(message), message.metadata.message_type == VISIT
-        version = int(note["version"])
+    def _round(self, message: Message) -> RecordDict:
+        values, collect_updates = values_of(message), message.metadata.message_type == ROUND
+        version = int(values["version"])
         self._require_version(version)
-        received = from_arrays(state_of(message))
-        comparison = look_from_json(note["look"])
-        request = RoundRequest([self.number], Broadcast(received), int(note["round"]), upload, comparison)
-        visit, _ = self.host.run_client(self.number, version, request, {})
-        store = self.host.store
+        received = from_arrays(arrays_of(message))
+        comparison = comparison_request_from_json(values["comparison"])
+        request = RoundRequest([self.number], Broadcast(received), int(values["round"]), collect_updates, comparison)
+        result, _ = self.worker.run_client(self.number, version, request, {})
+        store = self.worker.store
         for other in store.versions(self.number):
             if not version + 1 - KEPT_VERSIONS < other <= version + 1:
-                store.drop(self.number, other)  # too old, or of a time that the server has gone back from
-        return packed(visit_to_json(visit), None if visit.update is None else visit.update.state)
+                store.drop(self.number, other)  # too old, or newer than the checkpoint that the server resumed from
+        return pack(client_result_to_json(result), None if result.update is None else result.update.state)
 
     def _require_version(self, version: int) -> None:
-        if version and not self.host.store.has(self.number, version):
+        if version and not self.worker.store.has(self.number, version):
             raise UserError(
-                f"site {self.number} has no version {version} of its networks in {self.host.store.folder}; the run was"
-                " begun in another folder, or long ago"
+                f"site {self.number}: version {version} of the client state is not in {self.worker.store.folder}."
+                f" Use the folder in which the run was started; only the last {KEPT_VERSIONS} versions are kept."
             )

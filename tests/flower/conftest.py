@@ -1,4 +1,4 @@
-"""Sites in this process, and between them and the server a grid that can lose, delay and alter what it carries."""
+"""Sites in this process, and a grid between them and the server that can lose, delay and change messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -28,51 +28,51 @@ if find_spec("flwr") is not None:
     from flwr.serverapp import Grid
     from flwr.supercore.task_identity import TaskIdentity
 
-    from fedekd.flower.description import SiteData, recipe, require_agreement
+    from fedekd.flower.description import SiteData, require_agreement, shared_config
     from fedekd.flower.engine import FlowerEngine, wait_for_sites
-    from fedekd.flower.messages import ABSORB, NOTE, STATE, VISIT, note_of, packed
-    from fedekd.flower.secure import SecureAggregation
+    from fedekd.flower.messages import LAST_ROUND, ROUND, STATE, VALUES, pack, values_of
+    from fedekd.flower.secure.aggregation import SecureAggregation
     from fedekd.flower.site import Site
-else:  # every test here says that it is skipped
+else:  # every test in this folder is skipped
     Grid = object
 
-SITES = 3
+NUM_SITES = 3
 
-#: Flower's numbers of the sites' nodes, which are nothing like the sites' own.
+#: Flower's node id of each site; unrelated to the site numbers, and in another order.
 NODES = {0: 930, 1: 920, 2: 910, 3: 900, 4: 890}
 
-Answer = Callable[[], "Message"]
-Meddler = Callable[["Message", Answer], "Message | None"]
+Reply = Callable[[], "Message"]
+Interceptor = Callable[["Message", Reply], "Message | None"]
 
 
-def carried(message: Message) -> Message:
-    """What comes out of a wire: written to bytes by Flower, and read again."""
+def over_wire(message: Message) -> Message:
+    """Serialize a message as Flower does, and read it back."""
     return message_from_proto(type(proto := message_to_proto(message)).FromString(proto.SerializeToString()))
 
 
-def failure(message: Message, error: Exception) -> Message:
-    """What Flower answers for a client app that has raised an error."""
+def error_reply(message: Message, error: Exception) -> Message:
+    """Flower's reply for a ClientApp that raised an error."""
     reason = f"{type(error)}:<'{error}'>"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 class FakeGrid(Grid):
-    """Hands each message to whoever stands at its node; the answers come back in the opposite order.
+    """Grid that delivers messages in this process; replies come back in reverse order.
 
     Attributes:
-        nodes: By Flower's number of a node, the site there, or what it says to a message. Who is not there is offline.
-        meddle: Is given a message and what gets its answer, and says what the server is handed; None is nothing.
-        sent: The messages that have arrived at a node.
-        answers: The answers that have arrived at the server.
-        waited: The type of each batch of messages, and how long the server waits for the answers.
+        nodes: By node id, the site or a function from message to content. Other nodes are offline.
+        intercept: Called with a message and a function that returns the site's reply; returns what the server receives.
+        requests: Messages that reached a node.
+        replies: Replies that reached the server.
+        timeouts: Type of each batch of messages, and how long the server waits for the replies.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[int, Site | Callable[[Message], RecordDict]] = {}
-        self.meddle: Meddler = lambda message, answer: answer()
-        self.sent: list[Message] = []
-        self.answers: list[Message] = []
-        self.waited: list[tuple[str, float | None]] = []
+        self.intercept: Interceptor = lambda message, reply: reply()
+        self.requests: list[Message] = []
+        self.replies: list[Message] = []
+        self.timeouts: list[tuple[str, float | None]] = []
 
     @property
     def run(self) -> Any:
@@ -95,99 +95,102 @@ class FakeGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         messages = list(messages)
-        self.waited += [(message.metadata.message_type, timeout) for message in messages[:1]]
-        found = []
+        self.timeouts += [(message.metadata.message_type, timeout) for message in messages[:1]]
+        replies = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())  # as Flower's own grids do
-            reply = self._reply(carried(message))
-            assert reply is not None or timeout is not None, f"the server would wait for ever: {message.metadata}"
+            message.metadata.__dict__["_message_id"] = str(uuid4())  # as Flower's grids do
+            reply = self._deliver(over_wire(message))
+            assert reply is not None or timeout is not None, f"the server would wait forever: {message.metadata}"
             if reply is not None:
-                found.append(carried(reply))
-        self.answers += found
-        return found[::-1]
+                replies.append(over_wire(reply))
+        self.replies += replies
+        return replies[::-1]
 
-    def _reply(self, message: Message) -> Message | None:
-        there = self.nodes.get(message.metadata.dst_node_id)
-        if there is None:
+    def _deliver(self, message: Message) -> Message | None:
+        node = self.nodes.get(message.metadata.dst_node_id)
+        if node is None:
             return create_message_error_unavailable_res_message(message.metadata, "node_unavail")
-        self.sent.append(message)
+        self.requests.append(message)
 
-        def answer() -> Message:
+        def reply() -> Message:
             try:
-                said = there.answer(message) if isinstance(there, Site) else there(message)
+                content = node.reply(message) if isinstance(node, Site) else node(message)
             except Exception as error:
-                return failure(message, error)
-            return Message(said, reply_to=message)
+                return error_reply(message, error)
+            return Message(content, reply_to=message)
 
-        return self.meddle(message, answer)
-
-
-def at(number: int, round_idx: int, meddler: Meddler) -> Meddler:
-    """Meddle with what one site is asked in one round, and with nothing else."""
-
-    def meddle(message: Message, answer: Answer) -> Message | None:
-        asked = message.metadata.message_type in (VISIT, ABSORB) and note_of(message)["round"] == round_idx
-        meant = asked and message.metadata.dst_node_id == NODES[number]
-        return meddler(message, answer) if meant else answer()
-
-    return meddle
+        return self.intercept(message, reply)
 
 
-def lost(message: Message, answer: Answer) -> None:
-    """The message never arrives."""
+def in_round(site: int, round_idx: int, interceptor: Interceptor) -> Interceptor:
+    """Intercept the messages to one site in one round only."""
+
+    def intercept(message: Message, reply: Reply) -> Message | None:
+        is_round = message.metadata.message_type in (ROUND, LAST_ROUND) and values_of(message)["round"] == round_idx
+        return interceptor(message, reply) if is_round and message.metadata.dst_node_id == NODES[site] else reply()
+
+    return intercept
 
 
-def late(message: Message, answer: Answer) -> None:
-    """The site does its work, and nobody waits for it."""
-    answer()
+def request_lost(message: Message, reply: Reply) -> None:
+    """The request does not reach the site."""
 
 
-def broken(message: Message, answer: Answer) -> Message:
-    """The site cannot do its work."""
-    return failure(message, OSError("the disk is full"))
+def reply_late(message: Message, reply: Reply) -> None:
+    """The site does its work, and the reply exceeds the timeout."""
+    reply()
 
 
-def dead(message: Message, answer: Answer) -> Message:
-    """The site goes offline before it has answered, and the SuperLink says so in its place."""
-    answer()
+def site_error(message: Message, reply: Reply) -> Message:
+    """The site raises an error."""
+    return error_reply(message, OSError("the disk is full"))
+
+
+def site_offline(message: Message, reply: Reply) -> Message:
+    """The site goes offline before it replies; the SuperLink sends an error reply for it."""
+    reply()
     return create_message_error_unavailable_res_message(message.metadata, "node_unavail")
 
 
-def told(**said: Any) -> Meddler:
-    """The site says something else in its note."""
+def with_values(**changes: Any) -> Interceptor:
+    """Change JSON values of the reply."""
 
-    def meddle(message: Message, answer: Answer) -> Message:
-        reply = answer()
-        reply.content[NOTE] = packed({**note_of(reply), **said})[NOTE]
-        return reply
+    def intercept(message: Message, reply: Reply) -> Message:
+        changed = reply()
+        changed.content[VALUES] = pack({**values_of(changed), **changes})[VALUES]
+        return changed
 
-    return meddle
-
-
-def noted(text: str) -> Meddler:
-    """The site's note is this text."""
-
-    def meddle(message: Message, answer: Answer) -> Message:
-        reply = answer()
-        reply.content[NOTE] = ConfigRecord({"json": text})
-        return reply
-
-    return meddle
+    return intercept
 
 
-def altered(change: Callable[[dict[str, Array]], None]) -> Meddler:
-    """The site sends other arrays."""
+def with_json(text: str) -> Interceptor:
+    """Replace the JSON text of the reply."""
 
-    def meddle(message: Message, answer: Answer) -> Message:
-        reply = answer()
-        change(reply.content.array_records[STATE])
-        return reply
+    def intercept(message: Message, reply: Reply) -> Message:
+        changed = reply()
+        changed.content[VALUES] = ConfigRecord({"json": text})
+        return changed
 
-    return meddle
+    return intercept
 
 
-class Watch(SilentObserver):
-    """Notes warnings and rows; before each round does what it is asked, and after one stops the server."""
+def with_arrays(change: Callable[[dict[str, Array]], None]) -> Interceptor:
+    """Change the arrays of the reply."""
+
+    def intercept(message: Message, reply: Reply) -> Message:
+        changed = reply()
+        change(changed.content.array_records[STATE])
+        return changed
+
+    return intercept
+
+
+class ServerStoppedError(Exception):
+    """The server's process ended."""
+
+
+class RecordingObserver(SilentObserver):
+    """Record warnings and rows; call `before` at the start of a round, and stop the server after round `stop_after`."""
 
     def __init__(self, before: Callable[[int], Any] | None = None, stop_after: int | None = None) -> None:
         self.warnings: list[str] = []
@@ -201,50 +204,52 @@ class Watch(SilentObserver):
     def round_finished(self, row: Any) -> None:
         self.rows.append(dict(row))
         if row["round"] == self.stop_after:
-            raise StoppedError
+            raise ServerStoppedError
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
 
-class StoppedError(Exception):
-    """The server's process has ended."""
-
-
-def built(options: Sequence[str]) -> tuple[Method, FederatedDataModule, FederationSpec]:
-    """A method, its data and its spec, as a site makes them."""
+def build(options: Sequence[str]) -> tuple[Method, FederatedDataModule, FederationSpec]:
+    """Build a method, its data and its spec as a site does."""
     parts = parts_of(options)
-    given = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
-    return parts["method"], parts["data"], shared_specification(*given, SITES)
+    arguments = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
+    return parts["method"], parts["data"], shared_specification(*arguments, NUM_SITES)
 
 
-class Hospitals:
-    """Sites with a folder each, and a server of the same options.
+class Sites:
+    """Sites with one folder each, and a server with the same options.
 
     Args:
-        folder: Where theirs are made.
-        options: As those of `fit`.
-        local: Where Local's references of the same clients are: the sites find them in their folders.
-        sites: How many there are.
+        folder: Parent of the sites' folders.
+        options: Options of `fit`.
+        baseline_dir: Local baselines of the same clients, copied to the sites so that they need not train them.
+        count: Number of sites.
     """
 
-    def __init__(self, folder: Path, options: Sequence[str], local: Path | None = None, sites: int = SITES) -> None:
-        self.folder, self.options, self.sites, self.grid = folder, list(options), sites, FakeGrid()
-        for number in range(sites):
-            if local is not None:
-                shutil.copytree(local, folder / f"hospital-{number}/site-{number:03d}/local")
-            self.open(number)
+    def __init__(
+        self, folder: Path, options: Sequence[str], baseline_dir: Path | None = None, count: int = NUM_SITES
+    ) -> None:
+        self.folder, self.options, self.count, self.grid = folder, list(options), count, FakeGrid()
+        for number in range(count):
+            if baseline_dir is not None:
+                shutil.copytree(baseline_dir, folder / f"hospital-{number}/site-{number:03d}/local")
+            self.start(number)
 
-    def open(self, number: int, node: int | None = None, options: Sequence[str] = ()) -> Site:
-        """Start a site, or start it again."""
-        site = Site([*self.options, *options], number, self.sites, self.folder / f"hospital-{number}")
+    def start(self, number: int, node: int | None = None, options: Sequence[str] = ()) -> Site:
+        """Start or restart a site."""
+        site = Site([*self.options, *options], number, self.count, self.folder / f"hospital-{number}")
         self.grid.nodes[NODES[number] if node is None else node] = site
         return site
 
     def versions(self, number: int) -> dict[int, Path]:
-        """The states on a site's disk."""
+        """State files of a site by version."""
         folder = self.folder / f"hospital-{number}/site-{number:03d}/states"
         return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob("*/*.pt"))}
+
+    def newest_state(self, number: int) -> Any:
+        """Newest state of a site."""
+        return unpack(max(self.versions(number).items())[1].read_bytes())
 
     def server(
         self,
@@ -253,48 +258,53 @@ class Hospitals:
         timeout: float | None = 60.0,
         secure: SecureAggregation | None = None,
     ) -> Orchestrator:
-        """A server over the sites, as `fedekd.flower.apps.serve` makes it."""
-        parts, observer = parts_of(self.options), observer or Watch()
-        found = wait_for_sites(self.grid, self.sites, 0.0, observer)
-        descriptions = sorted(found.values(), key=lambda description: int(description["number"]))
-        given = parts["data"]
-        parts["data"] = SiteData(given.dataset, given.alpha, descriptions, given.batch_size, given.eval_batch_size)
-        nodes = {int(description["number"]): node for node, description in found.items()}
-        parts["engine"] = lambda *_: FlowerEngine(
-            self.grid, nodes, timeout, observer, {int(each["number"]): each for each in descriptions}, secure
+        """Build a server as `fedekd.flower.apps.serve` does."""
+        parts, observer = parts_of(self.options), observer or RecordingObserver()
+        nodes, descriptions = wait_for_sites(self.grid, self.count, 0.0)
+        data = parts["data"]
+        parts["data"] = SiteData(
+            data.dataset, data.alpha, list(descriptions.values()), data.batch_size, data.eval_batch_size
         )
+        parts["engine"] = lambda *_: FlowerEngine(self.grid, nodes, timeout, observer, descriptions, secure)
         orchestrator = Orchestrator(**parts, output=output, observer=observer)
-        for description in descriptions:
-            require_agreement(description, recipe(parts["method"], orchestrator.spec))
+        for description in descriptions.values():
+            require_agreement(description, shared_config(parts["method"], orchestrator.spec))
         return orchestrator
 
 
-def in_process(options: Sequence[str], output: Path) -> tuple[Orchestrator, dict[str, Any]]:
-    """The same federation in this process, and its summary."""
+class Run(NamedTuple):
+    """A finished run in this process."""
+
+    orchestrator: Orchestrator
+    summary: dict[str, Any]
+    folder: Path
+
+    def client_states(self) -> dict[int, Any]:
+        """Client states of the newest checkpoint."""
+        newest = {path.stem.split("-")[1]: path for path in sorted((self.folder / "checkpoints").glob("client-*.pt"))}
+        return {int(number): unpack(path.read_bytes()) for number, path in newest.items()}
+
+
+def run_in_process(options: Sequence[str], output: Path) -> Run:
+    """Run the same federation without Flower."""
     orchestrator = Orchestrator(**parts_of(options), output=output, baseline_dir=output / "local")
-    return orchestrator, orchestrator.run()
+    return Run(orchestrator, orchestrator.run(), output)
 
 
-def states(folder: Path) -> dict[int, Any]:
-    """The clients' states in the newest checkpoint of a run in this process."""
-    newest = {path.stem.split("-")[1]: path for path in sorted((folder / "checkpoints").glob("client-*.pt"))}
-    return {int(number): unpack(path.read_bytes()) for number, path in newest.items()}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nested states are equal to the last bit, however they lie in memory."""
+def is_equal(one: Any, other: Any) -> bool:
+    """Return True if two nested states are equal bit for bit; memory layouts may differ."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(is_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
+        return len(one) == len(other) and all(is_equal(*pair) for pair in zip(one, other, strict=True))
     return bool(one == other)
 
 
 @pytest.fixture(autouse=True)
 def server_task(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
-    """This process is what Flower takes for a run's server; it leaves the collection of garbage to Python."""
+    """Let Flower take this process for the server of a run; skip explicit garbage collections, for speed."""
     for module in ("engines.worker", "orchestrator"):
         monkeypatch.setattr(f"fedekd.federation.{module}.gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(TaskIdentity, "_task_id", 1)
@@ -304,27 +314,40 @@ def server_task(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
 
 @pytest.fixture(scope="session")
 def options(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three clients of a small data set, as options of `fit`."""
+    """Options of `fit` for three clients of a small data set and two rounds."""
     data = write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz")
-    small = ["--rounds=2", "--client.local_epochs=1", "--client.optimizer.lr=0.001", "--logger=null", "--quiet=true"]
-    machine = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.threads=1"]
-    return [f"--data.dataset={data}", f"--data.num_clients={SITES}", "--data.alpha=1", "--data.batch_size=8"] + (
-        small + machine
-    )
+    return [
+        f"--data.dataset={data}",
+        f"--data.num_clients={NUM_SITES}",
+        "--data.alpha=1",
+        "--data.batch_size=8",
+        "--rounds=2",
+        "--client.local_epochs=1",
+        "--client.optimizer.lr=0.001",
+        "--logger=null",
+        "--quiet=true",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.threads=1",
+    ]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    options: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Orchestrator, dict[str, Any], Path]]:
-    """FedeKD in this process: its orchestrator, its summary and its folder."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def single_process(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The run of the same federation without Flower."""
+    folder = tmp_path_factory.mktemp("single-process")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "draw", lambda *arguments: None)
-        yield *in_process(options, folder), folder
+        yield run_in_process(options, folder)
 
 
 @pytest.fixture
-def hospitals(options: list[str], undisturbed: tuple[Any, Any, Path], tmp_path: Path) -> Hospitals:
-    """Three sites of that data set, which know already what Local comes to."""
-    return Hospitals(tmp_path, options, undisturbed[2] / "local")
+def sites(options: list[str], single_process: Run, tmp_path: Path) -> Sites:
+    """Three sites, with trained local baselines."""
+    return Sites(tmp_path, options, single_process.folder / "local")
+
+
+@pytest.fixture
+def one_round(options: list[str], single_process: Run, tmp_path: Path) -> Sites:
+    """Three sites and one round: the server ends with the mean of the first proxies."""
+    return Sites(tmp_path, [*options, "--rounds=1"], single_process.folder / "local")

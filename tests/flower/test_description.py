@@ -1,4 +1,4 @@
-"""A site tells how many samples of what, and the server can do with that what it does with the samples."""
+"""Descriptions of the sites: no samples, and enough for the server to do without them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ pytest.importorskip("flwr")
 import fedekd
 from fedekd.errors import UserError
 from fedekd.flower.apps import Settings, serve
-from fedekd.flower.description import SPLITS, SiteData, describe, recipe, require_agreement
-from fedekd.flower.messages import HELLO
+from fedekd.flower.description import (
+    SPLITS,
+    SiteData,
+    describe,
+    require_agreement,
+    require_consistent_sites,
+    shared_config,
+)
+from fedekd.flower.messages import DESCRIBE, values_of
 
-from .conftest import NODES, SITES, Hospitals, built
+from .conftest import NUM_SITES, Sites, build
 
 pytestmark = pytest.mark.flower
 
 
-def told_by_all(options: list[str]) -> list[dict[str, Any]]:
-    """What the sites tell, after a journey through JSON."""
-    method, data, spec = built(options)
-    told = [describe(method, spec, data.images, splits) for splits in data.clients]
-    return list(json.loads(json.dumps(told)))
+def all_descriptions(options: list[str]) -> list[dict[str, Any]]:
+    """The descriptions of all sites, as they arrive from JSON."""
+    method, data, spec = build(options)
+    return list(json.loads(json.dumps([describe(method, spec, data.images, splits) for splits in data.clients])))
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Lists as they are, and all else down to its values."""
+    """The values of nested dicts; lists are values."""
     if isinstance(value, dict):
         for item in value.values():
             yield from leaves(item)
@@ -40,32 +46,26 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def test_a_site_tells_numbers_and_neither_pixels_nor_indices(hospitals: Hospitals) -> None:
-    description = hospitals.grid.nodes[NODES[1]].answer(hospitals_hello(hospitals))
-    assert not description.array_records
-    assert not description.metric_records
-    [note] = description.config_records.values()
-    told = json.loads(str(note["json"]))
-    assert set(told) == {"number", "recipe", "sizes", "class_counts", "digest"}
-    assert set(told["sizes"]) == set(SPLITS)
-    assert re.fullmatch("[0-9a-f]{64}", told["digest"])
-    method, _, spec = built(hospitals.options)
-    assert told.pop("recipe") == json.loads(json.dumps(recipe(method, spec)))  # which the server has of itself
-    assert [leaf for leaf in leaves(told) if isinstance(leaf, list)] == [told["class_counts"]]
-    assert len(told["class_counts"]) == 3
-    assert sum(told["class_counts"]) == told["sizes"]["train"] + told["sizes"]["validation"] + told["sizes"]["test"]
-    longest = max(len(leaf) for leaf in leaves(told) if isinstance(leaf, str))
-    assert longest == 64  # nothing is hidden in a text: the digest is the longest
+def test_description_reply_contains_counts_but_no_pixels_or_indices(sites: Sites) -> None:
+    sites.server()
+    [reply] = (reply for reply in sites.grid.replies if values_of(reply)["site"] == 1)
+    assert not reply.content.array_records
+    assert not reply.content.metric_records
+    assert len(reply.content.config_records) == 1
+    description = values_of(reply)
+    assert set(description) == {"site", "config", "sizes", "class_counts", "digest"}
+    assert set(description["sizes"]) == set(SPLITS)
+    assert re.fullmatch("[0-9a-f]{64}", description["digest"])
+    method, _, spec = build(sites.options)
+    assert description.pop("config") == json.loads(json.dumps(shared_config(method, spec)))  # the server has it already
+    assert [leaf for leaf in leaves(description) if isinstance(leaf, list)] == [description["class_counts"]]
+    assert len(description["class_counts"]) == 3
+    assert sum(description["class_counts"]) == sum(description["sizes"][s] for s in ("train", "validation", "test"))
+    assert max(len(leaf) for leaf in leaves(description) if isinstance(leaf, str)) == 64  # no text but the digest
 
 
-def hospitals_hello(hospitals: Hospitals) -> Any:
-    """The message with which a server asks who is there."""
-    hospitals.server()
-    return next(message for message in hospitals.grid.sent if message.metadata.message_type == HELLO)
-
-
-def test_other_pixels_change_the_digest_and_nothing_else(options: list[str]) -> None:
-    method, data, spec = built(options)
+def test_description_changed_pixel_changes_only_digest(options: list[str]) -> None:
+    method, data, spec = build(options)
     splits = data.clients[0]
     before = describe(method, spec, data.images, splits)
     data.images.pixels[splits.test[0], 0, 0, 0] += 1
@@ -76,87 +76,96 @@ def test_other_pixels_change_the_digest_and_nothing_else(options: list[str]) -> 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_server_knows_what_the_data_would_have_told(
+def test_site_data_from_descriptions_matches_data_module(
     task: str, channels: int, options: list[str], write_blobs: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_blobs(tmp_path / "images.npz", 90, channels=channels, num_classes=4, seed=3)
-    chosen = [*options, f"--data.dataset={path}", f"--task={task}"]
-    _, data, _ = built(chosen)
-    known = SiteData("images", data.alpha, told_by_all(chosen), data.batch_size, data.eval_batch_size)
-    known.prepare_data()
-    known.setup()
-    assert known.task == data.task == task
+    all_options = [*options, f"--data.dataset={path}", f"--task={task}"]
+    _, data, _ = build(all_options)
+    site_data = SiteData("images", data.alpha, all_descriptions(all_options), data.batch_size, data.eval_batch_size)
+    site_data.prepare_data()
+    site_data.setup()
+    assert site_data.task == data.task == task
     for name in ("num_classes", "in_channels", "image_size", "num_outputs", "task"):
-        assert getattr(known.images, name) == getattr(data.images, name), name
-    assert known.images.targets.dtype == data.images.targets.dtype
-    assert len(known.images) == 0
-    assert (known.num_clients, known.alpha) == (SITES, 1.0)
-    assert known.num_classes == 4
-    np.testing.assert_array_equal(known.class_counts(), data.class_counts())
-    assert known.class_counts().dtype == data.class_counts().dtype
-    for site, client in zip(known.clients, data.clients, strict=True):
-        assert site.client == client.client
-        assert len(site) == len(client)
-        assert site.digest(known.images) == client.digest(data.images)
+        assert getattr(site_data.images, name) == getattr(data.images, name), name
+    assert site_data.images.targets.dtype == data.images.targets.dtype
+    assert len(site_data.images) == 0
+    assert (site_data.num_clients, site_data.alpha, site_data.num_classes) == (NUM_SITES, 1.0, 4)
+    np.testing.assert_array_equal(site_data.class_counts(), data.class_counts())
+    assert site_data.class_counts().dtype == data.class_counts().dtype
+    for site, client in zip(site_data.clients, data.clients, strict=True):
+        assert (site.client, len(site)) == (client.client, len(client))
+        assert site.digest(site_data.images) == client.digest(data.images)
         assert {s: len(getattr(site, s)) for s in SPLITS} == {s: len(getattr(client, s)) for s in SPLITS}
         assert not any(getattr(site, split).any() for split in SPLITS)
 
 
-def test_a_class_that_a_site_has_not_counts_too(options: list[str]) -> None:
-    method, data, spec = built([*options, "--data.num_classes=7"])
-    assert describe(method, spec, data.images, data.clients[0])["class_counts"][3:] == [0, 0, 0, 0]
+def test_class_counts_absent_class_is_zero(options: list[str]) -> None:
+    assert all_descriptions([*options, "--data.num_classes=7"])[0]["class_counts"][3:] == [0, 0, 0, 0]
 
 
 DIFFERENT = {
-    "classes": (["--data.num_classes=7"], r"site 1 has classes 7, and the federation 3"),
+    "classes": (["--data.num_classes=7"], r"site 1: classes: expected 3, got 7\."),
     "proxy": (
         ["--client.proxy_model=fedekd.models.PrivateCNN"],
-        r"site 1 has proxy\.convolutions\.0\.bias \(64,\) torch\.float32, and the federation \(32,\) torch\.float32",
+        r"site 1: proxy\.convolutions\.0\.bias: expected \(32,\) torch\.float32, got \(64,\) torch\.float32\.",
     ),
-    "proxy's precision": (
+    "proxy precision": (
         ["--trainer.precision=64-true"],
-        r"site 1 has proxy\.convolutions\.0\.bias \(32,\) torch\.float64, and the federation \(32,\) torch\.float32",
+        r"site 1: proxy\.convolutions\.0\.bias: expected \(32,\) torch\.float32, got \(32,\) torch\.float64\.",
     ),
-    "argument": (["--method.beta=0.25"], r"site 1 has method\.FedeKD\.beta 0\.25, and the federation 1\.0"),
+    "argument": (["--method.beta=0.25"], r"site 1: method\.FedeKD\.beta: expected 1\.0, got 0\.25\."),
     "nested argument": (
         ["--method.aggregator=fedekd.functional.TrimmedMean"],
-        r"site 1 has method\.FedeKD\.merge\.class TrimmedMean, and the federation Mean",
+        r"site 1: method\.FedeKD\.\w+\.class: expected Mean, got TrimmedMean\.",
     ),
-    "method": (["--method=FML"], r"site 1 has method\.FML "),
-    "seed": (["--seed=1"], r"site 1 has seed 1, and the federation 0"),
-    "rounds": (["--rounds=3"], r"site 1 has rounds 3, and the federation 2"),
-    "epochs": (["--client.local_epochs=2"], r"site 1 has local_epochs 2, and the federation 1"),
-    "task": (["--task=regression"], r"site 1 has classes 1, and the federation 3"),
+    "method": (["--method=FML"], r"site 1: method\.FML"),
+    "seed": (["--seed=1"], r"site 1: seed: expected 0, got 1\."),
+    "rounds": (["--rounds=3"], r"site 1: rounds: expected 2, got 3\."),
+    "epochs": (["--client.local_epochs=2"], r"site 1: local_epochs: expected 1, got 2\."),
+    "task": (["--task=regression"], r"site 1: classes: expected 3, got 1\."),
 }
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_what_differs_is_named_with_its_site(what: str, options: list[str]) -> None:
-    other, words = DIFFERENT[what]
-    method, _, spec = built(options)
-    with pytest.raises(UserError, match=words) as caught:
-        require_agreement(told_by_all([*options, *other])[1], recipe(method, spec))
+def test_serve_site_with_other_config_is_rejected_before_training(what: str, sites: Sites) -> None:
+    other, message = DIFFERENT[what]
+    sites.start(1, options=other)
+    with pytest.raises(UserError, match=f"{message}.* Use the same options") as caught:
+        serve(sites.grid, Settings(tuple(sites.options), NUM_SITES, wait=0.0))
     assert "\n" not in str(caught.value)
-    assert "install" not in str(caught.value)
+    assert {request.metadata.message_type for request in sites.grid.requests} == {DESCRIBE}
+    assert not any(sites.versions(number) for number in range(NUM_SITES))
 
 
-def test_another_version_says_what_to_do(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, _, spec = built(options)
-    ours = recipe(method, spec)
+def test_require_agreement_other_version_names_fix(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, _, spec = build(options)
+    expected = shared_config(method, spec)
     monkeypatch.setattr(fedekd, "__version__", "0.0.7")
-    with pytest.raises(UserError, match=r"site 2 has fedekd 0\.0\.7, and the federation .*; install the same version"):
-        require_agreement(told_by_all(options)[2], ours)
+    message = r"site 2: fedekd: expected .*, got 0\.0\.7\. Install the same version of fedekd"
+    with pytest.raises(UserError, match=message):
+        require_agreement(all_descriptions(options)[2], expected)
 
 
-def test_images_of_another_size_are_named(options: list[str], write_blobs: Callable[..., Path], tmp_path: Path) -> None:
-    method, _, spec = built(options)
+def test_require_agreement_other_channels_raises(
+    options: list[str], write_blobs: Callable[..., Path], tmp_path: Path
+) -> None:
+    method, _, spec = build(options)
     path = write_blobs(tmp_path / "colour.npz", channels=3)
-    with pytest.raises(UserError, match="site 0 has channels 3, and the federation 1"):
-        require_agreement(told_by_all([*options, f"--data.dataset={path}"])[0], recipe(method, spec))
+    with pytest.raises(UserError, match="site 0: channels: expected 1, got 3"):
+        require_agreement(all_descriptions([*options, f"--data.dataset={path}"])[0], shared_config(method, spec))
+
+
+def test_require_consistent_sites_other_number_of_classes_raises(options: list[str]) -> None:
+    descriptions = all_descriptions([*options, "--task=regression"])  # one output, whatever the number of classes
+    require_consistent_sites(descriptions)
+    descriptions[2]["class_counts"].append(0)
+    with pytest.raises(UserError, match=r"site 2: expected 3 classes, as at site 0, got 4\. Set --data\.num_classes"):
+        require_consistent_sites(descriptions)
 
 
 @pytest.mark.parametrize(
-    "own",
+    "site_options",
     [
         ["--client.private_model=torchvision.models.resnet18"],
         ["--client.private_models=[PrivateCNN, ProxyCNN]"],
@@ -165,26 +174,15 @@ def test_images_of_another_size_are_named(options: list[str], write_blobs: Calla
         ["--data.root=elsewhere"],
     ],
 )
-def test_private_models_and_machines_may_differ(own: list[str], options: list[str]) -> None:
-    method, _, spec = built(options)
-    require_agreement(told_by_all([*options, *own])[0], recipe(method, spec))
+def test_require_agreement_other_private_model_or_machine_passes(site_options: list[str], options: list[str]) -> None:
+    method, _, spec = build(options)
+    require_agreement(all_descriptions([*options, *site_options])[0], shared_config(method, spec))
 
 
 @pytest.mark.parametrize(
     "name", ["FedeKD", "FML", "FedKD", "FedType", "FedAvg", "FedProx", "FedPer", "FedRep", "Ditto", "FedDyn", "Local"]
 )
-def test_every_method_agrees_with_itself(name: str, options: list[str]) -> None:
-    method, _, spec = built([*options, f"--method={name}"])
-    ours = recipe(method, spec)
-    for description in told_by_all([*options, f"--method={name}"]):
-        require_agreement(description, ours)
-
-
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_a_server_refuses_a_site_before_the_first_round(what: str, hospitals: Hospitals) -> None:
-    other, words = DIFFERENT[what]
-    hospitals.open(1, options=other)
-    with pytest.raises(UserError, match=words):
-        serve(hospitals.grid, Settings(tuple(hospitals.options), SITES, wait=0.0))
-    assert {message.metadata.message_type for message in hospitals.grid.sent} == {HELLO}
-    assert not any(hospitals.versions(number) for number in range(SITES))
+def test_require_agreement_same_options_pass_for_each_method(name: str, options: list[str]) -> None:
+    method, _, spec = build([*options, f"--method={name}"])
+    for description in all_descriptions([*options, f"--method={name}"]):
+        require_agreement(description, shared_config(method, spec))

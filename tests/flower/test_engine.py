@@ -1,7 +1,8 @@
-"""A federation of sites: the numbers of one in this process, whatever the grid between them does."""
+"""FlowerEngine gives the results of a single-process run, and handles faults of the sites and the grid."""
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import shutil
@@ -26,571 +27,499 @@ from fedekd.flower.apps import Settings, serve
 from fedekd.flower.description import SPLITS
 from fedekd.flower.engine import wait_for_sites
 from fedekd.flower.messages import (
-    ABSORB,
-    HELLO,
-    REFERENCE,
+    BASELINE,
+    DESCRIBE,
+    LAST_ROUND,
+    ROUND,
     SCORE,
     STATE,
-    VISIT,
+    VALUES,
+    arrays_of,
     from_arrays,
-    note_of,
-    packed,
-    state_of,
+    pack,
     to_arrays,
+    values_of,
 )
 
 from .conftest import (
     NODES,
-    SITES,
-    Answer,
+    NUM_SITES,
     FakeGrid,
-    Hospitals,
-    Meddler,
-    StoppedError,
-    Watch,
-    altered,
-    at,
-    broken,
-    dead,
-    in_process,
-    late,
-    lost,
-    noted,
-    same,
-    states,
-    told,
+    Interceptor,
+    RecordingObserver,
+    Reply,
+    Run,
+    ServerStoppedError,
+    Sites,
+    in_round,
+    is_equal,
+    reply_late,
+    request_lost,
+    run_in_process,
+    site_error,
+    site_offline,
+    with_arrays,
+    with_json,
+    with_values,
 )
 
 pytestmark = pytest.mark.flower
 
-Undisturbed = tuple[Orchestrator, dict[str, Any], Path]
-
-#: What a summary may say otherwise: how long it took, and where the data lie.
-_APART = ("seconds", "dataset")
-
 
 def figures(summary: dict[str, Any]) -> str:
-    """A summary's figures, NaN as NaN."""
-    return repr({name: value for name, value in summary.items() if name not in _APART})
+    """A summary without duration and path, as text, in which NaN equals NaN."""
+    return repr({name: value for name, value in summary.items() if name not in ("seconds", "dataset")})
 
 
-def newest(hospitals: Hospitals, number: int) -> Any:
-    """The newest state on a site's disk."""
-    return unpack(max(hospitals.versions(number).items())[1].read_bytes())
+def assert_equal_runs(sites: Sites, orchestrator: Orchestrator, output: Path, expected: Run) -> None:
+    """Metrics, server state and client states are equal."""
+    assert (output / "metrics.csv").read_bytes() == (expected.folder / "metrics.csv").read_bytes()
+    assert is_equal(orchestrator.method.server_state, expected.orchestrator.method.server_state)
+    states = expected.client_states()
+    assert sorted(states) == list(range(NUM_SITES))
+    for number, state in states.items():
+        assert is_equal(sites.newest_state(number), state), number
 
 
-def assert_as_undisturbed(
-    hospitals: Hospitals, run: Orchestrator, output: Path, other: Orchestrator, folder: Path
-) -> None:
-    """The same figures, the same server, the same clients."""
-    assert (output / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
-    assert same(run.method.server_state, other.method.server_state)
-    clients = states(folder)
-    assert sorted(clients) == list(range(SITES))
-    for number, state in clients.items():
-        assert same(newest(hospitals, number), state), number
-
-
-def test_the_same_numbers_as_in_this_process(options: list[str], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    hospitals, watch = Hospitals(tmp_path, options), Watch()
-    run = hospitals.server(tmp_path / "run", watch)
-    summary = run.run()
-    assert_as_undisturbed(hospitals, run, tmp_path / "run", undisturbed[0], undisturbed[2])
-    assert figures(summary) == figures(undisturbed[1])
-    assert not watch.warnings
-    assert [row["comm/updates"] for row in watch.rows] == [3, 3]
+def test_run_equals_single_process(options: list[str], single_process: Run, tmp_path: Path) -> None:
+    sites, observer = Sites(tmp_path, options), RecordingObserver()  # the sites train their baselines
+    server = sites.server(tmp_path / "run", observer)
+    summary = server.run()
+    assert_equal_runs(sites, server, tmp_path / "run", single_process)
+    assert figures(summary) == figures(single_process.summary)
+    assert not observer.warnings
+    assert [row["comm/updates"] for row in observer.rows] == [3, 3]
+    evaluation = sites.server(tmp_path / "run").evaluate_checkpoint()
+    assert (evaluation["clients"], evaluation["delta"]) == (summary["clients"], summary["delta"])
 
 
 METHODS = {
-    "exits, and a local model kept": ["--method=SafeKD", "--client.exits=2", "--do_no_harm=true"],
-    "a part for each client": ["--method=DepthFL", "--client.exits=2", "--client.depths=[1, 2, 2]"],
-    "nothing travels": ["--method=Local"],
-    "half of the sites in a round": ["--participation=0.5", "--do_no_harm.looks=2"],
+    "exits and do-no-harm": ["--method=SafeKD", "--client.exits=2", "--do_no_harm=true"],
+    "personal broadcast": ["--method=DepthFL", "--client.exits=2", "--client.depths=[1, 2, 2]"],
+    "nothing sent": ["--method=Local"],
+    "partial participation": ["--participation=0.5", "--do_no_harm.looks=2"],
 }
 
 
 @pytest.mark.parametrize("what", METHODS)
-def test_so_it_is_with_any_method(what: str, options: list[str], tmp_path: Path) -> None:
-    chosen = [*options, *METHODS[what]]
-    other, expected = in_process(chosen, tmp_path / "one")
-    hospitals = Hospitals(tmp_path, chosen)
-    run = hospitals.server(tmp_path / "run")
-    assert figures(run.run()) == figures(expected)
-    assert_as_undisturbed(hospitals, run, tmp_path / "run", other, tmp_path / "one")
+def test_run_other_methods_equal_single_process(what: str, options: list[str], tmp_path: Path) -> None:
+    all_options = [*options, *METHODS[what]]
+    expected = run_in_process(all_options, tmp_path / "single")
+    sites = Sites(tmp_path, all_options)
+    server = sites.server(tmp_path / "run")
+    assert figures(server.run()) == figures(expected.summary)
+    assert_equal_runs(sites, server, tmp_path / "run", expected)
 
 
-def test_as_flowers_runtime_starts_it(hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    settings = Settings(tuple(hospitals.options), SITES, output=str(tmp_path / "run"), timeout=7.5, wait=0.0)
-    summary = serve(hospitals.grid, settings)
-    assert figures(summary) == figures(undisturbed[1])
-    assert (tmp_path / "run/metrics.csv").read_bytes() == (undisturbed[2] / "metrics.csv").read_bytes()
-    # Without what is asked for before and after the rounds nothing could go on.
-    assert [wait for wait in hospitals.grid.waited if wait[0] != HELLO] == [
-        (REFERENCE, None),
-        (VISIT, 7.5),
-        (VISIT, 7.5),
-        (ABSORB, None),
+def test_serve_runs_once_and_waits_only_in_rounds(sites: Sites, single_process: Run, tmp_path: Path) -> None:
+    settings = Settings(tuple(sites.options), NUM_SITES, output=str(tmp_path / "run"), timeout=7.5, wait=0.0)
+    summary = serve(sites.grid, settings)
+    assert figures(summary) == figures(single_process.summary)
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (single_process.folder / "metrics.csv").read_bytes()
+    # Before and after the rounds the server needs all replies.
+    assert [timeout for timeout in sites.grid.timeouts if timeout[0] != DESCRIBE] == [
+        (BASELINE, None),
+        (ROUND, 7.5),
+        (ROUND, 7.5),
+        (LAST_ROUND, None),
     ]
-    hospitals.grid.nodes.clear()  # what is finished needs nobody
-    assert figures(serve(hospitals.grid, settings)) == figures(summary)
+    sites.grid.nodes.clear()  # a finished run needs no sites
+    assert figures(serve(sites.grid, settings)) == figures(summary)
 
 
-def test_a_private_model_of_its_own(hospitals: Hospitals, tmp_path: Path) -> None:
-    hospitals.open(1, options=["--client.private_model=fedekd.models.ProxyCNN"])
-    watch = Watch()
-    hospitals.server(tmp_path / "run", watch).run()
-    assert not watch.warnings
-    assert [row["comm/updates"] for row in watch.rows] == [3, 3]
-    shapes = [newest(hospitals, number)["networks"]["private"]["head.weight"].shape for number in (0, 1)]
+def test_run_site_with_other_private_model(sites: Sites, tmp_path: Path) -> None:
+    sites.start(1, options=["--client.private_model=fedekd.models.ProxyCNN"])
+    sites.server(tmp_path / "run", observer := RecordingObserver()).run()
+    assert not observer.warnings
+    assert [row["comm/updates"] for row in observer.rows] == [3, 3]
+    shapes = [sites.newest_state(number)["networks"]["private"]["head.weight"].shape for number in (0, 1)]
     assert shapes[0] != shapes[1]
 
 
-def arrays(messages: Sequence[Message]) -> list[tuple[str, torch.Tensor]]:
-    """Every array in messages, whatever record it is in."""
+def all_arrays(messages: Sequence[Message]) -> list[tuple[str, torch.Tensor]]:
+    """Every array in the messages, in any record."""
     records = [record for message in messages for record in message.content.array_records.values()]
     return [pair for record in records for pair in from_arrays(record).items()]
 
 
-def tensors(state: Any) -> list[torch.Tensor]:
+def all_tensors(state: Any) -> list[torch.Tensor]:
     """Every tensor in a nested state."""
     if isinstance(state, torch.Tensor):
         return [state]
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors(part)]
+    return [tensor for part in parts for tensor in all_tensors(part)]
 
 
-NOTES = {
-    HELLO: {"number", "recipe", "sizes", "class_counts", "digest"},
-    REFERENCE: {"scores"},
+REPLY_VALUES = {
+    DESCRIBE: {"site", "config", "sizes", "class_counts", "digest"},
+    BASELINE: {"scores"},
     SCORE: {"score"},
-    VISIT: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "num_samples"},
+    ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "num_samples"},
 }
-NOTES[ABSORB] = NOTES[VISIT]
+REPLY_VALUES[LAST_ROUND] = REPLY_VALUES[ROUND]
 
 
-def test_nothing_private_is_in_any_message(hospitals: Hospitals, tmp_path: Path) -> None:
-    kept: list[Any] = []
+def test_messages_contain_proxy_but_nothing_private(sites: Sites, tmp_path: Path) -> None:
+    states: list[Any] = []
 
-    def watched(message: Message, answer: Answer) -> Message:
-        reply = answer()
-        for number in range(SITES):
-            kept.extend(unpack(path.read_bytes()) for path in hospitals.versions(number).values())
-        return reply
+    def record_states(message: Message, reply: Reply) -> Message:
+        result = reply()
+        for number in range(NUM_SITES):
+            states.extend(unpack(path.read_bytes()) for path in sites.versions(number).values())
+        return result
 
-    hospitals.grid.meddle = watched
-    run = hospitals.server(tmp_path / "run")
-    run.run()
-    assert run.evaluate_checkpoint()["mean"] > 0
-    messages = [*hospitals.grid.sent, *hospitals.grid.answers]
-    assert {message.metadata.message_type for message in messages} == set(NOTES)
+    sites.grid.intercept = record_states
+    server = sites.server(tmp_path / "run")
+    summary = server.run()
+    sent = [
+        sum(tensor.numel() * tensor.element_size() for _, tensor in all_arrays(messages))
+        for messages in (sites.grid.requests, sites.grid.replies)
+    ]
+    assert [summary["bytes_down"], summary["bytes_up"]] == sent
+    assert sent[0] == sent[1] * 3 // 2 > 0
 
-    proxy = {name: (tensor.shape, tensor.dtype) for name, tensor in run.method.server_state.items()}
-    found = arrays(messages)
-    assert len(found) == len(proxy) * (2 * 2 * SITES + SITES)  # there and back in two rounds, and there once more
-    for name, tensor in found:
+    assert server.evaluate_checkpoint()["mean"] > 0
+    messages = [*sites.grid.requests, *sites.grid.replies]
+    assert {message.metadata.message_type for message in messages} == set(REPLY_VALUES)
+
+    proxy = {name: (tensor.shape, tensor.dtype) for name, tensor in server.method.server_state.items()}
+    arrays = all_arrays(messages)
+    assert len(arrays) == len(proxy) * (2 * 2 * NUM_SITES + NUM_SITES)  # both ways in two rounds, one way in the last
+    for name, tensor in arrays:
         assert (tensor.shape, tensor.dtype) == proxy[name]
-    private = [tensor for state in kept for part in state for tensor in tensors(state[part]) if part != "networks"]
-    private += [tensor for state in kept for tensor in state["networks"]["private"].values()]
+    private = [
+        tensor for state in states for part in state for tensor in all_tensors(state[part]) if part != "networks"
+    ]
+    private += [tensor for state in states for tensor in state["networks"]["private"].values()]
     assert len(private) > 100
-    assert set(kept[0]["networks"]) == {"private", "proxy"}
-    assert not any(tensor.numel() > 1 and torch.equal(tensor, own) for _, tensor in found for own in private)
+    assert set(states[0]["networks"]) == {"private", "proxy"}
+    assert not any(tensor.numel() > 1 and torch.equal(tensor, other) for _, tensor in arrays for other in private)
 
     for message in messages:
-        assert set(message.content) <= {"note", STATE}
-        assert list(message.content.config_records["note"]) == ["json"]
-        assert len(str(message.content.config_records["note"]["json"])) < 3000
-    for answer in hospitals.grid.answers:
-        assert set(note_of(answer)) == NOTES[answer.metadata.message_type]
+        assert set(message.content) <= {VALUES, STATE}
+        assert list(message.content.config_records[VALUES]) == ["json"]
+        assert len(str(message.content.config_records[VALUES]["json"])) < 3000
+    for reply in sites.grid.replies:
+        assert set(values_of(reply)) == REPLY_VALUES[reply.metadata.message_type]
 
 
-def test_bytes_are_those_of_the_tensors(hospitals: Hospitals, tmp_path: Path) -> None:
-    summary = hospitals.server(tmp_path / "run").run()
-    down, up = (
-        sum(tensor.numel() * tensor.element_size() for _, tensor in arrays(messages))
-        for messages in (hospitals.grid.sent, hospitals.grid.answers)
-    )
-    assert (summary["bytes_down"], summary["bytes_up"]) == (down, up)
-    assert down == up * 3 // 2 > 0
+def stop_server(message: Message, reply: Reply) -> Message:
+    """The server ends after this site has done its work."""
+    reply()
+    raise ServerStoppedError
 
 
-def stop(message: Message, answer: Answer) -> Message:
-    """The server is gone after this site has done its work."""
-    answer()
-    raise StoppedError
-
-
-STOPS: dict[str, tuple[Meddler | None, int | None, list[int]]] = {
+STOPS: dict[str, tuple[Interceptor | None, int | None, list[int]]] = {
     "after round 1": (None, 1, [2, 2, 2]),
-    "within round 1": (at(1, 1, stop), None, [2, 2, 1]),
-    "within the last round": (at(1, 2, stop), None, [3, 3, 2]),
+    "in round 1": (in_round(1, 1, stop_server), None, [2, 2, 1]),
+    "in the last round": (in_round(1, 2, stop_server), None, [3, 3, 2]),
 }
 
 
 @pytest.mark.parametrize("when", STOPS)
-def test_a_new_server_goes_on_from_the_last_whole_round(
-    when: str, hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path
+def test_run_restarted_server_resumes_with_equal_result(
+    when: str, sites: Sites, single_process: Run, tmp_path: Path
 ) -> None:
-    meddle, stop_after, written = STOPS[when]
-    usual = hospitals.grid.meddle
-    hospitals.grid.meddle = meddle or usual
-    with pytest.raises(StoppedError):
-        hospitals.server(tmp_path / "run", Watch(stop_after=stop_after)).run()
-    assert [max(hospitals.versions(number)) for number in range(SITES)] == written
-    hospitals.grid.meddle = usual
-    hospitals.grid.sent.clear()
-    hospitals.open(0)  # a process of its own keeps nothing in memory
-    run = hospitals.server(tmp_path / "run")
-    assert figures(run.run()) == figures(undisturbed[1])
-    assert_as_undisturbed(hospitals, run, tmp_path / "run", undisturbed[0], undisturbed[2])
-    rounds = [note_of(message).get("round") for message in hospitals.grid.sent]
-    assert 0 not in rounds
-    assert {message.metadata.message_type for message in hospitals.grid.sent} <= {HELLO, VISIT, ABSORB}
-
-
-def test_rescored_is_as_scored(hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    hospitals.server(tmp_path / "run").run()
-    again = hospitals.server(tmp_path / "run").evaluate_checkpoint()
-    assert again["clients"] == undisturbed[1]["clients"]
-    assert again["delta"] == undisturbed[1]["delta"]
+    interceptor, stop_after, versions = STOPS[when]
+    default = sites.grid.intercept
+    sites.grid.intercept = interceptor or default
+    with pytest.raises(ServerStoppedError):
+        sites.server(tmp_path / "run", RecordingObserver(stop_after=stop_after)).run()
+    assert [max(sites.versions(number)) for number in range(NUM_SITES)] == versions
+    sites.grid.intercept = default
+    sites.grid.requests.clear()
+    sites.start(0)  # a new process has nothing in memory
+    server = sites.server(tmp_path / "run")
+    assert figures(server.run()) == figures(single_process.summary)
+    assert_equal_runs(sites, server, tmp_path / "run", single_process)
+    assert 0 not in [values_of(request).get("round") for request in sites.grid.requests]
+    assert {request.metadata.message_type for request in sites.grid.requests} <= {DESCRIBE, ROUND, LAST_ROUND}
 
 
 @pytest.fixture(scope="module")
-def without(
-    options: list[str], undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory
+def without_site_1(
+    options: list[str], single_process: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Path]:
-    """The run folder of a federation that site 1 was missing from in one round, by the round."""
+    """Run folder of a federation in which site 1 is missing from one round."""
     folders: dict[int, Path] = {}
 
-    def make(round_idx: int) -> Path:
+    def run(round_idx: int) -> Path:
         if round_idx not in folders:
             folders[round_idx] = tmp_path_factory.mktemp(f"without-{round_idx}")
-            hospitals = Hospitals(folders[round_idx], options, undisturbed[2] / "local")
-            hospitals.grid.meddle = at(1, round_idx, lost)
-            hospitals.server(folders[round_idx] / "run").run()
+            sites = Sites(folders[round_idx], options, single_process.folder / "local")
+            sites.grid.intercept = in_round(1, round_idx, request_lost)
+            sites.server(folders[round_idx] / "run").run()
         return folders[round_idx] / "run"
 
-    return make
+    return run
 
 
-def full_disk(message: Message, answer: Answer) -> Message:
-    """The site has trained, and cannot write down what has become of it."""
+def full_disk(message: Message, reply: Reply) -> Message:
+    """The site trains, and cannot write its state."""
 
     def write(*arguments: Any) -> None:
         raise OSError("the disk is full")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClientStore, "write", write)
-        return answer()
+        return reply()
 
 
-NO_DISK = r"site 1 could not answer: <class 'OSError'>:<'the disk is full'>"
-MISSING: dict[str, tuple[Meddler, list[str]]] = {
-    "late": (late, []),
-    "broken": (broken, [NO_DISK]),
-    "full disk": (full_disk, [NO_DISK]),
-    "dead": (dead, [r"site .* could not answer: .*Node Unavailable"]),
-    "unreadable": (noted("{"), [r"refused the answer of site 1: a message without a readable note: JSONDecodeError"]),
+DISK_ERROR = r"site 1 failed: <class 'OSError'>:<'the disk is full'>"
+FAULTS: dict[str, tuple[Interceptor, list[str]]] = {
+    "late": (reply_late, []),
+    "error": (site_error, [DISK_ERROR]),
+    "full disk": (full_disk, [DISK_ERROR]),
+    "offline": (site_offline, [r"site 1 failed: .*Node Unavailable"]),
+    "no reason": (
+        lambda message, reply: Message(Error(2, " \n"), reply_to=message),
+        ["site 1 failed: no reason given"],
+    ),
+    "unreadable": (
+        with_json("{"),
+        [r"rejected the reply of site 1: message with invalid JSON values: JSONDecodeError"],
+    ),
 }
+MISSING_1 = "no valid reply from site 1; left out of this round"
 
 
 @pytest.mark.parametrize(
-    ("how", "round_idx"),
-    [
-        ("late", 0),
-        ("late", 1),
-        ("broken", 1),
-        ("full disk", 1),
-        ("dead", 0),
-        ("unreadable", 1),
-    ],
+    ("fault", "round_idx"),
+    [("late", 0), ("late", 1), ("error", 1), ("full disk", 1), ("offline", 0), ("no reason", 1), ("unreadable", 1)],
 )
-def test_a_site_that_is_missing_from_a_round_is_as_it_was(
-    how: str, round_idx: int, hospitals: Hospitals, without: Callable[[int], Path], tmp_path: Path
+def test_run_site_fault_equals_missing_site(
+    fault: str, round_idx: int, sites: Sites, without_site_1: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    meddler, words = MISSING[how]
-    hospitals.grid.meddle = at(1, round_idx, meddler)
-    watch = Watch()
-    summary = hospitals.server(tmp_path / "run", watch).run()
-    *reasons, last = watch.warnings
-    assert last == f"round {round_idx}: no usable answer from the sites 1; they are missing from this round"
-    assert len(reasons) == len(words)
-    assert all(re.match(*pair) for pair in zip(words, reasons, strict=True))
-    assert [row["comm/updates"] for row in watch.rows] == ([2, 3] if round_idx == 0 else [3, 2])
+    interceptor, reasons = FAULTS[fault]
+    sites.grid.intercept = in_round(1, round_idx, interceptor)
+    summary = sites.server(tmp_path / "run", observer := RecordingObserver()).run()
+    *warnings, last = observer.warnings
+    assert last == f"round {round_idx}: {MISSING_1}"
+    assert len(warnings) == len(reasons)
+    assert all(re.match(*pair) for pair in zip(reasons, warnings, strict=True))
+    assert [row["comm/updates"] for row in observer.rows] == ([2, 3] if round_idx == 0 else [3, 2])
     assert [client["client"] for client in summary["clients"]] == [0, 1, 2]
-    assert (tmp_path / "run/metrics.csv").read_bytes() == (without(round_idx) / "metrics.csv").read_bytes()
-    assert [max(hospitals.versions(number)) for number in range(SITES)] == [3, 2, 3]
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (without_site_1(round_idx) / "metrics.csv").read_bytes()
+    assert [max(sites.versions(number)) for number in range(NUM_SITES)] == [3, 2, 3]
 
 
-def test_who_is_missing_from_round_1_has_no_row_in_it(without: Callable[[int], Path], undisturbed: Undisturbed) -> None:
-    first, second = (without(1) / "metrics.csv").read_text().splitlines()[1:]
-    header = (without(1) / "metrics.csv").read_text().splitlines()[0].split(",")
-    rows = [dict(zip(header, row.split(","), strict=True)) for row in (first, second)]
-    assert rows[0]["client_1/accuracy"] == ""
-    assert float(rows[1]["client_1/accuracy"]) > 0
-    other = (undisturbed[2] / "metrics.csv").read_text().splitlines()
-    whole = dict(zip(other[0].split(","), other[1].split(","), strict=True))
-    assert {name: rows[0][name] for name in header if name.startswith("client_0/")} == {
-        name: value for name, value in whole.items() if name.startswith("client_0/")
-    }
+def metrics_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def visited(run: Orchestrator) -> list[int]:
-    """The sites whose answers to a first visit come through."""
-    run.method.init_server(run.spec)
-    everyone = list(range(SITES))
-    return sorted(
-        visit.client
-        for visit in run.engine.run_clients(RoundRequest(everyone, run.method.broadcast(everyone, 0), 0, True))
-    )
+def test_metrics_missing_site_has_empty_cells(without_site_1: Callable[[int], Path], single_process: Run) -> None:
+    first, second = metrics_rows(without_site_1(1))
+    expected = metrics_rows(single_process.folder)[0]
+    assert first["client_1/accuracy"] == ""
+    assert float(second["client_1/accuracy"]) > 0
+    site_0 = [name for name in first if name.startswith("client_0/")]
+    assert [first[name] for name in site_0] == [expected[name] for name in site_0]
 
 
-def test_a_dead_site_is_named(hospitals: Hospitals) -> None:
-    hospitals.grid.meddle = at(1, 0, dead)
-    assert visited(hospitals.server(observer=(watch := Watch()))) == [0, 2]
-    assert watch.warnings[0].startswith("site 1 could not answer")
+def responding(server: Orchestrator) -> list[int]:
+    """Run round 0 and return the sites with a valid result."""
+    server.method.init_server(server.spec)
+    participants = list(range(NUM_SITES))
+    request = RoundRequest(participants, server.method.broadcast(participants, 0), 0, True)
+    return sorted(result.client for result in server.engine.run_clients(request))
 
 
-@pytest.mark.parametrize(("quorum", "kept"), [(2, False), (3, True)])
-def test_the_quorum_counts_what_has_arrived(
-    quorum: int, kept: bool, options: list[str], undisturbed: Undisturbed, tmp_path: Path
+@pytest.mark.parametrize(("quorum", "is_met"), [(2, True), (3, False)])
+def test_run_quorum_counts_received_updates(
+    quorum: int, is_met: bool, options: list[str], single_process: Run, tmp_path: Path
 ) -> None:
-    hospitals = Hospitals(tmp_path, [*options, "--rounds=1", f"--quorum={quorum}"], undisturbed[2] / "local")
-    hospitals.grid.meddle = at(1, 0, lost)
-    watch = Watch()
-    run = hospitals.server(observer=watch)
-    run.run()
-    words = "round 1: 2 updates are fewer than the quorum of 3; the server keeps its state"
-    assert (words in watch.warnings) is kept
-    initial = run.spec.build_model("proxy", "server").state_dict()
-    assert same(dict(run.method.server_state), dict(initial)) is kept
-    assert watch.rows[0]["comm/updates"] == 2
+    sites = Sites(tmp_path, [*options, "--rounds=1", f"--quorum={quorum}"], single_process.folder / "local")
+    sites.grid.intercept = in_round(1, 0, request_lost)
+    server = sites.server(observer=(observer := RecordingObserver()))
+    server.run()
+    assert any("quorum" in warning for warning in observer.warnings) is not is_met
+    initial = server.spec.build_model("proxy", "server").state_dict()
+    assert is_equal(dict(server.method.server_state), dict(initial)) is not is_met
+    assert observer.rows[0]["comm/updates"] == 2
 
 
-def test_a_site_that_comes_back_as_another_node_is_found(
-    hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path
+def test_run_restarted_site_with_new_node_id_continues(sites: Sites, single_process: Run, tmp_path: Path) -> None:
+    def before(round_idx: int) -> None:
+        if round_idx == 1:
+            del sites.grid.nodes[NODES[1]]
+            sites.start(1, node=77)
+            sites.grid.nodes[78] = lambda message: description(7)  # an unknown site
+
+    server = sites.server(tmp_path / "run", observer := RecordingObserver(before))
+    server.run()
+    assert not observer.warnings
+    assert_equal_runs(sites, server, tmp_path / "run", single_process)
+    nodes = [m.metadata.dst_node_id for m in sites.grid.requests if m.metadata.message_type == ROUND]
+    assert [nodes.count(node) for node in (NODES[1], 77, 78)] == [1, 1, 0]
+
+
+def test_run_site_offline_for_one_round_takes_part_again(
+    sites: Sites, without_site_1: Callable[[int], Path], tmp_path: Path
 ) -> None:
     def before(round_idx: int) -> None:
         if round_idx == 1:
-            del hospitals.grid.nodes[NODES[1]]
-            hospitals.open(1, node=77)
-            hospitals.grid.nodes[78] = lambda message: introduction(7)  # and so comes somebody unknown
-
-    watch = Watch(before)
-    run = hospitals.server(tmp_path / "run", watch)
-    run.run()
-    assert not watch.warnings
-    assert_as_undisturbed(hospitals, run, tmp_path / "run", undisturbed[0], undisturbed[2])
-    asked = [message.metadata.dst_node_id for message in hospitals.grid.sent if message.metadata.message_type == VISIT]
-    assert [asked.count(node) for node in (NODES[1], 77, 78)] == [1, 1, 0]
-
-
-def test_a_site_that_is_gone_for_a_round_is_asked_again(
-    hospitals: Hospitals, without: Callable[[int], Path], tmp_path: Path
-) -> None:
-    def before(round_idx: int) -> None:
-        if round_idx == 1:
-            del hospitals.grid.nodes[NODES[1]]
+            del sites.grid.nodes[NODES[1]]
         elif round_idx == 2:
-            hospitals.open(1)
+            sites.start(1)
 
-    watch = Watch(before)
-    hospitals.server(tmp_path / "run", watch).run()
-    assert watch.warnings[-1] == "round 1: no usable answer from the sites 1; they are missing from this round"
-    assert (tmp_path / "run/metrics.csv").read_bytes() == (without(1) / "metrics.csv").read_bytes()
+    sites.server(tmp_path / "run", observer := RecordingObserver(before)).run()
+    assert observer.warnings[-1] == f"round 1: {MISSING_1}"
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (without_site_1(1) / "metrics.csv").read_bytes()
 
 
-def test_a_broken_newcomer_ends_no_run(hospitals: Hospitals) -> None:
-    def newcomer(message: Message) -> Any:
-        raise OSError("no data here")
-
-    run = hospitals.server()
-    del hospitals.grid.nodes[NODES[1]]
-    hospitals.grid.nodes[77] = newcomer
-    assert visited(run) == [0, 2]
+def raise_error(message: Message) -> Any:
+    raise OSError("no data here")
 
 
 @pytest.mark.parametrize(
-    "said",
-    [
-        {},
-        {"number": "x"},
-    ],
-    ids=str,
+    "reply",
+    [raise_error, lambda message: pack({}), lambda message: pack({"site": "x"})],
+    ids=["error", "empty", "text"],
 )
-def test_nor_does_one_that_says_nothing_of_use(said: dict[str, Any], hospitals: Hospitals) -> None:
-    run = hospitals.server()
-    del hospitals.grid.nodes[NODES[1]]
-    hospitals.grid.nodes[77] = lambda message: packed(said)
-    assert visited(run) == [0, 2]
+def test_run_new_node_without_description_is_ignored(reply: Any, sites: Sites) -> None:
+    server = sites.server()
+    del sites.grid.nodes[NODES[1]]
+    sites.grid.nodes[77] = reply
+    assert responding(server) == [0, 2]
 
 
-def test_an_error_without_a_reason_is_told(hospitals: Hospitals) -> None:
-    hospitals.grid.meddle = at(1, 0, lambda message, answer: Message(Error(2, " \n"), reply_to=message))
-    assert visited(hospitals.server(observer=(watch := Watch()))) == [0, 2]
-    assert watch.warnings[0].startswith("site 1 could not answer")
+def test_run_restarted_site_with_other_settings_is_left_out(sites: Sites) -> None:
+    server = sites.server(observer=(observer := RecordingObserver()))
+    del sites.grid.nodes[NODES[1]]
+    sites.start(1, node=77, options=["--seed=1"])  # another partition and another configuration
+    assert responding(server) == [0, 2]
+    assert observer.warnings[0] == "site 1 reconnected with other data or settings; left out"
 
 
-def test_who_comes_back_must_still_agree(hospitals: Hospitals) -> None:
-    run = hospitals.server()
-    del hospitals.grid.nodes[NODES[1]]
-    hospitals.open(1, node=77, options=["--seed=1"])  # other data, and another recipe
-    assert visited(run) == [0, 2]
-
-
-def test_nobody_can_be_missing_in_the_end(hospitals: Hospitals, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    usual = hospitals.grid.meddle
-    hospitals.grid.meddle = at(1, 2, broken)
-    watch = Watch()
-    words = "round 2: no usable answer from the sites 1, and the federation cannot end without them; start it again"
-    with pytest.raises(UserError, match=words) as caught:
-        hospitals.server(tmp_path / "run", watch).run()
+def test_run_missing_site_in_last_round_raises_and_resumes(sites: Sites, single_process: Run, tmp_path: Path) -> None:
+    default = sites.grid.intercept
+    sites.grid.intercept = in_round(1, 2, site_error)
+    message = r"round 2: no valid reply from site 1\. The last round needs every site: start the sites"
+    with pytest.raises(UserError, match=message) as caught:
+        sites.server(tmp_path / "run", observer := RecordingObserver()).run()
     assert "\n" not in str(caught.value)
-    assert len(watch.warnings) == 1
+    assert len(observer.warnings) == 1
     assert not (tmp_path / "run/summary.json").exists()
-    hospitals.grid.meddle = usual
-    hospitals.open(1, node=NODES[1])
-    run = hospitals.server(tmp_path / "run")
-    run.run()
-    assert_as_undisturbed(hospitals, run, tmp_path / "run", undisturbed[0], undisturbed[2])
+    sites.grid.intercept = default
+    sites.start(1)
+    server = sites.server(tmp_path / "run")
+    server.run()
+    assert_equal_runs(sites, server, tmp_path / "run", single_process)
 
 
-def test_a_site_that_has_lost_its_networks_says_so(hospitals: Hospitals, tmp_path: Path) -> None:
+def test_run_site_with_deleted_state_is_reported(sites: Sites, tmp_path: Path) -> None:
     def before(round_idx: int) -> None:
         if round_idx == 1:
             shutil.rmtree(tmp_path / "hospital-1/site-001/states")
 
-    watch = Watch(before)
-    with pytest.raises(UserError, match="sites 1, and the federation cannot end without them"):
-        hospitals.server(tmp_path / "run", watch).run()
-    assert "site 1 could not answer" in watch.warnings[0]
-    assert "site 1 has no version 1 of its networks in" in watch.warnings[0]
-    assert watch.warnings[1] == "round 1: no usable answer from the sites 1; they are missing from this round"
+    with pytest.raises(UserError, match=r"site 1\. The last round needs every site"):
+        sites.server(tmp_path / "run", observer := RecordingObserver(before)).run()
+    assert observer.warnings[0].startswith("site 1 failed: ")
+    assert "site 1: version 1 of the client state is not in" in observer.warnings[0]
+    assert observer.warnings[1] == f"round 1: {MISSING_1}"
 
 
-def test_without_local_there_is_no_federation(hospitals: Hospitals) -> None:
-    def meddle(message: Message, answer: Answer) -> Message:
-        reference = message.metadata.message_type == REFERENCE and message.metadata.dst_node_id == NODES[2]
-        return broken(message, answer) if reference else answer()
+def baseline_of_site_2(interceptor: Interceptor) -> Interceptor:
+    def intercept(message: Message, reply: Reply) -> Message | None:
+        matches = message.metadata.message_type == BASELINE and message.metadata.dst_node_id == NODES[2]
+        return interceptor(message, reply) if matches else reply()
 
-    hospitals.grid.meddle = meddle
-    with pytest.raises(UserError, match="site 2 has no answer to what Local comes to there; start it again to go on"):
-        hospitals.server().run()
+    return intercept
 
 
-@pytest.mark.parametrize("said", [[], [0.5], ["a", "b"], "ab", None], ids=str)
-def test_scores_of_local_must_be_as_many_as_rounds(said: Any, hospitals: Hospitals) -> None:
-    hospitals.grid.meddle = lambda message, answer: (
-        told(scores=said)(message, answer)
-        if message.metadata.message_type == REFERENCE and message.metadata.dst_node_id == NODES[2]
-        else answer()
-    )
-    with pytest.raises(UserError, match="site 2"):
-        hospitals.server().engine.local_baselines(dict.fromkeys(range(SITES), 2))
+@pytest.mark.parametrize(
+    "interceptor",
+    [site_error, *(with_values(scores=scores) for scores in ([], [0.5], ["a", "b"], "ab", None))],
+    ids=["error", "none", "too few", "text", "string", "null"],
+)
+def test_local_baselines_invalid_reply_raises(interceptor: Interceptor, sites: Sites) -> None:
+    sites.grid.intercept = baseline_of_site_2(interceptor)
+    with pytest.raises(UserError, match=r"no local baseline from site 2\. Start the sites and repeat the command"):
+        sites.server().engine.local_baselines(dict.fromkeys(range(NUM_SITES), 2))
 
 
-def with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Meddler:
-    """The site sends other tensors."""
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Interceptor:
+    """Change the tensors of the reply."""
 
-    def replaced(record: dict[str, Array]) -> None:
+    def replace(record: dict[str, Array]) -> None:
         state = from_arrays(record)
         change(state)
         record.clear()
         record.update(to_arrays(state))
 
-    return altered(replaced)
+    return with_arrays(replace)
 
 
-def with_bytes(data: bytes, name: str = "head.bias") -> Meddler:
-    """In place of one array the site sends these bytes."""
-
-    def replaced(record: dict[str, Array]) -> None:
-        record[name] = Array("float32", (3,), "numpy.ndarray", data)
-
-    return altered(replaced)
+def with_bytes(data: bytes, name: str = "head.bias") -> Interceptor:
+    """Replace the bytes of one array."""
+    return with_arrays(lambda record: record.update({name: Array("float32", (3,), "numpy.ndarray", data)}))
 
 
-GUARD, ENGINE = "round 1: refused the update of client 1: ", "refused the answer of site 1: "
-CORRUPTED: dict[str, tuple[Meddler, str]] = {
-    "NaN": (
-        with_tensors(lambda state: state["head.weight"][1].fill_(math.nan)),
-        rf"{GUARD}'head\.weight' holds values that are not finite",
-    ),
-    "infinite": (with_tensors(lambda state: state["head.bias"].fill_(-math.inf)), rf"{GUARD}'head\.bias' holds"),
+#: Replies that the update validator or the engine rejects, and a part of the warning.
+VALIDATOR, ENGINE = "round 1: ", "rejected the reply of site 1: "
+CORRUPTED: dict[str, tuple[Interceptor, str, str]] = {
+    "NaN": (with_tensors(lambda state: state["head.weight"][1].fill_(math.nan)), VALIDATOR, r"'head\.weight'"),
+    "infinite": (with_tensors(lambda state: state["head.bias"].fill_(-math.inf)), VALIDATOR, r"'head\.bias'"),
     "shape": (
         with_tensors(lambda state: state.update({"head.bias": torch.zeros(5)})),
-        rf"{GUARD}'head\.bias' has shape \(5,\) instead of \(3,\)",
+        VALIDATOR,
+        r"'head\.bias'.*\(5,\)",
     ),
-    "kind": (
+    "dtype": (
         with_tensors(lambda state: state.update({"head.bias": state["head.bias"].double()})),
-        rf"{GUARD}'head\.bias' is torch\.float64 instead of torch\.float32",
+        VALIDATOR,
+        r"'head\.bias'.*torch\.float64",
     ),
-    "missing": (with_tensors(lambda state: state.pop("head.bias")), rf"{GUARD}it lacks 'head\.bias'"),
-    "none": (with_tensors(lambda state: state.clear()), rf"{GUARD}it lacks 'convolutions\.0\.bias'"),
-    "extra": (
-        with_tensors(lambda state: state.update(private=torch.zeros(1))),
-        rf"{GUARD}it holds 'private', which the client was not sent",
-    ),
-    "another client": (told(client=0), rf"{ENGINE}it speaks for client 0"),
-    "nobody": (told(client="me"), rf"{ENGINE}an answer that is no visit: ValueError"),
-    "no visit": (told(surprise=1), rf"{ENGINE}an answer that is no visit: TypeError"),
-    "note": (noted("[1"), rf"{ENGINE}a message without a readable note: JSONDecodeError"),
-    "no note": (noted("[1]"), rf"{ENGINE}a message whose note is no JSON object"),
-    "large": (
-        with_bytes(b"?" * 2**14),
-        rf"{ENGINE}its update has 22\d,\d+ bytes, and it was sent 208,396$",
-    ),
-    "text": (with_bytes(b"no array at all"), ENGINE),
-    "cut": (with_bytes(to_arrays({"a": torch.zeros(3)})["a"].data[:-2]), rf"{ENGINE}an array of shape"),
-    "nothing": (with_bytes(b""), ENGINE),
-    "zip": (with_bytes(b"PK\x03\x04 and no more"), ENGINE),
+    "missing": (with_tensors(lambda state: state.pop("head.bias")), VALIDATOR, r"'head\.bias'"),
+    "no tensors": (with_tensors(lambda state: state.clear()), VALIDATOR, r"'convolutions\.0\.bias'"),
+    "unexpected": (with_tensors(lambda state: state.update(private=torch.zeros(1))), VALIDATOR, "'private'"),
+    "other client": (with_values(client=0), ENGINE, "expected the result of client 1, got client 0$"),
+    "no client": (with_values(client="me"), ENGINE, "invalid client result: ValueError"),
+    "score": (with_values(score="0.9"), ENGINE, "invalid client result: ValueError"),
+    "unknown field": (with_values(surprise=1), ENGINE, "invalid client result: TypeError"),
+    "invalid JSON": (with_json("[1"), ENGINE, "message with invalid JSON values: JSONDecodeError"),
+    "no JSON object": (with_json("[1]"), ENGINE, "message values: expected a JSON object, got list$"),
+    "large": (with_bytes(b"?" * 2**14), ENGINE, r"update of 22\d,\d+ bytes, but 208,396 bytes were sent$"),
+    "text": (with_bytes(b"no array at all"), ENGINE, "array with an unreadable header"),
+    "truncated": (with_bytes(to_arrays({"a": torch.zeros(3)})["a"].data[:-2]), ENGINE, "array of shape"),
+    "no bytes": (with_bytes(b""), ENGINE, "array with an unreadable header"),
+    "zip": (with_bytes(b"PK\x03\x04 and no more"), ENGINE, "array with an unreadable header"),
 }
 
 
 @pytest.mark.parametrize("what", CORRUPTED)
-def test_a_spoilt_update_is_refused_and_named(
-    what: str, options: list[str], undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_corrupted_update_is_rejected_and_not_in_mean(
+    what: str, one_round: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meddler, words = CORRUPTED[what]
-    monkeypatch.setattr(flower_engine, "_SLACK", 2**12)
-    hospitals = Hospitals(tmp_path, [*options, "--rounds=1"], undisturbed[2] / "local")
-    hospitals.grid.meddle = at(1, 0, meddler)
-    watch = Watch()
-    run = hospitals.server(observer=watch)
-    summary = run.run()
-    assert re.match(words, watch.warnings[0])
-    assert all("\n" not in warning for warning in watch.warnings)
-    by_engine = words.startswith(ENGINE)
-    assert watch.warnings[1:] == ["round 0: no usable answer from the sites 1; they are missing from this round"] * (
-        by_engine
-    )
-    assert watch.rows[0]["comm/updates"] == 2
+    interceptor, source, reason = CORRUPTED[what]
+    monkeypatch.setattr(flower_engine, "_HEADER_BYTES", 2**12)
+    one_round.grid.intercept = in_round(1, 0, interceptor)
+    server = one_round.server(observer=(observer := RecordingObserver()))
+    summary = server.run()
+    assert re.match(f"{source}.*{reason}", observer.warnings[0])
+    assert "1" in observer.warnings[0].removeprefix(VALIDATOR)
+    assert all("\n" not in warning for warning in observer.warnings)
+    assert observer.warnings[1:] == ([f"round 0: {MISSING_1}"] if source == ENGINE else [])
+    assert observer.rows[0]["comm/updates"] == 2
     assert math.isfinite(summary["mean"])
     assert len(summary["clients"]) == 3
-    # What the others have sent is what counts: nothing of the third is in it.
     sent = {
-        answer.metadata.src_node_id: from_arrays(state_of(answer))
-        for answer in hospitals.grid.answers
-        if answer.metadata.message_type == VISIT and answer.metadata.src_node_id != NODES[1]
+        reply.metadata.src_node_id: from_arrays(arrays_of(reply))
+        for reply in one_round.grid.replies
+        if reply.metadata.message_type == ROUND and reply.metadata.src_node_id != NODES[1]
     }
-    for name, tensor in run.method.server_state.items():
+    for name, tensor in server.method.server_state.items():
         mean = (sent[NODES[0]][name].double() + sent[NODES[2]][name].double()) / 2
         torch.testing.assert_close(tensor, mean.float(), rtol=0, atol=1e-7)
 
 
-def test_a_score_that_is_none_is_refused(options: list[str], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    hospitals = Hospitals(tmp_path, [*options, "--rounds=1"], undisturbed[2] / "local")
-    hospitals.grid.meddle = at(1, 1, told(score="0.9"))
-    with pytest.raises(UserError, match="sites 1, and the federation cannot end"):
-        hospitals.server(observer=(watch := Watch())).run()
-    assert watch.warnings[0].startswith(ENGINE)
-
-
-def introduction(number: int) -> RecordDict:
-    """What a site says of itself, as short as it can be."""
-    return packed(
+def description(site: int) -> RecordDict:
+    """A minimal description."""
+    return pack(
         {
-            "number": number,
-            "recipe": {"fedekd": "1"},
+            "site": site,
+            "config": {"fedekd": "1"},
             "sizes": dict.fromkeys(SPLITS, 1),
             "class_counts": [3],
             "digest": "0" * 64,
@@ -598,74 +527,84 @@ def introduction(number: int) -> RecordDict:
     )
 
 
-def here(*numbers: int) -> FakeGrid:
-    """A grid with sites that do nothing but introduce themselves."""
+def grid_with(*numbers: int) -> FakeGrid:
+    """A grid with sites that only reply with their descriptions, at nodes 50, 51, ..."""
     grid = FakeGrid()
-    grid.nodes = {50 + place: lambda message, n=number: introduction(n) for place, number in enumerate(numbers)}
+    grid.nodes = {50 + index: lambda message, n=number: description(n) for index, number in enumerate(numbers)}
     return grid
 
 
-def test_sites_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, slept = here(1), []
-    comes = iter([(91, 0), (92, 2)])
+@pytest.fixture
+def fake_time(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Clock that advances by one second per sleep and then calls `on_sleep`."""
+    clock = SimpleNamespace(now=0.0, on_sleep=lambda: None, monotonic=lambda: clock.now)
 
     def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        node, number = next(comes)
-        grid.nodes[node] = lambda message: introduction(number)
+        clock.now += 1.0
+        clock.on_sleep()
 
-    monkeypatch.setattr(flower_engine, "time", SimpleNamespace(monotonic=lambda: float(len(slept)), sleep=sleep))
-    found = wait_for_sites(grid, 3, 10.0, Watch())
-    assert {node: description["number"] for node, description in found.items()} == {50: 1, 91: 0, 92: 2}
-    assert len(grid.sent) == 3  # nobody is asked twice
+    clock.sleep = sleep
+    monkeypatch.setattr(flower_engine, "time", clock)
+    return clock
 
 
-def test_sites_that_do_not_come_are_told() -> None:
-    with pytest.raises(UserError, match=r"2 of 3 sites have come within 0 s \(sites, wait\)"):
-        wait_for_sites(here(0, 1), 3, 0.0, Watch())
+def test_wait_for_sites_polls_until_all_are_connected(fake_time: SimpleNamespace) -> None:
+    grid = grid_with(1)
+    arrivals = iter([(91, 0), (92, 2)])
+
+    def arrive() -> None:
+        node, number = next(arrivals)
+        grid.nodes[node] = lambda message: description(number)
+
+    fake_time.on_sleep = arrive
+    nodes, descriptions = wait_for_sites(grid, 3, 10.0)
+    assert list(nodes.items()) == [(0, 91), (1, 50), (2, 92)]
+    assert {site: values["site"] for site, values in descriptions.items()} == {0: 0, 1: 1, 2: 2}
+    assert len(grid.requests) == 3  # one request per site
 
 
-def test_a_site_that_does_not_answer_at_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = here(0, 1)
-    answers = iter([None, "heard"])
-    grid.meddle = lambda message, answer: (
-        answer() if message.metadata.dst_node_id == 50 or next(answers) else lost(message, answer)
+def test_wait_for_sites_repeats_unanswered_request(fake_time: SimpleNamespace) -> None:
+    grid = grid_with(0, 1)
+    replies = iter([False, True])
+    grid.intercept = lambda message, reply: (
+        reply() if message.metadata.dst_node_id == 50 or next(replies) else request_lost(message, reply)
     )
-    monkeypatch.setattr(flower_engine, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
-    assert set(wait_for_sites(grid, 2, 10.0, Watch())) == {50, 51}
+    assert wait_for_sites(grid, 2, 10.0)[0] == {0: 50, 1: 51}
 
 
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [((0, 1, 1), "the numbers 0, 1, 1, and must be 0..2"), ((1, 2, 3), "the numbers 1, 2, 3, and must be 0..2")],
-)
-def test_numbers_must_be_one_each(numbers: tuple[int, ...], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        wait_for_sites(here(*numbers), 3, 0.0, Watch())
+def test_wait_for_sites_restarted_site_counts_once(fake_time: SimpleNamespace) -> None:
+    grid = grid_with(0)
+    arrivals = iter([(91, 0), (92, 1)])
+
+    def arrive() -> None:
+        node, number = next(arrivals)
+        grid.nodes.pop(50, None)
+        grid.nodes[node] = lambda message: description(number)
+
+    fake_time.on_sleep = arrive
+    assert wait_for_sites(grid, 2, 10.0)[0] == {0: 91, 1: 92}
 
 
-def test_a_site_that_cannot_introduce_itself_says_why(options: list[str], tmp_path: Path) -> None:
-    grid = here(0, 1)
+def test_wait_for_sites_timeout_raises() -> None:
+    with pytest.raises(UserError, match=r"sites: expected 3 within 0 s, got 2\. Start the missing sites or raise wait"):
+        wait_for_sites(grid_with(0, 1), 3, 0.0)
 
-    def unusable(message: Message) -> Any:
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (1, 2, 3), (0, 1, 2, 2)])
+def test_wait_for_sites_invalid_numbers_raise(numbers: tuple[int, ...]) -> None:
+    message = f"number: expected 0 to 2, one per site, got {', '.join(map(str, numbers))}. Correct number in each"
+    with pytest.raises(UserError, match=re.escape(message)):
+        wait_for_sites(grid_with(*numbers), 3, 0.0)
+
+
+def test_wait_for_sites_site_error_names_reason() -> None:
+    grid = grid_with(0, 1)
+
+    def fail(message: Message) -> Any:
         raise UserError("data.dataset: no file '/data/images.npz'")
 
-    grid.nodes[60] = unusable
-    words = r"a site could not introduce itself: .*UserError'>:<'data\.dataset: no file '/data/images\.npz"
-    with pytest.raises(UserError, match=words) as caught:
-        wait_for_sites(grid, 3, 0.0, Watch())
+    grid.nodes[60] = fail
+    message = r"a site sent no description: .*UserError'>:<'data\.dataset: no file '/data/images\.npz"
+    with pytest.raises(UserError, match=message) as caught:
+        wait_for_sites(grid, 3, 0.0)
     assert "\n" not in str(caught.value)
-
-
-def test_a_site_that_starts_again_while_others_are_waited_for_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = here(0)
-    comes = iter([(91, 0), (92, 1)])
-
-    def sleep(seconds: float) -> None:
-        node, number = next(comes)
-        grid.nodes.pop(50, None)
-        grid.nodes[node] = lambda message: introduction(number)
-
-    monkeypatch.setattr(flower_engine, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
-    found = wait_for_sites(grid, 2, 10.0, Watch())
-    assert {node: description["number"] for node, description in found.items()} == {91: 0, 92: 1}

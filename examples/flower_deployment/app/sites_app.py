@@ -1,4 +1,4 @@
-"""What `flwr run` sends to a SuperLink and its SuperNodes: the two apps, of an installed fedekd."""
+"""ServerApp and ClientApp for `flwr run`; fedekd must be installed at the server and at the sites."""
 
 from fedekd.flower.apps import make_client_app, make_server_app
 

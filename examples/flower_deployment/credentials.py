@@ -1,4 +1,4 @@
-"""Certificates and keys for a rehearsal on one machine. Real sites get theirs from whoever they trust."""
+"""Certificates and keys for a rehearsal on one machine. For real sites, use those of your own authority."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-_DAYS = 7
+_VALID_DAYS = 7
 
 
 def make_authority(folder: Path, name: str = "ca") -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A certificate authority; its certificate is written to FOLDER/NAME.pem."""
+    """Create a certificate authority and write its certificate to FOLDER/NAME.pem."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedekd rehearsal {name}")])
     certificate = (
@@ -30,7 +30,7 @@ def make_authority(folder: Path, name: str = "ca") -> tuple[ec.EllipticCurvePriv
 def make_server_certificate(
     folder: Path, authority: tuple[ec.EllipticCurvePrivateKey, x509.Certificate], name: str = "server"
 ) -> None:
-    """A server's certificate for this machine's loopback: FOLDER/NAME.pem and FOLDER/NAME.key."""
+    """Create a server certificate for localhost: FOLDER/NAME.pem and FOLDER/NAME.key."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
@@ -44,7 +44,7 @@ def make_server_certificate(
 
 
 def make_node_key(folder: Path, name: str) -> None:
-    """A SuperNode's pair of keys: FOLDER/NAME and FOLDER/NAME.pub."""
+    """Create the key pair of a SuperNode: FOLDER/NAME and FOLDER/NAME.pub."""
     key = ec.generate_private_key(ec.SECP384R1())
     _write_key(folder / name, key, serialization.PrivateFormat.OpenSSH)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
@@ -60,15 +60,15 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(days=_DAYS))
+        .not_valid_after(now + datetime.timedelta(days=_VALID_DAYS))
     )
 
 
 def _write_key(
     path: Path,
     key: ec.EllipticCurvePrivateKey,
-    style: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
+    private_format: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
 ) -> None:
-    content = key.private_bytes(serialization.Encoding.PEM, style, serialization.NoEncryption())
+    content = key.private_bytes(serialization.Encoding.PEM, private_format, serialization.NoEncryption())
     path.touch(mode=0o600)
     path.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Examples that need the repository, run by `make` and by the tests."""

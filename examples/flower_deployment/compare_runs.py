@@ -1,0 +1,29 @@
+"""Comparison of the results of two runs of one federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedekd.federation.checkpoint import CheckpointStore
+
+
+def has_equal_metrics(run: Path, other: Path) -> bool:
+    """Return True if the metrics.csv of two run folders are equal, byte for byte."""
+    return (run / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+
+
+def has_equal_server_state(run: Path, other: Path) -> bool:
+    """Return True if two runs ended with the same server state, bit for bit; memory layouts may differ."""
+    state, other_state = last_server_state(run), last_server_state(other)
+    if not state or state.keys() != other_state.keys():
+        return False
+    return all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+def last_server_state(run: Path) -> dict[str, Any]:
+    """Return the server state of the last checkpoint; empty if there is no checkpoint."""
+    checkpoint, _ = CheckpointStore(run / "checkpoints").load()
+    return {} if checkpoint is None else dict(checkpoint.server)
