@@ -1,6 +1,6 @@
-"""Federated distillation that knows when to trust.
+"""Federated distillation on PyTorch Lightning.
 
-The public names are loaded when they are first used, so that importing the package costs nothing.
+Public names are imported on first use (PEP 562), so that `import fedekd` and `fedekd --help` stay fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""Exception for invalid user input."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a flag, a configuration, a data file or a run folder.
+    """Invalid option, configuration, data file or run folder.
 
-    Its text is one line that names what was given, the value, and what is allowed. The command line prints that
-    line and leaves with exit code 2; in a notebook it is an ordinary `ValueError`.
+    The text is one line: `<option>: expected <allowed>, got <value>. <what to do>.` The command line prints it and
+    exits with code 2; in a notebook it is an ordinary `ValueError`.
     """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the most similar known name, or with all of them if none is similar.
+    """Return a hint with the most similar known name, or with all known names if none is similar.
+
+    Args:
+        name: The unknown name.
+        known: The known names; compared without case.
 
     Example:
         >>> nearest("fedkd", ["FedeKD", "Local"])

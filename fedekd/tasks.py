@@ -1,4 +1,4 @@
-"""The two kinds of prediction a federation can learn."""
+"""The two prediction tasks: classification and regression."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TASKS: tuple[Task, ...] = get_args(Task)
 
 
 def require_task(task: str) -> Task:
-    """`task` itself, once it is known to be one.
+    """Validate `task` and return it.
 
     Raises:
-        UserError: It is not one of `TASKS`.
+        UserError: If it is not one of `TASKS`.
 
     Example:
         >>> require_task("regression")
@@ -25,4 +25,4 @@ def require_task(task: str) -> Task:
     for known in TASKS:
         if task == known:
             return known
-    raise UserError(f"task is '{task}': {nearest(task, TASKS)}")
+    raise UserError(f"task: unknown task {task!r}; {nearest(task, TASKS)}")

@@ -1,4 +1,4 @@
-"""`fit`: run a federation, or go on with one."""
+"""`fit`: run a federation, or resume one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fedekd.reporting import Display, result_tables
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `fit` with its options; returns the exit code."""
+    """Run `fit` with its options and return the exit code."""
     parser = federation_parser()
     resume = _resumed_folder(argv)
     if resume is None:
-        # A configuration may say no more than which run to go on with.
+        # A configuration may hold nothing but `resume`.
         parser.set_defaults({"data.dataset": ""})
         config = parse(parser, argv)
         resume = None if config.resume is None else Path(config.resume)
         if resume is None and not config.data.dataset:
-            raise UserError("--data.dataset must be given, there or in a configuration: --config digits.yaml")
+            raise UserError("--data.dataset: expected a data set, got nothing. Give one, or --config digits.yaml.")
     if resume is not None:
         config = _saved_configuration(parser, argv, resume)
         folder = RunFolder(resume, {})
@@ -38,10 +38,10 @@ def run(argv: Sequence[str]) -> int:
             print(f"{resume} is finished: nothing to do")
             return 0
     parts = build_parts(parser, config)
-    # What is wrong with the data is found before a new folder is there.
-    kept = Path(config.baseline_dir)
-    if kept.exists() and not kept.is_dir():
-        raise UserError(f"--baseline_dir {kept} is no folder")
+    # Check before a folder is created: an invalid run must leave none behind.
+    baseline_dir = Path(config.baseline_dir)
+    if baseline_dir.exists() and not baseline_dir.is_dir():
+        raise UserError(f"--baseline_dir: expected a folder, got the file {baseline_dir}")
     parts["data"].prepare_data()
     parts["data"].setup()
     output = resume if resume is not None else _new_folder(config.output, parts)
@@ -49,12 +49,12 @@ def run(argv: Sequence[str]) -> int:
         return federate(parts, config, output)
     except UserError as error:
         if resume is None and not isinstance(error, FolderInUseError):
-            _give_back(output)
+            _remove_unused(output)
         raise
 
 
-def _give_back(folder: Path) -> None:
-    """Remove the folder of a run that never began."""
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first round."""
     with suppress(OSError):
         if [path.name for path in folder.iterdir()] in ([], ["config.yaml"]):
             (folder / "config.yaml").unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def _give_back(folder: Path) -> None:
 
 
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
-    """Run the federation to its end, or until Ctrl-C; returns the exit code."""
+    """Run the federation to its end, or until SIGINT or SIGTERM, and return the exit code."""
     with Display(quiet=config.quiet) as display:
         orchestrator = Orchestrator(**parts, output=output, baseline_dir=Path(config.baseline_dir), observer=display)
         try:
@@ -79,28 +79,28 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
 
 
 def _program() -> str:
-    """How this program was called, for a line to copy."""
+    """Return the command this program was started with, for messages with a command to copy."""
     return "python orchestrator.py" if Path(sys.argv[0]).name == "orchestrator.py" else "fedekd"
 
 
 def _resumed_folder(argv: Sequence[str]) -> Path | None:
-    """The run to go on with; the options beside it mean nothing before its own configuration is read."""
-    given = None
-    for place, argument in enumerate(argv):
+    """Return the folder of `--resume`; its configuration must be read before the other options are parsed."""
+    folder = None
+    for index, argument in enumerate(argv):
         if argument.startswith("--resume="):
-            given = argument.removeprefix("--resume=")
+            folder = argument.removeprefix("--resume=")
         elif argument == "--resume":
-            if place + 1 == len(argv):
-                raise UserError("--resume needs the folder of a run")
-            given = argv[place + 1]
-    return None if given is None else Path(given)
+            if index + 1 == len(argv):
+                raise UserError("--resume: expected the folder of a run, got nothing")
+            folder = argv[index + 1]
+    return None if folder is None else Path(folder)
 
 
 def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Path) -> Namespace:
-    """The configuration that a run was begun with, with what may change as it is said now.
+    """Return the saved configuration of a run, updated by the options that may change on resume.
 
     Raises:
-        UserError: If there is none, or an option given now says something else.
+        UserError: If there is no run, or another option differs from the saved value.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -112,44 +112,44 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Pa
     now = parse(parser, ["--config", str(path), *argv])
     if now.output is not None:
         raise UserError(
-            f"--output {now.output} cannot be given with --resume {folder}: a run goes on in its own folder"
+            f"--output {now.output}: cannot be combined with --resume {folder}; a run resumes in its own folder"
         )
     if difference := first_difference(as_values(parser, saved), as_values(parser, now), RUNTIME_OPTIONS):
         key, old, new = difference
         raise UserError(
-            f"--resume {folder} was begun with {key} {old!r}, and cannot go on with {new!r}; start a new run"
+            f"--resume {folder}: {key}: expected the saved value {old!r}, got {new!r}. Start a new run to change it."
         )
     return now
 
 
-def _new_folder(given: str | None, parts: dict[str, Any]) -> Path:
-    """The folder of a new run, claimed: nobody else gets it.
+def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
+    """Create the folder of a new run: `output`, or the next free name in `runs/`.
 
     Raises:
-        UserError: If the folder that was asked for is there already.
+        UserError: If `output` cannot be created or is not empty.
     """
-    if given is not None:
-        if not given:
-            raise UserError("--output is empty, and must name a folder")
-        folder = Path(given)
+    if output is not None:
+        if not output:
+            raise UserError("--output: expected a folder, got an empty name")
+        folder = Path(output)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
         except OSError as error:
             if not folder.is_dir():
-                raise UserError(f"--output {folder} cannot be a folder: {error.strerror}") from error
+                raise UserError(f"--output {folder}: cannot create the folder: {error.strerror}") from error
             if any(folder.iterdir()):
                 is_run = (folder / "config.yaml").is_file()
-                hint = f", or go on with fit --resume {shlex.quote(given)}" if is_run else ""
-                raise UserError(f"--output {folder} exists already; choose another{hint}") from error
+                hint = f", or resume it with fit --resume {shlex.quote(output)}" if is_run else ""
+                raise UserError(f"--output {folder}: the folder is not empty. Choose another one{hint}.") from error
         return folder
     stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):
         folder = Path("runs") / f"{stem}-{number:03d}"
         try:
             folder.parent.mkdir(exist_ok=True)
-            os.mkdir(folder)  # fails if it is there, so that two runs started together get two folders
+            os.mkdir(folder)  # fails if it exists: two runs started at the same time get two folders
         except FileExistsError:
             continue
         return folder
-    raise UserError("runs/ is full; name the run's folder with --output")
+    raise UserError("--output: no free name left in runs/; choose a folder")

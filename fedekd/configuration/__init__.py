@@ -1,1 +1,1 @@
-"""Configurations: where they are found, how they are parsed and what is said of a mistake, and what they build."""
+"""Configurations: lookup of files, parsing, error messages, and the objects built from them."""

@@ -1,93 +1,159 @@
-"""A parser's complaint, which may run over ten lines, as one that names the flag, the value and what is allowed."""
+"""Convert an error of jsonargparse, up to ten lines long, into one line: option, allowed values, given value."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
 from fedekd.errors import nearest
 
+#: Former names and what replaces them. A row applies where the replacement is an option of the command.
+RENAMED = {
+    "alpha": "target_risk",
+    "delta": "confidence",
+    "simultaneous": "familywise",
+    "reference_dir": "baseline_dir",
+    "dropout": "update_loss_rate",
+    "do_no_harm.delta": "do_no_harm.confidence",
+    "do_no_harm.keep": "do_no_harm.rule",
+    "InProcess": "Sequential",
+    "SideBySide": "MultiProcess",
+}
+
+#: Those whose value changed, too: a failure probability became a confidence.
+_COMPLEMENTS = {"delta", "do_no_harm.delta"}
+
+#: Arguments that are filled in, and by what.
+_FILLED_IN = {**dict.fromkeys(("in_channels", "image_size", "num_classes"), "data"), "params": "model"}
+
+_TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "tuple": "a list, as in [0.6,0.2,0.2]",
+    "list": "a list",
+    "collections.abc.Sequence": "a list",
+    "dict": "keys and values",
+    "torch.Tensor": "",  # cannot be written in a configuration
+}
+
 
 def explain(text: str, parser: ArgumentParser) -> str:
-    """The complaint in one line.
+    """Return an error of jsonargparse in one line.
 
     Args:
-        text: What jsonargparse says.
-        parser: Whose complaint it is; the nearest valid names are looked up in it.
+        text: The text of the error. Texts that no pattern matches are shortened to their first part.
+        parser: The parser that raised it; similar names are searched among its options.
     """
-    if match := re.search(r'(?s)^Parser key "do_no_harm":.*import path.*Given value: (.*)', text):
-        return f"--do_no_harm is {match[1].strip()!r}, and must be {_RULE}"
-    for pattern, tell in _COMPLAINTS:
+    for pattern, describe in _PATTERNS:
         if match := re.search(pattern, text):
-            return tell(match, text, parser)
-    # Unknown to us, so said in the parser's own words, up to where it begins to repeat the input.
+            if callable(describe):
+                return describe(match, parser)
+            groups = (" ".join(group.split()) for group in match.groups(default=""))
+            return describe.format(*groups, key=_key(match), value=text.rpartition("Given value: ")[2].strip())
     return " ".join(text.split("Given value type:")[0].split())
 
 
-#: A class whose name nobody need know.
-_RULE = "true or false, or have its arguments given, as in --do_no_harm.confidence 0.9"
+def _new_name(old: str, known: Collection[str], prefix: str = "") -> str | None:
+    """Return what replaces a former name, or None if `old` is not one or its replacement is not in `known`."""
+    new = RENAMED.get(old)
+    if new is None or new not in known:
+        return None
+    return f"renamed to {prefix}{new}{' (1 - delta)' if old in _COMPLEMENTS else ''}"
 
 
-def _options(parser: ArgumentParser) -> list[str]:
-    return [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+def _key(match: re.Match[str]) -> str:
+    """Return the dotted key that the matched part of an error is about."""
+    return ".".join(re.findall(r'Parser key "([^"]+)"', match.string[: match.end()]))
 
 
-def _flag(text: str) -> str:
-    """The outermost key that a complaint is about, as a flag."""
-    match = re.search(r'Parser key "([^"]+)"', text)
-    return f"--{match[1]}" if match else "the configuration"
+def _unknown_option(match: re.Match[str], parser: ArgumentParser) -> str:
+    name = ".".join(match.groups()).split("=")[0].lstrip("-")
+    options = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    if message := _new_name(name, options, "--"):
+        return f"--{name}: {message}"
+    group = name.rpartition(".")[0]
+    siblings = [option for option in options if group and option.startswith(f"{group}.")]
+    hint = nearest(name, siblings or options)
+    if not siblings and not hint.startswith("did"):
+        hint = "--help lists the options"  # all of them would be a line of a thousand characters
+    return f"--{name}: unknown option; {hint.replace(chr(39), '--', 1).replace(chr(39), '')}"
 
 
-def _inner_flag(match: re.Match[str], text: str) -> str:
-    """The key that a complaint within complaints is about, as a flag with all that lie around it."""
-    keys = re.findall(r'Parser key "([^"]+)"', text[: match.end()])
-    return f"--{'.'.join(keys)}" if keys else "the configuration"
-
-
-def _unrecognized(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    given = match[1].split()[0]
-    if not given.startswith("-"):
-        return f"{given!r} belongs to no option; options begin with --"
-    return f"unknown option {given.split('=')[0]}; {_near_option(given.split('=')[0].lstrip('-'), parser)}"
-
-
-def _near_option(name: str, parser: ArgumentParser) -> str:
-    group, _, _ = name.rpartition(".")
-    known = _options(parser)
-    siblings = [option for option in known if option.startswith(f"{group}.")] if group else []
-    return nearest(name, siblings or known).replace("'", "--", 1).replace("'", "", 1)
-
-
-def _unexpected_key(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    name = match[1]
-    return f"unknown key {name!r} in the configuration; {nearest(name, _options(parser))}"
-
-
-def _unexpected_in_group(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    group, name = match[1], match[2]
-    known = [option.removeprefix(f"{group}.") for option in _options(parser) if option.startswith(f"{group}.")]
-    return f"unknown option {group}.{name}; {nearest(name, known)}"
-
-
-def _unexpected_in_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    class_path, name = match[1], match[2]
-    module, _, attribute = class_path.rpartition(".")
-    parameters = inspect.signature(getattr(import_module(module), attribute)).parameters
-    if name in _DECIDED:
-        return f"{_flag(text)}.{name} cannot be given: {_DECIDED[name]} it"
+def _unknown_argument(match: re.Match[str], parser: ArgumentParser) -> str:
+    class_path, name = match.groups()
+    parameters = inspect.signature(_import(class_path)).parameters
+    key = f"{_key(match)}.{name}"
+    if name in _FILLED_IN:
+        return f"--{key}: cannot be set, its value follows from the {_FILLED_IN[name]}"
+    group = key.partition(".")[0]
+    if message := _new_name(key, {f"{group}.{parameter}" for parameter in parameters}, "--"):
+        return f"--{key}: {message}"
     hint = nearest(name, parameters) if parameters else "it takes no arguments"
-    return f"{_flag(text)} {class_path} takes no {name!r}; {hint}"
+    return f"--{key}: unknown argument of {class_path}; {hint}"
 
 
-#: Arguments that are filled in, and by what.
-_DECIDED = {
-    **dict.fromkeys(("in_channels", "image_size", "num_classes"), "the data decide"),
-    "params": "the models decide",
-}
+def _unknown_class(match: re.Match[str], parser: ArgumentParser) -> str:
+    name, bases = match[1], _bases(match)
+    hint = "give a class path, as in package.module.Class"
+    if bases:
+        known = {subclass.__name__ for subclass in _subclasses(_import(bases[-1]))}
+        if message := _new_name(name.rpartition(".")[2], known):
+            return f"--{_key(match)} {name}: {message}"
+        suggestion = nearest(name, known)
+        # torch.nn.Module has hundreds of subclasses: no list of them all.
+        hint = suggestion if suggestion.startswith("did") or len(known) < 20 else hint
+    return f"--{_key(match)}: unknown class {name}; {hint}"
+
+
+def _invalid_class(match: re.Match[str], parser: ArgumentParser) -> str:
+    class_path, reason = match.groups()
+    known = {subclass.__name__ for base in _bases(match) for subclass in _subclasses(_import(base))}
+    reason = _new_name(class_path.rpartition(".")[2], known) or " ".join(reason.split())
+    return f"--{_key(match)} {class_path}: {reason}"
+
+
+def _abstract_class(match: re.Match[str], parser: ArgumentParser) -> str:
+    known = sorted(subclass.__name__ for subclass in _subclasses(_import(_bases(match)[-1])))
+    return f"--{_key(match)}: the class is abstract; choose from: {', '.join(known)}"
+
+
+def _wrong_type(match: re.Match[str], parser: ArgumentParser) -> str:
+    types, value = match[1], match[2].strip()
+    single = [] if types.startswith("tuple with") else re.findall(_TYPE, types)
+    names = [_type_name(expected, value) for expected in single or [types]]
+    return f"--{_key(match)}: expected {' or '.join(filter(None, names))}, got {value!r}"
+
+
+_TYPE = r"<class '[^']+'>|collections\.abc\.Sequence|typing\.Literal\[[^\]]*\]"
+
+
+def _type_name(expected: str, value: str) -> str:
+    """Return a type in plain words; empty for one that cannot be written in a configuration."""
+    name = re.sub(r"<class '([^']+)'>", r"\1", expected)
+    if name == "float" and value.lower().strip("+-.") in ("nan", "inf", "infinity"):
+        return "a finite number"
+    if elements := re.fullmatch(r"tuple with (\d+) elements", name):
+        return f"a list of {elements[1]} values"
+    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", name):
+        return f"one of {choices[1]}" if "," in choices[1] else choices[1]
+    return _TYPE_NAMES.get(name, name)
+
+
+def _bases(match: re.Match[str]) -> list[str]:
+    return re.findall(r"Subtypes: \[?<class '(\w+\.[^']+)'>", match.string[: match.end()])
+
+
+def _import(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -98,119 +164,34 @@ def _subclasses(base: type) -> Iterator[type]:
         yield from _subclasses(subclass)
 
 
-def _unknown_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    name = match[1]
-    flag = _inner_flag(match, text)
-    bases = re.findall(r"Subtypes: \[?<class '([^']+)'>", text[: match.end()])
-    hint = "give a class path, as in package.module.Class"
-    if bases:
-        module, _, attribute = bases[-1].rpartition(".")
-        known = {found.__name__ for found in _subclasses(getattr(import_module(module), attribute))}
-        suggestion = nearest(name, known)
-        # torch.nn.Module has hundreds of subclasses: a list of them all is no help.
-        hint = suggestion if suggestion.startswith("did") or len(known) < 20 else hint
-    return f"{flag} {name}: there is no such class; {hint}"
-
-
-def _abstract_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    module, _, name = re.findall(r"Subtypes: \[?<class '([^']+)'>", text[: match.end()])[-1].rpartition(".")
-    known = sorted(found.__name__ for found in _subclasses(getattr(import_module(module), name)))
-    return f"{_inner_flag(match, text)} needs a class that can be made; choose from: {', '.join(known)}"
-
-
-def _no_module(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return f"{_inner_flag(match, text)} {match[1]}: {match[2].strip()}"
-
-
-def _no_file(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return f"{_flag(text)} {match[1]}: there is no such file, and keys are given one by one, as in {_flag(text)}.KEY"
-
-
-def _broken_class_path(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return f"{_flag(text)} {match[1]}: {' '.join(match[2].split())}"
-
-
-def _wrong_type(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return _must_be(text, match[2], [match[1]])
-
-
-def _wrong_union(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return _must_be(
-        text, match[2], re.findall(r"<class '[^']+'>|collections\.abc\.Sequence|typing\.Literal\[[^\]]*\]", match[1])
-    )
-
-
-def _must_be(text: str, value: str, types: list[str]) -> str:
-    flag, value = ".".join(re.findall(r'Parser key "([^"]+)"', text)), value.strip()
-    allowed = " or ".join(filter(None, (_plain(expected, value) for expected in types)))
-    return f"--{flag} is {value!r}, and must be {allowed}"
-
-
-def _plain(expected: str, value: str) -> str:
-    """A type in plain words; nothing for one that nobody can type in."""
-    name = re.sub(r"<class '([^']+)'>", r"\1", expected)
-    if name == "float" and value.lower().strip("+-.") in ("nan", "inf", "infinity"):
-        return "a finite number"
-    if elements := re.fullmatch(r"tuple with (\d+) elements", name):
-        return f"a list of {elements[1]} values"
-    return _PLAIN.get(name, re.sub(r"typing\.Literal\[(.*?)\]", _choice, name))
-
-
-def _choice(literal: re.Match[str]) -> str:
-    return f"one of {literal[1]}" if "," in literal[1] else literal[1]
-
-
-_PLAIN = {
-    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
-    **{"tuple": "a list, as in [0.6,0.2,0.2]", "list": "a list", "collections.abc.Sequence": "a list"},
-    **{"dict": "keys and values", "torch.Tensor": ""},
-}
-
-
-def _not_a_subclass(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    given = text.rpartition("Given value: ")[2].strip()
-    return f"{_flag(text)} {given}: it is no {match[1]}"
-
-
-def _no_class(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    given = text.rpartition("Given value: ")[2].strip()
-    return f"{_flag(text)} is {given}, and must be a class path, or have a class_path and init_args"
-
-
-def _missing(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    names = ", ".join(f"--{name.strip()}" for name in match[1].split(","))
-    return f"{names} must be given, there or in a configuration: --config digits.yaml"
-
-
-def _not_yaml(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return f"a configuration is not valid YAML: {' '.join(match[1].split())}"
-
-
-def _not_a_mapping(match: re.Match[str], text: str, parser: ArgumentParser) -> str:
-    return f"a configuration must hold keys and values, not {' '.join(match[1].split())[:60]!r}"
-
-
-Complaint = Callable[[re.Match[str], str, ArgumentParser], str]
-
-_COMPLAINTS: list[tuple[str, Complaint]] = [
-    (r"unrecognized arguments: (.+)", _unrecognized),
-    (r"^Option '([^']+)' is not accepted", _unexpected_key),
-    (r"Group '([^']+)' does not accept option '([^']+)'", _unexpected_in_group),
-    (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unexpected_in_class),
-    (r"Problem with given class_path '([^']+)':\s+(No module named [^\n]+)", _no_module),
+#: Patterns of jsonargparse 4.53, most specific first, and the line for each: a template or a function.
+_PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]] = [
+    (
+        r'(?s)^Parser key "do_no_harm":.*import path.*Given value: (.*)',
+        "--do_no_harm: expected true, false or arguments such as --do_no_harm.confidence 0.9, got {0!r}",
+    ),
+    (r"unrecognized arguments: ([^-]\S*)", "{0!r}: unexpected argument; options begin with --"),
+    (r"unrecognized arguments: (\S+)", _unknown_option),
+    (r"^Option '([^']+)' is not accepted", _unknown_option),
+    (r"Group '([^']+)' does not accept option '([^']+)'", _unknown_option),
+    (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unknown_argument),
+    (r"Problem with given class_path '([^']+)':\s+(?!\s|Parser key)([^\n]+)", _invalid_class),
     (r"Expected an instantiatable class, but(?: \S+)? is abstract", _abstract_class),
-    (r"Unable to load config '([^']+)'", _no_file),
+    (r"Unable to load config '([^']+)'", "--{key}: file {0!r} not found; give keys one by one, as in --{key}.KEY"),
+    (r"File does not exist: '([^']+)'", "--{key}: file {0!r} not found"),
     (
         r"(?s).*Subtypes: \[((?:<class '(?:int|float|str|bool)'>|typing\.Literal\[[^\]]*\])[^\n]*)\]\n"
         r".*?Given value: ([^\n]*)",
-        _wrong_union,
+        _wrong_type,
     ),
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Expected a (.+?)\. Got value: (.*)", _wrong_type),
-    (r"Problem with given class_path '([^']+)':\s+(.+)", _broken_class_path),
-    (r"Import path does not correspond to a subclass of (\w+)", _not_a_subclass),
-    (r"Not a valid subclass of (\w+)|argument of type '\w+' is not iterable", _no_class),
-    (r"the following arguments are required: (.+)", _missing),
-    (r"(?s)Problems parsing config: (.+)", _not_yaml),
-    (r"(?s)Unexpected config: (.+)", _not_a_mapping),
+    (r"Import path does not correspond to a subclass of (\w+)", "--{key}: expected a subclass of {0}, got {value}"),
+    (r"the following arguments are required: (.+)", "expected a value for: {0}"),
+    (r"(?s)Problems parsing config: (.+)", "--config: invalid YAML: {0}"),
+    (r"(?s)Unexpected config: (.+)", "--config: expected keys and values, got {0:.60}"),
+    (
+        r"Not a valid subclass of (\w+)|argument of type '\w+' is not iterable",
+        "--{key}: expected a class path, or class_path and init_args, got {value}",
+    ),
 ]

@@ -1,4 +1,4 @@
-"""A `--help` that can be read: what an option is for and its default, not every class that could be given."""
+"""Formatter of `--help`: one short entry per option, with its default and without types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsonargparse import DefaultHelpFormatter
 
 
 class BriefHelp(DefaultHelpFormatter):
-    """Each option in a line or two."""
+    """Formatter that prints each option with its default in brackets and leaves out the `--OPTION.help` lines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"max_help_position": 34, **kwargs})  # type: ignore[no-untyped-call]
@@ -18,15 +18,16 @@ class BriefHelp(DefaultHelpFormatter):
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
         if isinstance(action, _HelpAction):
-            return "Show this help."
+            return "Print this help."
+        if "--print_config" in action.option_strings:
+            return "Print the resulting configuration as YAML and exit."
         default = action.default
         if isinstance(default, Mapping) and "class_path" in default:
             default = str(default["class_path"]).rpartition(".")[2]
-        plain = isinstance(default, str | int | float) and default not in ("", "==SUPPRESS==")
-        return f"{text} [{str(default).lower() if isinstance(default, bool) else default}]" if plain else text
+        is_plain = isinstance(default, str | int | float | tuple) and default not in ("", "==SUPPRESS==")
+        return f"{text} [{str(default).lower() if isinstance(default, bool) else default}]" if is_plain else text
 
     def _format_action(self, action: Action) -> str:
-        # One line of the epilog tells of them all.
         if any(option.endswith(".help") for option in action.option_strings):
-            return ""
+            return ""  # the epilog names them in one line
         return super()._format_action(action)

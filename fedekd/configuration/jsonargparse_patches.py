@@ -1,4 +1,4 @@
-"""A class that is chosen anew begins with its own defaults, not with those of the class before it."""
+"""A patch of jsonargparse 4.53: a newly chosen class starts from its own default arguments."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from jsonargparse import Namespace, _typehints
 _NAME = "discard_init_args_on_class_path_change"
 
 
-def _forget(parser_or_action: Any, prev_val: Any, value: Any) -> None:
-    """In place of jsonargparse's own, which forgets only what the new class does not know by name."""
+def _discard_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+    """Replacement of the private function, which discards only arguments that the new class does not accept."""
     if isinstance(prev_val, Namespace) and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
         prev_val["init_args"] = Namespace()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """Inside, `--method SafeKD` has SafeKD's temperature, whatever FedeKD's is.
+    """Context manager: reset `init_args` to the new class's defaults when `class_path` changes.
 
-    jsonargparse keeps the arguments of the class before that have the same name in the new one, and its defaults are
-    among them: of the default method, or of the one in a configuration. Only what is said together with a class, or
-    after it, is meant for it.
+    Without it `--method SafeKD` would take the temperature of FedeKD: jsonargparse keeps arguments, defaults included,
+    that both classes accept by name. Arguments given together with a class or after it apply to that class.
     """
     before = getattr(_typehints, _NAME)
-    setattr(_typehints, _NAME, _forget)
+    setattr(_typehints, _NAME, _discard_all)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A finished run, opened again with nothing but its folder."""
+"""Open a finished run from its folder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fedekd.federation import Orchestrator, RunFolder, Sequential
 def open_finished(
     command: str, folder: Path, in_process: bool = False
 ) -> tuple[Orchestrator, Namespace, dict[str, Any]]:
-    """The federation of a finished run, as its `config.yaml` has it, without loggers.
+    """Rebuild the federation of a finished run from its `config.yaml`, without loggers.
 
     Args:
-        command: Who asks, for errors.
-        folder: The run's folder.
-        in_process: Whether its clients are wanted in this process, whatever engine the run had.
+        command: Name of the calling command, for error messages.
+        folder: Folder of the run.
+        in_process: Run the clients in this process, whatever engine the run used.
 
     Returns:
-        The orchestrator, the configuration, and the summary.
+        The orchestrator, the configuration and the content of `summary.json`.
 
     Raises:
-        UserError: If there is no run, it is not finished, or its data are not there any more.
+        UserError: If the folder holds no run, the run is not finished, or its data cannot be loaded.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{command} {folder}: there is no run (config.yaml is missing)")

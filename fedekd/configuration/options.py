@@ -1,4 +1,4 @@
-"""The options of a federation, and how they become its parts."""
+"""Options of a federation, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -27,63 +27,68 @@ from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
 
-#: Options of one invocation, which are no part of a run's configuration.
+#: Options of one invocation, which are not written to `config.yaml`.
 _TRANSIENT = ("config", "output", "resume", "quiet")
 
-#: What the data decide about a model.
+#: Arguments of models whose values follow from the data.
 _FROM_DATA = {"in_channels", "image_size", "num_classes"}
 
-#: Arguments of torchvision's models whose own defaults no parser takes.
+#: Arguments of torchvision's models whose defaults jsonargparse cannot parse.
 _UNPARSABLE = {"inverted_residual"}
 
 _MODELS = ("client.private_model", "client.proxy_model")
 
+#: Titles of option groups in `--help`; jsonargparse would take the first lines of docstrings.
+_TITLES = {
+    RoundOptions.__name__: "Rounds",
+    "method": "Method",
+    "data": "Data",
+    "client": "Client",
+    "client.private_model": "Private model",
+    "client.proxy_model": "Proxy model",
+    "client.optimizer": "Optimizer",
+    "trainer": "Trainer",
+    "engine": "Engine",
+}
+
 
 def federation_parser() -> ArgumentParser:
-    """The parser of `fit`, and of the `config.yaml` that every run keeps."""
+    """Return the parser of `fit` and of the `config.yaml` in each run folder."""
     parser = ArgumentParser(
         prog="orchestrator.py fit",
         usage="%(prog)s --config digits.yaml [--output runs/NAME] [OPTIONS]   |   %(prog)s --resume RUN",
-        description="Run a federation, or go on with one.",
-        epilog="The arguments of a class are listed by --method.help, --engine.help, --logger.help,"
-        " --client.optimizer.help, --client.private_model.help and --client.proxy_model.help, each followed by the"
-        " class.",
+        description="Run a federation, or resume one.",
+        epilog="To list the arguments of a class, use --method.help, --engine.help, --logger.help,"
+        " --do_no_harm.help, --client.optimizer.help, --client.private_model.help or --client.proxy_model.help,"
+        " followed by the name of the class.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action="config", help="A YAML file, by path or by its name in configs/; repeatable."
+        "--config", action="config", help="YAML file, by path or by its name in configs/. Can be repeated; later win."
     )
     parser.add_argument(
-        "--output", type=str | None, default=None, help="The run's folder (default: a new one in runs/)."
+        "--output", type=str | None, default=None, help="Folder of the run (default: a new one in runs/)."
     )
     parser.add_argument(
-        "--resume",
-        type=str | None,
-        default=None,
-        help="The folder of a run to go on with; needs nothing else.",
+        "--resume", type=str | None, default=None, help="Folder of a run to resume; needs no other options."
     )
     parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help="Print warnings only.")
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seeds everything: partition, weights, batches, participation."
+        "--seed", type=int, default=0, help="Seed of the partition, weights, batches and participation."
     )
     parser.add_argument(
         "--task",
         type=str | None,
         default=None,
-        help="classification or regression (default: the data set's own).",
+        help="classification or regression (default: the task of the data set).",
     )
     parser.add_argument(
-        "--baseline_dir",
-        type=str,
-        default="runs/local",
-        help="Where Local's references are kept for all runs.",
+        "--baseline_dir", type=str, default="runs/local", help="Folder in which local baselines are kept for all runs."
     )
     parser.add_class_arguments(RoundOptions, instantiate=False)
-    parser.add_subclass_arguments(
-        Method, "method", help="The method: class_path, or the name of one in fedekd.methods."
-    )
+    parser.add_subclass_arguments(Method, "method", help="Federated method: a name in fedekd.methods or a class path.")
     parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
     parser.add_class_arguments(
         ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False
@@ -94,30 +99,34 @@ def federation_parser() -> ArgumentParser:
             f"client.{role}",
             skip=_FROM_DATA | _UNPARSABLE,
             instantiate=False,
-            help=f"The {role.replace('_', ' ')}: class_path, such as torchvision.models.resnet18, or a name of"
-            " fedekd.models; its arguments follow the name after a dot.",
+            help=f"Network: a name in fedekd.models or a class path, such as torchvision.models.resnet18. Arguments:"
+            f" --client.{role}.NAME VALUE.",
         )
     parser.add_subclass_arguments(
         torch.optim.Optimizer,
         "client.optimizer",
         skip={"params"},
         instantiate=False,
-        help="The optimizer: class_path, or the name of one in torch.optim; as in --client.optimizer.lr 1e-3.",
+        help="Optimizer: a name in torch.optim or a class path. Arguments: --client.optimizer.lr 1e-3.",
     )
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_subclass_arguments(
-        EngineConfig, "engine", help="Where clients run: Sequential, MultiProcess with --engine.processes N, or Ray."
+        EngineConfig,
+        "engine",
+        help="Where clients run: Sequential, MultiProcess (--engine.processes N) or Ray. Does not change results.",
     )
-    parser.add_argument(
+    parser.add_argument_group("Do no harm").add_argument(
         "--do_no_harm",
         type=DoNoHarm | bool | None,
         default=None,
-        help="Clients take the federated model only if their own held-out samples show that it is no worse than what"
-        " they trained alone; true, or its arguments, as in --do_no_harm.confidence 0.9 (default: they take it).",
+        help="Clients deploy the federated model only if their holdout samples show that it is not worse than their"
+        " local model: true, or arguments such as --do_no_harm.confidence 0.9 (default: they always deploy it).",
     )
-    parser.add_argument(
-        "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class_path."
+    parser.add_argument_group("Logging").add_argument(
+        "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class path."
     )
+    for name, group in (parser.groups or {}).items():
+        group.title = _TITLES[name]
     defaults = ClientOptions()
     parser.set_defaults(
         {
@@ -132,7 +141,11 @@ def federation_parser() -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parse arguments; every mistake is a `UserError` of one line that names the nearest valid name."""
+    """Parse arguments.
+
+    Raises:
+        UserError: If an option or value is invalid; one line, with the most similar valid name.
+    """
     try:
         with own_defaults():
             config = parser.parse_args(resolve_configs(argv))
@@ -143,39 +156,39 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 
 def _require_values(parser: ArgumentParser, config: Namespace) -> None:
-    """Hold a configuration to what a parser lets pass: null, and numbers that are none.
+    """Check for what jsonargparse accepts although it is invalid: null and non-finite numbers.
 
     Raises:
-        UserError: If a value is null whose default is not, or not finite.
+        UserError: If a value is not finite, or is null and its default is not.
     """
     defaults = parser.get_defaults(skip_validation=True)
     for key, value in config.items():
         part, within, argument = key.partition(".init_args.")
         flag = key.replace(".init_args", "")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{flag} is {value}, and must be a finite number")
+            raise UserError(f"--{flag}: expected a finite number, got {value}")
         if value is None:
             default = _class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
             if default is not None or key.startswith("do_no_harm."):
-                raise UserError(f"--{flag} is null, and must have a value")
+                raise UserError(f"--{flag}: expected a value, got null")
 
 
 @cache
 def _class_defaults(class_path: str) -> dict[str, Any]:
-    """The arguments of a class, or of a function that makes one, and their defaults as a parser sees them."""
+    """Return the default arguments of a class, or of a function that builds one, as jsonargparse parses them."""
     module, _, name = class_path.rpartition(".")
-    made = getattr(import_module(module), name)
+    factory = getattr(import_module(module), name)
     parser = ArgumentParser(exit_on_error=False)
-    add = parser.add_class_arguments if isinstance(made, type) else parser.add_function_arguments
-    add(made, "made", fail_untyped=False)
-    arguments = parser.get_defaults(skip_validation=True).get("made")
+    add = parser.add_class_arguments if isinstance(factory, type) else parser.add_function_arguments
+    add(factory, "arguments", fail_untyped=False)
+    arguments = parser.get_defaults(skip_validation=True).get("arguments")
     return {} if arguments is None else dict(vars(arguments))
 
 
-def _only_chosen(config: Namespace) -> Namespace:
-    """The configuration without those arguments of models that nobody gave.
+def _without_model_defaults(config: Namespace) -> Namespace:
+    """Return the configuration without the default arguments of models.
 
-    A default is not always a value that can be given: it may be a function, or stand for what a builder decides.
+    Some defaults are functions or placeholders that cannot be written to a file and parsed again.
     """
     config = config.clone()
     for role in _MODELS:
@@ -183,20 +196,22 @@ def _only_chosen(config: Namespace) -> Namespace:
         given = spec.pop("init_args", None) if spec else None
         if given:
             defaults = _class_defaults(spec.class_path)
-            chosen = {k: v for k, v in vars(given).items() if k not in defaults or v != defaults[k]}
-            if chosen:
-                spec.init_args = Namespace(**chosen)  # type: ignore[no-untyped-call]
+            changed = {k: v for k, v in vars(given).items() if k not in defaults or v != defaults[k]}
+            if changed:
+                spec.init_args = Namespace(**changed)  # type: ignore[no-untyped-call]
     return config
 
 
 def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """A parsed configuration as plain values: what `config.yaml` holds, enough to repeat a run."""
-    values: dict[str, Any] = yaml.safe_load(parser.dump(_only_chosen(config), skip_validation=True, skip_unset=False))
+    """Return a parsed configuration as plain values: the content of `config.yaml`, enough to repeat a run."""
+    values: dict[str, Any] = yaml.safe_load(
+        parser.dump(_without_model_defaults(config), skip_validation=True, skip_unset=False)
+    )
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
 
 
 def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """The method and the loggers; what their constructors object to comes out as it was said."""
+    """Build the method, engine and loggers; a UserError of a constructor is raised unchanged."""
     try:
         built: Namespace = parser.instantiate(config)
     except (ValueError, TypeError, ImportError) as error:
@@ -206,26 +221,33 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         if isinstance(cause, UserError):
             raise cause from error
         named = re.search(r"Problem with given class_path '([^']+)'", str(error))
-        what = named[1] if named else f"the method {config.method.class_path} or a logger"
-        raise UserError(f"{what} cannot be made: {str(cause).strip().partition(chr(10))[0]}") from error
+        name = named[1] if named else f"the method {config.method.class_path} or a logger"
+        raise UserError(f"cannot build {name}: {str(cause).strip().partition(chr(10))[0]}") from error
     return built
 
 
-def _do_no_harm(said: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
-    """`true` takes the defaults, `false` is as good as null."""
-    if isinstance(said, Mapping):
-        return DoNoHarm(**said)
-    return DoNoHarm() if said else None
+def _do_no_harm(value: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
+    """Return the rule: `true` stands for its defaults, `false` and null for none."""
+    if isinstance(value, Mapping):
+        return DoNoHarm(**value)
+    return DoNoHarm() if value else None
 
 
 def parts_of(options: Sequence[str]) -> dict[str, Any]:
-    """The parts of a federation, from options of `fit`; see `build_parts`."""
+    """Return the parts of a federation from command-line options of `fit`; see `build_parts`."""
     parser = federation_parser()
     return build_parts(parser, parse(parser, list(options)))
 
 
 def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The parts of a federation, as `Orchestrator` takes them; `config` gets every `auto` of the trainer decided.
+    """Build the arguments of `Orchestrator` from a parsed configuration.
+
+    Args:
+        parser: The parser of `federation_parser`.
+        config: Its result. Values `auto` of the trainer are replaced in place by the values chosen.
+
+    Returns:
+        Keyword arguments of `Orchestrator`.
 
     Raises:
         UserError: If a value is out of range, or a part cannot be built.

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fedekd.cli import COMMANDS, main
+
+FIT_TITLES = [
+    "options",
+    "Rounds",
+    "Method",
+    "Data",
+    "Client",
+    "Private model",
+    "Proxy model",
+    "Optimizer",
+    "Trainer",
+    "Engine",
+    "Do no harm",
+    "Logging",
+]
+
+
+def help_text(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_fit_help_has_a_title_per_group_and_is_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_text("fit", capsys, monkeypatch)
+    assert re.findall(r"(?m)^(\w.*):$", text) == FIT_TITLES
+    assert "Base class" not in text  # of a docstring of torch
+    assert text.count("\n") < 150
+    assert "--method.help" in text
+    assert "[0.1]" in text  # a default
+    assert "[(0.6, 0.2, 0.2)]" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_every_option_has_a_text(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_text(command, capsys, monkeypatch)
+    entries = re.split(r"(?m)^  (?=\S)", text)[1:]
+    assert entries
+    for entry in entries:
+        words = re.sub(r"^(-\S+( \S*[A-Z\[{]\S*( \| \S+)*( VALUE)?)?,? ?)+", "", entry)
+        assert len(words.split()) >= 2, entry

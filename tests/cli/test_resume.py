@@ -1,0 +1,150 @@
+"""`fit --resume` and `test`: on finished, interrupted and damaged runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedekd.cli import main
+from fedekd.federation import RunFolder
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def truncate_last_checkpoint(run: Path) -> None:
+    path = sorted((run / "checkpoints").glob("client-001-*.pt"))[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_test_reproduces_summary_or_names_difference(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "a"]) == 0
+    assert "the same as summary.json, to the last digit" in capsys.readouterr().out
+    summary = json.loads(Path("a/summary.json").read_text())
+    summary["mean"] += 1e-3
+    Path("a/summary.json").write_text(json.dumps(summary))
+    assert main(["test", "a"]) == 1
+    assert "differs from summary.json: mean was" in capsys.readouterr().out
+
+
+def test_resume_finished_run_changes_no_file(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    assert main(["fit", "--resume", "a"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    Path("resume.yaml").write_text("resume: a\n")
+    assert main(["fit", "--config=resume.yaml"]) == 0
+    assert "a is finished: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_resume_without_checkpoint_trains_from_the_start(finished_run: Path) -> None:
+    expected = Path("a/metrics.csv").read_bytes()
+    remove(*Path("a/checkpoints").iterdir(), Path("a/summary.json"), Path("a/metrics.csv"))
+    assert main(["fit", "--resume", "a"]) == 0
+    assert Path("a/metrics.csv").read_bytes() == expected
+
+
+def test_resume_finished_run_with_damaged_checkpoint_trains_last_round_again(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
+    expected = Path("a/metrics.csv").read_bytes()
+    truncate_last_checkpoint(finished_run)
+    np.savez("images.npz", images=np.zeros((1, 8, 8), np.uint8))
+    for command in (["test", "a"], ["predict", "a", "--input=images.npz", "--client=0"]):
+        assert main(command) == 2
+        text = error_line()
+        assert "is damaged" in text
+        assert "fit --resume a" in text
+    assert main(["fit", "--resume", "a"]) == 0
+    warning = capsys.readouterr().err
+    assert "the checkpoint of round 3 is damaged" in warning
+    assert "round 2" in warning
+    assert Path("a/metrics.csv").read_bytes() == expected
+    assert main(["test", "a"]) == 0
+    remove(*Path("a/checkpoints").iterdir())
+    capsys.readouterr()
+    assert main(["test", "a"]) == 2
+    assert "there is no checkpoint of the last round" in error_line()
+
+
+def test_resume_unfinished_run_with_truncated_checkpoint_gives_same_result(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = Path("a/metrics.csv").read_bytes()
+    remove(Path("a/summary.json"))
+    truncate_last_checkpoint(finished_run)
+    assert main(["fit", "--resume", "a"]) == 0
+    warning = capsys.readouterr().err
+    assert "damaged" in warning
+    assert "round 2" in warning
+    assert Path("a/metrics.csv").read_bytes() == expected
+
+
+def test_locked_run_folder_is_refused_and_unchanged(
+    npz: Path, finished_run: Path, fit: Callable[..., int], error_line: Callable[[], str]
+) -> None:
+    remove(Path("a/summary.json"))
+    Path("b").mkdir()
+    before = sorted(finished_run.rglob("*"))
+    with RunFolder(Path("a"), {}).lock(), RunFolder(Path("b"), {}).lock():
+        assert main(["fit", "--resume", "a", "--quiet"]) == 2
+        assert "another process" in error_line()
+        assert fit(npz, "--output=b", "--quiet") == 2
+        assert "another process" in error_line()
+        assert not list(Path("b").glob("[!.]*"))  # kept: the folder belongs to the other process
+    assert [path for path in before if not path.exists()] == []
+    assert main(["fit", "--resume", "a", "--quiet"]) == 0
+
+
+def test_resume_changed_option_is_named(finished_run: Path, error_line: Callable[[], str]) -> None:
+    remove(Path("a/summary.json"))
+    assert main(["fit", "--resume", "a", "--method.beta=3"]) == 2
+    assert "method.init_args.beta: expected the saved value 1.0, got 3.0" in error_line()
+    config = Path("a/config.yaml").read_text()
+    Path("a/config.yaml").write_text(config.replace("rounds: 2", "rounds: 4"))
+    assert main(["fit", "--resume", "a"]) == 2
+    assert "rounds: 2" in error_line()
+
+
+def test_resume_runtime_options_may_change(finished_run: Path) -> None:
+    remove(Path("a/summary.json"), *Path("a").glob("figures/*"))
+    options = ["--data.root=x", "--data.download=true", "--baseline_dir=y", "--trainer.device=1"]
+    assert main(["fit", "--resume", "a", *options, "--logger=CSVLogger", "--logger.save_dir=logs"]) == 0
+    assert list(Path("logs").rglob("metrics.csv"))
+    remove(Path("a/summary.json"), *Path("a/checkpoints").iterdir())
+    assert main(["fit", "--resume", "a", *options]) == 0
+    assert list(Path("y").rglob("*"))
+
+
+def test_resume_with_output_is_refused(finished_run: Path, error_line: Callable[[], str]) -> None:
+    assert main(["fit", "--resume", "a", "--output", "b"]) == 2
+    assert "--output b: cannot be combined with --resume a" in error_line()
+
+
+def test_damaged_summary_is_named(finished_run: Path, error_line: Callable[[], str]) -> None:
+    finished_run.rename("a b")
+    for junk, command in product(["{", "5", "\udcff"], [["fit", "--resume", "a b"], ["test", "a b"]]):
+        Path("a b/summary.json").write_text(junk, errors="surrogateescape")
+        assert main(command) == 2
+        text = error_line()
+        assert "summary.json is damaged" in text
+        assert "fit --resume 'a b'" in text
+
+
+def test_checkpoint_without_a_newer_option_is_accepted(finished_run: Path) -> None:
+    manifest = max(Path("a/checkpoints").glob("manifest-*.json"))
+    content = json.loads(manifest.read_text())
+    for part in (content["notes"]["config"]["client"], content["notes"]["identity"]["spec"]["client"]):
+        del part["lr_decay"]
+    manifest.write_text(json.dumps(content))
+    assert main(["test", "a"]) == 0
+    content["notes"]["config"]["client"]["local_epochs"] = 7  # known options are still compared
+    manifest.write_text(json.dumps(content))
+    assert main(["test", "a"]) == 2

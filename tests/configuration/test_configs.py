@@ -1,0 +1,106 @@
+"""Lookup of configurations, and the shipped ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fedekd.cli import main
+from fedekd.configuration.configs import config_folders, find_config
+from fedekd.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NAMES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.relative_to(CONFIGS).parts[0] not in ("benchmark", "sweeps")
+)
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, object]:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *options, "--print_config"])
+    assert ended.value.code == 0
+    config: dict[str, object] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+def test_option_before_the_configuration_is_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "--seed", "7", "--config", "digits.yaml", "--method.beta", "2")
+    assert config["seed"] == 7
+    assert config["method"]["init_args"]["beta"] == 2.0  # type: ignore[index]
+
+
+def test_later_configuration_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("more.yaml").write_text("rounds: 9\ndata:\n  alpha: 0.5\n")
+    config = printed_config(capsys, "--config", "digits.yaml", "--config", "more.yaml")
+    assert config["rounds"] == 9
+    assert (config["data"]["alpha"], config["data"]["dataset"]) == (0.5, "digits")  # type: ignore[index]
+
+
+def test_find_config_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("digits.yaml").name == "digits.yaml"
+    Path("configs").mkdir()
+    Path("configs/digits.yaml").write_text("rounds: 1\n")
+    assert find_config("digits.yaml").resolve() == (tmp_path / "configs/digits.yaml").resolve()
+    assert config_folders()[0] == Path("configs")
+
+
+def test_find_config_installed_package_ignores_other_packages_and_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/theirs.yaml", "fedekd/configs/ours.yaml", "fedekd/configs/sweeps/theirs2.yaml"):
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr("fedekd.configuration.configs._PACKAGE", tmp_path / "site/fedekd")
+    with pytest.raises(UserError, match=r"did you mean 'ours\.yaml'"):
+        find_config("theirs.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_configuration_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
+    """On a small data set under the name of the configuration's."""
+    monkeypatch.chdir(tmp_path)
+    text = (CONFIGS / name).read_text()
+    data = yaml.safe_load(text)["data"]
+    dataset = data["dataset"]
+    classes = {"octmnist": 4, "organamnist": 11, "retinamnist": 5, "diabetic_retinopathy": 5}.get(dataset, 10)
+    labels = np.arange(330) % classes
+    size = 24 if "Conv3" in text else 8  # Conv3 has no padding
+    images = np.random.default_rng(0).integers(0, 256, (330, size, size, 3), dtype=np.uint8)
+    Path("data").mkdir()
+    np.savez(f"data/{dataset}.npz", train_images=images, train_labels=labels[:, None])
+    options = [
+        *("--rounds=1", "--client.local_epochs=1", "--data.alpha=5", "--logger=null", "--trainer.threads=1"),
+        f"--data.num_clients={min(data.get('num_clients', 6), 6)}",
+    ]
+    assert main(["fit", "--config", name, "--output=run", *options]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["dataset"] == dataset
+    is_regression = dataset in ("retinamnist", "diabetic_retinopathy")
+    assert summary["task"] == ("regression" if is_regression else "classification")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_configuration_is_parsed_and_logs_to_wandb(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = printed_config(capsys, "--config", name)["logger"]
+    assert [logger["class_path"].rpartition(".")[2] for logger in loggers] == ["WandbRunLogger"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
+def test_sweep_options_exist(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    command, *options = [part for part in sweep["command"] if not part.startswith("${")]
+    assert command == "fit"
+    printed_config(capsys, *options, *(f"--{name}={spec['values'][0]}" for name, spec in sweep["parameters"].items()))
