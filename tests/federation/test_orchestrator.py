@@ -15,7 +15,6 @@ from fedekd.errors import UserError
 from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Method, Update
 from fedekd.methods.base import num_bytes
-from fedekd.modules import TrainerFactory
 
 from .conftest import Federate, federation, weights
 
@@ -373,24 +372,6 @@ def test_optimizer_that_takes_other_arguments_is_a_mistake(federate: Federate) -
     client = ClientOptions(optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}})
     with pytest.raises(UserError, match=r"client\.optimizer"):
         federate(client=client).run()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
-def test_cuda_keeps_the_promises(federate: Federate, tmp_path: Path, precision: Any) -> None:
-    parts = {"trainer": TrainerFactory(accelerator="cuda", precision=precision)}
-    alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
-    alone.run()
-    federated.run()
-    assert_same_weights(alone, federated)
-    whole = federate(**parts)
-    expected = whole.run()
-    with pytest.raises(StoppedError):
-        federate(**parts, output=tmp_path, observer=StopAfter(13)).run()
-    again = federate(**parts, output=tmp_path)
-    assert repeatable(again.run()) == repeatable(expected)
-    assert_same_weights(whole, again)
 
 
 def test_a_model_of_other_outputs_is_refused_before_anything_is_trained(federate: Federate, tmp_path: Path) -> None:
