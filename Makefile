@@ -45,6 +45,14 @@ tables: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m perf $(ARGS)
 
+# On a machine whose own Python has torch with CUDA and the other packages: make gpu PYTHON_GPU=python3
+PYTHON_GPU ?= $(BIN)/python
+
+## gpu: on one GPU, in 9 minutes: its tests, times of a step, a cell of the paper's grid (options: ARGS="--only bench")
+.PHONY: gpu
+gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
+	$(PYTHON_GPU) -m perf.gpu $(ARGS)
+
 # Ray and Flower are large and not everybody's: without them their tests are skipped, and say so.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import math
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,7 +83,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def current_commit() -> str:
-    """The commit that the code stands at, with a + if it was changed; empty outside a checkout."""
+    """Return the commit of the code, with a + if it was changed; empty outside a checkout.
+
+    A copy of the tracked files has no repository: there the environment variable FEDEKD_COMMIT names the commit.
+    """
+    if commit := os.environ.get("FEDEKD_COMMIT"):
+        return commit
     here = Path(__file__).resolve().parent.parent
     try:
         told = [

@@ -1,0 +1,385 @@
+"""`make gpu`: what one GPU settles in ten minutes. Tests, times of a step, one cell of the paper's grid, the grid.
+
+Every part runs in a process of its own within a time limit, keeps its results in the output folder, and is left out
+when they are there already. Nothing is downloaded. The table comes last and is written to gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+
+# torch is not imported here: each part needs its own time limit, and a hanging driver must not stop the others.
+
+PARTS = ("bench", "cell", "tests", "grid")
+
+#: Seconds of each part at most; the grid takes what is left.
+LIMITS = {"bench": 90, "cell": 120, "tests": 150}
+
+#: Seconds that a part is worth starting for, and that are kept back for the table.
+LEAST, KEPT_BACK = 15, 8
+
+METHODS = {
+    "FedeKD": {"class_path": "FedeKD"},
+    "No gating": {"class_path": "FedeKD", "init_args": {"gate": "none"}},
+    "Shuffled gate": {"class_path": "FedeKD", "init_args": {"gate": "shuffled"}},
+    "FedAvg": {"class_path": "FedAvg"},
+}
+
+
+@dataclass
+class Session:
+    """One call of `make gpu`.
+
+    Attributes:
+        output: Folder of all results.
+        root: Folder of the data files.
+        scratch: Folder of runs and checkpoints, which are not kept.
+        deadline: When it must be over, by `time.monotonic`.
+        processes: Federations side by side in the grid.
+        workers: Processes of the tests.
+        rehearsal: Run everything small and on the CPU.
+        known: Folder of results whose cells the grid leaves out; None runs all cells.
+    """
+
+    output: Path
+    root: Path
+    scratch: Path
+    deadline: float
+    processes: int
+    workers: int
+    rehearsal: bool
+    known: Path | None = None
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.deadline - time.monotonic() - KEPT_BACK
+
+    @property
+    def has_data(self) -> bool:
+        """Whether FashionMNIST is at hand; a rehearsal takes the digits."""
+        return self.rehearsal or (self.root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").is_file()
+
+    @property
+    def dataset(self) -> str:
+        """The data set of cell and grid."""
+        return "digits" if self.rehearsal else "fashionmnist"
+
+    @property
+    def accelerator(self) -> str:
+        """Where it runs."""
+        return "cpu" if self.rehearsal else "cuda"
+
+    def keep(self, part: str, values: dict[str, Any]) -> None:
+        """Write what a part has found, whole or not at all."""
+        path = self.output / f"{part}.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(values, indent=1))
+        draft.replace(path)
+
+    def found(self, part: str) -> dict[str, Any]:
+        """What a part has found so far."""
+        path = self.output / f"{part}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def call(self, command: Sequence[str], limit: float, stop: int = signal.SIGTERM, **environment: str) -> int:
+        """Run a command within a time limit, its output in log.txt; returns its exit code, -1 at the limit."""
+        with (self.output / "log.txt").open("ab") as log:
+            log.write(f"\n$ {' '.join(command)}\n".encode())
+            log.flush()
+            variables = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", **environment}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+            try:
+                return process.wait(max(1.0, min(limit, self.left)))
+            except subprocess.TimeoutExpired:
+                process.send_signal(stop)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(3)
+                time.sleep(1)  # processes that watch their parent end by themselves, and clean up
+                return -1
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the processes that it started
+
+
+def bench(session: Session) -> dict[str, Any]:
+    """Times of a step; see perf/launches.py."""
+    command = [sys.executable, "-m", "perf.gpu", "--output", str(session.output), "--root", str(session.root)]
+    command += ["--measure"] + (["--rehearsal"] if session.rehearsal else [])
+    code = session.call(command, 900 if session.rehearsal else LIMITS["bench"])
+    return session.found("bench") | {"code": code}
+
+
+def measure_here(session: Session) -> None:
+    """Measure in this process, and keep what is found as it comes."""
+    import torch
+
+    from fedekd.modules import TrainerFactory
+    from perf.launches import Size, measure
+    from perf.setting import make_setting
+
+    size = Size(steps=2, repetitions=1) if session.rehearsal else Size()
+    setting = make_setting(TrainerFactory(session.accelerator, threads=1), str(session.root), 70_000)
+    torch.set_num_threads(1)
+    with setting.trainer.numerics():
+        measure(setting, size, lambda found: session.keep("bench", found))
+
+
+def cell(session: Session) -> dict[str, Any]:
+    """One cell of the paper's grid with its Local baseline, from a cold start."""
+    run = session.scratch / "cell"
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, "orchestrator.py", "fit", "--config", f"{session.dataset}.yaml"]
+    command += ["--data.root", str(session.root), "--data.download", "false", "--seed", "0", "--logger", "null"]
+    command += ["--quiet", "true", "--output", str(run), "--baseline_dir", str(session.scratch / "cell-local")]
+    command += ["--trainer.accelerator", session.accelerator, "--trainer.threads", "1"]
+    command += ["--rounds", "1"] if session.rehearsal else []
+    shutil.rmtree(session.scratch / "cell-local", ignore_errors=True)
+    began = time.monotonic()
+    code = session.call(command, LIMITS["cell"])
+    seconds = time.monotonic() - began
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    kept = {name: summary[name] for name in ("dataset", "alpha", "seconds", "mean", "local_mean", "delta") if summary}
+    return {"code": code, "cold_seconds": seconds, **kept}
+
+
+def tests(session: Session) -> dict[str, Any]:
+    """tests/gpu, several at once."""
+    report = session.scratch / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-n", str(session.workers), "--timeout=100", "--tb=short", "--durations=5"]
+    rehearsal = "1" if session.rehearsal else "0"
+    limit = 900 if session.rehearsal else LIMITS["tests"]
+    code = session.call(command, limit, FEDEKD_GPU_REHEARSAL=rehearsal, OMP_NUM_THREADS="1")
+    if not report.exists():
+        return {"code": code, "passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    failures, skipped, passed = [], 0, 0
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        broken = [child for child in case if child.tag in ("failure", "error")]
+        if broken:
+            lines = (broken[0].text or "").strip().splitlines()
+            places = [line for line in lines if ".py:" in line]
+            failures.append([case.get("name"), (broken[0].get("message") or "")[:300], (places or [""])[-1][:200]])
+        elif any(child.tag == "skipped" for child in case):
+            skipped += 1
+        else:
+            passed += 1
+    return {"code": code, "passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
+
+
+def grid(session: Session) -> dict[str, Any]:
+    """The grid of four methods with the minutes that are left; finished rows are kept in results/."""
+    block = {
+        "datasets": [session.dataset],
+        "alphas": [0.1, 0.3, 0.5],
+        "seeds": list(range(10)),
+        "methods": METHODS,
+        "options": {"data.root": str(session.root), "data.download": False},
+    }
+    if session.rehearsal:
+        block |= {"alphas": [0.5], "seeds": [0, 1], "options": {"rounds": 1, "client.local_epochs": 1}}
+    request = session.scratch / "grid.yaml"
+    request.write_text(yaml.safe_dump({"blocks": [block]}))
+    results = session.output / "results"
+    if session.known is not None and not results.exists() and (session.known / f"{session.dataset}.csv").exists():
+        results.mkdir(parents=True)
+        shutil.copy(session.known / f"{session.dataset}.csv", results)
+    command = [sys.executable, "orchestrator.py", "benchmark", "--config", str(request)]
+    command += ["--output", str(session.scratch / "grid"), "--results", str(results)]
+    command += ["--processes", str(session.processes), "--threads", "1", "--accelerator", session.accelerator]
+    began, before = time.monotonic(), _rows(results)
+    code = session.call(command, math.inf, signal.SIGKILL, OMP_NUM_THREADS="1")
+    rows = _rows(results)
+    keys = {row["key"] for row in before}
+    new = [row for row in rows if row["key"] not in keys]
+    counts: dict[str, int] = {}
+    for row in new:
+        counts[f"alpha {row['alpha']}, {row['method']}"] = counts.get(f"alpha {row['alpha']}, {row['method']}", 0) + 1
+    return {
+        "code": code,
+        "seconds": time.monotonic() - began,
+        "processes": session.processes,
+        "cells": len(new),
+        "all_cells": len(rows),
+        "cell_seconds": [float(row["seconds"]) for row in new],
+        "counts": counts,
+    }
+
+
+def _rows(results: Path) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = []
+    for path in sorted(results.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+RUN: dict[str, Callable[[Session], dict[str, Any]]] = {"bench": bench, "cell": cell, "tests": tests, "grid": grid}
+
+
+def is_done(part: str, found: dict[str, Any]) -> bool:
+    """Whether a part has nothing left to do; tests are done only when all passed."""
+    return found.get("code") == 0 and not found.get("failed") and part != "grid"
+
+
+def unpack(root: Path) -> None:
+    """Unpack FashionMNIST's files beside the packed ones, as torchvision reads them."""
+    for packed in sorted((root / "FashionMNIST" / "raw").glob("*-ubyte.gz")):
+        target = packed.with_suffix("")
+        if not target.exists():
+            draft = target.with_suffix(".tmp")
+            with gzip.open(packed) as source, draft.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            draft.replace(target)
+
+
+def card() -> str:
+    """The name of the GPU, from the driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return told.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "no GPU"
+
+
+def table(session: Session) -> str:
+    """All results as Markdown."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = f"torch {version('torch')}, lightning {version('lightning')}, Python {python}"
+    lines = ["# make gpu", "", f"{card()}; {versions}; {os.cpu_count()} CPU cores"]
+    for part, write in (("bench", _bench_lines), ("cell", _cell_lines), ("tests", _test_lines), ("grid", _grid_lines)):
+        found = session.found(part)
+        lines += ["", f"## {part}", ""]
+        lines += write(found) if found else ["not run"]
+        if found.get("code", 0):
+            lines += ["", f"exit code {found['code']}" + (" (time limit)" if found["code"] == -1 else "")]
+    return "\n".join(lines) + "\n"
+
+
+def _bench_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{found.get('precision')}, batches of {found.get('batch')}, {found.get('images')}; bf16 matmul 8192^3:"
+        f" {found.get('peak_tflops', math.nan):.0f} TFLOP/s",
+        "",
+        "| phase | contender | ms a client-step | low | high | / first | / captured | samples/s | of peak |"
+        " without kernels | kernel ms | kernels a step | loss difference |",
+        "| --- " * 13 + "|",
+    ]
+    for row in found.get("rows", ()):
+        lines.append(
+            f"| {row['phase']} | {row['contender']} | {row['ms']:.3f} | {row['ms_low']:.3f} | {row['ms_high']:.3f}"
+            f" | {row['ratio_to_first']:.2f} | {row['ratio_to_captured']:.2f} | {row['samples_per_second']:,.0f}"
+            f" | {row['share_of_peak']:.1%} | {row['launch_bound']:.0%} | {row['kernel_ms']:.3f}"
+            f" | {row['kernels_a_step']:.0f} | {row.get('loss_difference', math.nan):.1e} |"
+        )
+    return lines + [f"- {error}" for error in found.get("errors", ())]
+
+
+def _cell_lines(found: dict[str, Any]) -> list[str]:
+    if "mean" not in found:
+        return [f"no summary after {found['cold_seconds']:.0f} s"]
+    delta = found["delta"]
+    return [
+        f"{found['dataset']}, alpha {found['alpha']}, FedeKD with Local, seed 0: {found['cold_seconds']:.1f} s from the"
+        f" start of the program, {found['seconds']:.1f} s in the federation; accuracy {found['mean']:.4f}, Local"
+        f" {found['local_mean']:.4f}, delta avg {delta['avg']:+.4f}, worst {delta['worst']:+.4f}"
+    ]
+
+
+def _test_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"]
+    for name, message, place in found["failures"]:
+        lines.append(f"- `{name}`: {' '.join(message.split())} ({place})")
+    return lines
+
+
+def _grid_lines(found: dict[str, Any]) -> list[str]:
+    seconds = sorted(found["cell_seconds"]) or [math.nan]
+    lines = [
+        f"{found['cells']} cells in {found['seconds']:.0f} s, {found['processes']} side by side; {found['all_cells']}"
+        f" in results/; a cell took {seconds[0]:.0f} to {seconds[-1]:.0f} s, in the median"
+        f" {seconds[len(seconds) // 2]:.0f} s",
+        "",
+    ]
+    return lines + [f"- {name}: {count} seeds" for name, count in sorted(found["counts"].items())]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that are not done, and print the table; the exit code is 1 if one has failed."""
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("--output", default="runs/gpu", help="folder of the results (runs/gpu)")
+    parser.add_argument("--only", default=",".join(PARTS), help="which parts, with commas, in this order")
+    parser.add_argument("--minutes", type=float, default=9.0, help="all parts together (9)")
+    parser.add_argument("--root", default="data", help="folder of the data files; packed ones are unpacked there")
+    parser.add_argument("--processes", type=int, default=12, help="federations side by side in the grid (12)")
+    parser.add_argument("--workers", type=int, default=8, help="processes of the tests (8)")
+    parser.add_argument("--known", default=None, help="folder of results whose cells the grid leaves out")
+    parser.add_argument("--rehearsal", action="store_true", help="everything small, and on the CPU")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    parts = options.only.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--only: expected parts of {', '.join(PARTS)}, got {unknown[0]}")
+    output = Path(options.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    root, known = Path(options.root).resolve(), None if options.known is None else Path(options.known).resolve()
+    session = Session(output, root, output, deadline, options.processes, options.workers, options.rehearsal, known)
+    if options.measure:
+        measure_here(session)
+        return 0
+    # Checkpoints are synced to the disk at every round; in memory that costs nothing.
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and shutil.disk_usage(shared).free > 16 * 2**30
+    session.scratch = Path(mkdtemp(prefix="fedekd-gpu-", dir=shared if has_room else None))
+    try:
+        unpack(session.root)
+        for part in parts:
+            if is_done(part, session.found(part)):
+                print(f"{part}: done before", flush=True)
+            elif part in ("cell", "grid") and not session.has_data:
+                print(f"{part}: left out, no FashionMNIST under {options.root}", flush=True)
+            elif session.left < LEAST:
+                print(f"{part}: left out, no time left", flush=True)
+            else:
+                began = time.monotonic()
+                try:
+                    session.keep(part, RUN[part](session))
+                except Exception as error:  # one part must not cost the others
+                    print(f"{part}: {type(error).__name__}: {error}", flush=True)
+                print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
+                (output / "gpu.md").write_text(table(session))
+        text = table(session)
+        (output / "gpu.md").write_text(text)
+        print(text)
+        return int(any(session.found(part).get("failed") or session.found(part).get("code") for part in parts))
+    finally:
+        shutil.rmtree(session.scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
