@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint with the most similar known name, or with all known names if none is similar.
+    """Return a hint with the most similar known name, or with all of them.
 
     Args:
         name: The unknown name.

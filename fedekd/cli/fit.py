@@ -62,7 +62,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
-    """Run the federation to its end, or until SIGINT or SIGTERM, and return the exit code."""
+    """Run the federation to its end or to a signal and return the exit code."""
     with Display(quiet=config.quiet) as display:
         orchestrator = Orchestrator(**parts, output=output, baseline_dir=Path(config.baseline_dir), observer=display)
         try:
@@ -79,12 +79,12 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
 
 
 def _program() -> str:
-    """Return the command this program was started with, for messages with a command to copy."""
+    """Return the command of this program, for messages that can be copied."""
     return "python orchestrator.py" if Path(sys.argv[0]).name == "orchestrator.py" else "fedekd"
 
 
 def _resumed_folder(argv: Sequence[str]) -> Path | None:
-    """Return the folder of `--resume`; its configuration must be read before the other options are parsed."""
+    """Return the folder of `--resume`, whose configuration is parsed first."""
     folder = None
     for index, argument in enumerate(argv):
         if argument.startswith("--resume="):
@@ -97,7 +97,7 @@ def _resumed_folder(argv: Sequence[str]) -> Path | None:
 
 
 def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Path) -> Namespace:
-    """Return the saved configuration of a run, updated by the options that may change on resume.
+    """Return the saved configuration of a run, updated by runtime options.
 
     Raises:
         UserError: If there is no run, or another option differs from the saved value.

@@ -20,7 +20,7 @@ _UNREPEATABLE = ("seconds", "versions")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `test RUN` and return the exit code: 1 if the result differs from `summary.json`, else 0."""
+    """Run `test RUN` and return the exit code: 1 if the results differ."""
     parser = ArgumentParser(
         prog="orchestrator.py test",
         usage="%(prog)s RUN",

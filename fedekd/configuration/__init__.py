@@ -1,1 +1,1 @@
-"""Configurations: lookup of files, parsing, error messages, and the objects built from them."""
+"""Configurations: file lookup, parsing, error messages, building."""

@@ -16,7 +16,7 @@ _GROUPS = {"data", "client", "trainer"}
 
 
 def config_folders() -> list[Path]:
-    """Return the folders searched for a name: ./configs, the checkout's and the installed package's."""
+    """Return the existing folders in which a name is searched, in order."""
     candidates = [Path("configs"), _PACKAGE / "configs"]
     if (_PACKAGE.parent / "orchestrator.py").is_file():  # a checkout; site-packages/configs may be of another package
         candidates.insert(1, _PACKAGE.parent / "configs")
@@ -24,7 +24,7 @@ def config_folders() -> list[Path]:
 
 
 def shipped_folder() -> Path:
-    """Return the folder of the shipped configurations: the checkout's, or the installed package's."""
+    """Return the folder of the configurations that belong to this code."""
     checkout = _PACKAGE.parent / "configs"
     return checkout if (_PACKAGE.parent / "orchestrator.py").is_file() else _PACKAGE / "configs"
 

@@ -1,4 +1,4 @@
-"""Convert an error of jsonargparse, up to ten lines long, into one line: option, allowed values, given value."""
+"""One-line versions of jsonargparse's errors, which have up to ten lines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def explain(text: str, parser: ArgumentParser) -> str:
 
 
 def _new_name(old: str, known: Collection[str], prefix: str = "") -> str | None:
-    """Return what replaces a former name, or None if `old` is not one or its replacement is not in `known`."""
+    """Return what replaces a former name, or None if nothing in `known` does."""
     new = RENAMED.get(old)
     if new is None or new not in known:
         return None
@@ -135,7 +135,7 @@ _TYPE = r"<class '[^']+'>|collections\.abc\.Sequence|typing\.Literal\[[^\]]*\]"
 
 
 def _type_name(expected: str, value: str) -> str:
-    """Return a type in plain words; empty for one that cannot be written in a configuration."""
+    """Return a type in plain words; empty if no option can have its values."""
     name = re.sub(r"<class '([^']+)'>", r"\1", expected)
     if name == "float" and value.lower().strip("+-.") in ("nan", "inf", "infinity"):
         return "a finite number"

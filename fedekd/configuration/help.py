@@ -1,4 +1,4 @@
-"""Formatter of `--help`: one short entry per option, with its default and without types."""
+"""Formatter of `--help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsonargparse import DefaultHelpFormatter
 
 
 class BriefHelp(DefaultHelpFormatter):
-    """Formatter that prints each option with its default in brackets and leaves out the `--OPTION.help` lines."""
+    """Formatter that prints defaults in brackets, no types, no `--OPTION.help`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"max_help_position": 34, **kwargs})  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from fedekd.federation import Orchestrator, RunFolder, Sequential
 def open_finished(
     command: str, folder: Path, in_process: bool = False
 ) -> tuple[Orchestrator, Namespace, dict[str, Any]]:
-    """Rebuild the federation of a finished run from its `config.yaml`, without loggers.
+    """Rebuild the federation of a finished run, without its loggers.
 
     Args:
         command: Name of the calling command, for error messages.

@@ -156,7 +156,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 
 def _require_values(parser: ArgumentParser, config: Namespace) -> None:
-    """Check for what jsonargparse accepts although it is invalid: null and non-finite numbers.
+    """Reject null and non-finite numbers, which jsonargparse accepts.
 
     Raises:
         UserError: If a value is not finite, or is null and its default is not.
@@ -175,7 +175,7 @@ def _require_values(parser: ArgumentParser, config: Namespace) -> None:
 
 @cache
 def _class_defaults(class_path: str) -> dict[str, Any]:
-    """Return the default arguments of a class, or of a function that builds one, as jsonargparse parses them."""
+    """Return the defaults of a class or factory as jsonargparse parses them."""
     module, _, name = class_path.rpartition(".")
     factory = getattr(import_module(module), name)
     parser = ArgumentParser(exit_on_error=False)
@@ -203,7 +203,7 @@ def _without_model_defaults(config: Namespace) -> Namespace:
 
 
 def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Return a parsed configuration as plain values: the content of `config.yaml`, enough to repeat a run."""
+    """Return a configuration as plain values, the content of `config.yaml`."""
     values: dict[str, Any] = yaml.safe_load(
         parser.dump(_without_model_defaults(config), skip_validation=True, skip_unset=False)
     )
@@ -211,7 +211,7 @@ def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
 
 
 def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """Build the method, engine and loggers; a UserError of a constructor is raised unchanged."""
+    """Build the method, engine and loggers."""
     try:
         built: Namespace = parser.instantiate(config)
     except (ValueError, TypeError, ImportError) as error:
@@ -234,7 +234,7 @@ def _do_no_harm(value: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
 
 
 def parts_of(options: Sequence[str]) -> dict[str, Any]:
-    """Return the parts of a federation from command-line options of `fit`; see `build_parts`."""
+    """Return the parts of a federation from options of `fit`."""
     parser = federation_parser()
     return build_parts(parser, parse(parser, list(options)))
 

@@ -1,4 +1,4 @@
-"""Metrics: the registry of scores, Delta against local training, and calibration error."""
+"""Metrics: registry of scores, Delta, expected calibration error."""
 
 from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer

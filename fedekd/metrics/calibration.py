@@ -1,4 +1,4 @@
-"""Calibration of a classifier: confidence compared with accuracy (Guo et al., 2017, arXiv 1706.04599)."""
+"""Calibration of a classifier (Guo et al., 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedekd.functional.shapes import require_same_shape
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One point of a reliability diagram: the samples whose confidence lies in one interval.
+    """Point of a reliability diagram: samples with confidence in one interval.
 
     Attributes:
         low: Lower end of the interval, included.
@@ -32,9 +32,9 @@ class ReliabilityBin:
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[ReliabilityBin]:
-    r"""Return accuracy and mean confidence in bins of equal width: a reliability diagram.
+    r"""Return the reliability diagram: accuracy and confidence per bin.
 
-    Bin m of M holds the confidences in $[\frac{m-1}M, \frac mM)$, as in torchmetrics; the last bin also holds 1.
+    Bins have equal width. Bin m of M holds the confidences in $[\frac{m-1}M, \frac mM)$, as in torchmetrics; the last bin also holds 1.
     Guo et al. assign an inner edge to the bin below instead.
 
     Args:
@@ -71,11 +71,11 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[Rel
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    r"""Return the expected calibration error (Guo et al., Eq. 3), by torchmetrics in float64.
+    r"""Return the expected calibration error, by torchmetrics in float64.
 
     $$\mathrm{ECE} = \sum_m \frac{|B_m|}N |\mathrm{acc}(B_m) - \mathrm{conf}(B_m)|$$
 
-    with the bins $B_m$ of `reliability`.
+    with the bins $B_m$ of `reliability`, which have equal width.
 
     Args:
         confidence: Confidence of each prediction, in [0, 1], shape (N,).
@@ -87,6 +87,9 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
 
     Raises:
         ValueError: As `reliability`.
+
+    Reference:
+        Guo et al. (arXiv 1706.04599), Eq. 3.
 
     Example:
         >>> expected_calibration_error(torch.tensor([0.75] * 4), torch.tensor([True, True, True, False]))

@@ -19,7 +19,9 @@ def negative_transfer(
     local_scores: Tensor | Sequence[float],
     task: Task = "classification",
 ) -> dict[str, Tensor]:
-    r"""Summarize $\Delta_k = \mathrm{score}_k^{method} - \mathrm{score}_k^{local}$ over K clients.
+    r"""Summarize Delta, the gain over the local baseline, over K clients.
+
+    $$\Delta_k = \mathrm{score}_k^{method} - \mathrm{score}_k^{local}$$
 
     The direction of the task's primary metric decides which sign is harm. Classification (accuracy, larger is
     better): the worst client has the smallest Delta and the tail is the 10th percentile, `p10`. Regression (RMSE,
@@ -59,7 +61,7 @@ def negative_transfer(
 
 
 class NegativeTransfer(Metric):
-    """`negative_transfer` as a torchmetrics Metric: clients are added one or several at a time.
+    """`negative_transfer` as a torchmetrics Metric, updated client by client.
 
     Scores are kept in float64, clients in the order of their updates.
 

@@ -1,4 +1,4 @@
-"""Registry of metrics: one row per metric, with its function, direction, unit and format.
+"""Registry of metrics: function, direction, unit and format of each.
 
 No other package names a metric. The primary metric of a task is the score of a client's test split
 (FedeKD Section 4.2: accuracy for classification, RMSE for regression).
@@ -60,7 +60,7 @@ class MetricSpec:
 
     @property
     def tail_percent(self) -> int:
-        """Percentile of Delta at its harmful end: 10 if a larger value is better, else 90."""
+        """Percentile of Delta at its harmful end: 10 or 90."""
         return 10 if self.higher_is_better else 90
 
     @property
@@ -161,7 +161,7 @@ def primary_metric(task: Task) -> MetricSpec:
 
 
 def build_metrics(task: Task) -> MetricCollection:
-    """Return the primary metric of a task as a torchmetrics collection under its name.
+    """Return the primary metric of a task as a torchmetrics collection.
 
     Args:
         task: `classification` or `regression`.
