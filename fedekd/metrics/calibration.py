@@ -34,8 +34,8 @@ class ReliabilityBin:
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[ReliabilityBin]:
     r"""Return the reliability diagram: accuracy and confidence per bin.
 
-    Bins have equal width. Bin m of M holds the confidences in $[\frac{m-1}M, \frac mM)$, as in torchmetrics; the last bin also holds 1.
-    Guo et al. assign an inner edge to the bin below instead.
+    Bins have equal width. Bin m of M holds the confidences in $[\frac{m-1}M, \frac mM)$, as in torchmetrics; the last
+    bin also holds 1. Guo et al. assign an inner edge to the bin below instead.
 
     Args:
         confidence: Confidence of each prediction, in [0, 1], shape (N,). NaN is counted in the last bin, whose
