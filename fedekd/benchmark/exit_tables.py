@@ -53,10 +53,10 @@ def _policies(lines: Sequence[Line]) -> str:
         worst = line["worst risk"]
         rows.append(
             [
-                line["alpha"],
-                f"{float(line['leave early']):.1%}",
+                line["target risk"],
+                f"{float(line['early exits']):.1%}",
                 f"{float(worst):.4f}" if worst else "",
-                f"{float(line['saved']):.1%}",
+                f"{float(line['FLOPs saved']):.1%}",
                 minus(f"{float(line['accuracy']):.4f} ({float(line['accuracy change']):+.4f})"),
                 *(f"{float(line[column]):.2f}" for column in times),
             ]
@@ -66,16 +66,16 @@ def _policies(lines: Sequence[Line]) -> str:
 
 
 def _validity(lines: Sequence[Line]) -> str:
-    alphas = list(dict.fromkeys(line["alpha"] for line in lines))
+    alphas = list(dict.fromkeys(line["target risk"] for line in lines))
     rules = list(dict.fromkeys(line["rule"] for line in lines))
-    at = {(line["rule"], line["alpha"]): line for line in lines}
+    at = {(line["rule"], line["target risk"]): line for line in lines}
     rows = []
     for rule in rules:
         cells = []
         for alpha in alphas:
             line = at[rule, alpha]
-            low, high = float(line["low"]), float(line["high"])
-            cells.append(f"{float(line['share']):.3f} ({low:.3f} to {high:.3f})")
+            low, high = float(line["CI low"]), float(line["CI high"])
+            cells.append(f"{float(line['violation rate']):.3f} ({low:.3f} to {high:.3f})")
         rows.append([f"`{rule}`", *cells, at[rule, alphas[0]]["draws"]])
     return markdown(["rule", *(f"alpha {alpha}" for alpha in alphas), "draws"], rows)
 

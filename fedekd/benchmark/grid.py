@@ -32,7 +32,7 @@ class Block:
         methods: By the label under which a method is reported: its class_path and init_args.
         options: Further options of every run, such as rounds or client.local_epochs.
         config: The configuration that a data set's runs begin with.
-        promises: Rules to calibrate the exits of all clients by when a run is finished, if any.
+        coverage: Calibration rules whose guarantees are checked on all clients of a finished run, if any.
     """
 
     datasets: list[str]
@@ -41,7 +41,7 @@ class Block:
     methods: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     config: str = "{dataset}.yaml"
-    promises: CoverageOptions | None = None
+    coverage: CoverageOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Cell:
         values: The run's configuration, as `config.yaml` would hold it.
         key: A hash of what decides its numbers; the same on every machine, and unmoved by options added later.
         configuration: The same of all but the seed: cells of one configuration may be averaged.
-        promises: Rules to calibrate its clients by when it is finished.
+        coverage: Calibration rules whose guarantees are checked when it is finished.
     """
 
     dataset: str
@@ -66,7 +66,7 @@ class Cell:
     values: Mapping[str, Any]
     key: str
     configuration: str = ""
-    promises: CoverageOptions | None = None
+    coverage: CoverageOptions | None = None
 
     @property
     def group(self) -> str:
@@ -132,13 +132,13 @@ def cells(
                 if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
             ]
             if places:
-                promises = _promises(block)
+                coverage = _coverage(block)
                 values = _configuration(parser, block, dataset, method, folder)
             for alpha, seed in places:
                 data = {**values["data"], "alpha": float(alpha)}
                 of_cell = {**values, "data": data, "seed": seed}
-                key, configuration = (cell_key(each, parser, promises) for each in (of_cell, {**of_cell, "seed": 0}))
-                cell = Cell(dataset, float(alpha), seed, label, of_cell, key, configuration, promises)
+                key, configuration = (cell_key(each, parser, coverage) for each in (of_cell, {**of_cell, "seed": 0}))
+                cell = Cell(dataset, float(alpha), seed, label, of_cell, key, configuration, coverage)
                 found.setdefault(cell.key, cell)
     return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
 
@@ -157,22 +157,22 @@ def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
     for cell in grid:
         values = {**cell.values, "logger": None, "seed": 0, "trainer": {**cell.values["trainer"], **trainer}}
         rest = {name: value for name, value in values.items() if name not in ("method", "data")}
-        parts = values["method"], values["data"], rest, [values["method"], cell.promises is not None]
+        parts = values["method"], values["data"], rest, [values["method"], cell.coverage is not None]
         aspects = {json.dumps(part, sort_keys=True) for part in parts}
         if aspects <= known:
             continue
         known |= aspects
         try:
             method = build_parts(parser, parser.parse_object(values))["method"]
-            if cell.promises is not None and "validation" in method.training_splits:
-                raise UserError("promises are made on validation samples, and the method learns from these")
+            if cell.coverage is not None and "validation" in method.training_splits:
+                raise UserError("coverage: expected a method that does not train on validation samples")
         except UserError as error:
             raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
 
 
-def _promises(block: Block) -> CoverageOptions | None:
+def _coverage(block: Block) -> CoverageOptions | None:
     """A block's, which a parser leaves as a namespace."""
-    given = block.promises
+    given = block.coverage
     return given if given is None or isinstance(given, CoverageOptions) else CoverageOptions(**vars(given))
 
 
@@ -196,7 +196,7 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, default=lambda each: each.as_dict())
 
 
-def cell_key(values: Mapping[str, Any], parser: ArgumentParser, promises: CoverageOptions | None = None) -> str:
+def cell_key(values: Mapping[str, Any], parser: ArgumentParser, coverage: CoverageOptions | None = None) -> str:
     """A hash of a configuration's departures from the defaults, its circumstances left out.
 
     A cell whose clients are to be calibrated is not finished by one whose clients were not.
@@ -210,8 +210,8 @@ def cell_key(values: Mapping[str, Any], parser: ArgumentParser, promises: Covera
         if (name.endswith("class_path") or defaults.get(name, _NOTHING) != value)
         and not any(name == part or name.startswith(f"{part}.") for part in _CIRCUMSTANCES)
     }
-    if promises is not None:
-        decisive["promises"] = asdict(promises)
+    if coverage is not None:
+        decisive["coverage"] = asdict(coverage)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

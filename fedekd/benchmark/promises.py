@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import fmean
 
 from fedekd.benchmark.measured import Measured, title
-from fedekd.benchmark.results import PROMISES, Row
+from fedekd.benchmark.results import COVERAGE, Row
 from fedekd.early_exit.calibration.calibrator import MODES
 from fedekd.early_exit.guarantee_coverage import CoverageResult
 from fedekd.functional.binomial import clopper_pearson
@@ -39,18 +39,19 @@ class PromiseLine:
 
     def of_seed(self, of_client: str, seed: int) -> float:
         """The same of one seed."""
-        return fmean(float(getattr(client.line, of_client)) for client in self.by_seed[seed].clients)
+        return fmean(float(getattr(client.report, of_client)) for client in self.by_seed[seed].clients)
 
     @property
     def counts(self) -> tuple[int, int]:
         """Of all clients and draws: in how many a client's own policy breaks its promise, and how many there are."""
-        broken = sum(client.own for promise in self.by_seed.values() for client in promise.clients)
+        broken = sum(client.violations for promise in self.by_seed.values() for client in promise.clients)
         return broken, sum(promise.draws * len(promise.clients) for promise in self.by_seed.values())
 
     @property
     def worst_pooled(self) -> float:
         """The share of draws in which the shared policy breaks it for the client that it serves worst."""
-        return max(client.pooled / promise.draws for promise in self.by_seed.values() for client in promise.clients)
+        results = self.by_seed.values()
+        return max(client.pooled_violations / result.draws for result in results for client in result.clients)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def promise_tables(measured: Measured) -> list[PromiseTable]:
     """A table for every data set and alpha at which the clients of finished federations were calibrated."""
     places: dict[tuple[str, float], list[Row]] = {}
     for row in measured.rows:
-        if row.get(PROMISES):
+        if row.get(COVERAGE):
             places.setdefault((row["dataset"], float(row["alpha"])), []).append(row)
     return [_table(*place, rows) for place, rows in sorted(places.items())]
 
@@ -85,9 +86,9 @@ def promise_tables(measured: Measured) -> list[PromiseTable]:
 def _table(dataset: str, alpha: float, rows: Sequence[Row]) -> PromiseTable:
     found: dict[tuple[float, int, str], dict[int, CoverageResult]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
-        for values in json.loads(row[PROMISES]):
+        for values in json.loads(row[COVERAGE]):
             promise = CoverageResult.from_values(values)
-            place = promise.alpha, list(MODES).index(promise.mode), row["method"]
+            place = promise.target_risk, list(MODES).index(promise.mode), row["method"]
             found.setdefault(place, {})[int(row["seed"])] = promise
     return PromiseTable(dataset, alpha, tuple(PromiseLine(key[2], by_seed) for key, by_seed in sorted(found.items())))
 
@@ -101,8 +102,8 @@ def saving_lines(table: PromiseTable) -> list[list[str]]:
         found.append(
             [
                 *_place(line),
-                f"{line.mean('open'):.2f} of {exits:g}",
-                f"{line.mean('leaving'):.1%}",
+                f"{line.mean('open_exits'):.2f} of {exits:g}",
+                f"{line.mean('early_share'):.1%}",
                 minus(f"{line.mean('saved'):.1%}"),
                 minus(f"{line.mean('accuracy'):.4f} ({change:+.4f})"),
                 str(len(line.by_seed)),
@@ -123,9 +124,9 @@ def keeping_lines(table: PromiseTable) -> list[list[str]]:
             [
                 *_place(line),
                 f"{broken / of:.3f} ({low:.3f} to {high:.3f})",
-                f"{fmean(promise.pooled_share for promise in promises):.3f}",
+                f"{fmean(promise.pooled_violation_rate for promise in promises):.3f}",
                 f"{line.worst_pooled:.3f}",
-                f"{fmean(promise.together / promise.draws for promise in promises):.3f}",
+                f"{fmean(promise.union_violations / promise.draws for promise in promises):.3f}",
                 f"{of:,}",
             ]
         )
@@ -133,7 +134,7 @@ def keeping_lines(table: PromiseTable) -> list[list[str]]:
 
 
 def _place(line: PromiseLine) -> list[str]:
-    return [line.method, f"{line.promise.alpha:g}", line.promise.mode]
+    return [line.method, f"{line.promise.target_risk:g}", line.promise.mode]
 
 
 def promise_finding(table: PromiseTable) -> list[str]:
@@ -146,7 +147,7 @@ def promise_finding(table: PromiseTable) -> list[str]:
 
 def _factors(table: PromiseTable) -> Iterator[str]:
     for (alpha, mode), lines in _by_rule(table).items():
-        if not MODES[mode].promises:
+        if not MODES[mode].has_guarantee:
             continue
         told = [sentence for changed in _pairs(lines).items() if (sentence := _told_pair(*changed))]
         if told:
@@ -156,7 +157,7 @@ def _factors(table: PromiseTable) -> Iterator[str]:
 def _by_rule(table: PromiseTable) -> dict[tuple[float, str], list[PromiseLine]]:
     found: dict[tuple[float, str], list[PromiseLine]] = {}
     for line in table.lines:
-        found.setdefault((line.promise.alpha, line.promise.mode), []).append(line)
+        found.setdefault((line.promise.target_risk, line.promise.mode), []).append(line)
     return found
 
 
@@ -193,7 +194,7 @@ def _told_pair(changed: tuple[str, str], pairs: Pairs) -> str:
     better = sum(each > 0 for each in gain("saved"))
     return minus(
         f"{changed[0]} against {changed[1]} ({runs}), accuracy of the last exit {fmean(gain('full_accuracy')):+.4f},"
-        f" exits open {fmean(gain('open')):+.2f}, FLOPs saved {100 * fmean(gain('saved')):+.1f} points (more in"
+        f" exits open {fmean(gain('open_exits')):+.2f}, FLOPs saved {100 * fmean(gain('saved')):+.1f} points (more in"
         f" {better} of {len(common)})"
     )
 

@@ -99,8 +99,8 @@ def _harm_lines(tables: Sequence[HarmTable]) -> list[dict[str, Any]]:
 
 _OF_LINE = tuple(name for name in [field.name for field in fields(ClientExitReport)] if name != "client")
 _PROMISE_COLUMNS = (
-    *("dataset", "alpha", "method", "seed", "rule", "error_rate", "delta", "client", *_OF_LINE),
-    *("draws", "broken", "broken_pooled", "broken_together"),
+    *("dataset", "alpha", "method", "seed", "rule", "target_risk", "confidence", "client", *_OF_LINE),
+    *("draws", "violations", "pooled_violations", "union_violations"),
 )
 
 
@@ -108,9 +108,10 @@ def _promise_lines(tables: Sequence[PromiseTable]) -> list[dict[str, Any]]:
     return [
         {
             **{"dataset": table.dataset, "alpha": table.alpha, "method": line.method, "seed": seed},
-            **{"rule": promise.mode, "error_rate": promise.alpha, "delta": promise.delta, **asdict(client.line)},
-            **{"draws": promise.draws, "broken": client.own, "broken_pooled": client.pooled},
-            "broken_together": promise.together,
+            **{"rule": promise.mode, "target_risk": promise.target_risk, "confidence": promise.confidence},
+            **asdict(client.report),
+            **{"draws": promise.draws, "violations": client.violations, "pooled_violations": client.pooled_violations},
+            "union_violations": promise.union_violations,
         }
         for table in tables
         for line in table.lines

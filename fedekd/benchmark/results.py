@@ -26,8 +26,8 @@ EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
 #: A further column of runs with `do_no_harm`: what each client compared, as JSON.
 EVIDENCE = "evidence"
 
-#: A further column of runs whose clients were calibrated: what came of it, as JSON.
-PROMISES = "promises"
+#: Further column of runs with checked exit guarantees: the results as JSON.
+COVERAGE = "coverage"
 
 #: Characters of a field; Python's own limit is that of some 400 calibrated clients.
 _LONGEST = 2**30
@@ -45,7 +45,7 @@ def to_row(
     method: str,
     summary: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    promises: Sequence[Mapping[str, Any]] | None = None,
+    coverage: Sequence[Mapping[str, Any]] | None = None,
 ) -> Row:
     """A run's summary as one row; floats are written in the fewest digits that read back the same."""
     delta = summary["delta"]
@@ -68,8 +68,8 @@ def to_row(
         **provenance,
     }
     further = {**_of_exits(summary), **_evidence(summary)}
-    if promises is not None:
-        further[PROMISES] = json.dumps(promises, separators=(",", ":"))
+    if coverage is not None:
+        further[COVERAGE] = json.dumps(coverage, separators=(",", ":"))
     values |= further
     columns = (*COLUMNS, *further)
     return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
@@ -150,7 +150,7 @@ def write_results(folder: Path, rows: Iterable[Row]) -> None:
         own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
         text = io.StringIO(newline="")
         further = [*exit_columns(own)]
-        further += [name for name in (EVIDENCE, PROMISES) if any(row.get(name) for row in own)]
+        further += [name for name in (EVIDENCE, COVERAGE) if any(row.get(name) for row in own)]
         table = csv.DictWriter(text, [*COLUMNS, *further], restval="", extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(own)

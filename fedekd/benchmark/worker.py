@@ -17,7 +17,7 @@ from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
-from fedekd.early_exit.guarantee_coverage import federation_promises
+from fedekd.early_exit.guarantee_coverage import federation_coverage
 from fedekd.federation import Orchestrator, Sequential, SilentObserver
 
 
@@ -67,20 +67,20 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
         return Orchestrator(**built, output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
 
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
-    promises = _promises(cell, folder / "promises.json", orchestrator)
+    coverage = _coverage(cell, folder / "coverage.json", orchestrator)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     used = parts()["trainer"]
     resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
-    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit), promises)
+    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit), coverage)
 
 
-def _promises(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
-    """What the calibrated exits of its clients come to, if the cell asks for it; kept in a file, as the summary is."""
-    if cell.promises is None:
+def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
+    """Check the exit guarantees of the cell, if requested; the result is stored in a file, as the summary is."""
+    if cell.coverage is None:
         return None
     if not path.exists():
-        found = federation_promises(orchestrator(engine=Sequential()).load_clients(), cell.promises, cell.seed)
+        found = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
         with atomic_file(path) as file:
-            file.write(json.dumps([promise.as_values() for promise in found], indent=1).encode())
+            file.write(json.dumps([result.as_values() for result in found], indent=1).encode())
     values: list[dict[str, Any]] = json.loads(path.read_text())
     return values

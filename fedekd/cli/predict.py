@@ -1,10 +1,11 @@
-"""`predict`: classify images with a finished run, each leaving at the exit where its policy lets it."""
+"""`predict`: classify images with a finished run, with early exits if it was calibrated."""
 
 from __future__ import annotations
 
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from rich.progress import track
 from torch import Tensor
 
 from fedekd.atomic import atomic_file
-from fedekd.cli.calibrate import chosen_clients
+from fedekd.cli.calibrate import select_clients
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.data.unlabelled import read_images
-from fedekd.early_exit.policies import load_policy
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.scoring import BATCH_SIZE, prepared
+from fedekd.early_exit.policy_files import load_policy
+from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
@@ -32,7 +33,7 @@ COLUMNS = ("image", "label", "exit", "score")
 
 
 def predict_parser() -> ArgumentParser:
-    """The parser of `predict`."""
+    """Create the parser of `predict`."""
     parser = ArgumentParser(
         prog="orchestrator.py predict",
         usage="%(prog)s RUN --input images.npz [--output predictions.csv] [--client K]",
@@ -40,29 +41,30 @@ def predict_parser() -> ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("run", type=str, nargs="?", default="", help="The folder of a finished run.")
+    parser.add_argument("run", type=str, nargs="?", default="", help="Folder of a finished run.")
     parser.add_argument(
-        "--input", type=str, default="", help="An .npz file with an array images, or MedMNIST's splits."
+        "--input", type=str, default="", help="An .npz file with an array images, or in MedMNIST's layout."
     )
     parser.add_argument(
-        "--output", type=str, default="predictions.csv", help="The CSV file: image, label, exit, score."
+        "--output",
+        type=str,
+        default="predictions.csv",
+        help="CSV file with the columns image, label, exit and score (default: predictions.csv).",
     )
     parser.add_argument(
-        "--client", type=int | None, default=None, help="Whose network; a run of one client has but one."
+        "--client", type=int | None, default=None, help="Index of the client; optional for a run with one client."
     )
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `predict RUN`; writes one CSV file, whole or not at all."""
+    """Run `predict RUN`; writes one CSV file atomically."""
     config = parse(predict_parser(), argv)
     if not config.run or not config.input:
-        raise UserError("predict needs a run and images, as in: predict runs/NAME --input images.npz")
+        raise UserError("run and --input: expected both. Example: predict runs/NAME --input images.npz")
     output = Path(config.output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; the name of a CSV file is needed")
-    if output.suffix != ".csv":
-        raise UserError(f"--output is {output}, and must end in .csv: a file of that name is replaced")
+    if output.suffix != ".csv" or output.is_dir():
+        raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
     try:
         images = read_images(Path(config.input))
     except UserError as error:
@@ -70,61 +72,60 @@ def run(argv: Sequence[str]) -> int:
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:
-        raise UserError(f"--client must be given: this run has the clients 0..{len(clients) - 1}")
-    client = chosen_clients(clients, config.client or 0)[0]
-    if images.shape[1:] != client.images.pixels.shape[1:]:
-        given, own = tuple(images.shape[1:]), tuple(client.images.pixels.shape[1:])
-        raise UserError(f"--input has images of {given}, and the network takes {own} (channels, height, width)")
+        raise UserError(f"--client: expected 0..{len(clients) - 1}, got none")
+    [client] = select_clients(clients, config.client or 0)
+    shape = tuple(client.images.pixels.shape[1:])
+    if images.shape[1:] != shape:
+        raise UserError(f"--input: expected images of {shape} (channels, height, width), got {tuple(images.shape[1:])}")
     if client.spec.task == "regression":
-        raise UserError(f"{config.run} is a regression run; predict gives the classes of a classifier")
+        raise UserError(f"run: expected a classification run, got the regression run {config.run}")
     policy = load_policy(Path(config.run), client.number)
-    network = client.deployed_model
-    if policy is None and isinstance(network, MultiExitNetwork):
-        hint = f"calibrate {config.run} lets images leave early"
-        print(
-            f"warning: client {client.number} has no exit policy, so all images go to the last exit; {hint}",
-            file=sys.stderr,
+    if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
+        _warn(
+            f"client {client.number} has no exit policy, all images take the last exit; for early exits run: calibrate"
+            f" {config.run}"
         )
     if policy is not None and policy.has_no_guarantee:
-        print(f"warning: the policy is of mode {policy.mode}, which promises nothing", file=sys.stderr)
-    lines = list(_predictions(client, policy, images))
+        _warn(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    rows = list(_predictions(client, policy, images))
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    table.writerows(lines)
+    table.writerows(rows)
     with atomic_file(output) as file:
         file.write(text.getvalue().encode())
-    exits = torch.tensor([line[2] for line in lines])
-    shares = ", ".join(
-        f"exit {number}: {(exits == number).double().mean():.1%}" for number in sorted(set(exits.tolist()))
-    )
-    print(f"{len(lines)} images ({shares}), written to {output}")
+    counts = Counter(exit_ for _, _, exit_, _ in rows)
+    shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
+    print(f"{len(rows)} images ({shares}), written to {output}")
     return 0
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 @torch.no_grad()
 def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> Iterator[tuple[int, int, int, float]]:
-    """Number, label, exit (from 1) and score of each image."""
+    """Yield index, label, exit (from 1) and score of each image."""
     network = client.deployed_model
-    place = 0
+    index = 0
+    is_quiet = not sys.stderr.isatty()
     batches = torch.split(images, BATCH_SIZE)
-    quiet = not sys.stderr.isatty()
-    for chosen in track(batches, "images", console=Console(stderr=True), disable=quiet, transient=True):
-        x = prepared(network, chosen)
+    for batch in track(batches, "images", console=Console(stderr=True), disable=is_quiet, transient=True):
+        x = network_input(network, batch)
         if policy is not None and isinstance(network, MultiExitNetwork):
-            departures = policy.predict_with_exits(network, x, client.networks.get("proxy"))
-            logits, exits, scores = departures
+            logits, exits, scores = policy.predict_with_exits(network, x, client.networks.get("proxy"))
         else:
             with eval_mode(network):
                 outputs = network(x)
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
             logits, scores = outputs[-1], max_softmax_confidence(outputs[-1])
             exits = torch.full((len(x),), len(outputs) - 1)
-        if diverged := int((~logits.isfinite().all(dim=1)).sum()):
+        if non_finite := int((~logits.isfinite().all(dim=1)).sum()):
             raise UserError(
-                f"the outputs of client {client.number}'s network are not finite for {diverged} of {len(x)} images: its"
-                " training has diverged, and it classifies nothing"
+                f"client {client.number}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} images."
+                " The training of its network diverged"
             )
         for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            yield place, label, exit_ + 1, round(score, 6)
-            place += 1
+            yield index, label, exit_ + 1, round(score, 6)
+            index += 1

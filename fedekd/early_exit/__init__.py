@@ -6,9 +6,9 @@ from fedekd.early_exit.calibration.federated_validity import FederatedValidity, 
 from fedekd.early_exit.calibration.validity import Validity, check_validity, true_risks
 from fedekd.early_exit.cost_curves import BUDGETS, Point, budget_points, cost_of, exit_points
 from fedekd.early_exit.fingerprint import network_fingerprint
-from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward
+from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward, exit_index
 from fedekd.early_exit.latency import Latency, measure_latency
-from fedekd.early_exit.policy import ExitPolicy, exit_index
+from fedekd.early_exit.policy import ExitPolicy
 
 __all__ = [
     "BUDGETS",

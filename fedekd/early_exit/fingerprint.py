@@ -1,8 +1,9 @@
-"""By what a network is known again: its weights, to the last bit."""
+"""Hash of a network's architecture and weights."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from functools import cache
 from hashlib import sha256
 from types import BuiltinFunctionType, FunctionType
@@ -12,13 +13,21 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fedekd.errors import UserError
+
 
 def network_fingerprint(network: nn.Module) -> str:
-    """SHA-256 (hex) of a network's parts and of its parameters and buffers, with their names, shapes and types.
+    """Hash the modules, parameters and buffers of a network with their names, shapes and dtypes.
 
-    The layout in memory and the device do not count. Parts are known by their class and by their plain settings: a
-    network of the same weights with another activation, or another number of attention heads, is another network.
-    Settings that a part does not keep under the name of its argument are not seen.
+    Memory layout and device do not matter. A module is identified by its class and its plain settings: the same weights
+    with another activation, or with another number of attention heads, give another fingerprint. Settings that a module
+    does not store under the name of the argument are not included.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        SHA-256 digest, 64 hexadecimal digits.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -30,7 +39,7 @@ def network_fingerprint(network: nn.Module) -> str:
     digest = sha256()
     for name, part in network.named_modules():
         digest.update(f"{name}:{type(part).__qualname__}:{part.extra_repr()}:{_settings(part)};".encode())
-    for name, tensor in (network.state_dict() | dict(network.named_buffers())).items():  # also those never saved
+    for name, tensor in (network.state_dict() | dict(network.named_buffers())).items():  # with non-persistent buffers
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
@@ -38,47 +47,85 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def _settings(part: nn.Module) -> str:
-    """What a part was made with, as far as it is plain and kept under its own name; not what it counts as it runs."""
+    """Constructor arguments that are plain and stored under their own name; state of the forward pass is excluded."""
     names = sorted(inspect.signature(type(part).__init__).parameters)
     values = {name: _plain(getattr(part, name, None)) for name in names if name != "self"}
     return str([(name, value) for name, value in values.items() if value is not None])
 
 
 def _plain(value: Any) -> Any:
-    """A setting that is alike in every process: a number, a text, a function's name, or a list of these; else None."""
+    """Value with the same text in every process: number, string, function name, or a list of these; else None."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, list | tuple):
-        parts = [_plain(each) for each in value]
-        return None if None in parts else parts
+        items = [_plain(item) for item in value]
+        return None if None in items else items
     return None
 
 
-class _Steps:
-    """Counts all steps of all optimizers: fused ones write to tensors behind the back of autograd's counter."""
+class FingerprintCheck:
+    """Compare networks with their expected fingerprints, hashing an unchanged network once.
+
+    A network is hashed again after one of its modules or tensors was replaced or written to in place, and after any
+    optimizer step in this process. In-place writes to `tensor.data` are not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._checked: dict[str, tuple[weakref.ref[nn.Module], tuple[int, ...]]] = {}
+
+    def __reduce__(self) -> tuple[type[FingerprintCheck], tuple[()]]:
+        """Pickle without the networks that were checked in this process."""
+        return FingerprintCheck, ()
+
+    def require(self, role: str, network: nn.Module, fingerprint: str) -> None:
+        """Raise an error if the network has another fingerprint.
+
+        Args:
+            role: `network` or `proxy`, for the error message.
+            network: The network to check.
+            fingerprint: The expected fingerprint; empty accepts any network.
+
+        Raises:
+            UserError: The fingerprints differ.
+        """
+        if not fingerprint:
+            return
+        state = _weights_state(network)
+        if role in self._checked:
+            checked, checked_state = self._checked[role]
+            if checked() is network and checked_state == state:
+                return
+        actual = network_fingerprint(network)
+        if actual != fingerprint:
+            raise UserError(
+                f"exit policy: expected the {role} {fingerprint[:12]} it was calibrated for, got {actual[:12]}."
+                f" The guarantee is about one {role} only; calibrate this one"
+            )
+        self._checked[role] = weakref.ref(network), state
+
+
+class _OptimizerSteps:
+    """Number of optimizer steps in this process: fused optimizers do not raise a tensor's version counter."""
 
     def __init__(self) -> None:
         self.count = 0
-        register_optimizer_step_post_hook(self._step)
+        register_optimizer_step_post_hook(self._increment)
 
-    def _step(self, *arguments: Any) -> None:
+    def _increment(self, *arguments: Any) -> None:
         self.count += 1
 
 
 @cache
-def _steps() -> _Steps:
-    return _Steps()
+def _optimizer_steps() -> _OptimizerSteps:
+    return _OptimizerSteps()
 
 
-def weights_state(network: nn.Module) -> tuple[int, ...]:
-    """What changes when a part is replaced, or a parameter or buffer; much cheaper than a fingerprint.
-
-    It also changes with any step of any optimizer. What is written to `tensor.data` in place goes past it.
-    """
-    # By hand, as this is done for every batch: parameters() and buffers() take five times as long.
-    state = [_steps().count]
+def _weights_state(network: nn.Module) -> tuple[int, ...]:
+    """Identities and version counters of all modules and tensors; much cheaper than a fingerprint."""
+    # Computed per batch: reading the dictionaries is 5 times as fast as parameters() and buffers().
+    state = [_optimizer_steps().count]
     for part in network.modules():
         state.append(id(part))
         for tensors in (part._parameters, part._buffers):

@@ -1,8 +1,7 @@
-"""What calibrated exits come to in a whole federation: client by client, and over many draws of calibration sets."""
+"""Empirical coverage of the exit guarantees in a finished federation, per client and pooled."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -10,7 +9,7 @@ from typing import Any
 
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.calibration.federated_validity import check_federated_validity
-from fedekd.early_exit.client_calibration import calibrate_client, costs_of, exits_of, split_outputs
+from fedekd.early_exit.client_calibration import calibrate_client, exit_network, image_costs, split_outputs
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.scoring import HELD_OUT, ExitOutputs
 from fedekd.errors import UserError
@@ -19,35 +18,38 @@ from fedekd.methods import Client
 
 @dataclass(frozen=True)
 class CoverageOptions:
-    """Which rules are tried on the exits of a finished federation.
+    """Calibration rules to evaluate on the clients of a finished federation.
 
     Args:
-        alphas: Error rates among those who leave, in (0, 1).
-        delta: Probability that a promise fails, in (0, 1).
-        modes: Rules: ltt, path, crc, released or empirical.
-        draws: Calibrations of each rule at each error rate, at least 1.
+        target_risks: Maximum error rates among the samples that take an exit, in (0, 1).
+        confidence: Probability that the guarantee of all exits holds, in (0, 1).
+        modes: Rules: ltt, ltt_joint, crc, safekd_code or empirical.
+        draws: Calibrations per rule and target risk, at least 1.
     """
 
-    alphas: list[float] = field(default_factory=lambda: [0.05])
-    delta: float = 0.1
+    target_risks: list[float] = field(default_factory=lambda: [0.05])
+    confidence: float = 0.9
     modes: list[str] = field(default_factory=lambda: ["ltt", "empirical"])
     draws: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("alphas", "modes"):
+        for name in ("target_risks", "modes"):
             if not getattr(self, name):
-                raise UserError(f"promises.{name} is empty; at least one is needed")
+                raise UserError(f"coverage.{name}: expected at least 1 entry, got an empty list")
         try:
             self.calibrators()
         except UserError as error:
-            told = re.sub("^(alpha|mode) is", r"\1s holds", str(error))
-            raise UserError(f"promises.{told}") from error
+            name, _, rest = str(error).partition(":")
+            plural = name if name == "confidence" else f"{name}s"
+            raise UserError(f"coverage.{plural}:{rest}") from error
         if self.draws < 1:
-            raise UserError(f"promises.draws is {self.draws}, and must be at least 1")
+            raise UserError(f"coverage.draws: expected at least 1, got {self.draws}")
 
     def calibrators(self) -> list[SelectiveRiskCalibrator]:
-        """Every rule at every error rate."""
-        return [SelectiveRiskCalibrator(alpha, self.delta, mode) for alpha in self.alphas for mode in self.modes]
+        """Create the calibrator of each target risk and rule."""
+        return [
+            SelectiveRiskCalibrator(risk, self.confidence, mode) for risk in self.target_risks for mode in self.modes
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,103 +57,105 @@ class ClientCoverage:
     """One client under one rule.
 
     Attributes:
-        line: Its own policy, from its own calibration split, on its test split.
-        own: Draws in which its own policy breaks the promise on its whole pool.
-        pooled: Draws in which a policy calibrated on all clients' samples breaks it there.
+        report: The client's own policy, calibrated on its calibration split, on its test split.
+        violations: Draws in which its own policy exceeds the target risk on its population.
+        pooled_violations: Draws in which the pooled policy exceeds it there.
     """
 
-    line: ClientExitReport
-    own: int
-    pooled: int
+    report: ClientExitReport
+    violations: int
+    pooled_violations: int
 
 
 @dataclass(frozen=True)
 class CoverageResult:
-    """One rule at one error rate, in a federation.
+    """One rule at one target risk in one federation.
 
     Attributes:
-        alpha: The error rate asked for.
-        delta: Probability that a promise may fail.
-        mode: The rule.
-        draws: How many were made.
-        together: Draws in which the pooled policy breaks its promise on the samples of all clients together.
-        clients: By number.
+        target_risk: Maximum error rate of each exit.
+        confidence: Probability with which the guarantee holds.
+        mode: Calibration rule.
+        draws: Number of calibrations.
+        union_violations: Draws in which the pooled policy exceeds the target risk on the union of all populations.
+        clients: Results per client, in order.
     """
 
-    alpha: float
-    delta: float
+    target_risk: float
+    confidence: float
     mode: str
     draws: int
-    together: int
+    union_violations: int
     clients: tuple[ClientCoverage, ...]
 
     @property
-    def own_share(self) -> float:
-        """Of all clients and draws, those in which a client's own policy breaks its promise."""
-        return fmean(client.own for client in self.clients) / self.draws
+    def violation_rate(self) -> float:
+        """Fraction of clients and draws in which a client's own policy violates the guarantee."""
+        return fmean(client.violations for client in self.clients) / self.draws
 
     @property
-    def pooled_share(self) -> float:
-        """Of all clients and draws, those in which the pooled policy does on a client's pool."""
-        return fmean(client.pooled for client in self.clients) / self.draws
+    def pooled_violation_rate(self) -> float:
+        """Fraction of clients and draws in which the pooled policy exceeds the target risk for a client."""
+        return fmean(client.pooled_violations for client in self.clients) / self.draws
 
     def as_values(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to values that JSON can represent."""
         return asdict(self)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> CoverageResult:
-        """What `as_values` gave."""
-        clients = tuple(ClientCoverage(ClientExitReport(**c["line"]), c["own"], c["pooled"]) for c in values["clients"])
+        """Restore the result of `as_values`."""
+        clients = tuple(
+            ClientCoverage(**{**client, "report": ClientExitReport(**client["report"])}) for client in values["clients"]
+        )
         return cls(**{**values, "clients": clients})
 
 
-def federation_promises(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:
-    """Calibrate all clients of a finished federation by every rule at every error rate.
+def federation_coverage(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:
+    """Calibrate all clients of a finished federation with each rule at each target risk.
 
-    A client's pool is all that training has not touched, its test split included.
+    The population of a client is all its samples that training does not use, its test split included.
 
     Args:
-        clients: With exits, as many each.
-        options: Rules, error rates and draws.
-        seed: Of the draws.
+        clients: Clients whose networks have the same number of exits.
+        options: Rules, target risks and number of draws.
+        seed: Seed of the draws.
 
     Returns:
-        By error rate and rule; nothing if a client's network has diverged, and there is nothing to be calibrated.
+        Results by target risk and rule; empty if the outputs of a network are not finite.
 
     Raises:
-        UserError: If there is no client, one has no exits or another number of them, or lacks samples.
+        UserError: There are no clients, or a client has no exits, another number of exits, or too few samples.
     """
     if not clients:
-        raise UserError("there are no clients; at least 1 is needed")
+        raise UserError("clients: expected at least 1, got 0")
     outputs = [{split: split_outputs(client, split) for split in HELD_OUT} for client in clients]
-    joined = [ExitOutputs.joined(list(of_client.values())) for of_client in outputs]
-    if not all(bool(each.logits.isfinite().all()) for each in joined):
+    joined = [ExitOutputs.concatenate(list(splits.values())) for splits in outputs]
+    if not all(bool(part.logits.isfinite().all()) for part in joined):
         return []
-    pools = [each.scored() for each in joined]
-    costs = costs_of(exits_of(clients[0]), clients[0].images)
+    populations = [part.to_scores() for part in joined]
+    costs = image_costs(exit_network(clients[0]), clients[0].images)
 
-    found = []
+    results = []
     for calibrator in options.calibrators():
-        lines = [client_exit_report(client, calibrate_client(client, calibrator)) for client in clients]
+        reports = [client_exit_report(client, calibrate_client(client, calibrator)) for client in clients]
         validity = check_federated_validity(
-            pools,
+            populations,
             calibrator,
-            [len(of_client["calibration"]) for of_client in outputs],
-            [len(of_client["tuning"]) for of_client in outputs],
+            [len(splits["calibration"]) for splits in outputs],
+            [len(splits["tuning"]) for splits in outputs],
             options.draws,
             seed,
             costs.shares,
         )
-        counts = zip(lines, validity.own_violations, validity.pooled_violations, strict=True)
-        found.append(
+        counts = zip(reports, validity.client_violations, validity.pooled_violations, strict=True)
+        results.append(
             CoverageResult(
-                calibrator.alpha,
-                calibrator.delta,
+                calibrator.target_risk,
+                calibrator.confidence,
                 calibrator.mode,
                 validity.draws,
-                validity.together_violations,
-                tuple(ClientCoverage(*each) for each in counts),
+                validity.union_violations,
+                tuple(ClientCoverage(*values) for values in counts),
             )
         )
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""Inference that really skips: whoever has left is taken out of the batch, and the rest go on."""
+"""Early-exit inference: samples that have exited are removed from the batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +18,58 @@ from fedekd.models.modes import eval_mode
 
 
 class EarlyExitOutput(NamedTuple):
-    """How B images left a network of E exits.
+    """Predictions of a network with E exits for B samples.
 
     Attributes:
-        logits: Of the exit at which each left, (B, C).
-        exits: That exit, 0..E-1, int64, (B,).
-        scores: Its confidence there, (B,).
+        logits: Logits of the exit that each sample took, shape (B, C).
+        exits: Index of that exit, 0..E-1, int64, shape (B,).
+        scores: Confidence at that exit, float64, shape (B,).
     """
 
     logits: Tensor
     exits: Tensor
     scores: Tensor
+
+
+def exit_index(
+    scores: npt.NDArray[np.float64], thresholds: Sequence[float], search_bounds: Sequence[float]
+) -> npt.NDArray[np.int64]:
+    """Assign samples to exits from the scores of all exits.
+
+    A sample takes the first exit whose threshold its score reaches. A sample that reaches the search bound of an exit
+    but not its threshold takes the last exit: the guarantee of the exits in between covers samples below the bound
+    only. `early_exit_forward` makes the same decisions without computing all scores.
+
+    Args:
+        scores: Confidence at each exit, shape (n, E); NaN reaches no threshold.
+        thresholds: Threshold of each exit, shape (E,); the last is -inf, and inf closes an exit.
+        search_bounds: Search bound of each exit, at most its threshold, shape (E,).
+
+    Returns:
+        Indices of exits, 0..E-1, shape (n,).
+    """
+    samples, num_exits = scores.shape
+    exits = np.full(samples, num_exits - 1)
+    eligible = np.ones(samples, dtype=bool)
+    for exit_, (threshold, search_bound) in enumerate(zip(thresholds[:-1], search_bounds[:-1], strict=True)):
+        if search_bound == math.inf:  # the head is not evaluated, so a NaN score has no effect
+            continue
+        exits[eligible & (scores[:, exit_] >= threshold)] = exit_
+        eligible &= scores[:, exit_] < search_bound
+    return exits
+
+
+def evaluated_exits(thresholds: Sequence[float], search_bounds: Sequence[float]) -> tuple[bool, ...]:
+    """Determine which exits' heads are evaluated.
+
+    A head is evaluated if its exit is open, or if its search bound is finite and a later exit is open. The last head
+    always is.
+    """
+    is_open = [threshold < math.inf for threshold in thresholds[:-1]]
+    return *(
+        is_open[exit_] or (search_bound < math.inf and any(is_open[exit_ + 1 :]))
+        for exit_, search_bound in enumerate(search_bounds[:-1])
+    ), True
 
 
 @torch.no_grad()
@@ -39,26 +82,25 @@ def early_exit_forward(
     proxy: nn.Module | None = None,
     gamma: float = 1.0,
 ) -> EarlyExitOutput:
-    """Run images through a network until each may leave.
+    """Run a batch through a network, removing each sample at its exit.
 
-    The outcome is that of `exit_index` on the scores of all exits, but nothing is computed for images that have
-    left, and no head for exits at which nobody may. The network is run in evaluation mode (BatchNorm's statistics
-    must not depend on who is left), and is then as it was.
+    Exits equal those of `exit_index` on the scores of all exits; deeper stages and the heads of closed exits are not
+    computed. The network runs in evaluation mode (statistics of BatchNorm must not depend on the samples that remain),
+    and its previous mode is restored.
 
     Args:
-        network: E exits.
+        network: Network with E exits.
         x: Images, shape (B, C, H, W), on the network's device.
-        thresholds: Of each exit; the last one's counts as -inf.
-        search_bounds: Of each exit, at most its threshold (default: the thresholds). A sample whose score lies
-            between bound and threshold exits at the last exit.
-        score: A name of `fedekd.functional.SCORES`.
-        proxy: For the score `agreement`, the network whose second opinion it is; asked of all images, unless no exit
-            before the last is open.
-        gamma: Of `agreement`.
+        thresholds: Threshold of each exit, shape (E,); the last is treated as -inf.
+        search_bounds: Search bound of each exit, at most its threshold (default: the thresholds). A sample whose score
+            lies between bound and threshold takes the last exit.
+        score: A key of `fedekd.functional.SCORES`.
+        proxy: Second network for the score `agreement`; it processes all images, unless all early exits are closed.
+        gamma: Weight of the disagreement in the score `agreement`.
 
     Raises:
-        UserError: The score is not known or lacks its proxy, or the number of thresholds or bands is not that of the
-            exits.
+        UserError: The score is unknown or its proxy is missing, or the number of thresholds or search bounds differs
+            from the number of exits.
 
     Example:
         >>> from torch import nn
@@ -67,42 +109,30 @@ def early_exit_forward(
         tensor([0, 0, 0])
     """
     if score not in SCORES:
-        raise UserError(f"score is {score!r}, which is not known; {nearest(score, SCORES)}")
+        raise UserError(f"score: expected one of {', '.join(SCORES)}, got {score!r}; {nearest(score, SCORES)}")
     if score == AGREEMENT and proxy is None:
-        raise UserError("score 'agreement' needs the proxy, whose second opinion it is")
+        raise UserError("proxy: expected a network for the score 'agreement', got None")
     search_bounds = thresholds if search_bounds is None else search_bounds
     if not len(thresholds) == len(search_bounds) == network.num_exits:
         raise UserError(
-            f"{len(thresholds)} thresholds and {len(search_bounds)} bands were given, and the network has"
-            f" {network.num_exits} exits"
+            f"thresholds and search_bounds: expected {network.num_exits} of each, one per exit of the network, got"
+            f" {len(thresholds)} and {len(search_bounds)}"
         )
-    opinion = None
+    proxy_logits = None
     if score == AGREEMENT and proxy is not None and any(evaluated_exits(thresholds, search_bounds)[:-1]):
         with eval_mode(proxy):
-            opinion = proxy(x)
+            proxy_logits = proxy(x)
 
-    def confidence(logits: Tensor, places: Tensor) -> Tensor:
-        if score == AGREEMENT and opinion is None:  # no image may leave early: nobody's agreement is asked for
+    def confidence(logits: Tensor, rows: Tensor) -> Tensor:
+        if score == AGREEMENT and proxy_logits is None:  # all early exits are closed: the proxy is not evaluated
             return CONFIDENCES["max_softmax"](logits)
-        return score_exit(score, logits, None if opinion is None else opinion[places], gamma)
+        return score_exit(score, logits, None if proxy_logits is None else proxy_logits[rows], gamma)
 
     with eval_mode(network):
-        return _run(network, x, thresholds, search_bounds, confidence)
+        return _forward(network, x, thresholds, search_bounds, confidence)
 
 
-def evaluated_exits(thresholds: Sequence[float], search_bounds: Sequence[float]) -> tuple[bool, ...]:
-    """Which exits' heads are computed: those that let somebody leave, or whose band keeps somebody from doing so.
-
-    A band counts only where a later exit is open. The last exit's always is.
-    """
-    open_ = [threshold < math.inf for threshold in thresholds[:-1]]
-    return *(
-        is_open or (search_bound < math.inf and any(open_[place + 1 :]))
-        for place, (is_open, search_bound) in enumerate(zip(open_, search_bounds[:-1], strict=True))
-    ), True
-
-
-def _run(
+def _forward(
     network: MultiExitNetwork,
     x: Tensor,
     thresholds: Sequence[float],
@@ -111,62 +141,61 @@ def _run(
 ) -> EarlyExitOutput:
     evaluated = evaluated_exits(thresholds, search_bounds)
     last = network.num_exits - 1
-    staying = torch.arange(len(x), device=x.device)  # places in the batch of those who are still in the network
-    eligible: Tensor | None = None  # of those: who may leave before the last exit; None is all of them
-    found: list[tuple[Tensor, EarlyExitOutput]] = []
+    remaining = torch.arange(len(x), device=x.device)  # batch rows of the samples in x
+    eligible: Tensor | None = None  # mask over x: samples that may still exit early; None stands for all
+    parts: list[tuple[Tensor, EarlyExitOutput]] = []
 
-    def predict_with_exits(places: Tensor, logits: Tensor, scores: Tensor, exit_: int) -> None:
-        exits = torch.full_like(places, exit_)
-        found.append((places, EarlyExitOutput(logits, exits, scores.double())))
+    def emit(rows: Tensor, logits: Tensor, scores: Tensor, exit_: int) -> None:
+        parts.append((rows, EarlyExitOutput(logits, torch.full_like(rows, exit_), scores.double())))
 
     for exit_, (stage, head) in enumerate(zip(network.stages, network.heads, strict=True)):
         x = stage(x)
         if exit_ == last:
             logits = head(x)
-            predict_with_exits(staying, logits, confidence(logits, staying), exit_)
+            emit(remaining, logits, confidence(logits, remaining), exit_)
             break
         threshold, search_bound = thresholds[exit_], search_bounds[exit_]
         if not evaluated[exit_] or (eligible is not None and not eligible.any()):
             continue
         logits = head(x if eligible is None else x[eligible])
-        places = staying if eligible is None else staying[eligible]
-        scores = confidence(logits, places).double()  # thresholds are doubles: float32(0.9) is not 0.9
-        leaves, go_on = scores >= threshold, scores < search_bound
-        leaving, eligible_after = int(leaves.sum()), int(go_on.sum())
-        if eligible is None and leaving == len(x):
-            predict_with_exits(staying, logits, scores, exit_)
+        rows = remaining if eligible is None else remaining[eligible]
+        scores = confidence(logits, rows).double()  # thresholds are float64: float32(0.9) is not 0.9
+        exits_here, goes_on = scores >= threshold, scores < search_bound
+        num_exits_here, num_goes_on = int(exits_here.sum()), int(goes_on.sum())
+        if eligible is None and num_exits_here == len(x):
+            emit(remaining, logits, scores, exit_)
             break
-        if eligible is None and leaving + eligible_after == len(x):
-            # The common case, of no band: who does not leave may leave later.
-            if leaving:
-                predict_with_exits(staying[leaves], logits[leaves], scores[leaves], exit_)
-                staying, x = staying[go_on], _rows(x, go_on)
+        if eligible is None and num_exits_here + num_goes_on == len(x):
+            # Common case, without samples between bound and threshold: the others remain eligible.
+            if num_exits_here:
+                emit(remaining[exits_here], logits[exits_here], scores[exits_here], exit_)
+                remaining, x = remaining[goes_on], _select(x, goes_on)
             continue
-        asked = torch.arange(len(x), device=x.device) if eligible is None else eligible.nonzero().squeeze(1)
-        if leaving:
-            predict_with_exits(staying[asked[leaves]], logits[leaves], scores[leaves], exit_)
+        positions = torch.arange(len(x), device=x.device) if eligible is None else eligible.nonzero().squeeze(1)
+        if num_exits_here:
+            emit(remaining[positions[exits_here]], logits[exits_here], scores[exits_here], exit_)
         eligible = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        eligible[asked] = go_on
-        if leaving:
+        eligible[positions] = goes_on
+        if num_exits_here:
             stays = torch.ones_like(eligible)
-            stays[asked[leaves]] = False
-            staying, eligible, x = staying[stays], eligible[stays], _rows(x, stays)
-            if not len(staying):
+            stays[positions[exits_here]] = False
+            remaining, eligible, x = remaining[stays], eligible[stays], _select(x, stays)
+            if not len(remaining):
                 break
-    return _in_order(found)
+    return _in_batch_order(parts)
 
 
-def _in_order(found: list[tuple[Tensor, EarlyExitOutput]]) -> EarlyExitOutput:
-    """Those who left, exit by exit, as they stood in the batch."""
-    if len(found) == 1:
-        return found[0][1]
-    order = torch.cat([places for places, _ in found]).argsort()
-    logits, exits, scores = (torch.cat(parts)[order] for parts in zip(*(part for _, part in found), strict=True))
+def _in_batch_order(parts: list[tuple[Tensor, EarlyExitOutput]]) -> EarlyExitOutput:
+    """Concatenate the outputs of all exits in the order of the batch."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    logits, exits, scores = (torch.cat(each)[order] for each in zip(*(output for _, output in parts), strict=True))
     return EarlyExitOutput(logits, exits, scores)
 
 
-def _rows(x: Tensor, chosen: Tensor) -> Tensor:
-    """Some rows, in the memory format of all."""
+def _select(x: Tensor, mask: Tensor) -> Tensor:
+    """Select rows and keep the memory format."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x[chosen].contiguous(memory_format=torch.channels_last)
-    return x[chosen]
+        return x[mask].contiguous(memory_format=torch.channels_last)
+    return x[mask]

@@ -1,4 +1,4 @@
-"""How long inference takes, with and without leaving early."""
+"""Latency of inference with and without early exits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BATCH_SIZES = (1, 32, 256)
 
 @dataclass(frozen=True)
 class Latency:
-    """Measured on one machine in one run: compare within it.
+    """Times measured on one machine in one run; not comparable between runs.
 
     Attributes:
-        batch_size: Images at a time.
-        full: Milliseconds an image through the whole network, the last head alone; the mean.
-        early: The same with images leaving early.
-        ratio: early / full, of the same images.
-        error: Its standard error, over batches.
+        batch_size: Images per forward pass.
+        full: Mean milliseconds per image through the whole network with the last head only.
+        early: Mean milliseconds per image with early exits.
+        ratio: early / full, on the same images.
+        error: Standard error of the ratio, over batches.
     """
 
     batch_size: int
@@ -45,51 +45,50 @@ def measure_latency(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     batches: int = 20,
 ) -> list[Latency]:
-    """Time a network with and without its policy, batch by batch in turn, so that a busy machine slows both alike.
+    """Measure a network with and without its policy, alternating per batch to cancel the load of the machine.
 
-    Means, not medians: of single images some take a tenth of the time and some all of it, and a median would tell only
-    whether half of them leave early.
+    Reports means, not medians: with single images some take a tenth of the time and others all of it, so the median
+    would only show whether more than half exit early.
 
     Args:
-        network: The network that was calibrated.
+        network: The calibrated network.
         policy: Its policy.
-        images: What is classified, shape (N, C, H, W), on the network's device; taken in order, over and over, so give
-            them in a random one.
-        batch_sizes: Images at a time.
-        batches: How many batches of each size, at least 2; of single images twenty times as many.
+        images: Images, shape (N, C, H, W), on the network's device, in random order; used cyclically.
+        batch_sizes: Images per forward pass.
+        batches: Number of batches per batch size, at least 2; 20 times as many for single images.
 
     Returns:
-        One entry a batch size.
+        One entry per batch size.
 
     Raises:
-        UserError: If the policy is of another network.
+        UserError: The policy was calibrated for another network.
     """
     policy.require(network)
-    found = []
+    results = []
     with eval_mode(network):
         for size in batch_sizes:
             pairs = []
-            for number in range(-2, batches if size > 1 else 20 * batches):  # two to warm up
-                places = (torch.arange(size) + max(number, 0) * size) % len(images)
-                x = images[places.to(images.device)]
+            for number in range(-2, batches if size > 1 else 20 * batches):  # two batches for warm-up
+                indices = (torch.arange(size) + max(number, 0) * size) % len(images)
+                x = images[indices.to(images.device)]
                 full = _seconds(lambda x=x: network.head(network.features(x)), x.device)  # type: ignore[misc]
                 early = _seconds(lambda x=x: policy.predict_with_exits(network, x), x.device)  # type: ignore[misc]
                 if number >= 0:
                     pairs.append((full, early))
             full, early = (statistics.fmean(times) for times in zip(*pairs, strict=True))
             ratio = early / full
-            # Of a ratio of means, to first order.
-            spread = statistics.stdev(left - ratio * whole for whole, left in pairs)
-            error = spread / full / math.sqrt(len(pairs))
-            found.append(Latency(size, 1000 * full / size, 1000 * early / size, ratio, error))
-    return found
+            # Standard error of a ratio of means, to first order.
+            deviation = statistics.stdev(with_exits - ratio * without for without, with_exits in pairs)
+            error = deviation / full / math.sqrt(len(pairs))
+            results.append(Latency(size, 1000 * full / size, 1000 * early / size, ratio, error))
+    return results
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -1,9 +1,10 @@
-"""Where the promise ends: the same policy on images that have changed, and one calibrated on such images."""
+"""Evaluation under distribution shift (image corruptions)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,68 +13,64 @@ from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import fit_policy
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_metrics import PolicyMetrics, evaluate_policy
-from fedekd.early_exit.scoring import ExitOutputs, exit_outputs
+from fedekd.early_exit.scoring import exit_outputs
 from fedekd.models import ExitCosts, MultiExitNetwork
 
 
-@dataclass(frozen=True)
-class Corrupted:
-    """A network and its policy on corrupted images.
+class LabelledImages(NamedTuple):
+    """Images with their classes.
 
     Attributes:
-        corruption: Its name.
-        level: 1..5.
-        kept: With the policy that was calibrated on clean images; its promise says nothing here.
-        recalibrated: With a policy calibrated on images corrupted alike.
-    """
-
-    corruption: str
-    level: int
-    kept: PolicyMetrics
-    recalibrated: PolicyMetrics
-
-
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    """Some images and their classes.
-
-    Attributes:
-        images: Pixels 0..255, uint8, (n, C, H, W).
-        labels: Classes, (n,).
+        images: Pixels 0..255, uint8, shape (n, C, H, W).
+        labels: Class indices, shape (n,).
     """
 
     images: Tensor
     labels: Tensor
 
 
-def under_corruption(
+@dataclass(frozen=True)
+class CorruptionResult:
+    """A network and its policy under one corruption.
+
+    Attributes:
+        corruption: Name of the corruption.
+        severity: Severity, 1..5.
+        original: The policy calibrated on clean images; its guarantee does not apply here.
+        recalibrated: A policy calibrated on images with the same corruption.
+    """
+
+    corruption: str
+    severity: int
+    original: PolicyMetrics
+    recalibrated: PolicyMetrics
+
+
+def evaluate_corruptions(
     network: MultiExitNetwork,
     policy: ExitPolicy,
     costs: ExitCosts,
-    tuning: Labelled,
-    calibration: Labelled,
-    test: Labelled,
-) -> Iterator[Corrupted]:
-    """Each corruption at each level, one at a time; the three kinds of images are corrupted independently.
+    tuning: LabelledImages,
+    calibration: LabelledImages,
+    test: LabelledImages,
+) -> Iterator[CorruptionResult]:
+    """Evaluate a policy under each corruption at each severity; the three sets are corrupted independently.
 
     Args:
-        network: The network that was calibrated.
-        policy: Its policy, of clean images; one that asks no proxy.
-        costs: Of the network.
-        tuning: Clean images, to be corrupted, on which the order of the tests is decided.
-        calibration: And those on which the tests are made.
-        test: And those that are judged.
+        network: The calibrated network.
+        policy: Its policy, calibrated on clean images with a score that needs no proxy.
+        costs: Costs of the network.
+        tuning: Clean images on which, after corruption, the sequence of tests is fixed.
+        calibration: Clean images on which, after corruption, the tests are made.
+        test: Clean images on which, after corruption, both policies are evaluated.
     """
-    calibrator = SelectiveRiskCalibrator(policy.alpha, policy.delta, policy.mode)
+    calibrator = SelectiveRiskCalibrator(policy.target_risk, policy.confidence, policy.mode)
     for name in CORRUPTIONS:
-        for level in LEVELS:
-            tuned, calibrated, judged = (
-                _outputs(network, part, name, level, seed=place)
-                for place, part in enumerate((tuning, calibration, test))
+        for severity in LEVELS:
+            tuned, calibrated, tested = (
+                exit_outputs(network, corrupt(part.images, name, severity, seed), part.labels)
+                for seed, part in enumerate((tuning, calibration, test))
             )
-            again = fit_policy(calibrator, network, costs, tuned, calibrated, policy.score, policy.gamma)
-            yield Corrupted(name, level, evaluate_policy(policy, judged, costs), evaluate_policy(again, judged, costs))
-
-
-def _outputs(network: MultiExitNetwork, part: Labelled, name: str, level: int, seed: int) -> ExitOutputs:
-    return exit_outputs(network, corrupt(part.images, name, level, seed), part.labels)
+            recalibrated = fit_policy(calibrator, network, costs, tuned, calibrated, policy.score, policy.gamma)
+            results = (evaluate_policy(each, tested, costs) for each in (policy, recalibrated))
+            yield CorruptionResult(name, severity, *results)

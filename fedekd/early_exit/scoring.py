@@ -1,4 +1,4 @@
-"""What a network with exits says of images, once for everything that is asked of it later."""
+"""Outputs of all exits on a set of images, and their confidence scores."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fedekd.functional import AGREEMENT, SCORES, score_exit, upcast_to_float32
 from fedekd.models import MultiExitNetwork
 from fedekd.models.modes import eval_mode
 
-#: The splits that training has not touched.
+#: Splits that training does not use.
 HELD_OUT = ("tuning", "calibration", "holdout", "test")
 
-#: Images at a time; changes no score but in its last bits.
+#: Images per forward pass; affects the last bits of scores only.
 BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, eq=False)
 class ExitOutputs:
-    """All exits' answers to n images.
+    """Logits of all E exits for n images.
 
     Attributes:
-        logits: Shape (n, E, C), on the CPU, in at least float32.
-        labels: Classes, int64, (n,).
-        proxy: What a proxy says of the same images, (n, C), where there is one.
+        logits: Shape (n, E, C), on the CPU, at least float32.
+        labels: Class indices, int64, shape (n,).
+        proxy: Logits of a proxy for the same images, shape (n, C), or None.
     """
 
     logits: Tensor
@@ -41,22 +41,22 @@ class ExitOutputs:
 
     @property
     def num_exits(self) -> int:
-        """E, the last exit included."""
+        """Number of exits E, the last included."""
         return self.logits.shape[1]
 
     @property
     def correct(self) -> Tensor:
-        """Whether each exit is right, bool, (n, E)."""
+        """Whether the prediction of each exit is correct, bool, shape (n, E)."""
         return self.logits.argmax(dim=2) == self.labels[:, None]
 
     @property
     def accuracies(self) -> list[float]:
-        """Of each exit, over all images."""
+        """Accuracy of each exit over all images."""
         return self.correct.double().mean(dim=0).tolist()
 
     @classmethod
-    def joined(cls, parts: Sequence[ExitOutputs]) -> ExitOutputs:
-        """Those of several splits, in order."""
+    def concatenate(cls, parts: Sequence[ExitOutputs]) -> ExitOutputs:
+        """Concatenate outputs in order; proxy logits only if each part has them."""
         proxies = [part.proxy for part in parts if part.proxy is not None]
         return cls(
             torch.cat([part.logits for part in parts]),
@@ -64,30 +64,31 @@ class ExitOutputs:
             torch.cat(proxies) if len(proxies) == len(parts) else None,
         )
 
-    def take(self, places: Tensor) -> ExitOutputs:
-        """Some of the images, by index or by mask."""
-        proxy = None if self.proxy is None else self.proxy[places]
-        return ExitOutputs(self.logits[places], self.labels[places], proxy)
+    def take(self, indices: Tensor) -> ExitOutputs:
+        """Select images by index or by mask."""
+        proxy = None if self.proxy is None else self.proxy[indices]
+        return ExitOutputs(self.logits[indices], self.labels[indices], proxy)
 
-    def scored(self, score: str = "max_softmax", gamma: float = 1.0) -> ExitScores:
-        """As calibration wants them.
+    def to_scores(self, score: str = "max_softmax", gamma: float = 1.0) -> ExitScores:
+        """Compute the confidence score of each exit.
 
         Args:
-            score: A name of `fedekd.functional.SCORES`.
-            gamma: Of `agreement`.
+            score: A key of `fedekd.functional.SCORES`.
+            gamma: Weight of the disagreement in the score `agreement`.
 
         Raises:
-            UserError: If the score is not known or lacks its proxy, or the network has diverged.
+            UserError: The score is unknown or its proxy is missing, or scores are not finite.
         """
         if score not in SCORES:
-            raise UserError(f"score is {score!r}, which is not known; {nearest(score, SCORES)}")
+            raise UserError(f"score: expected one of {', '.join(SCORES)}, got {score!r}; {nearest(score, SCORES)}")
         if score == AGREEMENT and self.proxy is None:
-            raise UserError("score 'agreement' needs a proxy, and this client has none; train with --method FedeKD")
-        each = [score_exit(score, logits, self.proxy, gamma) for logits in self.logits.unbind(1)]
-        scores = torch.stack(each, dim=1)
+            raise UserError(
+                "score: expected a score that needs no proxy, got 'agreement'. Train with --method FedeKD to have one"
+            )
+        scores = torch.stack([score_exit(score, logits, self.proxy, gamma) for logits in self.logits.unbind(1)], dim=1)
         labels = self.labels[:, None, None].expand(-1, self.num_exits, 1)
         true_class = self.logits.softmax(dim=2).gather(2, labels).squeeze(2)
-        return ExitScores.checked(scores, self.correct, true_class)
+        return ExitScores.from_arrays(scores, self.correct, true_class)
 
 
 @torch.no_grad()
@@ -98,34 +99,34 @@ def exit_outputs(
     batch_size: int = BATCH_SIZE,
     proxy: nn.Module | None = None,
 ) -> ExitOutputs:
-    """Run images through the whole network, all exits evaluated, in the precision of its weights.
+    """Run images through all exits in the precision of the network's weights.
 
-    No autocast: a policy that is calibrated on these scores must find the same ones later, on another machine but for
-    round-off (a GPU's TF32 included): a score on the very threshold may fall to either side.
+    Without autocast, so that a policy calibrated on these scores finds the same scores at deployment up to round-off
+    (TF32 on a GPU included); a score equal to the threshold may fall on either side.
 
     Args:
-        network: E exits.
+        network: Network with E exits.
         images: Pixels 0..255, uint8, shape (n, C, H, W), on any device.
-        labels: Classes, (n,).
-        batch_size: Images at a time.
-        proxy: A network that gives a second opinion, if any.
+        labels: Class indices, shape (n,).
+        batch_size: Images per forward pass.
+        proxy: Second network for the score `agreement`.
     """
-    parts, opinions = [], []
+    batches = torch.split(images, batch_size)
     with eval_mode(network):
-        for chosen in torch.split(images, batch_size):
-            outputs = network(prepared(network, chosen))
-            parts.append(torch.stack([upcast_to_float32(output).cpu() for output in outputs], dim=1))
+        logits = [
+            torch.stack([upcast_to_float32(output).cpu() for output in network(network_input(network, batch))], dim=1)
+            for batch in batches
+        ]
+    proxy_logits = None
     if proxy is not None:
         with eval_mode(proxy):
-            opinions = [
-                upcast_to_float32(proxy(prepared(proxy, each))).cpu() for each in torch.split(images, batch_size)
-            ]
-    opinion = torch.cat(opinions) if opinions else None
-    return ExitOutputs(torch.cat(parts), labels.cpu().to(torch.int64), opinion)
+            parts = [upcast_to_float32(proxy(network_input(proxy, batch))).cpu() for batch in batches]
+        proxy_logits = torch.cat(parts)
+    return ExitOutputs(torch.cat(logits), labels.cpu().to(torch.int64), proxy_logits)
 
 
-def prepared(network: nn.Module, images: Tensor) -> Tensor:
-    """Pixels 0..255 as the network takes them: scaled, on its device, in its precision and channels last."""
+def network_input(network: nn.Module, images: Tensor) -> Tensor:
+    """Scale pixels 0..255 to [-1, 1], on the network's device, in its dtype and channels last."""
     like = next(network.parameters())
     x = scale(images.to(like.device)).to(like.dtype)
     return x.contiguous(memory_format=torch.channels_last)

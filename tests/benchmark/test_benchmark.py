@@ -179,7 +179,7 @@ def test_finished_cells_of_another_precision_are_told(
         ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta is -1"),
         ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds is 0"),
         (
-            "{methods: {T: {class_path: FedType}}, options: {client.exits: 2}, promises: {draws: 1}}",
+            "{methods: {T: {class_path: FedType}}, options: {client.exits: 2}, coverage: {draws: 1}}",
             "digits alpha 5 T: promises are made on validation samples, and the method learns from these",
         ),
     ],

@@ -27,7 +27,7 @@ from fedekd.benchmark.promises import (
 )
 from fedekd.benchmark.report import make_report
 from fedekd.benchmark.report_files import write_report
-from fedekd.benchmark.results import COLUMNS, PROMISES, Row, to_row
+from fedekd.benchmark.results import COLUMNS, COVERAGE, Row, to_row
 from fedekd.benchmark.worker import run_cell
 from fedekd.cli.benchmark import benchmark_parser
 from fedekd.configuration.options import parse
@@ -37,7 +37,7 @@ from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RunFolder
 
 METHOD = {"FedeKD": {"class_path": "FedeKD"}}
-OPTIONS = CoverageOptions(alphas=[0.1, 0.3], delta=0.2, modes=["ltt", "empirical"], draws=5)
+OPTIONS = CoverageOptions(target_risks=[0.1, 0.3], confidence=0.8, modes=["ltt", "empirical"], draws=5)
 SMALL = {
     **{"client.exits": 3, "client.local_epochs": 3, "data.num_clients": 3, "data.batch_size": 32, "rounds": 1},
     "client.private_model": {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.25}},
@@ -64,8 +64,8 @@ def client(
 
 
 def ltt(*clients: ClientCoverage, together: int = 0, **values: Any) -> CoverageResult:
-    rule = {"alpha": 0.05, "delta": 0.1, "mode": "ltt", "draws": 20, **values}
-    return CoverageResult(**rule, together=together, clients=clients)
+    rule = {"target_risk": 0.05, "confidence": 0.9, "mode": "ltt", "draws": 20, **values}
+    return CoverageResult(**rule, union_violations=together, clients=clients)
 
 
 def empirical(*clients: ClientCoverage, **values: Any) -> CoverageResult:
@@ -127,15 +127,15 @@ def table() -> PromiseTable:
 def test_the_column_survives_a_file_byte_for_byte(tmp_path: Path) -> None:
     promises = [ltt(client(1, 0.1 + 0.2, 1 / 3), client(0, 0.0, 1e-17, number=1)), empirical(client(2, -0.0, 1.0))]
     own = [row("gate, all on", 0, *promises), row("FedAvg", 0)]
-    assert list(own[0]) == [*COLUMNS, PROMISES]
+    assert list(own[0]) == [*COLUMNS, COVERAGE]
     assert list(own[1]) == list(COLUMNS)
-    assert [CoverageResult.from_values(values) for values in json.loads(own[0][PROMISES])] == promises
+    assert [CoverageResult.from_values(values) for values in json.loads(own[0][COVERAGE])] == promises
     write_results(tmp_path, own)
     content = (tmp_path / "digits.csv").read_bytes()
-    assert content.decode().splitlines()[0].split(",") == [*COLUMNS, PROMISES]
+    assert content.decode().splitlines()[0].split(",") == [*COLUMNS, COVERAGE]
     back = read_results(tmp_path)
     assert back[own[0]["key"]] == own[0]
-    assert back[own[1]["key"]] == {**own[1], PROMISES: ""}
+    assert back[own[1]["key"]] == {**own[1], COVERAGE: ""}
     write_results(tmp_path, back.values())
     assert (tmp_path / "digits.csv").read_bytes() == content
 
@@ -143,51 +143,51 @@ def test_the_column_survives_a_file_byte_for_byte(tmp_path: Path) -> None:
 def test_the_column_is_not_there_where_no_row_has_it(tmp_path: Path) -> None:
     own = [row("FedAvg", 0), row("FedAvg", 0, GATE_ALL_ON[0], dataset="retinamnist")]
     write_results(tmp_path, own)
-    assert PROMISES not in (tmp_path / "digits.csv").read_text()
-    assert PROMISES in (tmp_path / "retinamnist.csv").read_text().splitlines()[0]
+    assert COVERAGE not in (tmp_path / "digits.csv").read_text()
+    assert COVERAGE in (tmp_path / "retinamnist.csv").read_text().splitlines()[0]
 
 
 def cell_of(promises: Any = None, **more: Any) -> Cell:
-    [found] = cells([Block(["digits"], [0.5], [0], METHOD, **more, promises=promises)])
+    [found] = cells([Block(["digits"], [0.5], [0], METHOD, **more, coverage=promises)])
     return found
 
 
 def test_promises_decide_the_key_of_a_cell_that_has_them() -> None:
     plain = cell_of()
     assert plain.key == plain.configuration == "dfb176aa3bfda35e"  # as it stands in results/digits.csv
-    assert plain.promises is None
-    changes: list[dict[str, Any]] = [{}, {"alphas": [0.1]}, {"delta": 0.3}, {"modes": ["ltt"]}, {"draws": 6}]
+    assert plain.coverage is None
+    changes: list[dict[str, Any]] = [{}, {"target_risks": [0.1]}, {"confidence": 0.7}, {"modes": ["ltt"]}, {"draws": 6}]
     found = [cell_of(replace(OPTIONS, **change)) for change in changes]
     assert len({plain.key, *(cell.key for cell in found)}) == 1 + len(changes)
     assert len({plain.configuration, *(cell.configuration for cell in found)}) == 1 + len(changes)
-    assert found[0].promises == OPTIONS
-    assert found[0].key == cell_of(CoverageOptions([0.1, 0.3], 0.2, ["ltt", "empirical"], 5)).key
+    assert found[0].coverage == OPTIONS
+    assert found[0].key == cell_of(CoverageOptions([0.1, 0.3], 0.8, ["ltt", "empirical"], 5)).key
     assert found[0].values == plain.values
-    seeds = cells([Block(["digits"], [0.5], [0, 1], METHOD, promises=OPTIONS)])
+    seeds = cells([Block(["digits"], [0.5], [0, 1], METHOD, coverage=OPTIONS)])
     assert [cell.configuration for cell in seeds] == [found[0].configuration] * 2
     assert seeds[0].key != seeds[1].key
 
 
 def test_a_block_of_a_file_is_one_of_promise_options(tmp_path: Path) -> None:
-    values = {"alphas": [0.1, 0.3], "delta": 0.2, "modes": ["ltt", "empirical"], "draws": 5}
+    values = {"target_risks": [0.1, 0.3], "confidence": 0.8, "modes": ["ltt", "empirical"], "draws": 5}
     wanted = cell_of(OPTIONS)
     assert cell_of(Namespace(**values)) == wanted  # type: ignore[no-untyped-call]
     grid = "blocks:\n- {datasets: [digits], alphas: [0.5], seeds: [0], methods: {FedeKD: {class_path: FedeKD}}"
-    (tmp_path / "grid.yaml").write_text(f"{grid}, promises: {json.dumps(values)}}}\n")
+    (tmp_path / "grid.yaml").write_text(f"{grid}, coverage: {json.dumps(values)}}}\n")
     [read] = cells(parse(benchmark_parser(), ["--config", str(tmp_path / "grid.yaml")]).blocks)
-    assert (read.key, read.promises) == (wanted.key, OPTIONS)
-    (tmp_path / "grid.yaml").write_text(f"{grid}, promises: {{draws: 5}}}}\n")
+    assert (read.key, read.coverage) == (wanted.key, OPTIONS)
+    (tmp_path / "grid.yaml").write_text(f"{grid}, coverage: {{draws: 5}}}}\n")
     [read] = cells(parse(benchmark_parser(), ["--config", str(tmp_path / "grid.yaml")]).blocks)
-    assert read.promises == CoverageOptions(draws=5)
+    assert read.coverage == CoverageOptions(draws=5)
     for bad, words in (("{draws: 0}", "draws"), ("{modes: [plug-in]}", "empirical"), ("{rules: [ltt]}", "rules")):
-        (tmp_path / "grid.yaml").write_text(f"{grid}, promises: {bad}}}\n")
+        (tmp_path / "grid.yaml").write_text(f"{grid}, coverage: {bad}}}\n")
         with pytest.raises(UserError, match=words) as told:
             cells(parse(benchmark_parser(), ["--config", str(tmp_path / "grid.yaml")]).blocks)
         assert "\n" not in str(told.value)
 
 
 def small_cell() -> Cell:
-    [found] = cells([Block(["digits"], [2.0], [1], METHOD, SMALL, promises=OPTIONS)])
+    [found] = cells([Block(["digits"], [2.0], [1], METHOD, SMALL, coverage=OPTIONS)])
     return found
 
 
@@ -196,7 +196,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Row, list[Any]
     """The folder of a finished cell, its row, and with what its clients were calibrated."""
     folder = tmp_path_factory.mktemp("once")
     asked = []
-    real = worker.federation_promises
+    real = worker.federation_coverage
 
     def spy(*arguments: Any) -> Any:
         asked.append(arguments)
@@ -204,7 +204,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Row, list[Any]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "draw", lambda *arguments: None)
-        patch.setattr(worker, "federation_promises", spy)
+        patch.setattr(worker, "federation_coverage", spy)
         found = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
     return folder, found, asked
 
@@ -216,16 +216,16 @@ def never(*arguments: Any) -> Any:
 def test_a_cell_with_promises_keeps_them_and_no_checkpoints(once: tuple[Path, Row, list[Any]]) -> None:
     folder, found, [(clients, options, seed)] = once
     assert (len(clients), options, seed) == (3, OPTIONS, 1)
-    kept = json.loads((folder / "run/promises.json").read_text())
-    assert json.loads(found[PROMISES]) == kept
-    assert [(each["alpha"], each["mode"], each["draws"]) for each in kept] == [
+    kept = json.loads((folder / "run/coverage.json").read_text())
+    assert json.loads(found[COVERAGE]) == kept
+    assert [(each["target_risk"], each["mode"], each["draws"]) for each in kept] == [
         *((0.1, "ltt", 5), (0.1, "empirical", 5), (0.3, "ltt", 5), (0.3, "empirical", 5)),
     ]
-    accuracies = [each["line"]["full_accuracy"] for each in kept[0]["clients"]]
+    accuracies = [each["report"]["full_accuracy"] for each in kept[0]["clients"]]
     # In float32 too, of the same images: these are the clients as they were after the last round.
     summary = json.loads((folder / "run/summary.json").read_text())
     assert accuracies == pytest.approx([each["score"] for each in summary["clients"]], abs=1e-6)
-    assert sum(each["own"] for promise in kept for each in promise["clients"]) > 0
+    assert sum(each["violations"] for promise in kept for each in promise["clients"]) > 0
     assert (folder / "run/summary.json").is_file()
     assert not (folder / "run/checkpoints").exists()
     assert found["key"] == small_cell().key
@@ -235,13 +235,13 @@ def test_a_finished_cell_is_not_run_again(once: tuple[Path, Row, list[Any]], mon
     folder, found, _ = once
     for name in ("run", "load_clients"):
         monkeypatch.setattr(Orchestrator, name, never)
-    monkeypatch.setattr(worker, "federation_promises", never)
+    monkeypatch.setattr(worker, "federation_coverage", never)
     again = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
     assert {**again, "seconds": ""} == {**found, "seconds": ""}
     # A cell that does not ask for promises gets none, whatever lies there.
-    plain = run_cell(replace(small_cell(), promises=None), folder / "run", TRAINER, folder / "local", "abc")
-    assert {**plain, "seconds": "", PROMISES: found[PROMISES]} == {**found, "seconds": ""}
-    assert PROMISES not in plain
+    plain = run_cell(replace(small_cell(), coverage=None), folder / "run", TRAINER, folder / "local", "abc")
+    assert {**plain, "seconds": "", COVERAGE: found[COVERAGE]} == {**found, "seconds": ""}
+    assert COVERAGE not in plain
 
 
 def test_a_cell_that_was_killed_before_its_promises_ends_with_the_same_column(
@@ -249,22 +249,22 @@ def test_a_cell_that_was_killed_before_its_promises_ends_with_the_same_column(
 ) -> None:
     folder, found, _ = once
     monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
-    real = worker.federation_promises
+    real = worker.federation_coverage
 
     def killed(*arguments: Any) -> Any:
         real(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "federation_promises", killed)
+    monkeypatch.setattr(worker, "federation_coverage", killed)
     with pytest.raises(KeyboardInterrupt):
         run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
     assert (tmp_path / "run/summary.json").is_file()
     assert (tmp_path / "run/checkpoints").is_dir()
-    assert not (tmp_path / "run/promises.json").exists()
-    monkeypatch.setattr(worker, "federation_promises", real)
+    assert not (tmp_path / "run/coverage.json").exists()
+    monkeypatch.setattr(worker, "federation_coverage", real)
     monkeypatch.setattr(Orchestrator, "run", never)
     late = run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
-    assert late[PROMISES] == found[PROMISES]
+    assert late[COVERAGE] == found[COVERAGE]
     assert {**late, "seconds": ""} == {**found, "seconds": ""}
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -272,15 +272,21 @@ def test_a_cell_that_was_killed_before_its_promises_ends_with_the_same_column(
 def test_there_is_a_table_for_every_place() -> None:
     own = [
         row("gate", 3, GATE_ALL_ON[0], dataset="retinamnist"),
-        row("gate", 1, empirical(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5)), ltt(client(0, 0.0, 0.5), alpha=0.02)),
+        row(
+            "gate",
+            1,
+            empirical(client(0, 0.0, 0.5)),
+            ltt(client(0, 0.0, 0.5)),
+            ltt(client(0, 0.0, 0.5), target_risk=0.02),
+        ),
         row("gate", 0, ltt(client(1, 0.2, 0.7))),
         row("gate", 0, GATE_ALL_ON[0], alpha=0.05),
         row("FedAvg", 0, alpha=0.9),
-        {**row("FedAvg", 0, dataset="cifar10"), PROMISES: ""},
+        {**row("FedAvg", 0, dataset="cifar10"), COVERAGE: ""},
     ]
     found = promise_tables(Measured(own))
     assert [each.name for each in found] == ["digits, alpha 0.05", "digits, alpha 0.1", "RetinaMNIST, alpha 0.1"]
-    lines = [(each.promise.alpha, each.promise.mode, each.method, list(each.by_seed)) for each in found[1].lines]
+    lines = [(each.promise.target_risk, each.promise.mode, each.method, list(each.by_seed)) for each in found[1].lines]
     assert lines == [
         (0.02, "ltt", "gate", [1]),
         (0.05, "ltt", "gate", [0, 1]),
@@ -397,11 +403,11 @@ def test_rules_are_held_against_each_other_at_every_error_rate() -> None:
     own = row(
         "gate",
         0,
-        ltt(client(1, 0.1, 0.9, own=1), alpha=0.02),
-        empirical(client(1, 0.4, 0.9, own=7), alpha=0.02),
+        ltt(client(1, 0.1, 0.9, own=1), target_risk=0.02),
+        empirical(client(1, 0.4, 0.9, own=7), target_risk=0.02),
         ltt(client(1, 0.2, 0.9, own=2)),
         empirical(client(1, 0.5, 0.9, own=9)),
-        ltt(client(1, 0.3, 0.9), alpha=0.1),
+        ltt(client(1, 0.3, 0.9), target_risk=0.1),
     )
     [found] = promise_tables(Measured([own]))
     told = "of the FLOPs and breaks"
@@ -428,11 +434,24 @@ def test_a_report_has_a_section_and_a_file(tmp_path: Path) -> None:
     ]
     assert line == {
         **{"dataset": "digits", "alpha": "0.1", "method": "gate, all on", "seed": "0", "rule": "ltt"},
-        **{"error_rate": "0.05", "delta": "0.1", "client": "1", "model": "private", "exits": "3", "open": "1"},
-        **{"leaving": "0.3", "saved": "0.2", "certified_risk": "0.05", "seen_risk": "", "accuracy": "0.8"},
-        **{"full_accuracy": "0.8", "draws": "20", "broken": "3", "broken_pooled": "16", "broken_together": "1"},
+        **{
+            "target_risk": "0.05",
+            "confidence": "0.9",
+            "client": "1",
+            "model": "private",
+            "exits": "3",
+            "open_exits": "1",
+        },
+        **{"early_share": "0.3", "saved": "0.2", "certified_risk": "0.05", "test_risk": "", "accuracy": "0.8"},
+        **{
+            "full_accuracy": "0.8",
+            "draws": "20",
+            "violations": "3",
+            "pooled_violations": "16",
+            "union_violations": "1",
+        },
     }
-    closed = next(each for each in lines if each["seed"] == "1" and each["open"] == "0")
+    closed = next(each for each in lines if each["seed"] == "1" and each["open_exits"] == "0")
     assert (closed["certified_risk"], closed["saved"]) == ("", "-0.01")
 
     markdown, page = ((tmp_path / name).read_text() for name in ("report.md", "index.html"))
@@ -482,9 +501,9 @@ def test_a_place_without_results_is_told(tmp_path: Path) -> None:
 
 
 def test_many_clients_and_empty_columns_go_through_a_file(tmp_path: Path) -> None:
-    long = {**row("many", 0), PROMISES: json.dumps(["x" * 200_000])}
+    long = {**row("many", 0), COVERAGE: json.dumps(["x" * 200_000])}
     write_results(tmp_path, [long])
-    assert read_results(tmp_path)[long["key"]][PROMISES] == long[PROMISES]
-    write_results(tmp_path, [{**row("none", 0), PROMISES: ""}])
+    assert read_results(tmp_path)[long["key"]][COVERAGE] == long[COVERAGE]
+    write_results(tmp_path, [{**row("none", 0), COVERAGE: ""}])
     [back] = read_results(tmp_path).values()
-    assert PROMISES not in back
+    assert COVERAGE not in back

@@ -1,4 +1,4 @@
-"""`calibrate RUN`, in this process."""
+"""Command `calibrate`, in this process."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: 
     return tmp_path
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr, which must be one line."""
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return stderr, which must be one line."""
     text = capsys.readouterr().err
     assert text.startswith("error: "), text
     assert text.count("\n") == 1, text
@@ -68,50 +68,53 @@ def pooled(ready: Path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.concatenate(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
-def test_every_client_gets_a_policy_and_its_exits_are_told(
+def test_calibrate_writes_and_prints_a_policy_per_client(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2"]) == 0
+    assert main(["calibrate", "run", "--target_risk", "0.2", "--confidence", "0.8"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     files = sorted(path.name for path in Path("run/exits").glob("*.json"))
     assert files == ["client-000.json", "client-001.json"]
     clients = Path("run/exits/clients.csv").read_text().splitlines()
-    assert clients[0].startswith("client,model,exits,open,leaving,saved,certified_risk,seen_risk,accuracy")
+    assert clients[0].startswith("client,model,exits,open_exits,early_share,saved,certified_risk,test_risk,accuracy")
     assert [line.partition(",")[0] for line in clients[1:]] == ["0", "1"]
     for number, name in enumerate(files):
         policy = ExitPolicy.load(Path("run/exits", name))
-        assert (policy.alpha, policy.delta, policy.mode, policy.score) == (0.2, 0.2, "ltt", "max_softmax")
-        assert f"client {number}: alpha 0.2, delta 0.2, ltt, max_softmax" in printed.out
+        assert (policy.target_risk, policy.confidence) == (0.2, 0.8)
+        assert (policy.mode, policy.score) == ("ltt", "max_softmax")
+        assert f"client {number}: target risk 0.2, confidence 0.8, ltt," in printed.out
         assert f"written to run/exits/{name}" in printed.out
-        assert sum(policy.leaving) == policy.samples
+        assert sum(policy.exit_counts) == policy.samples
         assert len(policy.network) == 64
         assert str(here) not in Path("run/exits", name).read_text()
     assert len({ExitPolicy.load(Path("run/exits", name)).network for name in files}) == 2
     assert "FLOPs saved" in printed.out
     before = [Path("run/exits", name).read_bytes() for name in files]
-    assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2"]) == 0
+    assert main(["calibrate", "run", "--target_risk", "0.2", "--confidence", "0.8"]) == 0
     assert [Path("run/exits", name).read_bytes() for name in files] == before
 
 
-def test_the_table_of_all_clients_follows_the_policy_of_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_single_client_updates_table_and_warns_of_broken_family(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def rows() -> list[dict[str, str]]:
         with Path("run/exits/clients.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
-    assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2", "--simultaneous"]) == 0
+    assert main(["calibrate", "run", "--target_risk", "0.2", "--confidence", "0.8", "--familywise"]) == 0
     before = rows()
-    assert ExitPolicy.load(Path("run/exits/client-001.json")).together == 2
+    assert ExitPolicy.load(Path("run/exits/client-001.json")).simultaneous_clients == 2
     capsys.readouterr()
-    assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
+    assert main(["calibrate", "run", "--client", "1", "--target_risk", "0.4"]) == 0
     printed = capsys.readouterr().out
-    assert "one of 2 made to hold at once (--simultaneous): with the new one they no longer do" in printed
+    assert "the replaced policy was one of 2 calibrated with --familywise" in printed
     after = rows()
     assert after[0] == before[0]
     assert (before[1]["certified_risk"], after[1]["certified_risk"]) == ("0.2", "0.4")
-    assert ExitPolicy.load(Path("run/exits/client-001.json")).together == 1
-    assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
-    assert "at once" not in capsys.readouterr().out
+    assert ExitPolicy.load(Path("run/exits/client-001.json")).simultaneous_clients == 1
+    assert main(["calibrate", "run", "--client", "1", "--target_risk", "0.4"]) == 0
+    assert "--familywise" not in capsys.readouterr().out
     assert rows() == after
     table, policy = Path("run/exits/clients.csv"), Path("run/exits/client-001.json")
     whole = table.read_bytes()
@@ -124,32 +127,30 @@ def test_the_table_of_all_clients_follows_the_policy_of_one(here: Path, capsys: 
         whole.replace(b"\n0,", b"\nzero,"),
     ):
         table.write_bytes(damaged)
-        policy.write_text(policy.read_text().replace('"together": 1', '"together": "two"'))
-        assert main(["calibrate", "run", "--client", "1", "--alpha", "0.4"]) == 0
+        policy.write_text(policy.read_text().replace('"simultaneous_clients": 1', '"simultaneous_clients": "two"'))
+        assert main(["calibrate", "run", "--client", "1", "--target_risk", "0.4"]) == 0
         assert rows() == after[1:]
 
 
-def test_nothing_is_promised_on_samples_that_a_method_learns_from(
+def test_calibrate_method_that_trains_on_validation_raises(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(ready / "blobs.npz", "learned", "--method=FedType", "--client.exits=2") == 0
     capsys.readouterr()
     assert main(["calibrate", "learned"]) == 2
-    assert "client 0 was trained by a method that learns from its validation samples" in told(capsys)
+    assert "client 0: expected a method that does not train on validation samples" in error_line(capsys)
     assert main(["report", "learned", "--output=page"]) == 2
-    assert "learns from its validation samples" in told(capsys)
+    assert "expected a method that does not train on validation samples" in error_line(capsys)
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("learned"), in_process=True)
-    theirs = federation.data.clients[1].validation.numpy()
-    np.savez("more.npz", test_images=images[theirs], test_labels=labels[theirs])
+    indices = federation.data.clients[1].validation.numpy()
+    np.savez("more.npz", test_images=images[indices], test_labels=labels[indices])
     assert main(["calibrate", "learned", "--client=0", "--input=more.npz"]) == 2
-    assert f"{len(theirs)} of {len(theirs)} images are among those that the network was trained on" in told(capsys)
+    assert f"got {len(indices)} of {len(indices)} with which the network was trained" in error_line(capsys)
     assert not Path("learned/exits").exists()
 
 
-def test_what_a_kept_model_was_chosen_by_is_refused(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrate_input_used_by_do_no_harm_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.confidence=0.9") == 0
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("chosen"), in_process=True)
@@ -157,36 +158,39 @@ def test_what_a_kept_model_was_chosen_by_is_refused(
     np.savez("more.npz", test_images=images[by], test_labels=labels[by])
     capsys.readouterr()
     assert main(["calibrate", "chosen", "--client=0", "--input=more.npz"]) == 2
-    assert "or chosen by" in told(capsys)
+    assert "or selected" in error_line(capsys)
 
 
-def test_images_that_are_there_twice_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_input_with_repeated_images_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     twice, labels = np.concatenate([images, images[:5]]), np.arange(25) % 3
     np.savez("more.npz", test_images=twice, test_labels=labels)
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "--input: 5 of 25 images repeat another one, pixel by pixel" in told(capsys)
+    assert "--input: expected independent images, got 5 of 25 that repeat another one" in error_line(capsys)
 
 
-def test_an_exit_that_stays_closed_says_what_would_open_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", "run", "--alpha", "0.001", "--client", "1"]) == 0
+def test_calibrate_closed_exit_prints_required_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "run", "--target_risk", "0.001", "--client", "1"]) == 0
     assert [path.name for path in Path("run/exits").iterdir()] == ["client-001.json"]
     policy = ExitPolicy.load(Path("run/exits/client-001.json"))
     printed = capsys.readouterr().out
     assert policy.thresholds[0] == float("inf")
-    if policy.needed[0] is not None:
-        expected = f"about {policy.needed[0]} calibration samples would open it, and there are {policy.samples}"
+    if policy.required_samples[0] is not None:
+        needed = policy.required_samples[0]
+        expected = f"about {needed} calibration samples would open it, there are {policy.samples}"
         assert f"exit 1: closed: {expected}" in printed
     assert "closed" in printed
-    assert "an image saves" in printed
+    assert "mean FLOPs saved" in printed
 
 
-@pytest.mark.parametrize("mode", ["crc", "released", "empirical"])
-def test_rules_that_promise_nothing_say_so(mode: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score = "max_softmax" if mode == "released" else "margin"
+@pytest.mark.parametrize("mode", ["crc", "safekd_code", "empirical"])
+def test_calibrate_mode_without_guarantee_prints_warning(
+    mode: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = "max_softmax" if mode == "safekd_code" else "margin"
     assert main(["calibrate", "run", "--mode", mode, "--client", "0", "--score", score]) == 0
     printed = capsys.readouterr().out
-    assert f"mode {mode} promises nothing of these exits; ltt and path do" in printed
+    assert f"warning: mode {mode} has no guarantee; ltt and ltt_joint have one" in printed
     assert "≤" not in printed
     policy = ExitPolicy.load(Path("run/exits/client-000.json"))
     assert (policy.certified, policy.score) == ((False, False), score)
@@ -195,65 +199,69 @@ def test_rules_that_promise_nothing_say_so(mode: str, here: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "calibrate needs the folder of a run"),
-        (["run", "--alpha", "0"], "--alpha is 0.0, and must lie between 0 and 1"),
-        (["run", "--mode", "released", "--score", "margin"], "mode 'released' compares probabilities"),
-        (["run", "--alpha", "1.5"], "alpha is 1.5"),
-        (["run", "--alpha", "nan"], "alpha is 'nan'"),
-        (["run", "--alpha", "much"], "alpha"),
-        (["run", "--delta", "1"], "delta is 1.0"),
-        (["run", "--delta", "-0.1"], "delta is -0.1"),
-        (["run", "--mode", "lt"], "mode is 'lt', which is not known; did you mean 'ltt'"),
-        (["run", "--score", "margn"], "score is 'margn', which is not known; did you mean 'margin'"),
-        (["run", "--client", "2"], "--client is 2, and this run has the clients 0..1"),
-        (["run", "--client", "-1"], "--client is -1"),
+        ([], "run: expected the folder of a run, got none"),
+        (["run", "--target_risk", "0"], "--target_risk: expected a number in (0, 1), got 0.0"),
+        (["run", "--alpha", "0.1"], "--alpha: renamed to --target_risk"),
+        (["run", "--delta=0.1"], "--delta: renamed to --confidence"),
+        (["run", "--simultaneous"], "--simultaneous: renamed to --familywise"),
+        (
+            ["run", "--mode", "safekd_code", "--score", "margin"],
+            "score: expected max_softmax for mode 'safekd_code', got 'margin'",
+        ),
+        (["run", "--target_risk", "1.5"], "--target_risk: expected a number in (0, 1), got 1.5"),
+        (["run", "--target_risk", "nan"], "target_risk"),
+        (["run", "--target_risk", "much"], "target_risk"),
+        (["run", "--confidence", "1"], "--confidence: expected a number in (0, 1), got 1.0"),
+        (["run", "--confidence", "-0.1"], "--confidence: expected a number in (0, 1), got -0.1"),
+        (["run", "--mode", "lt"], "got 'lt'; did you mean 'ltt'"),
+        (["run", "--score", "margn"], "got 'margn'; did you mean 'margin'"),
+        (["run", "--client", "2"], "--client: expected 0..1, got 2"),
+        (["run", "--client", "-1"], "--client: expected 0..1, got -1"),
         (["run", "--client", "one"], "client"),
         (["run", "--clent", "0"], "--clent"),
         (["elsewhere"], "calibrate elsewhere: there is no run"),
-        (["run", "--input", "x.csv"], "--input x.csv: an .npz file"),
+        (["run", "--input", "x.csv"], "--input: expected an .npz file in MedMNIST's layout, got x.csv"),
         (["run", "--input", "x.npz"], "x.npz"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_leave_nothing(
+def test_calibrate_invalid_option_prints_one_line_error(
     arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(here.rglob("*"))
     assert main(["calibrate", *arguments]) == 2
-    assert words in told(capsys)
+    assert words in error_line(capsys)
     assert sorted(here.rglob("*")) == before
 
 
-def test_unfinished_runs_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_unfinished_run_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run/summary.json").unlink()
     assert main(["calibrate", "run"]) == 2
-    assert "run is not finished; go on with: fit --resume run" in told(capsys)
+    assert "run is not finished; go on with: fit --resume run" in error_line(capsys)
     assert not Path("run/exits").exists()
 
 
-def test_a_lost_checkpoint_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_missing_checkpoint_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in Path("run/checkpoints").iterdir():
         path.unlink()
     assert main(["calibrate", "run"]) == 2
-    assert "checkpoint" in told(capsys)
+    assert "checkpoint" in error_line(capsys)
 
 
-def test_runs_without_exits_are_told_how_to_get_some(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrate_run_without_exits_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(ready / "blobs.npz", "plain", "--method=Local") == 0
     capsys.readouterr()
     assert main(["calibrate", "plain"]) == 2
-    assert "private model of client 0 is a PrivateCNN without exits; train one with exits: --method SafeKD" in told(
+    assert "private model of client 0: expected a network with exits, got a PrivateCNN without exits" in error_line(
         capsys
     )
     assert not Path("plain/exits").exists()
 
 
-def test_regression_runs_are_refused(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_regression_run_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(ready / "blobs.npz", "grades", "--method=Local", "--client.exits=2", "--task=regression") == 0
     capsys.readouterr()
     assert main(["calibrate", "grades"]) == 2
-    assert "regression" in told(capsys)
+    assert "regression" in error_line(capsys)
 
 
 def trained_on(ready: Path, client: int) -> np.ndarray:
@@ -261,7 +269,7 @@ def trained_on(ready: Path, client: int) -> np.ndarray:
     return federation.data.clients[client].train.numpy()
 
 
-def test_images_that_were_trained_on_are_refused_and_counted(
+def test_calibrate_input_with_training_images_raises(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, labels = pooled(ready)
@@ -271,22 +279,22 @@ def test_images_that_were_trained_on_are_refused_and_counted(
     np.savez("more.npz", test_images=mixed, test_labels=np.concatenate([labels[:20], labels[own]]))
     before = sorted(here.rglob("*"))
     assert main(["calibrate", "run", "--client", "0", "--input", "more.npz"]) == 2
-    assert "--input: 7 of 27 images are among those that the network was trained on" in told(capsys)
+    assert "--input: expected unseen images, got 7 of 27 with which the network was trained" in error_line(capsys)
     assert sorted(here.rglob("*")) == before
 
 
-def test_what_another_client_was_trained_on_is_refused_and_nothing_written(
+def test_calibrate_input_with_training_images_of_other_client_raises(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, labels = pooled(ready)
-    theirs = trained_on(ready, 1)
-    np.savez("more.npz", test_images=images[theirs], test_labels=labels[theirs])
+    indices = trained_on(ready, 1)
+    np.savez("more.npz", test_images=images[indices], test_labels=labels[indices])
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "154 of 154 images are among those that the network was trained on" in told(capsys)
+    assert "got 154 of 154 with which the network was trained" in error_line(capsys)
     assert not Path("run/exits").exists()
 
 
-def test_nothing_is_written_where_a_later_client_fails(
+def test_calibrate_failure_of_later_client_writes_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def restored(self: Orchestrator) -> list[Client]:
@@ -298,11 +306,11 @@ def test_nothing_is_written_where_a_later_client_fails(
     real = Orchestrator.load_clients
     monkeypatch.setattr(Orchestrator, "load_clients", restored)
     assert main(["calibrate", "run"]) == 2
-    assert "the network diverged" in told(capsys)
+    assert "diverged" in error_line(capsys)
     assert not Path("run/exits").exists()
 
 
-def test_other_labelled_images_are_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_input_replaces_held_out_splits(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(2)
     labels = np.arange(90) % 3
     images = (rng.integers(0, 80, (90, 8, 8)) + 80 * labels[:, None, None]).astype(np.uint8)
@@ -318,54 +326,63 @@ def test_other_labelled_images_are_taken(here: Path, capsys: pytest.CaptureFixtu
         (
             np.zeros((9, 9, 8), np.uint8),
             np.arange(9) % 3,
-            "images of (1, 9, 8), and the network was trained on (1, 8, 8)",
+            "--input: expected images of (1, 8, 8) (channels, height, width) as in training, got (1, 9, 8)",
         ),
-        (np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 3, "images of (3, 8, 8)"),
+        (np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 3, "got (3, 8, 8)"),
         (np.zeros((9, 8, 8), np.uint8), np.arange(9), "label 8"),
         (np.zeros((9, 8, 8), np.float32), np.arange(9) % 3, "float32"),
-        (np.zeros((1, 8, 8), np.uint8), np.zeros(1, int), "0 tuning and 1 calibration samples"),
+        (
+            np.zeros((1, 8, 8), np.uint8),
+            np.zeros(1, int),
+            "expected at least 1 tuning and 1 calibration sample, got 0 and 1",
+        ),
     ],
 )
-def test_images_that_do_not_fit_are_told(
+def test_calibrate_input_of_wrong_format_raises(
     images: np.ndarray, labels: np.ndarray, words: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez("more.npz", test_images=images, test_labels=labels)
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    text = told(capsys)
+    text = error_line(capsys)
     assert words in text
     assert "--input" in text or "tuning" in text
     assert not Path("run/exits").exists()
 
 
-def test_a_file_cut_short_is_told(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_truncated_input_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("more.npz").write_bytes((ready / "blobs.npz").read_bytes()[:500])
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "more.npz" in told(capsys)
+    assert "more.npz" in error_line(capsys)
 
 
-def test_repeated_images_are_told(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A data set that holds each image several times: on both sides of every split."""
+def test_calibrate_held_out_copies_of_training_images_print_warning(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Use a data set with copies of each image in all splits."""
     arrays = arrays_of(ready)
     few = {name: np.concatenate([array[:60]] * 5) if len(array) else array for name, array in arrays.items()}
     np.savez("few.npz", **few)
     assert fit(Path("few.npz"), "few", *SAFE, clients=1) == 0
     capsys.readouterr()
     assert main(["calibrate", "few"]) == 0
-    assert "held-out images are, pixel by pixel, also among those trained on" in capsys.readouterr().out
+    assert "held-out images are, pixel by pixel, also training images" in capsys.readouterr().out
 
 
-def test_help_tells_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_help_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["calibrate", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--alpha", "--delta", "--mode", "--score", "--client", "--input"))
+    assert all(
+        option in text
+        for option in ("--target_risk", "--confidence", "--mode", "--score", "--client", "--familywise", "--input")
+    )
     assert main(["--help"]) == 0
     assert "calibrate" in capsys.readouterr().out
 
 
-def test_a_policy_is_json_that_others_can_read(here: Path) -> None:
+def test_calibrate_policy_is_strict_json(here: Path) -> None:
     assert main(["calibrate", "run", "--client", "0"]) == 0
     values = json.loads(Path("run/exits/client-000.json").read_text(), parse_constant=pytest.fail)
     assert values["thresholds"][-1] == "-inf"
-    assert {"alpha", "delta", "samples", "leaving", "errors", "network", "versions"} <= set(values)
+    assert {"target_risk", "confidence", "samples", "exit_counts", "error_counts", "network", "versions"} <= set(values)

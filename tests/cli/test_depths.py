@@ -30,19 +30,19 @@ def test_fit_test_calibrate_predict_and_report(here: Path, capsys: pytest.Captur
     assert [line["exit"] for line in summary["exits"]] == [1, 2, 3]
     assert main(["test", "run"]) == 0
     capsys.readouterr()
-    assert main(["calibrate", "run", "--alpha", "0.2", "--delta", "0.2"]) == 0
+    assert main(["calibrate", "run", "--target_risk", "0.2", "--confidence", "0.8"]) == 0
     assert capsys.readouterr().err == ""
     single, other = (ExitPolicy.load(Path(f"run/exits/client-00{number}.json")) for number in (0, 1))
     assert (single.num_exits, other.num_exits) == (1, 3)
     assert single.thresholds == (float("-inf"),)
-    assert single.leaving == (single.samples,)
+    assert single.exit_counts == (single.samples,)
     assert main(["predict", "run", "--client", "0", "--input", "blobs.npz", "--output", "images.csv"]) == 0
     lines = Path("images.csv").read_text().splitlines()
     assert {line.split(",")[2] for line in lines[1:]} == {"1"}
     capsys.readouterr()
     assert main(["report", "run", "--client", "0"]) == 2
     assert (
-        capsys.readouterr().err == "error: the network of client 0 has one exit alone, and nobody can leave it early\n"
+        capsys.readouterr().err == "error: client 0: expected a network with at least 2 exits, got one with 1 exit\n"
     )
 
 

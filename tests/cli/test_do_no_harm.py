@@ -18,7 +18,7 @@ from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.do_no_harm import DoNoHarm
 from fedekd.early_exit import ExitPolicy, network_fingerprint
-from fedekd.early_exit.scoring import prepared
+from fedekd.early_exit.scoring import network_input
 
 SAFE = ("--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=0.002")
 NEVER = "--do_no_harm.confidence=0.999999999"
@@ -185,13 +185,13 @@ def test_what_comes_after_uses_what_is_kept(
     def labels(role: str) -> list[int]:
         network = client.networks[role].eval()
         with torch.no_grad():
-            return network(prepared(network, torch.from_numpy(images)[:, None]))[-1].argmax(dim=1).tolist()
+            return network(network_input(network, torch.from_numpy(images)[:, None]))[-1].argmax(dim=1).tolist()
 
     assert main(["predict", "a", "--client=1", "--input=images.npz"]) == 0
     with Path("predictions.csv").open() as file:
         found = [int(row["label"]) for row in csv.DictReader(file)]
     assert found == labels("local") != labels("private")
-    assert main(["calibrate", "a", "--client=1", "--alpha=0.3", "--delta=0.3"]) == 0
+    assert main(["calibrate", "a", "--client=1", "--target_risk=0.3", "--confidence=0.7"]) == 0
     policy = ExitPolicy.load(Path("a/exits/client-001.json"))
     assert policy.network == network_fingerprint(client.networks["local"])
     assert (

@@ -1,4 +1,4 @@
-"""`report` of a run with exits: what it writes, and what it refuses."""
+"""Command `report` for runs with exits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_report_is_a_page_tables_and_figures(run: Path) -> None:
+def test_report_writes_page_tables_and_figures(run: Path) -> None:
     report = run / "runs/safe/report"
     assert {path.stem for path in (report / "tables").glob("*.csv")} == TABLES
     figures = {path.stem for path in (report / "figures").glob("*.png")}
@@ -51,7 +51,7 @@ def test_the_report_is_a_page_tables_and_figures(run: Path) -> None:
         assert (report / link).is_file()
 
 
-def test_the_page_loads_nothing(run: Path) -> None:
+def test_report_page_has_no_external_resources(run: Path) -> None:
     class Links(HTMLParser):
         found: list[str] = []  # noqa: RUF012 - one page
 
@@ -64,7 +64,7 @@ def test_the_page_loads_nothing(run: Path) -> None:
     assert all(link.startswith(("data:", "#")) for link in parser.found), parser.found
 
 
-def test_the_network_stands_beside_local(run: Path) -> None:
+def test_report_compares_network_with_local_baseline(run: Path) -> None:
     table = rows(run / "runs/safe/report/tables/exits.csv")
     assert [(row["network"], row["exit"]) for row in table] == [
         ("SafeKD", "1"),
@@ -79,43 +79,41 @@ def test_the_network_stands_beside_local(run: Path) -> None:
     assert float(table[1]["cost"]) == float(table[3]["cost"]) == 1.0
 
 
-def test_every_rule_is_judged_at_every_alpha(run: Path) -> None:
+def test_report_validity_has_every_rule_and_target(run: Path) -> None:
     table = rows(run / "runs/safe/report/tables/validity.csv")
     assert len(table) == 4 * 5
     for row in table:
-        assert float(row["share"]) == int(row["violations"]) / 5
-        assert row["promises"] == ("yes" if row["rule"] in ("ltt", "path") else "no")
+        assert float(row["violation rate"]) == int(row["violations"]) / 5
+        assert row["guarantee"] == ("yes" if row["rule"] in ("ltt", "ltt_joint") else "no")
 
 
-def test_corruptions_are_complete(run: Path) -> None:
+def test_report_corruptions_are_complete(run: Path) -> None:
     table = rows(run / "runs/safe/report/tables/corruption.csv")
-    assert len({(row["corruption"], row["level"]) for row in table}) == 6 * 5
+    assert len({(row["corruption"], row["severity"]) for row in table}) == 6 * 5
 
 
-def test_two_runs_of_one_method_stand_side_by_side(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_compares_two_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
     fit(run / "blobs.npz", "runs/again", "--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=1e-2")
     assert main(["report", "runs/safe", "runs/again", "--draws=2", "--output=both"]) == 0
     table = rows(run / "both/tables/exits.csv")
     networks = list(dict.fromkeys(row["network"] for row in table))
     assert networks == ["SafeKD", "Local", "SafeKD (runs/again)"]
-    alone = rows(run / "runs/safe/report/tables/exits.csv")
-    assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in alone]
+    single = rows(run / "runs/safe/report/tables/exits.csv")
+    assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in single]
 
 
-def test_the_methods_network_is_shown_where_a_client_keeps_its_local_one(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_shows_federated_model_if_local_model_is_deployed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
     fit(run / "blobs.npz", "runs/kept", "--method=SafeKD", "--client.exits=2", "--do_no_harm.confidence=0.999999999")
     assert json.loads(Path("runs/kept/summary.json").read_text())["clients"][0]["deployed"] == "local"
     assert main(["report", "runs/kept", "--draws=1"]) == 0
-    kept, alone = (rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("kept", "safe"))
-    assert kept == alone
+    kept, single = (rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("kept", "safe"))
+    assert kept == single
     assert [row["accuracy"] for row in kept[:2]] != [row["accuracy"] for row in kept[2:]]
 
 
-def test_what_cannot_be_reported_is_told_in_one_line(
+def test_report_invalid_input_prints_one_line_error(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
@@ -124,12 +122,12 @@ def test_what_cannot_be_reported_is_told_in_one_line(
     fit(run / "blobs.npz", "runs/single", "--method=Local", "--client.exits=1")
     capsys.readouterr()
     for words, expected in (
-        (["runs/single"], "has one exit alone"),
+        (["runs/single"], "expected a network with at least 2 exits, got one with 1 exit"),
         (["runs/safe", "--fill=none.md"], "there is no such file"),
         (["runs/plain", "--exits=true"], "without exits"),
-        (["runs/safe", "--client=3"], "--client is 3, and runs/safe has the clients 0..0"),
-        (["runs/safe", "--draws=0"], "--draws is 0, and must be at least 1"),
-        (["runs/safe", "runs/other"], "has not the same images"),
+        (["runs/safe", "--client=3"], "--client: expected 0..0, got 3"),
+        (["runs/safe", "--draws=0"], "--draws: expected at least 1, got 0"),
+        (["runs/safe", "runs/other"], "has the same images, got different images"),
     ):
         assert main(["report", *words]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`predict RUN --input images.npz`, in this process."""
+"""Command `predict`, in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from fedekd.cli import main
 from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit import ExitPolicy
-from fedekd.early_exit.scoring import prepared
+from fedekd.early_exit.scoring import network_input
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
 
@@ -41,7 +41,7 @@ def ready(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         patch.setattr("fedekd.federation.RunFolder.draw", lambda *arguments: None)
         assert fit(npz, "one", *SAFE) == 0
         assert fit(npz, "two", *SAFE, "--seed=1", clients=2) == 0
-        assert main(["calibrate", "one", "--alpha", "0.3", "--delta", "0.3"]) == 0
+        assert main(["calibrate", "one", "--target_risk", "0.3", "--confidence", "0.7"]) == 0
         np.savez("images.npz", images=IMAGES)
     return folder
 
@@ -54,8 +54,8 @@ def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: 
     return tmp_path / "work"
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr, which must be one line."""
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return stderr, which must be one line."""
     text = capsys.readouterr().err
     assert text.startswith("error: "), text
     assert text.count("\n") == 1, text
@@ -74,10 +74,10 @@ def network_of(run: str):
 
 def batches(run: str, images: np.ndarray = IMAGES):
     network = network_of(run)
-    return network, [prepared(network, part) for part in torch.from_numpy(images)[:, None].split(128)]
+    return network, [network_input(network, part) for part in torch.from_numpy(images)[:, None].split(128)]
 
 
-def test_predictions_are_those_of_the_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_rows_equal_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "one", "--input", "images.npz", "--output", "deep/out.csv"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -86,10 +86,10 @@ def test_predictions_are_those_of_the_policy(here: Path, capsys: pytest.CaptureF
     assert [row["image"] for row in found] == [str(place) for place in range(150)]
     policy = ExitPolicy.load(Path("one/exits/client-000.json"))
     network, parts = batches("one")
-    departures = [policy.predict_with_exits(network, x) for x in parts]
-    labels = torch.cat([each.logits.argmax(1) for each in departures]).tolist()
-    exits = torch.cat([each.exits for each in departures]).tolist()
-    scores = torch.cat([each.scores for each in departures]).tolist()
+    outputs = [policy.predict_with_exits(network, x) for x in parts]
+    labels = torch.cat([each.logits.argmax(1) for each in outputs]).tolist()
+    exits = torch.cat([each.exits for each in outputs]).tolist()
+    scores = torch.cat([each.scores for each in outputs]).tolist()
     assert [int(row["label"]) for row in found] == labels
     assert [int(row["exit"]) - 1 for row in found] == exits
     assert [float(row["score"]) for row in found] == pytest.approx(scores, abs=1e-6)
@@ -100,26 +100,24 @@ def test_predictions_are_those_of_the_policy(here: Path, capsys: pytest.CaptureF
     assert [path.name for path in Path("deep").iterdir()] == ["out.csv"]
 
 
-def test_without_a_policy_the_last_exit_answers_and_that_is_told(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_without_policy_uses_last_exit_and_warns(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("one/exits")
     np.savez("images.npz", images=NOISE)
     assert main(["predict", "one", "--input", "images.npz"]) == 0
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: client 0 has no exit policy, so all images go to the last exit")
+    assert warning.startswith("warning: client 0 has no exit policy, all images take the last exit")
     assert warning.count("\n") == 1
     network, parts = batches("one", NOISE)
     with torch.no_grad():
         first, logits = (torch.cat(each) for each in zip(*(network.eval()(x) for x in parts), strict=True))
-    assert not torch.equal(first.argmax(1), logits.argmax(1))  # or it would not matter which exit answers
+    assert not torch.equal(first.argmax(1), logits.argmax(1))  # the exits differ
     assert [int(row["label"]) for row in rows()] == logits.argmax(1).tolist()
     assert {row["exit"] for row in rows()} == {"2"}
     expected = logits.softmax(1).amax(1).tolist()
     assert [float(row["score"]) for row in rows()] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_network_without_exits_predicts_without_a_warning(
+def test_predict_network_without_exits_prints_no_warning(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(ready / "blobs.npz", "plain", "--method=Local") == 0
@@ -131,13 +129,13 @@ def test_a_network_without_exits_predicts_without_a_warning(
     assert accuracy > 0.4
 
 
-def test_each_client_predicts_with_its_own_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_uses_the_selected_client(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for client in "01":
         assert main(["predict", "two", "--input", "images.npz", "--client", client, "--output", f"{client}.csv"]) == 0
     assert [row["score"] for row in rows("0.csv")] != [row["score"] for row in rows("1.csv")]
 
 
-def test_the_splits_of_a_data_set_are_classified_in_order(here: Path) -> None:
+def test_predict_concatenates_splits_in_order(here: Path) -> None:
     np.savez("splits.npz", train_images=IMAGES[:100], test_images=IMAGES[100:], train_labels=np.zeros(5))
     assert main(["predict", "one", "--input", "splits.npz"]) == 0
     whole = Path("predictions.csv").read_bytes()
@@ -148,25 +146,28 @@ def test_the_splits_of_a_data_set_are_classified_in_order(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "predict needs a run and images"),
-        (["one"], "predict needs a run and images"),
+        ([], "run and --input: expected both"),
+        (["one"], "run and --input: expected both"),
         (["one", "--input", "none.npz"], "--input: no such file 'none.npz'"),
         (["elsewhere", "--input", "images.npz"], "predict elsewhere: there is no run"),
-        (["two", "--input", "images.npz"], "--client must be given: this run has the clients 0..1"),
-        (["two", "--input", "images.npz", "--client", "2"], "--client is 2, and this run has the clients 0..1"),
-        (["one", "--input", "images.npz", "--client", "-1"], "--client is -1"),
-        (["one", "--input", "images.npz", "--output", "two"], "--output two is a folder"),
-        (["one", "--input", "images.npz", "--output", ""], "is a folder"),
+        (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
+        (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
+        (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0..0, got -1"),
+        (["one", "--input", "images.npz", "--output", "two"], "--output: expected the name of a .csv file, got 'two'"),
+        (["one", "--input", "images.npz", "--output", ""], "--output: expected the name of a .csv file, got ''"),
         (["one", "--input", "images.npz", "--output", "blobs.npz/x.csv"], "blobs.npz"),
         (["one", "--input", "images.npz", "--otput", "x.csv"], "--otput"),
-        (["one", "--input", "wide.npz"], "--input has images of (1, 8, 9), and the network takes (1, 8, 8)"),
-        (["one", "--input", "color.npz"], "--input has images of (3, 8, 8)"),
+        (
+            ["one", "--input", "wide.npz"],
+            "--input: expected images of (1, 8, 8) (channels, height, width), got (1, 8, 9)",
+        ),
+        (["one", "--input", "color.npz"], "(channels, height, width), got (3, 8, 8)"),
         (["one", "--input", "real.npz"], "--input: images of 'real.npz' are float32"),
         (["one", "--input", "cut.npz"], "--input: 'cut.npz' cannot be read"),
         (["one", "--input", "other.npz"], "--input: 'other.npz' has no array images"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_leave_nothing(
+def test_predict_invalid_option_prints_one_line_error(
     arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez("wide.npz", images=np.zeros((2, 8, 9), np.uint8))
@@ -176,53 +177,53 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(
     Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:3000])
     before = sorted(here.rglob("*"))
     assert main(["predict", *arguments]) == 2
-    assert words in told(capsys)
+    assert words in error_line(capsys)
     assert sorted(here.rglob("*")) == before
 
 
-def test_the_policy_of_another_network_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_policy_of_other_network_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("two/exits").mkdir()
     shutil.copy("one/exits/client-000.json", "two/exits/client-001.json")
     assert main(["predict", "two", "--input", "images.npz", "--client", "1"]) == 2
-    assert "the exit policy was calibrated for network" in told(capsys)
+    assert "exit policy: expected the network" in error_line(capsys)
     assert not Path("predictions.csv").exists()
     values = json.loads(Path("one/exits/client-000.json").read_text())
     values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "search_bounds", "certified")}
     Path("one/exits/client-000.json").write_text(json.dumps(values))
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "the exit policy is for 3 exits, and the network has 2" in told(capsys)
+    assert "exit policy: expected a network with 3 exits, got 2" in error_line(capsys)
 
 
-def test_a_damaged_policy_is_told_and_an_older_file_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_damaged_policy_keeps_existing_output(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("predictions.csv").write_text("kept\n")
     path = Path("one/exits/client-000.json")
     path.write_text(path.read_text()[:-30])
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "one/exits/client-000.json: this is no exit policy" in told(capsys)
+    assert "one/exits/client-000.json: exit policy: invalid content" in error_line(capsys)
     assert Path("predictions.csv").read_text() == "kept\n"
 
 
-def test_regression_and_unfinished_runs_are_refused(
+def test_predict_regression_or_unfinished_run_raises(
     here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(ready / "blobs.npz", "grades", "--method=Local", "--task=regression") == 0
     capsys.readouterr()
     assert main(["predict", "grades", "--input", "images.npz"]) == 2
-    assert "grades is a regression run" in told(capsys)
+    assert "run: expected a classification run, got the regression run grades" in error_line(capsys)
     Path("one/summary.json").unlink()
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "one is not finished; go on with: fit --resume one" in told(capsys)
+    assert "one is not finished; go on with: fit --resume one" in error_line(capsys)
     assert not Path("predictions.csv").exists()
 
 
-def test_splits_without_a_single_image_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_empty_splits_raise(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = np.zeros((0, 8, 8), np.uint8)
     np.savez("none.npz", train_images=nothing, test_images=nothing)
     assert main(["predict", "one", "--input", "none.npz"]) == 2
-    assert "none.npz" in told(capsys)
+    assert "none.npz" in error_line(capsys)
 
 
-def test_no_draft_is_left_where_writing_fails(
+def test_predict_write_failure_leaves_no_file(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(descriptor: int) -> None:
@@ -232,5 +233,5 @@ def test_no_draft_is_left_where_writing_fails(
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", refuse)
         assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "no space left on the disk" in told(capsys)
+    assert "no space left on the disk" in error_line(capsys)
     assert sorted(here.rglob("*")) == before

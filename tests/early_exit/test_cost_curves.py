@@ -1,4 +1,4 @@
-"""Accuracy within a budget of FLOPs, against all thresholds tried one by one, in fractions."""
+"""Accuracy within a budget of FLOPs, against all thresholds candidates one by one, in fractions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from fedekd.early_exit import BUDGETS, Point, budget_points, cost_of, exit_points
 from fedekd.models import ExitCosts
 
-#: Of exits that cost powers of two in all, so that means in floating point are exact.
+#: A power of two, so that means in floating point are exact.
 FULL = 64
 EIGHTHS = [step / 8 for step in range(1, 8)]
 
 
 @st.composite
-def costs_of(draw: st.DrawFn, exits: int) -> ExitCosts:
+def image_costs(draw: st.DrawFn, exits: int) -> ExitCosts:
     heads = draw(st.lists(st.integers(0, 3), min_size=exits, max_size=exits))
     stages = draw(st.lists(st.integers(0, 12), min_size=exits - 1, max_size=exits - 1))
     return ExitCosts((*stages, FULL - sum(stages) - heads[-1]), tuple(heads))
@@ -29,16 +29,16 @@ def costs_of(draw: st.DrawFn, exits: int) -> ExitCosts:
 
 @st.composite
 def cases(draw: st.DrawFn, values: Sequence[float]) -> dict[str, Any]:
-    exits, tuned, judged = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    exits, tuned, tested = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(1, 8))
 
     def matrix(element: Any, rows: int) -> Any:
         return np.asarray(draw(st.lists(element, min_size=rows * exits, max_size=rows * exits))).reshape(rows, exits)
 
     return {
         "tuning": matrix(st.sampled_from(values), tuned),
-        "scores": matrix(st.sampled_from(values), judged),
-        "correct": matrix(st.booleans(), judged),
-        "costs": draw(costs_of(exits)),
+        "scores": matrix(st.sampled_from(values), tested),
+        "correct": matrix(st.booleans(), tested),
+        "costs": draw(image_costs(exits)),
     }
 
 
@@ -50,7 +50,7 @@ def literal_exit(row: Sequence[float], threshold: float) -> int:
 
 
 def literal_cost(rows: Any, threshold: float, costs: ExitCosts) -> Fraction:
-    """All heads that an image comes by are evaluated."""
+    """All heads up to the exit are evaluated."""
     spent = Fraction(0)
     for row in rows:
         exit_ = literal_exit(row, threshold)
@@ -59,36 +59,36 @@ def literal_cost(rows: Any, threshold: float, costs: ExitCosts) -> Fraction:
 
 
 def literal_points(tuning: Any, scores: Any, correct: Any, costs: ExitCosts) -> dict[float, Point]:
-    tried = [float(score) for row in tuning for score in row[:-1] if not math.isnan(score)]
-    found = {}
+    candidates = [float(score) for row in tuning for score in row[:-1] if not math.isnan(score)]
+    points = {}
     for budget in EIGHTHS:
-        kept = [each for each in tried if literal_cost(tuning, each, costs) <= Fraction(budget)]
-        if kept:
-            right = [right[literal_exit(row, max(kept))] for row, right in zip(scores, correct, strict=True)]
-            cost = literal_cost(scores, max(kept), costs)
-            found[budget] = Point(float(cost), float(Fraction(int(sum(right)), len(scores))))
-    return found
+        feasible = [each for each in candidates if literal_cost(tuning, each, costs) <= Fraction(budget)]
+        if feasible:
+            right = [right[literal_exit(row, max(feasible))] for row, right in zip(scores, correct, strict=True)]
+            cost = literal_cost(scores, max(feasible), costs)
+            points[budget] = Point(float(cost), float(Fraction(int(sum(right)), len(scores))))
+    return points
 
 
 @given(cases([0.0, 0.25, 0.5, 0.75, 1.0]))
-def test_the_threshold_of_a_budget_is_the_best_of_all_even_among_ties(case: dict[str, Any]) -> None:
+def test_budget_points_equal_exhaustive_search(case: dict[str, Any]) -> None:
     assert budget_points(**case, budgets=EIGHTHS) == literal_points(**case)
 
 
 @given(cases([0.5, 1.0, math.nan]))
-def test_an_exit_without_a_score_lets_nobody_leave(case: dict[str, Any]) -> None:
+def test_budget_points_nan_score_never_exits(case: dict[str, Any]) -> None:
     assert budget_points(**case, budgets=EIGHTHS) == literal_points(**case)
 
 
 @given(cases([0.0, 0.125, 0.25, 0.5, 0.625, 1.0]))
-def test_the_tuning_images_keep_to_every_budget_and_use_more_of_a_larger_one(case: dict[str, Any]) -> None:
+def test_budget_points_tuning_cost_is_within_budget_and_monotone(case: dict[str, Any]) -> None:
     case = {**case, "scores": case["tuning"], "correct": np.zeros(case["tuning"].shape, dtype=bool)}
     points = budget_points(**case, budgets=EIGHTHS)
     assert all(point.cost <= budget for budget, point in points.items())
     spent = [points[budget].cost for budget in EIGHTHS if budget in points]
     assert spent == sorted(spent)
-    dearer = [budget for budget in EIGHTHS if min(points, default=1.0) <= budget]
-    assert list(points) == dearer
+    feasible_budgets = [budget for budget in EIGHTHS if min(points, default=1.0) <= budget]
+    assert list(points) == feasible_budgets
 
 
 def by_hand() -> dict[str, Any]:
@@ -101,7 +101,7 @@ def by_hand() -> dict[str, Any]:
     }
 
 
-def test_by_hand() -> None:
+def test_budget_points_by_hand() -> None:
     points = budget_points(**by_hand(), budgets=[0.1, 0.2, 0.3, 0.75, 0.8, 1.0, 2.0])
     # On the tuning images 0.1 costs .2, 0.2 .275, 0.6 .575, 0.8 .725 and 0.9 .875.
     assert list(points) == [0.2, 0.3, 0.75, 0.8, 1.0, 2.0]
@@ -111,38 +111,38 @@ def test_by_hand() -> None:
     assert points[1.0] == points[2.0] == (1.0, 2 / 3)
 
 
-def test_nothing_is_promised_of_no_images() -> None:
+def test_budget_points_without_images_are_empty() -> None:
     case = by_hand()
     none = np.empty((0, 3))
     assert budget_points(**{**case, "tuning": none}) == {}
     assert budget_points(**{**case, "scores": none, "correct": none.astype(bool)}) == {}
 
 
-def test_a_single_exit_has_the_plain_network_alone() -> None:
+def test_budget_points_single_exit_is_plain_network() -> None:
     one = np.asarray([[0.2], [0.9]])
     assert budget_points(one, one, one > 0.5, ExitCosts((7,), (3,))) == {1.0: Point(1.0, 0.5)}
 
 
-def test_the_scores_of_the_last_exit_decide_nothing() -> None:
+def test_budget_points_ignore_scores_of_last_exit() -> None:
     case = by_hand()
     other = {**case, "tuning": case["tuning"] + [0, 0, 0.95], "scores": case["scores"] + [0, 0, math.nan]}
     assert budget_points(**other) == budget_points(**case)
 
 
-def test_a_budget_that_is_met_to_the_flop_is_kept() -> None:
+def test_budget_points_cost_equal_to_budget_is_accepted() -> None:
     """A third of 3 x 0.1 is more than 0.1 in floating point."""
     ones = np.ones((3, 2))
     points = budget_points(ones, ones, ones > 0, ExitCosts((9, 80), (1, 11)), [0.1])
     assert points == {0.1: pytest.approx((0.1, 1.0))}
 
 
-def test_budgets_are_twentieths_up_to_all() -> None:
+def test_budgets_are_multiples_of_5_percent() -> None:
     assert len(BUDGETS) == 20
     assert [round(100 * budget) for budget in BUDGETS] == list(range(5, 101, 5))
     assert BUDGETS[-1] == 1.0
 
 
-def test_points_of_single_exits_pay_no_other_head() -> None:
+def test_exit_points_cost_no_other_head() -> None:
     assert exit_points([0.5, 0.75, 0.8], by_hand()["costs"]) == [(0.2, 0.5), (0.45, 0.75), (1.0, 0.8)]
 
 
@@ -150,20 +150,18 @@ CURVES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), min_size=1, 
 
 
 @given(CURVES, st.integers(0, 9), st.floats(0, 1))
-def test_the_cost_of_an_accuracy_is_where_the_curve_first_reaches_it(
-    drawn: list[tuple[int, int]], wanted: int, before: float
-) -> None:
+def test_cost_of_is_first_crossing_of_the_curve(drawn: list[tuple[int, int]], target: int, before: float) -> None:
     curve = [Point(cost / 20, accuracy / 8) for cost, accuracy in drawn]
     costs, accuracies = zip(*sorted(curve), strict=True)
-    found = cost_of(wanted / 8, curve)
-    if max(accuracies) < wanted / 8:
-        assert math.isnan(found)
+    points = cost_of(target / 8, curve)
+    if max(accuracies) < target / 8:
+        assert math.isnan(points)
         return
-    assert np.interp(found, costs, accuracies) >= wanted / 8 - 1e-9
-    assert found >= costs[0]
-    cheaper = costs[0] + before * (found - costs[0])
-    if found - cheaper > 1e-9:
-        assert np.interp(cheaper, costs, accuracies) < wanted / 8
+    assert np.interp(points, costs, accuracies) >= target / 8 - 1e-9
+    assert points >= costs[0]
+    cheaper = costs[0] + before * (points - costs[0])
+    if points - cheaper > 1e-9:
+        assert np.interp(cheaper, costs, accuracies) < target / 8
 
 
 @pytest.mark.parametrize(

@@ -15,29 +15,29 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 4, 3, stride=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
 
 
-def rebuilt(place: int, part: nn.Module) -> nn.Module:
-    """The same weights with another part."""
+def rebuilt(index: int, part: nn.Module) -> nn.Module:
+    """Replace one module and keep the weights."""
     other = network()
-    state = other[place].state_dict()
-    other[place] = part
+    state = other[index].state_dict()
+    other[index] = part
     part.load_state_dict(state)
     return other
 
 
-def nudged() -> nn.Module:
+def with_one_bit_changed() -> nn.Module:
     other = network()
     with torch.no_grad():
         other[4].weight[2, 7] = torch.nextafter(other[4].weight[2, 7], torch.tensor(9.0))
     return other
 
 
-def moved_statistics() -> nn.Module:
+def with_changed_buffer() -> nn.Module:
     other = network()
     other[1].num_batches_tracked += 1
     return other
 
 
-def test_equal_networks_have_one_fingerprint():
+def test_fingerprint_ignores_layout_and_mode():
     expected = network_fingerprint(network())
     assert len(expected) == 64
     assert int(expected, 16) >= 0
@@ -47,8 +47,8 @@ def test_equal_networks_have_one_fingerprint():
 
 
 OTHERS = {
-    "one bit of a weight": nudged,
-    "a buffer": moved_statistics,
+    "one bit of a weight": with_one_bit_changed,
+    "a buffer": with_changed_buffer,
     "an activation": lambda: rebuilt(2, nn.Tanh()),
     "a stride": lambda: rebuilt(0, nn.Conv2d(2, 4, 3, stride=2)),
     "the type": lambda: network().double(),
@@ -57,13 +57,13 @@ OTHERS = {
 }
 
 
-def test_all_that_matters_tells():
-    found = {name: network_fingerprint(build()) for name, build in OTHERS.items()}
-    found["none"] = network_fingerprint(network())
-    assert len(set(found.values())) == len(found)
+def test_fingerprint_differs_for_any_change():
+    fingerprints = {name: network_fingerprint(build()) for name, build in OTHERS.items()}
+    fingerprints["none"] = network_fingerprint(network())
+    assert len(set(fingerprints.values())) == len(fingerprints)
 
 
-def test_equal_bytes_of_another_shape_or_type_are_another_network():
+def test_fingerprint_includes_shape_and_dtype():
     def of(buffer: torch.Tensor) -> nn.Module:
         layer = nn.Module()
         layer.register_buffer("buffer", buffer)
@@ -74,7 +74,7 @@ def test_equal_bytes_of_another_shape_or_type_are_another_network():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int64])
-def test_every_type_of_tensor_is_hashed(dtype):
+def test_fingerprint_supports_every_dtype(dtype):
     layer = nn.Module()
     layer.register_buffer("empty", torch.zeros(0, dtype=dtype))
     layer.register_buffer("scalar", torch.ones((), dtype=dtype))
@@ -83,7 +83,7 @@ def test_every_type_of_tensor_is_hashed(dtype):
     assert network_fingerprint(layer) != before
 
 
-def test_another_number_of_attention_heads_tells():
+def test_fingerprint_includes_attention_heads():
     def vit(heads: int) -> nn.Module:
         torch.manual_seed(0)
         return VisionTransformer(8, 4, 1, heads, hidden_dim=8, mlp_dim=8, num_classes=3).eval()
@@ -97,7 +97,7 @@ def test_another_number_of_attention_heads_tells():
 
 
 class Remembering(nn.Module):
-    """Notes something in plain attributes whenever it is run, as many networks do."""
+    """Store state of the forward pass in plain attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,15 +108,15 @@ class Remembering(nn.Module):
         return self.layer(x)
 
 
-def test_running_a_network_makes_it_no_other():
-    served = Remembering()
-    before = network_fingerprint(served)
-    served(torch.zeros(3, 2))
-    assert network_fingerprint(served) == before
+def test_fingerprint_ignores_forward_state():
+    model = Remembering()
+    before = network_fingerprint(model)
+    model(torch.zeros(3, 2))
+    assert network_fingerprint(model) == before
 
 
 class Activated(nn.Module):
-    """Its settings have no weights: a function, a list, and a buffer that is not saved."""
+    """Module with settings but no weights: a function, a list and a non-persistent buffer."""
 
     def __init__(self, function=torch.relu, sizes=(1, 2), scale=1.0) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Activated(nn.Module):
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
 
 
-def test_settings_without_weights_tell():
+def test_fingerprint_includes_settings_without_weights():
     others = [Activated(torch.tanh), Activated(nn.functional.relu), Activated(sizes=[1, 3]), Activated(scale=2.0)]
     assert len({network_fingerprint(each) for each in (Activated(), *others)}) == 5
     assert network_fingerprint(Activated(sizes=[1, 2])) == network_fingerprint(Activated())
@@ -133,7 +133,7 @@ def test_settings_without_weights_tell():
     assert network_fingerprint(relu) != network_fingerprint(gelu)
 
 
-def test_objects_in_a_tuple_do_not_tell():
+def test_fingerprint_ignores_objects_in_tuples():
     def of() -> nn.Module:
         torch.manual_seed(0)
         layer = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""What the calibrated exits of a whole federation come to."""
+"""Coverage of the exit guarantees in a finished federation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.early_exit import ExitScores, SelectiveRiskCalibrator, check_federated_validity
-from fedekd.early_exit.client_calibration import calibrate_client, costs_of
+from fedekd.early_exit.client_calibration import calibrate_client, image_costs
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
-from fedekd.early_exit.guarantee_coverage import ClientCoverage, CoverageOptions, CoverageResult, federation_promises
+from fedekd.early_exit.guarantee_coverage import ClientCoverage, CoverageOptions, CoverageResult, federation_coverage
 from fedekd.early_exit.scoring import exit_outputs
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
@@ -24,12 +24,12 @@ from fedekd.methods import ClientOptions, FedeKD
 from fedekd.models import PrivateCNN
 from fedekd.modules import TrainerFactory
 
-LINE = ClientExitReport(0, "private", 3, 2, 0.6, 0.25, 0.05, 0.04, 0.9, 0.91)
+REPORT = ClientExitReport(0, "private", 3, 2, 0.6, 0.25, 0.05, 0.04, 0.9, 0.91)
 
 
 @pytest.fixture(scope="module")
 def clients() -> Any:
-    """Three clients of the digits after a round: good enough to leave early, not good enough for every promise."""
+    """Three clients on the digits after one round: accurate enough to exit early, but not at every target."""
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-3}}
     narrow = {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.25}}
     federation = Orchestrator(
@@ -46,104 +46,106 @@ def clients() -> Any:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"alphas": []}, "promises.alphas is empty; at least one is needed"),
-        ({"modes": []}, "promises.modes is empty; at least one is needed"),
-        ({"alphas": [0.05, 1.0]}, "promises.alpha"),
-        ({"alphas": [0.0]}, "promises.alpha"),
-        ({"delta": 0.0}, "promises.delta is 0.0, and must lie between 0 and 1"),
-        ({"delta": 1.5}, "promises.delta is 1.5, and must lie between 0 and 1"),
-        ({"modes": ["ltt", "plug-in"]}, "promises.mode"),
-        ({"draws": 0}, "promises.draws is 0, and must be at least 1"),
+        ({"target_risks": []}, "coverage.target_risks: expected at least 1 entry"),
+        ({"modes": []}, "coverage.modes: expected at least 1 entry"),
+        ({"target_risks": [0.05, 1.0]}, "coverage.target_risks: expected a number in (0, 1), got 1.0"),
+        ({"target_risks": [0.0]}, "coverage.target_risks: "),
+        ({"confidence": 0.0}, "coverage.confidence: expected a number in (0, 1), got 0.0"),
+        ({"confidence": 1.5}, "coverage.confidence: expected a number in (0, 1), got 1.5"),
+        ({"modes": ["ltt", "emprical"]}, "coverage.modes: "),
+        ({"draws": 0}, "coverage.draws: expected at least 1, got 0"),
     ],
 )
-def test_bad_options_are_told_in_one_line(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_options_invalid_value_raises_one_line_error(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
         CoverageOptions(**values)
-    assert str(told.value).startswith(words)
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
 
 
-def test_a_mistaken_rule_is_told_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'plug-in', which is not known; did you mean 'empirical'"):
-        CoverageOptions(modes=["plug-in"])
+def test_options_unknown_mode_suggests_nearest() -> None:
+    with pytest.raises(UserError, match=r"got 'emprical'; did you mean 'empirical'"):
+        CoverageOptions(modes=["emprical"])
 
 
-def test_every_rule_is_tried_at_every_error_rate() -> None:
-    tried = CoverageOptions([0.02, 0.05], 0.2, ["ltt", "path", "crc"]).calibrators()
-    assert {(each.alpha, each.mode) for each in tried} == {(a, m) for a in (0.02, 0.05) for m in ("ltt", "path", "crc")}
-    assert len(tried) == 6
-    assert {each.delta for each in tried} == {0.2}
-    assert [(each.alpha, each.delta, each.mode) for each in CoverageOptions().calibrators()] == [
-        (0.05, 0.1, "ltt"),
-        (0.05, 0.1, "empirical"),
+def test_calibrators_cover_every_rule_and_target_risk() -> None:
+    calibrators = CoverageOptions([0.02, 0.05], 0.8, ["ltt", "ltt_joint", "crc"]).calibrators()
+    assert {(each.target_risk, each.mode) for each in calibrators} == {
+        (a, m) for a in (0.02, 0.05) for m in ("ltt", "ltt_joint", "crc")
+    }
+    assert len(calibrators) == 6
+    assert {each.confidence for each in calibrators} == {0.8}
+    assert [(each.target_risk, each.confidence, each.mode) for each in CoverageOptions().calibrators()] == [
+        (0.05, 0.9, "ltt"),
+        (0.05, 0.9, "empirical"),
     ]
 
 
-def promise(*counts: tuple[int, int], draws: int = 10) -> CoverageResult:
-    clients = (ClientCoverage(replace(LINE, client=n), *count) for n, count in enumerate(counts))
-    return CoverageResult(0.05, 0.1, "ltt", draws, 3, tuple(clients))
+def coverage_result(*counts: tuple[int, int], draws: int = 10) -> CoverageResult:
+    clients = (ClientCoverage(replace(REPORT, client=n), *count) for n, count in enumerate(counts))
+    return CoverageResult(0.05, 0.9, "ltt", draws, 3, tuple(clients))
 
 
-def test_shares_are_of_all_clients_and_draws() -> None:
-    found = promise((1, 0), (3, 10), (2, 5))
-    assert found.own_share == pytest.approx(6 / 30)
-    assert found.pooled_share == pytest.approx(15 / 30)
-    assert promise((1, 4), draws=40).own_share == pytest.approx(1 / 40)
+def test_violation_rates_are_over_clients_and_draws() -> None:
+    results = coverage_result((1, 0), (3, 10), (2, 5))
+    assert results.violation_rate == pytest.approx(6 / 30)
+    assert results.pooled_violation_rate == pytest.approx(15 / 30)
+    assert coverage_result((1, 4), draws=40).violation_rate == pytest.approx(1 / 40)
 
 
-def test_promises_come_back_from_json_as_they_were() -> None:
-    without = replace(LINE, client=1, model="local", certified_risk=None, seen_risk=None, accuracy=0.1 + 0.2)
-    kept = CoverageResult(0.05, 0.1, "empirical", 7, 2, (ClientCoverage(LINE, 1, 2), ClientCoverage(without, 0, 7)))
-    values = json.loads(json.dumps(kept.as_values()))
-    back = CoverageResult.from_values(values)
-    assert back == kept
-    assert hash(back) == hash(kept)
-    assert json.dumps(back.as_values()) == json.dumps(kept.as_values())
-    assert CoverageResult.from_values(kept.as_values()) == kept
-    assert CoverageResult.from_values(values) == kept  # the values are as they were
+def test_coverage_result_json_round_trip() -> None:
+    without = replace(REPORT, client=1, model="local", certified_risk=None, test_risk=None, accuracy=0.1 + 0.2)
+    result = CoverageResult(0.05, 0.9, "empirical", 7, 2, (ClientCoverage(REPORT, 1, 2), ClientCoverage(without, 0, 7)))
+    values = json.loads(json.dumps(result.as_values()))
+    restored = CoverageResult.from_values(values)
+    assert restored == result
+    assert hash(restored) == hash(result)
+    assert json.dumps(restored.as_values()) == json.dumps(result.as_values())
+    assert CoverageResult.from_values(result.as_values()) == result
+    assert CoverageResult.from_values(values) == result  # the values are as they were
 
 
-def pool_of(client: Any) -> ExitScores:
-    """All samples of a client but its training split, split by split."""
+def population_of(client: Any) -> ExitScores:
+    """Concatenate all samples of a client that training does not use."""
     parts = []
     for split in (client.splits.tuning, client.splits.calibration, client.splits.holdout, client.splits.test):
         images = client.images
-        parts.append(exit_outputs(client.networks["private"], images.pixels[split], images.labels[split]).scored())
+        parts.append(exit_outputs(client.networks["private"], images.pixels[split], images.labels[split]).to_scores())
     return ExitScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
-def test_promises_are_those_of_each_client_and_of_their_pools(clients: Any) -> None:
-    options = CoverageOptions([0.1, 0.3], 0.2, ["ltt", "path", "empirical", "released"], draws=12)
-    found = federation_promises(clients, options, seed=3)
-    rules = [(alpha, mode) for alpha in options.alphas for mode in options.modes]
-    assert [(each.alpha, each.mode) for each in found] == rules
-    assert {(each.delta, each.draws) for each in found} == {(0.2, 12)}
+def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
+    options = CoverageOptions([0.1, 0.3], 0.8, ["ltt", "ltt_joint", "empirical", "safekd_code"], draws=12)
+    results = federation_coverage(clients, options, seed=3)
+    rules = [(alpha, mode) for alpha in options.target_risks for mode in options.modes]
+    assert [(each.target_risk, each.mode) for each in results] == rules
+    assert {(each.confidence, each.draws) for each in results} == {(0.8, 12)}
 
-    pools = [pool_of(client) for client in clients]
-    for client, pool in zip(clients, pools, strict=True):
+    populations = [population_of(client) for client in clients]
+    for client, population in zip(clients, populations, strict=True):
         untouched = len(client.splits.validation) + len(client.splits.test)
-        assert len(pool) == untouched == len(client.splits) - len(client.splits.train)
-    costs = costs_of(clients[0].networks["private"], clients[0].images)
+        assert len(population) == untouched == len(client.splits) - len(client.splits.train)
+    costs = image_costs(clients[0].networks["private"], clients[0].images)
     calibration, tuning = ([len(getattr(c.splits, name)) for c in clients] for name in ("calibration", "tuning"))
     assert calibration != tuning
-    for each in found:
-        calibrator = SelectiveRiskCalibrator(each.alpha, 0.2, each.mode)
-        lines = [client_exit_report(client, calibrate_client(client, calibrator)) for client in clients]
-        assert [client.line for client in each.clients] == lines
+    for each in results:
+        calibrator = SelectiveRiskCalibrator(each.target_risk, 0.8, each.mode)
+        reports = [client_exit_report(client, calibrate_client(client, calibrator)) for client in clients]
+        assert [client.report for client in each.clients] == reports
         by_hand = check_federated_validity(
-            pools, calibrator, calibration, tuning, 12, 3, lambda on: [c / costs.full for c in costs.leaving(on)]
+            populations, calibrator, calibration, tuning, 12, 3, lambda on: [c / costs.full for c in costs.leaving(on)]
         )
-        assert [client.own for client in each.clients] == by_hand.own_violations
-        assert [client.pooled for client in each.clients] == by_hand.pooled_violations
-        assert each.together == by_hand.together_violations
+        assert [client.violations for client in each.clients] == by_hand.client_violations
+        assert [client.pooled_violations for client in each.clients] == by_hand.pooled_violations
+        assert each.union_violations == by_hand.union_violations
 
-    own = {(each.alpha, each.mode): [client.own for client in each.clients] for each in found}
-    assert max(own[0.1, "empirical"]) > 6 > max(own[0.1, "ltt"])  # so there was something to count
-    by_client = [[client.line.client for client in each.clients] for each in found]
-    assert by_client == [[0, 1, 2]] * len(found)
-    assert any(client.line.leaving > 0 for each in found if each.mode == "ltt" for client in each.clients)
-    values = json.loads(json.dumps([each.as_values() for each in found]))
-    assert [CoverageResult.from_values(each) for each in values] == found
+    own = {(each.target_risk, each.mode): [client.violations for client in each.clients] for each in results}
+    assert max(own[0.1, "empirical"]) > 6 > max(own[0.1, "ltt"])  # both counts are informative
+    by_client = [[client.report.client for client in each.clients] for each in results]
+    assert by_client == [[0, 1, 2]] * len(results)
+    assert any(client.report.early_share > 0 for each in results if each.mode == "ltt" for client in each.clients)
+    values = json.loads(json.dumps([each.as_values() for each in results]))
+    assert [CoverageResult.from_values(each) for each in values] == results
 
 
 def changed(client: Any, **values: Any) -> Any:
@@ -151,27 +153,31 @@ def changed(client: Any, **values: Any) -> Any:
     return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
 
 
-def test_what_cannot_be_calibrated_is_told_in_one_line(clients: Any) -> None:
+def test_federation_coverage_invalid_client_raises_one_line_error(clients: Any) -> None:
     client = clients[1]
     none = client.splits.test[:0]
     bad = {
-        "private model of client 1 is a PrivateCNN without exits": {"deployed_model": PrivateCNN(1, 8, 10)},
-        "client 1 has 0 tuning": {"splits": replace(client.splits, tuning=none)},
-        "tuning and 0 calibration samples": {"splits": replace(client.splits, calibration=none)},
+        "private model of client 1: expected a network with exits, got a PrivateCNN": {
+            "deployed_model": PrivateCNN(1, 8, 10)
+        },
+        "client 1: expected at least 1 tuning and 1 calibration sample, got 0": {
+            "splits": replace(client.splits, tuning=none)
+        },
+        "and 0. Change data.fractions": {"splits": replace(client.splits, calibration=none)},
     }
     for words, values in bad.items():
-        with pytest.raises(UserError) as told:
-            federation_promises([clients[0], changed(client, **values)], CoverageOptions(draws=1))
-        assert words in str(told.value)
-        assert "\n" not in str(told.value)
-    with pytest.raises(UserError, match="there are no clients"):
-        federation_promises([], CoverageOptions(draws=1))
+        with pytest.raises(UserError) as error:
+            federation_coverage([clients[0], changed(client, **values)], CoverageOptions(draws=1))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="clients: expected at least 1"):
+        federation_coverage([], CoverageOptions(draws=1))
 
 
-def test_of_a_federation_that_has_diverged_nothing_is_promised(clients: Any) -> None:
+def test_federation_coverage_diverged_network_returns_nothing(clients: Any) -> None:
     diverged = copy.deepcopy(clients[1].deployed_model)
     with torch.no_grad():
         next(diverged.parameters()).fill_(torch.nan)
     assert (
-        federation_promises([clients[0], changed(clients[1], deployed_model=diverged)], CoverageOptions(draws=1)) == []
+        federation_coverage([clients[0], changed(clients[1], deployed_model=diverged)], CoverageOptions(draws=1)) == []
     )

@@ -1,4 +1,4 @@
-"""Inference that skips, against the whole forward and a literal reading of the policy."""
+"""Early-exit forward pass against the whole network and a literal transcription of the policy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 
 @cache
 def network_of(name: str) -> MultiExitNetwork:
-    """No weight or running statistic keeps a value under which a mistake would not show."""
+    """Build a network whose weights and running statistics all differ from their defaults."""
     torch.manual_seed(0)
     network = multi_exit(NETWORKS[name][0](), CLASSES, cifar_stem=True)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def network_of(name: str) -> MultiExitNetwork:
 
 
 @cache
-def seen(name: str, batch: int, score: str = "max_softmax"):
+def reference_outputs(name: str, batch: int, score: str = "max_softmax"):
     """Images, the logits (B, E, C) of all exits, and their scores (B, E)."""
     _, channels, size = NETWORKS[name]
     x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
@@ -80,11 +80,11 @@ def seen(name: str, batch: int, score: str = "max_softmax"):
 
 
 def literal_exit(scores, thresholds, search_bounds) -> int:
-    """One sample's way through a network, as the policy says it."""
+    """Assign one sample to an exit by the rules of the policy."""
     last = len(scores) - 1
     for exit_ in range(last):
         if thresholds[exit_] == search_bounds[exit_] == INF:
-            continue  # closed, and so not even computed
+            continue  # closed: the head is not evaluated
         if scores[exit_] >= thresholds[exit_]:
             return exit_
         if not scores[exit_] < search_bounds[exit_]:
@@ -92,23 +92,23 @@ def literal_exit(scores, thresholds, search_bounds) -> int:
     return last
 
 
-def require_equal(departures, logits, scores, thresholds, search_bounds) -> None:
+def require_equal(output, logits, scores, thresholds, search_bounds) -> None:
     expected = [literal_exit(row, thresholds, search_bounds) for row in scores]
     assert exit_index(scores, thresholds, search_bounds).tolist() == expected
     bounds = np.stack([thresholds[:-1], search_bounds[:-1]])[:, None]
     near = (np.abs(scores[:, :-1] - bounds) < 1e-6).any(axis=(0, 2))
-    found = departures.exits.numpy()
-    assert departures.exits.dtype == torch.int64
+    found = output.exits.numpy()
+    assert output.exits.dtype == torch.int64
     assert (found == expected)[~near].all()
     places = torch.arange(len(scores))
-    assert departures.logits.shape == (len(scores), CLASSES)
-    assert (departures.logits - logits[places, departures.exits]).abs().max() <= ROUND_OFF
-    np.testing.assert_allclose(departures.scores.numpy(), scores[places.numpy(), found], rtol=0, atol=ROUND_OFF)
+    assert output.logits.shape == (len(scores), CLASSES)
+    assert (output.logits - logits[places, output.exits]).abs().max() <= ROUND_OFF
+    np.testing.assert_allclose(output.scores.numpy(), scores[places.numpy(), found], rtol=0, atol=ROUND_OFF)
 
 
 @st.composite
 def policies(draw, scores):
-    """Thresholds and bands: of any kind, some of them exactly some sample's score."""
+    """Draw thresholds and search bounds, some of them equal to a score."""
     thresholds, search_bounds = [], []
     for exit_ in range(scores.shape[1] - 1):
         anywhere = st.one_of(
@@ -122,9 +122,9 @@ def policies(draw, scores):
 @pytest.mark.parametrize("name", ["PrivateCNN", "Swin", "ViT"])
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_skipping_gives_what_the_whole_network_gives(name, data):
+def test_forward_equals_literal_exits_for_random_policies(name, data):
     score = data.draw(st.sampled_from(sorted(CONFIDENCES)))
-    x, logits, scores = seen(name, data.draw(st.sampled_from([1, 2, 3, 17, 33])), score)
+    x, logits, scores = reference_outputs(name, data.draw(st.sampled_from([1, 2, 3, 17, 33])), score)
     thresholds, search_bounds = data.draw(policies(scores))
     require_equal(
         early_exit_forward(network_of(name), x, thresholds, search_bounds, score),
@@ -137,31 +137,31 @@ def test_skipping_gives_what_the_whole_network_gives(name, data):
 
 @every_network
 @pytest.mark.parametrize("batch", [1, 2, 31, 256])
-def test_every_family_at_every_batch_size(name, batch):
-    x, logits, scores = seen(name, batch)
+def test_forward_equals_literal_exits_per_family_and_batch_size(name, batch):
+    x, logits, scores = reference_outputs(name, batch)
     middle = [float(np.quantile(scores[:, exit_], 0.6)) + 3e-6 for exit_ in range(scores.shape[1] - 1)]
     for search_bound in (0.0, 0.04):
         thresholds, search_bounds = [*middle, -INF], [*(value - search_bound for value in middle), -INF]
-        departures = early_exit_forward(network_of(name), x, thresholds, search_bounds)
-        require_equal(departures, logits, scores, thresholds, search_bounds)
+        output = early_exit_forward(network_of(name), x, thresholds, search_bounds)
+        require_equal(output, logits, scores, thresholds, search_bounds)
     if batch == 256:
-        assert len(departures.exits.unique()) == scores.shape[1]  # every exit was taken
+        assert len(output.exits.unique()) == scores.shape[1]  # every exit was taken
 
 
 @every_network
-def test_where_nobody_is_left_out_nothing_differs_in_a_single_bit(name):
-    x, logits, scores = seen(name, 31)
+def test_forward_whole_batch_at_one_exit_is_bit_equal(name):
+    x, logits, scores = reference_outputs(name, 31)
     for exit_ in range(scores.shape[1]):
         thresholds = [*[INF] * exit_, *[-INF] * (scores.shape[1] - exit_)]
-        departures = early_exit_forward(network_of(name), x, thresholds)
-        assert torch.equal(departures.logits, logits[:, exit_])
-        assert departures.scores.tolist() == scores[:, exit_].tolist()
-        assert departures.exits.tolist() == [exit_] * 31
+        output = early_exit_forward(network_of(name), x, thresholds)
+        assert torch.equal(output.logits, logits[:, exit_])
+        assert output.scores.tolist() == scores[:, exit_].tolist()
+        assert output.exits.tolist() == [exit_] * 31
 
 
-def test_a_score_that_is_the_threshold_leaves_and_one_bit_less_does_not():
+def test_forward_score_equal_to_threshold_exits():
     """At the first exit, where the batch is whole and scores are equal to the last bit."""
-    x, _, scores = seen("PrivateCNN", 31)
+    x, _, scores = reference_outputs("PrivateCNN", 31)
     network = network_of("PrivateCNN")
     for score in scores[:, 0].tolist():
         reached = early_exit_forward(network, x, [score, -INF, -INF]).exits == 0
@@ -169,14 +169,14 @@ def test_a_score_that_is_the_threshold_leaves_and_one_bit_less_does_not():
         # Less than the next float32 above: thresholds are compared as doubles.
         missed = early_exit_forward(network, x, [math.nextafter(score, INF), -INF, -INF]).exits == 0
         assert missed.tolist() == (scores[:, 0] > score).tolist()
-        kept = early_exit_forward(network, x, [INF, -INF, -INF], [score, -INF, -INF]).exits == 2
-        assert kept.tolist() == (scores[:, 0] >= score).tolist()
+        above_bound = early_exit_forward(network, x, [INF, -INF, -INF], [score, -INF, -INF]).exits == 2
+        assert above_bound.tolist() == (scores[:, 0] >= score).tolist()
 
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 @example(data=None)
-def test_assignment_is_the_literal_one(data):
+def test_exit_index_equals_literal_transcription(data):
     if data is None:
         scores = np.array([[0.5, 0.5, 0.1], [math.nan, 0.9, 0.9], [0.4, 0.5, 0.9], [0.3, 0.5, 0.9]])
         thresholds, search_bounds = [0.5, 0.5, -INF], [0.4, 0.5, -INF]
@@ -194,7 +194,7 @@ def test_assignment_is_the_literal_one(data):
 
 
 class Counting(nn.Module):
-    """Notes how many rows it has seen."""
+    """Record the number of rows per call."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def rows_of(network: MultiExitNetwork):
     return [stage.rows for stage in network.stages], [head.rows for head in network.heads]
 
 
-def test_nothing_is_computed_for_who_has_left_and_no_head_where_nobody_may():
+def test_forward_computes_only_remaining_rows_and_open_heads():
     network, x = counting(), 3 * torch.randn(64, 1, 2, 2)
     with torch.no_grad():
         scores = torch.stack([CONFIDENCES["max_softmax"](each) for each in network(x)], dim=1).double().numpy()
@@ -243,52 +243,52 @@ def test_nothing_is_computed_for_who_has_left_and_no_head_where_nobody_may():
     )
 
 
-def test_when_all_have_left_nothing_deeper_runs():
+def test_forward_all_exited_skips_deeper_stages():
     network = counting()
     early_exit_forward(network, torch.randn(5, 1, 2, 2), [INF, -INF, 0.5, -INF])
     assert rows_of(network) == ([[5], [5], [], []], [[], [5], [], []])
 
 
-def test_who_is_not_asked_any_more_costs_no_head():
+def test_forward_ineligible_samples_skip_heads():
     network = counting()
     early_exit_forward(network, torch.randn(5, 1, 2, 2), [2.0, 0.0, 0.0, -INF], [0.0, 0.0, 0.0, -INF])
     assert rows_of(network) == ([[5]] * 4, [[5], [], [], [5]])
 
 
-def test_no_head_is_computed_where_neither_threshold_nor_band_decides_anything():
+def test_forward_head_without_effect_is_skipped():
     network = counting()
     early_exit_forward(network, torch.randn(5, 1, 2, 2), [0.99, INF, INF, -INF], [0.99, INF, 0.4, -INF])
     assert rows_of(network)[1] == [[5], [], [], [5]]
 
 
-def test_scores_that_are_no_numbers_never_leave_early():
-    x, *_ = seen("PrivateCNN", 17)
+def test_forward_nan_scores_take_last_exit():
+    x, *_ = reference_outputs("PrivateCNN", 17)
     x = x.clone()
     x[[2, 11]] = math.nan
     for thresholds in ([-INF, -INF, -INF], [0.0, 0.0, 0.0], [0.3, INF, -INF]):
-        departures = early_exit_forward(network_of("PrivateCNN"), x, thresholds)
-        assert departures.exits[[2, 11]].tolist() == [2, 2]
-        assert departures.scores[[2, 11]].isnan().all()
+        output = early_exit_forward(network_of("PrivateCNN"), x, thresholds)
+        assert output.exits[[2, 11]].tolist() == [2, 2]
+        assert output.scores[[2, 11]].isnan().all()
         others = [place for place in range(17) if place not in (2, 11)]
-        assert departures.logits[others].isfinite().all()
-        assert thresholds[0] > 0 or not departures.exits[others].any()
+        assert output.logits[others].isfinite().all()
+        assert thresholds[0] > 0 or not output.exits[others].any()
 
 
-def test_a_network_is_as_it_was():
+def test_forward_restores_mode_and_weights():
     network = multi_exit(models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES), CLASSES).train()
-    network.stages[0][1].eval()  # somebody's frozen BatchNorm
+    network.stages[0][1].eval()  # a frozen BatchNorm
     modes = [part.training for part in network.modules()]
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert any(name.endswith("num_batches_tracked") for name in before)
-    departures = early_exit_forward(network, torch.randn(9, 3, 8, 8), [0.3, 0.3, 0.3, -INF])
+    output = early_exit_forward(network, torch.randn(9, 3, 8, 8), [0.3, 0.3, 0.3, -INF])
     with pytest.raises(RuntimeError):
         early_exit_forward(network, torch.randn(9, 7, 8, 8), [0.3, 0.3, 0.3, -INF])
     assert [part.training for part in network.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert not departures.logits.requires_grad
+    assert not output.logits.requires_grad
 
 
-def test_a_single_exit_and_an_empty_batch():
+def test_forward_single_exit_and_empty_batch():
     network = MultiExitNetwork([nn.Flatten()], [nn.Linear(4, 3)])
     assert early_exit_forward(network, torch.zeros(2, 1, 2, 2), [0.9]).exits.tolist() == [0, 0]
     empty = early_exit_forward(counting(), torch.zeros(0, 1, 2, 2), [0.5, 0.5, 0.5, -INF])
@@ -298,12 +298,12 @@ def test_a_single_exit_and_an_empty_batch():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"thresholds": [0.5, -INF]}, "2 thresholds and 2 bands were given, and the network has 4 exits"),
-        ({"search_bounds": [0.5] * 3}, "4 thresholds and 3 bands"),
+        ({"thresholds": [0.5, -INF]}, "expected 4 of each, one per exit of the network, got 2 and 2"),
+        ({"search_bounds": [0.5] * 3}, "got 4 and 3"),
         ({"score": "max_softmx"}, "did you mean 'max_softmax'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, words):
-    with pytest.raises(UserError, match=words) as told:
+def test_forward_invalid_arguments_raise_one_line_error(arguments, words):
+    with pytest.raises(UserError, match=words) as error:
         early_exit_forward(counting(), torch.zeros(1, 1, 2, 2), **{"thresholds": [0.5, 0.5, 0.5, -INF], **arguments})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A policy's file, its checks, and that it serves one network only."""
+"""File, validation and network check of an exit policy."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ INF = math.inf
 
 
 def policy(*thresholds: float, **values) -> ExitPolicy:
-    """Of thresholds before the last."""
+    """Create a policy from the thresholds before the last."""
     all_ = (*thresholds, -INF)
-    defaults = {"search_bounds": all_, "certified": (False,) * len(all_), "alpha": 0.05, "delta": 0.1, "mode": "ltt"}
+    defaults = {
+        "search_bounds": all_,
+        "certified": (False,) * len(all_),
+        "target_risk": 0.05,
+        "confidence": 0.9,
+        "mode": "ltt",
+    }
     return ExitPolicy(all_, **{**defaults, **values})
 
 
@@ -36,8 +42,8 @@ def network(activation: type[nn.Module] = nn.ReLU, exits: int = 2) -> MultiExitN
     return MultiExitNetwork([first, *later], [nn.Linear(16, 3) for _ in range(exits)])
 
 
-def of(served: MultiExitNetwork, **values) -> ExitPolicy:
-    return policy(0.5, network=network_fingerprint(served), **values)
+def policy_for(model: MultiExitNetwork, **values) -> ExitPolicy:
+    return policy(0.5, network=network_fingerprint(model), **values)
 
 
 numbers = st.floats(allow_nan=False, width=64)
@@ -45,7 +51,7 @@ counts = st.integers(0, 10**9)
 
 
 @given(st.lists(numbers, min_size=1, max_size=4), st.data())
-def test_a_policy_comes_back_to_the_last_digit(thresholds, data):
+def test_json_round_trip_is_lossless(thresholds, data):
     exits = len(thresholds) + 1
     each = lambda what: tuple(data.draw(st.lists(what, min_size=exits, max_size=exits)))  # noqa: E731
     search_bounds = tuple(min(t, data.draw(numbers)) for t in thresholds)
@@ -53,14 +59,14 @@ def test_a_policy_comes_back_to_the_last_digit(thresholds, data):
         *thresholds,
         search_bounds=(*search_bounds, -INF),
         certified=each(st.booleans()),
-        alpha=data.draw(st.floats(1e-9, 1)),
-        delta=data.draw(st.floats(1e-9, 1)),
+        target_risk=data.draw(st.floats(1e-9, 1)),
+        confidence=data.draw(st.floats(1e-9, 1)),
         score=data.draw(st.sampled_from(["max_softmax", "margin", "entropy"])),
         samples=data.draw(counts),
         tuning_samples=data.draw(counts),
-        leaving=each(counts),
-        errors=each(counts),
-        needed=each(st.none() | counts),
+        exit_counts=each(counts),
+        error_counts=each(counts),
+        required_samples=each(st.none() | counts),
         network="ab" * 32,
         versions={"fedekd": "0.1.0", "torch": "2.5"},
     )
@@ -71,11 +77,11 @@ def test_a_policy_comes_back_to_the_last_digit(thresholds, data):
         assert repr(getattr(after, name)) == repr(getattr(before, name)), name  # -0.0 and 0.0, tuples and lists
     assert after.to_json() == text
     strict = json.loads(text, parse_constant=pytest.fail)  # no Infinity or NaN: JSON has none
-    assert strict["format"] == 2
+    assert strict["format"] == 3
 
 
-def test_a_file_is_the_same_policy(tmp_path):
-    before = policy(INF, float(np.float32(0.9)), needed=(335, None, None), versions={"torch": "2"})
+def test_save_and_load_round_trip(tmp_path):
+    before = policy(INF, float(np.float32(0.9)), required_samples=(335, None, None), versions={"torch": "2"})
     path = tmp_path / "deep" / "policy.json"
     before.save(path)
     assert ExitPolicy.load(path) == before
@@ -89,177 +95,181 @@ def changed_file(**values) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no exit policy"),
-        ("{", "no exit policy"),
-        ("5", "no exit policy"),
-        ("null", "no exit policy"),
-        ("[1]", "no exit policy"),
-        ("{}", "no exit policy: 'format'"),
-        (policy(0.5).to_json()[:-20], "no exit policy"),
-        (changed_file(together=0), "one of 0 that hold together; at least 1"),
-        (changed_file(together="two"), "one of 'two' that hold together"),
-        (changed_file(format=1), "layout 1, and this version reads 2"),
-        (changed_file(thresholds=None), "no exit policy"),
-        (changed_file(thresholds=["many", "-inf"]), "no exit policy"),
-        (changed_file(thresholds=["nan", "-inf"]), "is no number"),
-        (changed_file(search_bounds=[math.nan, "-inf"]), "is no number"),
-        (changed_file(thresholds=[0.5, 0.6]), "last exit's threshold is 0.6"),
-        (changed_file(search_bounds=["-inf"]), "2 thresholds, 1 bands and 2 certificates"),
-        (changed_file(thresholds=[], search_bounds=[], certified=[]), "0 thresholds"),
+        ("", "exit policy: invalid content"),
+        ("{", "exit policy: invalid content"),
+        ("5", "exit policy: invalid content"),
+        ("null", "exit policy: invalid content"),
+        ("[1]", "exit policy: invalid content"),
+        ("{}", "exit policy: invalid content: 'format'"),
+        (policy(0.5).to_json()[:-20], "exit policy: invalid content"),
+        (changed_file(simultaneous_clients=0), "expected simultaneous_clients of at least 1, got 0"),
+        (changed_file(simultaneous_clients="two"), "expected simultaneous_clients of at least 1, got 'two'"),
+        (changed_file(format=2), "expected format 3, got 2. Run `calibrate` again"),
+        (changed_file(thresholds=None), "exit policy: invalid content"),
+        (changed_file(thresholds=["many", "-inf"]), "exit policy: invalid content"),
+        (changed_file(thresholds=["nan", "-inf"]), "got NaN"),
+        (changed_file(search_bounds=[math.nan, "-inf"]), "got NaN"),
+        (changed_file(thresholds=[0.5, 0.6]), "expected -inf as the threshold of the last exit, got 0.6"),
+        (changed_file(search_bounds=["-inf"]), "at least 1 each, got 2, 1 and 2"),
+        (changed_file(thresholds=[], search_bounds=[], certified=[]), "at least 1 each, got 0, 0 and 0"),
         (changed_file(surprise=1), "surprise"),
-        (changed_file(_verified={}), "_verified"),
+        (changed_file(_check={}), "_check"),
     ],
 )
-def test_what_is_no_policy_is_told_in_one_line(tmp_path, text, words):
+def test_load_invalid_content_raises_one_line_error(tmp_path, text, words):
     path = tmp_path / "policy.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=words) as told:
+    with pytest.raises(UserError, match=words) as error:
         ExitPolicy.load(path)
-    assert str(told.value).startswith(f"{path}: ")
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
 
 
-def test_missing_and_unreadable_files_are_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"x\.json: there is no such file"):
+def test_load_missing_or_binary_file_raises(tmp_path):
+    with pytest.raises(UserError, match=r"x\.json: file not found"):
         ExitPolicy.load(tmp_path / "x.json")
     (tmp_path / "x.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="not text in UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         ExitPolicy.load(tmp_path / "x.json")
 
 
-def test_which_policies_let_images_leave_without_a_promise():
+def test_has_no_guarantee_requires_an_open_uncertified_exit():
     assert policy(0.5).has_no_guarantee
     assert policy(0.5, INF).has_no_guarantee
     assert policy(INF, 0.5).has_no_guarantee
     assert not policy(INF, INF).has_no_guarantee
-    assert not policy().has_no_guarantee  # one exit: nobody leaves early
+    assert not policy().has_no_guarantee  # a single exit: no early exits
     assert not policy(INF, 0.5, certified=(False, True, False)).has_no_guarantee
 
 
-def test_it_serves_its_network_in_any_layout_and_after_a_copy():
-    served = network()
-    own = of(served)
-    own.require(served)
-    own.require(served.to(memory_format=torch.channels_last))
-    own.require(copy.deepcopy(served))
+def test_require_accepts_copies_and_rejects_other_networks():
+    model = network()
+    policy_of_model = policy_for(model)
+    policy_of_model.require(model)
+    policy_of_model.require(model.to(memory_format=torch.channels_last))
+    policy_of_model.require(copy.deepcopy(model))
     moved = network().to(memory_format=torch.channels_last)
     assert not moved.stages[0][0].weight.is_contiguous()
-    ExitPolicy.from_json(own.to_json()).require(moved)
+    ExitPolicy.from_json(policy_of_model.to_json()).require(moved)
     again = network(nn.Tanh)
-    again.load_state_dict(served.state_dict())
+    again.load_state_dict(model.state_dict())
     for other in (again, network().double(), network(nn.Tanh)):
-        with pytest.raises(UserError, match=f"calibrated for network {own.network[:12]}, and this is"):
-            own.require(other)
+        with pytest.raises(
+            UserError, match=f"expected the network {policy_of_model.network[:12]} it was calibrated for"
+        ):
+            policy_of_model.require(other)
 
 
-def test_it_serves_no_network_of_other_exits():
-    with pytest.raises(UserError, match="is for 2 exits, and the network has 3"):
+def test_require_other_number_of_exits_raises():
+    with pytest.raises(UserError, match="expected a network with 2 exits, got 3"):
         policy(0.5).require(network(exits=3))
-    with pytest.raises(UserError, match="is for 3 exits, and the network has 2"):
+    with pytest.raises(UserError, match="expected a network with 3 exits, got 2"):
         policy(0.5, INF).predict(network(), torch.zeros(1, 2, 4, 4))
-    policy(0.5).require(network())  # calibrated for nobody in particular
+    policy(0.5).require(network())  # an empty fingerprint accepts any network
 
 
-def step(served: MultiExitNetwork, fused: bool) -> None:
-    optimizer = torch.optim.AdamW(served.parameters(), lr=0.1, fused=fused)
-    sum(logits.square().sum() for logits in served(torch.randn(3, 2, 4, 4))).backward()
+def step(model: MultiExitNetwork, fused: bool) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    sum(logits.square().sum() for logits in model(torch.randn(3, 2, 4, 4))).backward()
     optimizer.step()
 
 
-def add(served: MultiExitNetwork) -> None:
+def add(model: MultiExitNetwork) -> None:
     with torch.no_grad():
-        served.heads[0].bias[1] += 1e-3
+        model.heads[0].bias[1] += 1e-3
 
 
-def load(served: MultiExitNetwork) -> None:
-    served.load_state_dict({name: value + 1e-3 for name, value in served.state_dict().items()})
+def load(model: MultiExitNetwork) -> None:
+    model.load_state_dict({name: value + 1e-3 for name, value in model.state_dict().items()})
 
 
-def replace_weight(served: MultiExitNetwork) -> None:
-    served.heads[0].weight = nn.Parameter(served.heads[0].weight.detach() + 1e-3)
+def replace_weight(model: MultiExitNetwork) -> None:
+    model.heads[0].weight = nn.Parameter(model.heads[0].weight.detach() + 1e-3)
 
 
-def assign_data(served: MultiExitNetwork) -> None:
-    served.heads[0].weight.data = served.heads[0].weight.detach() + 1e-3
+def assign_data(model: MultiExitNetwork) -> None:
+    model.heads[0].weight.data = model.heads[0].weight.detach() + 1e-3
 
 
-def change_data(served: MultiExitNetwork) -> None:
-    served.heads[0].weight.data.add_(1e-3)
+def change_data(model: MultiExitNetwork) -> None:
+    model.heads[0].weight.data.add_(1e-3)
 
 
-def swap_activation(served: MultiExitNetwork) -> None:
-    served.stages[0][1] = nn.Tanh()
+def swap_activation(model: MultiExitNetwork) -> None:
+    model.stages[0][1] = nn.Tanh()
 
 
 CHANGES = [
     add,
     replace_weight,
-    lambda served: step(served, fused=False),
+    lambda model: step(model, fused=False),
     load,
-    lambda served: step(served, fused=True),
+    lambda model: step(model, fused=True),
     assign_data,
     swap_activation,
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_network_that_was_changed_after_it_was_accepted_is_refused(change):
-    served = network()
-    own, x = of(served), torch.randn(2, 2, 4, 4)
-    own.predict(served, x)
-    own.predict(served, x)
-    change(served)
-    assert network_fingerprint(served) != own.network
+def test_predict_changed_network_raises(change):
+    model = network()
+    policy_of_model, x = policy_for(model), torch.randn(2, 2, 4, 4)
+    policy_of_model.predict(model, x)
+    policy_of_model.predict(model, x)
+    change(model)
+    assert network_fingerprint(model) != policy_of_model.network
     with pytest.raises(UserError, match="calibrate this one"):
-        own.predict(served, x)
+        policy_of_model.predict(model, x)
 
 
-def test_what_goes_past_autograd_is_seen_by_a_policy_that_is_read_anew():
-    """Neither identity, place nor version counter of a tensor tells: require's docstring says so."""
-    served = network()
-    own = of(served)
-    own.require(served)
-    change_data(served)
+def test_require_data_changed_in_place_is_noticed_by_a_new_policy():
+    """In-place writes to tensor.data change neither identity nor version counter (see FingerprintCheck)."""
+    model = network()
+    policy_of_model = policy_for(model)
+    policy_of_model.require(model)
+    change_data(model)
     with pytest.raises(UserError, match="calibrate this one"):
-        ExitPolicy.from_json(own.to_json()).require(served)
+        ExitPolicy.from_json(policy_of_model.to_json()).require(model)
 
 
-def test_a_network_changed_before_and_restored_is_accepted():
-    served = network()
-    own, kept = of(served), copy.deepcopy(served.state_dict())
-    add(served)
+def test_require_restored_network_is_accepted():
+    model = network()
+    policy_of_model, kept = policy_for(model), copy.deepcopy(model.state_dict())
+    add(model)
     with pytest.raises(UserError, match="calibrate this one"):
-        own.require(served)
-    served.load_state_dict(kept)
-    own.require(served)
+        policy_of_model.require(model)
+    model.load_state_dict(kept)
+    policy_of_model.require(model)
     other = network(nn.Tanh)
     with pytest.raises(UserError, match="calibrate this one"):
-        own.require(other)
+        policy_of_model.require(other)
 
 
-def test_an_unchanged_network_is_hashed_once(monkeypatch):
-    served, hashed = network(), []
-    own = of(served)
+def test_predict_hashes_unchanged_network_once(monkeypatch):
+    model, hashed = network(), []
+    policy_of_model = policy_for(model)
     monkeypatch.setattr(
-        "fedekd.early_exit.policy.network_fingerprint", lambda each: hashed.append(1) or network_fingerprint(each)
+        "fedekd.early_exit.fingerprint.network_fingerprint", lambda each: hashed.append(1) or network_fingerprint(each)
     )
     for _ in range(5):
-        own.predict(served, torch.zeros(1, 2, 4, 4))
+        policy_of_model.predict(model, torch.zeros(1, 2, 4, 4))
     assert hashed == [1]
 
 
-def test_predictions_are_those_of_inference_and_assignment():
-    served = multi_exit(PrivateCNN(1, 8, 4), 4).eval()
+def test_predict_equals_forward_and_assign():
+    model = multi_exit(PrivateCNN(1, 8, 4), 4).eval()
     x = torch.randn(40, 1, 8, 8)
     with torch.no_grad():
-        scores = torch.stack([each.softmax(1).amax(1) for each in served(x)], 1).double().numpy()
+        scores = torch.stack([each.softmax(1).amax(1) for each in model(x)], 1).double().numpy()
     cut = float(np.median(scores[:, 0])) + 1e-6
-    own = replace(policy(cut, INF), search_bounds=(cut - 1e-3, INF, -INF), network=network_fingerprint(served))
-    logits, exits = own.predict(served, x)
-    expected = early_exit_forward(served, x, own.thresholds, own.search_bounds)
+    policy_of_model = replace(
+        policy(cut, INF), search_bounds=(cut - 1e-3, INF, -INF), network=network_fingerprint(model)
+    )
+    logits, exits = policy_of_model.predict(model, x)
+    expected = early_exit_forward(model, x, policy_of_model.thresholds, policy_of_model.search_bounds)
     assert torch.equal(logits, expected.logits)
     assert torch.equal(exits, expected.exits)
-    assert exits.tolist() == own.assign(scores).tolist()
+    assert exits.tolist() == policy_of_model.assign(scores).tolist()
     assert 0 < int((exits == 0).sum()) < 40
 
 
@@ -273,17 +283,17 @@ def test_predictions_are_those_of_inference_and_assignment():
         ((INF, INF), (0.4, 0.4), (False, False, True)),
     ],
 )
-def test_heads_count_as_evaluated_where_they_decide_something(thresholds, search_bounds, evaluated):
+def test_evaluated_heads(thresholds, search_bounds, evaluated):
     assert policy(*thresholds, search_bounds=(*search_bounds, -INF)).evaluated == evaluated
 
 
-def test_a_band_above_its_threshold_is_refused():
-    with pytest.raises(UserError, match="search_bound"):
+def test_policy_search_bound_above_threshold_raises():
+    with pytest.raises(UserError, match=r"expected a search bound of at most the threshold 0\.5 at exit 1, got 0\.9"):
         policy(0.5, 0.2, search_bounds=(0.9, 0.2, -INF))
 
 
-def test_a_policy_in_use_can_travel_to_another_process():
-    served = network()
-    own = of(served)
-    own.require(served)
-    assert pickle.loads(pickle.dumps(own)) == own
+def test_policy_in_use_can_be_pickled():
+    model = network()
+    policy_of_model = policy_for(model)
+    policy_of_model.require(model)
+    assert pickle.loads(pickle.dumps(policy_of_model)) == policy_of_model

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedekd.early_exit import ExitPolicy, Point, exit_points
-from fedekd.early_exit.policy_metrics import accuracy_cost_curve, area, evaluate_policy
+from fedekd.early_exit.cost_curves import accuracy_cost_curve, area
+from fedekd.early_exit.policy_metrics import evaluate_policy
 from fedekd.early_exit.scoring import ExitOutputs
 from fedekd.models import ExitCosts
 
@@ -20,14 +21,14 @@ def outputs() -> ExitOutputs:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (200,), generator=generator)
     logits = torch.randn(200, 3, 4, generator=generator)
-    # The deeper, the likelier right.
+    # Deeper exits are more accurate.
     logits.scatter_add_(
         2, labels[:, None, None].expand(-1, 3, 1), torch.tensor([0.5, 1.5, 3.0])[None, :, None].expand(200, -1, -1)
     )
     return ExitOutputs(logits, labels)
 
 
-def test_all_images_at_one_exit_cost_its_stages_and_its_head_alone(outputs: ExitOutputs) -> None:
+def test_exit_points_cost_stages_and_one_head(outputs: ExitOutputs) -> None:
     points = exit_points(outputs.accuracies, COSTS)
     assert [point.cost for point in points] == [11 / 100, 52 / 100, 1.0]
     for exit_, point in enumerate(points):
@@ -36,10 +37,10 @@ def test_all_images_at_one_exit_cost_its_stages_and_its_head_alone(outputs: Exit
 
 
 @pytest.mark.parametrize("thresholds", [(0.5, 0.7), (0.5, math.inf), (math.inf, 0.6), (math.inf, math.inf), (0.0, 0.0)])
-def test_the_outcome_is_that_of_a_loop_over_images(outputs: ExitOutputs, thresholds: tuple[float, float]) -> None:
+def test_evaluate_policy_equals_loop_over_images(outputs: ExitOutputs, thresholds: tuple[float, float]) -> None:
     vector = (*thresholds, -math.inf)
-    policy = ExitPolicy(vector, vector, (True, True, False), 0.1, 0.1, "ltt")
-    found = evaluate_policy(policy, outputs, COSTS)
+    policy = ExitPolicy(vector, vector, (True, True, False), 0.1, 0.9, "ltt")
+    metrics = evaluate_policy(policy, outputs, COSTS)
     leaving = COSTS.leaving([threshold < math.inf for threshold in vector])
     cost, right, wrong = 0.0, 0, {0: [0, 0], 1: [0, 0], 2: [0, 0]}
     for logits, label in zip(outputs.logits, outputs.labels, strict=True):
@@ -48,16 +49,16 @@ def test_the_outcome_is_that_of_a_loop_over_images(outputs: ExitOutputs, thresho
         cost, right = cost + leaving[exit_] / COSTS.full, right + is_right
         wrong[exit_][0] += not is_right
         wrong[exit_][1] += 1
-    assert found.point.cost == pytest.approx(cost / 200, abs=1e-12)
-    assert found.point.accuracy == pytest.approx(right / 200, abs=1e-12)
+    assert metrics.point.cost == pytest.approx(cost / 200, abs=1e-12)
+    assert metrics.point.accuracy == pytest.approx(right / 200, abs=1e-12)
     for exit_, (errors, samples) in wrong.items():
-        assert found.shares[exit_] == samples / 200
-        assert found.risks[exit_] == pytest.approx(errors / samples if samples else math.nan, nan_ok=True)
+        assert metrics.exit_shares[exit_] == samples / 200
+        assert metrics.risks[exit_] == pytest.approx(errors / samples if samples else math.nan, nan_ok=True)
     early = [errors / samples for errors, samples in (wrong[0], wrong[1]) if samples]
-    assert found.worst_risk == pytest.approx(max(early) if early else math.nan, nan_ok=True)
+    assert metrics.worst_risk == pytest.approx(max(early) if early else math.nan, nan_ok=True)
 
 
-def test_the_curve_reaches_from_the_first_exit_to_the_last(outputs: ExitOutputs) -> None:
+def test_accuracy_cost_curve_spans_first_to_last_exit(outputs: ExitOutputs) -> None:
     curve = accuracy_cost_curve(outputs, COSTS)
     leaving = COSTS.leaving([True, True, True])
     assert curve == sorted(curve)
@@ -65,9 +66,9 @@ def test_the_curve_reaches_from_the_first_exit_to_the_last(outputs: ExitOutputs)
     assert curve[-1] == pytest.approx((leaving[-1] / 100, outputs.accuracies[-1]))
 
 
-def test_area_is_the_mean_accuracy_over_budgets() -> None:
+def test_area_is_mean_accuracy_over_budgets() -> None:
     assert area([Point(0.1, 0.6), Point(1.0, 0.6)]) == pytest.approx(0.6)
-    # A dear point that is worse than a cheap one is no loss: one may always spend less.
+    # A point that is dominated by a cheaper one does not lower the area.
     assert area([Point(0.0, 0.8), Point(0.5, 0.4), Point(1.0, 0.8)]) == pytest.approx(0.8)
     assert area([Point(0.5, 0.7)]) == 0.7
     assert area([Point(0.0, 0.0), Point(1.0, 1.0)]) == pytest.approx(0.5)

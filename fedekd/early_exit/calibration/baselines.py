@@ -1,4 +1,4 @@
-"""Rules that promise less than they seem to, to be held against `ltt` and `path`."""
+"""Calibration baselines without a finite-sample guarantee, for comparison with `ltt` and `ltt_joint`."""
 
 from __future__ import annotations
 
@@ -14,70 +14,77 @@ from fedekd.early_exit.calibration.types import CalibrationTarget, SelectedThres
 from fedekd.errors import UserError
 from fedekd.functional import conformal_quantile
 
-#: Fewest samples that may leave at an exit under conformal risk control.
-LEAST_LEAVING = 60
+#: Minimum number of samples per exit for conformal risk control.
+MIN_EXIT_SAMPLES = 60
 
 
 def conformal_risk_control(
-    calibration: ExitScores, tuning: ExitScores, setting: CalibrationTarget
+    calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget
 ) -> SelectedThresholds:
-    """The rule `crc`: walk down while (k + 1) / (m + 1) <= alpha among the survivors, with at least 60 who leave.
+    r"""Rule `crc`: lower the threshold while $(k + 1) / (m + 1) \le \alpha$ among at least 60 survivors.
 
-    Conformal risk control (Angelopoulos et al., arXiv 2208.02814) as the SAFE-KD abstract names it. It holds the error
-    rate in expectation over calibration sets, not with high probability, and that only approximately: the loss of those
-    who leave is not monotone in the threshold, as its theorem asks.
+    Conformal risk control as named in the SAFE-KD abstract. It bounds the error rate in expectation over calibration
+    sets, not with high probability, and only approximately: the loss of the samples that exit is not monotone in the
+    threshold, as the theorem requires.
+
+    Reference:
+        Angelopoulos et al., "Conformal Risk Control", arXiv 2208.02814 (the choice of
+        $\hat\lambda$).
     """
 
-    def lowest(walk: RiskCurve) -> float:
-        fits = (walk.errors + 1) / (walk.samples + 1) <= setting.alpha
-        enough = walk.samples >= LEAST_LEAVING
-        # "While": the walk ends where it first fails, once enough have left.
-        failed = np.flatnonzero(enough & ~fits)
-        walked = np.flatnonzero((enough & fits)[: failed[0] if len(failed) else None])
-        return float(walk.thresholds[walked[-1]]) if len(walked) else math.inf
+    def lowest(curve: RiskCurve) -> float:
+        fits = (curve.errors + 1) / (curve.samples + 1) <= target.target_risk
+        is_enough = curve.samples >= MIN_EXIT_SAMPLES
+        # The search stops at the first failure among thresholds with enough samples.
+        failures = np.flatnonzero(is_enough & ~fits)
+        passed = np.flatnonzero((is_enough & fits)[: failures[0] if len(failures) else None])
+        return float(curve.thresholds[passed[-1]]) if len(passed) else math.inf
 
-    return _by_survivors(calibration, lowest)
+    return _on_survivors(calibration, lowest)
 
 
-def empirical(calibration: ExitScores, tuning: ExitScores, setting: CalibrationTarget) -> SelectedThresholds:
-    """The rule `empirical`: the lowest threshold at which no more than alpha of the calibration samples are wrong.
+def empirical(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
+    """Rule `empirical` (plug-in): the lowest threshold whose calibration error rate is at most the target risk.
 
-    What is done without thinking about it. Promises nothing: the lowest of many thresholds was chosen by luck, too.
+    No guarantee: the lowest of many thresholds is selected on the same samples (selection bias).
     """
 
-    def lowest(walk: RiskCurve) -> float:
-        fits = np.flatnonzero(walk.risk <= setting.alpha)
-        return float(walk.thresholds[fits[-1]]) if len(fits) else math.inf
+    def lowest(curve: RiskCurve) -> float:
+        fits = np.flatnonzero(curve.risk <= target.target_risk)
+        return float(curve.thresholds[fits[-1]]) if len(fits) else math.inf
 
-    return _by_survivors(calibration, lowest)
+    return _on_survivors(calibration, lowest)
 
 
-def released(calibration: ExitScores, tuning: ExitScores, setting: CalibrationTarget) -> SelectedThresholds:
-    r"""The rule `released`, of SAFE-KD's public code: leave where the score is at least $1 - \hat q_e$.
+def safekd_code(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
+    r"""Rule `safekd_code`, from SAFE-KD's public code: exit where the score is at least $1 - \hat q_e$.
 
-    $\hat q_e$ is the conformal quantile of $1 - p_y$ at exit e over all calibration samples. So the true class's
-    probability reaches the threshold with probability $1 - \alpha$, which says nothing of how many of those whose
-    confidence reaches it are wrong.
+    $\hat q_e$ is the conformal quantile of $1 - p_y$ at exit e over all calibration samples. The probability of the
+    true class thus reaches the threshold with probability $1 - \alpha$, which does not bound the error rate among the
+    samples whose confidence reaches it.
 
     Raises:
-        UserError: If the true class's probabilities are not given.
+        UserError: `true_class_probability` is None.
+
+    Reference:
+        SAFE-KD, arXiv 2602.03043, as implemented in its public code.
     """
     if calibration.true_class_probability is None:
-        raise UserError("mode 'released' needs true_class_probability: the probability each exit gives the true class")
+        raise UserError("true_class_probability: expected probabilities for mode 'safekd_code', got None")
     thresholds = []
     for exit_ in range(calibration.num_exits - 1):
         nonconformity = torch.from_numpy(1.0 - calibration.true_class_probability[:, exit_])
-        thresholds.append(1.0 - conformal_quantile(nonconformity, setting.alpha))
-    # An infinite quantile, of too few samples, would let everybody leave.
-    return SelectedThresholds.plain([math.inf if threshold == -math.inf else threshold for threshold in thresholds])
+        thresholds.append(1.0 - conformal_quantile(nonconformity, target.target_risk))
+    # With too few samples the quantile is infinite, and all samples would exit.
+    return SelectedThresholds.without_tests([math.inf if value == -math.inf else value for value in thresholds])
 
 
-def _by_survivors(calibration: ExitScores, lowest: Callable[[RiskCurve], float]) -> SelectedThresholds:
-    """Each exit's threshold from the samples that have not left before it."""
+def _on_survivors(calibration: ExitScores, lowest: Callable[[RiskCurve], float]) -> SelectedThresholds:
+    """Select each exit's threshold on the samples that did not exit earlier."""
     thresholds = []
     alive = np.ones(len(calibration), dtype=bool)
     for exit_ in range(calibration.num_exits - 1):
-        walk = risk_curve(calibration.scores[alive, exit_], calibration.correct[alive, exit_])
-        thresholds.append(lowest(walk) if alive.any() else math.inf)
+        curve = risk_curve(calibration.scores[alive, exit_], calibration.correct[alive, exit_])
+        thresholds.append(lowest(curve) if alive.any() else math.inf)
         alive &= calibration.scores[:, exit_] < thresholds[-1]
-    return SelectedThresholds.plain(thresholds)
+    return SelectedThresholds.without_tests(thresholds)

@@ -1,4 +1,4 @@
-"""Thresholds for a network's exits, such that few of those who leave early are wrong."""
+"""Calibration of exit thresholds with a guaranteed error rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import fedekd
-from fedekd.early_exit.calibration.baselines import conformal_risk_control, empirical, released
+from fedekd.early_exit.calibration.baselines import conformal_risk_control, empirical, safekd_code
 from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.early_exit.calibration.ltt import survivor_fixed_sequence
 from fedekd.early_exit.calibration.ltt_joint import ltt_joint
@@ -20,55 +20,78 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.errors import UserError, nearest
 
 
-class _Mode(NamedTuple):
+class Mode(NamedTuple):
+    """A calibration rule.
+
+    Attributes:
+        rule: Function that selects the thresholds.
+        has_guarantee: Whether P(all R_e <= target_risk) >= confidence.
+    """
+
     rule: CalibrationRule
-    promises: bool
+    has_guarantee: bool
 
 
-#: By name: the rule, and whether P(every R_e <= alpha) >= 1 - delta. A new rule is one function and one row.
-MODES: dict[str, _Mode] = {
-    "ltt": _Mode(survivor_fixed_sequence, True),
-    "path": _Mode(ltt_joint, True),
-    "crc": _Mode(conformal_risk_control, False),
-    "released": _Mode(released, False),
-    "empirical": _Mode(empirical, False),
+#: Calibration rules by name. A new rule is one function and one row.
+MODES: dict[str, Mode] = {
+    "ltt": Mode(survivor_fixed_sequence, True),
+    "ltt_joint": Mode(ltt_joint, True),
+    "crc": Mode(conformal_risk_control, False),
+    "safekd_code": Mode(safekd_code, False),
+    "empirical": Mode(empirical, False),
 }
 
 
 class SelectiveRiskCalibrator:
-    r"""Chooses the thresholds of early exits.
+    r"""Select the thresholds of early exits such that the error rate at each exit is bounded.
 
-    $R_e = P(\text{wrong} \mid \text{leaves at } e)$. With the modes `ltt` and `path`,
-    $P(R_e \le \alpha \text{ for all open exits } e) \ge 1 - \delta$ over calibration samples that are independent
-    draws from the law that the network will see; it says nothing of other data. The others are there to be compared
-    with: `crc` (conformal risk control, in expectation and approximately), `released` (SAFE-KD's public code; does
-    not control $R_e$) and `empirical`.
+    Guarantee of the modes `ltt` and `ltt_joint`. Let $R_e = P(\text{wrong} \mid \text{exit at } e)$.
+
+    - Population: the distribution of the calibration samples.
+    - Target and confidence: $P(R_e \le \alpha \text{ for all open exits } e) \ge 1 - \delta$ over the calibration
+      samples, where $\alpha$ is `target_risk` and $1 - \delta$ is `confidence`.
+    - Assumptions: calibration samples are independent draws; deployed samples have the same distribution; tuning
+      samples are independent of the calibration samples. There is no guarantee under distribution shift.
+
+    The other modes are baselines without this guarantee: `crc` (conformal risk control, in expectation and
+    approximately), `safekd_code` (SAFE-KD's public code; does not control $R_e$) and `empirical` (plug-in).
 
     Args:
-        alpha: Error rate among those who leave at an exit, in (0, 1).
-        delta: Probability, in (0, 1), that a promise may fail.
-        mode: `ltt`, `path`, `crc`, `released` or `empirical`.
+        target_risk: Maximum error rate among the samples that take an exit, in (0, 1).
+        confidence: Probability that the guarantees of all exits hold at once, in (0, 1).
+        mode: `ltt`, `ltt_joint`, `crc`, `safekd_code` or `empirical`.
+        simultaneous_clients: Number of clients whose guarantees hold at once with this confidence, at least 1. Each
+            client is calibrated with the failure probability (1 - confidence) / simultaneous_clients (Bonferroni).
 
     Raises:
-        UserError: If an argument is out of its range.
+        UserError: An argument is out of its range.
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> sure = rng.uniform(size=(4000, 2))
-        >>> right = rng.uniform(size=(4000, 2)) < sure**0.2  # the surer, the likelier right
-        >>> policy = SelectiveRiskCalibrator(alpha=0.1, delta=0.1).fit(sure[:2000], right[:2000], sure[2000:],
-        ...     right[2000:])
+        >>> scores = rng.uniform(size=(4000, 2))
+        >>> correct = rng.uniform(size=(4000, 2)) < scores**0.2  # accuracy rises with the score
+        >>> calibrator = SelectiveRiskCalibrator(target_risk=0.1, confidence=0.9)
+        >>> policy = calibrator.fit(scores[:2000], correct[:2000], scores[2000:], correct[2000:])
         >>> policy.certified, 0.0 < policy.thresholds[0] < 1.0
         ((True, False), True)
+
+    Reference:
+        Angelopoulos et al., "Learn then Test", arXiv 2110.01052; see `fedekd.early_exit.calibration.ltt` for the
+        algorithm.
     """
 
-    def __init__(self, alpha: float, delta: float = 0.1, mode: str = "ltt") -> None:
-        for name, value in (("alpha", alpha), ("delta", delta)):
+    def __init__(
+        self, target_risk: float, confidence: float = 0.9, mode: str = "ltt", simultaneous_clients: int = 1
+    ) -> None:
+        for name, value in (("target_risk", target_risk), ("confidence", confidence)):
             if not 0.0 < value < 1.0:
-                raise UserError(f"{name} is {value}, and must lie between 0 and 1, both excluded")
+                raise UserError(f"{name}: expected a number in (0, 1), got {value}")
         if mode not in MODES:
-            raise UserError(f"mode is {mode!r}, which is not known; {nearest(mode, MODES)}")
-        self.alpha, self.delta, self.mode = alpha, delta, mode
+            raise UserError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}; {nearest(mode, MODES)}")
+        self.target_risk, self.confidence, self.mode = target_risk, confidence, mode
+        self.simultaneous_clients = simultaneous_clients
+        #: Failure probability of one client. Rounded, because 1 - 0.9 is not 0.1 in floating point.
+        self.failure_probability = (round(1.0 - confidence, 12) or 1.0 - confidence) / simultaneous_clients
 
     def fit(
         self,
@@ -84,71 +107,77 @@ class SelectiveRiskCalibrator:
         gamma: float = 1.0,
         proxy: str = "",
     ) -> ExitPolicy:
-        """Calibrate.
+        """Calibrate the exits of a network.
 
         Args:
-            scores: Confidence of n calibration samples at each of E exits, the last included, (n, E).
-            correct: Whether each exit is right about them, (n, E).
-            tuning_scores: The same of other samples, on which the order of the tests is decided, (t, E).
-            tuning_correct: (t, E).
-            true_class_probability: What each exit gives the true class, (n, E); for `released` alone.
-            cost: What leaving at each exit costs, (E,), for `path`; by default 1, 2, ..., E.
-            score: What the scores are, for whoever applies the policy.
-            network: Fingerprint of the network that gave the scores; a policy refuses any other.
-            gamma: Of the score `agreement`.
-            proxy: Fingerprint of the proxy that had a part in the scores, if any.
+            scores: Confidence of n calibration samples at each of E exits, the last included, shape (n, E).
+            correct: Whether the prediction of each exit is correct, shape (n, E).
+            tuning_scores: Scores of t other samples, on which the sequence of tests is fixed, shape (t, E).
+            tuning_correct: Correctness of the tuning samples, shape (t, E).
+            true_class_probability: Probability of the true class at each exit, shape (n, E); required by
+                `safekd_code` only.
+            cost: Cost of a sample at each exit, shape (E,), used by `ltt_joint` (default: 1, 2, ..., E).
+            score: Name of the score, a key of `fedekd.functional.SCORES`.
+            network: Fingerprint of the network that computed the scores; the policy rejects other networks.
+            gamma: Weight of the disagreement in the score `agreement`.
+            proxy: Fingerprint of the proxy for the score `agreement`.
 
         Returns:
-            The policy, with what is promised of it and what it was calibrated on.
+            The policy, with its guarantee and the counts of the calibration samples.
 
         Raises:
-            UserError: If the arrays do not fit together, are empty, or hold NaN.
+            UserError: Arrays have different shapes, are empty or contain NaN.
         """
-        policy = self.fit_scored(
-            ExitScores.checked(scores, correct, true_class_probability, "calibration "),
-            ExitScores.checked(tuning_scores, tuning_correct, name="tuning "),
+        policy = self.fit_scores(
+            ExitScores.from_arrays(scores, correct, true_class_probability, "calibration "),
+            ExitScores.from_arrays(tuning_scores, tuning_correct, name="tuning "),
             cost,
         )
         return replace(policy, score=score, network=network, gamma=gamma, proxy=proxy)
 
-    def fit_scored(
+    def fit_scores(
         self, calibration: ExitScores, tuning: ExitScores, cost: Sequence[float] | None = None
     ) -> ExitPolicy:
-        """As `fit`, from samples that are checked already; whose scores they are is for the caller to add.
+        """Calibrate on validated samples; the policy has no fingerprint.
+
+        Args:
+            calibration: Calibration samples.
+            tuning: Tuning samples.
+            cost: Cost of a sample at each exit, shape (E,), used by `ltt_joint` (default: 1, 2, ..., E).
 
         Raises:
-            UserError: If the two have not as many exits, or the costs do not fit them.
+            UserError: The number of exits or costs differs.
         """
-        exits = calibration.num_exits
-        if tuning.num_exits != exits:
-            raise UserError(f"calibration has {exits} exits, and tuning {tuning.num_exits}; both need the same")
-        costs = np.arange(1.0, exits + 1) if cost is None else np.asarray(cost, dtype=np.float64)
-        if costs.shape != (exits,) or not np.isfinite(costs).all():
-            raise UserError(
-                f"cost has the shape {costs.shape}; a finite number for each of the {exits} exits is needed"
-            )
+        num_exits = calibration.num_exits
+        if tuning.num_exits != num_exits:
+            raise UserError(f"tuning scores: expected {num_exits} exits as in calibration, got {tuning.num_exits}")
+        costs = np.arange(1.0, num_exits + 1) if cost is None else np.asarray(cost, dtype=np.float64)
+        if costs.shape != (num_exits,) or not np.isfinite(costs).all():
+            raise UserError(f"cost: expected {num_exits} finite numbers, one per exit, got an array {costs.shape}")
         mode = MODES[self.mode]
-        chosen = mode.rule(calibration, tuning, CalibrationTarget(self.alpha, self.delta, costs))
-        return self._policy(chosen, calibration, len(tuning), mode.promises)
+        target = CalibrationTarget(self.target_risk, self.failure_probability, costs)
+        return self._policy(mode.rule(calibration, tuning, target), calibration, len(tuning), mode.has_guarantee)
 
-    def _policy(self, chosen: SelectedThresholds, calibration: ExitScores, tuning: int, promises: bool) -> ExitPolicy:
-        thresholds, search_bounds = (*chosen.thresholds, -math.inf), (*chosen.search_bounds, -math.inf)
+    def _policy(
+        self, selected: SelectedThresholds, calibration: ExitScores, tuning_samples: int, has_guarantee: bool
+    ) -> ExitPolicy:
         policy = ExitPolicy(
-            thresholds=thresholds,
-            search_bounds=search_bounds,
-            certified=(*(promises and threshold < math.inf for threshold in chosen.thresholds), False),
-            alpha=self.alpha,
-            delta=self.delta,
+            thresholds=(*selected.thresholds, -math.inf),
+            search_bounds=(*selected.search_bounds, -math.inf),
+            certified=(*(has_guarantee and threshold < math.inf for threshold in selected.thresholds), False),
+            target_risk=self.target_risk,
+            confidence=self.confidence,
             mode=self.mode,
+            simultaneous_clients=self.simultaneous_clients,
         )
         exits = policy.assign(calibration.scores)
-        leaving = [exits == exit_ for exit_ in range(policy.num_exits)]
+        masks = [exits == exit_ for exit_ in range(policy.num_exits)]
         return replace(
             policy,
             samples=len(calibration),
-            tuning_samples=tuning,
-            leaving=tuple(int(leaves.sum()) for leaves in leaving),
-            errors=tuple(int((leaves & ~calibration.correct[:, e]).sum()) for e, leaves in enumerate(leaving)),
-            needed=(*chosen.needed, None),
+            tuning_samples=tuning_samples,
+            exit_counts=tuple(int(mask.sum()) for mask in masks),
+            error_counts=tuple(int((mask & ~calibration.correct[:, e]).sum()) for e, mask in enumerate(masks)),
+            required_samples=(*selected.required_samples, None),
             versions={"fedekd": fedekd.__version__, "torch": torch.__version__},
         )

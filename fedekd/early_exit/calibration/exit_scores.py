@@ -1,7 +1,8 @@
-"""What calibration looks at: how sure a network was at each exit, and whether it was right."""
+"""Confidence scores and correctness at each exit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,12 @@ from fedekd.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class ExitScores:
-    """n samples at E exits, the last included.
+    """Scores of n samples at E exits, the last exit included.
 
     Attributes:
         scores: Confidence, float64, shape (n, E).
-        correct: Whether the exit's answer is right, shape (n, E).
-        true_class_probability: The probability that each exit gives the true class, shape (n, E), where it is known.
+        correct: Whether the prediction of the exit is correct, bool, shape (n, E).
+        true_class_probability: Predicted probability of the true class, shape (n, E), or None.
     """
 
     scores: npt.NDArray[np.float64]
@@ -27,57 +28,70 @@ class ExitScores:
     true_class_probability: npt.NDArray[np.float64] | None = None
 
     @classmethod
-    def checked(cls, scores: Any, correct: Any, true_class_probability: Any = None, name: str = "") -> ExitScores:
-        """From arrays or tensors, once they are known to hold what is described above.
+    def from_arrays(cls, scores: Any, correct: Any, true_class_probability: Any = None, name: str = "") -> ExitScores:
+        """Validate arrays or tensors and convert them.
 
         Args:
-            scores: (n, E).
-            correct: (n, E), bool or 0 and 1.
-            true_class_probability: (n, E) or None.
-            name: What to call the samples in an error, with a trailing space.
+            scores: Confidence, shape (n, E), finite.
+            correct: bool, or 0 and 1, shape (n, E).
+            true_class_probability: Probabilities, shape (n, E), or None.
+            name: Prefix of the arrays' names in error messages, with a trailing space.
 
         Raises:
-            UserError: Shapes that do not fit, no samples, or scores that are no numbers.
+            UserError: Shapes differ, there are no samples, or scores are not finite.
         """
-        array = _as_array(scores).astype(np.float64)
+        array = _to_array(scores).astype(np.float64)
         if array.ndim != 2 or not array.shape[1]:
-            raise UserError(f"{name}scores have the shape {array.shape}; (samples, exits) is needed")
+            raise UserError(f"{name}scores: expected the shape (samples, exits), got {array.shape}")
         if not len(array):
-            raise UserError(f"there are no {name}samples; at least 1 is needed")
+            raise UserError(f"{name}scores: expected at least 1 sample, got 0")
         if np.isnan(array).any():
             sample, exit_ = np.argwhere(np.isnan(array))[0]
-            raise UserError(f"{name}scores hold NaN, first at sample {sample}, exit {exit_ + 1}; the network diverged")
+            raise UserError(
+                f"{name}scores: expected finite values, got NaN, first at sample {sample}, exit {exit_ + 1}."
+                " The training of the network diverged"
+            )
         if np.isinf(array).any():
-            raise UserError(f"{name}scores hold infinite values; a confidence is a finite number")
-        right = _as_array(correct)
-        if right.shape != array.shape:
-            raise UserError(f"{name}correct has the shape {right.shape}, and the scores have {array.shape}")
-        if right.dtype != np.bool_ and not np.isin(right, (0, 1)).all():
-            raise UserError(f"{name}correct is {right.dtype} with values other than 0 and 1; bool is needed")
+            raise UserError(f"{name}scores: expected finite values, got inf")
+        flags = _to_array(correct)
+        if flags.shape != array.shape:
+            raise UserError(f"{name}correct: expected the shape {array.shape} of the scores, got {flags.shape}")
+        if flags.dtype != np.bool_ and not np.isin(flags, (0, 1)).all():
+            raise UserError(f"{name}correct: expected bool, or 0 and 1, got other values in an array of {flags.dtype}")
         probability = None
         if true_class_probability is not None:
-            probability = _as_array(true_class_probability).astype(np.float64)
+            probability = _to_array(true_class_probability).astype(np.float64)
             if probability.shape != array.shape or not ((probability >= 0) & (probability <= 1)).all():
-                raise UserError(f"{name}true_class_probability must have shape {array.shape} and values in 0..1")
-        return cls(array, right.astype(np.bool_), probability)
+                raise UserError(f"{name}true_class_probability: expected the shape {array.shape} and values in 0..1")
+        return cls(array, flags.astype(np.bool_), probability)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ExitScores]) -> ExitScores:
+        """Concatenate samples in order; probabilities only if each part has them."""
+        probabilities = [part.true_class_probability for part in parts if part.true_class_probability is not None]
+        return cls(
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.correct for part in parts]),
+            np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
+        )
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
     def num_exits(self) -> int:
-        """E, the last exit included."""
+        """Number of exits E, the last included."""
         return int(self.scores.shape[1])
 
-    def take(self, places: npt.NDArray[Any]) -> ExitScores:
-        """Some of the samples, by index (once or several times each) or by mask."""
+    def take(self, indices: npt.NDArray[Any]) -> ExitScores:
+        """Select samples by index (repeats allowed) or by mask."""
         probability = self.true_class_probability
         return ExitScores(
-            self.scores[places], self.correct[places], None if probability is None else probability[places]
+            self.scores[indices], self.correct[indices], None if probability is None else probability[indices]
         )
 
 
-def _as_array(values: Any) -> npt.NDArray[Any]:
+def _to_array(values: Any) -> npt.NDArray[Any]:
     if not isinstance(values, Tensor):
         return np.asarray(values)
     values = values.detach().cpu()

@@ -1,8 +1,8 @@
-"""Whose promise is it? A policy of each client's own beside one that is calibrated on everybody's samples together."""
+"""Validity of per-client and pooled calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,14 @@ import numpy.typing as npt
 
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.calibration.exit_scores import ExitScores
-from fedekd.early_exit.calibration.validity import true_risks
+from fedekd.early_exit.calibration.validity import (
+    Cost,
+    default_cost,
+    is_violated,
+    require_counts,
+    resample,
+    true_risks,
+)
 from fedekd.errors import UserError
 
 Risks = npt.NDArray[np.float64]
@@ -18,115 +25,100 @@ Risks = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class FederatedValidity:
-    """What many calibrations of a federation came to; error rates are true ones, NaN where nobody leaves.
+    """Results of repeated calibrations of a federation; NaN where no sample takes an exit.
 
     Attributes:
-        alpha: The error rate asked for.
-        delta: The share of draws that may break it.
-        mode: The rule.
-        own: Of each client's own policy on its own pool, (draws, K, E - 1).
-        pooled: Of the policy that all clients share, on each client's pool, (draws, K, E - 1).
-        together: Of the shared policy on all pools together, which is what it promises something of, (draws, E - 1).
+        calibrator: The rule, with its target risk and confidence.
+        client_risks: Error rates of each client's own policy on its population, shape (draws, K, E - 1).
+        pooled_risks: Error rates of the pooled policy on each client's population, shape (draws, K, E - 1).
+        union_risks: Error rates of the pooled policy on the union of all populations, shape (draws, E - 1). The
+            guarantee of the pooled policy is about this union only.
     """
 
-    alpha: float
-    delta: float
-    mode: str
-    own: Risks
-    pooled: Risks
-    together: Risks
+    calibrator: SelectiveRiskCalibrator
+    client_risks: Risks
+    pooled_risks: Risks
+    union_risks: Risks
 
     @property
     def draws(self) -> int:
-        """How many calibrations."""
-        return len(self.own)
+        """Number of calibrations."""
+        return len(self.client_risks)
 
     @property
-    def own_violations(self) -> list[int]:
-        """Of each client, draws in which some exit's error rate is above alpha under its own policy."""
-        return [int(count) for count in self._violations(self.own).sum(axis=0)]
+    def client_violations(self) -> list[int]:
+        """Per client, draws in which its own policy violates the guarantee on its population."""
+        return self._counts(self.client_risks)
 
     @property
     def pooled_violations(self) -> list[int]:
-        """The same under the shared policy."""
-        return [int(count) for count in self._violations(self.pooled).sum(axis=0)]
+        """Per client, draws in which the pooled policy exceeds the target risk on its population."""
+        return self._counts(self.pooled_risks)
 
     @property
-    def together_violations(self) -> int:
-        """Draws in which the shared policy breaks its promise on all pools together."""
-        return int(self._violations(self.together).sum())
+    def union_violations(self) -> int:
+        """Draws in which the pooled policy violates its guarantee on the union of all populations."""
+        [count] = self._counts(self.union_risks[:, None])
+        return count
 
-    def _violations(self, risks: Risks) -> npt.NDArray[np.bool_]:
-        broken: npt.NDArray[np.bool_] = np.any(risks > self.alpha, axis=-1)
-        return broken
+    def _counts(self, risks: Risks) -> list[int]:
+        return [int(count) for count in is_violated(risks, self.calibrator.target_risk).sum(axis=0)]
 
 
 def check_federated_validity(
-    pools: Sequence[ExitScores],
+    populations: Sequence[ExitScores],
     calibrator: SelectiveRiskCalibrator,
     samples: Sequence[int],
     tuning_samples: Sequence[int],
     draws: int = 200,
     seed: int = 0,
-    cost: Callable[[Sequence[bool]], Sequence[float]] | None = None,
+    cost: Cost | None = None,
 ) -> FederatedValidity:
-    """Calibrate each client, and all of them together, on the same fresh draws from the clients' pools.
+    """Calibrate each client, and all clients pooled, on the same resampled sets.
 
-    As in `check_validity`, samples are drawn with replacement and a pool is its client's whole population. The shared
-    policy is calibrated on the clients' draws put together, each client's by its number of samples; pools that are of
-    sizes in the same proportions are then the population it promises something of.
+    As in `check_validity`, samples are drawn with replacement from each client's finite population. The pooled policy
+    is calibrated on the concatenated draws of all clients, weighted by their number of samples; its guarantee is about
+    the union of the populations if their sizes have the same proportions.
 
     Args:
-        pools: Of K clients, with E exits each.
+        populations: Per client (K of them) all samples of its population, with E exits each.
         calibrator: The rule.
-        samples: Calibration samples of a draw, of each client.
-        tuning_samples: Tuning samples of a draw, of each client.
-        draws: How many.
-        seed: Each draw has a generator of its own, made from it and the draw's number; clients take turns.
-        cost: As `check_validity` has it; of all clients alike.
+        samples: Per client, calibration samples per draw, at least 1.
+        tuning_samples: Per client, tuning samples per draw, at least 1.
+        draws: Number of calibrations, at least 1.
+        seed: Draw i uses one generator for all clients in order, seeded with (seed, i).
+        cost: Cost of a sample at each exit, as in `check_validity`; the same for all clients.
 
     Raises:
-        UserError: If there is no client, their exits differ in number, or a number is below 1.
+        UserError: There are no clients, their numbers of exits differ, or a number is below 1.
     """
-    if not pools:
-        raise UserError("there are no clients; at least 1 is needed")
-    if not len(pools) == len(samples) == len(tuning_samples):
+    if not populations:
+        raise UserError("clients: expected at least 1, got 0")
+    if not len(populations) == len(samples) == len(tuning_samples):
         raise UserError(
-            f"{len(pools)} clients have {len(samples)} numbers of samples and {len(tuning_samples)} of tuning samples;"
-            " each client needs one of both"
+            f"samples and tuning_samples: expected {len(populations)} numbers, one per client, got {len(samples)} and"
+            f" {len(tuning_samples)}"
         )
-    exits = {pool.num_exits for pool in pools}
-    if len(exits) > 1:
-        told = " or ".join(map(str, sorted(exits)))
-        raise UserError(f"the clients have {told} exits; a shared policy needs as many of each")
-    for name, values in (("samples", samples), ("tuning_samples", tuning_samples), ("draws", [draws])):
-        if min(values) < 1:
-            raise UserError(f"{name} is {min(values)}, and must be at least 1")
-    [num_exits] = exits
-    shape = draws, len(pools), num_exits - 1
-    own, pooled, together = np.empty(shape), np.empty(shape), np.empty((draws, num_exits - 1))
-    everybody = _concatenated(pools)
-    evenly = tuple((exit_ + 1) / num_exits for exit_ in range(num_exits))
-    costs = evenly if cost is None else cost([True] * num_exits)
+    exit_numbers = sorted({population.num_exits for population in populations})
+    if len(exit_numbers) > 1:
+        numbers = " and ".join(map(str, exit_numbers))
+        raise UserError(f"clients: expected the same number of exits for a pooled policy, got {numbers}")
+    require_counts(samples=samples, tuning_samples=tuning_samples, draws=[draws])
+    [num_exits] = exit_numbers
+    costs = (cost or default_cost)([True] * num_exits)
+    shape = draws, len(populations), num_exits - 1
+    client_risks, pooled_risks, union_risks = np.empty(shape), np.empty(shape), np.empty((draws, num_exits - 1))
+    union = ExitScores.concatenate(populations)
     for draw in range(draws):
         rng = np.random.default_rng((seed, draw))
         drawn = [
-            (pool.take(rng.integers(len(pool), size=n)), pool.take(rng.integers(len(pool), size=t)))
-            for pool, n, t in zip(pools, samples, tuning_samples, strict=True)
+            resample(population, n, t, rng)
+            for population, n, t in zip(populations, samples, tuning_samples, strict=True)
         ]
-        calibration, tuning = map(_concatenated, zip(*drawn, strict=True))
-        shared = calibrator.fit_scored(calibration, tuning, costs)
-        together[draw] = true_risks(everybody, shared)
-        for client, (pool, parts) in enumerate(zip(pools, drawn, strict=True)):
-            own[draw, client] = true_risks(pool, calibrator.fit_scored(*parts, costs))
-            pooled[draw, client] = true_risks(pool, shared)
-    return FederatedValidity(calibrator.alpha, calibrator.delta, calibrator.mode, own, pooled, together)
-
-
-def _concatenated(parts: Sequence[ExitScores]) -> ExitScores:
-    probabilities = [part.true_class_probability for part in parts if part.true_class_probability is not None]
-    return ExitScores(
-        np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.correct for part in parts]),
-        np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
-    )
+        calibration, tuning = map(ExitScores.concatenate, zip(*drawn, strict=True))
+        pooled_policy = calibrator.fit_scores(calibration, tuning, costs)
+        union_risks[draw] = true_risks(union, pooled_policy)
+        for client, (population, parts) in enumerate(zip(populations, drawn, strict=True)):
+            client_risks[draw, client] = true_risks(population, calibrator.fit_scores(*parts, costs))
+            pooled_risks[draw, client] = true_risks(population, pooled_policy)
+    return FederatedValidity(calibrator, client_risks, pooled_risks, union_risks)

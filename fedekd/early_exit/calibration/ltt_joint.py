@@ -1,8 +1,12 @@
-"""Testing whole vectors of thresholds, in an order fixed on tuning samples.
+r"""Fixed-sequence testing of whole threshold vectors.
 
-One test for all exits at once: the p-value of "some exit's error rate exceeds alpha" is the largest of the exits'
-p-values (intersection-union test), so nothing is split between exits, and a sequence of vectors costs delta once, up to
-the first that fails. All vectors passed before hold with probability 1 - delta, and the cheapest of them is taken.
+Guarantee: as in `ltt` (population, target, confidence and assumptions). One test covers all exits: the p-value of "the
+error rate of some exit exceeds $\alpha$" is the largest p-value of the exits (intersection-union test), so $\delta$ is
+not divided between exits, and a sequence of vectors costs $\delta$ once, up to the first that fails. All vectors that
+passed hold at once with probability $1 - \delta$; the cheapest of them is selected.
+
+References: Angelopoulos et al., arXiv 2110.01052 (fixed-sequence testing); Berger, Technometrics 24 (1982)
+(intersection-union test).
 """
 
 from __future__ import annotations
@@ -10,90 +14,109 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from fedekd.early_exit.calibration.exit_scores import ExitScores
-from fedekd.early_exit.calibration.risk_curve import RiskCurve, expected_p_value, risk_curve, samples_needed
+from fedekd.early_exit.calibration.risk_curve import RiskCurve, expected_p_value, required_samples, risk_curve
 from fedekd.early_exit.calibration.types import CalibrationTarget, SelectedThresholds
-from fedekd.early_exit.policy import exit_index
+from fedekd.early_exit.inference import exit_index
 from fedekd.functional.binomial import error_p_value
 
-#: Vectors tried, from cautious to bold.
+#: Maximum number of vectors, from cautious to bold.
 VECTORS = 40
-#: How bold: the share of errors seen in tuning at each exit, as multiples of alpha.
+#: Range of the error rate aimed at on the tuning samples, as multiples of the target risk.
 _FROM, _TO = 0.05, 1.0
 
 Thresholds = tuple[float, ...]
 
 
-def ltt_joint(calibration: ExitScores, tuning: ExitScores, setting: CalibrationTarget) -> SelectedThresholds:
-    """The rule `path`: P(every R_e <= alpha) >= 1 - delta, for independent calibration samples of one law."""
+def ltt_joint(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
+    """Rule `ltt_joint`: P(all R_e <= target_risk) >= confidence for independent, identically distributed samples.
+
+    Args:
+        calibration: Samples on which the vectors are tested.
+        tuning: Independent samples on which the sequence of vectors is fixed.
+        target: Target risk, failure probability and cost of each exit.
+
+    Returns:
+        Thresholds and sample-size estimates; search bounds equal the thresholds.
+    """
     ratio = len(calibration) / len(tuning)
-    vectors, needed = candidates(tuning, ratio, setting)
+    vectors, estimates = candidate_vectors(tuning, ratio, target)
     passed = []
-    for vector in vectors[_most_promising(tuning, vectors, ratio, setting) :]:
-        if _p_value(calibration, vector, 1.0, setting.alpha) > setting.delta:
+    for vector in vectors[_start(tuning, vectors, ratio, target) :]:
+        if _p_value(calibration, vector, 1.0, target.target_risk) > target.failure_probability:
             break
         passed.append(vector)
     closed = (math.inf,) * (calibration.num_exits - 1)
-    best = min(passed, key=lambda vector: _mean_cost(calibration, vector, setting), default=closed)
-    return SelectedThresholds(best, best, tuple(None if best[e] < math.inf else needed[e] for e in range(len(best))))
+    best = min(passed, key=lambda vector: float(target.cost[_exits(calibration, vector)].mean()), default=closed)
+    is_open = [threshold < math.inf for threshold in best]
+    return SelectedThresholds(best, best, tuple(None if o else n for o, n in zip(is_open, estimates, strict=True)))
 
 
-def candidates(
-    tuning: ExitScores, ratio: float, setting: CalibrationTarget
+def candidate_vectors(
+    tuning: ExitScores, ratio: float, target: CalibrationTarget
 ) -> tuple[list[Thresholds], tuple[int | None, ...]]:
-    """At most `VECTORS` vectors, each bolder than the one before, and about how many samples open each exit.
+    """Generate at most `VECTORS` vectors, each bolder than the previous one.
 
-    A vector lets as many leave at each exit, in order, as keep the errors seen there below a multiple of alpha; an exit
-    that would then not be expected to pass its test is closed.
+    Exit by exit, a vector takes the lowest threshold whose error rate on the tuning samples is at most a multiple of
+    the target risk; an exit that is not expected to pass its test with that threshold is closed.
+
+    Args:
+        tuning: Tuning samples.
+        ratio: Number of calibration samples per tuning sample.
+        target: Target risk and failure probability.
+
+    Returns:
+        The vectors, and per exit the estimated number of calibration samples that opens it.
     """
-    early = tuning.num_exits - 1
+    early_exits = tuning.num_exits - 1
     vectors: list[Thresholds] = []
-    first_walks: dict[int, RiskCurve] = {}
+    first_curves: dict[int, RiskCurve] = {}
     for share in np.linspace(_FROM, _TO, VECTORS):
         thresholds: list[float] = []
         alive = np.ones(len(tuning), dtype=bool)
-        for exit_ in range(early):
+        for exit_ in range(early_exits):
             threshold = math.inf
             if alive.any():
-                walk = risk_curve(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
-                first_walks.setdefault(exit_, walk)
-                fits = np.flatnonzero(walk.risk <= share * setting.alpha)
-                if len(fits) and expected_p_value(walk.at(fits[-1]), setting.alpha, ratio) <= setting.delta:
-                    threshold = float(walk.thresholds[fits[-1]])
+                curve = risk_curve(tuning.scores[alive, exit_], tuning.correct[alive, exit_])
+                first_curves.setdefault(exit_, curve)
+                fits = np.flatnonzero(curve.risk <= share * target.target_risk)
+                # One threshold only: the p-values of the whole curve are not needed.
+                lowest = curve.take(fits[-1:])
+                if len(fits) and expected_p_value(lowest, target.target_risk, ratio) <= target.failure_probability:
+                    threshold = float(lowest.thresholds[0])
             thresholds.append(threshold)
             alive &= tuning.scores[:, exit_] < threshold
         if tuple(thresholds) not in vectors and min(thresholds, default=math.inf) < math.inf:
             vectors.append(tuple(thresholds))
-    needed = tuple(
-        samples_needed(first_walks[exit_], setting.alpha, setting.delta, len(tuning)) if exit_ in first_walks else None
-        for exit_ in range(early)
+    estimates = tuple(
+        required_samples(first_curves[exit_], target.target_risk, target.failure_probability, len(tuning))
+        if exit_ in first_curves
+        else None
+        for exit_ in range(early_exits)
     )
-    return vectors, needed
+    return vectors, estimates
 
 
-def _most_promising(tuning: ExitScores, vectors: list[Thresholds], ratio: float, setting: CalibrationTarget) -> int:
-    """Where to begin: the vector that the tuning samples make surest, the boldest of equal ones."""
-    p = [_p_value(tuning, vector, ratio, setting.alpha) for vector in vectors]
-    return max((place for place in range(len(p)) if p[place] == min(p)), default=0)
+def _start(tuning: ExitScores, vectors: list[Thresholds], ratio: float, target: CalibrationTarget) -> int:
+    """Index of the vector with the lowest expected p-value, the boldest of ties."""
+    p = [_p_value(tuning, vector, ratio, target.target_risk) for vector in vectors]
+    return max((index for index in range(len(p)) if p[index] == min(p)), default=0)
 
 
-def _p_value(samples: ExitScores, vector: Thresholds, ratio: float, alpha: float) -> float:
-    """Of "some open exit's error rate exceeds alpha"."""
+def _p_value(samples: ExitScores, vector: Thresholds, ratio: float, target_risk: float) -> float:
+    """P-value of "the error rate of some open exit exceeds the target risk"."""
     exits = _exits(samples, vector)
-    worst = 0.0
+    largest = 0.0
     for exit_, threshold in enumerate(vector):
         if threshold < math.inf:
-            leaves = exits == exit_
-            wrong = (leaves & ~samples.correct[:, exit_]).sum()
-            worst = max(worst, float(error_p_value(wrong * ratio, leaves.sum() * ratio, alpha)))
-    return worst
+            exits_here = exits == exit_
+            errors = (exits_here & ~samples.correct[:, exit_]).sum()
+            largest = max(largest, float(error_p_value(errors * ratio, exits_here.sum() * ratio, target_risk)))
+    return largest
 
 
-def _mean_cost(samples: ExitScores, vector: Thresholds, setting: CalibrationTarget) -> float:
-    return float(setting.cost[_exits(samples, vector)].mean())
-
-
-def _exits(samples: ExitScores, vector: Thresholds) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _exits(samples: ExitScores, vector: Thresholds) -> npt.NDArray[np.int64]:
     thresholds = (*vector, -math.inf)
     return exit_index(samples.scores, thresholds, thresholds)

@@ -1,29 +1,29 @@
-"""Walking down the scores of one exit: how many would leave at each threshold, and how many of them are wrong."""
+"""Error rate of one exit as a function of its threshold."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedekd.functional.binomial import error_p_value
 
-#: So many samples nobody has.
-_NEVER = 1e9
+#: Upper limit of the sample-size search.
+_MAX_SAMPLES = 1e9
 
 Scores = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
 class RiskCurve(NamedTuple):
-    """The distinct scores of some samples at one exit, from high to low.
+    """Samples and errors at each distinct score of one exit, from the highest score down.
 
     Attributes:
-        thresholds: Distinct scores, falling, shape (t,).
-        samples: m, how many have at least that score.
-        errors: k, how many of those are wrong.
+        thresholds: Distinct scores in decreasing order, shape (t,).
+        samples: Number m of samples with at least that score, shape (t,).
+        errors: Number k of errors among them, shape (t,).
     """
 
     thresholds: Scores
@@ -32,62 +32,72 @@ class RiskCurve(NamedTuple):
 
     @property
     def risk(self) -> Scores:
-        """The share of errors among those who would leave, k / m."""
+        """Error rate k / m among the samples that exit at each threshold."""
         return self.errors / self.samples
 
-    def at(self, place: int) -> RiskCurve:
-        """One of the thresholds alone, where the p-values of all would take long for nothing."""
-        only = slice(place, place + 1)
-        return RiskCurve(self.thresholds[only], self.samples[only], self.errors[only])
+    def take(self, index: slice | npt.NDArray[Any]) -> RiskCurve:
+        """Select thresholds by slice, index or mask."""
+        return RiskCurve(self.thresholds[index], self.samples[index], self.errors[index])
 
 
 def risk_curve(scores: Scores, correct: Flags) -> RiskCurve:
-    """All thresholds at which something changes.
+    """Count samples and errors at each distinct score.
 
     Args:
-        scores: Of the samples that come to this exit, shape (n,).
-        correct: Whether it is right about them, shape (n,).
+        scores: Scores of the samples that reach this exit, shape (n,).
+        correct: Whether the exit's prediction is correct, shape (n,).
 
     Example:
-        >>> walk = risk_curve(np.array([0.5, 0.9, 0.9]), np.array([False, True, True]))
-        >>> walk.thresholds.tolist(), walk.samples.tolist(), walk.errors.tolist()
+        >>> curve = risk_curve(np.array([0.5, 0.9, 0.9]), np.array([False, True, True]))
+        >>> curve.thresholds.tolist(), curve.samples.tolist(), curve.errors.tolist()
         ([0.9, 0.5], [2, 3], [0, 1])
     """
     order = np.argsort(-scores, kind="stable")
-    falling = scores[order]
-    # Samples of one score leave together, or a threshold would not say who leaves.
-    last_of_each = np.append(falling[1:] != falling[:-1], True)[: len(falling)]
-    samples = np.arange(1, len(falling) + 1)[last_of_each]
-    return RiskCurve(falling[last_of_each], samples, np.cumsum(~correct[order])[last_of_each])
+    decreasing = scores[order]
+    # Samples with equal scores exit together: a threshold cannot separate them.
+    is_last_of_ties = np.append(decreasing[1:] != decreasing[:-1], True)[: len(decreasing)]
+    samples = np.arange(1, len(decreasing) + 1)[is_last_of_ties]
+    return RiskCurve(decreasing[is_last_of_ties], samples, np.cumsum(~correct[order])[is_last_of_ties])
 
 
-def expected_p_value(walk: RiskCurve, alpha: float, ratio: float) -> Scores:
-    """The p-value to expect at each threshold from `ratio` times as many samples with the same share of errors."""
-    return error_p_value(walk.errors * ratio, walk.samples * ratio, alpha)
-
-
-def samples_needed(walk: RiskCurve, alpha: float, delta: float, samples: int) -> int | None:
-    """About how many samples it takes until some threshold's p-value is expected to be at most delta.
+def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scores:
+    """P-value expected at each threshold of a sample `ratio` times as large with the same error rates.
 
     Args:
-        walk: Of tuning samples at one exit.
-        alpha: The error rate to hold.
-        delta: The level.
-        samples: How many samples, of all that enter the network, the walk was made from.
+        curve: Counts of the tuning samples.
+        target_risk: Tested error rate, in (0, 1).
+        ratio: Size of the other sample divided by the size of this one.
 
     Returns:
-        The number, of all that enter the network; None where the error rate is never seen clearly below alpha.
+        P-values, shape (t,).
     """
-    below = walk.risk < alpha * (1.0 - 1e-9)  # 1 - 0.95 is above 1 / 20
+    return error_p_value(curve.errors * ratio, curve.samples * ratio, target_risk)
+
+
+def required_samples(curve: RiskCurve, target_risk: float, level: float, samples: int) -> int | None:
+    """Estimate the sample size at which the expected p-value of some threshold reaches the level.
+
+    Args:
+        curve: Counts of the tuning samples at one exit.
+        target_risk: Tested error rate, in (0, 1).
+        level: Significance level of the test, in (0, 1).
+        samples: Number of tuning samples that enter the network, from which the curve was computed.
+
+    Returns:
+        The number of samples that enter the network; None if no threshold has an error rate clearly below the target
+        or more than 1e9 samples are needed.
+    """
+    below = curve.risk < target_risk * (1.0 - 1e-9)  # in floating point 1 - 0.95 > 1 / 20
     if not below.any():
         return None
-    promising = RiskCurve(walk.thresholds[below], walk.samples[below], walk.errors[below])
+    promising = curve.take(below)
     low, high = 1.0 / samples, 1.0
-    while expected_p_value(promising, alpha, high).min() > delta:
+    while expected_p_value(promising, target_risk, high).min() > level:
         low, high = high, 2 * high
-        if high * samples > _NEVER:
+        if high * samples > _MAX_SAMPLES:
             return None
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if expected_p_value(promising, alpha, middle).min() <= delta else (middle, high)
+        is_enough = expected_p_value(promising, target_risk, middle).min() <= level
+        low, high = (low, middle) if is_enough else (middle, high)
     return math.ceil(high * samples)

@@ -1,4 +1,4 @@
-"""What every rule of calibration gives; `calibrator.MODES` is the table of them."""
+"""Inputs and outputs shared by all calibration rules; `calibrator.MODES` lists the rules."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from fedekd.early_exit.calibration.exit_scores import ExitScores
 
 @dataclass(frozen=True)
 class SelectedThresholds:
-    """The thresholds of the E - 1 exits before the last.
+    """Thresholds of the E - 1 exits before the last.
 
     Attributes:
-        thresholds: inf closes an exit.
-        bands: At most the thresholds; the thresholds themselves where a rule has no bands.
-        needed: For a closed exit about how many calibration samples would open it, if that can be told.
+        thresholds: Lowest score at which a sample exits; inf closes the exit.
+        search_bounds: Lowest threshold that was tested, at most the threshold; equal to it for a rule without tests.
+        required_samples: For a closed exit the estimated number of calibration samples that would open it; None if
+            the exit is open or the number cannot be estimated.
     """
 
     thresholds: tuple[float, ...]
     search_bounds: tuple[float, ...]
-    needed: tuple[int | None, ...]
+    required_samples: tuple[int | None, ...]
 
     @classmethod
-    def plain(cls, thresholds: list[float]) -> SelectedThresholds:
-        """Without bands, and without a forecast."""
+    def without_tests(cls, thresholds: list[float]) -> SelectedThresholds:
+        """Thresholds of a rule that neither tests nor estimates a sample size."""
         return cls(tuple(thresholds), tuple(thresholds), (None,) * len(thresholds))
 
 
 @dataclass(frozen=True)
 class CalibrationTarget:
-    """What a rule is asked for.
+    """The guarantee that a rule aims at.
 
     Attributes:
-        alpha: The error rate to hold at each exit.
-        delta: With probability 1 - delta.
-        cost: What leaving at each of the E exits costs, in any unit.
+        target_risk: Maximum error rate among the samples that take an exit, in (0, 1).
+        failure_probability: Probability, in (0, 1), that the error rate of some exit exceeds the target.
+        cost: Cost of a sample at each exit, shape (E,), in any unit.
     """
 
-    alpha: float
-    delta: float
+    target_risk: float
+    failure_probability: float
     cost: npt.NDArray[np.float64]
 
 
-#: (calibration samples, tuning samples, setting) -> thresholds.
+#: (calibration samples, tuning samples, target) -> thresholds.
 CalibrationRule = Callable[[ExitScores, ExitScores, CalibrationTarget], SelectedThresholds]

@@ -1,4 +1,4 @@
-"""Does a promise hold? Calibrate again and again on fresh draws, and look at the true error rates."""
+"""Empirical check of a guarantee: repeated calibration on resampled sets with known error rates."""
 
 from __future__ import annotations
 
@@ -15,101 +15,141 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.errors import UserError
 from fedekd.functional.binomial import clopper_pearson
 
+#: (which exits' heads are evaluated, (E,)) -> cost of a sample at each exit, (E,); such as `ExitCosts.shares`.
+Cost = Callable[[Sequence[bool]], Sequence[float]]
+
 
 @dataclass(frozen=True, eq=False)
 class Validity:
-    """What many calibrations with one rule came to.
+    """Results of repeated calibrations with one rule.
 
     Attributes:
-        alpha: The error rate asked for.
-        delta: The share of draws that may break it.
-        mode: The rule.
-        risks: True error rate of each exit before the last, in each draw, (draws, E - 1); NaN where nobody leaves.
-        costs: Mean cost of a sample, in each draw, (draws,).
+        calibrator: The rule, with its target risk and confidence.
+        risks: True error rate of each exit before the last in each draw, shape (draws, E - 1); NaN if no sample of the
+            population takes the exit.
+        costs: Mean cost per sample in each draw, shape (draws,).
     """
 
-    alpha: float
-    delta: float
-    mode: str
+    calibrator: SelectiveRiskCalibrator
     risks: npt.NDArray[np.float64]
     costs: npt.NDArray[np.float64]
 
     @property
     def draws(self) -> int:
-        """How many calibrations."""
+        """Number of calibrations."""
         return len(self.risks)
 
     @property
     def violations(self) -> int:
-        """Draws in which some exit's true error rate exceeds alpha."""
-        return int((self.risks > self.alpha).any(axis=1).sum())
+        """Number of draws in which the true error rate of some exit exceeds the target risk."""
+        return int(is_violated(self.risks, self.calibrator.target_risk).sum())
 
     @property
-    def share(self) -> float:
-        """Violations over draws."""
+    def violation_rate(self) -> float:
+        """Violations divided by draws."""
         return self.violations / self.draws
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of 95% (Clopper and Pearson) for the probability of a violation."""
+        """95% Clopper-Pearson interval of the probability of a violation."""
         return clopper_pearson(self.violations, self.draws)
 
     @property
-    def agrees(self) -> bool:
-        """Whether the draws agree with a probability of at most delta: the interval begins at or below it."""
-        return self.interval[0] <= self.delta
+    def is_consistent(self) -> bool:
+        """Whether the interval contains or lies below the allowed failure probability."""
+        return self.interval[0] <= self.calibrator.failure_probability
 
 
-def true_risks(pool: ExitScores, policy: ExitPolicy) -> npt.NDArray[np.float64]:
-    """The error rate at each exit before the last if a pool is all there is, (E - 1,); NaN where nobody leaves."""
-    exits = policy.assign(pool.scores)
+def is_violated(risks: npt.NDArray[np.float64], target_risk: float) -> npt.NDArray[np.bool_]:
+    """Test along the last axis whether the error rate of some exit exceeds the target; NaN does not."""
+    violated: npt.NDArray[np.bool_] = np.any(risks > target_risk, axis=-1)
+    return violated
+
+
+def true_risks(population: ExitScores, policy: ExitPolicy) -> npt.NDArray[np.float64]:
+    """Compute the error rate of each exit before the last on a whole population.
+
+    Args:
+        population: All samples of the population.
+        policy: Policy with as many exits.
+
+    Returns:
+        Error rates, shape (E - 1,); NaN for an exit that no sample takes.
+    """
+    exits = policy.assign(population.scores)
     risks = np.full(policy.num_exits - 1, math.nan)
     for exit_ in range(policy.num_exits - 1):
-        leaves = exits == exit_
-        if leaves.any():
-            risks[exit_] = (~pool.correct[leaves, exit_]).mean()  # not 1 - mean: 1 - 0.95 is above 0.05
+        mask = exits == exit_
+        if mask.any():
+            risks[exit_] = (~population.correct[mask, exit_]).mean()  # not 1 - mean: 1 - 0.95 > 0.05
     return risks
 
 
 def check_validity(
-    pool: ExitScores,
+    population: ExitScores,
     calibrator: SelectiveRiskCalibrator,
     samples: int,
     tuning_samples: int,
     draws: int = 500,
     seed: int = 0,
-    cost: Callable[[Sequence[bool]], Sequence[float]] | None = None,
+    cost: Cost | None = None,
 ) -> Validity:
-    """Calibrate on `draws` fresh draws from a pool that stands for the population, so that the true risk is exact.
+    """Calibrate on `draws` resampled sets of a finite population, whose true error rates are exact.
 
-    Tuning and calibration samples are drawn from the pool WITH replacement: they are then independent draws from
-    exactly the law on which the risk is taken. (Splitting the pool, and judging on the rest, ties the two: what the one
-    has too much of, the other lacks, and a valid rule seems to fail.)
+    Tuning and calibration samples are drawn WITH replacement: they are independent draws of exactly the distribution on
+    which the risk is computed. Splitting the population and evaluating on the remainder would correlate both parts
+    negatively, and a valid rule would appear to fail.
 
     Args:
-        pool: The population.
+        population: All samples of the population.
         calibrator: The rule.
-        samples: Calibration samples of a draw.
-        tuning_samples: Tuning samples of a draw.
-        draws: How many.
-        seed: Each draw has a generator of its own, made from it and the draw's number.
-        cost: From which exits' heads are evaluated, (E,), to what leaving at each exit costs, (E,), such as
-            `ExitCosts.leaving`; by default 1..E over E.
+        samples: Calibration samples per draw, at least 1.
+        tuning_samples: Tuning samples per draw, at least 1.
+        draws: Number of calibrations, at least 1.
+        seed: Draw i uses the generator seeded with (seed, i).
+        cost: Cost of a sample at each exit (default: (e + 1) / E at exit e).
 
     Raises:
-        UserError: If a number is below 1.
+        UserError: A number is below 1.
     """
-    for name, value in (("samples", samples), ("tuning_samples", tuning_samples), ("draws", draws)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, and must be at least 1")
-    exits = pool.num_exits
-    even = tuple((exit_ + 1) / exits for exit_ in range(exits))
-    risks, mean_costs = np.empty((draws, exits - 1)), np.empty(draws)
+    require_counts(samples=[samples], tuning_samples=[tuning_samples], draws=[draws])
+    cost = cost or default_cost
+    fit_cost = cost([True] * population.num_exits)
+    risks, mean_costs = np.empty((draws, population.num_exits - 1)), np.empty(draws)
     for draw in range(draws):
-        rng = np.random.default_rng((seed, draw))
-        calibration, tuning = (pool.take(rng.integers(len(pool), size=n)) for n in (samples, tuning_samples))
-        policy = calibrator.fit_scored(calibration, tuning, even if cost is None else cost([True] * exits))
-        risks[draw] = true_risks(pool, policy)
-        costs = np.asarray(even if cost is None else cost(policy.evaluated))
-        mean_costs[draw] = costs[policy.assign(pool.scores)].mean()
-    return Validity(calibrator.alpha, calibrator.delta, calibrator.mode, risks, mean_costs)
+        policy = calibrator.fit_scores(*resample(population, samples, tuning_samples, rng=(seed, draw)), fit_cost)
+        risks[draw] = true_risks(population, policy)
+        mean_costs[draw] = np.asarray(cost(policy.evaluated))[policy.assign(population.scores)].mean()
+    return Validity(calibrator, risks, mean_costs)
+
+
+def require_counts(**counts: Sequence[int]) -> None:
+    """Validate that all numbers are at least 1.
+
+    Raises:
+        UserError: A number is below 1.
+    """
+    for name, values in counts.items():
+        if min(values) < 1:
+            raise UserError(f"{name}: expected at least 1, got {min(values)}")
+
+
+def default_cost(evaluated: Sequence[bool]) -> tuple[float, ...]:
+    """Cost (e + 1) / E at exit e."""
+    return tuple((exit_ + 1) / len(evaluated) for exit_ in range(len(evaluated)))
+
+
+def resample(
+    population: ExitScores, samples: int, tuning_samples: int, rng: np.random.Generator | tuple[int, int]
+) -> tuple[ExitScores, ExitScores]:
+    """Draw calibration and tuning samples with replacement.
+
+    Args:
+        population: Samples to draw from.
+        samples: Number of calibration samples.
+        tuning_samples: Number of tuning samples.
+        rng: A generator or its seed.
+    """
+    rng = np.random.default_rng(rng)
+    calibration, tuning = (population.take(rng.integers(len(population), size=n)) for n in (samples, tuning_samples))
+    return calibration, tuning

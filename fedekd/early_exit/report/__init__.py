@@ -1,1 +1,1 @@
-"""Report of a calibrated early-exit network: tables, figures and pages."""
+"""Report of a network with early exits: tables, figures and pages."""

@@ -1,4 +1,4 @@
-"""All that can be told of a finished run whose network has exits."""
+"""Computation of an early-exit report."""
 
 from __future__ import annotations
 
@@ -10,263 +10,274 @@ from typing import Any
 import torch
 
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
-from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.early_exit.calibration.validity import Validity, check_validity
-from fedekd.early_exit.client_calibration import costs_of, exits_of, fit_policy, require_untouched, split_outputs
-from fedekd.early_exit.cost_curves import Point, exit_points
+from fedekd.early_exit.client_calibration import (
+    exit_network,
+    fit_policy,
+    image_costs,
+    require_unused_validation,
+    split_outputs,
+)
+from fedekd.early_exit.cost_curves import Point, accuracy_cost_curve, area, exit_points
 from fedekd.early_exit.latency import BATCH_SIZES, Latency, measure_latency
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.policy_metrics import PolicyMetrics, accuracy_cost_curve, area, evaluate_policy
-from fedekd.early_exit.robustness import Corrupted, Labelled, under_corruption
-from fedekd.early_exit.scoring import HELD_OUT, ExitOutputs, prepared
+from fedekd.early_exit.policy_metrics import PolicyMetrics, evaluate_policy
+from fedekd.early_exit.robustness import CorruptionResult, LabelledImages, evaluate_corruptions
+from fedekd.early_exit.scoring import HELD_OUT, ExitOutputs, network_input
 from fedekd.errors import UserError
 from fedekd.methods import Client
 from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.models import ExitCosts, MultiExitNetwork
 
-#: Error rates that are calibrated for.
-ALPHAS = (0.01, 0.02, 0.05, 0.1)
-
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report takes time for.
+    """Extent of a report.
 
-    Attributes:
-        alphas: Error rates that are calibrated for.
-        alpha: The one of them under corruption.
-        delta: Probability that a promise fails.
-        draws: Of calibration sets, for each rule and error rate.
-        corrupted: Images of each kind that are corrupted; 0 leaves corruptions out.
-        batches: Batches of each size whose time is taken; 0 leaves latency out.
+    Args:
+        target_risks: Target risks to calibrate for, in (0, 1).
+        target_risk: Target risk of the reliability and corruption sections, in (0, 1).
+        confidence: Confidence of the guarantees, in (0, 1).
+        draws: Resampled calibration sets per rule and target risk, at least 1.
+        corrupted: Maximum number of images per corrupted set; 0 omits the corruption section.
+        batches: Batches per batch size for latency; 0 omits latency.
     """
 
-    alphas: tuple[float, ...] = ALPHAS
-    alpha: float = 0.05
-    delta: float = 0.1
+    target_risks: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    target_risk: float = 0.05
+    confidence: float = 0.9
     draws: int = 200
     corrupted: int = 2000
     batches: int = 20
 
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise UserError(f"--draws: expected at least 1, got {self.draws}")
+
 
 @dataclass(frozen=True, eq=False)
-class Trained:
-    """A finished run's network, and what it says of its client's images.
+class EvaluatedNetwork:
+    """A trained network and its outputs on the held-out images of its client.
 
     Attributes:
-        name: What to call it: the run's method.
-        network: E exits.
-        costs: Of one image.
-        splits: By split, the outputs for images that training has not touched.
+        name: Display name, such as the method of the run.
+        network: Network with E exits.
+        costs: Costs per image.
+        splits: Outputs by split, for all splits that training does not use.
+        curve: Accuracy against cost with one threshold for all exits.
     """
 
     name: str
     network: MultiExitNetwork
     costs: ExitCosts
     splits: Mapping[str, ExitOutputs]
+    curve: Sequence[Point]
+
+    @classmethod
+    def from_client(cls, client: Client, name: str) -> EvaluatedNetwork:
+        """Evaluate a client's network on all splits that training does not use.
+
+        Raises:
+            UserError: The network has fewer than 2 exits.
+        """
+        network = exit_network(client)
+        if network.num_exits == 1:
+            raise UserError(f"client {client.number}: expected a network with at least 2 exits, got one with 1 exit")
+        splits = {split: split_outputs(client, split) for split in HELD_OUT}
+        costs = image_costs(network, client.images)
+        return cls(name, network, costs, splits, accuracy_cost_curve(splits["test"], costs))
 
     @property
     def test(self) -> ExitOutputs:
-        """The outputs for the test split."""
+        """Outputs for the test split."""
         return self.splits["test"]
-
-    def calibrated(self, alpha: float, delta: float) -> ExitPolicy:
-        """Its policy by `ltt`, as `calibrate` makes it."""
-        tuning, calibration = self.splits["tuning"], self.splits["calibration"]
-        return fit_policy(SelectiveRiskCalibrator(alpha, delta), self.network, self.costs, tuning, calibration)
 
     @property
     def held_out(self) -> ExitOutputs:
-        """For all images that training has not touched."""
-        return ExitOutputs.joined(list(self.splits.values()))
+        """Outputs for all images that training does not use."""
+        return ExitOutputs.concatenate(list(self.splits.values()))
+
+    @property
+    def points(self) -> list[Point]:
+        """Cost and accuracy of each exit if all test images take it."""
+        return exit_points(self.test.accuracies, self.costs)
+
+    @property
+    def area(self) -> float:
+        """Area under accuracy against cost, divided by the range of costs."""
+        return area(self.curve)
+
+    def calibrate(self, target_risk: float, confidence: float) -> ExitPolicy:
+        """Calibrate with the rule `ltt`, as the command `calibrate` does."""
+        calibrator = SelectiveRiskCalibrator(target_risk, confidence)
+        return fit_policy(calibrator, self.network, self.costs, self.splits["tuning"], self.splits["calibration"])
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyLine:
-    """One policy, on the test split.
+class PolicyResult:
+    """One policy on the test split.
 
     Attributes:
         policy: The policy.
-        outcome: What it comes to.
-        latency: Measured, if it was.
+        metrics: Its cost, accuracy and error rates.
+        latency: Measured latency; empty if it was not measured.
     """
 
     policy: ExitPolicy
-    evaluate_policy: PolicyMetrics
+    metrics: PolicyMetrics
     latency: Sequence[Latency]
 
 
 @dataclass(frozen=True, eq=False)
 class ExitReliability:
-    """How far an exit is as sure as it is right, on the test split.
+    """Agreement of confidence and accuracy at one exit, on the test split.
 
     Attributes:
-        exit: Its number, from 1.
+        exit: Number of the exit, from 1.
         error: Expected calibration error over all images.
-        leaving_error: And over those who leave there; NaN if nobody does.
-        bins: Over all images.
+        exiting_error: Expected calibration error over the images that take the exit; NaN if none does.
+        bins: Bins of the reliability diagram, over all images.
     """
 
     exit: int
     error: float
-    leaving_error: float
+    exiting_error: float
     bins: Sequence[ReliabilityBin]
 
 
 @dataclass(frozen=True, eq=False)
 class ExitReport:
-    """What is told of a run, beside others.
+    """Contents of an early-exit report.
 
     Attributes:
-        dataset: The data set.
-        client: Whose network.
-        runs: The run itself first, then those it is compared with.
-        points: By run: one point an exit.
-        curves: By run: accuracy against cost.
-        areas: By run: the area under it.
-        policies: Of the run itself.
-        validity: Of each rule at each error rate.
-        reliabilities: Of each exit, with those who leave under the policy for `options.alpha`.
-        corrupted: Under corruption.
-        options: What was asked for.
-        provenance: Where it comes from.
+        dataset: Name of the data set.
+        client: Client index.
+        networks: The network of the report first, then the networks it is compared with.
+        policies: Calibrated policies of the first network.
+        validity: Results of repeated calibrations, by target risk and rule.
+        reliabilities: Reliability of each exit under the policy for `options.target_risk`.
+        corruptions: Results under image corruptions.
+        options: Extent of the report.
+        provenance: Origin of the report, by name.
     """
 
     dataset: str
     client: int
-    runs: Sequence[Trained]
-    points: Sequence[Sequence[Point]]
-    curves: Sequence[Sequence[Point]]
-    areas: Sequence[float]
-    policies: Sequence[PolicyLine]
+    networks: Sequence[EvaluatedNetwork]
+    policies: Sequence[PolicyResult]
     validity: Sequence[Validity]
     reliabilities: Sequence[ExitReliability]
-    corrupted: Sequence[Corrupted]
+    corruptions: Sequence[CorruptionResult]
     options: ReportOptions
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-
-def load_trained(client: Client, name: str) -> Trained:
-    """A client's network, and its outputs for every split that training has not touched."""
-    network = exits_of(client)
-    if network.num_exits == 1:
-        raise UserError(f"the network of client {client.number} has one exit alone, and nobody can leave it early")
-    splits = {split: split_outputs(client, split) for split in HELD_OUT}
-    return Trained(name, network, costs_of(network, client.images), splits)
 
 
 def make_exit_report(
     clients: Mapping[str, Client],
     options: ReportOptions | None = None,
     provenance: Mapping[str, Any] | None = None,
-    advance: Callable[[str], None] = lambda step: None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> ExitReport:
-    """Work everything out.
+    """Compute a report.
 
     Args:
-        clients: By name; the first is what the report is about, the others are compared with it.
-        options: What to take time for.
-        provenance: Where it comes from, as values for the page.
-        advance: Called before each step with what comes next.
+        clients: Clients with equal images by display name; the report is about the first, the others are compared.
+        options: Extent of the report.
+        provenance: Origin of the report, as values for the page.
+        on_step: Called with a description before each step.
 
     Raises:
-        UserError: If a network has not two exits, or the first one's method has learned from validation samples.
+        UserError: A network has fewer than 2 exits, a client has other images, or the method of the first client trains
+            on validation samples.
     """
     options = options or ReportOptions()
-    names = list(clients)
-    client = clients[names[0]]
-    require_untouched(client)
-    advance("outputs of all exits")
-    runs = [load_trained(each, name) for name, each in clients.items()]
-    own = runs[0]
-    curves = [accuracy_cost_curve(run.test, run.costs) for run in runs]
+    client = next(iter(clients.values()))
+    digest = client.splits.digest(client.images)
+    if not all(other.splits.digest(other.images) == digest for other in clients.values()):
+        raise UserError(f"report: expected runs whose client {client.number} has the same images, got different images")
+    require_unused_validation(client)
+    on_step("outputs of all exits")
+    networks = [EvaluatedNetwork.from_client(each, name) for name, each in clients.items()]
+    network = networks[0]
     policies = []
-    for alpha in options.alphas:
-        advance(f"policy for alpha {alpha:g}")
-        policies.append(_policy_line(client, own, alpha, options))
-    advance("reliability")
-    reliabilities = _reliabilities(own, options)
+    for target_risk in options.target_risks:
+        on_step(f"policy for target risk {target_risk:g}")
+        policies.append(_policy_result(client, network, target_risk, options))
+    on_step("reliability")
     return ExitReport(
         dataset=client.images.name,
         client=client.number,
-        runs=runs,
-        points=[exit_points(run.test.accuracies, run.costs) for run in runs],
-        curves=curves,
-        areas=[area(curve) for curve in curves],
+        networks=networks,
         policies=policies,
-        validity=_validity(own, options, advance),
-        reliabilities=reliabilities,
-        corrupted=_corrupted(client, own, options, advance) if options.corrupted else [],
+        reliabilities=_reliabilities(network, options),
+        validity=_validity(network, options, on_step),
+        corruptions=_corruptions(client, network, options, on_step) if options.corrupted else [],
         options=options,
         provenance=dict(provenance or {}),
     )
 
 
-def _policy_line(client: Client, run: Trained, alpha: float, options: ReportOptions) -> PolicyLine:
-    policy = run.calibrated(alpha, options.delta)
+def _policy_result(
+    client: Client, network: EvaluatedNetwork, target_risk: float, options: ReportOptions
+) -> PolicyResult:
+    policy = network.calibrate(target_risk, options.confidence)
     latency: Sequence[Latency] = []
     if options.batches:
-        # In a random order: splits are sorted by place in the data set, and so perhaps by class.
+        # Shuffled, because splits are sorted by index in the data set and hence possibly by class.
         test = client.splits.test
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.spec.seed))
-        chosen = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.pixels.device)
-        images = prepared(run.network, client.images.pixels[chosen])
-        latency = measure_latency(run.network, policy, images, batches=options.batches)
-    return PolicyLine(policy, evaluate_policy(policy, run.test, run.costs), latency)
+        indices = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.pixels.device)
+        images = network_input(network.network, client.images.pixels[indices])
+        latency = measure_latency(network.network, policy, images, batches=options.batches)
+    return PolicyResult(policy, evaluate_policy(policy, network.test, network.costs), latency)
 
 
-def _validity(run: Trained, options: ReportOptions, advance: Callable[[str], None]) -> list[Validity]:
-    pool: ExitScores = run.held_out.scored()
-    samples, tuning = len(run.splits["calibration"]), len(run.splits["tuning"])
-
-    found = []
-    for alpha in options.alphas:
+def _validity(network: EvaluatedNetwork, options: ReportOptions, on_step: Callable[[str], None]) -> list[Validity]:
+    population = network.held_out.to_scores()
+    samples, tuning = len(network.splits["calibration"]), len(network.splits["tuning"])
+    results = []
+    for target_risk in options.target_risks:
         for mode in MODES:
-            advance(f"{options.draws} draws of {mode} at alpha {alpha:g}")
-            calibrator = SelectiveRiskCalibrator(alpha, options.delta, mode)
-            found.append(check_validity(pool, calibrator, samples, tuning, options.draws, cost=run.costs.shares))
-    return found
+            on_step(f"{options.draws} draws of {mode} at target risk {target_risk:g}")
+            calibrator = SelectiveRiskCalibrator(target_risk, options.confidence, mode)
+            cost = network.costs.shares
+            results.append(check_validity(population, calibrator, samples, tuning, options.draws, cost=cost))
+    return results
 
 
-def _reliabilities(run: Trained, options: ReportOptions) -> list[ExitReliability]:
-    policy = run.calibrated(options.alpha, options.delta)
-    scored = run.test.scored()
-    exits = policy.assign(scored.scores)
-    found = []
-    for place in range(policy.num_exits):
+def _reliabilities(network: EvaluatedNetwork, options: ReportOptions) -> list[ExitReliability]:
+    policy = network.calibrate(options.target_risk, options.confidence)
+    scores = network.test.to_scores()
+    exits = policy.assign(scores.scores)
+    results = []
+    for exit_ in range(policy.num_exits):
         # Softmax probabilities may exceed 1 by round-off.
-        confidence = torch.from_numpy(scored.scores[:, place]).clamp(0.0, 1.0)
-        correct, leaves = torch.from_numpy(scored.correct[:, place]), torch.from_numpy(exits == place)
-        found.append(
+        confidence = torch.from_numpy(scores.scores[:, exit_]).clamp(0.0, 1.0)
+        correct, mask = torch.from_numpy(scores.correct[:, exit_]), torch.from_numpy(exits == exit_)
+        results.append(
             ExitReliability(
-                place + 1,
+                exit_ + 1,
                 expected_calibration_error(confidence, correct),
-                expected_calibration_error(confidence[leaves], correct[leaves]) if leaves.any() else math.nan,
+                expected_calibration_error(confidence[mask], correct[mask]) if mask.any() else math.nan,
                 reliability(confidence, correct),
             )
         )
-    return found
+    return results
 
 
-def _corrupted(client: Client, run: Trained, options: ReportOptions, advance: Callable[[str], None]) -> list[Corrupted]:
-    policy = run.calibrated(options.alpha, options.delta)
-    splits = client.splits
+def _corruptions(
+    client: Client, network: EvaluatedNetwork, options: ReportOptions, on_step: Callable[[str], None]
+) -> list[CorruptionResult]:
+    def spread(indices: torch.Tensor) -> LabelledImages:
+        # Evenly spaced over the split, which is sorted by index in the data set and hence possibly by class.
+        count = min(len(indices), options.corrupted)
+        chosen = indices[torch.linspace(0, len(indices) - 1, count, dtype=torch.float64).round().long()]
+        return LabelledImages(client.images.pixels[chosen], client.images.labels[chosen])
 
-    def labelled(indices: torch.Tensor) -> Labelled:
-        # Spread over the split, which is sorted by place in the data set, and so perhaps by class.
-        wanted = min(len(indices), options.corrupted)
-        chosen = indices[torch.linspace(0, len(indices) - 1, wanted, dtype=torch.float64).round().long()]
-        return Labelled(client.images.pixels[chosen], client.images.labels[chosen])
-
-    found = []
-    for line in under_corruption(
-        run.network,
-        policy,
-        run.costs,
-        labelled(splits.tuning),
-        labelled(splits.calibration),
-        labelled(splits.test),
-    ):
-        found.append(line)
-        advance(f"{line.corruption}, level {line.level}")
-    return found
+    policy = network.calibrate(options.target_risk, options.confidence)
+    parts = (spread(getattr(client.splits, split)) for split in ("tuning", "calibration", "test"))
+    results = []
+    for result in evaluate_corruptions(network.network, policy, network.costs, *parts):
+        results.append(result)
+        on_step(f"{result.corruption}, severity {result.severity}")
+    return results

@@ -1,4 +1,4 @@
-"""The figures of a report on exits. Each function returns a Figure and shows nothing."""
+"""Figures of an early-exit report; each function returns a Figure and does not display it."""
 
 from __future__ import annotations
 
@@ -17,73 +17,65 @@ if TYPE_CHECKING:
 
 
 def accuracy_against_cost(report: ExitReport) -> Figure:
-    """The curve of each network, its exits, and the calibrated policies of the first."""
+    """Plot each network's curve and single exits, and the calibrated policies of the first network."""
     figure = _figure(7.0, 4.8)
     axes = figure.subplots()
-    for place, (run, curve, points) in enumerate(zip(report.runs, report.curves, report.points, strict=True)):
-        colour = CLIENT_COLOURS[place % len(CLIENT_COLOURS)]
-        axes.plot(*zip(*curve, strict=True), color=colour, label=f"{run.name}: leave when sure enough")
-        axes.plot(*zip(*points, strict=True), "o", color=colour, mfc="white", label=f"{run.name}: all at one exit")
-    for place, line in enumerate(report.policies):
-        marker = MARKERS[(place + 2) % len(MARKERS)]
-        label = f"{report.runs[0].name}, calibrated: alpha {line.policy.alpha:g}"
-        axes.plot(*line.evaluate_policy.point, marker, color=VERMILLION, markersize=8, label=label)
-    axes.axhline(report.policies[0].evaluate_policy.full_accuracy, color=GREY, linewidth=1.0, linestyle="--")
+    for index, network in enumerate(report.networks):
+        colour = CLIENT_COLOURS[index % len(CLIENT_COLOURS)]
+        axes.plot(*zip(*network.curve, strict=True), color=colour, label=f"{network.name}: one threshold for all exits")
+        points = zip(*network.points, strict=True)
+        axes.plot(*points, "o", color=colour, mfc="white", label=f"{network.name}: all images at one exit")
+    for index, result in enumerate(report.policies):
+        marker = MARKERS[(index + 2) % len(MARKERS)]
+        label = f"{report.networks[0].name}, calibrated: target risk {result.policy.target_risk:g}"
+        axes.plot(*result.metrics.point, marker, color=VERMILLION, markersize=8, label=label)
+    axes.axhline(report.policies[0].metrics.full_accuracy, color=GREY, linewidth=1.0, linestyle="--")
     axes.set(
         title=f"Accuracy against cost, {report.dataset}",
-        xlabel="FLOPs an image, over those of the plain network",
-        ylabel="accuracy (fraction of test images)",
+        xlabel="FLOPs per image / FLOPs of the plain network",
+        ylabel="test accuracy",
     )
     _finish(figure, axes, columns=2)
     return figure
 
 
 def validity(report: ExitReport) -> Figure:
-    """Risk against target: the worst true risk of each draw, and the share of draws that break the promise."""
+    """Plot the worst true error rate of each draw, and the rate of draws that violate the guarantee."""
     figure = _figure(10.0, 4.6)
     left, right = figure.subplots(1, 2)
-    modes = list(dict.fromkeys(line.mode for line in report.validity))
-    for place, mode in enumerate(modes):
-        colour, marker = CLIENT_COLOURS[place], MARKERS[place]
-        lines = [line for line in report.validity if line.mode == mode]
-        # Side by side, or the bars of one rule hide those of another.
-        shift = 1.0 + 0.06 * (place - (len(modes) - 1) / 2)
-        alphas = np.asarray([line.alpha for line in lines])
-        worst = [np.nan_to_num(np.nanmax(_or_nan(line.risks), axis=1)) for line in lines]
-        middle = np.asarray([np.median(risks) for risks in worst])
-        ends = np.asarray([np.quantile(risks, (0.05, 0.95)) for risks in worst]).T
-        style = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 2, "label": mode}
-        left.errorbar(alphas * shift, middle, np.abs(ends - middle), **style)
-        shares = np.asarray([line.share for line in lines])
-        intervals = np.asarray([line.interval for line in lines]).T
-        right.errorbar(alphas * shift, shares, np.abs(intervals - shares), **style)
-    targets = sorted({line.alpha for line in report.validity})
-    left.plot(targets, targets, color=BLACK, linewidth=1.0, linestyle="--", label="what was asked for")
-    right.axhline(report.options.delta, color=BLACK, linewidth=1.0, linestyle="--")
+    modes = list(dict.fromkeys(result.calibrator.mode for result in report.validity))
+    for index, mode in enumerate(modes):
+        results = [result for result in report.validity if result.calibrator.mode == mode]
+        # Shifted, so that the error bars of the rules do not overlap.
+        shift = 1.0 + 0.06 * (index - (len(modes) - 1) / 2)
+        targets = np.asarray([result.calibrator.target_risk for result in results])
+        # Draws in which no image takes an early exit count as risk 0.
+        worst = [np.nan_to_num(result.risks).max(axis=1, initial=0.0) for result in results]
+        median = np.asarray([np.median(risks) for risks in worst])
+        quantiles = np.asarray([np.quantile(risks, (0.05, 0.95)) for risks in worst]).T
+        style = {"color": CLIENT_COLOURS[index], "marker": MARKERS[index], "linestyle": "none", "capsize": 2}
+        left.errorbar(targets * shift, median, np.abs(quantiles - median), **style, label=mode)
+        rates = np.asarray([result.violation_rate for result in results])
+        intervals = np.asarray([result.interval for result in results]).T
+        right.errorbar(targets * shift, rates, np.abs(intervals - rates), **style)
+    ticks = sorted({result.calibrator.target_risk for result in report.validity})
+    left.plot(ticks, ticks, color=BLACK, linewidth=1.0, linestyle="--", label="target / allowed")
+    right.axhline(1.0 - report.options.confidence, color=BLACK, linewidth=1.0, linestyle="--")
     draws = report.validity[0].draws
-    left.set(title=f"Worst exit's true error rate, {draws} draws", ylabel="median, 5% to 95%", yscale="log")
-    right.set(title="Draws that break the promise", ylabel="share, 95% interval", ylim=(-0.03, 1.03))
+    left.set(title=f"Largest true error rate of an exit, {draws} draws", ylabel="median, 5% to 95%", yscale="log")
+    right.set(title="Draws that violate the target", ylabel="rate, 95% interval", ylim=(-0.03, 1.03))
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set_xticks(targets, [f"{alpha:g}" for alpha in targets])
+        axes.set_xticks(ticks, [f"{target:g}" for target in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("alpha: the error rate asked for")
+        axes.set_xlabel("target risk (maximum error rate per exit)")
     _finish(figure, left, columns=6)
-    right.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    right.set_axisbelow(True)
+    _grid(right)
     return figure
 
 
-def _or_nan(
-    risks: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Risks with 0 where nobody leaves at any exit, so that a maximum is there."""
-    nobody = np.isnan(risks).all(axis=1, keepdims=True)
-    return np.where(nobody, 0.0, risks)
-
-
 def reliabilities(report: ExitReport) -> Figure:
-    """Accuracy against confidence, a panel an exit."""
+    """Plot accuracy against confidence, one panel per exit."""
     count = len(report.reliabilities)
     figure = _figure(3.2 * count + 0.6, 3.8)
     panels = np.ravel(figure.subplots(1, count, sharey=True, squeeze=False))
@@ -94,28 +86,30 @@ def reliabilities(report: ExitReport) -> Figure:
         confidences = [each.confidence for each in line.bins]
         axes.scatter(confidences, [each.accuracy for each in line.bins], sizes, color=BLUE, alpha=0.75)
         axes.set(title=f"exit {line.exit}, ECE {line.error:.3f}", xlabel="confidence", xlim=(0, 1.03), ylim=(0, 1.03))
-    panels[0].set_ylabel("accuracy (areas: how many)")
+    panels[0].set_ylabel("accuracy (area: number of images)")
     return figure
 
 
 def corruption(report: ExitReport) -> Figure:
-    """The worst exit's risk over the levels of each corruption, kept and recalibrated."""
-    names = list(dict.fromkeys(line.corruption for line in report.corrupted))
+    """Plot the largest error rate of an exit against severity, original and recalibrated, per corruption."""
+    names = list(dict.fromkeys(result.corruption for result in report.corruptions))
     figure = _figure(10.0, 5.6)
     panels = np.ravel(figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True, squeeze=False))
     for axes, name in zip(panels, names, strict=False):
-        lines = [line for line in report.corrupted if line.corruption == name]
-        levels = [line.level for line in lines]
-        axes.plot(levels, [line.kept.worst_risk for line in lines], "o-", color=VERMILLION, label="calibrated on clean")
-        again = [line.recalibrated.worst_risk for line in lines]
-        axes.plot(levels, again, "s-", color=BLUE, label="calibrated on images corrupted alike")
-        axes.axhline(report.options.alpha, color=BLACK, linewidth=1.0, linestyle="--", label="alpha")
+        results = [result for result in report.corruptions if result.corruption == name]
+        severities = [result.severity for result in results]
+        original = [result.original.worst_risk for result in results]
+        recalibrated = [result.recalibrated.worst_risk for result in results]
+        axes.plot(severities, original, "o-", color=VERMILLION, label="calibrated on clean images")
+        axes.plot(severities, recalibrated, "s-", color=BLUE, label="calibrated on images with the same corruption")
+        axes.axhline(report.options.target_risk, color=BLACK, linewidth=1.0, linestyle="--", label="target risk")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(LEVELS)
-        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        _grid(axes)
     for axes in panels[-(len(panels) // 2) :]:
-        axes.set_xlabel("level")
-    panels[0].set_ylabel("worst exit's error rate")
+        axes.set_xlabel("severity")
+    for axes in panels[:: len(panels) // 2]:
+        axes.set_ylabel("largest error rate of an exit")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -127,8 +121,12 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finish(figure: Figure, axes: Axes, columns: int) -> None:
+def _grid(axes: Axes) -> None:
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _finish(figure: Figure, axes: Axes, columns: int) -> None:
+    _grid(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)

@@ -1,106 +1,118 @@
-"""A report on exits as one folder: a page, a Markdown file, CSV files and figures."""
+"""Rendering of an early-exit report as a folder: a page, a Markdown file, CSV files and figures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedekd.early_exit.report import figures as exit_figures
+import pandas as pd
+
+from fedekd.early_exit.report import figures
 from fedekd.early_exit.report.exit_report import ExitReport
 from fedekd.early_exit.report.tables import report_tables
 from fedekd.reporting.figures import save
-from fedekd.reporting.pages import csv_text, embedded, environment, write_text
+from fedekd.reporting.pages import embedded, environment, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Drawing(NamedTuple):
-    """A figure, and beside which table it stands.
+class ReportFigure(NamedTuple):
+    """A figure of the report.
 
     Attributes:
-        name: Of its file.
-        sheet: The table's name.
-        told: What it shows.
-        figure: The drawing.
+        name: Name of the PNG file without suffix.
+        table: Name of the table below the figure.
+        caption: Caption and alternative text.
+        plot: Function that draws it.
     """
 
     name: str
-    sheet: str
-    told: str
-    figure: Figure
+    table: str
+    caption: str
+    plot: Callable[[ExitReport], Figure]
+
+
+_FIGURES = (
+    ReportFigure(
+        "accuracy_against_cost",
+        "policies",
+        "Test accuracy against cost. Lines: one threshold for all exits. Circles: all images at one exit.",
+        figures.accuracy_against_cost,
+    ),
+    ReportFigure(
+        "validity",
+        "validity",
+        "Left: largest true error rate of an exit against the target risk. Right: rate of draws that exceed it.",
+        figures.validity,
+    ),
+    ReportFigure(
+        "reliability",
+        "reliability",
+        "Accuracy against confidence at each exit, over all test images.",
+        figures.reliabilities,
+    ),
+    ReportFigure(
+        "corruption",
+        "corruption",
+        "Largest error rate of an exit under image corruptions, where the guarantee does not apply.",
+        figures.corruption,
+    ),
+)
 
 
 def write_exit_report(report: ExitReport, folder: Path) -> list[Path]:
-    """Write a report; an older one in the same folder is replaced.
+    """Write a report and replace an older one in the same folder.
+
+    Args:
+        report: The report.
+        folder: Folder to write to; it is created.
 
     Returns:
-        The files: index.html, report.md, tables/*.csv, figures/*.png.
+        Paths of the files: index.html, report.md, tables/*.csv, figures/*.png.
     """
-    drawings = _drawings(report)
-    pictures = {drawing.name: folder / "figures" / f"{drawing.name}.png" for drawing in drawings}
-    for drawing in drawings:
-        pictures[drawing.name].parent.mkdir(parents=True, exist_ok=True)
-        save(drawing.figure, pictures[drawing.name])
-    made = report_tables(report)
-    tables = {folder / "tables" / f"{sheet.name}.csv": csv_text(sheet.columns, sheet.lines) for sheet in made}
-    provenance = [{"name": name, "value": value} for name, value in report.provenance.items()]
-    tables[folder / "tables" / "provenance.csv"] = csv_text(("name", "value"), provenance)
-    shared = {"report": report, "report_tables": made, "drawings": drawings, "finding": finding(report)}
-    templates = environment("fedekd.early_exit")
-    pages = {
-        folder / "report.md": templates.get_template("exits.md").render(**shared),
-        folder / "index.html": templates.get_template("exits.html").render(**shared, pictures=embedded(pictures)),
+    tables = report_tables(report)
+    names = {table.name for table in tables}
+    shown = [figure for figure in _FIGURES if figure.table in names]
+    pictures = {figure.name: folder / "figures" / f"{figure.name}.png" for figure in shown}
+    for figure in shown:
+        pictures[figure.name].parent.mkdir(parents=True, exist_ok=True)
+        save(figure.plot(report), pictures[figure.name])
+    frames = {table.name: table.frame for table in tables}
+    frames["provenance"] = pd.DataFrame(report.provenance.items(), columns=["name", "value"])
+    texts = {
+        folder / "tables" / f"{name}.csv": frame.to_csv(index=False, lineterminator="\n")
+        for name, frame in frames.items()
     }
-    for path, text in (tables | pages).items():
+    shared = {"report": report, "tables": tables, "figures": shown, "finding": finding(report)}
+    templates = environment("fedekd.early_exit")
+    texts[folder / "report.md"] = templates.get_template("exits.md").render(**shared)
+    texts[folder / "index.html"] = templates.get_template("exits.html").render(**shared, pictures=embedded(pictures))
+    for path, text in texts.items():
         write_text(path, text.rstrip() + "\n")
-    return [*pictures.values(), *tables, *pages]
+    return [*pictures.values(), *texts]
 
 
 def finding(report: ExitReport) -> str:
-    """The outcome in two sentences."""
-    line = min(report.policies, key=lambda line: abs(line.policy.alpha - report.options.alpha), default=None)
-    if line is None:
-        return "No policy was asked for."
-    found = line.evaluate_policy
-    change = 100 * (found.point.accuracy - found.full_accuracy)
-    told = (
-        f"With at most {line.policy.alpha:.0%} errors promised at each exit, {1 - found.shares[-1]:.1%} of the test"
-        f" images leave early and {1 - found.point.cost:.1%} of the FLOPs are saved; accuracy changes by {change:+.2f}"
-        f" points, from {found.full_accuracy:.4f} to {found.point.accuracy:.4f}."
+    """Summarise the main result in one or two sentences."""
+    distance = lambda result: abs(result.policy.target_risk - report.options.target_risk)  # noqa: E731
+    result = min(report.policies, key=distance, default=None)
+    if result is None:
+        return "No policy was calibrated."
+    metrics = result.metrics
+    change = 100 * (metrics.point.accuracy - metrics.full_accuracy)
+    sentence = (
+        f"With an error rate of at most {result.policy.target_risk:.0%} guaranteed at each exit (confidence"
+        f" {result.policy.confidence:g}), {1 - metrics.exit_shares[-1]:.1%} of the test images exit early and"
+        f" {1 - metrics.point.cost:.1%} of the FLOPs are saved. Accuracy changes by {change:+.2f} points, from"
+        f" {metrics.full_accuracy:.4f} to {metrics.point.accuracy:.4f}."
     )
-    ranges = {(round(curve[0].cost, 9), round(curve[-1].cost, 9)) for curve in report.curves[:2]}
-    if len(report.runs) > 1 and len(ranges) == 1:  # a mean over other budgets is no comparison
-        gain = report.areas[0] - report.areas[1]
-        told += (
-            f" Over all budgets {report.runs[0].name} is {100 * gain:+.2f} points from {report.runs[1].name}"
-            " (area under accuracy against cost)."
+    first, *others = report.networks
+    ranges = {(round(network.curve[0].cost, 9), round(network.curve[-1].cost, 9)) for network in (first, *others[:1])}
+    if others and len(ranges) == 1:  # areas over different ranges of budgets are not comparable
+        sentence += (
+            f" Over all budgets the accuracy of {first.name} differs by {100 * (first.area - others[0].area):+.2f}"
+            f" points from that of {others[0].name} (area under accuracy against cost)."
         )
-    return told
-
-
-def _drawings(report: ExitReport) -> list[Drawing]:
-    drawn = [
-        Drawing(
-            "accuracy_against_cost",
-            "policies",
-            "Accuracy against cost. Lines: the same threshold at all exits; rings: all images at one exit.",
-            exit_figures.accuracy_against_cost(report),
-        ),
-        Drawing(
-            "validity",
-            "validity",
-            "Left: the worst exit's true error rate against the one asked for. Right: how often that was broken.",
-            exit_figures.validity(report),
-        ),
-        Drawing(
-            "reliability",
-            "reliability",
-            "Accuracy against confidence at each exit, over all test images.",
-            exit_figures.reliabilities(report),
-        ),
-    ]
-    if report.corrupted:
-        told = "The worst exit's error rate under corruption, where nothing is promised."
-        drawn.append(Drawing("corruption", "corruption", told, exit_figures.corruption(report)))
-    return drawn
+    return sentence

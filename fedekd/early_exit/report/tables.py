@@ -1,174 +1,186 @@
-"""A report on exits as tables: what stands in each, in words and numbers. Page, Markdown and CSV are made of them."""
+"""Tables of an early-exit report as data frames; page, Markdown and CSV files are rendered from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedekd.early_exit.calibration.calibrator import MODES
-from fedekd.early_exit.policy_metrics import PolicyMetrics
-from fedekd.early_exit.report.exit_report import ExitReport
+import pandas as pd
 
-#: A value as it is read: numbers of a column alike.
+from fedekd.early_exit.calibration.calibrator import MODES
+from fedekd.early_exit.calibration.validity import Validity
+from fedekd.early_exit.policy_metrics import PolicyMetrics
+from fedekd.early_exit.report.exit_report import ExitReport, PolicyResult
+
+#: Number format by column; other numbers have 4 significant digits.
 _FORMATS: dict[str, str] = {
-    **dict.fromkeys(("accuracy", "area", "full accuracy", "ECE", "ECE of leavers", "recalibrated accuracy"), ".4f"),
-    **dict.fromkeys(("cost", "saved", "leave early", "mean cost", "recalibrated saved"), ".1%"),
-    **dict.fromkeys(("worst risk", "excess risk", "recalibrated worst risk", "share", "low", "high"), ".4f"),
+    **dict.fromkeys(
+        ("accuracy", "area", "full accuracy", "recalibrated accuracy", "ECE", "ECE of exiting images"), ".4f"
+    ),
+    **dict.fromkeys(("cost", "FLOPs saved", "early exits", "mean cost", "recalibrated FLOPs saved"), ".1%"),
+    **dict.fromkeys(("worst risk", "excess risk", "recalibrated worst risk"), ".4f"),
+    **dict.fromkeys(("violation rate", "CI low", "CI high"), ".4f"),
     "accuracy change": "+.4f",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReportTable:
-    """One table.
+    """One table with its title.
 
     Attributes:
-        name: Of its CSV file.
-        title: Its heading.
-        told: What it shows, in a sentence or two.
-        columns: Names of the columns.
-        lines: By column; what is missing is unknown or does not apply.
+        name: Name of the CSV file without suffix.
+        title: Heading.
+        description: What the table shows, in one to three sentences.
+        frame: The values; None or NaN where a value is unknown or does not apply.
     """
 
     name: str
     title: str
-    told: str
-    columns: Sequence[str]
-    lines: Sequence[Mapping[str, Any]]
+    description: str
+    frame: pd.DataFrame
 
-    def cell(self, line: Mapping[str, Any], column: str) -> str:
-        """A value as it is read."""
-        value = line.get(column)
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.frame.columns)
+
+    def rows(self) -> Iterator[list[tuple[str, float | None]]]:
+        """Iterate over rows of cells: formatted text, and the number to sort by, if any."""
+        for values in self.frame.astype(object).itertuples(index=False, name=None):
+            yield [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
+
+    def _cell(self, column: str, value: Any) -> tuple[str, float | None]:
         if value is None or (isinstance(value, float) and math.isnan(value)):
-            return ""
+            return "", None
         style = _FORMATS.get(column, ".4g" if isinstance(value, float) else "")
-        return format(value, style)
+        return format(value, style), value if isinstance(value, int | float) else None
 
 
 def report_tables(report: ExitReport) -> list[ReportTable]:
-    """All tables of a report."""
-    made = [_exits(report), _policies(report), _validity(report), _reliability(report)]
-    if report.corrupted:
-        made.append(_corrupted(report))
-    return made
+    """Create all tables of a report."""
+    tables = [_exits(report), _policies(report), _validity(report), _reliability(report)]
+    return [*tables, _corruptions(report)] if report.corruptions else tables
 
 
 def _exits(report: ExitReport) -> ReportTable:
-    lines = [
-        {"network": run.name, "exit": place + 1, "cost": point.cost, "accuracy": point.accuracy, "area": area}
-        for run, points, area in zip(report.runs, report.points, report.areas, strict=True)
-        for place, point in enumerate(points)
+    rows = [
+        {"network": network.name, "exit": number, **point._asdict(), "area": network.area}
+        for network in report.networks
+        for number, point in enumerate(network.points, start=1)
     ]
-    told = (
-        "Every test image leaves at the same exit. The cost is in FLOPs over those of the plain network; the area is"
-        " that under accuracy against cost when images leave at the first exit that is sure enough, divided by the"
-        " range of costs: the mean accuracy over all budgets."
+    description = (
+        "All test images take the same exit. Cost: FLOPs divided by those of the plain network. Area: area under"
+        " accuracy against cost when images take the first exit whose score reaches one threshold, divided by the range"
+        " of costs; it is the mean accuracy over all budgets."
     )
-    return ReportTable("exits", "The exits, one by one", told, ("network", "exit", "cost", "accuracy", "area"), lines)
+    return ReportTable("exits", "Single exits", description, pd.DataFrame(rows))
 
 
 def _policies(report: ExitReport) -> ReportTable:
-    exits = report.runs[0].network.num_exits
-    columns = ["alpha", "accuracy", "full accuracy", "accuracy change", "saved", "leave early", "worst risk"]
-    columns += [f"{what} {place + 1}" for place in range(exits - 1) for what in ("threshold", "risk")]
-    sizes = [latency.batch_size for latency in report.policies[0].latency] if report.policies else []
-    columns += [f"{what}, batch {size}" for size in sizes for what in ("time ratio", "its standard error")]
-    lines = []
-    for line in report.policies:
-        found = line.evaluate_policy
-        values: dict[str, float | str] = {
-            "alpha": line.policy.alpha,
-            **_outcome(found),
-            "full accuracy": found.full_accuracy,
-        }
-        values["accuracy change"] = found.point.accuracy - found.full_accuracy
-        values["leave early"] = 1.0 - found.shares[-1]
-        for place in range(exits - 1):
-            closed = line.policy.thresholds[place] == math.inf
-            values[f"threshold {place + 1}"] = "closed" if closed else line.policy.thresholds[place]
-            values[f"risk {place + 1}"] = found.risks[place]
-        for latency in line.latency:
-            values[f"time ratio, batch {latency.batch_size}"] = latency.ratio
-            values[f"its standard error, batch {latency.batch_size}"] = latency.error
-        lines.append(values)
-    told = (
-        f"Calibrated by ltt on {report.policies[0].policy.samples if report.policies else 0} images, with probability"
-        f" {1 - report.options.delta:g} that no exit's error rate exceeds alpha; judged on"
-        f" {len(report.runs[0].test)} test images. Saved are FLOPs of the plain network; a time ratio is measured on"
-        " one machine, leaving early over not."
+    samples = report.policies[0].policy.samples if report.policies else 0
+    description = (
+        f"Calibrated with ltt on {samples} images: with probability {report.options.confidence:g} no exit's error rate"
+        f" exceeds the target risk. Evaluated on {len(report.networks[0].test)} test images. FLOPs saved are relative"
+        " to the plain network. A time ratio is the time with early exits divided by the time without, on one machine."
     )
-    return ReportTable("policies", "What leaving early saves, and costs", told, columns, lines)
+    frame = pd.DataFrame([_policy_row(result) for result in report.policies])
+    return ReportTable("policies", "Savings and accuracy of calibrated policies", description, frame)
 
 
-def _outcome(found: PolicyMetrics) -> dict[str, float]:
-    return {"accuracy": found.point.accuracy, "saved": 1.0 - found.point.cost, "worst risk": found.worst_risk}
+def _policy_row(result: PolicyResult) -> dict[str, float | str]:
+    policy, metrics = result.policy, result.metrics
+    row: dict[str, float | str] = {
+        "target risk": policy.target_risk,
+        "accuracy": metrics.point.accuracy,
+        "full accuracy": metrics.full_accuracy,
+        "accuracy change": metrics.point.accuracy - metrics.full_accuracy,
+        "FLOPs saved": 1.0 - metrics.point.cost,
+        "early exits": 1.0 - metrics.exit_shares[-1],
+        "worst risk": metrics.worst_risk,
+    }
+    for number, (threshold, risk) in enumerate(zip(policy.thresholds[:-1], metrics.risks, strict=False), start=1):
+        row |= {f"threshold {number}": "closed" if threshold == math.inf else threshold, f"risk {number}": risk}
+    for latency in result.latency:
+        row |= {
+            f"time ratio, batch {latency.batch_size}": latency.ratio,
+            f"standard error, batch {latency.batch_size}": latency.error,
+        }
+    return row
 
 
 def _validity(report: ExitReport) -> ReportTable:
-    lines = [
+    rows = [
         {
-            "alpha": line.alpha,
-            "rule": line.mode,
-            "promises": "yes" if MODES[line.mode].promises else "no",
-            "draws": line.draws,
-            "violations": line.violations,
-            "share": line.share,
-            "low": line.interval[0],
-            "high": line.interval[1],
-            "verdict": "holds" if line.interval[1] <= line.delta else "agrees" if line.agrees else "broken",
-            "mean cost": float(line.costs.mean()),
+            "target risk": validity.calibrator.target_risk,
+            "rule": validity.calibrator.mode,
+            "guarantee": "yes" if MODES[validity.calibrator.mode].has_guarantee else "no",
+            "draws": validity.draws,
+            "violations": validity.violations,
+            "violation rate": validity.violation_rate,
+            "CI low": validity.interval[0],
+            "CI high": validity.interval[1],
+            "verdict": _verdict(validity),
+            "mean cost": float(validity.costs.mean()),
         }
-        for line in report.validity
+        for validity in report.validity
     ]
-    columns = ("alpha", "rule", "promises", "draws", "violations", "share", "low", "high", "verdict", "mean cost")
-    told = (
-        f"Calibration and tuning sets are drawn with replacement from the {len(report.runs[0].held_out)} held-out"
-        " images, which stand for the population, so that the true error rates are exact. A violation is a draw in"
-        " which some exit's true error rate exceeds alpha; its share may be"
-        f" {report.options.delta:g}, and low and high are its 95% interval (Clopper-Pearson): below delta the promise"
-        " holds, around it the draws agree with it, above it the rule breaks it."
+    allowed = round(1.0 - report.options.confidence, 12)
+    description = (
+        f"Calibration and tuning sets are drawn with replacement from the {len(report.networks[0].held_out)} held-out"
+        " images, which serve as the population, so that the true error rates are exact. A violation is a draw in which"
+        f" the true error rate of some exit exceeds the target risk; its allowed probability is {allowed:g}. CI: 95%"
+        " Clopper-Pearson interval of that probability. The verdict is holds if the interval lies below the allowed"
+        " probability, consistent if it contains it, and violated if it lies above."
     )
-    return ReportTable("validity", "Does the promise hold?", told, columns, lines)
+    return ReportTable("validity", "Validity of the guarantee", description, pd.DataFrame(rows))
+
+
+def _verdict(validity: Validity) -> str:
+    if validity.interval[1] <= validity.calibrator.failure_probability:
+        return "holds"
+    return "consistent" if validity.is_consistent else "violated"
 
 
 def _reliability(report: ExitReport) -> ReportTable:
-    lines = [
-        {"exit": line.exit, "ECE": line.error, "ECE of leavers": line.leaving_error} for line in report.reliabilities
+    rows = [
+        {"exit": line.exit, "ECE": line.error, "ECE of exiting images": line.exiting_error}
+        for line in report.reliabilities
     ]
-    told = (
-        "Expected calibration error (15 bins): how far confidence is from accuracy, over all test images and over those"
-        f" who leave there at alpha {report.options.alpha:g}."
+    description = (
+        "Expected calibration error (ECE, 15 bins): mean distance of confidence from accuracy, over all test images and"
+        f" over the images that take the exit at target risk {report.options.target_risk:g}."
     )
-    return ReportTable(
-        "reliability", "Is an exit as right as it is sure?", told, ("exit", "ECE", "ECE of leavers"), lines
-    )
+    return ReportTable("reliability", "Calibration error of each exit", description, pd.DataFrame(rows))
 
 
-def _corrupted(report: ExitReport) -> ReportTable:
-    alpha = report.options.alpha
-    lines = []
-    for line in report.corrupted:
-        again = _outcome(line.recalibrated)
-        lines.append(
-            {
-                "corruption": line.corruption,
-                "level": line.level,
-                "full accuracy": line.kept.full_accuracy,
-                **_outcome(line.kept),
-                "excess risk": line.kept.worst_risk - alpha,
-                **{f"recalibrated {name}": value for name, value in again.items()},
-            }
-        )
-    columns = (
-        *("corruption", "level", "full accuracy", "accuracy", "saved", "worst risk", "excess risk"),
-        *("recalibrated accuracy", "recalibrated saved", "recalibrated worst risk"),
+def _corruptions(report: ExitReport) -> ReportTable:
+    target_risk = report.options.target_risk
+    rows = [
+        {
+            "corruption": result.corruption,
+            "severity": result.severity,
+            "full accuracy": result.original.full_accuracy,
+            **_outcome(result.original),
+            "excess risk": result.original.worst_risk - target_risk,
+            **{f"recalibrated {name}": value for name, value in _outcome(result.recalibrated).items()},
+        }
+        for result in report.corruptions
+    ]
+    description = (
+        "The guarantee does not cover images from another distribution. Here the policy for target risk"
+        f" {target_risk:g} is applied to corrupted images. Worst risk: largest error rate of an exit; excess risk:"
+        " worst risk minus target risk. Recalibrated: a policy calibrated on images with the same corruption. At most"
+        f" {report.options.corrupted} images per set, so the values are rough."
     )
-    told = (
-        f"The promise is of images like those it was made from. Here the policy for alpha {alpha:g} meets corrupted"
-        " ones: the worst risk is that of the worst exit, the excess what is beyond alpha. Recalibrated: a policy"
-        f" made from images corrupted alike. {report.options.corrupted} images of each kind at most, so figures of"
-        " single exits are rough."
-    )
-    return ReportTable("corruption", "Where the promise ends: corrupted images", told, columns, lines)
+    return ReportTable("corruption", "Corrupted images", description, pd.DataFrame(rows))
+
+
+def _outcome(metrics: PolicyMetrics) -> dict[str, float]:
+    return {
+        "accuracy": metrics.point.accuracy,
+        "FLOPs saved": 1.0 - metrics.point.cost,
+        "worst risk": metrics.worst_risk,
+    }

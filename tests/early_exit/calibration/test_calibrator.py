@@ -1,4 +1,4 @@
-"""Rules of calibration against slow, literal transcriptions, and what a calibrator refuses."""
+"""Calibration rules against slow, literal transcriptions, and invalid input of the calibrator."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from scipy.stats import binom
 
 from fedekd.early_exit import MODES, ExitPolicy, ExitScores, SelectiveRiskCalibrator
 from fedekd.early_exit.calibration.ltt import STEPS, make_plan
-from fedekd.early_exit.calibration.ltt_joint import candidates
+from fedekd.early_exit.calibration.ltt_joint import candidate_vectors
 from fedekd.early_exit.calibration.risk_curve import risk_curve
 from fedekd.early_exit.calibration.types import CalibrationTarget
 from fedekd.errors import UserError
 from fedekd.functional.binomial import error_p_value, samples_without_error
 
 INF = math.inf
-asked = st.tuples(st.sampled_from([0.05, 0.1, 0.2]), st.sampled_from([0.05, 0.1, 0.3]))
+rates_strategy = st.tuples(st.sampled_from([0.05, 0.1, 0.2]), st.sampled_from([0.05, 0.1, 0.3]))
 seeds = st.integers(0, 10**6)
 worlds = st.tuples(seeds, st.integers(1, 4), st.sampled_from([3, 20, 0]))
 sizes = st.sampled_from([40, 300, 600])
 
 
 def draw(of: tuple[int, int, int], seed: int, samples: int) -> ExitScores:
-    """Samples of a law: exits of any skill and honesty; `levels` values of the score, 0 for as many as samples."""
-    law, exits, levels = of
-    rng = np.random.default_rng(law)
+    """Draw samples of a random distribution; scores have `levels` distinct values, or all different for 0."""
+    distribution, exits, levels = of
+    rng = np.random.default_rng(distribution)
     skill, noise = np.sort(rng.uniform(0.3, 0.95, size=exits)), rng.uniform(0.01, 0.1, size=exits)
-    rng = np.random.default_rng((law, seed))
+    rng = np.random.default_rng((distribution, seed))
     hard = rng.uniform(size=(samples, 1))
     correct = hard + rng.normal(scale=0.05, size=(samples, exits)) < skill
     scores = 1 - hard + noise * rng.normal(size=(samples, exits))
     scores = np.round(scores * (levels - 1)) / (levels - 1) if levels else scores
-    sure = np.clip(scores, 0, 1)
-    return ExitScores.checked(scores, correct, np.where(correct, sure, (1 - sure) / 2))
+    confidence = np.clip(scores, 0, 1)
+    return ExitScores.from_arrays(scores, correct, np.where(correct, confidence, (1 - confidence) / 2))
 
 
-def fit(calibration: ExitScores, tuning: ExitScores, alpha=0.05, delta=0.1, mode="ltt", **options) -> ExitPolicy:
-    return SelectiveRiskCalibrator(alpha, delta, mode).fit(
+def fit(calibration: ExitScores, tuning: ExitScores, target_risk=0.05, delta=0.1, mode="ltt", **options) -> ExitPolicy:
+    return SelectiveRiskCalibrator(target_risk, 1 - delta, mode).fit(
         calibration.scores,
         calibration.correct,
         tuning.scores,
@@ -53,16 +53,16 @@ def fit(calibration: ExitScores, tuning: ExitScores, alpha=0.05, delta=0.1, mode
 
 
 def literal_ltt(calibration, grids, delta_e, alpha):
-    """The specification's lines, sample by sample."""
+    """Transcribe the pseudocode of ltt.py, sample by sample."""
     alive = list(range(len(calibration)))
     taus, search_bounds = [], []
     for exit_, grid in enumerate(grids):
         tau = search_bound = INF
         for lam in grid:
             search_bound = lam
-            leaves = [i for i in alive if calibration.scores[i, exit_] >= lam]
-            wrong = sum(1 for i in leaves if not calibration.correct[i, exit_])
-            if binom.cdf(wrong, len(leaves), alpha) <= delta_e:
+            exits_here = [i for i in alive if calibration.scores[i, exit_] >= lam]
+            wrong = sum(1 for i in exits_here if not calibration.correct[i, exit_])
+            if binom.cdf(wrong, len(exits_here), alpha) <= delta_e:
                 tau = lam
             else:
                 break
@@ -72,15 +72,15 @@ def literal_ltt(calibration, grids, delta_e, alpha):
     return taus, search_bounds
 
 
-@given(worlds, seeds, sizes, sizes, asked)
+@given(worlds, seeds, sizes, sizes, rates_strategy)
 @settings(max_examples=80, deadline=None)
-def test_ltt_is_the_specification_s_walk(of, seed, samples, tuning_samples, rates):
+def test_ltt_thresholds_equal_literal_transcription(of, seed, samples, tuning_samples, rates):
     alpha, delta = rates
     calibration, tuning = draw(of, seed, samples), draw(of, seed + 1, tuning_samples)
     plan = make_plan(tuning, len(calibration), CalibrationTarget(alpha, delta, np.ones(of[1])))
     open_ = sum(len(grid) > 0 for grid in plan.grids)
-    assert plan.delta == pytest.approx(1 - (1 - delta) ** (1 / open_) if open_ else delta, rel=1e-12)
-    taus, search_bounds = literal_ltt(calibration, plan.grids, plan.delta, alpha)
+    assert plan.level == pytest.approx(1 - (1 - delta) ** (1 / open_) if open_ else delta, rel=1e-12)
+    taus, search_bounds = literal_ltt(calibration, plan.grids, plan.level, alpha)
     policy = fit(calibration, tuning, alpha, delta)
     assert policy.thresholds == (*taus, -INF)
     assert policy.search_bounds == (*search_bounds, -INF)
@@ -88,9 +88,9 @@ def test_ltt_is_the_specification_s_walk(of, seed, samples, tuning_samples, rate
     assert policy.certified == (*(tau < INF for tau in taus), False)
 
 
-@given(worlds, seeds, sizes, asked)
+@given(worlds, seeds, sizes, rates_strategy)
 @settings(max_examples=60, deadline=None)
-def test_a_plan_begins_where_tuning_is_surest_and_goes_down(of, seed, samples, rates):
+def test_make_plan_grid_starts_at_lowest_p_value_and_decreases(of, seed, samples, rates):
     alpha, delta = rates
     tuning = draw(of, seed, samples)
     plan = make_plan(tuning, len(tuning), CalibrationTarget(alpha, delta, np.ones(of[1])))
@@ -99,29 +99,29 @@ def test_a_plan_begins_where_tuning_is_surest_and_goes_down(of, seed, samples, r
         assert len(grid) <= STEPS
         assert (np.diff(grid) < 0).all()
         assert np.isin(grid, tuning.scores[:, exit_]).all()
-        assert plan.needed[exit_] is None or not len(grid)
+        assert plan.required_samples[exit_] is None or not len(grid)
     if plan.grids and len(plan.grids[0]):
         walk = risk_curve(tuning.scores[:, 0], tuning.correct[:, 0])
         p = binom.cdf(walk.errors, walk.samples, alpha)
-        assert p.min() <= plan.delta
+        assert p.min() <= plan.level
         assert plan.grids[0][0] == walk.thresholds[np.isclose(p, p.min(), rtol=1e-12, atol=0)][0]
         assert plan.grids[0][-1] == tuning.scores[:, 0].min()
         if len(walk.thresholds) <= STEPS and len(walk.thresholds) == walk.samples[-1]:  # no ties: every threshold
             assert plan.grids[0].tolist() == walk.thresholds[walk.thresholds <= plan.grids[0][0]].tolist()
 
 
-@pytest.mark.parametrize("mode", ["ltt", "path"])
-def test_calibration_labels_decide_no_plan(mode):
+@pytest.mark.parametrize("mode", ["ltt", "ltt_joint"])
+def test_fit_thresholds_come_from_the_tuning_plan(mode):
     calibration, tuning = draw((4, 4, 0), 1, 800), draw((4, 4, 0), 2, 600)
-    setting = CalibrationTarget(0.1, 0.1, np.arange(1.0, 5.0))
-    plan = make_plan(tuning, len(calibration), setting)
-    vectors, _ = candidates(tuning, len(calibration) / len(tuning), setting)
+    target = CalibrationTarget(0.1, 0.1, np.arange(1.0, 5.0))
+    plan = make_plan(tuning, len(calibration), target)
+    vectors, _ = candidate_vectors(tuning, len(calibration) / len(tuning), target)
     found, rng = set(), np.random.default_rng(0)
-    for wrong_more in np.linspace(0, 0.3, 10):
-        correct = calibration.correct & (rng.uniform(size=(800, 4)) >= wrong_more)
+    for extra_errors in np.linspace(0, 0.3, 10):
+        correct = calibration.correct & (rng.uniform(size=(800, 4)) >= extra_errors)
         policy = fit(ExitScores(calibration.scores, correct), tuning, 0.1, 0.1, mode)
         found.add(policy.thresholds)
-        if mode == "path":
+        if mode == "ltt_joint":
             assert policy.thresholds[:-1] in [*vectors, (INF, INF, INF)]
         for exit_ in range(3):
             own = [INF, *plan.grids[exit_]] if mode == "ltt" else [INF, *(vector[exit_] for vector in vectors)]
@@ -130,15 +130,15 @@ def test_calibration_labels_decide_no_plan(mode):
     assert len(found) > (2 if mode == "ltt" else 1)
 
 
-@given(worlds, seeds, sizes, asked)
-@example((11, 3, 0), 1, 200, (0.05, 0.1))  # begins at the second vector; the first would not have passed
+@given(worlds, seeds, sizes, rates_strategy)
+@example((11, 3, 0), 1, 200, (0.05, 0.1))  # starts at the second vector; the first would fail
 @example((22, 3, 0), 1, 200, (0.1, 0.1))
 @settings(max_examples=40, deadline=None)
-def test_path_is_the_specification_s_sequence(of, seed, samples, rates):
+def test_ltt_joint_thresholds_equal_literal_transcription(of, seed, samples, rates):
     alpha, delta = rates
     calibration, tuning = draw(of, seed, samples), draw(of, seed + 1, 200)
     ratio, cost = samples / 200, [exit_ + 1 for exit_ in range(of[1])]
-    vectors, _ = candidates(tuning, ratio, CalibrationTarget(alpha, delta, np.array(cost)))
+    vectors, _ = candidate_vectors(tuning, ratio, CalibrationTarget(alpha, delta, np.array(cost)))
 
     def leaving(data, vector):
         return [next((e for e, t in enumerate(vector) if row[e] >= t), len(vector)) for row in data.scores]
@@ -161,7 +161,7 @@ def test_path_is_the_specification_s_sequence(of, seed, samples, rates):
         if mean < cheapest:
             best, cheapest = vector, mean
     assert len(vectors) <= 40
-    assert fit(calibration, tuning, alpha, delta, "path").thresholds == (*best, -INF)
+    assert fit(calibration, tuning, alpha, delta, "ltt_joint").thresholds == (*best, -INF)
 
 
 def literal_crc(calibration, alpha):
@@ -169,11 +169,11 @@ def literal_crc(calibration, alpha):
     for exit_ in range(calibration.num_exits - 1):
         tau = INF
         for lam in sorted({calibration.scores[i, exit_] for i in alive}, reverse=True):
-            leaves = [i for i in alive if calibration.scores[i, exit_] >= lam]
-            if len(leaves) < 60:
+            exits_here = [i for i in alive if calibration.scores[i, exit_] >= lam]
+            if len(exits_here) < 60:
                 continue
-            wrong = sum(1 for i in leaves if not calibration.correct[i, exit_])
-            if (wrong + 1) / (len(leaves) + 1) > alpha:
+            wrong = sum(1 for i in exits_here if not calibration.correct[i, exit_])
+            if (wrong + 1) / (len(exits_here) + 1) > alpha:
                 break
             tau = lam
         taus.append(tau)
@@ -181,7 +181,7 @@ def literal_crc(calibration, alpha):
     return taus
 
 
-def literal_plug_in(calibration, alpha):
+def literal_empirical(calibration, alpha):
     alive, taus = list(range(len(calibration))), []
     for exit_ in range(calibration.num_exits - 1):
         tau = INF
@@ -195,7 +195,7 @@ def literal_plug_in(calibration, alpha):
     return taus
 
 
-def literal_released(calibration, alpha):
+def literal_safekd_code(calibration, alpha):
     n, taus = len(calibration), []
     for exit_ in range(calibration.num_exits - 1):
         level = math.ceil(round((n + 1) * (1 - alpha), 9)) / n
@@ -205,100 +205,100 @@ def literal_released(calibration, alpha):
 
 
 @pytest.mark.parametrize(
-    ("mode", "literal"), [("crc", literal_crc), ("empirical", literal_plug_in), ("released", literal_released)]
+    ("mode", "literal"), [("crc", literal_crc), ("empirical", literal_empirical), ("safekd_code", literal_safekd_code)]
 )
 @given(worlds, seeds, sizes, st.sampled_from([0.01, 0.05, 0.1, 0.3]))
 @settings(max_examples=40, deadline=None)
-def test_the_baselines_are_their_transcriptions(mode, literal, of, seed, samples, alpha):
+def test_baselines_equal_literal_transcriptions(mode, literal, of, seed, samples, alpha):
     calibration = draw(of, seed, samples)
     policy = fit(calibration, draw(of, seed + 1, 30), alpha, 0.1, mode)
     np.testing.assert_allclose(policy.thresholds, (*literal(calibration, alpha), -INF), rtol=1e-15)
     assert policy.search_bounds == policy.thresholds
     assert not any(policy.certified)
-    assert policy.needed == (None,) * of[1]
+    assert policy.required_samples == (None,) * of[1]
 
 
 @pytest.mark.parametrize(("samples", "threshold"), [(59, INF), (60, 0.5), (61, 0.5)])
-def test_conformal_risk_control_wants_sixty_who_leave(samples, threshold):
+def test_crc_fewer_than_60_samples_closes_exit(samples, threshold):
     flawless = np.full((samples, 2), 0.5), np.ones((samples, 2))
     assert SelectiveRiskCalibrator(0.05, mode="crc").fit(*flawless, *flawless).thresholds[0] == threshold
 
 
-@given(worlds, seeds, sizes, asked, st.sampled_from(sorted(MODES)))
+@given(worlds, seeds, sizes, rates_strategy, st.sampled_from(sorted(MODES)))
 @settings(max_examples=60, deadline=None)
-def test_the_counts_are_those_of_whoever_leaves(of, seed, samples, rates, mode):
+def test_fit_counts_equal_assigned_samples(of, seed, samples, rates, mode):
     calibration = draw(of, seed, samples)
     policy = fit(calibration, draw(of, seed + 1, 120), *rates, mode)
     exits = policy.assign(calibration.scores)
-    assert policy.leaving == tuple((exits == e).sum() for e in range(of[1]))
-    assert policy.errors == tuple((~calibration.correct[exits == e, e]).sum() for e in range(of[1]))
-    assert sum(policy.leaving) == policy.samples == len(calibration)
+    assert policy.exit_counts == tuple((exits == e).sum() for e in range(of[1]))
+    assert policy.error_counts == tuple((~calibration.correct[exits == e, e]).sum() for e in range(of[1]))
+    assert sum(policy.exit_counts) == policy.samples == len(calibration)
     assert policy.tuning_samples == 120
     for exit_ in range(of[1] - 1):
-        if mode in ("ltt", "path") and policy.certified[exit_]:
-            assert binom.cdf(policy.errors[exit_], policy.leaving[exit_], rates[0]) <= rates[1] + 1e-12
-        assert policy.thresholds[exit_] < INF or policy.leaving[exit_] == 0
+        if mode in ("ltt", "ltt_joint") and policy.certified[exit_]:
+            assert binom.cdf(policy.error_counts[exit_], policy.exit_counts[exit_], rates[0]) <= rates[1] + 1e-12
+        assert policy.thresholds[exit_] < INF or policy.exit_counts[exit_] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("exits", [1, 2, 4])
-def test_all_right_and_all_wrong(mode, exits):
+def test_fit_all_correct_opens_and_all_wrong_closes(mode, exits):
     rng = np.random.default_rng(0)
     scores, yes = rng.uniform(0.4, 1, (500, exits)), np.ones((500, exits), bool)
-    right = fit(ExitScores.checked(scores, yes, scores), ExitScores.checked(scores, yes), 0.05, 0.1, mode)
-    wrong = fit(ExitScores.checked(scores, ~yes, 1 - scores), ExitScores.checked(scores, ~yes), 0.05, 0.1, mode)
-    assert wrong.needed == right.needed == (None,) * exits
-    if mode != "released":
-        assert wrong.leaving == (*[0] * (exits - 1), 500)
-        assert exits == 1 or right.leaving[0] > 480
-        assert right.errors == (0,) * exits
+    right = fit(ExitScores.from_arrays(scores, yes, scores), ExitScores.from_arrays(scores, yes), 0.05, 0.1, mode)
+    wrong = fit(ExitScores.from_arrays(scores, ~yes, 1 - scores), ExitScores.from_arrays(scores, ~yes), 0.05, 0.1, mode)
+    assert wrong.required_samples == right.required_samples == (None,) * exits
+    if mode != "safekd_code":
+        assert wrong.exit_counts == (*[0] * (exits - 1), 500)
+        assert exits == 1 or right.exit_counts[0] > 480
+        assert right.error_counts == (0,) * exits
 
 
-@pytest.mark.parametrize("mode", ["ltt", "path"])
+@pytest.mark.parametrize("mode", ["ltt", "ltt_joint"])
 @pytest.mark.parametrize(("alpha", "delta"), [(0.01, 0.1), (0.05, 0.1), (0.1, 1 - 0.9 ** (1 / 3)), (0.05, 0.01)])
-def test_too_few_samples_close_an_exit_and_the_number_told_opens_it(mode, alpha, delta):
+def test_fit_required_samples_open_a_closed_exit(mode, alpha, delta):
     enough = samples_without_error(alpha, delta)
 
     def of(n: int) -> ExitPolicy:
-        flawless = ExitScores.checked(np.full((n, 2), 0.9), np.ones((n, 2)))
+        flawless = ExitScores.from_arrays(np.full((n, 2), 0.9), np.ones((n, 2)))
         return fit(flawless, flawless, alpha, delta, mode)
 
     short = of(enough - 1)
     assert short.thresholds == short.search_bounds == (INF, -INF)
-    assert enough <= short.needed[0] <= 1.002 * enough + 1
+    assert enough <= short.required_samples[0] <= 1.002 * enough + 1
     assert of(enough).thresholds == (0.9, -INF)
-    assert of(enough).needed == (None, None)
+    assert of(enough).required_samples == (None, None)
 
 
-def test_an_exit_that_is_closed_beforehand_closes_no_other():
-    """Exit 1 is hopeless; the second, alone, is opened with ease."""
+def test_ltt_hopeless_exit_does_not_close_others():
+    """Exit 1 cannot pass; exit 2 passes if exit 1 is closed in advance."""
     easy = np.arange(1000) < 100
     scores = np.where(easy, 0.9, 0.1)
     first, second = easy & (np.arange(1000) % 25 != 0), easy
-    three = ExitScores.checked(np.stack([scores] * 3, 1), np.stack([first, second, second], 1))
+    three = ExitScores.from_arrays(np.stack([scores] * 3, 1), np.stack([first, second, second], 1))
     two = three.scores[:, 1:], three.correct[:, 1:]
     assert SelectiveRiskCalibrator(0.05).fit(*two, *two).thresholds == (0.9, -INF)
     assert fit(three, three).thresholds == (INF, 0.9, -INF)
 
 
-def test_three_values_of_the_score_leave_whole_or_not_at_all():
+def test_ltt_tied_scores_exit_together():
     scores = np.repeat([0.9, 0.6, 0.3], [300, 300, 400])
     right = np.ones(1000, bool)
     right[[5, *range(305, 341)]] = False  # 1 of 300, then 37 of 600, and then all
     right[600:] = False
-    data = ExitScores.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    data = ExitScores.from_arrays(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
     policy = fit(data, data)
-    assert (policy.thresholds[0], policy.leaving[0], policy.errors[0]) == (0.9, 300, 1)
+    assert (policy.thresholds[0], policy.exit_counts[0], policy.error_counts[0]) == (0.9, 300, 1)
     assert policy.search_bounds[0] < 0.9
     assert policy.assign(np.array([[0.9, 0.9], [0.6, 0.6], [0.3, 0.3]])).tolist() == [0, 1, 1]
 
 
-def test_no_threshold_is_skipped_where_there_are_few():
-    """0.6 passes, and 0.3 does not."""
+def test_make_plan_few_scores_tests_every_threshold():
+    """Threshold 0.6 passes and 0.3 fails."""
     scores, right = np.repeat([0.9, 0.6, 0.3], [300, 300, 400]), np.repeat([True, True, False], [300, 300, 400])
-    data = ExitScores.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    data = ExitScores.from_arrays(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
     right[300:325] = False
-    tuning = ExitScores.checked(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
+    tuning = ExitScores.from_arrays(np.stack([scores] * 2, 1), np.stack([right] * 2, 1))
     plan = make_plan(tuning, 1000, CalibrationTarget(0.05, 0.1, np.ones(2)))
     assert plan.grids[0].tolist() == [0.9, 0.6, 0.3]
     assert fit(data, tuning).thresholds == (0.6, -INF)
@@ -308,7 +308,7 @@ def with_gradient(array):
     return torch.from_numpy(array).requires_grad_(array.dtype == float)
 
 
-def test_tensors_arrays_and_lists_give_one_policy():
+def test_fit_tensors_arrays_and_lists_give_equal_policies():
     calibration, tuning = draw((4, 4, 0), 1, 300), draw((4, 4, 0), 2, 300)
     parts = (calibration.scores, calibration.correct, tuning.scores, tuning.correct, calibration.true_class_probability)
     for mode in MODES:
@@ -321,24 +321,24 @@ def test_tensors_arrays_and_lists_give_one_policy():
             assert SelectiveRiskCalibrator(0.2, mode=mode).fit(*map(kind, parts)) == expected
 
 
-def test_float32_thresholds_survive_the_file():
+def test_policy_file_keeps_float32_thresholds():
     calibration, tuning = draw((4, 4, 0), 1, 800), draw((4, 4, 0), 2, 800)
     single = [torch.from_numpy(each.scores).float() for each in (calibration, tuning)]
     policy = SelectiveRiskCalibrator(0.1).fit(single[0], calibration.correct, single[1], tuning.correct)
     assert all(0 < threshold < INF for threshold in policy.thresholds[:3])
     again = ExitPolicy.from_json(policy.to_json())
     assert again == policy
-    assert tuple(np.bincount(again.assign(single[0].double().numpy()), minlength=4)) == policy.leaving
+    assert tuple(np.bincount(again.assign(single[0].double().numpy()), minlength=4)) == policy.exit_counts
     assert all(float(np.float32(bound)) == bound for bound in policy.thresholds)
     assert set(json.loads(policy.to_json())["versions"]) == {"fedekd", "torch"}
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, -0.1, math.nan, INF])
-@pytest.mark.parametrize("name", ["alpha", "delta"])
-def test_rates_lie_between_0_and_1(name, value):
-    with pytest.raises(UserError, match=rf"^{name} is {value}, and must lie between 0 and 1") as told:
-        SelectiveRiskCalibrator(**{"alpha": 0.1, "delta": 0.1, name: value})
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize("name", ["target_risk", "confidence"])
+def test_calibrator_rate_outside_unit_interval_raises(name, value):
+    with pytest.raises(UserError, match=rf"^{name}: expected a number in \(0, 1\), got {value}") as error:
+        SelectiveRiskCalibrator(**{"target_risk": 0.1, "confidence": 0.9, name: value})
+    assert "\n" not in str(error.value)
 
 
 GOOD = {
@@ -353,41 +353,50 @@ nan = np.array([[0.5, 0.5], [0.5, math.nan]])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"scores": nan, "correct": np.ones((2, 2))}, "calibration scores hold NaN, first at sample 1, exit 2"),
-        ({"tuning_scores": nan, "tuning_correct": np.ones((2, 2))}, "tuning scores hold NaN"),
-        ({"scores": np.ones(4)}, r"calibration scores have the shape \(4,\)"),
-        ({"scores": np.ones((4, 0)), "correct": np.ones((4, 0))}, r"shape \(4, 0\)"),
-        ({"scores": np.ones((0, 2)), "correct": np.ones((0, 2))}, "there are no calibration samples"),
-        ({"tuning_scores": np.ones((0, 2)), "tuning_correct": np.ones((0, 2))}, "there are no tuning samples"),
-        ({"correct": np.ones((4, 3))}, r"calibration correct has the shape \(4, 3\), and the scores have \(4, 2\)"),
-        ({"correct": np.full((4, 2), 0.5)}, "values other than 0 and 1"),
-        ({"tuning_correct": np.full((3, 2), math.nan)}, "values other than 0 and 1"),
-        ({"tuning_scores": np.ones((3, 3)), "tuning_correct": np.ones((3, 3))}, "2 exits, and tuning 3"),
-        ({"cost": [1.0]}, r"cost has the shape \(1,\)"),
-        ({"cost": [1.0, math.nan]}, "a finite number for each of the 2 exits"),
+        (
+            {"scores": nan, "correct": np.ones((2, 2))},
+            "calibration scores: expected finite values, got NaN, first at sample 1, exit 2",
+        ),
+        ({"tuning_scores": nan, "tuning_correct": np.ones((2, 2))}, "tuning scores: expected finite values, got NaN"),
+        ({"scores": np.ones(4)}, r"calibration scores: expected the shape \(samples, exits\), got \(4,\)"),
+        ({"scores": np.ones((4, 0)), "correct": np.ones((4, 0))}, r"got \(4, 0\)"),
+        ({"scores": np.ones((0, 2)), "correct": np.ones((0, 2))}, "calibration scores: expected at least 1 sample"),
+        (
+            {"tuning_scores": np.ones((0, 2)), "tuning_correct": np.ones((0, 2))},
+            "tuning scores: expected at least 1 sample",
+        ),
+        ({"correct": np.ones((4, 3))}, r"calibration correct: expected the shape \(4, 2\) of the scores, got \(4, 3\)"),
+        ({"correct": np.full((4, 2), 0.5)}, "expected bool, or 0 and 1, got other values"),
+        ({"tuning_correct": np.full((3, 2), math.nan)}, "expected bool, or 0 and 1, got other values"),
+        (
+            {"tuning_scores": np.ones((3, 3)), "tuning_correct": np.ones((3, 3))},
+            "tuning scores: expected 2 exits as in calibration, got 3",
+        ),
+        ({"cost": [1.0]}, r"cost: expected 2 finite numbers, one per exit, got an array \(1,\)"),
+        ({"cost": [1.0, math.nan]}, "cost: expected 2 finite numbers"),
         ({"true_class_probability": np.full((4, 2), 1.5)}, "values in 0..1"),
         ({"true_class_probability": np.ones((3, 2))}, r"shape \(4, 2\)"),
     ],
 )
-def test_samples_that_do_not_fit_are_told_in_one_line(arguments, words):
-    with pytest.raises(UserError, match=words) as told:
+def test_fit_invalid_samples_raise_one_line_error(arguments, words):
+    with pytest.raises(UserError, match=words) as error:
         SelectiveRiskCalibrator(0.1).fit(**{**GOOD, **arguments})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_an_unknown_mode_and_a_rule_without_what_it_needs_are_told():
-    with pytest.raises(UserError, match="mode is 'lt', which is not known; did you mean 'ltt'"):
+def test_calibrator_unknown_mode_or_missing_probability_raises():
+    with pytest.raises(UserError, match=r"mode: expected one of ltt, .*, got 'lt'; did you mean 'ltt'"):
         SelectiveRiskCalibrator(0.1, mode="lt")
-    with pytest.raises(UserError, match="'released' needs true_class_probability"):
-        SelectiveRiskCalibrator(0.1, mode="released").fit(**GOOD)
+    with pytest.raises(UserError, match="true_class_probability: expected probabilities for mode 'safekd_code'"):
+        SelectiveRiskCalibrator(0.1, mode="safekd_code").fit(**GOOD)
 
 
-def test_scores_in_bfloat16_are_taken():
+def test_fit_accepts_bfloat16_scores():
     flawless = torch.full((100, 2), 0.5, dtype=torch.bfloat16), torch.ones(100, 2)
     assert SelectiveRiskCalibrator(0.1).fit(*flawless, *flawless).thresholds == (0.5, -INF)
 
 
-def test_infinite_scores_are_refused():
+def test_exit_scores_infinite_value_raises():
     scores = np.array([[INF, 0.5]] * 40 + [[0.1, 0.5]] * 40)
-    with pytest.raises(UserError, match="infinite"):
-        ExitScores.checked(scores, np.zeros((80, 2)))
+    with pytest.raises(UserError, match="expected finite values, got inf"):
+        ExitScores.from_arrays(scores, np.zeros((80, 2)))

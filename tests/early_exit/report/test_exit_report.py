@@ -19,7 +19,7 @@ from fedekd.modules import TrainerFactory
 
 @pytest.fixture
 def client(tmp_path: Path, write_blobs: Callable[..., Path]) -> Any:
-    """One client with 300 images, sorted by class."""
+    """Create one client with 300 images, sorted by class."""
     npz = write_blobs(tmp_path / "blobs.npz", num_samples=300)
     run = Orchestrator(
         SafeKD(),
@@ -31,27 +31,29 @@ def client(tmp_path: Path, write_blobs: Callable[..., Path]) -> Any:
     return run.engine.client(0)  # type: ignore[attr-defined]
 
 
-def test_corrupted_images_are_spread_over_their_split(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_corruptions_use_images_spread_over_each_split(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
 
     def spy(network: Any, policy: Any, costs: Any, *parts: Any) -> list[Any]:
-        seen.extend(parts)
+        received.extend(parts)
         return []
 
-    monkeypatch.setattr(exit_report, "under_corruption", spy)
-    make_exit_report({"own": client}, ReportOptions(draws=1, corrupted=15, batches=0, alphas=(0.1,)))
+    monkeypatch.setattr(exit_report, "evaluate_corruptions", spy)
+    make_exit_report({"SafeKD": client}, ReportOptions(draws=1, corrupted=15, batches=0, target_risks=(0.1,)))
     splits = [client.splits.tuning, client.splits.calibration, client.splits.test]
-    for part, split in zip(seen, splits, strict=True):
+    for part, split in zip(received, splits, strict=True):
         assert len(part.images) == 15
         # The first and the last are there, and no two neighbours lie far apart.
         assert torch.equal(part.images[0], client.images.pixels[split[0]])
         assert torch.equal(part.images[-1], client.images.pixels[split[-1]])
 
 
-def test_the_reports_policies_are_those_of_calibrate(client: Any) -> None:
+def test_policies_equal_calibrate_client(client: Any) -> None:
     from fedekd.early_exit import SelectiveRiskCalibrator
     from fedekd.early_exit.client_calibration import calibrate_client
 
-    report = make_exit_report({"own": client}, ReportOptions(draws=1, corrupted=0, batches=0, alphas=(0.1, 0.4)))
+    report = make_exit_report(
+        {"SafeKD": client}, ReportOptions(draws=1, corrupted=0, batches=0, target_risks=(0.1, 0.4))
+    )
     for line in report.policies:
-        assert line.policy == calibrate_client(client, SelectiveRiskCalibrator(line.policy.alpha, 0.1))
+        assert line.policy == calibrate_client(client, SelectiveRiskCalibrator(line.policy.target_risk, 0.9))

@@ -1,4 +1,4 @@
-"""Where a run keeps the policies of its clients."""
+"""Location of exit policies in a run folder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from fedekd.early_exit.policy import ExitPolicy
 
 
 def policy_path(run: Path, client: int) -> Path:
-    """The file of one client's policy."""
+    """Return the path of one client's policy."""
     return run / "exits" / f"client-{client:03d}.json"
 
 
-def client_lines_path(run: Path) -> Path:
-    """The table of all clients."""
+def client_table_path(run: Path) -> Path:
+    """Return the path of the table of all clients."""
     return run / "exits" / "clients.csv"
 
 
 def load_policy(run: Path, client: int) -> ExitPolicy | None:
-    """One client's policy; None if `calibrate` has not been there.
+    """Load one client's policy; None if the run was not calibrated.
 
     Raises:
-        UserError: If the file holds no policy.
+        UserError: The file is not a valid policy.
     """
     path = policy_path(run, client)
     return ExitPolicy.load(path) if path.is_file() else None
