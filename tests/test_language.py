@@ -19,11 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DONE = (
     "fedekd/__init__.py",
     "fedekd/cli/__init__.py",
+    "fedekd/cli/calibrate.py",
+    "fedekd/cli/calibrate_output.py",
+    "fedekd/cli/exit_report.py",
     "fedekd/cli/fit.py",
+    "fedekd/cli/predict.py",
     "fedekd/cli/test.py",
     "fedekd/configuration",
+    "fedekd/do_no_harm",
+    "fedekd/early_exit",
     "fedekd/errors.py",
     "fedekd/metrics",
+    "configs/early_exit",
     "fedekd/tasks.py",
     "orchestrator.py",
 )

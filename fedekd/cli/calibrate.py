@@ -1,4 +1,4 @@
-"""`calibrate`: select the exit thresholds of a finished run with a guaranteed error rate."""
+"""`calibrate`: select exit thresholds with a guaranteed error rate."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def calibrate_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `calibrate RUN`; writes RUN/exits/client-000.json etc. and RUN/exits/clients.csv."""
+    """Run `calibrate RUN`; writes policies and a table to RUN/exits."""
     config = parse(calibrate_parser(), argv)
     if not config.run:
         raise UserError("run: expected the folder of a run, got none. Example: calibrate runs/NAME --target_risk 0.05")
@@ -187,7 +187,7 @@ def _write_table(path: Path, reports: Sequence[ClientExitReport], update: bool) 
 
 
 def _read_table(path: Path, names: Sequence[str]) -> dict[int, Mapping[str, Any]]:
-    """Read rows by client; a damaged table, or one of another version, counts as empty."""
+    """Read rows by client; an invalid table counts as empty."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))

@@ -21,7 +21,7 @@ from fedekd.reporting.pages import current_commit
 
 
 def has_exits(folder: Path) -> bool:
-    """Check whether the folder contains a run whose configuration has a network with exits."""
+    """Check whether the folder is a run whose network has exits."""
     path = folder / "config.yaml"
     if not path.is_file():
         return False
@@ -32,7 +32,9 @@ def has_exits(folder: Path) -> bool:
 
 
 def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> int:
-    """Write the report of the first run, compared with its local baseline (if stored) and with the other runs.
+    """Write the early-exit report of a run.
+
+    The first run is compared with its local baseline, if stored, and with the other runs.
 
     Args:
         folders: Run folders, at least 1.
@@ -70,7 +72,7 @@ def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> in
 
 
 def _clients(folder: Path, number: int, with_baseline: bool) -> dict[str, Client]:
-    """One client with the federated model, and with the local baseline if requested and stored."""
+    """One client with the federated model, and with the local baseline."""
     orchestrator, _, summary = open_finished("report", folder, in_process=True)
     [client] = select_clients(orchestrator.load_clients(), number)
     client.use_local_model(None)  # report the federated model, whichever model do_no_harm deployed

@@ -1,4 +1,4 @@
-"""`predict`: classify images with a finished run, with early exits if it was calibrated."""
+"""`predict`: classify images with a finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do-no-harm model selection: adopt the federated model only if an exact test on held-out data allows it."""
+"""Do-no-harm model selection with exact tests on held-out samples."""
 
 from fedekd.do_no_harm.power import acceptance_probability
 from fedekd.do_no_harm.rule import Comparison, DoNoHarm

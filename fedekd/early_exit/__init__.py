@@ -1,4 +1,4 @@
-"""Early-exit inference: policies, calibration with guarantees, cost curves, latency and reports."""
+"""Early-exit inference, calibration with guarantees, cost curves and reports."""
 
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.calibration.exit_scores import ExitScores

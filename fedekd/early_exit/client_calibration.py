@@ -152,7 +152,12 @@ def split_outputs(client: Client, split: str) -> ExitOutputs:
 
 
 def count_shared_images(images: Tensor, others: Tensor) -> int:
-    """Count the images that occur, pixel by pixel, among others; both uint8, shape (n, C, H, W)."""
+    """Count the images that occur, pixel by pixel, among others.
+
+    Args:
+        images: uint8, shape (n, C, H, W).
+        others: uint8, shape (m, C, H, W).
+    """
     known = {_digest(image) for image in others}
     return sum(_digest(image) in known for image in images)
 

@@ -1,4 +1,4 @@
-"""Statistics of a calibrated client: per exit on calibration samples, and in total on the test split."""
+"""Statistics of a calibrated client on calibration and test samples."""
 
 from __future__ import annotations
 

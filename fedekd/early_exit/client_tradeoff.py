@@ -1,4 +1,4 @@
-"""Accuracy against cost of a client's network after the last round: per exit and within FLOP budgets."""
+"""Accuracy against cost of a client's network after the last round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ SCORE = "max_softmax"
 
 @dataclass(frozen=True)
 class ExitTradeoff:
-    """Accuracy against cost on one client's test split; costs are fractions of the plain network's FLOPs.
+    """Accuracy against cost on one client's test split.
+
+    Costs are fractions of the plain network's FLOPs.
 
     Attributes:
         exits: Cost and accuracy of each exit if all images take it.
@@ -76,7 +78,7 @@ def _scores(output: ModelOutput) -> npt.NDArray[np.float64]:
 
 
 def mean_tradeoff(clients: Sequence[ExitTradeoff]) -> dict[str, list[dict[str, float]]]:
-    """Average over clients for `summary.json`: each exit or budget over the clients that have it."""
+    """Average each exit and budget over the clients that have it."""
     exits = ((number, point) for client in clients for number, point in enumerate(client.exits, start=1))
     budgets = ((budget, point) for client in clients for budget, *point in client.budgets)
     return {

@@ -39,7 +39,9 @@ class Point(NamedTuple):
 
 
 def exit_points(accuracies: Sequence[float], costs: ExitCosts) -> list[Point]:
-    """Compute the point of each exit if all images take it and no other head is evaluated.
+    """Compute the point of each exit if all images take it.
+
+    No other head is evaluated.
 
     Args:
         accuracies: Accuracy of each exit over all images, shape (E,).
@@ -94,7 +96,7 @@ def budget_points(
 
 
 def _first_exits(scores: Scores, threshold: float) -> npt.NDArray[np.int64]:
-    """First exit whose score reaches a threshold, shape (n,), from scores of all exits but the last, (n, E - 1)."""
+    """First exit whose score reaches the threshold, from scores of early exits."""
     passes = scores >= threshold
     exits: npt.NDArray[np.int64] = np.where(passes.any(axis=1), passes.argmax(axis=1), scores.shape[1])
     return exits
@@ -105,7 +107,9 @@ def _point(exits: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], exit_co
 
 
 def accuracy_cost_curve(outputs: ExitOutputs, costs: ExitCosts, score: str = "max_softmax") -> list[Point]:
-    """Compute points for one threshold at all exits, from the lowest score to a threshold above all scores.
+    """Compute points for one threshold at all exits.
+
+    Thresholds range from the lowest score to one above all scores.
 
     Args:
         outputs: Outputs of all exits.
@@ -146,7 +150,9 @@ def area(curve: Sequence[Point]) -> float:
 
 
 def cost_of(accuracy: float, curve: Sequence[Point]) -> float:
-    """Compute the lowest cost at which a curve reaches an accuracy, linear between points.
+    """Compute the lowest cost at which a curve reaches an accuracy.
+
+    The curve is linear between points.
 
     Args:
         accuracy: The accuracy to reach.

@@ -17,11 +17,11 @@ from fedekd.errors import UserError
 
 
 def network_fingerprint(network: nn.Module) -> str:
-    """Hash the modules, parameters and buffers of a network with their names, shapes and dtypes.
+    """Hash the modules, parameters and buffers of a network.
 
-    Memory layout and device do not matter. A module is identified by its class and its plain settings: the same weights
-    with another activation, or with another number of attention heads, give another fingerprint. Settings that a module
-    does not store under the name of the argument are not included.
+    Names, shapes and dtypes are included. Memory layout and device do not matter. A module is identified by its class
+    and its plain settings: the same weights with another activation, or with another number of attention heads, give
+    another fingerprint. Settings that a module does not store under the name of the argument are not included.
 
     Args:
         network: Any module.
@@ -47,14 +47,14 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def _settings(part: nn.Module) -> str:
-    """Constructor arguments that are plain and stored under their own name; state of the forward pass is excluded."""
+    """Plain constructor arguments that are stored under their own name."""
     names = sorted(inspect.signature(type(part).__init__).parameters)
     values = {name: _plain(getattr(part, name, None)) for name in names if name != "self"}
     return str([(name, value) for name, value in values.items() if value is not None])
 
 
 def _plain(value: Any) -> Any:
-    """Value with the same text in every process: number, string, function name, or a list of these; else None."""
+    """Number, string, function name or list of these, else None."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, FunctionType | BuiltinFunctionType):
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 
 class FingerprintCheck:
-    """Compare networks with their expected fingerprints, hashing an unchanged network once.
+    """Comparison of networks with fingerprints; hashes an unchanged network once.
 
     A network is hashed again after one of its modules or tensors was replaced or written to in place, and after any
     optimizer step in this process. In-place writes to `tensor.data` are not noticed.
@@ -107,7 +107,10 @@ class FingerprintCheck:
 
 
 class _OptimizerSteps:
-    """Number of optimizer steps in this process: fused optimizers do not raise a tensor's version counter."""
+    """Number of optimizer steps in this process.
+
+    Fused optimizers change tensors without raising their version counter.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -123,7 +126,7 @@ def _optimizer_steps() -> _OptimizerSteps:
 
 
 def _weights_state(network: nn.Module) -> tuple[int, ...]:
-    """Identities and version counters of all modules and tensors; much cheaper than a fingerprint."""
+    """Identities and version counters of all modules and tensors."""
     # Computed per batch: reading the dictionaries is 5 times as fast as parameters() and buffers().
     state = [_optimizer_steps().count]
     for part in network.modules():

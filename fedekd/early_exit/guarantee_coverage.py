@@ -1,4 +1,4 @@
-"""Empirical coverage of the exit guarantees in a finished federation, per client and pooled."""
+"""Empirical coverage of the exit guarantees in a finished federation."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class CoverageResult:
 
     @property
     def violation_rate(self) -> float:
-        """Fraction of clients and draws in which a client's own policy violates the guarantee."""
+        """Fraction of client-draw pairs in which the client's own policy fails."""
         return fmean(client.violations for client in self.clients) / self.draws
 
     @property
     def pooled_violation_rate(self) -> float:
-        """Fraction of clients and draws in which the pooled policy exceeds the target risk for a client."""
+        """Fraction of client-draw pairs in which the pooled policy fails."""
         return fmean(client.pooled_violations for client in self.clients) / self.draws
 
     def as_values(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class CoverageResult:
 
 
 def federation_coverage(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:
-    """Calibrate all clients of a finished federation with each rule at each target risk.
+    """Calibrate all clients of a finished federation and count violations.
 
     The population of a client is all its samples that training does not use, its test split included.
 

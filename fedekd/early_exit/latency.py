@@ -45,10 +45,10 @@ def measure_latency(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     batches: int = 20,
 ) -> list[Latency]:
-    """Measure a network with and without its policy, alternating per batch to cancel the load of the machine.
+    """Measure a network with and without its policy.
 
-    Reports means, not medians: with single images some take a tenth of the time and others all of it, so the median
-    would only show whether more than half exit early.
+    Both alternate per batch to cancel the load of the machine. Reports means, not medians: with single images some take
+    a tenth of the time and others all of it, so the median would only show whether more than half exit early.
 
     Args:
         network: The calibrated network.

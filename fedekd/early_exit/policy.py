@@ -125,7 +125,7 @@ class ExitPolicy:
         return evaluated_exits(self.thresholds, self.search_bounds)
 
     def assign(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Assign samples to exits, shape (n,), from their scores at all exits, shape (n, E)."""
+        """Assign samples to exits, shape (n,), from their scores, shape (n, E)."""
         return exit_index(scores, self.thresholds, self.search_bounds)
 
     def require(self, network: MultiExitNetwork, proxy: nn.Module | None = None) -> None:

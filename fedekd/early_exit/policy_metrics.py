@@ -1,4 +1,4 @@
-"""Cost, accuracy and error rates of a policy on images that were not used for calibration."""
+"""Cost, accuracy and error rates of a policy on unseen images."""
 
 from __future__ import annotations
 

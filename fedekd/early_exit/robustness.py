@@ -54,7 +54,9 @@ def evaluate_corruptions(
     calibration: LabelledImages,
     test: LabelledImages,
 ) -> Iterator[CorruptionResult]:
-    """Evaluate a policy under each corruption at each severity; the three sets are corrupted independently.
+    """Evaluate a policy under each corruption at each severity.
+
+    The three sets are corrupted independently.
 
     Args:
         network: The calibrated network.

@@ -126,7 +126,7 @@ def exit_outputs(
 
 
 def network_input(network: nn.Module, images: Tensor) -> Tensor:
-    """Scale pixels 0..255 to [-1, 1], on the network's device, in its dtype and channels last."""
+    """Scale pixels 0..255 to [-1, 1], in the network's dtype, channels last."""
     like = next(network.parameters())
     x = scale(images.to(like.device)).to(like.dtype)
     return x.contiguous(memory_format=torch.channels_last)

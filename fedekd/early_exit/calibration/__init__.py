@@ -1,1 +1,1 @@
-"""Calibration of exit thresholds: rules with a finite-sample guarantee, baselines without one, and their validity."""
+"""Calibration of exit thresholds, with and without a finite-sample guarantee."""

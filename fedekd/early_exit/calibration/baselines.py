@@ -1,4 +1,4 @@
-"""Calibration baselines without a finite-sample guarantee, for comparison with `ltt` and `ltt_joint`."""
+"""Calibration baselines without a finite-sample guarantee."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MIN_EXIT_SAMPLES = 60
 def conformal_risk_control(
     calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget
 ) -> SelectedThresholds:
-    r"""Rule `crc`: lower the threshold while $(k + 1) / (m + 1) \le \alpha$ among at least 60 survivors.
+    r"""Rule `crc`: conformal risk control, as named in the SAFE-KD abstract.
 
-    Conformal risk control as named in the SAFE-KD abstract. It bounds the error rate in expectation over calibration
-    sets, not with high probability, and only approximately: the loss of the samples that exit is not monotone in the
-    threshold, as the theorem requires.
+    Lowers the threshold while $(k + 1) / (m + 1) \le \alpha$ among at least 60 survivors. It bounds the error rate in
+    expectation over calibration sets, not with high probability, and only approximately: the loss of the samples that
+    exit is not monotone in the threshold, as the theorem requires.
 
     Reference:
         Angelopoulos et al., "Conformal Risk Control", arXiv 2208.02814 (the choice of
@@ -44,9 +44,10 @@ def conformal_risk_control(
 
 
 def empirical(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
-    """Rule `empirical` (plug-in): the lowest threshold whose calibration error rate is at most the target risk.
+    """Rule `empirical` (plug-in): lowest threshold that reaches the target risk.
 
-    No guarantee: the lowest of many thresholds is selected on the same samples (selection bias).
+    Error rates are those of the calibration samples. No guarantee: the lowest of many thresholds is selected on the
+    same samples (selection bias).
     """
 
     def lowest(curve: RiskCurve) -> float:
@@ -57,11 +58,11 @@ def empirical(calibration: ExitScores, tuning: ExitScores, target: CalibrationTa
 
 
 def safekd_code(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
-    r"""Rule `safekd_code`, from SAFE-KD's public code: exit where the score is at least $1 - \hat q_e$.
+    r"""Rule `safekd_code`: conformal quantiles, as in SAFE-KD's public code.
 
-    $\hat q_e$ is the conformal quantile of $1 - p_y$ at exit e over all calibration samples. The probability of the
-    true class thus reaches the threshold with probability $1 - \alpha$, which does not bound the error rate among the
-    samples whose confidence reaches it.
+    A sample exits if its score is at least $1 - \hat q_e$, where $\hat q_e$ is the conformal quantile of $1 - p_y$ at
+    exit e over all calibration samples. The probability of the true class thus reaches the threshold with probability
+    $1 - \alpha$, which does not bound the error rate among the samples whose confidence reaches it.
 
     Raises:
         UserError: `true_class_probability` is None.

@@ -43,7 +43,7 @@ MODES: dict[str, Mode] = {
 
 
 class SelectiveRiskCalibrator:
-    r"""Select the thresholds of early exits such that the error rate at each exit is bounded.
+    r"""Selector of exit thresholds that bound the error rate at each exit.
 
     Guarantee of the modes `ltt` and `ltt_joint`. Let $R_e = P(\text{wrong} \mid \text{exit at } e)$.
 

@@ -25,7 +25,9 @@ Risks = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class FederatedValidity:
-    """Results of repeated calibrations of a federation; NaN where no sample takes an exit.
+    """Results of repeated calibrations of a federation.
+
+    Error rates are NaN where no sample takes an exit.
 
     Attributes:
         calibrator: The rule, with its target risk and confidence.
@@ -47,17 +49,17 @@ class FederatedValidity:
 
     @property
     def client_violations(self) -> list[int]:
-        """Per client, draws in which its own policy violates the guarantee on its population."""
+        """Draws per client in which its own policy violates the guarantee."""
         return self._counts(self.client_risks)
 
     @property
     def pooled_violations(self) -> list[int]:
-        """Per client, draws in which the pooled policy exceeds the target risk on its population."""
+        """Draws per client in which the pooled policy exceeds the target risk."""
         return self._counts(self.pooled_risks)
 
     @property
     def union_violations(self) -> int:
-        """Draws in which the pooled policy violates its guarantee on the union of all populations."""
+        """Draws in which the pooled policy violates its guarantee on the union."""
         [count] = self._counts(self.union_risks[:, None])
         return count
 

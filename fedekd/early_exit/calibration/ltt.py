@@ -56,7 +56,9 @@ class SearchPlan(NamedTuple):
 def survivor_fixed_sequence(
     calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget
 ) -> SelectedThresholds:
-    """Rule `ltt`: P(all R_e <= target_risk) >= confidence for independent, identically distributed samples.
+    """Rule `ltt`: fixed-sequence tests per exit on the survivors.
+
+    Guarantees P(all R_e <= target_risk) >= confidence for independent, identically distributed samples.
 
     Args:
         calibration: Samples on which the thresholds are tested.
@@ -92,7 +94,7 @@ def make_plan(tuning: ExitScores, samples: int, target: CalibrationTarget) -> Se
     """Fix on the tuning samples which exits are open and which thresholds are tested.
 
     An exit is closed if even its best threshold is not expected to pass with `samples` calibration samples. Exits are
-    closed one at a time, the least promising first, because each closed exit raises the level of the others.
+    closed one at a time, the least likely first, because each closed exit raises the level of the others.
 
     Args:
         tuning: Tuning samples.
@@ -136,7 +138,7 @@ def make_plan(tuning: ExitScores, samples: int, target: CalibrationTarget) -> Se
 
 
 def _grid(curve: RiskCurve, p: Scores) -> Scores:
-    """At most `STEPS` thresholds, from the one with the lowest p-value down, about equally many samples apart."""
+    """At most `STEPS` thresholds below the lowest p-value, evenly spaced."""
     start = int(np.argmin(p))
     if len(curve.thresholds) - start <= STEPS:
         return curve.thresholds[start:]

@@ -31,7 +31,9 @@ Thresholds = tuple[float, ...]
 
 
 def ltt_joint(calibration: ExitScores, tuning: ExitScores, target: CalibrationTarget) -> SelectedThresholds:
-    """Rule `ltt_joint`: P(all R_e <= target_risk) >= confidence for independent, identically distributed samples.
+    """Rule `ltt_joint`: fixed-sequence tests of whole threshold vectors.
+
+    Guarantees P(all R_e <= target_risk) >= confidence for independent, identically distributed samples.
 
     Args:
         calibration: Samples on which the vectors are tested.

@@ -18,7 +18,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 class RiskCurve(NamedTuple):
-    """Samples and errors at each distinct score of one exit, from the highest score down.
+    """Samples and errors at each distinct score of one exit, in decreasing order.
 
     Attributes:
         thresholds: Distinct scores in decreasing order, shape (t,).
@@ -61,7 +61,9 @@ def risk_curve(scores: Scores, correct: Flags) -> RiskCurve:
 
 
 def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scores:
-    """P-value expected at each threshold of a sample `ratio` times as large with the same error rates.
+    """Compute the p-value expected at each threshold for another sample size.
+
+    The other sample has the same error rates.
 
     Args:
         curve: Counts of the tuning samples.
@@ -75,7 +77,7 @@ def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scor
 
 
 def required_samples(curve: RiskCurve, target_risk: float, level: float, samples: int) -> int | None:
-    """Estimate the sample size at which the expected p-value of some threshold reaches the level.
+    """Estimate the sample size at which some threshold is expected to pass.
 
     Args:
         curve: Counts of the tuning samples at one exit.

@@ -1,4 +1,4 @@
-"""Inputs and outputs shared by all calibration rules; `calibrator.MODES` lists the rules."""
+"""Inputs and outputs of calibration rules; `calibrator.MODES` lists the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Empirical check of a guarantee: repeated calibration on resampled sets with known error rates."""
+"""Empirical check of a guarantee by repeated calibration on resampled sets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Validity:
 
     @property
     def violations(self) -> int:
-        """Number of draws in which the true error rate of some exit exceeds the target risk."""
+        """Draws in which the true error rate of some exit exceeds the target risk."""
         return int(is_violated(self.risks, self.calibrator.target_risk).sum())
 
     @property
@@ -61,7 +61,7 @@ class Validity:
 
 
 def is_violated(risks: npt.NDArray[np.float64], target_risk: float) -> npt.NDArray[np.bool_]:
-    """Test along the last axis whether the error rate of some exit exceeds the target; NaN does not."""
+    """Test along the last axis whether some error rate exceeds the target."""
     violated: npt.NDArray[np.bool_] = np.any(risks > target_risk, axis=-1)
     return violated
 
@@ -94,11 +94,11 @@ def check_validity(
     seed: int = 0,
     cost: Cost | None = None,
 ) -> Validity:
-    """Calibrate on `draws` resampled sets of a finite population, whose true error rates are exact.
+    """Calibrate on resampled sets of a finite population.
 
-    Tuning and calibration samples are drawn WITH replacement: they are independent draws of exactly the distribution on
-    which the risk is computed. Splitting the population and evaluating on the remainder would correlate both parts
-    negatively, and a valid rule would appear to fail.
+    The true error rates of a finite population are exact. Tuning and calibration samples are drawn WITH replacement:
+    they are independent draws of exactly the distribution on which the risk is computed. Splitting the population and
+    evaluating on the remainder would correlate both parts negatively, and a valid rule would appear to fail.
 
     Args:
         population: All samples of the population.

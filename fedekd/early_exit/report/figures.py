@@ -1,4 +1,4 @@
-"""Figures of an early-exit report; each function returns a Figure and does not display it."""
+"""Figures of an early-exit report; functions return a Figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def accuracy_against_cost(report: ExitReport) -> Figure:
-    """Plot each network's curve and single exits, and the calibrated policies of the first network."""
+    """Plot curves and single exits, and the policies of the first network."""
     figure = _figure(7.0, 4.8)
     axes = figure.subplots()
     for index, network in enumerate(report.networks):
@@ -40,7 +40,7 @@ def accuracy_against_cost(report: ExitReport) -> Figure:
 
 
 def validity(report: ExitReport) -> Figure:
-    """Plot the worst true error rate of each draw, and the rate of draws that violate the guarantee."""
+    """Plot the largest true error rate per draw, and the rate of violations."""
     figure = _figure(10.0, 4.6)
     left, right = figure.subplots(1, 2)
     modes = list(dict.fromkeys(result.calibrator.mode for result in report.validity))
@@ -91,7 +91,7 @@ def reliabilities(report: ExitReport) -> Figure:
 
 
 def corruption(report: ExitReport) -> Figure:
-    """Plot the largest error rate of an exit against severity, original and recalibrated, per corruption."""
+    """Plot the largest error rate of an exit against severity, per corruption."""
     names = list(dict.fromkeys(result.corruption for result in report.corruptions))
     figure = _figure(10.0, 5.6)
     panels = np.ravel(figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True, squeeze=False))

@@ -1,4 +1,4 @@
-"""Rendering of an early-exit report as a folder: a page, a Markdown file, CSV files and figures."""
+"""Rendering of an early-exit report as HTML, Markdown, CSV and PNG files."""
 
 from __future__ import annotations
 

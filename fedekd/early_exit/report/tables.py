@@ -1,4 +1,4 @@
-"""Tables of an early-exit report as data frames; page, Markdown and CSV files are rendered from them."""
+"""Tables of an early-exit report as data frames."""
 
 from __future__ import annotations
 
