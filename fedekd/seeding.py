@@ -1,7 +1,7 @@
-"""Where every random number of a federation comes from.
+"""Seeds of all random numbers of a federation.
 
-A generator is never shared and never carried on: each is made anew from what it is for. So the order in which
-clients run, the engine that runs them, and a stop and resume cannot change a number.
+Generators are never shared or stored: each is created from the seed of its purpose. The order of clients, the engine,
+and a stop and resume therefore change no number.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from hashlib import blake2b
 
 
 def derive_seed(*purpose: int | str) -> int:
-    """A 63-bit seed for one purpose, such as `derive_seed(seed, client, round, "private")`.
+    """Return the seed of a purpose.
 
-    Different purposes give independent seeds (BLAKE2b of the parts); the same purpose gives the same seed on
-    every machine.
+    Args:
+        purpose: Integers and strings that identify the purpose, as in `derive_seed(seed, client, round, "private")`.
+
+    Returns:
+        A 63-bit integer (BLAKE2b of the parts), the same on every machine.
 
     Example:
         >>> derive_seed(0, 3, 1, "private") == derive_seed(0, 3, 1, "private")

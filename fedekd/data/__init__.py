@@ -1,7 +1,7 @@
-"""Images, how they are dealt to clients and corrupted, and the batches that clients see."""
+"""Data sets, their partition across clients, batches and corruptions."""
 
 from fedekd.data.batches import TensorBatches, scale
-from fedekd.data.corruptions import CORRUPTIONS, LEVELS, Corruption, corrupt
+from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from fedekd.data.datamodule import ClientSplits, FederatedDataModule, split_client
 from fedekd.data.images import ImageData
 from fedekd.data.partition import (
@@ -16,8 +16,8 @@ from fedekd.data.sources import load_images
 
 __all__ = [
     "CORRUPTIONS",
-    "LEVELS",
     "PARTITIONS",
+    "SEVERITIES",
     "ClientSplits",
     "Corruption",
     "FederatedDataModule",

@@ -1,4 +1,4 @@
-"""Batches sliced from tensors that already lie where they are needed: no workers, no copies, no collation."""
+"""Batches sliced from tensors in memory: no workers, no copies, no collation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def scale(images: Tensor) -> Tensor:
-    """Pixels 0..255 (uint8, any shape) as float32 in [-1, 1].
+    """Return pixels as float32 in [-1, 1].
+
+    Args:
+        images: Pixels 0..255, uint8, any shape.
 
     Example:
         >>> scale(torch.tensor([0, 255], dtype=torch.uint8))
@@ -20,22 +23,24 @@ def scale(images: Tensor) -> Tensor:
 
 
 class TensorBatches:
-    """An iterable of `(x, y)` batches, or `(x, y, *extras)`, over some samples of tensors held in memory.
-
-    It stands in for a DataLoader: a Lightning Trainer takes it as it is.
+    """Iterable of batches `(x, y, *extras)` that a Trainer takes as a DataLoader.
 
     Args:
-        images: All images, uint8, shape (N, C, H, W). Scaled to [-1, 1] batch by batch.
+        images: All images, uint8, shape (N, C, H, W). Scaled to float32 in [-1, 1] per batch.
         targets: All targets, shape (N,).
-        indices: Which samples to visit, int64, shape (n,).
-        batch_size: Samples a batch; the last batch holds the rest.
-        generator: A CPU generator, from which each pass draws the next permutation; or a function that gives the
-            generator of pass 0, 1, ...; None visits the samples as `indices` lists them.
-        extras: Further tensors of n rows each, aligned with `indices` (a frozen teacher's outputs, say); each
-            comes as one more item of the batch.
-        min_batch: A last batch of fewer samples is left out, unless it is the only one (BatchNorm cannot
-            train on a single sample: give 2).
-        channels_last: Lay out the images channels last.
+        indices: Samples to iterate over, int64, shape (n,).
+        batch_size: Samples per batch, at least 1; the last batch has the remaining samples.
+        generator: CPU generator from which each pass draws its permutation, or a function from the number of the
+            pass (0, 1, ...) to a generator. None (default) keeps the order of `indices`.
+        extras: Tensors of n rows, aligned with `indices`, such as outputs of a frozen teacher; each is one more item
+            of a batch.
+        min_batch: A last batch of fewer samples is dropped unless it is the only one. BatchNorm needs 2. Default 1.
+        channels_last: Use the channels-last memory format. Default False.
+
+    Example:
+        >>> images, targets = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5)
+        >>> [y.tolist() for x, y in TensorBatches(images, targets, torch.tensor([4, 2, 0]), batch_size=2)]
+        [[4, 2], [0]]
     """
 
     def __init__(
@@ -54,9 +59,9 @@ class TensorBatches:
         self.indices = indices.to(images.device)
         self.batch_size, self.generator, self.extras = batch_size, generator, extras
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        rest = len(indices) % batch_size
-        too_small = 0 < rest < min_batch and len(indices) > batch_size
-        self.num_visited = len(indices) - rest if too_small else len(indices)
+        remainder = len(indices) % batch_size
+        is_dropped = 0 < remainder < min_batch and len(indices) > batch_size
+        self.num_visited = len(indices) - remainder if is_dropped else len(indices)
         self._passes = 0
 
     def __len__(self) -> int:
@@ -74,6 +79,6 @@ class TensorBatches:
         order = order[: self.num_visited]
         for start in range(0, self.num_visited, self.batch_size):
             positions = order[start : start + self.batch_size]
-            chosen = self.indices[positions]
-            x = scale(self.images[chosen]).contiguous(memory_format=self.memory_format)
-            yield (x, self.targets[chosen], *(extra[positions] for extra in self.extras))
+            samples = self.indices[positions]
+            x = scale(self.images[samples]).contiguous(memory_format=self.memory_format)
+            yield (x, self.targets[samples], *(extra[positions] for extra in self.extras))

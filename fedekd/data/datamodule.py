@@ -1,4 +1,4 @@
-"""A data set dealt to clients: what a federation trains and tests on."""
+"""Data module: a data set partitioned across clients."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fedekd.tasks import Task, require_task
 
 @dataclass(frozen=True, eq=False)
 class ClientSplits:
-    """One client's samples: int64 index tensors into the images, each sorted ascending.
+    """The samples of one client: int64 index tensors in ascending order.
 
     Args:
         client: Number of the client, from 0.
-        train: What its models are trained on.
-        validation: Held out from training and test; the union of the next three.
-        test: What it is scored on.
-        tuning: Validation samples on which thresholds and choices are tuned.
-        calibration: Validation samples on which exits and conformal sets are calibrated.
-        holdout: Validation samples on which do-no-harm is decided.
+        train: Training samples.
+        validation: Validation samples; the union of tuning, calibration and holdout.
+        test: Samples of the reported score.
+        tuning: Samples for thresholds and choices.
+        calibration: Samples for exits and conformal sets.
+        holdout: Samples for the do-no-harm comparison.
     """
 
     client: int
@@ -54,41 +54,45 @@ class ClientSplits:
         return len(self.train) + len(self.validation) + len(self.test)
 
     def digest(self, images: ImageData) -> str:
-        """SHA-256 (hex) of the pixels and targets of training, validation and test, in order.
+        """Return the SHA-256 (hex) of the pixels and targets of all splits, in order.
 
-        Equal for equal contents, wherever the samples lie in the data set: a cache key for what was computed
-        from this client's data.
+        Independent of the positions of the samples in the data set: a cache key for results of this client's data.
         """
         return content_digest(images, [self.train, self.validation, self.test])
 
 
 class FederatedDataModule(lightning.LightningDataModule):
-    """Images dealt to clients, each client's split into training, validation and test.
+    """Images partitioned across clients, each with training, validation and test.
 
-    Its loaders serve the clients' samples pooled, or those of one client, to an ordinary Lightning Trainer.
+    The data loaders serve the samples of all clients, or of one client, to a Lightning Trainer.
 
     Args:
-        dataset: A name (digits, fashionmnist, cifar10, cifar100, tinyimagenet, diabetic_retinopathy, or a 2D flag
-            of MedMNIST such as retinamnist or organamnist_64), or the path of an .npz file in MedMNIST's layout.
-        num_clients: Number of clients.
-        alpha: Concentration of the Dirichlet partition, over 0; the smaller, the less alike the clients.
-        partition: label (skewed class by class), cluster (skewed by k-means clusters of the images), iid, or
-            the import path of a function (images, num_clients, alpha, seed, min_samples) -> index arrays. By
-            default label for classification and cluster for regression.
-        root: Folder of the data files; a name is first looked for as ROOT/NAME.npz.
-        batch_size: Samples a training batch.
-        eval_batch_size: Samples an evaluation batch, a frozen teacher's too; changes outputs in their last bits alone.
-            64 to 128 was measured fastest on CPUs.
-        fractions: Shares of training, validation and test of each client's samples; they sum to 1.
-        min_samples: Fewest samples a client may have; a partition that gives one fewer is drawn anew.
-        seed: Seed of partition, splits and order of batches.
-        task: classification or regression. By default the data set's own.
-        num_classes: Number of classes or grades. By default the data set's own.
-        download: Whether a data set that is not under root may be downloaded.
-        client: Serve this client's samples only, counted from 0. By default all clients', pooled.
+        dataset: Name of a data set (digits, fashionmnist, cifar10, cifar100, tinyimagenet, diabetic_retinopathy, or a
+            2D flag of MedMNIST such as retinamnist or organamnist_64), or path of an .npz file in MedMNIST's layout.
+        num_clients: Number of clients, at least 1.
+        alpha: Concentration of the Dirichlet partition, above 0. Smaller values give more different clients.
+        partition: label (Dirichlet over classes), cluster (Dirichlet over k-means clusters of the images), iid, or the
+            import path of a function (images, num_clients, alpha, seed, min_samples) -> index arrays. Default: label
+            for classification, cluster for regression.
+        root: Folder of the data files; a name is first searched as ROOT/NAME.npz.
+        batch_size: Samples per training batch, at least 1.
+        eval_batch_size: Samples per evaluation batch, at least 1; affects outputs only in the last bits. 64 to 128 is
+            fastest on CPUs.
+        fractions: Fractions of training, validation and test per client; they sum to 1, only validation may be 0.
+        min_samples: Smallest number of samples per client, at least 2; the partition is redrawn until it holds.
+        seed: Seed of the partition, splits and order of batches.
+        task: classification or regression. Default: the task of the data set.
+        num_classes: Number of classes or grades, at least 2. Default: that of the data set.
+        download: Download the data set if it is not in root.
+        client: Number of the client whose samples are served, from 0. Default: all clients.
 
     Raises:
         UserError: If an argument is out of range.
+
+    Example:
+        >>> data = FederatedDataModule("digits", num_clients=3, alpha=0.5)
+        >>> data.images.pixels.shape, len(data.clients)
+        (torch.Size([1797, 1, 8, 8]), 3)
     """
 
     def __init__(
@@ -110,15 +114,15 @@ class FederatedDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         lowest = {"num_clients": 1, "batch_size": 1, "eval_batch_size": 1, "min_samples": 2, "num_classes": 2}
-        given = locals()
-        for argument, least in lowest.items():
-            if given[argument] is not None and given[argument] < least:
-                raise UserError(f"data.{argument}={given[argument]}: at least {least} is needed")
+        values = locals()
+        for argument, minimum in lowest.items():
+            if values[argument] is not None and values[argument] < minimum:
+                raise UserError(f"data.{argument}: expected at least {minimum}, got {values[argument]}")
         if not (alpha > 0 and np.isfinite(alpha)):
-            raise UserError(f"data.alpha={alpha}: the Dirichlet concentration must be a finite number over 0")
+            raise UserError(f"data.alpha: expected a finite number above 0, got {alpha}")
         if client is not None and not 0 <= client < num_clients:
             raise UserError(
-                f"data.client={client}: allowed are 0..{num_clients - 1} with data.num_clients={num_clients}"
+                f"data.client: expected 0..{num_clients - 1} (data.num_clients is {num_clients}), got {client}"
             )
         check_fractions(fractions)
         self.dataset, self.root, self.download = dataset, root, download
@@ -132,27 +136,27 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._clients: list[ClientSplits] | None = None
 
     def __str__(self) -> str:
-        # Lightning's own loads the data and fails on loaders that are no DataLoader.
+        # Lightning's __str__ would load the data, and fail because TensorBatches is not a DataLoader.
         return f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
 
     def adopt(self, images: ImageData) -> None:
-        """Use images that are in memory already: what `load_images` gave for the same data set."""
+        """Use images that are already in memory instead of loading them."""
         self._images = images
 
     def prepare_data(self) -> None:
-        """Load the images, and download them where that is needed and allowed.
+        """Load the images; download them if needed and allowed.
 
         Raises:
-            UserError: If the data set is unknown, missing or damaged.
+            UserError: If the data set is unknown, missing or corrupt.
         """
         if self._images is None:
             self._images = load_images(self.dataset, self.root, self._task, self._num_classes, self.download)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images and deal them to the clients, once; further calls change nothing.
+        """Load and partition the images on the first call; later calls do nothing.
 
         Raises:
-            UserError: If the data cannot be loaded, or not be dealt as asked.
+            UserError: If the data cannot be loaded, or the partition is impossible.
         """
         self.prepare_data()
         images = cast(ImageData, self._images)
@@ -164,25 +168,25 @@ class FederatedDataModule(lightning.LightningDataModule):
                 parts = list(partition(images, self.num_clients, self.alpha, seed, self.min_samples))
             except UserError:
                 raise
-            except Exception as error:  # a function of one's own may fail in any way
+            except Exception as error:  # from a user's function
                 if partition in PARTITIONS.values():
                     raise
                 raise UserError(
-                    "data.partition: its function, called with (images, num_clients, alpha, seed, min_samples) for a"
-                    f" list of arrays, has failed: {type(error).__name__}: {error}"
+                    "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> list of"
+                    f" arrays, which failed with {type(error).__name__}: {error}"
                 ) from error
             _check_partition(parts, self.num_clients, len(images))
             self._clients = [split_client(client, part, self.fractions, self.seed) for client, part in enumerate(parts)]
 
     @property
     def images(self) -> ImageData:
-        """All images and targets; loaded on first use."""
+        """All images and targets, loaded on first use."""
         self.setup()
         return cast(ImageData, self._images)
 
     @property
     def clients(self) -> list[ClientSplits]:
-        """The samples of each client; loaded and dealt on first use."""
+        """Samples of each client, loaded and partitioned on first use."""
         self.setup()
         return cast("list[ClientSplits]", self._clients)
 
@@ -197,50 +201,56 @@ class FederatedDataModule(lightning.LightningDataModule):
         return self.images.num_classes
 
     def class_counts(self) -> npt.NDArray[np.int64]:
-        """Samples of each class or grade that each client has, shape (num_clients, num_classes)."""
+        """Return the samples per client and class, shape (num_clients, num_classes)."""
         labels = self.images.labels
         counts = [
-            torch.bincount(labels[torch.cat([own.train, own.validation, own.test])], minlength=self.num_classes)
-            for own in self.clients
+            torch.bincount(labels[torch.cat([part.train, part.validation, part.test])], minlength=self.num_classes)
+            for part in self.clients
         ]
         return np.asarray(torch.stack(counts).numpy())
 
     def train_dataloader(self) -> TensorBatches:
-        """Training batches `(x, y)`, x in [-1, 1]; every pass in a new order that the seed decides."""
-        whose = "pooled" if self.client is None else self.client
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, whose, "batches"))
-        return self._batches(lambda own: own.train, self.batch_size, generator)
+        """Return training batches `(x, y)`, x in [-1, 1], in a new seeded order per pass."""
+        owner = "pooled" if self.client is None else self.client
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, owner, "batches"))
+        return self._batches(lambda splits: splits.train, self.batch_size, generator)
 
     def val_dataloader(self) -> TensorBatches:
-        """Validation batches `(x, y)` in fixed order."""
-        return self._batches(lambda own: own.validation, self.eval_batch_size)
+        """Return validation batches `(x, y)` in fixed order."""
+        return self._batches(lambda splits: splits.validation, self.eval_batch_size)
 
     def test_dataloader(self) -> TensorBatches:
-        """Test batches `(x, y)` in fixed order."""
-        return self._batches(lambda own: own.test, self.eval_batch_size)
+        """Return test batches `(x, y)` in fixed order."""
+        return self._batches(lambda splits: splits.test, self.eval_batch_size)
 
     def predict_dataloader(self) -> TensorBatches:
-        """The test batches."""
+        """Return the test batches."""
         return self.test_dataloader()
 
     def _batches(
         self, split: Callable[[ClientSplits], Tensor], size: int, generator: torch.Generator | None = None
     ) -> TensorBatches:
-        chosen = self.clients if self.client is None else [self.clients[self.client]]
-        indices = torch.cat([split(own) for own in chosen])
+        clients = self.clients if self.client is None else [self.clients[self.client]]
+        indices = torch.cat([split(splits) for splits in clients])
         return TensorBatches(self.images.pixels, self.images.targets, indices, size, generator=generator)
 
 
 def split_client(
     client: int, indices: npt.NDArray[np.int64], fractions: tuple[float, float, float], seed: int
 ) -> ClientSplits:
-    """A client's samples, split into training, validation and test, and validation into its three parts.
+    """Split a client's samples into training, validation with its thirds, and test.
 
     Args:
-        client: Its number; another number splits the same samples otherwise.
-        indices: Its samples.
-        fractions: Shares of training, validation and test.
-        seed: The data's.
+        client: Number of the client; it enters the seeds of the splits.
+        indices: Samples of the client, shape (n,).
+        fractions: Fractions of training, validation and test.
+        seed: Seed of the data module.
+
+    Returns:
+        The splits of the client.
+
+    Raises:
+        UserError: As `split_indices`.
     """
     train, validation, test = split_indices(indices, fractions, derive_seed(seed, client, "split"))
     parts = cut_validation(validation, derive_seed(seed, client, "validation"))
@@ -257,21 +267,21 @@ def _partition_function(partition: str) -> PartitionFunction:
             "(or the import path of a function)"
         )
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        imported: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"data.partition: cannot import '{partition}' ({error})") from error
-    if not callable(found):
-        raise UserError(f"data.partition: '{partition}' is a {type(found).__name__}; a function is needed")
-    return cast(PartitionFunction, found)
+    if not callable(imported):
+        raise UserError(f"data.partition: expected a function, got '{partition}', a {type(imported).__name__}")
+    return cast(PartitionFunction, imported)
 
 
 def _check_partition(parts: list[npt.NDArray[np.int64]], num_clients: int, num_samples: int) -> None:
-    """Hold a partition of one's own to what everything else relies on."""
-    dealt = np.sort(np.asarray([index for part in parts for index in np.ravel(part)], dtype=np.int64))
-    distinct = len(np.unique(dealt)) == len(dealt)
-    inside = len(dealt) > 0 and dealt[0] >= 0 and dealt[-1] < num_samples
-    if len(parts) != num_clients or not (distinct and inside):
+    """Raise a UserError unless the parts are disjoint and within the data set."""
+    indices = np.sort(np.asarray([index for part in parts for index in np.ravel(part)], dtype=np.int64))
+    are_distinct = len(np.unique(indices)) == len(indices)
+    are_inside = len(indices) > 0 and indices[0] >= 0 and indices[-1] < num_samples
+    if len(parts) != num_clients or not (are_distinct and are_inside):
         raise UserError(
-            f"data.partition: its function gave {len(parts)} arrays with {len(dealt)} indices; needed are "
-            f"{num_clients} arrays (data.num_clients) of distinct indices in 0..{num_samples - 1}"
+            f"data.partition: expected {num_clients} arrays (data.num_clients) of distinct indices in "
+            f"0..{num_samples - 1}, got {len(parts)} arrays with {len(indices)} indices"
         )

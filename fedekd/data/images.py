@@ -1,4 +1,4 @@
-"""One labelled image data set, held once in memory."""
+"""A labelled image data set in memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MIN_SIZE = 8
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """All images of a data set, its official splits pooled, with one target each.
+    """Images of a data set, official splits pooled, with one target per image.
 
     Args:
-        name: What the data set is called.
+        name: Name of the data set.
         pixels: Values 0..255, uint8, shape (N, C, H, W), contiguous.
-        targets: Classes, int64, or for regression grades, float32; shape (N,).
+        targets: Classes, int64, or in regression grades, float32; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades; labels are 0..num_classes-1.
         splits: Sizes of the official splits, in the order in which they are pooled.
@@ -49,43 +49,44 @@ class ImageData:
         num_classes: int | None,
         splits: dict[str, int],
     ) -> ImageData:
-        """Check arrays as a data file holds them and lay them out as tensors.
+        """Validate the arrays of a data file and convert them to tensors.
 
         Args:
-            name: What the data set is called.
+            name: Name of the data set.
             images: uint8, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, at least 8 x 8 pixels.
             targets: Whole numbers, shape (N,) or, as in MedMNIST, (N, 1).
             task: `classification` or `regression`.
-            num_classes: Number of classes or grades; None takes the largest label + 1.
+            num_classes: Number of classes or grades; None for the largest label + 1.
             splits: Sizes of the official splits, in the order in which they are pooled; they sum to N.
 
         Raises:
-            UserError: If the arrays do not hold what is described above; it names the data set and the value.
+            UserError: If the arrays are not as described above.
         """
         require_task(task)
         pixels = checked_images(name, images)
         labels = _checked_labels(name, targets)
         if len(pixels) != len(labels):
             raise UserError(
-                f"data.dataset: {name!r} has {len(pixels)} images but {len(labels)} labels; each image needs one label"
+                f"data.dataset: {name!r}: expected one label per image, got {len(pixels)} images and "
+                f"{len(labels)} labels"
             )
         if sum(splits.values()) != len(pixels):
             raise ValueError(f"splits {splits} do not sum to {len(pixels)} images")
         highest = int(labels.max())
         if num_classes is None:
             num_classes = highest + 1
-            if num_classes > max(len(labels), 2):  # so far from the others that it is a slip
+            if num_classes > max(len(labels), 2):  # a mistake rather than a class
                 raise UserError(
-                    f"data.dataset: {name!r} has the label {highest} among only {len(labels)} samples; "
-                    "labels are 0..num_classes-1 (data.num_classes sets it)"
+                    f"data.dataset: {name!r}: expected labels 0..num_classes-1, got label {highest} among "
+                    f"{len(labels)} samples. Set data.num_classes if it is a class."
                 )
         if num_classes < 2:
-            raise UserError(f"data.num_classes: {name!r} has num_classes={num_classes}; at least 2 are needed")
+            raise UserError(f"data.num_classes: {name!r}: expected at least 2, got {num_classes}")
         if labels.min() < 0 or highest >= num_classes:
             wrong = int(labels.min()) if labels.min() < 0 else highest
             raise UserError(
-                f"data.dataset: {name!r} has the label {wrong}; labels are 0..{num_classes - 1} "
-                f"with num_classes={num_classes} (data.num_classes sets it)"
+                f"data.dataset: {name!r}: expected labels 0..{num_classes - 1} for {num_classes} classes, got label "
+                f"{wrong}. Correct the labels or data.num_classes."
             )
         return cls(
             name=name,
@@ -101,12 +102,12 @@ class ImageData:
 
     @property
     def in_channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels."""
         return self.pixels.shape[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
+        """Height and width in pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
 
     @property
@@ -116,11 +117,11 @@ class ImageData:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs a network needs: a logit per class, or one number in regression."""
+        """Number of network outputs: one per class; 1 in regression."""
         return self.num_classes if self.task == "classification" else 1
 
     def digest(self) -> str:
-        """SHA-256 (hex) of task, shape, pixels and targets: equal for equal contents, whatever the name."""
+        """Return the SHA-256 (hex) of task, shape, pixels and targets, not of the name."""
         return self._digest
 
     @cached_property
@@ -129,16 +130,16 @@ class ImageData:
 
 
 def content_digest(data: ImageData, groups: list[Tensor]) -> str:
-    """SHA-256 (hex) of the task and of the pixels and targets of groups of samples, in order.
+    """Return the SHA-256 (hex) of the task and of groups of samples, in order.
 
     Args:
-        data: The images.
-        groups: Index tensors, int64; where one group ends and the next begins counts too.
+        data: The images and targets.
+        groups: Index tensors, int64; the sizes of the groups enter the digest.
     """
     digest = sha256(f"{data.task} {data.num_classes} {tuple(data.pixels.shape[1:])}".encode())
     for group in groups:
         digest.update(f" {len(group)} ".encode())
-        # A few thousand samples at a time: the digest must not double the memory a large data set takes.
+        # In parts: a copy of a large data set would double its memory.
         for part in torch.split(group, 4096):
             digest.update(data.pixels[part].cpu().numpy().tobytes())
             digest.update(data.targets[part].cpu().numpy().tobytes())
@@ -146,42 +147,41 @@ def content_digest(data: ImageData, groups: list[Tensor]) -> str:
 
 
 def checked_images(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The images as (N, H, W, C)."""
+    """Validate images and return them with shape (N, H, W, C)."""
     if images.dtype != np.uint8:
         kind = f"{images.dtype}"
         if np.issubdtype(images.dtype, np.floating) and np.isnan(images).any():
             kind += " with NaN pixels"
-        raise UserError(f"data.dataset: images of {name!r} are {kind}; allowed: uint8, pixels 0..255")
+        raise UserError(f"data.dataset: images of {name!r}: expected uint8, pixels 0..255, got {kind}")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or (len(images) and images.shape[-1] not in CHANNELS):
         shape = images.shape if images.ndim != 4 or images.shape[-1] != 1 else images.shape[:-1]
         raise UserError(
-            f"data.dataset: images of {name!r} have the shape {shape}; allowed: (N, H, W) or (N, H, W, C) "
-            "with 1, 3 or 4 channels C"
+            f"data.dataset: images of {name!r}: expected shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels C, "
+            f"got {shape}"
         )
     if not len(images):
-        raise UserError(f"data.dataset: {name!r} is empty; at least one image is needed")
+        raise UserError(f"data.dataset: {name!r}: expected at least one image, got none")
     height, width = images.shape[1:3]
     if min(height, width) < MIN_SIZE:
         raise UserError(
-            f"data.dataset: images of {name!r} are {height}x{width}; allowed: {MIN_SIZE}x{MIN_SIZE} or larger"
+            f"data.dataset: images of {name!r}: expected at least {MIN_SIZE}x{MIN_SIZE} pixels, got {height}x{width}"
         )
     return images
 
 
 def _checked_labels(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The labels as int64 of shape (N,)."""
+    """Validate labels and return them as int64 of shape (N,)."""
     if targets.ndim == 2 and targets.shape[1] == 1:
         targets = targets[:, 0]
     if targets.ndim != 1:
         raise UserError(
-            f"data.dataset: labels of {name!r} have the shape {targets.shape}; "
-            "allowed: one label an image, (N,) or (N, 1)"
+            f"data.dataset: labels of {name!r}: expected one label per image, shape (N,) or (N, 1), got {targets.shape}"
         )
     if targets.dtype.kind not in "biuf":
-        raise UserError(f"data.dataset: labels of {name!r} are {targets.dtype}; allowed: whole numbers")
+        raise UserError(f"data.dataset: labels of {name!r}: expected whole numbers, got {targets.dtype}")
     whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
     if not whole.all():
-        raise UserError(f"data.dataset: {name!r} has the label {targets[~whole][0]}; allowed: whole numbers")
+        raise UserError(f"data.dataset: labels of {name!r}: expected whole numbers, got {targets[~whole][0]}")
     return targets.astype(np.int64)

@@ -1,4 +1,4 @@
-"""MedMNIST's .npz layout: a pair of arrays, images and labels, for each of three splits."""
+"""MedMNIST's .npz layout: arrays of images and labels for each of three splits."""
 
 from __future__ import annotations
 
@@ -14,55 +14,65 @@ Splits = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """(images, labels) of each official split."""
 
 SPLITS = ("train", "val", "test")
-"""The order in which splits are pooled."""
+"""Names of the splits, in the order in which they are pooled."""
 
 
 def read_npz(path: Path) -> Splits:
-    """Read an .npz file in MedMNIST's layout; splits may be missing or empty, not all of them.
+    """Read an .npz file in MedMNIST's layout.
+
+    Args:
+        path: The file, with arrays `{train,val,test}_{images,labels}`. Some splits may be missing or empty.
+
+    Returns:
+        Images and labels of each split in the file.
 
     Raises:
-        UserError: If the file is missing, damaged, or laid out otherwise.
+        UserError: If the file is missing, corrupt, or has another layout.
     """
     if not path.is_file():
-        raise UserError(f"data.dataset: no such file '{path}'; give an .npz file in MedMNIST's layout")
+        raise UserError(f"data.dataset: file '{path}' not found; expected an .npz file in MedMNIST's layout")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: np.asarray(file[key]) for split in SPLITS for key in _keys(split) if key in file}
-    except Exception as error:  # what a damaged archive makes zipfile, zlib or numpy raise is anybody's guess
+    except Exception as error:  # zipfile, zlib and numpy raise various errors for a corrupt archive
         raise UserError(
-            f"data.dataset: '{path}' cannot be read ({one_line(error)}); it is cut short, altered or no .npz "
-            "file of plain arrays: replace it"
+            f"data.dataset: '{path}' cannot be read ({one_line(error)}): truncated, corrupt or not an .npz file of "
+            "plain arrays. Replace the file."
         ) from error
     splits: Splits = {}
     for split in SPLITS:
         present = [key for key in _keys(split) if key in arrays]
         if len(present) == 1:
             missing = next(key for key in _keys(split) if key not in arrays)
-            raise UserError(f"data.dataset: '{path}' has '{present[0]}' but no '{missing}'; a split needs both")
+            raise UserError(
+                f"data.dataset: '{path}': expected both arrays of a split, got '{present[0]}' without '{missing}'"
+            )
         if present:
             images, labels = (np.atleast_1d(arrays[key]) for key in _keys(split))
             splits[split] = images, labels
     if not any(len(array) for pair in splits.values() for array in pair):
         raise UserError(
-            f"data.dataset: '{path}' holds no samples; needed: train_images and train_labels, and where "
-            "there are any, those of val and test"
+            f"data.dataset: '{path}': expected train_images and train_labels, and optionally those of val and test, "
+            "got no samples"
         )
     return splits
 
 
 def pool(name: str, splits: Splits) -> tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, int]]:
-    """All images and all labels end to end, and the size of each split.
+    """Concatenate the splits and return images, labels and the size of each split.
 
-    An empty split may have any shape; a split that is alone is not copied.
+    Args:
+        name: Name of the data set, for error messages.
+        splits: Images and labels of each split. Empty splits may have any shape; a single split is not copied.
 
     Raises:
-        UserError: If samples of two splits differ in shape, or an image has no label of its own.
+        UserError: If the shapes of two splits differ, or the numbers of images and labels of a split differ.
     """
     for split, (images, labels) in splits.items():
         if len(images) != len(labels):
             raise UserError(
-                f"data.dataset: {name!r} has {len(images)} {split} images but {len(labels)} {split} labels; "
-                "each image needs one label"
+                f"data.dataset: {name!r}: expected one label per image, got {len(images)} {split} images and "
+                f"{len(labels)} {split} labels"
             )
     filled = [splits[split] for split in SPLITS if split in splits and len(splits[split][0])]
     images, labels = (_joined(name, list(parts)) for parts in zip(*filled, strict=True))
@@ -70,7 +80,7 @@ def pool(name: str, splits: Splits) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
 
 
 def one_line(error: BaseException) -> str:
-    """The kind and text of an exception as one line of moderate length."""
+    """Return the type and text of an exception in one line, shortened."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
@@ -79,8 +89,8 @@ def _joined(name: str, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     for part in parts[1:]:
         if part.shape[1:] != parts[0].shape[1:]:
             raise UserError(
-                f"data.dataset: the splits of {name!r} differ, {part.shape[1:]} a sample against "
-                f"{parts[0].shape[1:]}; all need the same shape"
+                f"data.dataset: {name!r}: expected splits of one shape per sample, got {parts[0].shape[1:]} and "
+                f"{part.shape[1:]}"
             )
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

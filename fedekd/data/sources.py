@@ -1,4 +1,4 @@
-"""Where images come from: a file of one's own, or a known data set by name."""
+"""Loading of data sets by name or from a file."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ _FAILURES = (
     MemoryError,
     ImportError,
 )
-"""What packages raise for files that are missing, cut short or altered, and for downloads that fail."""
-
+"""Errors of packages for missing, truncated or altered files and failed downloads."""
 
 _SIZES = ("", "_64", "_128", "_224")
-"""What MedMNIST appends to a flag for images larger than 28 x 28."""
+"""Suffixes of MedMNIST's flags for images of 28, 64, 128 and 224 pixels."""
 
 
 class Source(NamedTuple):
-    """A known data set.
+    """One row of `SOURCES`.
 
-    `load(name, root, download)` gives its splits or raises one of `_FAILURES`; `by_hand` says where under the
-    root its package looks for files.
+    Attributes:
+        task: Task of the data set.
+        num_classes: Number of classes or grades.
+        load: `(name, root, download) -> splits`; may raise the errors of `_FAILURES`.
+        by_hand: Where under the root the package looks for files that were placed by hand.
     """
 
     task: Task
@@ -57,26 +59,26 @@ def load_images(
     num_classes: int | None = None,
     download: bool = True,
 ) -> ImageData:
-    """Load a data set, all its official splits pooled.
+    """Load a data set with its official splits pooled.
 
     Args:
-        name: The path of an .npz file in MedMNIST's layout (`{train,val,test}_{images,labels}`, splits may be
-            missing or empty), or a name. A name is first looked for as ROOT/NAME.npz, then loaded by its own
-            package: `digits` (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), every 2D
-            flag of MedMNIST (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta); or, for
-            `tinyimagenet`, from the folder `tiny-imagenet-200`, unzipped by hand.
-        root: Folder of the data files.
-        task: `classification` or `regression`; None takes the data set's own (an unknown file:
-            classification).
-        num_classes: Number of classes or grades; None takes the data set's own (an unknown file: the largest
-            label + 1).
-        download: Whether a package may download what is not there.
+        name: Path of an .npz file in MedMNIST's layout (`{train,val,test}_{images,labels}`, splits may be missing or
+            empty), or a name. A name is first searched as ROOT/NAME.npz, then loaded by a package: `digits`
+            (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), each 2D flag of MedMNIST
+            (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta), `tinyimagenet` (the folder
+            `tiny-imagenet-200`, unzipped by hand).
+        root: Folder of the data files. Default `data`.
+        task: `classification` or `regression`. None (default): the task of the data set; `classification` for other
+            files.
+        num_classes: Number of classes or grades. None (default): that of the data set; the largest label + 1 for other
+            files.
+        download: Let packages download missing files. Default True.
 
     Returns:
         The images and targets, in memory.
 
     Raises:
-        UserError: If the name is unknown, or the data are missing, damaged or not of the kind described.
+        UserError: If the name is unknown, or the data are missing, corrupt or not as described.
 
     Example:
         >>> digits = load_images("digits")
@@ -89,27 +91,27 @@ def load_images(
     key = path.stem
     source = SOURCES.get(key) or _medmnist_sources().get(key)
     if source is None and not is_path and key in _refused():
-        raise UserError(f"data.dataset: {name!r} cannot be used, {_refused()[key]}")
+        raise UserError(f"data.dataset: {name!r} is not supported: {_refused()[key]}")
     if is_path or path.is_file():
         splits = read_npz(path)
     elif source is not None:
         splits = _from_package(name, source, folder, download)
     else:
         raise UserError(
-            f"data.dataset: unknown data set {name!r} and no file '{path}'; "
-            f"give the path of an .npz file or a known name: {_hint(name)}"
+            f"data.dataset: expected a known name or the path of an .npz file, got {name!r} (file '{path}' not found); "
+            f"{_hint(name)}"
         )
     if source is not None:
         task = task or source.task
         num_classes = source.num_classes if num_classes is None else num_classes
     images, labels, sizes = pool(key, splits)
-    del splits  # or they would lie beside the pooled copy while that is laid out anew
+    del splits  # free the arrays before the pooled copy is transposed
     return ImageData.from_arrays(key, images, labels, task or "classification", num_classes, sizes)
 
 
 @cache
 def _medmnist_sources() -> dict[str, Source]:
-    """A row for each 2D flag of MedMNIST and each of its sizes; asked last, for the import takes a second."""
+    """Return a row per 2D flag and size of MedMNIST, whose import takes a second."""
     from medmnist import INFO
 
     tasks: dict[str, Task] = {
@@ -127,16 +129,16 @@ def _medmnist_sources() -> dict[str, Source]:
 
 @cache
 def _refused() -> dict[str, str]:
-    """MedMNIST's flags that are no images with one label each, and why."""
+    """Return the flags of MedMNIST that are not supported, with the reason."""
     from medmnist import INFO
 
     reasons = {}
     for flag, info in INFO.items():
         for size in _SIZES:
             if flag.endswith("3d"):
-                reasons[f"{flag}{size}"] = "it holds volumes; only MedMNIST's 2D sets are images"
+                reasons[f"{flag}{size}"] = "it holds volumes. Use a 2D set."
             elif info["task"].startswith("multi-label"):
-                reasons[f"{flag}{size}"] = "it is multi-label; one class or grade an image is needed"
+                reasons[f"{flag}{size}"] = "it is multi-label. Use a set with one class or grade per image."
     return reasons
 
 
@@ -162,18 +164,18 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> Splits:
     folder = root / "tiny-imagenet-200"
     if not folder.is_dir():
         raise FileNotFoundError(
-            "Tiny ImageNet is downloaded by hand, from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+            "Tiny ImageNet must be downloaded by hand from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         )
     return read_tiny_imagenet(folder)
 
 
 def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: bool) -> Splits:
     if not download:
-        raise FileNotFoundError("no such file")
+        raise FileNotFoundError("file not found")
     from torchvision.datasets.utils import download_url
 
     root.mkdir(parents=True, exist_ok=True)
-    # Moved into place only once its checksum is right: an interrupted download leaves no broken file behind.
+    # Moved into place after its checksum is verified: an interrupted download leaves no corrupt file.
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
         download_url(info[f"url{size}"], folder, f"{name}.npz", info[f"MD5{size}"])
         (Path(folder) / f"{name}.npz").replace(root / f"{name}.npz")
@@ -181,11 +183,11 @@ def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: 
 
 
 def _medimeta(name: str, root: Path, download: bool) -> Splits:
-    """The grades of DeepDRiD's regular fundus images: MedIMeta's `dr_regular`, task `DR level`."""
+    """Load DeepDRiD's regular fundus images from MedIMeta, task `DR level`."""
     dataset_id = "dr_regular"
     folders = [folder for folder in (root / "MedIMeta", root) if (folder / dataset_id / "info.yaml").is_file()]
     if not folders:
-        raise FileNotFoundError("MedIMeta is downloaded by hand, from https://zenodo.org/records/7884735")
+        raise FileNotFoundError("MedIMeta must be downloaded by hand from https://zenodo.org/records/7884735")
     try:
         from medimeta import MedIMeta
     except ImportError as error:
@@ -194,7 +196,7 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
         ) from error
     data_path = str(folders[0])
     info = MedIMeta.get_info_dict(data_path, dataset_id)
-    # Two of its quality scores have five steps as well, but they count 1, 4, 6, 8, 10.
+    # Two quality scores also have five steps, numbered 1, 4, 6, 8, 10.
     graded = [
         task["task_name"]
         for task in info["tasks"]
@@ -203,16 +205,16 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
     if len(graded) != 1:
         tasks = ", ".join(repr(task["task_name"]) for task in info["tasks"])
         raise UserError(
-            f"data.dataset: {name!r} needs one ordinal task with the grades 0..4, such as 'DR level'; "
-            f"'{folders[0] / dataset_id}' has the tasks {tasks}"
+            f"data.dataset: {name!r}: expected one ordinal task with the grades 0..4, such as 'DR level', got the "
+            f"tasks {tasks} in '{folders[0] / dataset_id}'"
         )
     has_hdf5 = (folders[0] / dataset_id / "images.hdf5").is_file()
     dataset = MedIMeta(data_path, dataset_id, graded[0], transform=np.asarray, use_hdf5=has_hdf5)
     splits: Splits = {}
     for split in SPLITS:
         if info["splits_num_samples"].get(split, 0):
-            chosen = dataset.get_split_indices(split)
-            pixels, labels = zip(*(dataset[index] for index in chosen), strict=True)
+            indices = dataset.get_split_indices(split)
+            pixels, labels = zip(*(dataset[index] for index in indices), strict=True)
             splits[split] = np.stack(pixels), np.asarray([int(label) for label in labels])
     return splits
 
@@ -224,20 +226,19 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
     except UserError:
         raise
     except _FAILURES as error:
-        how = "could not be downloaded" if download else "may not be downloaded (data.download is false)"
+        reason = "the download failed" if download else "data.download is false"
         places = f"'{root / name}.npz' in MedMNIST's layout"
         if source.by_hand:
-            places += f", or '{root}/{source.by_hand}'"
+            places += f" or '{root}/{source.by_hand}'"
         raise UserError(
-            f"data.dataset: {name!r} is not readable under '{root}' and {how} ({one_line(error)}); put it "
-            f"there as {places}"
+            f"data.dataset: cannot read {name!r} in '{root}', and {reason} ({one_line(error)}). Place it as {places}."
         ) from error
     return splits
 
 
 @contextmanager
 def _quiet_network(seconds: float = 30.0) -> Iterator[None]:
-    """Keep packages off stdout and let a network that does not answer fail within `seconds`."""
+    """Context manager: silence stdout and let network calls fail after `seconds`."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -248,7 +249,7 @@ def _quiet_network(seconds: float = 30.0) -> Iterator[None]:
 
 
 def _hint(name: str) -> str:
-    # The larger sizes would make it a list of fifty names.
+    # Without the larger sizes, which would make a list of fifty names.
     known = [flag for flag in _medmnist_sources() if "_" not in flag]
     return nearest(name, [*SOURCES, *known])
 
@@ -261,4 +262,4 @@ SOURCES = {
     "tinyimagenet": Source("classification", NUM_CLASSES, _tiny_imagenet, "tiny-imagenet-200/*"),
     "diabetic_retinopathy": Source("regression", 5, _medimeta, "MedIMeta/dr_regular/*"),
 }
-"""Known names beside MedMNIST's flags. A new data set is one function and one row."""
+"""Known names in addition to MedMNIST's flags. A new data set is one function and one row."""

@@ -1,4 +1,4 @@
-"""Images without labels, for a trained network to classify."""
+"""Images without labels, for prediction."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from fedekd.data.images import checked_images
 from fedekd.data.npz import SPLITS, one_line
 from fedekd.errors import UserError
 
-#: Where images are looked for in a file; of the splits of MedMNIST's layout all that are there are joined, in order.
-_ALONE, _OF_SPLITS = "images", tuple(f"{split}_images" for split in SPLITS)
+_IMAGES, _SPLIT_IMAGES = "images", tuple(f"{split}_images" for split in SPLITS)
 
 
 def read_images(path: Path) -> Tensor:
-    """The images of an .npz file: its array `images`, or those of MedMNIST's splits, one after the other.
+    """Read the images of an .npz file.
 
     Args:
-        path: The file; arrays are uint8, (N, H, W) or (N, H, W, C). Labels in it are not looked at.
+        path: The file, with the array `images` or, in MedMNIST's layout, `{train,val,test}_images`, which are
+            concatenated. Arrays are uint8, shape (N, H, W) or (N, H, W, C). Labels are ignored.
 
     Returns:
         Pixels 0..255, uint8, shape (N, C, H, W).
 
     Raises:
-        UserError: If there is no such file, or it holds something else.
+        UserError: If the file is missing, corrupt, or has no images of one shape.
     """
     if not path.is_file():
-        raise UserError(f"no such file '{path}'")
+        raise UserError(f"file '{path}' not found")
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [_ALONE] if _ALONE in file else [name for name in _OF_SPLITS if name in file]
+            names = [_IMAGES] if _IMAGES in file else [name for name in _SPLIT_IMAGES if name in file]
             arrays = [np.asarray(file[name]) for name in names]
-    except Exception as error:  # what a damaged archive makes zipfile, zlib or numpy raise is anybody's guess
+    except Exception as error:  # zipfile, zlib and numpy raise various errors for a corrupt archive
         raise UserError(
-            f"'{path}' cannot be read ({one_line(error)}); an .npz file of plain arrays is needed"
+            f"'{path}' cannot be read ({one_line(error)}); expected an .npz file of plain arrays"
         ) from error
     if not arrays:
-        raise UserError(f"'{path}' has no array {_ALONE}, nor any of {', '.join(_OF_SPLITS)}")
+        raise UserError(f"'{path}': expected an array {_IMAGES} or any of {', '.join(_SPLIT_IMAGES)}, got none")
     if not any(array.size for array in arrays):
-        raise UserError(f"'{path}' holds no images; at least one is needed")
+        raise UserError(f"'{path}': expected at least one image, got none")
     pixels = [checked_images(path.name, array) for array in arrays if array.size]
     if len({part.shape[1:] for part in pixels}) > 1:
-        raise UserError(f"'{path}' has splits whose images differ in shape: {', '.join(str(p.shape) for p in pixels)}")
+        raise UserError(f"'{path}': expected splits of one image shape, got {', '.join(str(p.shape) for p in pixels)}")
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(pixels).transpose(0, 3, 1, 2)))

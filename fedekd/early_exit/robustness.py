@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedekd.data.corruptions import CORRUPTIONS, LEVELS, corrupt
+from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import fit_policy
 from fedekd.early_exit.policy import ExitPolicy
@@ -68,7 +68,7 @@ def evaluate_corruptions(
     """
     calibrator = SelectiveRiskCalibrator(policy.target_risk, policy.confidence, policy.mode)
     for name in CORRUPTIONS:
-        for severity in LEVELS:
+        for severity in SEVERITIES:
             tuned, calibrated, tested = (
                 exit_outputs(network, corrupt(part.images, name, severity, seed), part.labels)
                 for seed, part in enumerate((tuning, calibration, test))

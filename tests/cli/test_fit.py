@@ -224,7 +224,7 @@ def test_fit_existing_folder_is_refused_and_unchanged(
         (["--method.energy=fedekd.modules.energies.FeatureEnergy"], "init_args"),
         (["--method.beta=0"], "method.beta"),
         (["--method.lambda_kd=-0.5"], "method.lambda_kd"),
-        (["--data.alpha=0"], "data.alpha"),
+        (["--data.alpha=0"], "data.alpha: expected a finite number above 0, got 0.0"),
         (["--data.num_clients=500"], "data.num_clients"),
         (["--data.num_classes=2"], "label 2"),
         (["--data.partition=labels"], "did you mean 'label'"),

@@ -1,4 +1,4 @@
-"""Corruptions against slow literal references, and that a level means more damage than the one below."""
+"""Corruptions equal slow literal implementations, and grow with the magnitude."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedekd.data import CORRUPTIONS, LEVELS, Corruption, corrupt
+from fedekd.data import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from fedekd.errors import UserError
+from fedekd.seeding import derive_seed
 
 Pixels = npt.NDArray[np.float64]
 
 every_corruption = pytest.mark.parametrize("name", CORRUPTIONS)
-every_level = pytest.mark.parametrize("level", LEVELS)
+every_severity = pytest.mark.parametrize("severity", SEVERITIES)
 
 
 def digits(size: int) -> Tensor:
@@ -37,34 +38,34 @@ def smooth(channels: int, height: int, width: int, n: int = 80) -> Tensor:
     return (255 * F.interpolate(coarse, size=(height, width), mode="bilinear")).to(torch.uint8)
 
 
-def change(images: Tensor, name: str, level: int) -> float:
-    return (corrupt(images, name, level).double() - images.double()).abs().mean().item()
+def change(images: Tensor, name: str, severity: int) -> float:
+    return (corrupt(images, name, severity).double() - images.double()).abs().mean().item()
 
 
-def literal_blur(image: Pixels, severity: float) -> Pixels:
-    sigma = severity * max(1, min(image.shape[1:]) / 32)
+def literal_blur(image: Pixels, magnitude: float) -> Pixels:
+    sigma = magnitude * max(1, min(image.shape[1:]) / 32)
     return np.stack([gaussian_filter(channel, sigma, mode="mirror", truncate=4) for channel in image])
 
 
-def literal_brightness(image: Pixels, severity: float) -> Pixels:
+def literal_brightness(image: Pixels, magnitude: float) -> Pixels:
     changed = image.copy()
     for y, x in np.ndindex(*image.shape[1:]):
         if len(image) == 1:
-            changed[0, y, x] = image[0, y, x] + 255 * severity
+            changed[0, y, x] = image[0, y, x] + 255 * magnitude
             continue
         hue, saturation, value = colorsys.rgb_to_hsv(*image[:, y, x] / 255)
-        changed[:, y, x] = np.multiply(255, colorsys.hsv_to_rgb(hue, saturation, min(value + severity, 1)))
+        changed[:, y, x] = np.multiply(255, colorsys.hsv_to_rgb(hue, saturation, min(value + magnitude, 1)))
     return changed
 
 
-def literal_contrast(image: Pixels, severity: float) -> Pixels:
+def literal_contrast(image: Pixels, magnitude: float) -> Pixels:
     means = image.mean(axis=(1, 2), keepdims=True)
-    return (image - means) * severity + means
+    return (image - means) * magnitude + means
 
 
-def literal_pixelate(image: Pixels, severity: float) -> Pixels:
+def literal_pixelate(image: Pixels, magnitude: float) -> Pixels:
     height, width = image.shape[1:]
-    rows, columns = round(severity * height), round(severity * width)
+    rows, columns = round(magnitude * height), round(magnitude * width)
     changed = image.copy()
     for channel, y, x in np.ndindex(*image.shape):
         cell = [
@@ -77,12 +78,12 @@ def literal_pixelate(image: Pixels, severity: float) -> Pixels:
     return changed
 
 
-def torchvision_jpeg(image: Pixels, severity: float) -> Pixels:
+def torchvision_jpeg(image: Pixels, magnitude: float) -> Pixels:
     from torchvision.io import decode_jpeg, encode_jpeg
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of their removal from torchvision
-        encoded = encode_jpeg(torch.from_numpy(image).to(torch.uint8), quality=int(severity))
+        encoded = encode_jpeg(torch.from_numpy(image).to(torch.uint8), quality=int(magnitude))
         return decode_jpeg(encoded).double().numpy()
 
 
@@ -95,45 +96,45 @@ LITERAL = {
 }
 
 
-def test_all_but_the_noise_have_a_reference() -> None:
-    assert set(LITERAL) | {"noise"} == set(CORRUPTIONS)
+def test_every_corruption_but_noise_has_a_literal_implementation() -> None:
+    assert set(LITERAL) | {"gaussian_noise"} == set(CORRUPTIONS)
 
 
 @pytest.mark.parametrize(("name", "literal"), LITERAL.items(), ids=LITERAL)
-@every_level
+@every_severity
 @pytest.mark.parametrize("shape", [(1, 8, 9), (3, 13, 8), (3, 40, 48)])
-def test_equal_the_literal_reference(
-    name: str, literal: Callable[[Pixels, float], Pixels], level: int, shape: tuple[int, int, int]
+def test_corrupt_equals_literal_implementation(
+    name: str, literal: Callable[[Pixels, float], Pixels], severity: int, shape: tuple[int, int, int]
 ) -> None:
-    if shape[1] == 40 and level not in (1, 5):
-        return  # the slow loops need not see each level at that size
-    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(level), dtype=torch.uint8)
+    if shape[1] == 40 and severity not in (1, 5):
+        return  # the loops are slow: two severities at that size
+    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(severity), dtype=torch.uint8)
     image[:, 0, 0], image[:, 0, 1] = 0, 255
-    expected = literal(image.double().numpy(), CORRUPTIONS[name].severities[level - 1])
-    corrupted = corrupt(image[None], name, level)[0]
-    # A nearest whole number; halfway between two, either will do.
+    expected = literal(image.double().numpy(), CORRUPTIONS[name].magnitudes[severity - 1])
+    corrupted = corrupt(image[None], name, severity)[0]
+    # Rounded; a value halfway between two may go either way.
     assert np.abs(corrupted.numpy() - expected.clip(0, 255)).max() < 0.5 + 1e-9
 
 
-@every_level
-def test_noise_is_gaussian_around_the_image(level: int) -> None:
+@every_severity
+def test_gaussian_noise_has_expected_moments(severity: int) -> None:
     grey = torch.full((70, 3, 32, 32), 128, dtype=torch.uint8)
-    noise = corrupt(grey, "noise", level).double() - 128
-    severity = CORRUPTIONS["noise"].severities[level - 1]
+    noise = corrupt(grey, "gaussian_noise", severity).double() - 128
+    magnitude = CORRUPTIONS["gaussian_noise"].magnitudes[severity - 1]
     # 215,040 draws: four standard errors; rounding adds the variance 1/12.
     assert noise.std().item() == pytest.approx(
-        (255**2 * severity**2 + 1 / 12) ** 0.5, rel=4 / (2 * noise.numel()) ** 0.5
+        (255**2 * magnitude**2 + 1 / 12) ** 0.5, rel=4 / (2 * noise.numel()) ** 0.5
     )
-    assert abs(noise.mean().item()) < 4 * 255 * severity / noise.numel() ** 0.5
+    assert abs(noise.mean().item()) < 4 * 255 * magnitude / noise.numel() ** 0.5
     assert (noise**4).mean().item() / noise.var().item() ** 2 == pytest.approx(3, abs=0.05)
     rows = noise.flatten(1)
-    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.1  # no image is given another's noise
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.1  # images have independent noise
 
 
-def test_noise_is_clipped_and_not_wrapped() -> None:
+def test_gaussian_noise_is_clipped() -> None:
     white, black = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
-    assert corrupt(white, "noise", 5).min() > 100
-    assert corrupt(black, "noise", 5).max() < 155
+    assert corrupt(white, "gaussian_noise", 5).min() > 100
+    assert corrupt(black, "gaussian_noise", 5).max() < 155
 
 
 @every_corruption
@@ -142,30 +143,30 @@ def test_noise_is_clipped_and_not_wrapped() -> None:
     [digits(8), digits(28), smooth(3, 32, 32), smooth(3, 64, 48), smooth(1, 8, 17)],
     ids=["digits8", "digits28", "rgb32", "rgb64x48", "grey8x17"],
 )
-def test_a_higher_level_changes_more(name: str, images: Tensor) -> None:
-    changes = [change(images, name, level) for level in LEVELS]
+def test_corrupt_higher_severity_changes_more(name: str, images: Tensor) -> None:
+    changes = [change(images, name, severity) for severity in SEVERITIES]
     assert changes[0] > 0
     assert all(mild < strong for mild, strong in pairwise(changes)), changes
 
 
 @pytest.mark.parametrize("size", range(8, 65))
-def test_pixelate_has_fewer_cells_at_each_level(size: int) -> None:
-    cells = [round(severity * size) for severity in CORRUPTIONS["pixelate"].severities]
+def test_pixelate_has_fewer_cells_at_higher_severity(size: int) -> None:
+    cells = [round(magnitude * size) for magnitude in CORRUPTIONS["pixelate"].magnitudes]
     assert [size, *cells] == sorted({size, *cells}, reverse=True)
 
 
-def test_pixelate_is_what_resampling_gives_where_cells_fit() -> None:
+def test_pixelate_divisible_size_equals_resampling() -> None:
     images = smooth(3, 32, 24, n=4)
     half = F.interpolate(images.double(), scale_factor=0.5, mode="area")
-    assert CORRUPTIONS["pixelate"].severities[3] == 0.5
+    assert CORRUPTIONS["pixelate"].magnitudes[3] == 0.5
     expected = F.interpolate(half, scale_factor=2.0, mode="nearest").round().to(torch.uint8)
     assert torch.equal(corrupt(images, "pixelate", 4), expected)
 
 
 @every_corruption
-@every_level
+@every_severity
 @given(data=st.data())
-def test_shape_and_input_are_kept_whatever_the_image(name: str, level: int, data: st.DataObject) -> None:
+def test_corrupt_keeps_shape_and_input(name: str, severity: int, data: st.DataObject) -> None:
     channels = data.draw(st.sampled_from([1, 3] if name == "jpeg" else [1, 3, 4]))
     n, height, width = data.draw(st.tuples(st.integers(0, 3), st.integers(8, 20), st.integers(8, 20)))
     constant = data.draw(st.sampled_from([None, 0, 255]))
@@ -173,7 +174,7 @@ def test_shape_and_input_are_kept_whatever_the_image(name: str, level: int, data
     if constant is not None:
         images.fill_(constant)
     before = images.clone()
-    corrupted = corrupt(images, name, level, seed=data.draw(st.integers(-5, 5)))
+    corrupted = corrupt(images, name, severity, seed=data.draw(st.integers(-5, 5)))
     assert corrupted.dtype == torch.uint8
     assert corrupted.shape == images.shape
     assert torch.equal(images, before)
@@ -181,66 +182,73 @@ def test_shape_and_input_are_kept_whatever_the_image(name: str, level: int, data
 
 
 @every_corruption
-def test_the_first_images_come_out_as_without_the_rest(name: str) -> None:
+def test_corrupt_first_images_do_not_depend_on_the_rest(name: str) -> None:
     images = smooth(3, 9, 9, n=150)  # over two chunks; 243 pixels are no multiple of 16, torch.randn's own chunk
     corrupted = corrupt(images, name, 3, seed=7)
     for n in (1, 63, 64, 65, 149):
         assert torch.equal(corrupt(images[:n], name, 3, seed=7), corrupted[:n])
-    if name != "noise":
+    if name != "gaussian_noise":
         assert torch.equal(corrupt(images.flip(0), name, 3).flip(0), corrupted)
 
 
 @every_corruption
-def test_layout_in_memory_does_not_matter(name: str) -> None:
+def test_corrupt_ignores_memory_layout(name: str) -> None:
     images = smooth(3, 12, 10, n=5)
     strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert torch.equal(corrupt(strided, name, 4), corrupt(images, name, 4))
 
 
-def test_seed_and_level_give_other_noise_and_nothing_else_does() -> None:
+def test_gaussian_noise_depends_on_seed_and_severity_only() -> None:
     grey = torch.full((2, 1, 16, 16), 128, dtype=torch.uint8)
     state = torch.get_rng_state()
-    first = corrupt(grey, "noise", 1)
+    first = corrupt(grey, "gaussian_noise", 1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(corrupt(grey, "noise", 1), first)
-    assert not torch.equal(corrupt(grey, "noise", 1, seed=1), first)
+    assert torch.equal(corrupt(grey, "gaussian_noise", 1), first)
+    assert not torch.equal(corrupt(grey, "gaussian_noise", 1, seed=1), first)
     assert not torch.equal(first[0], first[1])
-    one, two = (corrupt(grey, "noise", level).double().flatten() - 128 for level in (1, 2))
+    one, two = (corrupt(grey, "gaussian_noise", severity).double().flatten() - 128 for severity in (1, 2))
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.2
 
 
-def test_all_but_the_noise_ignore_the_seed() -> None:
+def test_gaussian_noise_keeps_the_numbers_of_its_former_name() -> None:
+    grey = torch.full((1, 1, 8, 8), 128, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(derive_seed(3, "noise", 2))
+    expected = 128 + 255 * 0.06 * torch.randn(1, 8, 8, generator=generator, dtype=torch.float64)
+    assert torch.equal(corrupt(grey, "gaussian_noise", 2, seed=3)[0], expected.round().to(torch.uint8))
+
+
+def test_other_corruptions_ignore_the_seed() -> None:
     images = smooth(3, 16, 16, n=2)
     for name in LITERAL:
         assert torch.equal(corrupt(images, name, 2, seed=1), corrupt(images, name, 2, seed=2))
 
 
-def test_a_new_corruption_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    invert = Corruption(lambda pixels, severity, generator: 255 * severity - pixels, (0.1, 0.2, 0.3, 0.4, 1.0))
+def test_new_corruption_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    invert = Corruption(lambda pixels, magnitude, generator: 255 * magnitude - pixels, (0.1, 0.2, 0.3, 0.4, 1.0))
     monkeypatch.setitem(CORRUPTIONS, "invert", invert)
     images = smooth(1, 8, 8, n=2)
     assert torch.equal(corrupt(images, "invert", 5), 255 - images)
     assert (corrupt(images, "invert", 1) <= 26).all()
 
 
-def test_users_mistakes_are_named() -> None:
+def test_corrupt_invalid_option_raises_user_error() -> None:
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"corruption is 'jpg', which is not known; did you mean 'jpeg'\?"):
+    with pytest.raises(UserError, match=r"corruption: unknown corruption 'jpg'; did you mean 'jpeg'\?"):
         corrupt(images, "jpg", 1)
-    for level in (0, 6, -1):
-        with pytest.raises(UserError, match=f"level is {level}, and must be one of 1, 2, 3, 4, 5"):
-            corrupt(images, "blur", level)
-    with pytest.raises(UserError, match="corruption is 'jpeg', but the images have 4 channels"):
+    for severity in (0, 6, -1):
+        with pytest.raises(UserError, match=f"severity: expected one of 1, 2, 3, 4, 5, got {severity}"):
+            corrupt(images, "blur", severity)
+    with pytest.raises(UserError, match="'jpeg' expects images with 1 or 3 channels, got 4"):
         corrupt(images.repeat(1, 4, 1, 1), "jpeg", 1)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8), (1, 3, 8, 8, 8), (1, 2, 8, 8), (1, 1, 1, 1), (1, 3, 8, 7)])
-def test_images_that_are_none_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="images must"):
+def test_corrupt_invalid_shape_raises(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="images: expected"):
         corrupt(torch.zeros(shape, dtype=torch.uint8), "blur", 1)
 
 
-def test_floats_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"images must be uint8 .* torch.float32"):
+def test_corrupt_float_images_raise() -> None:
+    with pytest.raises(ValueError, match=r"images: expected uint8 .* torch.float32"):
         corrupt(torch.zeros(1, 1, 8, 8), "blur", 1)

@@ -28,7 +28,7 @@ def indices_of(data: FederatedDataModule, client: int) -> Tensor:
     return torch.cat([own.train, own.validation, own.test])
 
 
-def test_clients_partition_the_images(tiny: str) -> None:
+def test_clients_are_a_partition_of_the_images(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=4, alpha=0.5)
     everything = torch.cat([indices_of(data, client) for client in range(4)])
     assert everything.sort().values.tolist() == list(range(300))
@@ -41,7 +41,7 @@ def test_clients_partition_the_images(tiny: str) -> None:
         assert own.train.dtype == torch.int64
 
 
-def test_class_counts(tiny: str) -> None:
+def test_class_counts_equal_bincount(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=4, alpha=0.5, num_classes=5)
     counts = data.class_counts()
     assert counts.shape == (4, 5)
@@ -50,7 +50,7 @@ def test_class_counts(tiny: str) -> None:
         assert counts[k].tolist() == torch.bincount(data.images.labels[indices_of(data, k)], minlength=5).tolist()
 
 
-def test_setup_loads_and_deals_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_loads_and_partitions_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = FederatedDataModule(tiny)
     data.prepare_data()
     Path(tiny).unlink()
@@ -62,14 +62,14 @@ def test_setup_loads_and_deals_once(tiny: str, monkeypatch: pytest.MonkeyPatch) 
     assert (data.task, data.num_classes) == ("classification", 3)
 
 
-def test_nothing_is_loaded_before_it_is_needed() -> None:
+def test_constructor_loads_nothing() -> None:
     data = FederatedDataModule("gone.npz")
     assert "gone.npz" in str(data)
-    with pytest.raises(UserError, match=r"no such file 'gone\.npz'"):
+    with pytest.raises(UserError, match=r"file 'gone\.npz' not found"):
         data.setup()
 
 
-def test_the_seed_decides_everything(tiny: str) -> None:
+def test_same_seed_gives_same_clients(tiny: str) -> None:
     one, again, other = (FederatedDataModule(tiny, num_clients=3, alpha=1.0, seed=seed) for seed in (0, 0, 1))
     for k in range(3):
         assert torch.equal(one.clients[k].train, again.clients[k].train)
@@ -80,7 +80,7 @@ def test_the_seed_decides_everything(tiny: str) -> None:
     assert not torch.equal(first, third)
 
 
-def test_clients_are_split_by_seeds_of_their_own(tiny: str) -> None:
+def test_clients_have_separate_split_seeds(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=2, partition="iid")
     ranks = [torch.searchsorted(indices_of(data, k).sort().values, data.clients[k].train).tolist() for k in range(2)]
     assert ranks[0] != ranks[1]
@@ -111,7 +111,7 @@ def test_arguments_reach_the_partition(tiny: str) -> None:
         assert indices_of(data, k).sort().values.tolist() == expected[k].tolist()
 
 
-def test_partition_of_ones_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partition_by_import_path(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("my_partitions")
     module.halves = lambda images, k, alpha, seed, least: np.array_split(np.arange(len(images)), k)  # type: ignore[attr-defined]
     module.twice = lambda images, k, alpha, seed, least: [np.arange(20)] * k  # type: ignore[attr-defined]
@@ -122,9 +122,9 @@ def test_partition_of_ones_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> No
     data = FederatedDataModule(tiny, num_clients=2, partition="my_partitions.halves")
     assert indices_of(data, 1).sort().values.tolist() == list(range(150, 300))
     for name in ("twice", "outside", "one"):
-        with pytest.raises(UserError, match=r"data\.partition: its function gave .* 0\.\.299"):
+        with pytest.raises(UserError, match=r"data\.partition: expected .* 0\.\.299, got"):
             FederatedDataModule(tiny, num_clients=2, partition=f"my_partitions.{name}").setup()
-    with pytest.raises(UserError, match=r"'my_partitions\.table' is a dict"):
+    with pytest.raises(UserError, match=r"expected a function, got 'my_partitions\.table', a dict"):
         FederatedDataModule(tiny, partition="my_partitions.table")
     with pytest.raises(UserError, match=r"cannot import 'my_partitions\.gone'"):
         FederatedDataModule(tiny, partition="my_partitions.gone")
@@ -135,21 +135,21 @@ def test_partition_of_ones_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("kwargs", "texts"),
     [
-        ({"num_clients": 0}, ["data.num_clients=0", "at least 1"]),
-        ({"batch_size": 0}, ["data.batch_size=0"]),
-        ({"eval_batch_size": -1}, ["data.eval_batch_size=-1"]),
-        ({"min_samples": 1}, ["data.min_samples=1", "at least 2"]),
-        ({"num_classes": 1}, ["data.num_classes=1"]),
-        ({"alpha": 0.0}, ["data.alpha=0.0"]),
-        ({"alpha": float("nan")}, ["data.alpha=nan"]),
+        ({"num_clients": 0}, ["data.num_clients: expected", "at least 1"]),
+        ({"batch_size": 0}, ["data.batch_size: expected", "got 0"]),
+        ({"eval_batch_size": -1}, ["data.eval_batch_size: expected", "got -1"]),
+        ({"min_samples": 1}, ["data.min_samples: expected", "at least 2"]),
+        ({"num_classes": 1}, ["data.num_classes: expected", "got 1"]),
+        ({"alpha": 0.0}, ["data.alpha: expected", "got 0.0"]),
+        ({"alpha": float("nan")}, ["data.alpha: expected", "got nan"]),
         ({"fractions": (0.5, 0.2, 0.2)}, ["data.fractions"]),
-        ({"client": 6}, ["data.client=6", "0..5"]),
-        ({"client": -1}, ["data.client=-1"]),
+        ({"client": 6}, ["data.client: expected", "got 6", "0..5"]),
+        ({"client": -1}, ["data.client: expected", "got -1"]),
         ({"partition": "lable"}, ["data.partition", "'lable'", "did you mean 'label'?"]),
         ({"task": "rank"}, ["task", "'rank'"]),
     ],
 )
-def test_arguments_are_checked_before_anything_is_loaded(kwargs: dict[str, Any], texts: list[str]) -> None:
+def test_invalid_argument_raises_before_loading(kwargs: dict[str, Any], texts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         FederatedDataModule("gone.npz", **kwargs)
     assert "\n" not in str(caught.value)
@@ -157,7 +157,7 @@ def test_arguments_are_checked_before_anything_is_loaded(kwargs: dict[str, Any],
         assert text in str(caught.value)
 
 
-def test_loaders_pool_the_clients_or_serve_one(tiny: str) -> None:
+def test_dataloaders_serve_all_clients_or_one(tiny: str) -> None:
     pooled = FederatedDataModule(tiny, num_clients=3, alpha=1.0, batch_size=16, eval_batch_size=50)
     single = FederatedDataModule(tiny, num_clients=3, alpha=1.0, client=2)
     for loader, split in (("train", "train"), ("val", "validation"), ("test", "test"), ("predict", "test")):
@@ -179,7 +179,7 @@ def test_regression_batches_are_float(tiny: str) -> None:
     assert x.abs().max() <= 1
 
 
-def test_digest_follows_the_contents(write_npz: WriteNpz) -> None:
+def test_client_digest_depends_on_contents_only(write_npz: WriteNpz) -> None:
     path = str(write_npz("one", sizes=(90, 0, 30)))
     data = FederatedDataModule(path, num_clients=2, partition="iid")
     again = FederatedDataModule(path, num_clients=2, partition="iid")
@@ -205,7 +205,7 @@ class Linear(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_an_ordinary_trainer_takes_it(tiny: str) -> None:
+def test_lightning_trainer_accepts_datamodule(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=3, alpha=1.0, client=1)
     module = Linear()
     trainer = lightning.Trainer(
@@ -221,7 +221,7 @@ def test_an_ordinary_trainer_takes_it(tiny: str) -> None:
     assert torch.equal(torch.cat(module.seen).sort().values, torch.cat([labels, labels]).sort().values)
 
 
-def test_the_command_line_builds_it(tiny: str) -> None:
+def test_jsonargparse_builds_datamodule(tiny: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(FederatedDataModule, "data")
     arguments = [

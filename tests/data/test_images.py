@@ -19,7 +19,7 @@ def build(images: Any = None, targets: Any = None, task: Any = "classification",
     return ImageData.from_arrays("six", images, targets, task, kwargs.pop("num_classes", None), splits)
 
 
-def test_channels_come_first_and_labels_are_flat() -> None:
+def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
     data = build(images)
     assert data.pixels.dtype == torch.uint8
@@ -37,7 +37,7 @@ def test_channels_come_first_and_labels_are_flat() -> None:
     assert data.targets.tolist() == data.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_grey_images_get_a_channel() -> None:
+def test_from_arrays_grey_images_get_a_channel() -> None:
     assert build(np.zeros((6, 8, 9), np.uint8)).pixels.shape == (6, 1, 8, 9)
 
 
@@ -48,7 +48,7 @@ def test_regression_has_float_targets_and_one_output() -> None:
     assert (data.num_classes, data.num_outputs) == (5, 1)
 
 
-def test_whole_floats_are_labels() -> None:
+def test_from_arrays_accepts_whole_float_labels() -> None:
     assert build(targets=np.array([0.0, 1, 2, 0, 1, 2])).targets.tolist() == [0, 1, 2, 0, 1, 2]
 
 
@@ -59,31 +59,31 @@ ZEROS = np.zeros((6, 8, 8), np.uint8)
     ("kwargs", "texts"),
     [
         ({"images": np.full((6, 8, 8), np.nan)}, ["float64 with NaN pixels", "uint8"]),
-        ({"images": np.zeros((6, 8, 8), np.float32)}, ["are float32;", "uint8"]),
-        ({"images": np.zeros((6, 8, 8), np.int64)}, ["are int64;", "uint8"]),
+        ({"images": np.zeros((6, 8, 8), np.float32)}, ["got float32", "uint8"]),
+        ({"images": np.zeros((6, 8, 8), np.int64)}, ["got int64", "uint8"]),
         ({"images": np.zeros((6, 8, 8, 2), np.uint8)}, ["(6, 8, 8, 2)", "1, 3 or 4 channels"]),
         ({"images": np.zeros((6, 3, 28, 28), np.uint8)}, ["(6, 3, 28, 28)", "(N, H, W, C)"]),
         ({"images": np.zeros((6, 64), np.uint8)}, ["(6, 64)", "(N, H, W)"]),
-        ({"images": np.zeros((6, 7, 28), np.uint8)}, ["7x28", "8x8 or larger"]),
-        ({"images": np.zeros((0, 8, 8), np.uint8), "targets": np.zeros(0, int)}, ["empty"]),
+        ({"images": np.zeros((6, 7, 28), np.uint8)}, ["7x28", "at least 8x8"]),
+        ({"images": np.zeros((0, 8, 8), np.uint8), "targets": np.zeros(0, int)}, ["expected at least one image"]),
         ({"images": ZEROS, "targets": np.zeros(5, int)}, ["6 images", "5 labels"]),
-        ({"images": ZEROS, "targets": np.zeros((6, 14), int)}, ["(6, 14)", "one label an image"]),
-        ({"images": ZEROS, "targets": np.array([0, 1, 1.5, 0, 0, 0])}, ["label 1.5", "whole numbers"]),
-        ({"images": ZEROS, "targets": np.array([0, np.nan, 1, 0, 0, 0])}, ["label nan", "whole numbers"]),
-        ({"images": ZEROS, "targets": np.array([0, np.inf, 1, 0, 0, 0])}, ["label inf", "whole numbers"]),
+        ({"images": ZEROS, "targets": np.zeros((6, 14), int)}, ["(6, 14)", "one label per image"]),
+        ({"images": ZEROS, "targets": np.array([0, 1, 1.5, 0, 0, 0])}, ["got 1.5", "whole numbers"]),
+        ({"images": ZEROS, "targets": np.array([0, np.nan, 1, 0, 0, 0])}, ["got nan", "whole numbers"]),
+        ({"images": ZEROS, "targets": np.array([0, np.inf, 1, 0, 0, 0])}, ["got inf", "whole numbers"]),
         ({"images": ZEROS, "targets": np.array(list("abcabc"))}, ["<U1", "whole numbers"]),
         ({"images": ZEROS, "targets": np.array([0, 1, 2, 3, 4, 5]), "num_classes": 5}, ["label 5", "0..4"]),
         (
             {"images": ZEROS, "targets": np.array([0, 1, -1, 3, 4, 5])},
             ["label -1", "0..5", "data.num_classes"],
         ),
-        ({"images": ZEROS, "targets": np.zeros(6, int)}, ["data.num_classes", "num_classes=1", "at least 2"]),
+        ({"images": ZEROS, "targets": np.zeros(6, int)}, ["data.num_classes", "at least 2, got 1"]),
         ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 1_000_000])}, ["label 1000000", "data.num_classes"]),
         ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 6])}, ["label 6", "6 samples"]),
         ({"task": "regresion"}, ["task", "'regresion'", "did you mean 'regression'?"]),
     ],
 )
-def test_wrong_data_are_one_line_that_names_them(kwargs: dict[str, Any], texts: list[str]) -> None:
+def test_from_arrays_invalid_data_raise_one_line(kwargs: dict[str, Any], texts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         build(**kwargs)
     line = str(caught.value)
@@ -94,12 +94,12 @@ def test_wrong_data_are_one_line_that_names_them(kwargs: dict[str, Any], texts: 
         assert text in line
 
 
-def test_splits_must_sum_to_the_images() -> None:
+def test_from_arrays_splits_of_other_sum_raise() -> None:
     with pytest.raises(ValueError, match="do not sum to 6"):
         build(splits={"train": 5})
 
 
-def test_digest_tells_contents_and_ignores_the_name() -> None:
+def test_digest_depends_on_contents_not_name() -> None:
     data = build()
     assert data.digest() == build().digest() == replace(data, name="other").digest()
     other_pixels, other_target = data.pixels.clone(), data.targets.clone()
@@ -115,7 +115,7 @@ def test_digest_tells_contents_and_ignores_the_name() -> None:
     assert len({data.digest(), *(other.digest() for other in others)}) == 6
 
 
-def test_content_digest_tells_where_a_group_ends() -> None:
+def test_content_digest_depends_on_group_sizes() -> None:
     data = build()
     one = content_digest(data, [torch.tensor([0, 1]), torch.tensor([2])])
     assert one != content_digest(data, [torch.tensor([0]), torch.tensor([1, 2])])

@@ -13,7 +13,7 @@ from fedekd.errors import UserError
 WriteNpz = Any
 
 
-def test_splits_are_pooled_in_order(write_npz: WriteNpz) -> None:
+def test_pool_keeps_order_of_splits(write_npz: WriteNpz) -> None:
     path = write_npz(sizes=(3, 2, 4))
     images, labels, sizes = pool("tiny", read_npz(path))
     with np.load(path) as file:
@@ -32,7 +32,7 @@ def test_splits_are_pooled_in_order(write_npz: WriteNpz) -> None:
     ],
     ids=["empty", "missing", "bare", "other-shape"],
 )
-def test_empty_and_missing_splits_are_allowed(write_npz: WriteNpz, replaced: dict[str, Any]) -> None:
+def test_pool_accepts_empty_and_missing_splits(write_npz: WriteNpz, replaced: dict[str, Any]) -> None:
     images, labels, sizes = pool("tiny", read_npz(write_npz(**replaced)))
     assert images.dtype == np.uint8
     assert len(images) == len(labels) == sum(sizes.values())
@@ -43,10 +43,10 @@ def test_empty_and_missing_splits_are_allowed(write_npz: WriteNpz, replaced: dic
 @pytest.mark.parametrize(
     ("replaced", "texts"),
     [
-        ({"test_labels": None}, ["'test_images' but no 'test_labels'"]),
-        ({"val_images": None}, ["'val_labels' but no 'val_images'"]),
+        ({"test_labels": None}, ["got 'test_images' without 'test_labels'"]),
+        ({"val_images": None}, ["got 'val_labels' without 'val_images'"]),
         ({"test_labels": np.zeros(3, int)}, ["12 test images", "3 test labels"]),
-        ({"test_images": np.zeros((12, 9, 9), np.uint8)}, ["(9, 9)", "(8, 8)", "same shape"]),
+        ({"test_images": np.zeros((12, 9, 9), np.uint8)}, ["(9, 9)", "(8, 8)", "one shape"]),
         ({"train_images": np.array([[1], [1, 2]], object)}, ["cannot be read", "ValueError", "plain arrays"]),
         (
             {f"{split}_{part}": None for split in ("train", "val", "test") for part in ("images", "labels")},
@@ -58,7 +58,7 @@ def test_empty_and_missing_splits_are_allowed(write_npz: WriteNpz, replaced: dic
         ),
     ],
 )
-def test_wrong_layouts_are_one_line(write_npz: WriteNpz, replaced: dict[str, Any], texts: list[str]) -> None:
+def test_invalid_layout_raises_one_line(write_npz: WriteNpz, replaced: dict[str, Any], texts: list[str]) -> None:
     path = write_npz(**replaced)
     with pytest.raises(UserError) as caught:
         pool("tiny", read_npz(path))
@@ -67,13 +67,13 @@ def test_wrong_layouts_are_one_line(write_npz: WriteNpz, replaced: dict[str, Any
         assert text in str(caught.value)
 
 
-def test_no_file_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file '.*gone\.npz'"):
+def test_missing_file_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"file '.*gone\.npz' not found"):
         read_npz(tmp_path / "gone.npz")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
-def test_cut_short(write_npz: WriteNpz, keep: float) -> None:
+def test_truncated_file_raises(write_npz: WriteNpz, keep: float) -> None:
     path = write_npz()
     content = path.read_bytes()
     path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
@@ -81,7 +81,7 @@ def test_cut_short(write_npz: WriteNpz, keep: float) -> None:
         read_npz(path)
 
 
-def test_one_altered_pixel_breaks_the_checksum(write_npz: WriteNpz) -> None:
+def test_altered_pixel_fails_the_checksum(write_npz: WriteNpz) -> None:
     path = write_npz()
     with zipfile.ZipFile(path) as archive:
         start = archive.getinfo("train_images.npy").header_offset
@@ -92,7 +92,7 @@ def test_one_altered_pixel_breaks_the_checksum(write_npz: WriteNpz) -> None:
         read_npz(path)
 
 
-def test_altered_anywhere_it_is_a_user_error_or_reads_the_same(write_npz: WriteNpz) -> None:
+def test_altered_byte_raises_or_reads_the_same(write_npz: WriteNpz) -> None:
     path = write_npz(sizes=(2, 0, 1))
     whole = pool("tiny", read_npz(path))
     content = path.read_bytes()
@@ -112,7 +112,7 @@ def test_altered_anywhere_it_is_a_user_error_or_reads_the_same(write_npz: WriteN
     assert refused > 100
 
 
-def test_other_files_named_npz(tmp_path: Path) -> None:
+def test_other_file_format_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
     with path.open("wb") as file:
         np.save(file, np.zeros(3))

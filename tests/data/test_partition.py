@@ -40,7 +40,7 @@ def assert_partition(parts: list[npt.NDArray[np.int64]], num_samples: int, num_c
     seed=st.integers(-(2**63), 2**63),
     min_samples=st.integers(0, 3),
 )
-def test_label_partition_deals_every_sample_once(
+def test_label_partition_assigns_every_sample_once(
     classes: list[int], num_clients: int, alpha: float, seed: int, min_samples: int
 ) -> None:
     try:
@@ -55,7 +55,7 @@ def test_label_partition_deals_every_sample_once(
 
 
 @given(num_samples=st.integers(1, 200), num_clients=st.integers(1, 20), seed=st.integers(0, 9))
-def test_iid_partition_is_even(num_samples: int, num_clients: int, seed: int) -> None:
+def test_iid_partition_sizes_differ_by_at_most_one(num_samples: int, num_clients: int, seed: int) -> None:
     if num_clients > num_samples:
         return
     parts = iid_partition(num_samples, num_clients, seed, min_samples=0)
@@ -71,26 +71,26 @@ PARTITIONERS: dict[str, Callable[[int], list[npt.NDArray[np.int64]]]] = {
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)
-def test_the_seed_decides(name: str) -> None:
+def test_partition_repeats_with_seed(name: str) -> None:
     one, again, other = (PARTITIONERS[name](seed) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(("num_clients", "alpha"), [(6, 0.1), (20, 0.1), (2, 0.05)])
-def test_every_client_has_min_samples(num_clients: int, alpha: float) -> None:
+def test_label_partition_respects_min_samples(num_clients: int, alpha: float) -> None:
     for seed in range(20):
         parts = dirichlet_label_partition(LABELS, num_clients, alpha, seed, min_samples=10)
         assert min(map(len, parts)) >= 10
 
 
-def test_members_of_a_class_are_shuffled() -> None:
+def test_label_partition_shuffles_a_class() -> None:
     parts = dirichlet_label_partition(np.zeros(1000, int), 2, 10.0, seed=0)
     assert any(np.diff(part).max() > 1 for part in parts)
     assert parts[0].max() > parts[1].min()
 
 
-def test_shares_of_a_class_are_dirichlet() -> None:
+def test_label_partition_fractions_are_dirichlet() -> None:
     """Mean 1/K and variance (1/K)(1 - 1/K) / (K alpha + 1) of the share of one client, over seeds."""
     num_clients, alpha = 4, 0.5
     shares = np.array(
@@ -104,7 +104,7 @@ def test_shares_of_a_class_are_dirichlet() -> None:
     np.testing.assert_allclose(shares.var(0).mean(), expected, rtol=0.15)
 
 
-def test_classes_are_drawn_independently() -> None:
+def test_label_partition_classes_are_independent() -> None:
     labels = np.repeat([0, 1], 1000)
     shares = np.array(
         [
@@ -130,14 +130,14 @@ def _skew(alpha: float) -> float:
     )
 
 
-def test_small_alpha_is_more_skewed() -> None:
+def test_label_partition_smaller_alpha_is_more_skewed() -> None:
     skews = [_skew(alpha) for alpha in (0.1, 0.5, 5.0, 1000.0)]
     assert skews == sorted(skews, reverse=True)
     assert skews[0] > 0.4
     assert skews[-1] < 0.15
 
 
-def test_clusters_are_dealt_like_classes() -> None:
+def test_cluster_partition_equals_label_partition_of_clusters() -> None:
     cluster_of = np.arange(120) % 5
     by_cluster = dirichlet_cluster_partition(FEATURES, 3, 0.05, seed=0, min_samples=10)
     assert_partition(by_cluster, 120, 3)
@@ -146,27 +146,27 @@ def test_clusters_are_dealt_like_classes() -> None:
     assert skewed > even + 0.15
 
 
-def test_clusters_are_found() -> None:
+def test_cluster_partition_finds_separate_clusters() -> None:
     """With alpha near 0 a cluster goes to one client whole, so no two clients share one."""
     for seed in range(10):
         parts = dirichlet_cluster_partition(FEATURES, 2, 1e-6, seed)
         assert set(parts[0] % 5).isdisjoint(parts[1] % 5)
 
 
-def test_clusters_ignore_scale_and_shape() -> None:
+def test_cluster_partition_ignores_scale_and_shape() -> None:
     flat = dirichlet_cluster_partition(FEATURES.reshape(120, 6) * 4, 3, 0.5, seed=0)
     parts = dirichlet_cluster_partition(FEATURES, 3, 0.5, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(parts, flat, strict=True))
 
 
-def test_features_are_left_as_they_are() -> None:
+def test_cluster_partition_does_not_modify_features() -> None:
     features = FEATURES.astype(np.float32)
     before = features.copy()
     dirichlet_cluster_partition(features, 3, 0.5, seed=0)
     assert np.array_equal(features, before)
 
 
-def test_table_of_partitions(blobs: ImageData) -> None:
+def test_partitions_by_name_equal_functions(blobs: ImageData) -> None:
     for function in PARTITIONS.values():
         assert_partition(function(blobs, 3, 1.0, 0, 10), 120, 3)
     by_label = PARTITIONS["label"](blobs, 3, 0.3, 0, 10)
@@ -181,36 +181,39 @@ def test_table_of_partitions(blobs: ImageData) -> None:
 @pytest.mark.parametrize(
     ("call", "texts"),
     [
-        (lambda: dirichlet_label_partition(LABELS, 6, 0.0, 0), ["data.alpha=0.0", "over 0"]),
-        (lambda: dirichlet_label_partition(LABELS, 6, -1, 0), ["data.alpha=-1"]),
-        (lambda: dirichlet_label_partition(LABELS, 6, float("nan"), 0), ["data.alpha=nan"]),
-        (lambda: dirichlet_label_partition(LABELS, 6, float("inf"), 0), ["data.alpha=inf"]),
-        (lambda: dirichlet_label_partition(LABELS, 0, 0.1, 0), ["data.num_clients=0", "at least 1"]),
-        (lambda: dirichlet_label_partition(LABELS, 601, 0.1, 0, 0), ["data.num_clients=601", "600"]),
+        (lambda: dirichlet_label_partition(LABELS, 6, 0.0, 0), ["data.alpha: expected", "above 0, got 0.0"]),
+        (lambda: dirichlet_label_partition(LABELS, 6, -1, 0), ["data.alpha: expected", "got -1"]),
+        (lambda: dirichlet_label_partition(LABELS, 6, float("nan"), 0), ["got nan"]),
+        (lambda: dirichlet_label_partition(LABELS, 6, float("inf"), 0), ["got inf"]),
+        (lambda: dirichlet_label_partition(LABELS, 0, 0.1, 0), ["data.num_clients: expected at least 1, got 0"]),
+        (
+            lambda: dirichlet_label_partition(LABELS, 601, 0.1, 0, 0),
+            ["data.num_clients: expected at most 600", "got 601"],
+        ),
         (
             lambda: dirichlet_label_partition(LABELS, 61, 9.0, 0),
-            ["data.min_samples=10", "data.num_clients", "at most 9"],
+            ["data.min_samples: expected at most 9", "data.num_clients", "got 10"],
         ),
         (
             lambda: dirichlet_label_partition([0] * 60, 6, 0.01, 0),
             [
-                "data.min_samples=10",
+                "data.min_samples",
                 "data.alpha=0.01",
                 "6 clients",
                 "data.num_clients",
-                "10000 draws",
-                "another seed",
+                "draw of 10000",
+                "10 samples",
             ],
         ),
-        (lambda: dirichlet_cluster_partition(FEATURES, 3, 0.0, 0), ["data.alpha=0.0"]),
+        (lambda: dirichlet_cluster_partition(FEATURES, 3, 0.0, 0), ["data.alpha: expected"]),
         (
             lambda: dirichlet_cluster_partition(FEATURES[:4], 2, 1.0, 0, min_samples=1),
-            ["4 samples", "5 clusters"],
+            ["5 clusters", "got 4"],
         ),
-        (lambda: iid_partition(5, 6, 0), ["data.num_clients=6", "5"]),
-        (lambda: iid_partition(50, 6, 0), ["data.min_samples=10", "at most 8"]),
-        (lambda: split_indices([7]), ["data.min_samples", "1 samples", "at least 2"]),
-        (lambda: split_indices(range(9), (0.5, 0.5)), ["data.fractions=[0.5, 0.5]", "sum to 1"]),
+        (lambda: iid_partition(5, 6, 0), ["data.num_clients: expected at most 5", "got 6"]),
+        (lambda: iid_partition(50, 6, 0), ["data.min_samples: expected at most 8", "got 10"]),
+        (lambda: split_indices([7]), ["data.min_samples", "at least 2 samples", "with 1"]),
+        (lambda: split_indices(range(9), (0.5, 0.5)), ["data.fractions: expected", "got [0.5, 0.5]", "sum to 1"]),
         (lambda: split_indices(range(9), (0.5, 0.2, 0.2)), ["data.fractions", "sum to 1"]),
         (lambda: split_indices(range(9), (0.0, 0.5, 0.5)), ["data.fractions", "only validation may be 0"]),
         (lambda: split_indices(range(9), (0.8, 0.2, 0.0)), ["data.fractions", "only validation may be 0"]),
@@ -218,7 +221,7 @@ def test_table_of_partitions(blobs: ImageData) -> None:
         (lambda: split_indices(range(9), (float("nan"), 0.2, 0.2)), ["data.fractions"]),
     ],
 )
-def test_wrong_arguments_are_one_line(call: Callable[[], Any], texts: list[str]) -> None:
+def test_invalid_arguments_raise_one_line(call: Callable[[], Any], texts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -232,7 +235,7 @@ def test_wrong_arguments_are_one_line(call: Callable[[], Any], texts: list[str])
     second=st.floats(0, 0.5),
     seed=st.integers(0, 99),
 )
-def test_split_is_disjoint_and_covers(n: int, first: float, second: float, seed: int) -> None:
+def test_split_indices_is_a_partition(n: int, first: float, second: float, seed: int) -> None:
     third = 1 - first - second
     if third <= 0.01:
         return
@@ -258,23 +261,23 @@ def test_split_is_disjoint_and_covers(n: int, first: float, second: float, seed:
         (1000, (600, 200, 200)),
     ],
 )
-def test_split_sizes(n: int, sizes: tuple[int, int, int]) -> None:
+def test_split_indices_has_expected_sizes(n: int, sizes: tuple[int, int, int]) -> None:
     assert tuple(map(len, split_indices(range(n)))) == sizes
 
 
-def test_split_is_random_and_repeatable() -> None:
+def test_split_indices_is_random_and_repeats_with_seed() -> None:
     one, again, other = (split_indices(range(100), seed=seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert not np.array_equal(one, np.arange(60))
 
 
-def test_no_validation_is_allowed() -> None:
+def test_split_indices_without_validation() -> None:
     assert [len(part) for part in split_indices(range(10), (0.8, 0.0, 0.2))] == [8, 0, 2]
 
 
 @given(n=st.integers(0, 100), seed=st.integers(0, 9))
-def test_validation_is_cut_in_thirds(n: int, seed: int) -> None:
+def test_cut_validation_gives_thirds(n: int, seed: int) -> None:
     validation = np.arange(n) + 50
     parts = cut_validation(validation, seed)
     assert sorted(np.concatenate(parts).tolist()) == validation.tolist()
@@ -283,7 +286,7 @@ def test_validation_is_cut_in_thirds(n: int, seed: int) -> None:
     assert n < 3 or min(sizes) >= 1
 
 
-def test_validation_cut_is_random() -> None:
+def test_cut_validation_is_random() -> None:
     one, other = (cut_validation(range(60), seed)[1] for seed in (0, 1))
     assert not np.array_equal(one, other)
     assert not np.array_equal(one, np.arange(20, 40))

@@ -47,7 +47,7 @@ def levels(images: Any) -> list[int]:
     return [round(float(level)) for level in images[..., 0].mean(axis=(1, 2))]
 
 
-def test_the_official_folder(tmp_path: Path) -> None:
+def test_read_official_folder(tmp_path: Path) -> None:
     splits = read_tiny_imagenet(write_folder(tmp_path), num_classes=3)
     assert list(splits) == ["train", "test"]
     train, train_labels = splits["train"]
@@ -60,7 +60,7 @@ def test_the_official_folder(tmp_path: Path) -> None:
     assert test_labels.tolist() == [2, 1, 0]
 
 
-def test_pixels_are_those_of_the_file_and_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
+def test_read_pixels_equal_file_and_grey_becomes_rgb(tmp_path: Path) -> None:
     write_folder(tmp_path)
     path = tmp_path / f"train/{WNIDS[1]}/images/{WNIDS[1]}_0.JPEG"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, "JPEG")
@@ -71,7 +71,7 @@ def test_pixels_are_those_of_the_file_and_grey_becomes_three_equal_channels(tmp_
     assert not np.array_equal(train[1][..., 0], train[1][..., 1])
 
 
-def test_by_its_name(tmp_path: Path) -> None:
+def test_load_by_name(tmp_path: Path) -> None:
     wnids = tuple(f"n{(7 * number) % 200:08d}" for number in range(200))
     write_folder(tmp_path / "tiny-imagenet-200", wnids, train=1)
     data = load_images("tinyimagenet", tmp_path, download=False)
@@ -81,7 +81,7 @@ def test_by_its_name(tmp_path: Path) -> None:
     assert data.targets.tolist() == [*range(200), *reversed(range(200))]
 
 
-def test_loading_holds_the_images_twice_at_most(tmp_path: Path) -> None:
+def test_load_needs_at_most_twice_the_memory_of_the_images(tmp_path: Path) -> None:
     wnids = tuple(f"n{number:08d}" for number in range(200))
     write_folder(tmp_path / "tiny-imagenet-200", wnids, train=2)
     load_images("tinyimagenet", tmp_path)  # what is imported meanwhile is not to be counted
@@ -93,13 +93,13 @@ def test_loading_holds_the_images_twice_at_most(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_not_there(tmp_path: Path, download: bool) -> None:
+def test_missing_folder_raises(tmp_path: Path, download: bool) -> None:
     with pytest.raises(UserError) as caught:
         load_images("tinyimagenet", tmp_path, download=download)
     line = str(caught.value)
     assert "\n" not in line
-    assert "by hand, from http://cs231n.stanford.edu/tiny-imagenet-200.zip" in line
-    assert f"'{tmp_path}/tinyimagenet.npz' in MedMNIST's layout, or '{tmp_path}/tiny-imagenet-200/*'" in line
+    assert "by hand from http://cs231n.stanford.edu/tiny-imagenet-200.zip" in line
+    assert f"'{tmp_path}/tinyimagenet.npz' in MedMNIST's layout or '{tmp_path}/tiny-imagenet-200/*'" in line
 
 
 WNIDS_FILE = "wnids.txt"
@@ -143,52 +143,52 @@ def wrong_size(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no_wnids": (removed(WNIDS_FILE), WNIDS_FILE, "cannot be read (FileNotFoundError"),
     "binary_wnids": (replaced(WNIDS_FILE, b"\xff\xfe"), WNIDS_FILE, "cannot be read (UnicodeDecodeError"),
-    "no_classes": (replaced(WNIDS_FILE, b""), WNIDS_FILE, "must list 3 classes, and lists 0"),
-    "same_class": (replaced(WNIDS_FILE, f"{WNIDS[0]}\n".encode() * 3), WNIDS_FILE, "must list 3 classes, and lists 1"),
-    "missing_class": (missing_class, LAST_CLASS, "is missing or holds no .JPEG file"),
-    "empty_class": (empty_class, LAST_CLASS, "is missing or holds no .JPEG file"),
+    "no_classes": (replaced(WNIDS_FILE, b""), WNIDS_FILE, "expected 3 classes, got 0"),
+    "same_class": (replaced(WNIDS_FILE, f"{WNIDS[0]}\n".encode() * 3), WNIDS_FILE, "expected 3 classes, got 1"),
+    "missing_class": (missing_class, LAST_CLASS, "expected .JPEG files, got none"),
+    "empty_class": (empty_class, LAST_CLASS, "expected .JPEG files, got none"),
     "no_annotations": (removed(ANNOTATIONS), ANNOTATIONS, "cannot be read (FileNotFoundError"),
-    "empty_annotations": (replaced(ANNOTATIONS, b""), "val/images/val_0.JPEG", "has no line in '"),
+    "empty_annotations": (replaced(ANNOTATIONS, b""), "val/images/val_0.JPEG", "expected a line in '"),
     "unlabelled": (
         replaced(ANNOTATIONS, f"val_0.JPEG\t{WNIDS[0]}\n".encode()),
         "val/images/val_1.JPEG",
-        "has no line in '",
+        "expected a line in '",
     ),
     "unknown_wnid": (
         annotated("val_0.JPEG\tn9\t0\t0\t9\t9"),
         ANNOTATIONS,
-        "gives 'val_0.JPEG' the class 'n9', which is not in wnids.txt",
+        "'val_0.JPEG' has the class 'n9', which is not in wnids.txt",
     ),
-    "no_wnid": (annotated("val_0.JPEG"), ANNOTATIONS, "gives 'val_0.JPEG' the class '', which"),
-    "annotated_twice": (annotated(f"val_0.JPEG\t{WNIDS[0]}"), ANNOTATIONS, "names 'val_0.JPEG' twice"),
-    "absent": (removed(VAL_2), ANNOTATIONS, "names 'val_2.JPEG', and there is no file '"),
+    "no_wnid": (annotated("val_0.JPEG"), ANNOTATIONS, "'val_0.JPEG' has the class '', which"),
+    "annotated_twice": (annotated(f"val_0.JPEG\t{WNIDS[0]}"), ANNOTATIONS, "lists 'val_0.JPEG' twice"),
+    "absent": (removed(VAL_2), ANNOTATIONS, "lists 'val_2.JPEG', but the file '"),
     "no_jpeg": (replaced(TRAIN_0, b"<html>"), TRAIN_0, "cannot be read (UnidentifiedImageError"),
     "cut_short": (cut_short, VAL_2, "cannot be read (OSError"),
-    "wrong_size": (wrong_size, TRAIN_0, "is 32x64, and must be 64x64"),
+    "wrong_size": (wrong_size, TRAIN_0, "expected 64x64 pixels, got 32x64"),
 }
 
 
-@pytest.mark.parametrize(("damage", "file", "said"), DAMAGES.values(), ids=DAMAGES)
-def test_what_is_damaged_is_named(tmp_path: Path, damage: Damage, file: str, said: str) -> None:
+@pytest.mark.parametrize(("damage", "file", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_corrupt_file_is_named(tmp_path: Path, damage: Damage, file: str, words: str) -> None:
     damage(write_folder(tmp_path))
     with pytest.raises(UserError) as caught:
         read_tiny_imagenet(tmp_path, num_classes=3)
     line = str(caught.value)
-    assert line.startswith(f"data.dataset: '{tmp_path / file}' {said}")
-    assert line.endswith("; unzip tiny-imagenet-200.zip again")
+    assert line.startswith(f"data.dataset: '{tmp_path / file}': {words}")
+    assert line.endswith(". Unzip tiny-imagenet-200.zip again.")
     assert "\n" not in line
 
 
-def test_no_validation_at_all(tmp_path: Path) -> None:
+def test_empty_validation_raises(tmp_path: Path) -> None:
     write_folder(tmp_path)
     for path in (tmp_path / "val/images").iterdir():
         path.unlink()
     (tmp_path / ANNOTATIONS).write_text("\n")
-    with pytest.raises(UserError, match=r"val_annotations\.txt' is empty"):
+    with pytest.raises(UserError, match=r"val_annotations\.txt': the file is empty"):
         read_tiny_imagenet(tmp_path, num_classes=3)
 
 
-def test_a_damaged_folder_is_told_by_file_through_its_name(tmp_path: Path) -> None:
+def test_load_corrupt_folder_names_the_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "tiny-imagenet-200")
-    with pytest.raises(UserError, match=r"^data\.dataset: '.*/wnids\.txt' must list 200 classes, and lists 3; unzip"):
+    with pytest.raises(UserError, match=r"^data\.dataset: '.*/wnids\.txt': expected 200 classes, got 3\. Unzip"):
         load_images("tinyimagenet", folder.parent)

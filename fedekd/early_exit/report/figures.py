@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedekd.data.corruptions import LEVELS
+from fedekd.data.corruptions import SEVERITIES
 from fedekd.early_exit.report.exit_report import ExitReport
 from fedekd.reporting.figures import BLACK, BLUE, CLIENT_COLOURS, GREY, MARKERS, VERMILLION
 
@@ -104,7 +104,7 @@ def corruption(report: ExitReport) -> Figure:
         axes.plot(severities, recalibrated, "s-", color=BLUE, label="calibrated on images with the same corruption")
         axes.axhline(report.options.target_risk, color=BLACK, linewidth=1.0, linestyle="--", label="target risk")
         axes.set_title(name, fontsize=10)
-        axes.set_xticks(LEVELS)
+        axes.set_xticks(SEVERITIES)
         _grid(axes)
     for axes in panels[-(len(panels) // 2) :]:
         axes.set_xlabel("severity")
