@@ -16,7 +16,7 @@ def has_equal_metrics(run: Path, other: Path) -> bool:
 
 
 def has_equal_server_state(run: Path, other: Path) -> bool:
-    """Return True if two runs ended with the same server state, bit for bit; memory layouts may differ."""
+    """Return True if two runs ended with bitwise equal server states."""
     state, other_state = last_server_state(run), last_server_state(other)
     if not state or state.keys() != other_state.keys():
         return False
@@ -24,6 +24,6 @@ def has_equal_server_state(run: Path, other: Path) -> bool:
 
 
 def last_server_state(run: Path) -> dict[str, Any]:
-    """Return the server state of the last checkpoint; empty if there is no checkpoint."""
+    """Return the server state of the last checkpoint; empty without a checkpoint."""
     checkpoint, _ = CheckpointStore(run / "checkpoints").load()
     return {} if checkpoint is None else dict(checkpoint.server)

@@ -1,4 +1,4 @@
-"""Certificates and keys for a rehearsal on one machine. For real sites, use those of your own authority."""
+"""Certificates and keys for a rehearsal on one machine; not for real sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flower's processes of a federation on this machine: a SuperLink with TLS, and one SuperNode with a key per site."""
+"""A SuperLink with TLS and one SuperNode with a key per site, on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CONNECTION = "rehearsal"
 
 
 def write_site_data(data: FederatedDataModule, folder: Path) -> list[Path]:
-    """Partition a data set and write one .npz file per site, as if each site had only its own images.
+    """Partition a data set and write one .npz file per site.
 
     Args:
         data: Data module, set up.
@@ -79,7 +79,7 @@ class LocalDeployment:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the environment of the processes: a separate Flower home, no telemetry, this Python's programs."""
+        """Return the environment of the processes, with a separate Flower home."""
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return {
             **os.environ,
@@ -91,7 +91,7 @@ class LocalDeployment:
         }
 
     def start(self) -> None:
-        """Create the credentials, start the SuperLink, and register and start a SuperNode per site."""
+        """Create the credentials, and start the SuperLink and one SuperNode per site."""
         keys = self.folder / "credentials"
         keys.mkdir(parents=True)
         make_server_certificate(keys, make_authority(keys))
@@ -203,7 +203,7 @@ def free_port() -> int:
 
 @contextmanager
 def running_deployment(folder: Path, options: Sequence[str], sites: int) -> Iterator[LocalDeployment]:
-    """Context manager: write the sites' data, start a deployment, and stop it on exit."""
+    """Context manager: write the sites' data, start a deployment, stop it on exit."""
     write_site_data(parts_of(options)["data"], folder)
     deployment = LocalDeployment(folder, sites)
     try:

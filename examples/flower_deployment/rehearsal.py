@@ -1,4 +1,4 @@
-"""Run a federation of sites on this machine and compare it with a single-process run.
+"""Run a federation of sites on this machine and compare it with a single process.
 
 Separate processes with TLS and SuperNode keys, one folder per site, as between real hospitals: `make sites`. The exit
 code is 0 if metrics.csv and the final proxy equal those of the single-process run bit for bit, and 1 if not. With
@@ -28,7 +28,7 @@ OPTIONS = ("--config", "digits.yaml", "--rounds", "2", "--client.local_epochs", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the rehearsal and return the exit code: 0 equal, 1 different or failed, 2 invalid input."""
+    """Run the rehearsal; exit code 0 equal, 1 different or failed, 2 invalid input."""
     parser = ArgumentParser(prog="python -m examples.flower_deployment.rehearsal", description=__doc__)
     parser.add_argument("--folder", type=str, default="runs/sites", help="New folder for all files.")
     parser.add_argument("--sites", type=int, default=3, help="Number of sites.")

@@ -1,4 +1,4 @@
-"""Sequential engine that computes what secure aggregation computes: the mean of the quantized changes."""
+"""Sequential engine with the result of secure aggregation, without the protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedekd.flower.secure.aggregation import SecureAggregation
 
 
 class RoundedEngine(SequentialEngine):
-    """Replace each update by the mean of all quantized updates, as the server receives it with `secure=true`."""
+    """Sequential engine in which each update is the mean of all quantized updates."""
 
     secure = SecureAggregation()
 

@@ -1,4 +1,4 @@
-"""Federated runs across real sites, on Flower (needs `fedekd[flower]`). Flower starts the apps in `apps`.
+"""Federated runs across real sites, on Flower; needs `fedekd[flower]`.
 
 Threat model
   Never sent by a site: images, labels, sample indices, per-sample results, private models, optimizer states, the local

@@ -1,4 +1,4 @@
-"""Flower's ServerApp and ClientApp of a federated run, for real sites and for Flower's simulation."""
+"""ServerApp and ClientApp of a federated run, for sites and for simulation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Settings:
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
-        """Build settings from Flower's run configuration, in which `options` is one string.
+        """Build settings from Flower's run configuration; `options` is one string.
 
         Raises:
             UserError: `options` or `sites` is missing, or a value is invalid.

@@ -1,4 +1,4 @@
-"""Description of a site for the server: configuration, sizes and class counts, but no samples."""
+"""Description of a site: configuration, split sizes and class counts, no samples."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def require_description(description: Mapping[str, Any]) -> None:
 
 
 def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all sites have this version of fedekd, one configuration and as many classes.
+    """Check that all sites have equal versions, configurations and class numbers.
 
     Raises:
         UserError: Names the first site that differs from the server's version or from the first site.

@@ -1,4 +1,4 @@
-"""Engine whose clients are Flower nodes at real sites: one message each way per round."""
+"""Engine whose clients are Flower nodes at real sites."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ _HEADER_BYTES = 2**20
 
 
 class FlowerEngine:
-    """Runs the rounds at the sites. Client states stay there; the server knows only their version numbers.
+    """Engine of a federation of sites: one message each way per round.
+
+    Client states stay at the sites; the server has only their version numbers.
 
     Args:
         grid: Flower's connection to the nodes.
@@ -125,7 +127,7 @@ class FlowerEngine:
         return scores[number]
 
     def client_state(self, number: int) -> Any:
-        """Return the version number of a site's state; the state itself stays at the site."""
+        """Return the version number of a site's state, which stays at the site."""
         return {"version": self._versions.get(number, 0)}
 
     def load_client_state(self, number: int, state: Any) -> None:
@@ -138,7 +140,7 @@ class FlowerEngine:
     def _send(
         self, message_type: str, contents: Mapping[int, Any], timeout: float | None
     ) -> Iterator[tuple[int, Message]]:
-        """Send one message per site and yield (site, reply); error replies become warnings."""
+        """Send a message to each site and yield (site, reply); warn of error replies."""
         self._find_restarted(contents)
         messages = {site: Message(content, self.nodes[site], message_type) for site, content in contents.items()}
         for reply in self.grid.send_and_receive(messages.values(), timeout=timeout):
@@ -168,7 +170,7 @@ class FlowerEngine:
     def _run_plain(
         self, values: Mapping[int, Mapping[str, Any]], broadcast: Broadcast, collect_updates: bool
     ) -> Iterator[ClientResult]:
-        """Yield results whose updates arrive in the clear; malformed or oversized replies are rejected."""
+        """Yield results with unmasked updates; reject malformed or oversized replies."""
         contents = {site: pack(site_values, broadcast.to(site)) for site, site_values in values.items()}
         message_type, timeout = (ROUND, self.timeout) if collect_updates else (LAST_ROUND, None)
         for site, reply in self._send(message_type, contents, timeout):
@@ -181,7 +183,7 @@ class FlowerEngine:
                 self.observer.warn(f"rejected the reply of site {site}: {error}")
 
     def _run_secure(self, values: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[ClientResult]:
-        """Yield results whose updates are all the mean: the server receives no single update."""
+        """Yield results whose updates are all the mean from secure aggregation."""
         assert self.secure is not None
         self._find_restarted(values)
         self.secure.require_supported(broadcast)

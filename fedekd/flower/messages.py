@@ -1,4 +1,4 @@
-"""Messages between server and site: tensors in one record of arrays, everything else in one record of JSON."""
+"""Messages between server and site: one record of arrays, one record of JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
 
 
 def read_array(content: bytes) -> npt.NDArray[Any]:
-    """Read an .npy file from bytes, without pickle and without allocating more than the bytes hold.
+    """Read a numeric .npy file from bytes, without pickle.
+
+    The size is checked first, so that a false header cannot allocate memory.
 
     Raises:
         ValueError: The header is unreadable, the dtype is not numeric, or the size differs from the header's.
@@ -135,7 +137,7 @@ def comparison_request_to_json(request: ComparisonRequest | None) -> dict[str, A
 
 
 def comparison_request_from_json(values: Mapping[str, Any] | None) -> ComparisonRequest | None:
-    """Convert JSON values to a comparison request; the inverse of `comparison_request_to_json`."""
+    """Convert JSON values to a comparison request."""
     if values is None:
         return None
     rounds = {int(client): count for client, count in values["rounds"].items()}
@@ -211,7 +213,7 @@ def is_count(value: Any) -> bool:
 
 
 def _is_tradeoff(value: Any) -> bool:
-    """Return True for the fields of `ExitTradeoff`: (cost, accuracy) pairs, (budget, cost, accuracy) triples."""
+    """Return True for the fields of `ExitTradeoff`: lists of pairs and of triples."""
     lengths = {"exits": 2, "budgets": 3}
     return (
         isinstance(value, dict)

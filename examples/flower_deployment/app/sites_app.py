@@ -1,4 +1,4 @@
-"""ServerApp and ClientApp for `flwr run`; fedekd must be installed at the server and at the sites."""
+"""ServerApp and ClientApp for `flwr run`; server and sites need fedekd installed."""
 
 from fedekd.flower.apps import make_client_app, make_server_app
 

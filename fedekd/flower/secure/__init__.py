@@ -1,1 +1,1 @@
-"""Secure aggregation (SecAgg+): the server receives the mean of the sites' updates, but no single update."""
+"""Secure aggregation (SecAgg+): the server receives only the mean of the updates."""

@@ -1,4 +1,4 @@
-"""Server side of secure aggregation: SecAgg+ on a fixed grid, through Flower's workflow.
+"""Server side of secure aggregation: SecAgg+ through Flower's workflow.
 
 The sites mask the changes of the weights, rounded to a grid on which sums are exact, so a run repeats bit for bit.
 Flower's workflow expects the messages of its older strategies; this module translates them for the server, `mods` for
@@ -41,7 +41,7 @@ MIN_SITES, MAX_SITES = 3, MODULUS // STEPS - 1
 
 
 def unmask_threshold(sites: int) -> int:
-    """Return how many sites must remain to unmask the sum: two thirds, and at least `MIN_SITES`.
+    """Return how many sites are needed to unmask the sum: max(MIN_SITES, 2n / 3).
 
     More than half: a server that requests the mask of a site from some sites and its key from the others then has too
     few shares of both.
@@ -104,7 +104,9 @@ class SecureAggregation:
                 )
 
     def quantize(self, update: StateDict, received: StateDict) -> list[npt.NDArray[np.float64]]:
-        """Return the change of each weight, rounded to the grid, so that Flower's stochastic rounding changes nothing.
+        """Return the change of each weight, rounded to the grid.
+
+        Flower's stochastic rounding then changes nothing.
 
         Args:
             update: State that a site would send.
@@ -193,7 +195,7 @@ class SecureAggregation:
 
 
 class _Workflow(SecAggPlusWorkflow):  # type: ignore[misc]  # Flower has no types here
-    """Flower's workflow, extended to sites that drop out before they have shared their keys."""
+    """Flower's workflow, with sites that drop out before they have shared their keys."""
 
     def share_keys_stage(self, grid: Any, context: Any, state: Any) -> bool:
         """Continue with the sites that shared their keys: the others add no masks."""
@@ -205,7 +207,7 @@ class _Workflow(SecAggPlusWorkflow):  # type: ignore[misc]  # Flower has no type
 
 
 class _Strategy(FedAvg):  # type: ignore[misc]
-    """Strategy interface that Flower's workflow expects: requests to the nodes, and the mean."""
+    """Strategy for Flower's workflow: builds the requests and stores the mean."""
 
     def __init__(self, values: Mapping[int, Mapping[str, Any]], sent: StateDict, max_change: float) -> None:
         super().__init__()
@@ -223,7 +225,7 @@ class _Strategy(FedAvg):  # type: ignore[misc]
         ]
 
     def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> tuple[None, dict[str, Any]]:
-        """Store the mean, which the workflow puts into every result, and the JSON text of each reply."""
+        """Store the mean, which every result holds, and the JSON text of each reply."""
         self.replies = {proxy.node_id: str(result.metrics["values"]) for proxy, result in results}
         self.changes = parameters_to_ndarrays(results[0][1].parameters) if results else []
         return None, {}

@@ -1,4 +1,4 @@
-"""Mods around Flower's SecAgg+ mod at a site: the check of the protocol, and the update that is masked."""
+"""Mods of a site before and after Flower's SecAgg+ mod."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ App = Callable[[Message, Context], Message]
 
 
 def require_protocol(message: Message, context: Context, call_next: App) -> Message:
-    """Refuse protocol parameters that would reveal this site's update (a mod before Flower's).
+    """Refuse requests that would reveal this site's update; a mod before Flower's.
 
     Raises:
         UserError: The message is not part of SecAgg+; half of the sites or fewer could unmask; the masks do not cover
@@ -63,7 +63,7 @@ def _require_safe_setup(request: Mapping[str, Any]) -> None:
 
 
 def to_client_result(message: Message, context: Context, call_next: App) -> Message:
-    """Convert between Flower's fit messages and fedekd's rounds (a mod after Flower's).
+    """Convert Flower's fit messages to rounds and back; a mod after Flower's.
 
     The request becomes a message of type `ROUND`; of the result, the quantized change of the weights is masked.
 

@@ -1,4 +1,4 @@
-"""Validation of the sites' replies in each stage of SecAgg+; Flower's workflow does not validate them."""
+"""Validation of the replies in SecAgg+, which Flower's workflow does not check."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ValidatingGrid:
         return all(bytes_to_public_key(values[name]) is not None for name in (Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2))
 
     def _has_shares(self, node: int, request: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-        """Return True for one encrypted share per other site; only those sites can decrypt them."""
+        """Return True for one encrypted share per other site."""
         others = sorted(int(name) for name in request if name not in (Key.STAGE, str(node)))
         return sorted(values[Key.DESTINATION_LIST]) == others and _are_bytes(values[Key.CIPHERTEXT_LIST], len(others))
 
@@ -95,7 +95,7 @@ class ValidatingGrid:
         )
 
     def _has_secrets(self, node: int, request: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-        """Return True for a seed share of each remaining site and a key share of each lost one."""
+        """Return True for one share of each remaining and each lost site."""
         expected = [*request[Key.ACTIVE_NODE_ID_LIST], *request[Key.DEAD_NODE_ID_LIST]]
         return list(values[Key.NODE_ID_LIST]) == expected and _are_bytes(values[Key.SHARE_LIST], len(expected))
 
