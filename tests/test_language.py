@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Files and folders whose language is finished; the aim is `ALL`.
 DONE = (
     "configs/early_exit",
+    "examples",
     "fedekd/__init__.py",
     "fedekd/cli/__init__.py",
     "fedekd/cli/calibrate.py",
@@ -31,6 +32,7 @@ DONE = (
     "fedekd/do_no_harm",
     "fedekd/early_exit",
     "fedekd/errors.py",
+    "fedekd/flower",
     "fedekd/metrics",
     "fedekd/seeding.py",
     "fedekd/tasks.py",

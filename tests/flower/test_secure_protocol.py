@@ -24,7 +24,7 @@ from fedekd.flower.secure.aggregation import STEPS, SecureAggregation, unmask_th
 from fedekd.flower.secure.mods import require_protocol, to_client_result
 from fedekd.methods import Broadcast
 
-from .conftest import FakeGrid, Reply
+from .conftest import FakeGrid, Reply, request_lost, site_error
 
 pytestmark = pytest.mark.flower
 
@@ -97,16 +97,21 @@ def test_run_round_lost_sites_gives_mean_of_remaining(count: int, lost: dict[int
     assert sorted(result.warnings) == [f"site {site} did not reply within 1 s" for site in sorted(lost)]
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, 6, 9])
-def test_run_round_below_threshold_gives_no_mean(count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "stage"), [*((3, stage) for stage in Stage.all()), (4, COLLECT), (5, COLLECT), (6, COLLECT), (9, COLLECT)]
+)
+@pytest.mark.parametrize("fault", [request_lost, site_error])
+def test_run_round_below_threshold_gives_no_mean(count: int, stage: str, fault: Any) -> None:
     num_lost = count - unmask_threshold(count) + 1
-    result = SecureRound(
-        count,
-        lambda message, reply: (
-            None if message.metadata.dst_node_id <= 100 + num_lost and stage_of(message) == COLLECT else reply()
-        ),
-    )
+
+    def intercept(message: Message, reply: Reply) -> Message | None:
+        is_lost = message.metadata.dst_node_id <= 100 + num_lost and stage_of(message) == stage
+        return fault(message, reply) if is_lost else reply()
+
+    result = SecureRound(count, intercept)
     assert (result.replies, result.mean) == ({}, {})
+    reason = "did not reply within 1 s" if fault is request_lost else "failed: <class 'OSError'>:<'the disk is full'>"
+    assert sorted(result.warnings) == [f"site {site} {reason}" for site in range(1, num_lost + 1)]
 
 
 def site_2_sends(stage: str, change: Any) -> Any:
@@ -156,6 +161,22 @@ def test_run_round_invalid_reply_is_rejected_and_named(what: str) -> None:
     [warning] = result.warnings
     assert warning.startswith("rejected the reply of site 2: un")
     assert f"content in stage {stage}" in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize("text", [None, 5, "[]", "{", "[" * 100_000], ids=["none", "number", "list", "open", "deep"])
+def test_run_round_unreadable_json_is_rejected_and_named(text: Any) -> None:
+    def intercept(message: Message, reply: Reply) -> Message:
+        matches = message.metadata.dst_node_id == 102 and stage_of(message) == COLLECT
+        result = reply()
+        if matches:
+            result.content["fitres.metrics"] = ConfigRecord({} if text is None else {"values": text})
+        return result
+
+    result = SecureRound(5, intercept)
+    result.assert_mean_of([1, 3, 4, 5])
+    [warning] = result.warnings
+    assert warning.startswith(f"rejected the reply of site 2: unreadable content in stage {COLLECT}")
     assert "\n" not in warning
 
 

@@ -194,10 +194,9 @@ def test_run_equals_rounded_engine(more: list[str], options: list[str], tmp_path
     assert has_equal_server_state(tmp_path / "sites", tmp_path / "single")
 
 
-@pytest.mark.parametrize("stage", Stage.all())
 @pytest.mark.parametrize("fault", [request_lost, site_error])
-def test_run_lost_site_of_three_keeps_server_state(stage: str, fault: Any, one_secure_round: Sites) -> None:
-    one_secure_round.grid.intercept = in_stage(1, stage, fault)
+def test_run_lost_site_of_three_keeps_server_state(fault: Any, one_secure_round: Sites) -> None:
+    one_secure_round.grid.intercept = in_stage(1, Stage.SHARE_KEYS, fault)
     initial, final, observer = run_once(one_secure_round)
     assert is_equal(final, initial)
     assert observer.rows[0]["comm/updates"] == 0
@@ -227,27 +226,13 @@ def test_run_offline_site_is_named(nodes: Sites) -> None:
     assert observer.warnings[0].startswith("site 2 failed")
 
 
-def with_json(text: Any) -> Any:
-    """Replace the JSON values that a site sends with its masked update."""
-
-    def intercept(message: Message, reply: Reply) -> Message:
+def test_run_invalid_result_is_reported_after_sum(nodes: Sites) -> None:
+    def send_invalid(message: Message, reply: Reply) -> Message:
         changed = reply()
-        changed.content["fitres.metrics"] = ConfigRecord({} if text is None else {"values": text})
+        changed.content["fitres.metrics"] = ConfigRecord({"values": '{"client": 2}'})
         return changed
 
-    return intercept
-
-
-@pytest.mark.parametrize("text", [None, 5, "[]", "{", "[" * 100_000], ids=["none", "number", "list", "open", "deep"])
-def test_run_unreadable_json_is_left_out_of_sum(text: Any, one_secure_round: Sites) -> None:
-    one_secure_round.grid.intercept = in_stage(1, COLLECT, with_json(text))
-    initial, final, observer = run_once(one_secure_round)
-    assert is_equal(final, initial)
-    assert observer.warnings[0].startswith(f"rejected the reply of site 1: unreadable content in stage {COLLECT}")
-
-
-def test_run_invalid_result_is_reported_after_sum(nodes: Sites) -> None:
-    nodes.grid.intercept = in_stage(1, COLLECT, with_json('{"client": 2}'))
+    nodes.grid.intercept = in_stage(1, COLLECT, send_invalid)
     nodes.server(observer=(observer := RecordingObserver()), secure=SECURE).run()
     assert [row["comm/updates"] for row in observer.rows] == [2, 3]
     assert observer.warnings[0].startswith("rejected the reply of site 1, but its update is in the mean: ")
