@@ -16,7 +16,8 @@ PACKAGES = sorted(path.parent.name for path in (ROOT / "fedekd").glob("*/__init_
 #: From the lowest layer to the highest; packages of one layer do not import each other.
 LAYERS = (
     ("functional",),
-    ("data", "metrics", "models", "reporting"),
+    ("data", "metrics", "models"),
+    ("reporting",),
     ("modules",),
     ("methods",),
     ("do_no_harm", "early_exit"),

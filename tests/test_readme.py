@@ -15,8 +15,6 @@ import pytest
 import yaml
 
 from fedekd import methods
-from fedekd.benchmark.collect import measured_in
-from fedekd.benchmark.fill import fill
 from fedekd.cli import main
 from fedekd.cli.benchmark import benchmark_parser
 from fedekd.cli.calibrate import calibrate_parser
@@ -178,8 +176,3 @@ def test_every_configuration_and_method_is_listed() -> None:
         if isinstance(found, type) and issubclass(found, methods.Method) and found is not methods.Method
     }
     assert concrete <= set(inline_code(README))
-
-
-def test_the_measured_tables_are_those_of_the_results() -> None:
-    assert fill(README, measured_in([ROOT / "results"]), [ROOT / "results"]) == README
-    assert README.count("<!-- fill: ") == README.count("<!-- /fill -->") >= 4

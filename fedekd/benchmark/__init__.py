@@ -1,16 +1,17 @@
-"""The paper's grid: running it, keeping its results, and holding them against the published ones."""
+"""Benchmark grids: run them, keep their results, and tabulate them."""
 
 from fedekd.benchmark.grid import Block, Cell, cells, parse_filter, require_valid
-from fedekd.benchmark.results import read_results, write_results
+from fedekd.benchmark.results import numeric, read_results, write_results
 from fedekd.benchmark.runner import GridObserver, run_grid
-from fedekd.benchmark.table import markdown_table
+from fedekd.benchmark.table import method_table
 
 __all__ = [
     "Block",
     "Cell",
     "GridObserver",
     "cells",
-    "markdown_table",
+    "method_table",
+    "numeric",
     "parse_filter",
     "read_results",
     "require_valid",

@@ -1,4 +1,4 @@
-"""A grid of federations: method x data set x alpha x seed, written as blocks of a YAML file."""
+"""Grid of federated runs: method x data set x alpha x seed, defined by blocks of a YAML file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, nearest
 from fedekd.federation.run_folder import RUNTIME_OPTIONS
 
-#: Parts of a configuration that say where and how a run is computed, not what: no part of its key.
-_CIRCUMSTANCES = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
+#: Options that do not affect the results of a run and are not part of its key.
+_NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A product of data sets, alphas, seeds and methods.
+    """Product of data sets, alphas, seeds and methods.
 
     Args:
         datasets: Names of data sets.
         alphas: Concentrations of the Dirichlet partition.
         seeds: Seeds.
-        methods: By the label under which a method is reported: its class_path and init_args.
-        options: Further options of every run, such as rounds or client.local_epochs.
-        config: The configuration that a data set's runs begin with.
-        coverage: Calibration rules whose guarantees are checked on all clients of a finished run, if any.
+        methods: Label in the results, with class_path and init_args of the method.
+        options: Options of all runs of the block, such as rounds or client.local_epochs.
+        config: Configuration file to start from; `{dataset}` is replaced by the data set's name.
+        coverage: Calibration modes whose coverage is measured on the exits of every finished run; none by default.
     """
 
     datasets: list[str]
@@ -46,17 +46,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Cell:
-    """One federation of a grid.
+    """One run of a grid.
 
     Attributes:
         dataset: Name of the data set.
         alpha: Concentration of the partition.
-        seed: The seed.
-        method: The label of the method.
-        values: The run's configuration, as `config.yaml` would hold it.
-        key: A hash of what decides its numbers; the same on every machine, and unmoved by options added later.
-        configuration: The same of all but the seed: cells of one configuration may be averaged.
-        coverage: Calibration rules whose guarantees are checked when it is finished.
+        seed: Seed.
+        method: Label of the method.
+        values: Configuration of the run, as in `config.yaml`.
+        key: Hash of all options that affect the results. It is the same on every machine, and options that are added
+            to the program later do not change it.
+        configuration: The same hash without the seed; cells with the same value may be averaged.
+        coverage: Calibration modes whose coverage is measured when the run is finished.
     """
 
     dataset: str
@@ -70,21 +71,30 @@ class Cell:
 
     @property
     def group(self) -> str:
-        """Cells of one group share data and seed, and so the training of Local."""
+        """Data and seed; cells of one group share their local baseline."""
         return f"{self.dataset} {self.alpha:g} {self.seed}"
 
 
-def _same(have: Any, wanted: str) -> bool:
-    if isinstance(have, int | float):
+def _matches(value: Any, condition: str) -> bool:
+    if isinstance(value, int | float):
         try:
-            return float(wanted) == have
+            return float(condition) == value
         except ValueError:
             return False
-    return str(have).lower() == wanted.lower()
+    return str(value).lower() == condition.lower()
 
 
 def parse_filter(text: str) -> dict[str, str]:
-    """The conditions of `--filter dataset=retinamnist,alpha=0.1`.
+    """Parse the value of `--filter`.
+
+    Args:
+        text: Conditions NAME=VALUE on dataset, alpha, seed or method, separated by commas.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        UserError: If a condition is malformed or the name is unknown.
 
     Example:
         >>> parse_filter("dataset=retinamnist,alpha=0.1")
@@ -95,15 +105,15 @@ def parse_filter(text: str) -> dict[str, str]:
     conditions: dict[str, str] = {}
     name = ""
     for part in filter(None, text.split(",")):
-        if name == "method" and "=" not in part:  # labels have commas in them, as `FedType, FedProx` has
+        if name == "method" and "=" not in part:  # labels may contain commas: `FedType, FedProx`
             conditions[name] += f",{part}"
             continue
         name, equals, value = part.partition("=")
         known = ("dataset", "alpha", "seed", "method")
         if not equals:
-            raise UserError(f"--filter {text}: {part!r} is not NAME=VALUE, as in --filter dataset=digits,alpha=0.1")
+            raise UserError(f"--filter: expected NAME=VALUE, as in dataset=digits,alpha=0.1, got {part!r}.")
         if name not in known:
-            raise UserError(f"--filter {text}: {name!r} cannot be filtered; {nearest(name, known)}")
+            raise UserError(f"--filter: expected one of {', '.join(known)}, got {name!r}; {nearest(name, known)}")
         conditions[name] = value
     return conditions
 
@@ -111,57 +121,53 @@ def parse_filter(text: str) -> dict[str, str]:
 def cells(
     blocks: Sequence[Block], conditions: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> list[Cell]:
-    """All cells of a grid that meet the conditions, each once; those that share Local come together.
+    """Return the distinct cells of a grid that match the conditions, sorted by group.
 
     Args:
-        blocks: Whose cells.
-        conditions: By dataset, alpha, seed or method, as `parse_filter` gives them.
-        folder: Where the data sets' configurations lie; by default they are looked for by name.
+        blocks: Blocks of the grid.
+        conditions: Conditions as `parse_filter` returns them.
+        folder: Folder of the data sets' configurations; by default they are found by name.
 
     Raises:
-        UserError: If a configuration is not valid; it is found before anything runs.
+        UserError: If a configuration is not valid.
     """
     parser = federation_parser()
-    found: dict[str, Cell] = {}
+    distinct: dict[str, Cell] = {}
     for block in blocks:
+        coverage = _coverage_options(block)
         for dataset, (label, method) in product(block.datasets, block.methods.items()):
-            own = {"dataset": dataset, "method": label}
-            places = [
-                (alpha, seed)
-                for alpha, seed in product(block.alphas, block.seeds)
-                if _meets({**own, "alpha": alpha, "seed": seed}, conditions or {})
-            ]
-            if places:
-                coverage = _coverage(block)
-                values = _configuration(parser, block, dataset, method, folder)
-            for alpha, seed in places:
-                data = {**values["data"], "alpha": float(alpha)}
-                of_cell = {**values, "data": data, "seed": seed}
-                key, configuration = (cell_key(each, parser, coverage) for each in (of_cell, {**of_cell, "seed": 0}))
-                cell = Cell(dataset, float(alpha), seed, label, of_cell, key, configuration, coverage)
-                found.setdefault(cell.key, cell)
-    return sorted(found.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
+            values: dict[str, Any] = {}
+            for alpha, seed in product(block.alphas, block.seeds):
+                cell_values = {"dataset": dataset, "method": label, "alpha": alpha, "seed": seed}
+                if not all(_matches(cell_values[name], value) for name, value in (conditions or {}).items()):
+                    continue
+                values = values or _configuration(parser, block, dataset, method, folder)
+                values = {**values, "data": {**values["data"], "alpha": float(alpha)}, "seed": seed}
+                key, configuration = (cell_key({**values, "seed": s}, parser, coverage) for s in (seed, 0))
+                cell = Cell(dataset, float(alpha), seed, label, values, key, configuration, coverage)
+                distinct.setdefault(cell.key, cell)
+    return sorted(distinct.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
 
 
 def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
-    """Make the parts of a run for each method, each partition and each set of options in a grid; nothing is trained.
+    """Build the parts of a run for each method, partition and set of options of a grid, without training.
 
     Args:
         grid: The cells.
-        trainer: Replaces the trainer's options of each, as `run_grid` has it.
+        trainer: Options that replace those of the cells, as in `run_grid`.
 
     Raises:
-        UserError: If one of them cannot be made; it names the first cell that has it.
+        UserError: If a part cannot be built; the message names the first such cell.
     """
-    parser, known = federation_parser(), set[str]()
+    parser, checked = federation_parser(), set[str]()
     for cell in grid:
         values = {**cell.values, "logger": None, "seed": 0, "trainer": {**cell.values["trainer"], **trainer}}
         rest = {name: value for name, value in values.items() if name not in ("method", "data")}
         parts = values["method"], values["data"], rest, [values["method"], cell.coverage is not None]
-        aspects = {json.dumps(part, sort_keys=True) for part in parts}
-        if aspects <= known:
+        parts_json = {json.dumps(part, sort_keys=True) for part in parts}
+        if parts_json <= checked:
             continue
-        known |= aspects
+        checked |= parts_json
         try:
             method = build_parts(parser, parser.parse_object(values))["method"]
             if cell.coverage is not None and "validation" in method.training_splits:
@@ -170,14 +176,9 @@ def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
             raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
 
 
-def _coverage(block: Block) -> CoverageOptions | None:
-    """A block's, which a parser leaves as a namespace."""
-    given = block.coverage
-    return given if given is None or isinstance(given, CoverageOptions) else CoverageOptions(**vars(given))
-
-
-def _meets(place: Mapping[str, Any], conditions: Mapping[str, str]) -> bool:
-    return all(_same(place[name], value) for name, value in conditions.items())
+def _coverage_options(block: Block) -> CoverageOptions | None:
+    options = block.coverage  # the parser leaves a namespace
+    return options if options is None or isinstance(options, CoverageOptions) else CoverageOptions(**vars(options))
 
 
 def _configuration(
@@ -190,29 +191,40 @@ def _configuration(
 
 
 def _as_text(value: Any) -> str:
-    """A value of a grid as it is written on a command line; the parser makes namespaces of classes in it."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, default=lambda each: each.as_dict())
+    """Return a value of a grid as command-line text; the parser turns classes into namespaces."""
+    return value if isinstance(value, str) else json.dumps(value, default=lambda namespace: namespace.as_dict())
 
 
 def cell_key(values: Mapping[str, Any], parser: ArgumentParser, coverage: CoverageOptions | None = None) -> str:
-    """A hash of a configuration's departures from the defaults, its circumstances left out.
+    """Return a hash of `decisive_options`.
 
-    A cell whose clients are to be calibrated is not finished by one whose clients were not.
+    Args:
+        values: Configuration of a run.
+        parser: Parser of a run's options.
+        coverage: Part of the hash: a run without calibration does not finish a cell with it.
     """
-    chosen = {f"client.{part}": values["client"][part]["class_path"] for part in _CLASSES}
-    defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
-    decisive = {
-        name: value
-        for name, value in _leaves(values)
-        # What the defaults were taken of counts, though it is then a default itself.
-        if (name.endswith("class_path") or defaults.get(name, _NOTHING) != value)
-        and not any(name == part or name.startswith(f"{part}.") for part in _CIRCUMSTANCES)
-    }
+    decisive = decisive_options(values, parser)
     if coverage is not None:
         decisive["coverage"] = asdict(coverage)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decisive_options(values: Mapping[str, Any], parser: ArgumentParser) -> dict[str, Any]:
+    """Return all options that affect the results and differ from their defaults, by dotted name.
+
+    Args:
+        values: Configuration of a run.
+        parser: Parser of a run's options.
+    """
+    chosen = {f"client.{part}": values["client"][part]["class_path"] for part in _CLASSES}
+    defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
+    return {
+        name: value
+        for name, value in _leaves(values)
+        # A class path counts even if it is the default, because the defaults depend on it.
+        if (name.endswith("class_path") or defaults.get(name, _NOTHING) != value)
+        and not any(name == part or name.startswith(f"{part}.") for part in _NOT_IN_KEY)
+    }
 
 
 _CLASSES = ("private_model", "proxy_model", "optimizer")
@@ -221,7 +233,7 @@ _known_defaults: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
 
 
 def _defaults(parser: ArgumentParser, chosen: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The values of a configuration that says no more than which classes it takes."""
+    """Return the default options given the chosen classes."""
     if chosen not in _known_defaults:
         argv = ["--data.dataset=", *(f"--{name}={class_path}" for name, class_path in chosen)]
         _known_defaults[chosen] = dict(_leaves(as_values(parser, parse(parser, argv))))

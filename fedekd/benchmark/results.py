@@ -1,39 +1,37 @@
-"""Results as rows of small CSV files, one file a data set, that can be committed and read anywhere."""
+"""Results of federated runs as CSV files: one file per data set, one row per finished run."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedekd.atomic import atomic_file
-from fedekd.errors import UserError
+import pandas as pd
 
-#: The columns of a results file: what was run, what came out, and where from.
+from fedekd.errors import UserError
+from fedekd.metrics import METRICS
+from fedekd.reporting.pages import write_text
+
+#: Columns of every results file. `delta_tail` is the percentile of Delta at the harmful end: the 10th where a higher
+#: score is better (accuracy), the 90th where a lower one is (RMSE).
 COLUMNS = (
     *("key", "configuration", "dataset", "alpha", "seed", "method", "task", "metric", "rounds", "clients"),
     *("mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "bytes_up", "bytes_down"),
     *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads"),
 )
 
-#: Further columns of runs with exits: accuracy and share of the FLOPs at each exit, and within budgets in percent.
+#: Additional columns of runs with exits: accuracy and share of the FLOPs per exit, and per budget in percent.
 EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
 
-#: A further column of runs with `do_no_harm`: what each client compared, as JSON.
+#: Additional column of runs with `do_no_harm`: the comparison of each client, as JSON.
 EVIDENCE = "evidence"
 
-#: Further column of runs with checked exit guarantees: the results as JSON.
+#: Additional column of runs whose exits were calibrated: coverage of the guarantee, as JSON.
 COVERAGE = "coverage"
 
-#: Characters of a field; Python's own limit is that of some 400 calibrated clients.
-_LONGEST = 2**30
-
-_OF_EVIDENCE = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
-
+_EVIDENCE_FIELDS = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
 
 Row = dict[str, str]
@@ -47,114 +45,114 @@ def to_row(
     provenance: Mapping[str, Any],
     coverage: Sequence[Mapping[str, Any]] | None = None,
 ) -> Row:
-    """A run's summary as one row; floats are written in the fewest digits that read back the same."""
+    """Return a run's summary as one row; floats are written so that they are read back exactly.
+
+    Args:
+        key: Hash of the run's configuration.
+        configuration: The same hash without the seed.
+        method: Label of the method.
+        summary: Content of `summary.json`.
+        provenance: Commit, device, precision and threads.
+        coverage: Coverage of each calibration mode and target risk, if it was measured.
+    """
     delta = summary["delta"]
-    tail = next(value for name, value in delta.items() if name.startswith("p"))
     values = {
-        "key": key,
-        "configuration": configuration,
-        "method": method,
-        **{name: summary[name] for name in ("dataset", "alpha", "seed", "task", "metric", "rounds", "mean", "worst")},
-        "local_mean": summary["local_mean"],
-        "clients": len(summary["clients"]),
-        "delta_avg": delta["avg"],
-        "delta_worst": delta["worst"],
-        "delta_tail": tail,
-        "bytes_up": summary["bytes_up"],
-        "bytes_down": summary["bytes_down"],
+        **{name: summary[name] for name in COLUMNS if name in summary},
+        **{"key": key, "configuration": configuration, "method": method, "clients": len(summary["clients"])},
+        **{"delta_avg": delta["avg"], "delta_worst": delta["worst"]},
+        "delta_tail": next(value for name, value in delta.items() if name.startswith("p")),
         "seconds": round(summary["seconds"], 1),
-        "fedekd": summary["versions"]["fedekd"],
-        "torch": summary["versions"]["torch"],
+        **{name: summary["versions"][name] for name in ("fedekd", "torch")},
         **provenance,
+        **_exit_values(summary),
     }
-    further = {**_of_exits(summary), **_evidence(summary)}
+    if "deployed" in summary:
+        clients = [{name: client[name] for name in _EVIDENCE_FIELDS if name in client} for client in summary["clients"]]
+        values[EVIDENCE] = json.dumps({"rule": summary["deployed"]["rule"], "clients": clients})
     if coverage is not None:
-        further[COVERAGE] = json.dumps(coverage, separators=(",", ":"))
-    values |= further
-    columns = (*COLUMNS, *further)
+        values[COVERAGE] = json.dumps(coverage, separators=(",", ":"))
+    columns = (*COLUMNS, *(name for name in values if name not in COLUMNS))
     return {name: repr(values[name]) if isinstance(values[name], float) else str(values[name]) for name in columns}
 
 
-def _of_exits(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The further columns of a run with exits; none of another."""
-    found: dict[str, float] = {}
-    for line in summary.get("exits", ()):
-        name = f"exit_{line['exit']}"
-        found |= {name: line["accuracy"], f"{name}_flops": line["cost"]}
-    for line in summary.get("budgets", ()):
-        name = f"budget_{round(100 * line['budget'])}"
-        found |= {name: line["accuracy"], f"{name}_flops": line["cost"]}
-    return found
+def _exit_values(summary: Mapping[str, Any]) -> dict[str, float]:
+    points = {f"exit_{point['exit']}": point for point in summary.get("exits", ())}
+    points |= {f"budget_{round(100 * point['budget'])}": point for point in summary.get("budgets", ())}
+    values: dict[str, float] = {}
+    for name, point in points.items():
+        values |= {name: point["accuracy"], f"{name}_flops": point["cost"]}
+    return values
 
 
-def _evidence(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The further column of a run with `do_no_harm`; none of another."""
-    if "deployed" not in summary:
-        return {}
-    clients = [{name: client[name] for name in _OF_EVIDENCE if name in client} for client in summary["clients"]]
-    return {EVIDENCE: json.dumps({"rule": summary["deployed"]["rule"], "clients": clients})}
+def exit_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the exit columns of a frame: exits before budgets, by number."""
 
-
-def exit_columns(rows: Iterable[Row]) -> list[str]:
-    """The further columns that rows have, exits first, by number."""
-
-    def place(column: str) -> tuple[bool, int, bool]:
+    def rank(column: str) -> tuple[bool, int, bool]:
         kind, number, flops = EXIT_COLUMN.fullmatch(column).groups()  # type: ignore[union-attr]
         return kind == "budget", int(number), flops is not None
 
-    return sorted({name for row in rows for name in row if name and EXIT_COLUMN.fullmatch(name)}, key=place)
+    return sorted(filter(EXIT_COLUMN.fullmatch, frame.columns), key=rank)
 
 
-def read_results(folder: Path) -> dict[str, Row]:
-    """All rows of a folder's CSV files, by key; none if the folder is not there.
+def read_results(folder: Path) -> pd.DataFrame:
+    """Read all results files of a folder.
+
+    Returns:
+        One row per run, indexed by key. Values are text, exactly as in the files, and empty where a column does not
+        apply. No rows if there are no files.
 
     Raises:
-        UserError: If a file is damaged; it names the line.
+        UserError: If a file is damaged.
     """
-    csv.field_size_limit(_LONGEST)
-    rows: dict[str, Row] = {}
-    for path in sorted(folder.glob("*.csv")):
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                table = csv.DictReader(file)
-                if "key" not in (table.fieldnames or ()):
-                    continue  # the metrics.csv of a run, say
-                rows |= {row["key"]: row for row in (_checked(row, path, table.line_num) for row in table)}
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is no CSV file of results: {error}") from error
-    return rows
+    frames = [frame for path in sorted(folder.glob("*.csv")) if (frame := _read(path)) is not None]
+    merged = pd.concat(frames).fillna("") if frames else pd.DataFrame(columns=list(COLUMNS), dtype=str)
+    merged = merged.set_index("key", drop=False).rename_axis(None)
+    return merged[~merged.index.duplicated(keep="last")]
 
 
-def _checked(row: dict[Any, Any], path: Path, line: int) -> Row:
-    """A row with every column in it, and numbers where there must be some (NaN for a run that diverged)."""
-    if lacking := [name for name in COLUMNS if row.get(name) is None]:
-        raise UserError(f"{path}, line {line}: no {lacking[0]}; these are no results of benchmark, or they are damaged")
-    for name in (*_NUMBERS, *(name for name in exit_columns([row]) if row[name])):
-        try:
-            float(row[name])
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: {name} is {row[name]!r}, and must be a number") from error
-    if not row["seed"].lstrip("-").isdecimal():
-        raise UserError(f"{path}, line {line}: seed is {row['seed']!r}, and must be a whole number")
-    if row["metric"] not in ("accuracy", "rmse"):
-        raise UserError(f"{path}, line {line}: metric is {row['metric']!r}, and must be accuracy or rmse")
-    return row
+def _read(path: Path) -> pd.DataFrame | None:
+    """Read one file; None if it is another kind of CSV file, such as the metrics.csv of a run."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # of decoding or parsing
+        raise UserError(f"{path}: expected a results file of `benchmark`, in UTF-8: {error}") from error
+    if "key" not in frame:
+        return None
+    frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame if name not in COLUMNS)])
+    for column in COLUMNS:
+        has_value = frame[column].notna() & (frame[column].ne("") | (column == "commit"))
+        _require(path, column, has_value, frame, "a value")
+    for column in (*_NUMBERS, *exit_columns(frame)):
+        values = frame[column].str.lower()
+        is_number = pd.to_numeric(values, errors="coerce").notna() | (values == "nan")
+        _require(path, column, is_number | ((values == "") & (column not in _NUMBERS)), frame, "a number")
+    _require(path, "seed", frame["seed"].str.fullmatch(r"-?\d+"), frame, "a whole number")
+    _require(path, "metric", frame["metric"].isin(METRICS), frame, " or ".join(METRICS))
+    return frame
 
 
-def write_results(folder: Path, rows: Iterable[Row]) -> None:
-    """Write rows, sorted, into one file a data set, each atomically; a file that would not change is left alone."""
-    by_dataset: dict[str, list[Row]] = {}
-    for row in rows:
-        by_dataset.setdefault(row["dataset"], []).append(row)
-    for dataset, own in by_dataset.items():
-        own.sort(key=lambda row: (row["method"], float(row["alpha"]), int(row["seed"]), row["key"]))
-        text = io.StringIO(newline="")
-        further = [*exit_columns(own)]
-        further += [name for name in (EVIDENCE, COVERAGE) if any(row.get(name) for row in own)]
-        table = csv.DictWriter(text, [*COLUMNS, *further], restval="", extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(own)
+def _require(path: Path, column: str, valid: pd.Series, frame: pd.DataFrame, expected: str) -> None:
+    """Raise an error for the first row that is not valid."""
+    if not valid.all():
+        row = int(valid.to_numpy(dtype=bool).argmin())
+        raise UserError(f"{path}, line {row + 2}: {column}: expected {expected}, got {frame[column][row]!r}.")
+
+
+def numeric(results: pd.DataFrame) -> pd.DataFrame:
+    """Return results with numbers in the columns of numbers; NaN where a column does not apply."""
+    counts = {name: int for name in ("seed", "rounds", "clients")}
+    floats = dict.fromkeys((*_NUMBERS, *exit_columns(results)), float)
+    return results.replace({name: {"": "nan"} for name in exit_columns(results)}).astype(counts | floats)
+
+
+def write_results(folder: Path, results: pd.DataFrame) -> None:
+    """Write sorted rows, one file per data set, each atomically; a file with the same content is not written."""
+    for dataset, group in results.groupby("dataset"):
+        rows = group.assign(alpha_=group["alpha"].astype(float), seed_=group["seed"].astype(int))
+        rows = rows.sort_values(["method", "alpha_", "seed_", "key"])
+        more = [*exit_columns(rows), EVIDENCE, COVERAGE]
+        columns = [*COLUMNS, *(name for name in more if name in rows and rows[name].fillna("").ne("").any())]
+        text = rows.to_csv(columns=columns, index=False, lineterminator="\n")
         path = folder / f"{dataset}.csv"
-        if not path.exists() or path.read_text() != text.getvalue():
-            with atomic_file(path) as file:
-                file.write(text.getvalue().encode())
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)

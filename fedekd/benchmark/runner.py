@@ -1,4 +1,4 @@
-"""Runs a grid on several processes, keeps every finished cell, and repeats none."""
+"""Run a grid in several processes; finished cells are kept and never repeated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
+
+import pandas as pd
 
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, read_results, write_results
@@ -19,22 +21,22 @@ CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
 
 
 class GridObserver(Protocol):
-    """Is told how a grid goes."""
+    """Receives the progress of a grid."""
 
     def started(self, total: int, done: int) -> None:
-        """So many cells there are, and so many are finished already."""
+        """Called once with the number of cells and the number that are already finished."""
         ...
 
     def cell_started(self, cell: Cell) -> None:
-        """A process takes a cell up."""
+        """Called when a process starts a cell."""
         ...
 
     def cell_finished(self, cell: Cell, row: Row) -> None:
-        """A cell is in the results."""
+        """Called when the row of a cell is in the results."""
         ...
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
-        """A cell has no result; the others go on."""
+        """Called when a cell failed; the other cells continue."""
         ...
 
 
@@ -49,38 +51,38 @@ def run_grid(
 ) -> list[tuple[Cell, str]]:
     """Run the cells that have no row in `results` yet.
 
-    The first cell of a group trains Local for all of it; the others of the group wait for it and then read.
+    The first cell of a group trains the local baseline; the other cells of the group wait for it and reuse it.
 
     Args:
         grid: The cells.
-        output: Folder of the runs; a cell that was stopped goes on from its checkpoint.
+        output: Folder of the runs; an interrupted cell resumes from its checkpoint.
         results: Folder of the CSV files; rewritten after every finished cell.
-        processes: How many run side by side.
-        trainer: The trainer's options for all of them.
-        observer: Is told how it goes.
-        run: Runs one cell.
+        processes: Number of cells that run in parallel.
+        trainer: Trainer options of all cells.
+        observer: Receives the progress.
+        run: Function that runs one cell.
 
     Returns:
-        The cells that failed, with the reason.
+        The failed cells with the reasons.
     """
     rows = read_results(results)
-    waiting = [cell for cell in grid if cell.key not in rows]
+    waiting = [cell for cell in grid if cell.key not in rows.index]
     observer.started(len(grid), len(grid) - len(waiting))
     failures: list[tuple[Cell, str]] = []
     running: dict[Future[Row], Cell] = {}
-    led: set[str] = set()  # groups whose Local is trained
-    suspects: list[Cell] = []  # cells that were running when a process died; each is tried again alone
+    with_baseline: set[str] = set()  # groups whose local baseline is trained
+    suspects: list[Cell] = []  # cells that were running when a process died; retried one at a time
     commit = current_commit()
     pool = _pool(processes)
     try:
         while waiting or suspects or running:
-            busy = {cell.group for cell in running.values()} - led
+            busy = {cell.group for cell in running.values()} - with_baseline
             for cell in suspects[:1] or list(waiting):
                 if len(running) == (1 if suspects else processes):
                     break
                 if cell.group in busy:
                     continue
-                busy |= {cell.group} - led
+                busy |= {cell.group} - with_baseline
                 (suspects or waiting).remove(cell)
                 observer.cell_started(cell)
                 arguments = (cell, output / cell.key, trainer, output / "local", commit)
@@ -97,12 +99,12 @@ def run_grid(
                     failures.append((cell, " ".join(f"{type(error).__name__}: {error}".split())))
                     observer.cell_failed(*failures[-1])
                 else:
-                    led.add(cell.group)
-                    rows[cell.key] = row
-                    write_results(results, rows.values())
+                    with_baseline.add(cell.group)
+                    rows = pd.concat([rows, pd.DataFrame([row], index=[cell.key])]).fillna("")
+                    write_results(results, rows)
                     observer.cell_finished(cell, row)
             if lost:
-                # All that ran in the pool went down with one process: alone, each shows whether it is to blame.
+                # One dead process breaks the whole pool; run one at a time, the cell at fault shows itself.
                 lost += running.values()
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -115,11 +117,11 @@ def run_grid(
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-    pool.shutdown()  # in peace: a pool that is left to the end of the program complains there
+    pool.shutdown()  # explicitly, to avoid warnings at interpreter exit
     return failures
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    # Forked processes cannot use CUDA, nor the parent's thread pools.
+    # Forked processes can use neither CUDA nor the parent's thread pools.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, mp_context=context, initializer=die_with_parent)

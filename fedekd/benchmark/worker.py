@@ -1,4 +1,4 @@
-"""What a process of the benchmark does: one federation after another, with data loaded once."""
+"""Run one cell of a grid in a worker process; images are cached between cells."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedekd.early_exit.guarantee_coverage import federation_coverage
 from fedekd.federation import Orchestrator, Sequential, SilentObserver
 
 
-@lru_cache(maxsize=1)  # cells come sorted by data set: the next one is needed only when this one is done with
+@lru_cache(maxsize=1)  # cells are sorted by data set
 def _images(name: str, root: str, task: Any, num_classes: int | None, download: bool) -> ImageData:
     return load_images(name, root, task, num_classes, download)
 
 
 def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
-    """Where a row comes from."""
+    """Return the columns that record how a row was computed."""
     on_cuda = trainer["accelerator"] == "cuda"
     return {
         "commit": commit,
@@ -38,14 +38,14 @@ def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
 
 
 def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir: Path, commit: str) -> Row:
-    """Run one federation, or go on with it, and give its row.
+    """Run or resume one federated run and return its row of results.
 
     Args:
-        cell: Which.
-        folder: The run's folder; its checkpoints are removed when it is finished.
-        trainer: Replaces the trainer's options of the configuration.
-        baseline_dir: Where Local's references are shared.
-        commit: Of the code.
+        cell: The cell.
+        folder: The run's folder; its checkpoints are removed when the run is finished.
+        trainer: Options that replace those of the configuration.
+        baseline_dir: Shared folder of local baselines.
+        commit: Commit of the code.
     """
     summary_path = folder / "summary.json"
     parser = federation_parser()
@@ -57,14 +57,13 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
     config = parse(parser, ["--config", str(request)])
 
     def parts() -> dict[str, Any]:
-        found = build_parts(parser, config)
-        data = found["data"]
+        built = build_parts(parser, config)
+        data = built["data"]
         data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
-        return found
+        return built
 
-    def orchestrator(**others: Any) -> Orchestrator:
-        built = parts() | others
-        return Orchestrator(**built, output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
+    def orchestrator(**replaced: Any) -> Orchestrator:
+        return Orchestrator(**(parts() | replaced), output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
 
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
     coverage = _coverage(cell, folder / "coverage.json", orchestrator)
@@ -75,12 +74,12 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
 
 
 def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
-    """Check the exit guarantees of the cell, if requested; the result is stored in a file, as the summary is."""
+    """Calibrate the exits of all clients, if the cell asks for it; the result is kept in a file."""
     if cell.coverage is None:
         return None
     if not path.exists():
-        found = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
+        results = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
         with atomic_file(path) as file:
-            file.write(json.dumps([result.as_values() for result in found], indent=1).encode())
+            file.write(json.dumps([result.as_values() for result in results], indent=1).encode())
     values: list[dict[str, Any]] = json.loads(path.read_text())
     return values

@@ -14,8 +14,7 @@ import fedekd
 from fedekd.cli.calibrate import select_clients
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import federation_parser, parse
-from fedekd.early_exit.report.exit_report import ReportOptions, make_exit_report
-from fedekd.early_exit.report.page import finding, write_exit_report
+from fedekd.early_exit.report.exit_report import ExitReport, ReportOptions, make_exit_report
 from fedekd.methods import Client
 from fedekd.reporting.pages import current_commit
 
@@ -31,18 +30,14 @@ def has_exits(folder: Path) -> bool:
     return config.client.exits is not None or getattr(import_module(module), name).exits is not None
 
 
-def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> int:
-    """Write the early-exit report of a run.
+def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
+    """Calibrate the exits of a run and compare it with other runs.
 
-    The first run is compared with its local baseline, if stored, and with the other runs.
+    The first run is also compared with its local baseline, if it is stored.
 
     Args:
         folders: Run folders, at least 1.
-        output: Folder of the report.
         config: Options `client` and `draws`.
-
-    Returns:
-        Exit code 0.
 
     Raises:
         UserError: A run is not finished, has no exits or has other images.
@@ -63,12 +58,7 @@ def report_exits(folders: Sequence[Path], output: Path, config: Namespace) -> in
         "precision": "float32",
     }
     with Console(stderr=True).status("") as status:
-        report = make_exit_report(clients, options, provenance, lambda step: status.update(f"{step} ..."))
-    write_exit_report(report, output)
-    console = Console()
-    for line in (finding(report), f"written to {output / 'index.html'}, with Markdown, CSV and PNG files"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    return 0
+        return make_exit_report(clients, options, provenance, lambda step: status.update(f"{step} ..."))
 
 
 def _clients(folder: Path, number: int, with_baseline: bool) -> dict[str, Client]:

@@ -1,52 +1,52 @@
-"""`report`: hold results against the paper, or show what the early exits of a run are worth."""
+"""`report`: write one page about finished runs, or about the results of a grid."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
-from fedekd.atomic import atomic_file
-from fedekd.benchmark.collect import measured_in
-from fedekd.benchmark.fill import fill
-from fedekd.benchmark.measured import Measured
-from fedekd.benchmark.report import make_report
-from fedekd.benchmark.report_files import write_report
-from fedekd.cli.exit_report import has_exits, report_exits
-from fedekd.configuration.options import parse
+from fedekd.benchmark.grid import decisive_options
+from fedekd.benchmark.grid_report import grid_sections
+from fedekd.benchmark.results import read_results
+from fedekd.cli.exit_report import exit_report, has_exits
+from fedekd.configuration.options import as_values, federation_parser, parse
+from fedekd.early_exit.report.page import exit_sections, finding
 from fedekd.errors import UserError
+from fedekd.reporting import read_metrics_csv
+from fedekd.reporting.document import Section, write_document
+from fedekd.reporting.run_report import Run, run_sections
+
+#: A report has figures and clients of at most this number of runs.
+MAX_RUNS = 20
 
 
 def report_parser() -> ArgumentParser:
-    """The parser of `report`."""
+    """Build the parser of `report`."""
     parser = ArgumentParser(
         prog="orchestrator.py report",
         usage="%(prog)s RUNS [RUNS ...] [OPTIONS]",
-        description="Hold results against the paper: Tables 1-10 and Figures 2-4 as HTML, Markdown, CSV and PNG;"
-        " or, of a run whose network has exits, what leaving early saves and what is promised of it.",
+        description="Write one page (HTML and Markdown, with CSV and PNG files) about finished runs: settings,"
+        " clients, scores, Delta, rounds, and the commands that repeat them. For a run whose network has exits, the"
+        " page also has the calibrated exits. For the results of `benchmark`, it has the methods over seeds.",
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument(
-        "runs", type=str, nargs="*", help="Folders of results: of `benchmark`, of its CSV files, or of runs of `fit`."
-    )
-    parser.add_argument("--output", type=str | None, default=None, help="The report's folder (default: RUNS/report).")
-    parser.add_argument(
-        "--fill", type=str | None, default=None, help="A Markdown file whose marked places get the tables instead."
-    )
+    parser.add_argument("runs", type=str, nargs="*", help="Folders of runs of `fit`, or of `benchmark`.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder of the report (default: RUNS/report).")
     parser.add_argument(
         "--exits",
         type=bool | None,
         default=None,
-        help="Whether to tell of a run's early exits, beside further runs on the same data (default: if it has any).",
+        help="Calibrate the exits of the first run and compare them with those of the other runs, which must have the"
+        " same data (default: if the first run has exits).",
     )
-    parser.add_argument("--client", type=int, default=0, help="Of early exits: whose network (default: 0).")
-    parser.add_argument(
-        "--draws", type=int, default=200, help="Of early exits: calibrations of each rule (default: 200)."
-    )
-    parser.add_argument("--root", type=str, default="data", help="Folder of the data files, for Table 3.")
+    parser.add_argument("--client", type=int, default=0, help="Client whose exits are calibrated (default: 0).")
+    parser.add_argument("--draws", type=int, default=200, help="Number of calibrations per mode (default: 200).")
     return parser
 
 
@@ -54,39 +54,72 @@ def run(argv: Sequence[str]) -> int:
     """Run `report`; the exit code is 0."""
     config = parse(report_parser(), argv)
     if not config.runs:
-        raise UserError("report needs a folder of results, as in: report runs/quick")
+        raise UserError("report: expected the folder of a run, as in: report runs/digits-fedekd-001")
     folders = [Path(name) for name in config.runs]
-    if not config.fill and (config.exits if config.exits is not None else has_exits(folders[0])):
-        return report_exits(folders, Path(config.output) if config.output else folders[0] / "report", config)
-    measured = measured_in(folders)
-    console = Console()
-    for name in measured.apart:
-        told = f"{name}: runs with other options than the paper's grid stand apart"
-        console.print(told, highlight=False, soft_wrap=True)
-    if config.fill:
-        _fill(Path(config.fill), measured, folders)
-        return 0
-    report = make_report(measured, config.root, config.runs)
+    results, run_folders = _find(folders)
+    if len(run_folders) > MAX_RUNS:
+        raise UserError(f"report: expected at most {MAX_RUNS} runs, got {len(run_folders)}. Name some of them.")
     output = Path(config.output) if config.output else folders[0] / "report"
-    write_report(report, output)
-    for line in (
-        report.verdict_sentence,
-        f"written to {output / 'index.html'}, and as Markdown, CSV and PNG beside it",
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    sections: list[Section] = [] if results.empty else grid_sections(results)
+    if run_folders:
+        sections += run_sections([_read_run(folder) for folder in run_folders])
+    text = []
+    if config.exits or (config.exits is None and has_exits(folders[0])):
+        report = exit_report(folders, config)
+        sections += exit_sections(report)
+        text.append(finding(report))
+    write_document(f"Report: {', '.join(config.runs)}", text, sections, output)
+    for line in (*text, f"Report: {output / 'index.html'}"):
+        print(line)
     return 0
 
 
-def _fill(path: Path, measured: Measured, folders: Sequence[Path]) -> None:
-    """Rewrite a Markdown file with its marked places filled."""
-    if not path.is_file():
-        raise UserError(f"--fill {path}: there is no such file")
+def _find(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path]]:
+    """Return the results of grids, and the folders of finished runs that are not part of them.
+
+    Raises:
+        UserError: If a folder does not exist, or has neither results nor a finished run.
+    """
+    frames, runs = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"report: expected the folder of a run, got {folder}, which does not exist.")
+        results = pd.concat([read_results(folder), read_results(folder / "results")])
+        # The runs of a grid are in folders named by their keys, and their rows are in its results.
+        below = [path.parent for path in sorted(folder.rglob("summary.json")) if path.parent.name not in results.index]
+        below = [path for path in below if (path / "config.yaml").is_file()]
+        if results.empty and not below:
+            raise UserError(
+                f"report: expected a finished run or results of `benchmark`, got {folder}, which has neither."
+                f" Continue an unfinished run with: fit --resume {shlex.quote(str(folder))}"
+            )
+        frames.append(results)
+        runs += below
+    merged = pd.concat(frames).fillna("")
+    return merged[~merged.index.duplicated()], list(dict.fromkeys(runs))
+
+
+def _read_run(folder: Path) -> Run:
+    """Read the files of a finished run.
+
+    Raises:
+        UserError: If one of them is damaged.
+    """
+    parser = federation_parser()
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--fill {path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    filled = fill(text, measured, folders)
-    if filled != text:
-        with atomic_file(path) as file:
-            file.write(filled.encode())
-    print(f"{path}: {'filled anew' if filled != text else 'nothing to change'}")
+        values = as_values(parser, parse(parser, ["--config", str(folder / "config.yaml")]))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        history = read_metrics_csv(folder / "metrics.csv")
+        settings = {name.replace(".init_args", ""): value for name, value in decisive_options(values, parser).items()}
+        partition = values["data"].get("partition") or "Dirichlet"
+        name = shlex.quote(str(folder))
+        return Run(
+            name=str(folder),
+            command=f"fedekd fit --config {name}/config.yaml --output {name}-repeat",
+            settings=settings,
+            partition=partition if partition == "iid" else f"{partition}, alpha {summary['alpha']:g}",
+            summary=summary,
+            history=history,
+        )
+    except (UserError, ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"report: the run in {folder} is damaged: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
@@ -58,11 +57,6 @@ def markdown_cell(text: object) -> str:
         a\|&lt;b>
     """
     return str(text).replace("|", r"\|").replace("<", "&lt;")
-
-
-def embedded(pictures: Mapping[str, Path]) -> dict[str, str]:
-    """Pictures as text in base 64, by name: a page that holds them loads nothing, and can be sent and kept."""
-    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
 
 
 def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:

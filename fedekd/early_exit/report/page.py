@@ -1,9 +1,9 @@
-"""Rendering of an early-exit report as HTML, Markdown, CSV and PNG files."""
+"""Sections of a report on early exits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
@@ -11,8 +11,7 @@ import pandas as pd
 from fedekd.early_exit.report import figures
 from fedekd.early_exit.report.exit_report import ExitReport
 from fedekd.early_exit.report.tables import report_tables
-from fedekd.reporting.figures import save
-from fedekd.reporting.pages import embedded, environment, write_text
+from fedekd.reporting.document import Picture, Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ class ReportFigure(NamedTuple):
 
     Attributes:
         name: Name of the PNG file without suffix.
-        table: Name of the table below the figure.
+        table: Name of the table next to the figure.
         caption: Caption and alternative text.
         plot: Function that draws it.
     """
@@ -62,36 +61,35 @@ _FIGURES = (
 )
 
 
-def write_exit_report(report: ExitReport, folder: Path) -> list[Path]:
-    """Write a report and replace an older one in the same folder.
+def exit_sections(report: ExitReport) -> list[Section]:
+    """Return the sections of a report: one per table, and the provenance.
 
     Args:
         report: The report.
-        folder: Folder to write to; it is created.
-
-    Returns:
-        Paths of the files: index.html, report.md, tables/*.csv, figures/*.png.
     """
-    tables = report_tables(report)
-    names = {table.name for table in tables}
-    shown = [figure for figure in _FIGURES if figure.table in names]
-    pictures = {figure.name: folder / "figures" / f"{figure.name}.png" for figure in shown}
-    for figure in shown:
-        pictures[figure.name].parent.mkdir(parents=True, exist_ok=True)
-        save(figure.plot(report), pictures[figure.name])
-    frames = {table.name: table.frame for table in tables}
-    frames["provenance"] = pd.DataFrame(report.provenance.items(), columns=["name", "value"])
-    texts = {
-        folder / "tables" / f"{name}.csv": frame.to_csv(index=False, lineterminator="\n")
-        for name, frame in frames.items()
-    }
-    shared = {"report": report, "tables": tables, "figures": shown, "finding": finding(report)}
-    templates = environment("fedekd.early_exit")
-    texts[folder / "report.md"] = templates.get_template("exits.md").render(**shared)
-    texts[folder / "index.html"] = templates.get_template("exits.html").render(**shared, pictures=embedded(pictures))
-    for path, text in texts.items():
-        write_text(path, text.rstrip() + "\n")
-    return [*pictures.values(), *texts]
+    first, *others = report.networks
+    compared = f", compared with {', '.join(network.name for network in others)}" if others else ""
+    text = (
+        f"Client {report.client} of {first.name}{compared}: a network with {first.network.num_exits} exits and"
+        f" {first.costs.full:,} FLOPs per image without early exits."
+    )
+    sections = [
+        Section(
+            name=table.name,
+            title=table.title,
+            text=[table.description],
+            tables={"": table.printed()},
+            pictures=[Picture(one.name, one.caption, one.plot(report)) for one in _FIGURES if one.table == table.name],
+            data={table.name: table.frame},
+        )
+        for table in report_tables(report)
+    ]
+    provenance = pd.DataFrame(report.provenance.items(), columns=["name", "value"])
+    sections[0] = replace(sections[0], text=[text, *sections[0].text])
+    return [
+        *sections,
+        Section("exit-provenance", "Provenance of the exits", tables={"": provenance}, data={"provenance": provenance}),
+    ]
 
 
 def finding(report: ExitReport) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,21 +41,17 @@ class ReportTable:
     description: str
     frame: pd.DataFrame
 
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.frame.columns)
+    def printed(self) -> pd.DataFrame:
+        """Return the values as text."""
+        return pd.DataFrame(
+            {name: [_text(name, value) for value in column] for name, column in self.frame.astype(object).items()}
+        )
 
-    def rows(self) -> Iterator[list[tuple[str, float | None]]]:
-        """Iterate over rows of cells: formatted text, and the number to sort by, if any."""
-        for values in self.frame.astype(object).itertuples(index=False, name=None):
-            yield [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
 
-    def _cell(self, column: str, value: Any) -> tuple[str, float | None]:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "", None
-        style = _FORMATS.get(column, ".4g" if isinstance(value, float) else "")
-        return format(value, style), value if isinstance(value, int | float) else None
+def _text(column: object, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return format(value, _FORMATS.get(str(column), ".4g" if isinstance(value, float) else ""))
 
 
 def report_tables(report: ExitReport) -> list[ReportTable]:

@@ -1,4 +1,6 @@
-// A column's name becomes a button that sorts by it: numbers by value, words by name, empty cells last.
+// Column heads become buttons that sort the table: by number if every non-empty cell begins with one, else by text.
+const text = (cell) => cell.dataset.value ?? (cell.querySelector("span") ?? cell).textContent.trim();
+const number = (value) => parseFloat(value.replace("\u2212", "-").replaceAll(",", ""));
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -12,13 +14,13 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", direction);
       const sign = direction === "ascending" ? 1 : -1;
-      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
       const rows = [...table.tBodies[0].rows];
-      const numbers = rows.every((row) => row.cells[column].dataset.value !== undefined);
+      const value = (row) => text(row.cells[column]);
+      const numeric = rows.every((row) => value(row) === "" || !isNaN(number(value(row))));
       const compare = (a, b) => {
         const [x, y] = [value(a), value(b)];
-        if (x === "" || y === "") return (x === "") - (y === "");
-        return sign * (numbers ? x - y : x.localeCompare(y));
+        if (x === "" || y === "") return (x === "") - (y === ""); // empty cells last
+        return sign * (numeric ? number(x) - number(y) : x.localeCompare(y));
       };
       table.tBodies[0].append(...rows.sort(compare));
     });

@@ -1,0 +1,1 @@
+"""Experiments on published papers; not part of the package."""

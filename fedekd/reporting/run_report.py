@@ -1,0 +1,143 @@
+"""Report of finished runs: settings, clients, Delta, rounds, and the command that repeats each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fedekd.metrics import METRICS
+from fedekd.reporting.document import Picture, Section
+from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
+from fedekd.reporting.rows import Row, Summary, tail_name
+
+#: Settings with a column of their own, or without meaning in a comparison of runs.
+_SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: Folder, as printed.
+        command: Command that repeats the run.
+        settings: Options that differ from their defaults, by dotted name.
+        partition: How clients were made from the data.
+        summary: Content of `summary.json`.
+        history: Rows of `metrics.csv`.
+    """
+
+    name: str
+    command: str
+    settings: Mapping[str, Any]
+    partition: str
+    summary: Summary
+    history: Sequence[Row]
+
+
+def run_sections(runs: Sequence[Run]) -> list[Section]:
+    """Return the sections of a report of runs: a table of all runs, a section per run, and the commands.
+
+    Args:
+        runs: At least one run.
+    """
+    return [
+        Section("runs", "Runs", tables={"": run_table(runs)}, data={"runs": run_table(runs)}),
+        *(_run_section(f"run{index}", run) for index, run in enumerate(runs, start=1)),
+        Section("repeat", "Repeat the runs", code=[run.command for run in runs]),
+    ]
+
+
+def run_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return one row per run: method, data, settings that differ between the runs, scores and Delta."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in _SHOWN)
+    differing = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+    rows = []
+    for run in runs:
+        summary, metric = run.summary, METRICS[run.summary["metric"]]
+        delta = summary["delta"]
+        row = {"run": run.name, "method": summary["method"], "data": summary["dataset"], "partition": run.partition}
+        row |= {"clients": len(summary["clients"]), "rounds": summary["rounds"], "seed": summary["seed"]}
+        row |= {f"mean {metric.title}": metric.text(summary["mean"]), "local": metric.text(summary["local_mean"])}
+        row |= {f"Delta {name}": metric.difference_text(delta[name]) for name in ("avg", "worst", tail_name(delta))}
+        if differing:
+            own = (f"{name} {run.settings[name]}" for name in differing if name in run.settings)
+            row["settings that differ"] = ", ".join(own) or "defaults"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def client_table(summary: Summary) -> pd.DataFrame:
+    """Return one row per client of a run: site, classes, samples, scores, Delta, and the deployed model if it differs.
+
+    Args:
+        summary: Content of `summary.json`.
+    """
+    metric = METRICS[summary["metric"]]
+    labels = summary.get("class_names")
+    rows = []
+    for client in summary["clients"]:
+        classes = [labels[label] if labels else str(label) for label in client["classes"]]
+        row = {"client": client.get("site", client["client"]), "classes": ", ".join(classes)}
+        row |= {"train": client["train"], "test": client["test"]}
+        row |= {"local": metric.text(client["local"]), metric.title: metric.text(client["score"])}
+        row["Delta"] = metric.difference_text(client["delta"])
+        if "deployed" in summary:
+            p_value = client.get("p_value")
+            row |= {"deployed": client.get("deployed", "local"), "holdout": client.get("samples", 0)}
+            row["p"] = "" if p_value is None else f"{p_value:.2g}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _run_section(name: str, run: Run) -> Section:
+    summary, metric = run.summary, METRICS[run.summary["metric"]]
+    direction = "higher" if metric.higher_is_better else "lower"
+    delta, tail = summary["delta"], tail_name(summary["delta"])
+    sign = 1 if metric.higher_is_better else -1
+    harmed = [client for client in summary["clients"] if sign * client["delta"] < 0]
+    text = [
+        f"{metric.title[0].upper()}{metric.title[1:]}: mean {metric.text(summary['mean'])}, local baseline"
+        f" {metric.text(summary['local_mean'])} ({direction} is better). Delta: average"
+        f" {metric.difference_text(delta['avg'])}, worst client {metric.difference_text(delta['worst'])}, {tail}"
+        f" {metric.difference_text(delta[tail])}. {len(harmed)} of {len(summary['clients'])} clients are worse than"
+        f" their local baseline. Time {summary['seconds']:.0f} s, upload {summary['bytes_up'] / 1e6:.1f} MB, download"
+        f" {summary['bytes_down'] / 1e6:.1f} MB."
+    ]
+    clients = client_table(summary)
+    tables = {"Clients": clients}
+    if "deployed" in summary:
+        rule, deployed = summary["deployed"]["rule"], summary["deployed"]
+        text.append(
+            f"Do no harm (confidence {rule['confidence']:g}, margin {rule['margin']:g}): {deployed['federated']:.0%} of"
+            f" the clients deploy the federated model. With the deployed models: mean {metric.text(deployed['mean'])},"
+            f" Delta average {metric.difference_text(deployed['delta']['avg'])}, worst client"
+            f" {metric.difference_text(deployed['delta']['worst'])}."
+        )
+    for kind, caption in (
+        ("exits", "Exits: all images at one exit"),
+        ("budgets", "Budgets: early exits at a mean cost"),
+    ):
+        if summary.get(kind):
+            points = pd.DataFrame(summary[kind])
+            first = points.columns[0]
+            tables[caption] = pd.DataFrame(
+                {
+                    first: [f"{value:.0%}" if kind == "budgets" else value for value in points[first]],
+                    "FLOPs": points["cost"].map("{:.1%}".format),
+                    metric.title: points["accuracy"].map(metric.text),
+                }
+            )
+    settings = [{"setting": option, "value": value} for option, value in run.settings.items()]
+    tables["Settings that differ from their defaults"] = pd.DataFrame(settings)
+    pictures = [
+        Picture(f"{name}-delta", f"{run.name}: Delta per client.", delta_per_client(summary)),
+        Picture(f"{name}-rounds", f"{run.name}: {metric.title} per round.", score_per_round(run.history, summary)),
+    ]
+    if (gate := gate_weights(run.history)) is not None:
+        pictures.append(Picture(f"{name}-gate", f"{run.name}: trust weight of the gate per round.", gate))
+    title = f"{summary['method']} on {summary['dataset']} ({run.name})"
+    return Section(name, title, text, tables=tables, pictures=pictures, data={f"{name}-clients": clients})

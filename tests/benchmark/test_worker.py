@@ -1,0 +1,109 @@
+"""One cell of a grid in a worker: its row, its coverage, and what happens when it is repeated or was killed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedekd.benchmark import Block, Cell, cells, worker
+from fedekd.benchmark.results import COVERAGE, Row
+from fedekd.benchmark.worker import run_cell
+from fedekd.early_exit.guarantee_coverage import CoverageOptions
+from fedekd.federation import Orchestrator, RunFolder
+
+METHOD = {"FedeKD": {"class_path": "FedeKD"}}
+OPTIONS = CoverageOptions(target_risks=[0.1, 0.3], confidence=0.8, modes=["ltt", "empirical"], draws=5)
+SMALL = {
+    **{"client.exits": 3, "client.local_epochs": 3, "data.num_clients": 3, "data.batch_size": 32, "rounds": 1},
+    "client.private_model": {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.25}},
+}
+TRAINER = {"accelerator": "cpu", "precision": "32-true", "threads": 1}
+
+
+def small_cell() -> Cell:
+    return cells([Block(["digits"], [2.0], [1], METHOD, SMALL, coverage=OPTIONS)])[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Row, list[Any]]:
+    """Return the folder of a finished cell, its row, and the arguments of its calibrations."""
+    folder = tmp_path_factory.mktemp("finished")
+    calls = []
+    real = worker.federation_coverage
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw", lambda *arguments: None)
+        patch.setattr(worker, "federation_coverage", spy)
+        row = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
+    return folder, row, calls
+
+
+def fail(*arguments: Any) -> Any:
+    raise AssertionError("called twice")
+
+
+def test_run_cell_with_coverage_keeps_it_and_no_checkpoints(finished: tuple[Path, Row, list[Any]]) -> None:
+    folder, row, [(clients, options, seed)] = finished
+    assert (len(clients), options, seed) == (3, OPTIONS, 1)
+    kept = json.loads((folder / "run/coverage.json").read_text())
+    assert json.loads(row[COVERAGE]) == kept
+    assert [(entry["target_risk"], entry["mode"], entry["draws"]) for entry in kept] == [
+        *((0.1, "ltt", 5), (0.1, "empirical", 5), (0.3, "ltt", 5), (0.3, "empirical", 5)),
+    ]
+    accuracies = [client["report"]["full_accuracy"] for client in kept[0]["clients"]]
+    # Also in float32 and on the same images: the clients are those after the last round.
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert accuracies == pytest.approx([client["score"] for client in summary["clients"]], abs=1e-6)
+    assert sum(client["violations"] for entry in kept for client in entry["clients"]) > 0
+    assert (folder / "run/summary.json").is_file()
+    assert not (folder / "run/checkpoints").exists()
+    assert row["key"] == small_cell().key
+
+
+def test_run_cell_finished_is_not_repeated(
+    finished: tuple[Path, Row, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, row, _ = finished
+    for name in ("run", "load_clients"):
+        monkeypatch.setattr(Orchestrator, name, fail)
+    monkeypatch.setattr(worker, "federation_coverage", fail)
+    again = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
+    assert {**again, "seconds": ""} == {**row, "seconds": ""}
+    # A cell without coverage options gets no such column.
+    plain = run_cell(replace(small_cell(), coverage=None), folder / "run", TRAINER, folder / "local", "abc")
+    assert {**plain, "seconds": "", COVERAGE: row[COVERAGE]} == {**row, "seconds": ""}
+    assert COVERAGE not in plain
+
+
+@pytest.mark.slow
+def test_run_cell_killed_before_calibration_ends_with_the_same_row(
+    finished: tuple[Path, Row, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, row, _ = finished
+    monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
+    real = worker.federation_coverage
+
+    def kill(*arguments: Any) -> Any:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "federation_coverage", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
+    assert (tmp_path / "run/summary.json").is_file()
+    assert (tmp_path / "run/checkpoints").is_dir()
+    assert not (tmp_path / "run/coverage.json").exists()
+    monkeypatch.setattr(worker, "federation_coverage", real)
+    monkeypatch.setattr(Orchestrator, "run", fail)
+    late = run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
+    assert late[COVERAGE] == row[COVERAGE]
+    assert {**late, "seconds": ""} == {**row, "seconds": ""}
+    assert not (tmp_path / "run/checkpoints").exists()
