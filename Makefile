@@ -1,4 +1,4 @@
-# Everything a newcomer needs; each target makes .venv and installs by itself.
+# Common tasks. Each target creates .venv and installs the package first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,35 +12,40 @@ INSTALLED := $(VENV)/.installed
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-# Made again when pyproject.toml changes. The torch and torchvision of one index belong together: both are plain.
+# Reinstalled when pyproject.toml changes. torch and torchvision must come from the same index.
 $(INSTALLED): pyproject.toml
-	@echo "Installing into $(VENV) (the first time takes some minutes: torch with CUDA is 6 GB unpacked)"
+	@echo "Installing into $(VENV) (a few minutes the first time: torch with CUDA needs 6 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(BIN)/python -c 'import lightning, torchvision, fedekd'
 	touch $@
 
-## install: make .venv and install the package with its development tools
+## install: create .venv and install the package with its development tools
 .PHONY: install
 install: $(INSTALLED)
 
-## fit: run FedeKD on the digits, from nothing to figures (options: ARGS="--seed 1")
+## fit: train FedeKD on digits, with figures (options: ARGS="--seed 1")
 .PHONY: fit
 fit: $(INSTALLED)
 	$(BIN)/python orchestrator.py fit --config digits.yaml $(ARGS)
 
-## benchmark: run the quick grid on the digits, and hold it against the paper (options: ARGS="--processes 2")
+## benchmark: run a small grid of methods on digits, and write a report of it (options: ARGS="--processes 2")
 .PHONY: benchmark
 benchmark: $(INSTALLED)
 	$(BIN)/python orchestrator.py benchmark --config benchmark/quick.yaml $(ARGS)
 	$(BIN)/python orchestrator.py report runs/quick
 
-## tables: make the tables in README.md again from results/
+## paper-report: compare results/ with the published tables of the paper (options: ARGS="--root data")
+.PHONY: paper-report
+paper-report: $(INSTALLED)
+	$(BIN)/python -m experiments.fedekd_paper $(ARGS)
+
+## tables: render the pages in docs/results/ from results/
 .PHONY: tables
 tables: $(INSTALLED)
-	$(BIN)/python orchestrator.py report results --fill README.md
+	$(BIN)/python docs/render_results.py
 
-## bench: time fedekd beside a bare loop and a plain script, as ratios (options: ARGS="--only phases")
+## bench: compare the speed of fedekd with a bare loop and a typical script (options: ARGS="--only phases")
 .PHONY: bench
 bench: $(INSTALLED)
 	$(BIN)/python -m perf $(ARGS)
@@ -53,7 +58,7 @@ PYTHON_GPU ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 	$(PYTHON_GPU) -m perf.gpu $(ARGS)
 
-# Ray and Flower are large and not everybody's: without them their tests are skipped, and say so.
+# Ray and Flower are large and optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower]'
@@ -63,7 +68,7 @@ $(EXTRAS): $(INSTALLED)
 .PHONY: extras
 extras: $(EXTRAS)
 
-## bench-clients: 200 clients in one process, under Ray and by Flower's simulation (options: ARGS="--clients 50")
+## bench-clients: compare engines with 200 clients: one process, Ray, Flower (options: ARGS="--clients 50")
 .PHONY: bench-clients
 bench-clients: $(EXTRAS)
 	$(BIN)/python -m perf.clients $(ARGS)
@@ -74,12 +79,17 @@ sites: $(EXTRAS)
 	rm -rf runs/sites
 	$(BIN)/python -m examples.flower_deployment.rehearsal $(ARGS)
 
-## test: run all tests and the coverage of fedekd/ (options: ARGS="-m 'not slow'")
+## test: run the fast tests, in under 4 minutes on two cores (options: ARGS="-k metrics")
 .PHONY: test
 test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --doctest-modules tests fedekd experiments $(ARGS)
+
+## test-all: run all tests and the notebooks, with the coverage of fedekd/ (options: ARGS="-k metrics")
+.PHONY: test-all
+test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
-## test-extras: run the tests of Ray and of Flower, which make test skips where they are not installed
+## test-extras: run the tests of Ray and Flower
 .PHONY: test-extras
 test-extras: $(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower" tests $(ARGS)
@@ -91,7 +101,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## format: put the sources in order
+## format: format the sources
 .PHONY: format
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -107,7 +117,7 @@ notebooks: $(INSTALLED)
 wheel: $(INSTALLED)
 	$(BIN)/python -m build
 
-## clean: remove what was built and cached, but no run and no data
+## clean: remove build and cache files; keep runs and data
 .PHONY: clean
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
