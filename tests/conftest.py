@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from fedekd.federation import RunFolder
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: the collections at the end of each round need not walk it."""
+    """Freeze imported objects: collections at the end of each round skip them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Extension modules complain at exit of what is still frozen."""
+    """Unfreeze: extension modules warn at exit about frozen objects."""
     gc.unfreeze()
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no figures, which takes longer than to train on a hundred images."""
+    """Let runs draw no figures, which takes longer than training on 100 images."""
     monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
 
 
 @pytest.fixture(autouse=True)
 def quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may reach the network."""
+    """Keep W&B offline: no test may use the network."""
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and tests may run side by side."""
+    """Use one thread: small tensors gain nothing from more, and tests run in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 def write_npz(path: Path, num_samples: int = 120, channels: int = 1, num_classes: int = 3, seed: int = 0) -> Path:
-    """A small data set in MedMNIST's layout whose classes can be told apart."""
+    """Write a small data set in MedMNIST's layout with separable classes."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num_samples) % num_classes
     shape = (num_samples, 8, 8) if channels == 1 else (num_samples, 8, 8, channels)
@@ -70,7 +70,7 @@ def write_npz(path: Path, num_samples: int = 120, channels: int = 1, num_classes
 
 @pytest.fixture(scope="session")
 def write_blobs() -> Callable[..., Path]:
-    """`write_npz`, for fixtures of other files."""
+    """Return `write_npz`."""
     return write_npz
 
 
@@ -97,14 +97,14 @@ _FULL, _LAST = 1, 4
 
 
 def _records(file: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a header, then frames as in LevelDB's log, cut at every 32 KiB."""
+    """Yield the records of a .wandb file: a header, then frames of LevelDB's log in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
     data = file.read_bytes()
     position, record = _FILE_HEADER, b""
     while position + _FRAME_HEADER <= len(data):
         left = _BLOCK - position % _BLOCK
-        if left < _FRAME_HEADER:  # the rest of a block that has no room for a frame's header is padding
+        if left < _FRAME_HEADER:  # padding: no room for the header of a frame
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
@@ -122,13 +122,13 @@ def _run_folders(save_dir: Path) -> list[Path]:
 
 @pytest.fixture
 def run_folders() -> Callable[[Path], list[Path]]:
-    """The offline runs below a folder."""
+    """Return a function that lists the offline runs in a folder."""
     return _run_folders
 
 
 @pytest.fixture
 def read_history() -> Callable[[Path], list[dict[str, Any]]]:
-    """The rows that one offline run holds, W&B's own names (`_step` and the like) left out."""
+    """Return a reader of the rows of an offline run, without W&B's own keys such as `_step`."""
 
     def read(folder: Path) -> list[dict[str, Any]]:
         rows = []
@@ -143,7 +143,7 @@ def read_history() -> Callable[[Path], list[dict[str, Any]]]:
 
 @pytest.fixture
 def read_records() -> Callable[[Path, str], list[Any]]:
-    """All records of one kind that one offline run holds."""
+    """Return a reader of all records of one kind in an offline run."""
 
     def read(folder: Path, kind: str) -> list[Any]:
         records = _records(next(folder.glob("*.wandb")))

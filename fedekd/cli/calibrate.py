@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
+from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.data import ImageData, load_images
@@ -37,6 +38,7 @@ def calibrate_parser() -> ArgumentParser:
         usage="%(prog)s RUN [--target_risk 0.05] [--confidence 0.9] [OPTIONS]",
         description="Calibrate the early exits of a finished run: with the given confidence, the error rate among the"
         " images that take an exit is at most the target risk at every exit. Writes RUN/exits/client-000.json etc.",
+        formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -45,31 +47,31 @@ def calibrate_parser() -> ArgumentParser:
         "--target_risk",
         type=float,
         default=0.05,
-        help="Maximum error rate among the images that take an exit, in (0, 1) (default: 0.05).",
+        help="Maximum error rate among the images that take an exit, in (0, 1).",
     )
     parser.add_argument(
         "--confidence",
         type=float,
         default=0.9,
-        help="Probability that the guarantees of all exits of a client hold, in (0, 1) (default: 0.9).",
+        help="Probability that the guarantees of all exits of a client hold, in (0, 1).",
     )
     parser.add_argument(
         "--mode",
         type=str,
         default="ltt",
-        help=f"Calibration rule: {', '.join(MODES)}; only {guaranteed} have a guarantee (default: ltt).",
+        help=f"Calibration rule: {', '.join(MODES)}; only {guaranteed} have a guarantee.",
     )
     parser.add_argument(
         "--score",
         type=str,
         default="max_softmax",
-        help=f"Confidence score: {', '.join(SCORES)} (default: max_softmax).",
+        help=f"Confidence score: {', '.join(SCORES)}.",
     )
     parser.add_argument(
         "--gamma",
         type=float,
         default=1.0,
-        help="Score agreement only: weight of the disagreement of exit and proxy, at least 0 (default: 1).",
+        help="Score agreement only: weight of the disagreement of exit and proxy, at least 0.",
     )
     parser.add_argument(
         "--client", type=int | None, default=None, help="Index of a single client (default: all clients)."

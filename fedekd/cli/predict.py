@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedekd.atomic import atomic_file
 from fedekd.cli.calibrate import select_clients
+from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.data.unlabelled import read_images
@@ -38,6 +39,7 @@ def predict_parser() -> ArgumentParser:
         prog="orchestrator.py predict",
         usage="%(prog)s RUN --input images.npz [--output predictions.csv] [--client K]",
         description="Classify images with the network of one client of a finished run.",
+        formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -49,7 +51,7 @@ def predict_parser() -> ArgumentParser:
         "--output",
         type=str,
         default="predictions.csv",
-        help="CSV file with the columns image, label, exit and score (default: predictions.csv).",
+        help="CSV file with the columns image, label, exit and score.",
     )
     parser.add_argument(
         "--client", type=int | None, default=None, help="Index of the client; optional for a run with one client."

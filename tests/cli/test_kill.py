@@ -1,4 +1,4 @@
-"""kill -9 at any moment, Ctrl-C at any moment: nothing is lost, and the numbers are those of the quiet run."""
+"""Runs stopped by SIGKILL, SIGINT or SIGTERM resume with the results of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from fedekd.cli import main
 
-#: Runs the command in a process of its own, which kills itself with SIGKILL at the n-th event of a kind.
+#: Code of a process that runs a command and kills itself with SIGKILL at the n-th event of a kind.
 VICTIM = """
 import os, pathlib, signal
 from fedekd.cli import main
@@ -26,27 +26,27 @@ from fedekd.data import batches
 kind, count = moment.split(":")
 left = int(count)
 
-def die_at_last(here):
+def count_down(event):
     global left
-    if here == kind:
+    if event == kind:
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 real_fsync, real_replace, real_scale = os.fsync, pathlib.Path.replace, batches.scale
 
-def fsync(descriptor):  # written, but not yet safe
-    die_at_last("fsync")
+def fsync(descriptor):  # written, not yet on the disk
+    count_down("fsync")
     real_fsync(descriptor)
 
-def replace(path, target):  # safe, but not yet in its place
-    die_at_last("replace")
-    done = real_replace(path, target)
-    die_at_last("replaced")
-    return done
+def replace(path, target):  # on the disk, not yet renamed
+    count_down("replace")
+    result = real_replace(path, target)
+    count_down("replaced")
+    return result
 
 def scale(images):  # a training batch
-    die_at_last("batch")
+    count_down("batch")
     return real_scale(images)
 
 os.fsync, pathlib.Path.replace, batches.scale = fsync, replace, scale
@@ -55,7 +55,7 @@ main(arguments)
 
 
 def kill(moment: str, arguments: list[str]) -> None:
-    """Run a command until it kills itself; forked from a server that has imported everything already."""
+    """Run a command until it kills itself, forked from a server with all imports."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["fedekd.cli.fit", "fedekd.reporting.wandb_logger"])
     victim = context.Process(target=exec, args=(VICTIM, {"moment": moment, "arguments": arguments}))
@@ -87,18 +87,18 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def quiet_run(
+def undisturbed_run(
     tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[..., Path]
 ) -> tuple[Path, dict[str, bytes]]:
-    """A data set, and what an undisturbed run on it writes."""
+    """A data set and the files of an undisturbed run on it."""
     folder = tmp_path_factory.mktemp("quiet")
     npz = write_blobs(folder / "blobs.npz")
     assert main(options(npz, f"--output={folder}/run", f"--baseline_dir={folder}/local", "--logger=null")) == 0
     return npz, contents(folder / "run")
 
 
-# Batches: 18 each of Local, of proxies and of private models. Files: config.yaml; 9 of Local (3 clients x 3 rounds);
-# 4 checkpoints of 5 files each; metrics.csv after all but the first.
+# Batches: 18 each of local baselines, proxies and private models. Files: config.yaml; 9 of local baselines (3 clients
+# x 3 rounds); 4 checkpoints of 5 files each; metrics.csv after each but the first.
 MOMENTS = [
     "batch:5",
     "batch:20",
@@ -116,8 +116,10 @@ MOMENTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_and_resume(moment: str, quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    npz, expected = quiet_run
+def test_resume_after_sigkill_gives_same_files(
+    moment: str, undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    npz, expected = undisturbed_run
     arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", "--logger=null")
     kill(moment, arguments)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -127,12 +129,12 @@ def test_kill_and_resume(moment: str, quiet_run: tuple[Path, dict[str, bytes]], 
 
 
 @pytest.mark.slow
-def test_wandb_holds_every_round_once_after_a_kill(
-    quiet_run: tuple[Path, dict[str, bytes]],
+def test_wandb_has_each_round_once_after_sigkill(
+    undisturbed_run: tuple[Path, dict[str, bytes]],
     tmp_path: Path,
     read_history: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
-    npz, _ = quiet_run
+    npz, _ = undisturbed_run
     logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
     arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", logger)
     kill("fsync:26", arguments)
@@ -142,18 +144,18 @@ def test_wandb_holds_every_round_once_after_a_kill(
     assert rounds == [1, 2, 3]
 
 
-BESIDE = ("--engine=MultiProcess", "--engine.processes=2")
+MULTIPROCESS = ("--engine=MultiProcess", "--engine.processes=2")
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Starts a command in a process group of its own, and waits until its first round is kept."""
+    """Start a command in a new process group and wait for its first checkpoint."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     started: list[subprocess.Popen[str]] = []
 
-    def begin(arguments: list[str]) -> subprocess.Popen[str]:
+    def run(arguments: list[str]) -> subprocess.Popen[str]:
         code = "import sys; from fedekd.cli import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -165,14 +167,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             time.sleep(0.005)
         return process
 
-    yield begin
+    yield run
     for process in started:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def assert_ended(group: int) -> None:
-    """All processes of a group are gone, or will be in a moment."""
+    """Assert that all processes of a group end within a minute."""
     deadline = time.monotonic() + 60
     with suppress(ProcessLookupError):
         while True:
@@ -183,24 +185,25 @@ def assert_ended(group: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "engine"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, BESIDE), (signal.SIGTERM, BESIDE)]
+    ("number", "engine"),
+    [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, MULTIPROCESS), (signal.SIGTERM, MULTIPROCESS)],
 )
-def test_interrupt_says_how_to_go_on(
+def test_signal_prints_resume_command_and_ends_all_processes(
     number: signal.Signals,
     engine: tuple[str, ...],
-    quiet_run: tuple[Path, dict[str, bytes]],
+    undisturbed_run: tuple[Path, dict[str, bytes]],
     tmp_path: Path,
     start: Callable[[list[str]], subprocess.Popen[str]],
 ) -> None:
-    npz, expected = quiet_run
+    npz, expected = undisturbed_run
     run = tmp_path / "run"
     arguments = options(npz, f"--output={run}", f"--baseline_dir={tmp_path}/local", "--logger=null", *engine)
     process = start(arguments)
-    os.killpg(process.pid, number)  # as a terminal does, and a batch system: all processes are told
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, told
-    assert f"fit --resume {run}" in told
-    assert "Traceback" not in told, told
+    os.killpg(process.pid, number)  # as a terminal and a batch system do: all processes get the signal
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    assert f"fit --resume {run}" in stderr
+    assert "Traceback" not in stderr, stderr
     assert_ended(process.pid)
     assert not list((tmp_path / "tmp").glob("fedekd-*"))
     assert main(["fit", "--resume", str(run), "--engine=Sequential"]) == 0
@@ -208,12 +211,12 @@ def test_interrupt_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_processes_end_with_a_killed_parent(
-    quiet_run: tuple[Path, dict[str, bytes]], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
+def test_worker_processes_end_with_killed_parent(
+    undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
 ) -> None:
-    npz, expected = quiet_run
+    npz, expected = undisturbed_run
     run = tmp_path / "run"
-    process = start(options(npz, f"--output={run}", f"--baseline_dir={tmp_path}/local", "--logger=null", *BESIDE))
+    process = start(options(npz, f"--output={run}", f"--baseline_dir={tmp_path}/local", "--logger=null", *MULTIPROCESS))
     process.kill()
     process.communicate(timeout=60)
     assert_ended(process.pid)

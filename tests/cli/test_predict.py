@@ -148,7 +148,7 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
     [
         ([], "run and --input: expected both"),
         (["one"], "run and --input: expected both"),
-        (["one", "--input", "none.npz"], "--input: no such file 'none.npz'"),
+        (["one", "--input", "none.npz"], "--input: file 'none.npz' not found"),
         (["elsewhere", "--input", "images.npz"], "predict elsewhere: there is no run"),
         (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
         (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
@@ -162,9 +162,9 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
             "--input: expected images of (1, 8, 8) (channels, height, width), got (1, 8, 9)",
         ),
         (["one", "--input", "color.npz"], "(channels, height, width), got (3, 8, 8)"),
-        (["one", "--input", "real.npz"], "--input: images of 'real.npz' are float32"),
+        (["one", "--input", "real.npz"], "--input: images of 'real.npz': expected uint8"),
         (["one", "--input", "cut.npz"], "--input: 'cut.npz' cannot be read"),
-        (["one", "--input", "other.npz"], "--input: 'other.npz' has no array images"),
+        (["one", "--input", "other.npz"], "--input: 'other.npz': expected an array images"),
     ],
 )
 def test_predict_invalid_option_prints_one_line_error(

@@ -22,7 +22,10 @@ from fedekd.metrics import METRICS, MetricSpec, build_metrics, negative_transfer
 from fedekd.tasks import TASKS
 
 #: Packages whose rewrite is not finished; the aim is none.
-PENDING = ("benchmark", "early_exit", "reporting", "cli")
+PENDING = ("benchmark", "reporting")
+
+#: Where accuracy is a column of early exits: the complement of an exit's error rate, not a score of `METRICS`.
+OF_EXITS = ("early_exit", "cli/calibrate_output.py")
 
 
 def test_accuracy_equals_two_other_libraries() -> None:
@@ -109,9 +112,8 @@ def quoted_keys(path: Path) -> Iterator[str]:
 
 def test_metric_keys_are_quoted_in_the_registry_only() -> None:
     package = Path(fedekd.__file__).parent
-    modules = [
-        path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("metrics", *PENDING)
-    ]
+    exempt = ("metrics", *PENDING, *OF_EXITS)
+    modules = [path for path in package.rglob("*.py") if not str(path.relative_to(package)).startswith(exempt)]
     assert [line for path in modules for line in quoted_keys(path)] == []
 
 
