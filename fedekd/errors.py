@@ -33,3 +33,43 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if matches:
         return f"did you mean '{lowered[matches[0]]}'?"
     return f"choose from: {', '.join(names)}"
+
+
+def require(condition: bool, option: str, expected: str, value: object, hint: str = "") -> None:
+    """Check a user's value.
+
+    Args:
+        condition: True if the value is allowed.
+        option: Name of the option, such as `method.beta`.
+        expected: The allowed values.
+        value: The value given.
+        hint: What to do, a sentence.
+
+    Raises:
+        UserError: If `condition` is false, as `<option>: expected <expected>, got <value>. <hint>`.
+
+    Example:
+        >>> require(False, "client.local_epochs", "at least 1", 0)
+        Traceback (most recent call last):
+        fedekd.errors.UserError: client.local_epochs: expected at least 1, got 0
+    """
+    if not condition:
+        raise UserError(f"{option}: expected {expected}, got {value!r}" + (f". {hint}" if hint else ""))
+
+
+def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Check that a user's value is one of the choices.
+
+    Raises:
+        UserError: If it is not; the message has the nearest choice.
+
+    Example:
+        >>> require_choice("gate", "enrgy", ["energy", "none"])
+        Traceback (most recent call last):
+        fedekd.errors.UserError: gate: expected one of energy, none, got 'enrgy'. Did you mean 'energy'?
+    """
+    names = list(choices)
+    if value not in names:
+        match = get_close_matches(str(value).lower(), [name.lower() for name in names], n=1)
+        similar = next((name for name in names if match and name.lower() == match[0]), None)
+        require(False, option, f"one of {', '.join(names)}", value, f"Did you mean {similar!r}?" if similar else "")

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from fedekd.data import FederatedDataModule, ImageData, load_images
 from fedekd.errors import UserError
-from fedekd.federation import RoundOptions
-from fedekd.federation.shared_specification import shared_specification
-from fedekd.methods import Client, ClientOptions, FedeKD, FederationSpec, Method
+from fedekd.methods import Client, ClientOptions, FederationSpec, Method
 from fedekd.modules import TrainerFactory
 
 
@@ -89,6 +87,6 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
     data = FederatedDataModule("fashionmnist", num_clients=6, alpha=0.1, seed=seed)
     data.adopt(ImageData("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
     data.setup()
-    spec = shared_specification(FedeKD(), data, ClientOptions(), trainer, RoundOptions(rounds=1), seed, num_clients=6)
+    spec = FederationSpec.from_parts(data, ClientOptions(), trainer, rounds=1, seed=seed, num_clients=6)
     device = spec.trainer.torch_device
     return CalibrationTarget(data, spec, data.images.pixels.to(device), data.images.targets.to(device), source)

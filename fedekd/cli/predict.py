@@ -27,8 +27,7 @@ from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
-from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import eval_mode
+from fedekd.models import MultiExitNetwork, eval_mode
 
 COLUMNS = ("image", "label", "exit", "score")
 

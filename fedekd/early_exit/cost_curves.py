@@ -48,7 +48,7 @@ def exit_points(accuracies: Sequence[float], costs: ExitCosts) -> list[Point]:
         costs: Costs of the network.
     """
     exits = range(len(accuracies))
-    flops = [costs.leaving([other == exit_ for other in exits])[exit_] for exit_ in exits]
+    flops = [costs.flops_at_exits([other == exit_ for other in exits])[exit_] for exit_ in exits]
     return [Point(cost / costs.full, accuracy) for cost, accuracy in zip(flops, accuracies, strict=True)]
 
 

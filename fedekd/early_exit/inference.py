@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from fedekd.errors import UserError, nearest
 from fedekd.functional import AGREEMENT, CONFIDENCES, SCORES, score_exit
-from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import eval_mode
+from fedekd.models import MultiExitNetwork, eval_mode
 
 
 class EarlyExitOutput(NamedTuple):

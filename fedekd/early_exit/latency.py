@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import eval_mode
+from fedekd.models import MultiExitNetwork, eval_mode
 
 BATCH_SIZES = (1, 32, 256)
 

@@ -12,8 +12,7 @@ from fedekd.data import scale
 from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.errors import UserError, nearest
 from fedekd.functional import AGREEMENT, SCORES, score_exit, upcast_to_float32
-from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import eval_mode
+from fedekd.models import MultiExitNetwork, eval_mode
 
 #: Splits that training does not use.
 HELD_OUT = ("tuning", "calibration", "holdout", "test")

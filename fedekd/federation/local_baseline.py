@@ -25,11 +25,12 @@ COMPARED_SPLITS = ("tuning", "holdout")
 TRAINING_CODE = (
     "data/batches.py",
     "functional",
+    "methods/options.py",
     "methods/specification.py",
     "methods/client.py",
     "methods/local.py",
     "metrics/registry.py",
-    "models/modes.py",
+    "models/build.py",
     "modules",
     "seeding.py",
 )

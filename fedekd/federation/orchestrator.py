@@ -24,11 +24,10 @@ from fedekd.federation.options import RoundOptions
 from fedekd.federation.participation import lost_updates, participants
 from fedekd.federation.progress import Progress
 from fedekd.federation.run_folder import RunFolder, to_json_value
-from fedekd.federation.shared_specification import shared_specification
 from fedekd.federation.summary import summarize
 from fedekd.federation.update_validation import UpdateValidator
-from fedekd.methods import Broadcast, Client, ClientOptions, FederationSpec, Method, Update
-from fedekd.methods.base import num_bytes
+from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
+from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
 from fedekd.modules import TrainerFactory
@@ -95,7 +94,15 @@ class Orchestrator:
             trainer = replace(trainer, threads=placement.threads(usable_cores(), self.num_clients))
         client = client or ClientOptions()
         self.adds_exits = method.exits is not None and client.exits is None
-        self.spec = shared_specification(method, data, client, trainer, self.options, seed, self.num_clients)
+        self.spec = FederationSpec.from_parts(
+            data,
+            client,
+            trainer,
+            rounds=self.options.rounds,
+            seed=seed,
+            num_clients=self.num_clients,
+            default_exits=method.exits,
+        )
         self._require_models_that_fit()
         self._require_comparable()
         references = None if baseline_dir is None else Path(baseline_dir)
@@ -251,7 +258,7 @@ class Orchestrator:
         request = RoundRequest(taking_part, broadcast, round_idx, collect_updates=not last, comparison=comparison)
         for result in self.engine.run_clients(request):
             visited.append(result.client)
-            self.progress.add_bytes_down(num_bytes(broadcast.to(result.client)))
+            self.progress.add_bytes_down(state_dict_bytes(broadcast.to(result.client)))
             if round_idx > 0:
                 self.progress.add_result(result)
             if result.update is not None:
@@ -264,7 +271,7 @@ class Orchestrator:
         gc.collect()  # Trainers hold on to each other, and to what they trained
         return visited
 
-    def _aggregate(self, updates: Sequence[Update], broadcast: Broadcast, round_idx: int) -> None:
+    def _aggregate(self, updates: Sequence[ClientUpdate], broadcast: Broadcast, round_idx: int) -> None:
         """Hand the method the updates that arrived and are sound, in the order of their clients."""
         lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
         accepted = []
@@ -272,7 +279,7 @@ class Orchestrator:
             if update.client in lost and update.state:
                 self.observer.warn(f"round {round_idx + 1}: the update of client {update.client} was lost")
                 continue
-            self.progress.add_bytes_up(num_bytes(update.state))
+            self.progress.add_bytes_up(state_dict_bytes(update.state))
             if reason := self.guard.objection(update.state, broadcast.to(update.client)):
                 self.observer.warn(f"round {round_idx + 1}: refused the update of client {update.client}: {reason}")
                 continue

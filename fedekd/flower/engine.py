@@ -34,7 +34,7 @@ from fedekd.flower.messages import (
 )
 from fedekd.flower.secure.aggregation import SecureAggregation
 from fedekd.methods import Broadcast, StateDict
-from fedekd.methods.base import num_bytes
+from fedekd.methods.base import state_dict_bytes
 
 #: Bytes by which an update may exceed the broadcast before it is rejected unread; array headers need some.
 _HEADER_BYTES = 2**20
@@ -175,7 +175,7 @@ class FlowerEngine:
         message_type, timeout = (ROUND, self.timeout) if collect_updates else (LAST_ROUND, None)
         for site, reply in self._send(message_type, contents, timeout):
             try:
-                arrays, sent_bytes = arrays_of(reply), num_bytes(broadcast.to(site))
+                arrays, sent_bytes = arrays_of(reply), state_dict_bytes(broadcast.to(site))
                 if payload_bytes(arrays) > sent_bytes + _HEADER_BYTES:
                     raise UserError(f"update of {payload_bytes(arrays):,} bytes, but {sent_bytes:,} bytes were sent")
                 yield _result_of(site, values_of(reply), from_arrays(arrays))

@@ -19,7 +19,7 @@ from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest
-from fedekd.methods import StateDict, Update
+from fedekd.methods import ClientUpdate, StateDict
 
 #: Names of the two records of a message. Flower's mods expect exactly one record of each kind.
 STATE, VALUES = "state", "values"
@@ -162,7 +162,7 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
         nested: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
         arguments |= {name: cls(**arguments[name]) for name, cls in nested.items() if arguments.get(name) is not None}
         num_samples = values["num_samples"]
-        update = None if num_samples is None else Update(int(arguments["client"]), state, int(num_samples))
+        update = None if num_samples is None else ClientUpdate(int(arguments["client"]), state, int(num_samples))
         return ClientResult(**arguments, update=update)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"invalid client result: {type(error).__name__} {error}") from error

@@ -18,7 +18,6 @@ from fedekd.federation import RoundRequest
 from fedekd.federation.engines.remote import without_images, without_server_state
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
 from fedekd.federation.run_folder import to_json_value
-from fedekd.federation.shared_specification import shared_specification
 from fedekd.flower.description import describe, shared_config
 from fedekd.flower.messages import (
     BASELINE,
@@ -33,7 +32,7 @@ from fedekd.flower.messages import (
     pack,
     values_of,
 )
-from fedekd.methods import Broadcast
+from fedekd.methods import Broadcast, FederationSpec
 
 #: Versions of the client state that a site keeps: the server may resume from a checkpoint older than its newest.
 KEPT_VERSIONS = 4
@@ -64,8 +63,14 @@ class Site:
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
         method, images = parts["method"], module.images
-        spec = shared_specification(
-            method, module, parts["client"], parts["trainer"], parts["rounds"], parts["seed"], sites
+        spec = FederationSpec.from_parts(
+            module,
+            parts["client"],
+            parts["trainer"],
+            rounds=parts["rounds"].rounds,
+            seed=parts["seed"],
+            num_clients=sites,
+            default_exits=method.exits,
         )
         folder = folder / f"site-{number:03d}"
         # One folder of states per federation. The trainer is left out: device and threads may change between runs.

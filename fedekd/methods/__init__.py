@@ -1,6 +1,6 @@
-"""Federated methods, each one file that reads like its paper."""
+"""Federated methods, one file per paper."""
 
-from fedekd.methods.base import Broadcast, Method, StateDict, Update
+from fedekd.methods.base import Broadcast, ClientUpdate, Method, ProxyMethod, StateDict
 from fedekd.methods.cafedistill import CAFEDistill
 from fedekd.methods.client import Client
 from fedekd.methods.depthfl import DepthFL
@@ -14,9 +14,10 @@ from fedekd.methods.fedrep import FedRep
 from fedekd.methods.fedtype import FedType
 from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
+from fedekd.methods.options import ClientOptions
 from fedekd.methods.safekd import SafeKD
 from fedekd.methods.scalefl import ScaleFL
-from fedekd.methods.specification import ClientOptions, FederationSpec
+from fedekd.methods.specification import FederationSpec
 
 __all__ = [
     "FML",
@@ -24,6 +25,7 @@ __all__ = [
     "CAFEDistill",
     "Client",
     "ClientOptions",
+    "ClientUpdate",
     "DepthFL",
     "Ditto",
     "FedAvg",
@@ -37,8 +39,8 @@ __all__ = [
     "FederationSpec",
     "Local",
     "Method",
+    "ProxyMethod",
     "SafeKD",
     "ScaleFL",
     "StateDict",
-    "Update",
 ]

@@ -1,4 +1,4 @@
-"""What a method is: four verbs, so that it runs alike in one process, on a cluster and between real sites."""
+"""Base classes of federated methods, and the messages between server and clients."""
 
 from __future__ import annotations
 
@@ -7,111 +7,177 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
 
 StateDict = Mapping[str, Tensor]
+"""Tensors by name, as in `torch.nn.Module.state_dict`."""
 
 
-def num_bytes(state: StateDict) -> int:
-    """Bytes of the tensors of a state_dict, as they travel."""
+def state_dict_bytes(state: StateDict) -> int:
+    """Return the number of bytes of a state_dict's tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What the server sends: a part for all and, where a method needs it, a part for each client.
+    """Message of the server to the clients of a round.
 
     Attributes:
-        shared: For every participant.
-        personal: By client number; laid over `shared`.
+        shared: Tensors for every participant.
+        personal: Tensors by client number; they override `shared`.
     """
 
     shared: StateDict = field(default_factory=dict)
     personal: Mapping[int, StateDict] = field(default_factory=dict)
 
     def to(self, client: int) -> StateDict:
-        """All that one client is sent."""
+        """Return the tensors for one client."""
         return {**self.shared, **self.personal.get(client, {})}
 
     def only(self, clients: Sequence[int]) -> Broadcast:
-        """What these clients are sent, and nothing for the others."""
+        """Return the message without the personal tensors of other clients."""
         return Broadcast(self.shared, {number: self.personal[number] for number in clients if number in self.personal})
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a client sends.
+class ClientUpdate:
+    """Message of a client to the server.
 
     Attributes:
-        client: Its number.
-        state: Tensors, with the names, shapes and dtypes of what the client was sent.
-        num_samples: Samples of its training split.
+        client: Number of the client.
+        state: Tensors with the names, shapes and dtypes of the message that the client received.
+        num_samples: Number of training samples of the client.
     """
 
     client: int
     state: StateDict
     num_samples: int
 
+    @classmethod
+    def of(cls, client: Client, state: StateDict | nn.Module | None = None) -> ClientUpdate:
+        """Create the update of a client from tensors or from a network; None sends no tensors."""
+        tensors = dict(state.state_dict()) if isinstance(state, nn.Module) else state
+        return cls(client.number, tensors if tensors is not None else {}, len(client.splits.train))
 
-def is_uniform_mean(merge: Aggregator) -> bool:
-    """Whether an aggregator takes the mean of what clients send, and counts them alike."""
-    return isinstance(merge, Mean) and merge.weights == "uniform"
+
+def is_uniform_mean(aggregator: Aggregator) -> bool:
+    """Return True if an aggregator is the unweighted mean."""
+    return isinstance(aggregator, Mean) and aggregator.weights == "uniform"
 
 
 class Method(ABC):
-    """A federated method in four verbs.
+    """Base class of federated methods.
 
-    A round is numbered by how many aggregations have happened. In round r the participants absorb the r-th
-    aggregate, are scored, and upload; the server aggregates. In round 0 nothing has been aggregated, and absorb
-    only loads. After the last aggregation every client absorbs once more. With full participation this is the order
-    of Algorithm 1; with partial participation nobody works from a stale model; and it is one message each way.
+    A round is one message to the clients and one message back. R rounds are R + 1 visits of the clients:
 
-    State that must last is in the client and in `server_state`, both plain state_dicts; the object itself holds
-    only hyperparameters, so that it can be copied to wherever clients run.
+        round   0               1               ...  R - 1           R
+        server  init_server     aggregate       ...  aggregate       aggregate
+                broadcast       broadcast       ...  broadcast       broadcast
+        client  init_client
+                receive         receive         ...  receive         receive
+                                (score)         ...  (score)         (score)
+                prepare_update  prepare_update  ...  prepare_update
+
+    In round 0 nothing has been aggregated: `receive` loads the initial state, and `prepare_update` follows. After the
+    last aggregation every client receives once more. With full participation this is Algorithm 1 of FedeKD; with
+    partial participation no client starts from an outdated state.
+
+    A method object holds hyper-parameters only, so that it can be copied to other processes and sites. All other state
+    is in `server_state` and in the client (`networks`, `optimizer_states`, `method_state`), as plain state_dicts.
+
+    Attributes:
+        server_state: State of the server, set by `init_server` and `aggregate`; saved in checkpoints.
     """
 
-    #: True for the method that Delta is measured against.
+    #: True for the local baseline, against which Delta is computed.
     is_local_baseline = False
 
-    #: How many exits the private model has where `client.exits` is not said; None leaves it as it is.
+    #: Number of exits of the private model if `client.exits` is null; None keeps the model as it is.
     exits: int | None = None
 
-    #: The splits that training looks at; of one that includes validation nothing can be certified on a part of it.
+    #: Splits that training uses. No guarantee can be calibrated on a split listed here.
     training_splits: tuple[str, ...] = ("train",)
 
     def __init__(self) -> None:
         self.server_state: dict[str, Any] = {}
 
-    def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - a method without a server state has nothing to start
-        """On the server, before the first round: set `server_state`."""
+    def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - optional
+        """Check the specification and set the initial `server_state`; on the server, before round 0."""
 
-    def init_client(self, client: Client) -> None:  # noqa: B027 - a method with private models alone adds none
-        """On the client, before its first round: add the networks it needs besides `private`."""
+    def init_client(self, client: Client) -> None:  # noqa: B027 - optional
+        """Add networks besides `private` and initial `method_state`; on the client, before its first round."""
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
-        """On the server: what each participant is sent."""
+        """Return the server's message to the participants of a round."""
         return Broadcast()
 
     @property
     def supports_secure_mean(self) -> bool:
-        """Whether `aggregate` asks no more of the updates than their uniform mean.
+        """True if `aggregate` uses only the uniform mean of the updates.
 
-        If each update were replaced by that mean, it would come to the same: so each may stay hidden (secure
-        aggregation).
+        Replacing every update by that mean must not change the result, so that secure aggregation can hide each one.
         """
         return False
 
     @abstractmethod
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """On the client: take in what was received; returns what is worth logging of it."""
+        """Load the server's message and, if the method does so, train the private model; on the client.
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """On the client: what it sends."""
-        return Update(client.number, {}, len(client.splits.train))
+        Returns:
+            Scalars to log for this client.
+        """
 
-    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:  # noqa: B027 - nothing to renew
-        """On the server: renew `server_state` from the updates, ordered by client."""
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train what is sent, and return the client's message; on the client, in rounds 0..R-1."""
+        return ClientUpdate.of(client)
+
+    def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:  # noqa: B027 - optional
+        """Set `server_state` from the updates, which are sorted by client number; on the server."""
+
+
+class ProxyMethod(Method):
+    """Base class of methods that exchange a small proxy and keep the private model on its client.
+
+    A subclass implements `prepare_update`: train the networks `private` and `proxy`, return the proxy.
+
+    Args:
+        aggregator: Merges the proxies; None is the uniform mean.
+    """
+
+    def __init__(self, aggregator: Aggregator | None = None) -> None:
+        super().__init__()
+        self.merge = aggregator if aggregator is not None else Mean()
+
+    @property
+    def supports_secure_mean(self) -> bool:
+        """True if proxies are merged by the uniform mean."""
+        return type(self).aggregate is ProxyMethod.aggregate and is_uniform_mean(self.merge)
+
+    def init_server(self, spec: FederationSpec) -> None:
+        """Build the initial global proxy."""
+        self.server_state = dict(spec.build_model("proxy", "server").state_dict())
+
+    def init_client(self, client: Client) -> None:
+        """Add the proxy to the client's networks."""
+        client.networks["proxy"] = client.spec.build_model("proxy", "server")
+
+    def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
+        """Return the global proxy."""
+        return Broadcast(self.server_state)
+
+    def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
+        """Load the global proxy."""
+        client.networks["proxy"].load_state_dict(received)
+        return {}
+
+    @abstractmethod
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train the proxy and return it: `ClientUpdate.of(client, client.networks["proxy"])`."""
+
+    def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
+        """Merge the proxies."""
+        self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])

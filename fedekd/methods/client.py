@@ -1,10 +1,10 @@
-"""A client: its data, its networks, and all that must last from one round to the next."""
+"""A client: its data, its networks, and its state between rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +12,57 @@ from torch import Tensor, nn
 from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import score
-from fedekd.models.modes import eval_mode
+from fedekd.models import eval_mode
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
 
 
 @contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn from the global generators inside, afterwards they are as they were."""
+    """Context manager: restore PyTorch's global generators on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
-class Client:
-    """One client of a federation, wherever it runs.
+class PhaseOptions(TypedDict, total=False):
+    """Optional arguments of `Client.train_supervised` and `Client.train`.
 
-    All that must last is in `state_dict`: networks, optimizer states, what the method keeps, and how many
-    supervised epochs the private model has had. The data is given from outside and never part of it.
+    Attributes:
+        epochs: Number of epochs (default: `client.local_epochs`).
+        first_epoch: Number of the first epoch within the phase, for the seed (default: 0).
+        teacher_outputs: Tensors of the frozen teacher for the training split, in order (`ModelOutput.tensors`); without
+            them a teacher runs at every step.
+        carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
+            (default: False).
+        decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
+    """
+
+    epochs: int | None
+    first_epoch: int
+    teacher_outputs: tuple[Tensor, ...]
+    carry_optimizer: bool
+    decay_rounds: int | None
+
+
+class Client:
+    """One client of a federation.
+
+    Its state between rounds is in `state_dict`: networks, optimizer states, the method's state, and the number of
+    supervised epochs. The data are passed in and never part of the state.
 
     Args:
-        number: The client's number, from 0.
-        splits: Which samples are its own.
-        images: The data set, shared by all clients of a process, on the training device.
+        number: Number of the client, from 0.
+        splits: Indices of the client's samples.
+        images: The data set on the training device, shared by all clients of a process.
         spec: How networks are built and trained.
 
     Attributes:
-        networks: By role: `private`, and what else the method equips the client with.
-        optimizer_states: By role: the states of optimizers that are carried from round to round.
-        loss_scales: By role: the states of float16's loss scalers; empty in other precisions.
-        method_state: What the method keeps on the client, as a plain state_dict.
-        supervised_epochs: Epochs of supervised training that the private model has had.
-        training_splits: The splits that the method's training looks at.
+        networks: Networks by role: `private`, and those that `Method.init_client` adds.
+        optimizer_states: By role, the optimizer states that are carried from round to round.
+        loss_scales: By role, the state of the float16 loss scaler; empty in other precisions.
+        method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
+        supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
+        training_splits: Splits that the method's training uses.
     """
 
     training_splits: tuple[str, ...] = ("train",)
@@ -57,10 +77,55 @@ class Client:
 
     @property
     def supervised_rounds(self) -> int:
-        """Rounds of supervised training that the private model has had; it is held against Local after as many."""
+        """Completed rounds of supervised training; Delta compares with the local baseline after as many rounds."""
         return self.supervised_epochs // self.spec.client.local_epochs
 
+    def train_supervised(
+        self, module: ObjectiveModule, round_idx: int | None = None, **options: Unpack[PhaseOptions]
+    ) -> dict[str, float]:
+        """Train the private model on its labels, and possibly on further terms, and count the epochs.
+
+        The count pairs Delta with the local baseline and drives `client.lr_decay`.
+
+        Args:
+            module: The LightningModule that trains `networks["private"]`.
+            round_idx: Round, for the seed. None is the client's next supervised round, as in the local baseline, which
+                then sees the same batches in the same order.
+            **options: See `PhaseOptions`.
+
+        Returns:
+            Means that the module recorded in the last epoch, such as `loss` and `gate/weight_mean`.
+        """
+        round_idx = self.supervised_rounds + 1 if round_idx is None else round_idx
+        means = self._train("private", module, round_idx, **options)
+        self.supervised_epochs += options.get("epochs") or self.spec.client.local_epochs
+        return means
+
     def train(
+        self, role: str, module: ObjectiveModule, round_idx: int, **options: Unpack[PhaseOptions]
+    ) -> dict[str, float]:
+        """Train a network other than the private model on the training split: one phase of a round.
+
+        The order of batches and all other random choices of an epoch depend only on (seed, client, round, role,
+        epoch): a phase may be trained in one call, or epoch by epoch in turn with another phase.
+
+        Args:
+            role: Name of the phase and of the optimizer state, usually that of the network; not `private`.
+            module: The LightningModule that trains the network.
+            round_idx: Round, for the seed.
+            **options: See `PhaseOptions`.
+
+        Returns:
+            Means that the module recorded in the last epoch.
+
+        Raises:
+            ValueError: If the role is `private`, whose epochs must be counted.
+        """
+        if role == "private":
+            raise ValueError("role: expected another network than 'private'. Use Client.train_supervised for that one")
+        return self._train(role, module, round_idx, **options)
+
+    def _train(
         self,
         role: str,
         module: ObjectiveModule,
@@ -70,30 +135,14 @@ class Client:
         first_epoch: int = 0,
         teacher_outputs: tuple[Tensor, ...] = (),
         carry_optimizer: bool = False,
+        decay_rounds: int | None = None,
     ) -> dict[str, float]:
-        """Train a network of this client on its training split: one phase of a round.
-
-        The order of the batches and every other random choice of an epoch depend on (seed, client, round, role,
-        epoch) alone: a phase may be trained in one go, or epoch by epoch in turn with another.
-
-        Args:
-            role: Which network; names the phase and the optimizer state.
-            module: The LightningModule that trains it.
-            round_idx: The round, for the seed.
-            epochs: How many; the client's `local_epochs` by default.
-            first_epoch: Number of the first of them within the phase, for the seed.
-            teacher_outputs: The frozen teacher's tensors for the training split, in order (`ModelOutput.tensors`).
-            carry_optimizer: Go on from the optimizer state of the last phase of this role, and keep the new one.
-
-        Returns:
-            What the module recorded in the last epoch, such as `loss` and `gate/weight_mean`.
-        """
         spec, trainer = self.spec, self.spec.trainer
         epochs = spec.client.local_epochs if epochs is None else epochs
 
         def begin_epoch(epoch: int) -> torch.Generator:
             seed = derive_seed(spec.seed, self.number, round_idx, role, first_epoch + epoch)
-            torch.manual_seed(seed)  # what layers such as dropout draw from
+            torch.manual_seed(seed)  # for layers such as dropout
             return torch.Generator().manual_seed(seed)
 
         batches = TensorBatches(
@@ -110,7 +159,7 @@ class Client:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
-        module.lr_factor = spec.client.lr_decay**self.supervised_rounds
+        module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
         with isolated_rng(trainer.torch_device):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
@@ -122,42 +171,47 @@ class Client:
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
     def predict(self, role: str, split: str, with_features: bool = False, *, mixed: bool = True) -> ModelOutput:
-        """A network's predictions for all samples of a split, in order, in evaluation mode.
+        """Return a network's outputs for all samples of a split, in order, in evaluation mode.
 
         Args:
-            role: Which network.
+            role: Network.
             split: `train`, `validation`, `tuning`, `calibration`, `holdout` or `test`.
-            with_features: Also the features.
-            mixed: In the mixed precision of training, where that is one; False is in the precision of the weights.
+            with_features: Also return the features.
+            mixed: Use the mixed precision of training, if any; False uses the precision of the weights.
         """
         network, trainer = self.networks[role], self.spec.trainer
         indices = getattr(self.splits, split).to(self.images.pixels.device)
-        parts = []
+        outputs = []
         with eval_mode(network), trainer.autocast() if mixed else nullcontext():
-            for chosen in indices.split(self.spec.eval_batch_size):
-                x = scale(self.images.pixels[chosen]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
-                parts.append(predict(network, x, with_features))
-        if not parts:
+            for batch in indices.split(self.spec.eval_batch_size):
+                x = scale(self.images.pixels[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
+                outputs.append(predict(network, x, with_features))
+        if not outputs:
             empty = torch.empty(0, self.spec.num_outputs, device=self.images.pixels.device)
             return ModelOutput((empty,) * getattr(network, "num_exits", 1))
-        exits = tuple(torch.cat(outputs) for outputs in zip(*(part.exits for part in parts), strict=True))
-        features = torch.cat([part.features for part in parts if part.features is not None]) if with_features else None
+        exits = tuple(torch.cat(logits) for logits in zip(*(output.exits for output in outputs), strict=True))
+        features = None
+        if with_features:
+            features = torch.cat([output.features for output in outputs if output.features is not None])
         return ModelOutput(exits, features)
 
     def score(self, split: str = "test", role: str = "private") -> float:
-        """Accuracy or RMSE of one of the client's networks, at its last exit, on one of its own splits."""
+        """Return the primary metric of a network's last exit on one of the client's splits."""
         return self.exit_scores(split, role)[-1]
 
     def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
-        """The same at each exit; a plain network has one."""
+        """Return the primary metric at each exit; a plain network has one."""
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
         return [score(output, targets, self.spec.task) for output in self.predict(role, split).exits]
 
     def losses(self, split: str, role: str = "private") -> Tensor:
-        """What a network's last exit loses on each sample of a split: 1 if it is wrong, or its squared error; (n,).
+        """Return the loss of a network's last exit per sample: 0 or 1 for classes, the squared error for regression.
 
-        An output that is not finite is wrong, or as far off as can be. No mixed precision: what is compared by these is
-        the model as `predict` will use it.
+        A non-finite output counts as wrong, or as infinitely far off. Mixed precision is off, because do-no-harm
+        compares the model as `predict` deploys it.
+
+        Returns:
+            Losses of the split's samples in order, float64, shape (n,).
         """
         output = self.predict(role, split, mixed=False).output
         targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
@@ -168,39 +222,40 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Which network the client uses after the last round: `private`, or `local` where that was kept."""
+        """Role of the network in use after the last round: `private`, or `local` if the local model was kept."""
         return "local" if "local" in self.networks else "private"
 
     @property
     def deployed_model(self) -> nn.Module:
-        """The network that the client uses after the last round."""
+        """Network in use after the last round."""
         return self.networks[self.deployed_role]
 
     def use_local_model(self, local: Client | None) -> None:
-        """Use the model that Local has trained, or again the federated one, which stays beside it.
+        """Deploy the local baseline's model, or the federated model, which is kept in either case.
 
         Args:
-            local: The client as Local left it; None for the federated model.
+            local: The client of the local baseline; None for the federated model.
         """
         self.networks.pop("local", None)
         if local is not None:
             self.networks["local"] = local.networks["private"]
 
     def load_received(self, received: Mapping[str, Tensor]) -> None:
-        """Load what was received into the private model; the rest of it is the client's own.
+        """Load received tensors into the private model, and keep its other tensors.
 
-        What is its own and no longer finite, after training that diverged, gets its initial values again: nobody else
-        would ever mend it.
+        Kept tensors that are not finite, after diverged training, are re-initialised: no later message replaces them.
         """
         network = self.networks["private"]
-        own = {name: tensor for name, tensor in network.state_dict().items() if name not in received}
-        if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
+        personal = {name: tensor for name, tensor in network.state_dict().items() if name not in received}
+        if not all(bool(tensor.isfinite().all()) for tensor in personal.values()):
             initial = self.spec.build_model("private", self.number).state_dict()
-            own = {name: tensor if bool(tensor.isfinite().all()) else initial[name] for name, tensor in own.items()}
-        network.load_state_dict({**own, **received})
+            personal = {
+                name: tensor if bool(tensor.isfinite().all()) else initial[name] for name, tensor in personal.items()
+            }
+        network.load_state_dict({**personal, **received})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that must last, as plain tensors and numbers."""
+        """Return the client's state as plain tensors, numbers and dicts."""
         return {
             "networks": {role: network.state_dict() for role, network in self.networks.items()},
             "optimizer_states": self.optimizer_states,
@@ -210,18 +265,18 @@ class Client:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` described."""
+        """Restore the state that `state_dict` returned."""
         self.use_local_model(None)
         for role, network_state in state["networks"].items():
             if role == "local":
                 self.networks[role] = self.spec.build_model("private", self.number)
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]
-        self.loss_scales = state.get("loss_scales", {})  # runs before 0.1.0 have none
+        self.loss_scales = state["loss_scales"]
         self.method_state = state["method_state"]
         self.supervised_epochs = state["supervised_epochs"]
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether a network normalizes over its batch, and so cannot train on a single sample."""
+    """Return True if a network has BatchNorm layers, which cannot train on a batch of one sample."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())

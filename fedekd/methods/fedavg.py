@@ -1,4 +1,4 @@
-"""FedAvg: one global model, trained by all (McMahan et al., AISTATS 2017)."""
+"""FedAvg (McMahan et al., AISTATS 2017)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from typing import Literal
 
 from torch import nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, Method, StateDict, Update, is_uniform_mean
+from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, SupervisedModule
 
 
 class FedAvg(Method):
-    """Every client trains the global model on its own data, and the server averages what comes back.
+    r"""FedAvg: all clients train one global model, and the server averages their weights.
 
-    All start from one initialization, and the one global model is scored on every client's own test split.
+    $$\theta^{t+1} = \sum_k w_k \theta_k^t, \qquad \theta_k^t \approx \arg\min_\theta L_k(\theta)$$
+
+    with $\theta_k^t$ trained from $\theta^t$ for `local_epochs`. The global model is scored on each client's test
+    split. A variant that changes only the clients' loss overrides `loss_terms`.
 
     Args:
-        weights: uniform counts every client alike (as the paper's grid does), samples by its training samples.
-        aggregator: Another way to merge, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null
-            takes the mean with `weights`.
-        finetune_epochs: After the last round each client trains the global model on its own for so many epochs.
+        weights: `uniform` gives every client weight 1/K (as in FedeKD's experiments); `samples` weights by the number
+            of training samples.
+        aggregator: Another aggregator, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null is the
+            mean with `weights`.
+        finetune_epochs: Epochs of local training after the last round, at least 0.
+
+    Raises:
+        UserError: If `finetune_epochs` is negative.
+
+    Reference:
+        McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
     def __init__(
@@ -34,51 +44,45 @@ class FedAvg(Method):
         finetune_epochs: int = 0,
     ) -> None:
         super().__init__()
-        if finetune_epochs < 0:
-            raise UserError(f"method.finetune_epochs is {finetune_epochs}, and must be at least 0")
+        require(finetune_epochs >= 0, "method.finetune_epochs", "at least 0", finetune_epochs)
         self.merge = aggregator if aggregator is not None else Mean(weights)
         self.finetune_epochs = finetune_epochs
 
     @property
     def supports_secure_mean(self) -> bool:
-        """Whether models are merged by the uniform mean, and nothing else is done with them."""
+        """True if models are merged by the uniform mean."""
         return type(self).aggregate is FedAvg.aggregate and is_uniform_mean(self.merge)
 
     def init_server(self, spec: FederationSpec) -> None:
-        """One initial model for all."""
+        """Build the initial global model."""
         spec.require_one_architecture(type(self).__name__)
         self.server_state = {"model": dict(spec.build_model("private", "server").state_dict())}
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
-        """The global model."""
+        """Return the global model."""
         return Broadcast(self.server_state["model"])
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load the global model; after the last round, make it the client's own."""
+        """Load the global model; after the last round, fine-tune it."""
         network = client.networks["private"]
         network.load_state_dict(received)
         if round_idx < client.spec.rounds or not self.finetune_epochs:
             return {}
         module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
-        logs = client.train("private", module, round_idx, epochs=self.finetune_epochs)
-        client.supervised_epochs += self.finetune_epochs
-        return logs
+        return client.train_supervised(module, round_idx, epochs=self.finetune_epochs)
 
-    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
-        """What a client minimises in a round: L_k."""
+    def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
+        """Return the terms of the client's loss in a round: L_k."""
         return [SupervisedLoss(client.spec.task)]
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """Train the global model on the client's data, and send it."""
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train the global model on the client's data, and return it."""
         network = client.networks["private"]
-        module = ObjectiveModule(
-            network, self.objectives(client, network, round_idx), client.spec.task, client.spec.optimizer
-        )
-        client.train("private", module, round_idx)
-        client.supervised_epochs += client.spec.client.local_epochs
-        return Update(client.number, dict(network.state_dict()), len(client.splits.train))
+        terms = self.loss_terms(client, network, round_idx)
+        client.train_supervised(ObjectiveModule(network, terms, client.spec.task, client.spec.optimizer), round_idx)
+        return ClientUpdate.of(client, network)
 
-    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
-        """The average of the clients' models."""
+    def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
+        """Average the clients' models."""
         states, sizes = [update.state for update in updates], [update.num_samples for update in updates]
         self.server_state = {"model": self.merge(states, sizes)}

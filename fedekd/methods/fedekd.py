@@ -1,4 +1,4 @@
-"""FedeKD: federated distillation through proxies, gated by energy (arXiv 2605.05553, Algorithm 1)."""
+"""FedeKD (arXiv 2605.05553)."""
 
 from __future__ import annotations
 
@@ -9,59 +9,82 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require, require_choice
 from fedekd.functional import Aggregator, active_exits
 from fedekd.functional.exit_scheduling import SCHEDULES, Schedule
-from fedekd.methods.base import StateDict, Update
+from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
 from fedekd.methods.client import Client
-from fedekd.methods.proxies import ProxyMethod
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, ProxyDistillModule
 from fedekd.modules.energies import Source
-from fedekd.modules.losses.distillation import Gate
+from fedekd.modules.losses import Gate
 
 OptimizerState = Literal["carry", "reset"]
 
 
-def _imported(energy: str) -> Energy:
-    """An energy by its class path, as in package.module.MyEnergy.
+def _import_energy(class_path: str) -> Energy:
+    """Create an energy from its class path, as in package.module.MyEnergy.
 
     Raises:
-        UserError: If there is no such energy, or it needs arguments.
+        UserError: If there is no such energy, or its constructor requires arguments.
     """
-    module, _, name = energy.rpartition(".")
+    module, _, name = class_path.rpartition(".")
     if not module:
-        raise UserError(f"method.energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")
+        require_choice("method.energy", class_path, ENERGIES)
     try:
-        found = getattr(import_module(module), name)
+        energy_class = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"method.energy is {energy!r}, which cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Energy)):
-        raise UserError(f"method.energy is {energy!r}, which is no fedekd.modules.Energy")
+        raise UserError(f"method.energy: expected an importable class, got {class_path!r}. {error}") from error
+    require(
+        isinstance(energy_class, type) and issubclass(energy_class, Energy),
+        "method.energy",
+        "a subclass of fedekd.modules.Energy",
+        class_path,
+    )
     try:
-        return found()
+        energy: Energy = energy_class()
     except TypeError as error:
-        raise UserError(f"method.energy is {energy!r}, which needs init_args beside its class_path: {error}") from error
+        raise UserError(
+            f"method.energy: expected a class without required arguments, got {class_path!r}. Give its init_args:"
+            f" {error}"
+        ) from error
+    return energy
 
 
 class FedeKD(ProxyMethod):
-    """Proxies travel, private models stay, and a gate decides sample by sample how far the global proxy is trusted.
+    r"""FedeKD: federated distillation through proxies, with a gate that weights the distillation loss per sample.
+
+    In each round a client (1) trains its private model on labels and on the gated distillation from the global proxy,
+
+    $$L = L_{sup} + \lambda_{kd} \cdot \frac1n \sum_i w_i\, \mathrm{KL}(q_i \,\|\, p_i),
+    \qquad w_i = \frac{1}{1 + \exp(\beta \tilde E_i)} \quad \text{(Eq. 3-5)}$$
+
+    with p the private, q the proxy's prediction and $\tilde E_i$ the energy normalised within the batch, and (2)
+    distils the private model into its copy of the proxy, which it sends. The server averages the proxies (Algorithm 1).
 
     Args:
-        beta: Sharpness of the gate (Eq. 3), above 0.
-        lambda_kd: Weight of the gated distillation (Eq. 5), at least 0; with 0 the private models are Local's.
-        energy: kl (Eq. 1; for regression Eq. 2), entropy, margin, logsumexp (Eq. 6-8), feature (Eq. 9), or the
-            class path of an Energy.
-        gate: energy (Eq. 3); none trusts every sample fully; shuffled permutes the weights within the batch.
-        energy_of: Whose logits entropy, margin and logsumexp look at: proxy or private.
-        temperature: Temperature of the forward distillation, above 0.
-        proxy_epochs: Epochs of the forward distillation; null takes client.local_epochs.
-        private_optimizer_state: carry it from round to round, or reset it.
-        proxy_optimizer_state: reset by default, since averaging replaces the proxy's weights.
-        aggregator: Another way to merge the proxies, by class_path; null takes the uniform mean (line 7).
-        schedule: Of a private model with exits: all_on, or progressive, which lets the deepest exit learn from the
-            first round on, and the others, the shallow ones first, over the first half of the rounds.
-        consistency_weight: Of a private model with exits: how much the shallow ones learn from the deepest, at least 0.
+        beta: Sharpness of the gate, above 0 (Eq. 3).
+        lambda_kd: Weight of the gated distillation, at least 0 (Eq. 5); with 0 the private models equal the local
+            baseline.
+        energy: `kl` (Eq. 1; Eq. 2 for regression), `entropy`, `margin`, `logsumexp` (Eq. 6-8), `feature` (Eq. 9), or
+            the class path of a fedekd.modules.Energy.
+        gate: `energy` (Eq. 3); `none` has weight 1 for every sample; `shuffled` permutes the weights within the batch.
+        energy_of: Network whose logits `entropy`, `margin` and `logsumexp` use: `proxy` or `private`.
+        temperature: Temperature of the distillation into the proxy, above 0.
+        proxy_epochs: Epochs of the distillation into the proxy, at least 1; null is client.local_epochs.
+        private_optimizer_state: `carry` the optimizer state of the private model from round to round, or `reset` it.
+        proxy_optimizer_state: `reset` by default, because aggregation replaces the proxy's weights.
+        aggregator: Another aggregator of the proxies, by class_path; null is the uniform mean (Algorithm 1, line 7).
+        schedule: For a private model with exits: `all_on`, or `progressive`, which trains the deepest exit from the
+            first round on and adds the others, shallow ones first, over the first half of the rounds.
+        consistency_weight: For a private model with exits: weight of the distillation from its deepest exit to the
+            others, at least 0.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        FedeKD, arXiv 2605.05553, Algorithm 1.
     """
 
     def __init__(
@@ -80,73 +103,52 @@ class FedeKD(ProxyMethod):
         consistency_weight: float = 0.0,
     ) -> None:
         super().__init__(aggregator)
-        if schedule not in SCHEDULES:
-            raise UserError(f"method.schedule is {schedule!r}, which is not known; {nearest(schedule, SCHEDULES)}")
-        if not consistency_weight >= 0:
-            raise UserError(f"method.consistency_weight is {consistency_weight}, and must be at least 0")
-        if not 0 < beta < math.inf:
-            raise UserError(f"method.beta is {beta}, and must be a finite number above 0")
+        require_choice("method.schedule", schedule, SCHEDULES)
+        require(consistency_weight >= 0, "method.consistency_weight", "at least 0", consistency_weight)
+        require(0 < beta < math.inf, "method.beta", "a finite number above 0", beta)
+        require(lambda_kd >= 0, "method.lambda_kd", "at least 0", lambda_kd)
+        require(0 < temperature < math.inf, "method.temperature", "a finite number above 0", temperature)
+        require(proxy_epochs is None or proxy_epochs >= 1, "method.proxy_epochs", "at least 1, or null", proxy_epochs)
+        require_choice("method.private_optimizer_state", private_optimizer_state, get_args(OptimizerState))
+        require_choice("method.proxy_optimizer_state", proxy_optimizer_state, get_args(OptimizerState))
         if isinstance(energy, str) and energy not in ENERGIES:
-            energy = _imported(energy)
-        if not lambda_kd >= 0:
-            raise UserError(f"method.lambda_kd is {lambda_kd}, and must be at least 0")
-        if not 0 < temperature < math.inf:
-            raise UserError(f"method.temperature is {temperature}, and must be a finite number above 0")
-        if proxy_epochs is not None and proxy_epochs < 1:
-            raise UserError(f"method.proxy_epochs is {proxy_epochs}, and must be at least 1, or null")
-        for name, state in (("private", private_optimizer_state), ("proxy", proxy_optimizer_state)):
-            if state not in get_args(OptimizerState):
-                hint = nearest(state, get_args(OptimizerState))
-                raise UserError(f"method.{name}_optimizer_state is {state!r}, which is not known; {hint}")
-        self.beta, self.lambda_kd, self.energy, self.gate, self.energy_of = (
-            beta,
-            lambda_kd,
-            energy,
-            gate,
-            energy_of,
-        )
+            energy = _import_energy(energy)
+        self.beta, self.lambda_kd, self.energy = beta, lambda_kd, energy
+        self.gate, self.energy_of = gate, energy_of
         self.temperature, self.proxy_epochs = temperature, proxy_epochs
         self.schedule, self.consistency_weight = schedule, consistency_weight
         self.carry_private = private_optimizer_state == "carry"
         self.carry_proxy = proxy_optimizer_state == "carry"
 
     def init_server(self, spec: FederationSpec) -> None:
-        """One initial proxy for all, and a look whether the modules can be made: of one client of each kind.
+        """Build the initial proxy, and check the options by building the modules of each architecture.
 
         Raises:
-            UserError: If an option does not fit the task or the networks; nobody has trained yet.
+            UserError: If an option does not fit the task or the networks.
         """
         super().init_server(spec)
         proxy = spec.build_model("proxy", "server")
-        for owner in {spec.architecture_key(number): number for number in range(spec.num_clients)}.values():
-            private = spec.build_model("private", owner)
-            self._backward(spec, private, proxy, self.lambda_kd)
-            self._forward(spec, private, proxy)
+        for number in {spec.architecture_key(number): number for number in range(spec.num_clients)}.values():
+            private = spec.build_model("private", number)
+            self._private_module(spec, private, proxy, self.lambda_kd)
+            self._proxy_module(spec, private, proxy)
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """The backward stage (lines 9-17): the private model learns from labels and from the global proxy."""
+        """Load the global proxy, and train the private model with it as a gated teacher (lines 9-17)."""
         private, proxy = client.networks["private"], client.networks["proxy"]
         super().receive(client, received, round_idx)
         if round_idx == 0:
             return {}
         lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
-        module = self._backward(client.spec, private, proxy, lambda_kd, self._active(client, round_idx))
-        # The proxy is frozen for the whole phase: it is asked once for every sample, not once an epoch.
+        module = self._private_module(client.spec, private, proxy, lambda_kd, self._active_exits(client, round_idx))
+        # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
         teacher_outputs = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
-        logs = client.train(
-            "private",
-            module,
-            client.supervised_rounds + 1,
-            teacher_outputs=teacher_outputs,
-            carry_optimizer=self.carry_private,
-        )
-        client.supervised_epochs += client.spec.client.local_epochs
-        return logs
+        return client.train_supervised(module, teacher_outputs=teacher_outputs, carry_optimizer=self.carry_private)
 
-    def _active(self, client: Client, round_idx: int) -> list[bool] | None:
-        """Which exits learn in a round; None is all of them.
+    def _active_exits(self, client: Client, round_idx: int) -> list[bool] | None:
+        """Return which exits are trained in a round; None is all of them.
 
-        Networks of unlike architecture have no updates of heads to compare: every client goes by the budget alone.
+        Updates of heads cannot be compared across architectures, so only the budget of the schedule is used.
         """
         exits = getattr(client.networks["private"], "num_exits", 1)
         if self.schedule == "all_on" or exits == 1:
@@ -156,26 +158,24 @@ class FedeKD(ProxyMethod):
         return active
 
     def _is_untrained(self, client: Client, received: StateDict) -> bool:
-        """Whether the global proxy is still the initial one, because no round has met its quorum yet."""
+        """Return True if the global proxy is the initial one, because no round has reached its quorum."""
         initial = client.spec.build_model("proxy", "server").state_dict()
         return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """The forward stage (lines 2-5): the proxy learns to answer as the private model does, and is sent."""
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Distil the private model into the proxy (lines 2-5), and return the proxy."""
         private, proxy = client.networks["private"], client.networks["proxy"]
-        module = self._forward(client.spec, private, proxy)
-        teacher_outputs = client.predict("private", "train").tensors
         client.train(
             "proxy",
-            module,
+            self._proxy_module(client.spec, private, proxy),
             round_idx,
             epochs=self.proxy_epochs,
-            teacher_outputs=teacher_outputs,
+            teacher_outputs=client.predict("private", "train").tensors,
             carry_optimizer=self.carry_proxy,
         )
-        return self.proxy_of(client)
+        return ClientUpdate.of(client, proxy)
 
-    def _backward(
+    def _private_module(
         self,
         spec: FederationSpec,
         private: nn.Module,
@@ -197,5 +197,5 @@ class FedeKD(ProxyMethod):
             consistency_weight=self.consistency_weight,
         )
 
-    def _forward(self, spec: FederationSpec, private: nn.Module, proxy: nn.Module) -> ProxyDistillModule:
+    def _proxy_module(self, spec: FederationSpec, private: nn.Module, proxy: nn.Module) -> ProxyDistillModule:
         return ProxyDistillModule(proxy, private, spec.task, self.temperature, spec.optimizer)

@@ -1,4 +1,4 @@
-"""FedPer: a shared base and a personal head (Arivazhagan et al. 2019)."""
+"""FedPer (Arivazhagan et al., 2019)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import Aggregator
-from fedekd.methods.base import StateDict, Update
+from fedekd.methods.base import ClientUpdate, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
 from fedekd.methods.specification import FederationSpec
 
 
 class FedPer(FedAvg):
-    """FedAvg of everything but the last layers, which stay with their client.
+    """FedPer: FedAvg of the base of a network, with a personal head on each client.
 
     Args:
-        personal: Names of the parts that stay; null takes `heads`, those of all exits, of a network that has exits,
-            and otherwise `head`, as the models of fedekd.models call their last layer.
-        weights: uniform counts every client alike, samples by its training samples.
-        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
-        finetune_epochs: After the last round each client trains its model on its own for so many epochs.
+        personal: Names of the modules that stay on the client; null is `heads` (of all exits) for a network with
+            exits, and otherwise `head`, the last layer of the models in fedekd.models.
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+        aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+        finetune_epochs: Epochs of local training after the last round, at least 0.
+
+    Raises:
+        UserError: If `finetune_epochs` is negative.
+
+    Reference:
+        Arivazhagan et al., Federated Learning with Personalization Layers, arXiv 1912.00818.
     """
 
     def __init__(
@@ -36,39 +42,37 @@ class FedPer(FedAvg):
         self.personal = personal
 
     def init_server(self, spec: FederationSpec) -> None:
-        """One initial base for all."""
+        """Build the initial base."""
         super().init_server(spec)
         model = self.server_state["model"]
-        personal = self.personal_parts(model)
-        for part in personal:
-            if not any(belongs(name, part) for name in model):
-                raise UserError(f"method.personal is {personal}, but client.private_model has no part {part!r}")
+        personal = self.personal_modules(model)
+        for module in personal:
+            present = any(is_in_module(name, module) for name in model)
+            require(present, "method.personal", "modules of client.private_model", module)
         self.server_state = {"model": self._base(model)}
-        if not self.server_state["model"]:
-            raise UserError(f"method.personal is {personal}, which leaves nothing to share")
+        require(len(self.server_state["model"]) > 0, "method.personal", "to leave a shared part", personal)
 
-    def personal_parts(self, state: StateDict) -> list[str]:
-        """Names of the parts of a model that stay with their client."""
+    def personal_modules(self, state: StateDict) -> list[str]:
+        """Return the names of the modules that stay on the client."""
         if self.personal is not None:
             return self.personal
-        return ["heads"] if any(belongs(name, "heads") for name in state) else ["head"]
+        return ["heads"] if any(is_in_module(name, "heads") for name in state) else ["head"]
 
     def _base(self, state: StateDict) -> dict[str, Tensor]:
-        """What travels."""
-        personal = self.personal_parts(state)
-        return {name: value for name, value in state.items() if not any(belongs(name, part) for part in personal)}
+        """Return the tensors that are exchanged."""
+        personal = self.personal_modules(state)
+        return {name: value for name, value in state.items() if not any(is_in_module(name, part) for part in personal)}
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the base, and keep the head."""
         client.load_received(received)
         return super().receive(client, client.networks["private"].state_dict(), round_idx)
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """Train base and head together, and send the base."""
-        update = super().prepare_update(client, round_idx)
-        return Update(update.client, self._base(update.state), update.num_samples)
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train base and head together, and return the base."""
+        return ClientUpdate.of(client, self._base(super().prepare_update(client, round_idx).state))
 
 
-def belongs(name: str, part: str) -> bool:
-    """Whether a tensor of a state dict lies in a part of the network."""
-    return name == part or name.startswith(f"{part}.")
+def is_in_module(name: str, module: str) -> bool:
+    """Return True if a tensor of a state_dict belongs to a module of the network."""
+    return name == module or name.startswith(f"{module}.")

@@ -1,4 +1,4 @@
-"""FedProx: FedAvg whose clients stay near the global model (Li et al., MLSys 2020)."""
+"""FedProx (Li et al., MLSys 2020)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from typing import Literal
 
 from torch import nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import Aggregator
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
-from fedekd.modules import LossTerm
-from fedekd.modules.losses.regularizers import ProximalPenalty, trainable
+from fedekd.modules import LossTerm, ProximalPenalty
+from fedekd.modules.losses import copy_parameters
 
 
 class FedProx(FedAvg):
-    """Each client minimises L_k(theta) + (mu / 2) ||theta - theta^t||^2, with theta^t the global model it was sent.
+    r"""FedProx: FedAvg with a proximal term that keeps clients near the global model.
+
+    A client minimises $L_k(\theta) + \frac{\mu}{2} \|\theta - \theta^t\|^2$, with $\theta^t$ the global model it
+    received.
 
     Args:
-        mu: Weight of the proximal term, at least 0; with 0 it is FedAvg, bit for bit.
-        weights: uniform counts every client alike, samples by its training samples.
-        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
-        finetune_epochs: After the last round each client trains the global model on its own for so many epochs.
+        mu: Weight of the proximal term, at least 0; 0 is FedAvg, bit for bit.
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+        aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+        finetune_epochs: Epochs of local training after the last round, at least 0.
+
+    Raises:
+        UserError: If `mu` or `finetune_epochs` is negative.
+
+    Reference:
+        Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, Eq. 2.
     """
 
     def __init__(
@@ -32,11 +41,10 @@ class FedProx(FedAvg):
         finetune_epochs: int = 0,
     ) -> None:
         super().__init__(weights, aggregator, finetune_epochs)
-        if not mu >= 0:
-            raise UserError(f"method.mu is {mu}, and must be at least 0")
+        require(mu >= 0, "method.mu", "at least 0", mu)
         self.mu = mu
 
-    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
-        """L_k and the proximal term."""
-        objectives = super().objectives(client, network, round_idx)
-        return [*objectives, ProximalPenalty(network, trainable(network), self.mu)] if self.mu else objectives
+    def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
+        """Return L_k and the proximal term."""
+        terms = super().loss_terms(client, network, round_idx)
+        return [*terms, ProximalPenalty(network, copy_parameters(network), self.mu)] if self.mu else terms

@@ -1,4 +1,4 @@
-"""FedRep: a shared representation and a personal head, trained one after the other (Collins et al., ICML 2021)."""
+"""FedRep (Collins et al., ICML 2021)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from typing import Literal
 
 from torch import nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import Aggregator
-from fedekd.methods.base import Update
+from fedekd.methods.base import ClientUpdate
 from fedekd.methods.client import Client
-from fedekd.methods.fedper import FedPer, belongs
+from fedekd.methods.fedper import FedPer, is_in_module
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import SupervisedModule
 
 
 class FedRep(FedPer):
-    """FedPer whose clients first fit their head to the representation they were sent, and then train that alone.
+    """FedRep: FedPer with alternating training, first the personal head, then the shared representation.
 
     Args:
-        head_epochs: How many epochs the head is trained before the representation is for `client.local_epochs`; at
-            least 1. They come on top, as in the paper, and are not counted as epochs of the private model: Local,
-            which Delta is against, has as many of all its weights as the representation here.
-            BatchNorm's running statistics go on with the head's training, as in the authors' code.
-        personal: Names of the parts that are the head; null as for FedPer.
-        weights: uniform counts every client alike, samples by its training samples.
-        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
+        head_epochs: Epochs of the head before the `client.local_epochs` of the representation, at least 1. They come
+            on top, as in the paper, and do not count as supervised epochs: the local baseline trains all of its
+            weights for as many epochs as the representation here. BatchNorm's running statistics are updated while the
+            head is trained, as in the authors' code.
+        personal: Names of the modules of the head; null as in FedPer.
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+        aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+
+    Raises:
+        UserError: If `head_epochs` is below 1.
+
+    Reference:
+        Collins et al., Exploiting Shared Representations for Personalized Federated Learning, ICML 2021, Algorithm 1.
     """
 
     def __init__(
@@ -38,39 +44,38 @@ class FedRep(FedPer):
         aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(personal, weights, aggregator)
-        if head_epochs < 1:
-            raise UserError(f"method.head_epochs is {head_epochs}, and must be at least 1")
+        require(head_epochs >= 1, "method.head_epochs", "at least 1", head_epochs)
         self.head_epochs = head_epochs
 
     def init_server(self, spec: FederationSpec) -> None:
-        """One initial representation for all; there must be a head to train beside it."""
+        """Build the initial representation, and check that a head is left to train."""
         super().init_server(spec)
-        if not self.personal_parts(spec.build_model("private", "server").state_dict()):
-            raise UserError("method.personal is [], which leaves FedRep no head to train; take FedAvg")
+        head = self.personal_modules(spec.build_model("private", "server").state_dict())
+        require(len(head) > 0, "method.personal", "at least one module for FedRep", head, "Use FedAvg without a head.")
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """Train the head with the representation held, then the representation with the head held; send the latter."""
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train the head, then the representation, each with the other frozen; return the representation."""
         network = client.networks["private"]
-        head = self.personal_parts(network.state_dict())
-        with _held(network, head, inside=False):
+        head = self.personal_modules(network.state_dict())
+        with _frozen(network, head, inside=False):
             module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
             client.train("head", module, round_idx, epochs=self.head_epochs)
-        with _held(network, head, inside=True):
+        with _frozen(network, head, inside=True):
             return super().prepare_update(client, round_idx)
 
 
 @contextmanager
-def _held(network: nn.Module, parts: list[str], inside: bool) -> Iterator[None]:
-    """The weights inside named parts, or all others, get no gradient."""
-    held = [
+def _frozen(network: nn.Module, modules: list[str], inside: bool) -> Iterator[None]:
+    """Context manager: freeze the parameters inside the named modules, or all others."""
+    parameters = [
         parameter
         for name, parameter in network.named_parameters()
-        if parameter.requires_grad and any(belongs(name, part) for part in parts) == inside
+        if parameter.requires_grad and any(is_in_module(name, module) for module in modules) == inside
     ]
-    for parameter in held:
+    for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in held:
+        for parameter in parameters:
             parameter.requires_grad_(True)

@@ -1,75 +1,83 @@
-"""FedType: proxies and private models that exchange conformal sets (Wang et al., ICML 2024, arXiv 2407.03247)."""
+"""FedType (Wang et al., ICML 2024, arXiv 2407.03247)."""
 
 from __future__ import annotations
 
 import torch
 
-from fedekd.errors import UserError
-from fedekd.methods.base import StateDict, Update
+from fedekd.errors import require
+from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
 from fedekd.methods.client import Client
-from fedekd.methods.proxies import ProxyMethod
 from fedekd.methods.specification import FederationSpec
-from fedekd.modules import DistillationLoss, LossTerm, ObjectiveModule, SupervisedLoss
-from fedekd.modules.losses.fedtype import ConformalModel, SetRankingLoss, Variant
-from fedekd.modules.losses.regularizers import ProximalPenalty, trainable
+from fedekd.modules import DistillationLoss, LossTerm, ObjectiveModule, ProximalPenalty, SupervisedLoss
+from fedekd.modules.losses import ConformalModel, SetRankingLoss, copy_parameters
+from fedekd.modules.losses.fedtype import Variant
 from fedekd.seeding import derive_seed
 
-#: The regularization of the private model's sets, and what the proxy's begins with.
+#: RAPS regularisation lam of the private model, and the initial lam of the proxy.
 PRIVATE_LAM, PROXY_LAM = 1.0, 0.5
 
 
 class FedType(ProxyMethod):
-    """In every local epoch the private model learns from the proxy's label sets, then the proxy from the private model.
+    """FedType: private model and proxy learn from each other's conformal prediction sets, in alternating epochs.
 
-    Both conformal models are calibrated anew each epoch on the client's whole validation split. For classification.
-    The paper leaves open which logits the ranking loss is of (here the private model's), and which accuracy drives
-    the proxy's lam (here the proxy's own on the validation split; lam goes on from round to round).
+    In every local epoch the private model learns from the labels and from the proxy's prediction sets, then the proxy
+    from the labels and from the private model. Both conformal models are recalibrated each epoch on the client's
+    validation split. Classification only. Two points that the paper leaves open: the ranking loss uses the logits of
+    the private model; and the proxy's lam follows the proxy's score on the validation split, and is kept between
+    rounds.
 
     Args:
-        alpha: The sets miss the true label at most this often, in (0, 1).
-        mu: Weight of a proximal term on the proxies, at least 0: 0 is FedAvg's aggregation, 0.01 FedProx's.
-        variant: paper; or released, the authors' code, in which no gradient of the ranking loss reaches the private
-            model: the private models are then Local's, bit for bit.
+        alpha: Miscoverage rate of the prediction sets, in (0, 1).
+        mu: Weight of a proximal term on the proxies, at least 0: 0 is aggregation as in FedAvg, 0.01 as in FedProx.
+        variant: `paper`; or `released`, the authors' code, in which the ranking loss has no gradient to the private
+            model: the private models then equal the local baseline, bit for bit.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        Wang et al., Bridging Model Heterogeneity in Federated Learning via Uncertainty-based Asymmetrical Reciprocity
+        Learning, ICML 2024.
     """
 
     training_splits = ("train", "validation")
 
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
-        if not 0 < alpha < 1:
-            raise UserError(f"method.alpha is {alpha}, and must be in (0, 1)")
-        if not mu >= 0:
-            raise UserError(f"method.mu is {mu}, and must be at least 0")
+        require(0 < alpha < 1, "method.alpha", "a number in (0, 1)", alpha)
+        require(mu >= 0, "method.mu", "at least 0", mu)
         self.alpha, self.mu, self.variant = alpha, mu, variant
 
     def init_server(self, spec: FederationSpec) -> None:
-        """One initial proxy for all."""
-        if spec.task != "classification":
-            raise UserError("method FedType is for classification: a regression has no sets of labels")
+        """Check the task, and build the initial proxy."""
+        require(spec.task == "classification", "task", "classification for method FedType", spec.task)
         super().init_server(spec)
 
     def init_client(self, client: Client) -> None:
-        """A client carries a proxy beside its private model."""
-        if not len(client.splits.validation):
-            raise UserError(
-                f"method FedType calibrates on validation samples, and client {client.number} has none;"
-                " raise data.min_samples or the second of data.fractions"
-            )
+        """Add the proxy, and set its initial lam."""
+        require(
+            len(client.splits.validation) > 0,
+            "data.fractions",
+            f"validation samples for method FedType on client {client.number}",
+            0,
+            "Raise data.min_samples or the second of data.fractions.",
+        )
         super().init_client(client)
         client.method_state["lam"] = PROXY_LAM
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """Train both, a backward and a forward epoch in turn, and send the proxy."""
-        anchor = trainable(client.networks["proxy"])
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train both networks in alternating epochs, and return the proxy."""
+        anchor = copy_parameters(client.networks["proxy"])
         client.optimizer_states.pop("proxy", None)
+        # Both networks have the learning rate of one round, the proxy also after the last supervised epoch.
+        supervised_rounds = client.supervised_rounds
         for epoch in range(client.spec.client.local_epochs):
-            self._backward_epoch(client, round_idx, epoch)
-            self._forward_epoch(client, round_idx, epoch, anchor)
-        client.supervised_epochs += client.spec.client.local_epochs
-        return self.proxy_of(client)
+            self._train_private(client, round_idx, epoch)
+            self._train_proxy(client, round_idx, epoch, anchor, supervised_rounds)
+        return ClientUpdate.of(client, client.networks["proxy"])
 
-    def _backward_epoch(self, client: Client, round_idx: int, epoch: int) -> None:
-        """The private model: CE + mean_i eta_i l_i, with the frozen proxy's sets."""
+    def _train_private(self, client: Client, round_idx: int, epoch: int) -> None:
+        """Train the private model for one epoch on CE + mean_i eta_i l_i, with the sets of the frozen proxy."""
         seed = derive_seed(client.spec.seed, client.number, round_idx, "sets", epoch)
         generator = torch.Generator().manual_seed(seed)
         labels = client.images.targets[client.splits.validation.to(client.images.targets.device)]
@@ -79,38 +87,39 @@ class FedType(ProxyMethod):
             )
             for role, lam in (("private", PRIVATE_LAM), ("proxy", client.method_state["lam"]))
         }
-        reciprocal = SetRankingLoss(models["private"], models["proxy"], self.variant, generator)
         private, proxy = client.networks["private"], client.networks["proxy"]
-        objectives: list[LossTerm] = [SupervisedLoss("classification"), reciprocal]
-        module = ObjectiveModule(private, objectives, "classification", client.spec.optimizer, teacher=proxy)
-        client.train(
-            "private",
-            module,
-            client.supervised_rounds + 1,
+        terms: list[LossTerm] = [
+            SupervisedLoss("classification"),
+            SetRankingLoss(models["private"], models["proxy"], self.variant, generator),
+        ]
+        client.train_supervised(
+            ObjectiveModule(private, terms, "classification", client.spec.optimizer, teacher=proxy),
             epochs=1,
             first_epoch=epoch,
             teacher_outputs=client.predict("proxy", "train").tensors,
             carry_optimizer=True,
         )
 
-    def _forward_epoch(self, client: Client, round_idx: int, epoch: int, anchor: StateDict) -> None:
-        """The proxy: CE + KL(private || proxy), near the global proxy if mu is above 0; then renew its lam."""
+    def _train_proxy(
+        self, client: Client, round_idx: int, epoch: int, anchor: StateDict, supervised_rounds: int
+    ) -> None:
+        """Train the proxy for one epoch on CE + KL(private || proxy) and the proximal term; then update its lam."""
         private, proxy = client.networks["private"], client.networks["proxy"]
         before = client.score("validation", "proxy")
-        objectives: list[LossTerm] = [SupervisedLoss("classification"), DistillationLoss("classification")]
+        terms: list[LossTerm] = [SupervisedLoss("classification"), DistillationLoss("classification")]
         if self.mu:
-            objectives.append(ProximalPenalty(proxy, anchor, self.mu))
-        module = ObjectiveModule(proxy, objectives, "classification", client.spec.optimizer, teacher=private)
+            terms.append(ProximalPenalty(proxy, anchor, self.mu))
         client.train(
             "proxy",
-            module,
+            ObjectiveModule(proxy, terms, "classification", client.spec.optimizer, teacher=private),
             round_idx,
             epochs=1,
             first_epoch=epoch,
             teacher_outputs=client.predict("private", "train").tensors,
             carry_optimizer=True,
+            decay_rounds=supervised_rounds,
         )
         change = client.score("validation", "proxy") - before
         lam = client.method_state["lam"]
-        if change < 0:  # nor where it is NaN, as a proxy has diverged
+        if change < 0:  # False for NaN, of a proxy that diverged
             client.method_state["lam"] = lam - (1 - lam) * change

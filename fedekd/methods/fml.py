@@ -1,28 +1,35 @@
-"""FML: federated mutual learning (Shen et al. 2023), and FedKD's adaptive form of it (Wu et al. 2022)."""
+"""FML (Shen et al., 2023) and the adaptive mutual distillation of FedKD (Wu et al., 2022)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Update
+from fedekd.methods.base import ClientUpdate, ProxyMethod
 from fedekd.methods.client import Client
-from fedekd.methods.proxies import ProxyMethod
-from fedekd.modules.mutual import MutualModule
+from fedekd.modules import MutualModule
 
 
 class FML(ProxyMethod):
-    """A private model that stays and a proxy that travels teach each other on every batch; the server averages proxies.
+    r"""FML: a private model and an exchanged proxy distil each other on every batch; the server averages the proxies.
 
-    The nearest relative of FedeKD: the same two networks and the same traffic, but both are trained at once, on
-    their labels too, and the proxy is trusted alike for every sample.
+    $$L = w\,L_{sup} + (1 - w)\,\mathrm{KL}(\text{other} \,\|\, \text{this})$$
+
+    for each of the two models, with its own w. FedeKD has the same two networks and the same traffic; here both are
+    trained at the same time and on labels, and the distillation has no gate.
 
     Args:
-        private_weight: Weight in [0, 1] of the private model's own L_sup; the rest weighs what the proxy teaches.
-        proxy_weight: The same for the proxy.
-        weights: uniform counts every client alike, samples by its training samples.
-        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
+        private_weight: w of the private model, in [0, 1].
+        proxy_weight: w of the proxy, in [0, 1].
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+        aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+
+    Raises:
+        UserError: If a weight is out of range.
+
+    Reference:
+        Shen et al., Federated Mutual Learning, 2023 (arXiv 2006.16765).
     """
 
     adaptive = False
@@ -35,13 +42,12 @@ class FML(ProxyMethod):
         aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(aggregator if aggregator is not None else Mean(weights))
-        for flag, weight in (("private_weight", private_weight), ("proxy_weight", proxy_weight)):
-            if not 0 <= weight <= 1:
-                raise UserError(f"method.{flag} is {weight}, and must be in [0, 1]")
+        require(0 <= private_weight <= 1, "method.private_weight", "a number in [0, 1]", private_weight)
+        require(0 <= proxy_weight <= 1, "method.proxy_weight", "a number in [0, 1]", proxy_weight)
         self.private_weight, self.proxy_weight = private_weight, proxy_weight
 
-    def prepare_update(self, client: Client, round_idx: int) -> Update:
-        """Train both together, and send the proxy."""
+    def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
+        """Train both networks together, and return the proxy."""
         module = MutualModule(
             client.networks["private"],
             client.networks["proxy"],
@@ -51,30 +57,35 @@ class FML(ProxyMethod):
             self.adaptive,
             client.spec.optimizer,
         )
-        client.train("private", module, round_idx, carry_optimizer=True)
-        self._forget_proxy(client)
-        client.supervised_epochs += client.spec.client.local_epochs
-        return self.proxy_of(client)
+        client.train_supervised(module, round_idx, carry_optimizer=True)
+        self._drop_proxy_state(client)
+        return ClientUpdate.of(client, client.networks["proxy"])
 
-    def _forget_proxy(self, client: Client) -> None:
-        """Keep the optimizer's state of the private model alone: averaging will replace the proxy's weights."""
-        kept = len(list(client.networks["private"].parameters()))
+    def _drop_proxy_state(self, client: Client) -> None:
+        """Keep only the private model's part of the optimizer state: aggregation replaces the proxy's weights."""
+        num_private = len(list(client.networks["private"].parameters()))
         state = client.optimizer_states["private"]
         client.optimizer_states["private"] = {
             **state,
-            "state": {index: values for index, values in state["state"].items() if index < kept},
+            "state": {index: values for index, values in state["state"].items() if index < num_private},
         }
 
 
 class FedKD(FML):
-    """FML whose teaching is weighed by how much both models know: L_sup + distillation / (both models' L_sup).
+    r"""FedKD: FML whose distillation is weighted by the inverse of both models' supervised losses.
 
-    Of FedKD (Wu et al. 2022) this is the adaptive mutual distillation (its Eq. 1-4); its SVD compression of the
-    traffic and its hidden-state loss, which needs transformers, are left out.
+    $$L = L_{sup} + \mathrm{KL}(\text{other} \,\|\, \text{this}) / (L_{sup}^{private} + L_{sup}^{proxy})$$
+
+    This is the adaptive mutual distillation of FedKD. Its SVD compression of the traffic, and its hidden-state loss,
+    which requires transformers, are not implemented.
 
     Args:
-        weights: uniform counts every client alike, samples by its training samples.
-        aggregator: Another way to merge, by class_path; null takes the mean with `weights`.
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+        aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+
+    Reference:
+        Wu et al., Communication-efficient federated learning via knowledge distillation, Nature Communications 2022,
+        Eq. 1-4.
     """
 
     adaptive = True

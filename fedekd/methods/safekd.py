@@ -1,34 +1,41 @@
-"""SAFE-KD (arXiv 2602.03043): a network with exits, distilled. Nothing travels; what is calibrated later may leave."""
+"""SAFE-KD (arXiv 2602.03043)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, require
 from fedekd.methods.base import Method, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import MovingAverage, MultiExitModule
-from fedekd.modules.losses.exits import require_exit_weights
+from fedekd.modules.losses import require_exit_weights
 from fedekd.modules.multi_exit import check_arguments
 
 
 class SafeKD(Method):
-    """Each client trains a network with exits on its own data: CE, DKD from a moving average, deep-to-shallow KL.
+    """SAFE-KD: each client trains a network with exits by distillation, and nothing is exchanged.
 
-    Local is then the same network trained without distillation, on the labels at all exits, with the same weights at
-    the start and the same batches. A private model without exits is cut into `client.exits` stages, 3 by default.
-    `calibrate` finds, for the finished run, at which confidence images may leave.
+    The loss is cross-entropy, decoupled distillation (DKD) from a moving average of the network, and KL from the
+    deepest to the shallow exits (see `fedekd.modules.MultiExitModule`). The local baseline is the same network trained
+    without distillation, on the labels at all exits, with the same initial weights and batches. For the finished run,
+    `calibrate` selects the confidence thresholds of the exits.
 
     Args:
-        distillation_weight: a of the loss (see `fedekd.modules.MultiExitModule`), at least 0.
-        consistency_weight: b, at least 0.
-        temperature: T, above 0.
-        dkd_alpha: DKD's weight of the target's term.
-        dkd_beta: DKD's weight of the other classes' term.
-        warmup_epochs: DKD's weight rises to a over so many epochs.
-        exit_weights: One weight an exit; null weighs all alike.
-        ema_decay: Of the moving average that teaches, in [0, 1).
+        distillation_weight: a, weight of DKD, at least 0.
+        consistency_weight: b, weight of the distillation from the deepest exit, at least 0.
+        temperature: T of both distillations, above 0.
+        dkd_alpha: Weight of DKD's target term, at least 0.
+        dkd_beta: Weight of DKD's non-target term, at least 0.
+        warmup_epochs: Epochs over which the weight of DKD rises to a, at least 0.
+        exit_weights: One weight per exit, at least 0; null weights all E exits by 1 / E.
+        ema_decay: Decay of the moving average, in [0, 1).
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        SAFE-KD, arXiv 2602.03043.
     """
 
     exits = 3
@@ -65,23 +72,30 @@ class SafeKD(Method):
         self.exit_weights = None if exit_weights is None else list(exit_weights)
 
     def init_server(self, spec: FederationSpec) -> None:
-        """There is no server; the task and the number of weights are looked at before anything is trained."""
-        if spec.task == "regression":
-            raise UserError("method SafeKD distils classes, and the task is regression; use FedeKD or Local")
+        """Check the task and the number of exit weights; there is no server state."""
+        require(
+            spec.task != "regression",
+            "task",
+            "classification for method SafeKD",
+            spec.task,
+            "Use FedeKD or Local.",
+        )
         if self.exit_weights is not None:
             exits = getattr(spec.build_model("private", "server"), "num_exits", 1)
-            if len(self.exit_weights) != exits:
-                raise UserError(
-                    f"method.exit_weights has {len(self.exit_weights)} numbers, and the network has {exits} exits"
-                )
+            require(
+                len(self.exit_weights) == exits,
+                "method.exit_weights",
+                f"{exits} weights, one per exit",
+                self.exit_weights,
+            )
 
     def init_client(self, client: Client) -> None:
-        """The teacher begins as a copy of the network."""
+        """Add the teacher, which starts as a copy of the network."""
         if self.distillation_weight:
             client.networks["teacher"] = MovingAverage(client.networks["private"], self.ema_decay)
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Train for `local_epochs`."""
+        """Train the private model for `local_epochs`."""
         if round_idx == 0:
             return {}
         average = client.networks.get("teacher")
@@ -100,6 +114,4 @@ class SafeKD(Method):
             optimizer=client.spec.optimizer,
             first_epoch=client.supervised_epochs,
         )
-        logs = client.train("private", module, client.supervised_rounds + 1, carry_optimizer=True)
-        client.supervised_epochs += client.spec.client.local_epochs
-        return logs
+        return client.train_supervised(module, carry_optimizer=True)

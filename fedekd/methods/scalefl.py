@@ -1,4 +1,4 @@
-"""ScaleFL: clients hold parts of a model in depth and width, taught by their deepest exit (Ilhan et al., CVPR 2023)."""
+"""ScaleFL (Ilhan et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ from typing import Literal, cast
 
 from torch import nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.methods.client import Client
-from fedekd.methods.submodels import NestedFedAvg
+from fedekd.methods.submodel_fedavg import SubmodelFedAvg
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import LossTerm, SelfDistillationLoss, SupervisedLoss
-from fedekd.modules.losses.exits import require_at_least_0, require_temperature
+from fedekd.modules.losses import require_nonnegative, require_temperature
 
-#: What is meant as a whole number of rounds may lie a rounding error above it.
+#: A product that should be a whole number of rounds may exceed it by a rounding error.
 _ROUNDING = 1e-9
 
 
-class ScaleFL(NestedFedAvg):
-    r"""Clients of unlike depth and width, averaged weight by weight; a client's deepest exit teaches the others.
+class ScaleFL(SubmodelFedAvg):
+    r"""ScaleFL: clients hold different depths and widths of one network; a client's deepest exit teaches the others.
 
-    A client of d exits minimises, the second term once a share of the rounds is over,
+    A client with d exits minimises, the second term only after a fraction `warm_up` of the rounds,
 
     $$\sum_e w_e\, \mathrm{CE}_e + \gamma \sum_{e < d} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_d^T \,\|\, p_e^T),
     \qquad w_e = \frac{2 e}{d (d + 1)}.$$
 
     Args:
-        distillation_weight: gamma, at least 0. The authors' code averages the divergence over the classes, too: its
+        distillation_weight: gamma, at least 0. The authors' code also averages the divergence over the classes: its
             gamma of 1 is 0.1 here for ten classes.
         temperature: T, above 0.
-        warm_up: Exits learn from the labels alone for this share of the rounds, from 0 to 1.
-        weights: uniform counts every client alike, samples by its training samples.
+        warm_up: Fraction of the rounds in which exits learn only from labels, in [0, 1].
+        weights: `uniform`, or `samples` to weight clients by their training samples.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        Ilhan et al., ScaleFL: Resource-Adaptive Federated Learning with Heterogeneous Clients, CVPR 2023.
     """
 
     def __init__(
@@ -41,17 +47,16 @@ class ScaleFL(NestedFedAvg):
         weights: Literal["uniform", "samples"] = "uniform",
     ) -> None:
         super().__init__(weights)
-        if not 0 <= warm_up <= 1:
-            raise UserError(f"method.warm_up is {warm_up}, and must be from 0 to 1")
-        require_at_least_0(**{"method.distillation_weight": distillation_weight})
+        require(0 <= warm_up <= 1, "method.warm_up", "a number in [0, 1]", warm_up)
+        require_nonnegative("method.distillation_weight", distillation_weight)
         require_temperature(temperature, "method.temperature")
         self.distillation_weight, self.temperature, self.warm_up = distillation_weight, temperature, warm_up
 
-    def objectives(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
-        """Cross-entropy, the deeper the heavier, and what the deepest exit teaches."""
+    def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
+        """Return the cross-entropy, with larger weights for deeper exits, and the self-distillation."""
         exits = cast(MultiExitNetwork, network).num_exits
-        weights = [2 * place / (exits * (exits + 1)) for place in range(1, exits + 1)]
-        found: list[LossTerm] = [SupervisedLoss(client.spec.task, weights)]
+        weights = [2 * number / (exits * (exits + 1)) for number in range(1, exits + 1)]
+        terms: list[LossTerm] = [SupervisedLoss(client.spec.task, weights)]
         if self.distillation_weight and round_idx >= self.warm_up * client.spec.rounds - _ROUNDING:
-            found.append(SelfDistillationLoss(self.distillation_weight, self.temperature, weights))
-        return found
+            terms.append(SelfDistillationLoss(self.distillation_weight, self.temperature, weights))
+        return terms

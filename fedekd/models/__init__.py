@@ -1,11 +1,10 @@
 """Networks: the paper's two CNNs, any torchvision classifier, exits for them, and how to build one by name."""
 
-from fedekd.models.build import build_model, check_model
+from fedekd.models.build import build_model, check_model, eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN
-from fedekd.models.cost import ExitCosts, exit_costs
+from fedekd.models.cost import ExitCosts, exit_costs, num_parameters
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
-from fedekd.models.size import num_parameters
 from fedekd.models.stages import multi_exit
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "ProxyCNN",
     "build_model",
     "check_model",
+    "eval_mode",
     "exit_costs",
     "multi_exit",
     "num_parameters",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import nn
 from fedekd.errors import UserError, nearest
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
-from fedekd.models.modes import eval_mode
 
 _LONGEST_HINT = 200  # torchvision.models has 200 names: no help in one line of an error
 
@@ -113,6 +113,23 @@ def check_model(
         if not isinstance(each, torch.Tensor) or each.shape != (2, num_outputs):
             given = tuple(each.shape) if isinstance(each, torch.Tensor) else f"a {type(each).__name__}"
             raise UserError(f"{flag} {name} gives {given} for 2 images; {(2, num_outputs)} is needed")
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Context manager: set the network to eval mode, and restore each module's previous mode on exit."""
+    modes = [(module, module.training) for module in network.modules()]
+    if not any(training for _, training in modes):
+        yield
+        return
+    network.eval()
+    try:
+        yield
+    finally:
+        if modes[0][1]:
+            network.train()  # a user's network may override train()
+        for module, training in modes:
+            module.training = training
 
 
 def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -> dict[str, Any]:

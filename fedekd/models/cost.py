@@ -13,8 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedekd.errors import UserError
-from fedekd.models.modes import eval_mode
+from fedekd.models.build import eval_mode
 from fedekd.models.multi_exit import MultiExitNetwork
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Return the number of parameters, trainable or not; shared ones count once, buffers do not count.
+
+    Example:
+        >>> num_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class ExitCosts:
 
     Example:
         >>> costs = ExitCosts(stages=(100, 200), heads=(10, 20))
-        >>> costs.full, costs.leaving([True, True]), costs.leaving([False, True])
+        >>> costs.full, costs.flops_at_exits([True, True]), costs.flops_at_exits([False, True])
         (320, (110, 330), (110, 320))
     """
 
@@ -41,7 +51,7 @@ class ExitCosts:
         """Of the plain network: all stages and the last head alone."""
         return sum(self.stages) + self.heads[-1]
 
-    def leaving(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> tuple[int, ...]:
+    def flops_at_exits(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> tuple[int, ...]:
         """Of an image that leaves at exit e: all stages up to e, and the heads up to e that are evaluated.
 
         Args:
@@ -66,7 +76,7 @@ class ExitCosts:
 
     def shares(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> list[float]:
         """The same as shares of the plain network's cost, E numbers."""
-        return [cost / self.full for cost in self.leaving(evaluated, uses_proxy)]
+        return [cost / self.full for cost in self.flops_at_exits(evaluated, uses_proxy)]
 
 
 def exit_costs(

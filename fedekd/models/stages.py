@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 
 from fedekd.errors import UserError
+from fedekd.models.build import eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN, height_and_width
 from fedekd.models.image_classifier import ImageClassifier
-from fedekd.models.modes import eval_mode
 from fedekd.models.multi_exit import ClassToken, ExitHead, Layout, MultiExitNetwork
 
 _LAYOUTS: dict[int, Layout] = {4: "nchw", 3: "tokens", 2: "flat"}  # by the dimensions of a stage's output

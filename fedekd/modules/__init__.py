@@ -1,14 +1,24 @@
-"""LightningModules: what one client trains, and what anybody's Lightning project can."""
+"""LightningModules for clients and for other Lightning projects, with their loss terms and energies."""
 
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
 from fedekd.modules.gated_private import GatedPrivateModule
-from fedekd.modules.losses.distillation import DistillationLoss, GatedDistillationLoss, LossTerm, SupervisedLoss
-from fedekd.modules.losses.exits import DKDLoss, MutualExitLoss, SelfDistillationLoss
-from fedekd.modules.multi_exit import MovingAverage, MultiExitModule
-from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
+from fedekd.modules.losses import (
+    DistillationLoss,
+    DKDLoss,
+    GatedDistillationLoss,
+    LinearPenalty,
+    LossTerm,
+    MutualExitLoss,
+    MutualLoss,
+    ProximalPenalty,
+    SelfDistillationLoss,
+    SupervisedLoss,
+)
+from fedekd.modules.multi_exit import MovingAverage, MultiExitModule, safekd_optimizer
+from fedekd.modules.mutual import MutualModule, PrivateProxyPair
+from fedekd.modules.objective_module import ObjectiveModule, SupervisedModule, fedekd_optimizer
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.modules.proxy_distill import ProxyDistillModule
-from fedekd.modules.supervised import SupervisedModule
 from fedekd.modules.trainer_factory import TrainerFactory
 
 __all__ = [
@@ -18,19 +28,25 @@ __all__ = [
     "Energy",
     "GatedDistillationLoss",
     "GatedPrivateModule",
+    "LinearPenalty",
     "LossTerm",
     "ModelOutput",
     "MovingAverage",
     "MultiExitModule",
     "MutualExitLoss",
+    "MutualLoss",
+    "MutualModule",
     "ObjectiveModule",
+    "PrivateProxyPair",
+    "ProximalPenalty",
     "ProxyDistillModule",
     "SelfDistillationLoss",
     "SupervisedLoss",
     "SupervisedModule",
     "TrainerFactory",
     "build_energy",
-    "default_optimizer",
+    "fedekd_optimizer",
     "predict",
+    "safekd_optimizer",
     "teacher_forward",
 ]

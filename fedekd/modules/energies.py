@@ -1,7 +1,6 @@
-"""The energies of `fedekd.functional` as objects that a gate can be given: E(x) of a private model and a proxy.
+"""Energies E(x) of a private model and a proxy, as modules that a gate evaluates.
 
-A new energy is one class here (or anywhere: `energy` takes an instance too) and, for a short name, one row of
-`ENERGIES`.
+A new energy is a subclass of `Energy`, in any package; a row of `ENERGIES` gives it a short name.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd import functional as F
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require, require_choice
 from fedekd.modules.prediction import ModelOutput
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
@@ -22,25 +21,34 @@ Source = Literal["proxy", "private"]
 
 
 class Energy(nn.Module):
-    """How little a proxy's teaching is to be trusted, sample by sample.
+    """Base class of energies: a higher energy gives a sample a lower distillation weight.
 
     Attributes:
-        needs_features: Whether the predictions must carry features.
-        tasks: The tasks for which the energy means something.
+        needs_features: True if the outputs must contain features.
+        tasks: Tasks for which the energy is defined.
+
+    Example:
+        >>> class ConfidenceGap(Energy):
+        ...     def forward(self, private, proxy):
+        ...         return (private.output.amax(1) - proxy.output.amax(1)).abs()
     """
 
     needs_features: bool = False
     tasks: tuple[Task, ...] = ("classification",)
 
     def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
-        """The energies (B,) of a batch, at least float32."""
+        """Compute the energies of a batch, shape (B,), in at least float32."""
         raise NotImplementedError
 
 
 class DisagreementEnergy(Energy):
-    """The paper's energy: Eq. 1 for classification, Eq. 2 for regression.
+    """Energy of FedeKD: Eq. 1 for classification, Eq. 2 for regression.
 
-    Eq. 2 is the symmetric KL divergence of two unit-variance Gaussians around the predictions, so `kl` names both.
+    Eq. 2 is the symmetric KL divergence of two unit-variance Gaussians around the outputs, hence the name `kl` of both.
+
+    Args:
+        task: `classification` or `regression`.
+        eps: Added to the denominator of Eq. 1, above 0.
     """
 
     tasks = ("classification", "regression")
@@ -50,18 +58,18 @@ class DisagreementEnergy(Energy):
         self.task, self.eps = task, eps
 
     def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
-        """Eq. 1 or Eq. 2, (B,)."""
+        """Compute Eq. 1 or Eq. 2, shape (B,)."""
         if self.task == "regression":
             return F.squared_error_energy(private.output, proxy.output)
         return F.kl_energy(private.output, proxy.output, eps=self.eps)
 
 
 class UncertaintyEnergy(Energy):
-    """An energy of one model's logits alone (Eq. 6-8).
+    """Energy of one model's logits (FedeKD Eq. 6-8).
 
     Args:
-        function: Logits (B, C) to energies (B,).
-        of: Whose logits; the proxy's by default, since it is the teacher whose trust is in question.
+        function: From logits (B, C) to energies (B,).
+        of: Model whose logits are used, `proxy` (the teacher) or `private`.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], of: Source = "proxy") -> None:
@@ -69,19 +77,19 @@ class UncertaintyEnergy(Energy):
         self.function, self.of = function, of
 
     def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
-        """`function` of the chosen model's logits, (B,)."""
+        """Compute `function` of the selected logits, shape (B,)."""
         return self.function((proxy if self.of == "proxy" else private).output)
 
 
 class FeatureEnergy(Energy):
-    """The distance of the models' features (Eq. 9).
+    """Distance of the models' features (FedeKD Eq. 9).
 
-    The private features are brought to the proxy's dimension by a fixed random projection with entries
-    N(0, 1/private_features): the gate is detached, so nothing could train it.
+    The private features are projected to the proxy's dimension by a fixed random matrix with entries
+    N(0, 1/private_features). The gate is detached, so the projection cannot be trained.
 
     Args:
-        private_features: Dimension of the private model's features.
-        proxy_features: Dimension of the proxy's features.
+        private_features: Dimension of the private model's features, at least 1.
+        proxy_features: Dimension of the proxy's features, at least 1.
     """
 
     needs_features = True
@@ -95,7 +103,7 @@ class FeatureEnergy(Energy):
         self.register_buffer("projection", projection / private_features**0.5, persistent=False)
 
     def forward(self, private: ModelOutput, proxy: ModelOutput) -> Tensor:
-        """Eq. 9, (B,)."""
+        """Compute Eq. 9, shape (B,)."""
         assert private.features is not None
         assert proxy.features is not None
         features = F.upcast_to_float32(private.features)
@@ -107,8 +115,8 @@ def _num_features(network: nn.Module) -> int:
     num_features = getattr(network, "num_features", None)
     if not isinstance(num_features, int):
         raise UserError(
-            f"energy 'feature' needs networks that tell num_features, and {type(network).__name__} does not;"
-            " wrap it in fedekd.models.ImageClassifier or choose another energy"
+            f"energy 'feature': expected a network with num_features, got {type(network).__name__}. Wrap it in"
+            " fedekd.models.ImageClassifier or choose another energy"
         )
     return num_features
 
@@ -123,19 +131,22 @@ ENERGIES: dict[str, Callable[[Task, Source, nn.Module, nn.Module], Energy]] = {
 
 
 def build_energy(energy: str | Energy, task: Task, of: Source, private: nn.Module, proxy: nn.Module) -> Energy:
-    """An energy by its short name, or the instance that was given.
+    """Create an energy from its short name, or check the given instance.
+
+    Args:
+        energy: A name of `ENERGIES`, or an instance.
+        task: `classification` or `regression`.
+        of: Model whose logits `entropy`, `margin` and `logsumexp` use.
+        private: The private model, for the dimension of its features.
+        proxy: The proxy, for the dimension of its features.
 
     Raises:
-        UserError: If a name is unknown, the energy is not defined for the task, or a network lacks what it needs.
+        UserError: If a name is unknown, the energy is not defined for the task, or a network has no features.
     """
-    if of not in get_args(Source):
-        raise UserError(f"energy_of is {of!r}, which is not known; {nearest(of, get_args(Source))}")
+    require_choice("energy_of", of, get_args(Source))
+    name = energy if isinstance(energy, str) else type(energy).__name__
     if isinstance(energy, str):
-        if energy not in ENERGIES:
-            raise UserError(f"energy is {energy!r}, which is not known; {nearest(energy, ENERGIES)}")
-        built = ENERGIES[energy](task, of, private, proxy)
-    else:
-        built = energy
-    if task not in built.tasks:
-        raise UserError(f"energy {energy!r} is defined for {' and '.join(built.tasks)}, not for task {task!r}")
-    return built
+        require_choice("energy", energy, ENERGIES)
+        energy = ENERGIES[energy](task, of, private, proxy)
+    require(task in energy.tasks, "energy", f"one that is defined for {task}", name)
+    return energy

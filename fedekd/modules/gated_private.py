@@ -1,4 +1,4 @@
-"""The backward stage of FedeKD: a private model learns from its labels and, where it may trust it, from the proxy."""
+"""Training of the private model with the proxy as a gated teacher (FedeKD, Eq. 1-5)."""
 
 from __future__ import annotations
 
@@ -7,43 +7,53 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.modules.energies import Energy, Source, build_energy
-from fedekd.modules.losses.distillation import Gate, GatedDistillationLoss, LossTerm, SupervisedLoss
-from fedekd.modules.losses.exits import SelfDistillationLoss
-from fedekd.modules.objective_module import ObjectiveModule, default_optimizer
+from fedekd.modules.losses import Gate, GatedDistillationLoss, LossTerm, SelfDistillationLoss, SupervisedLoss
+from fedekd.modules.objective_module import ObjectiveModule, fedekd_optimizer
 from fedekd.tasks import Task
 
 
 class GatedPrivateModule(ObjectiveModule):
-    r"""Trains a private model on L_sup + lambda_kd L_BKD with a frozen proxy as teacher (Eq. 5; Algorithm 1, 10-16).
+    r"""LightningModule that trains a private model with a gated, frozen proxy.
 
-    Works under any `lightning.Trainer` with batches `(x, y)`; logs per epoch `loss`, `loss/supervised`, `loss/gated`,
-    `gate/weight_mean` (in 0..1, about 1/2), `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy
-    is not asked at all, and training is exactly the supervised one.
+    $$L = L_{sup} + \lambda_{kd} L_{BKD}, \qquad
+    L_{BKD} = \frac1n \sum_i w_i\, \mathrm{KL}(q_i \,\|\, p_i), \qquad w_i = \frac{1}{1 + \exp(\beta \tilde E_i)}$$
 
-    A private model of E exits is trained at all of them, each with a gate of its own, on
+    with p the private model's and q the proxy's prediction. Works under any `lightning.Trainer` with batches
+    `(x, y)`; logs per epoch `loss`, `loss/supervised`, `loss/gated`, `gate/weight_mean` (in [0, 1], about 1/2),
+    `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy is not run, and training is the supervised
+    one.
 
-    $$\frac1E \Big[\sum_{e\,\text{active}} \big(\mathrm{CE}_e + \lambda\, \mathrm{mean}_i\, w_{i,e}\,
+    A private model with E exits is trained at all of them, with one gate per exit, on
+
+    $$\frac1E \Big[\sum_{e\,\text{active}} \big(\mathrm{CE}_e + \lambda_{kd}\, \mathrm{mean}_i\, w_{i,e}\,
     \mathrm{KL}(q_i \| p_{i,e})\big) + \lambda_s \sum_{e\,\text{active},\, e<E} T^2\,
     \mathrm{KL}(\mathrm{sg}\,p_E^T \| p_e^T)\Big].$$
 
     Args:
         private: The large model, which is trained.
         proxy: The small model, which is frozen.
-        task: `classification` (outputs are logits (B, C)) or `regression` (outputs are values (B, 1)).
-        energy: `kl` (Eq. 1; for regression Eq. 2), `entropy`, `margin`, `logsumexp`, `feature`, or an Energy.
+        task: `classification` (logits (B, C)) or `regression` (outputs (B, 1)).
+        energy: `kl` (Eq. 1; Eq. 2 for regression), `entropy`, `margin`, `logsumexp`, `feature`, or an Energy.
         beta: Sharpness of the gate, above 0 (Eq. 3).
         lambda_kd: Weight of the gated distillation, at least 0 (Eq. 5).
-        optimizer: Makes the optimizer from the private model's parameters; Adam, learning rate 1e-4, by default.
-        gate: `energy` (Eq. 3), `none` (weight 1 everywhere) or `shuffled` (Eq. 3's weights permuted in the batch).
-        energy_of: Whose logits `entropy`, `margin` and `logsumexp` look at.
-        active: Which exits learn, (E,); None has all of them learn.
-        consistency_weight: lambda_s, at least 0: how much shallow exits learn from the deepest.
+        optimizer: Creates the optimizer from the private model's parameters; default Adam, learning rate 1e-4.
+        gate: `energy` (Eq. 3), `none` (weight 1 for every sample) or `shuffled` (weights permuted in the batch).
+        energy_of: Network whose logits `entropy`, `margin` and `logsumexp` use: `proxy` or `private`.
+        active: Which exits are trained, shape (E,); None trains all.
+        consistency_weight: $\lambda_s$, weight of the distillation from the deepest exit, at least 0.
         consistency_temperature: T, above 0.
 
     Raises:
         UserError: If a value is out of range, or the energy does not fit the task or the networks.
+
+    Example:
+        >>> from fedekd.models import PrivateCNN, ProxyCNN
+        >>> module = GatedPrivateModule(PrivateCNN(), ProxyCNN(), beta=2.0)  # Trainer(...).fit(module, loader)
+
+    Reference:
+        FedeKD (arXiv 2605.05553), Eq. 1-5 and Algorithm 1, lines 10-16.
     """
 
     def __init__(
@@ -54,30 +64,32 @@ class GatedPrivateModule(ObjectiveModule):
         energy: str | Energy = "kl",
         beta: float = 1.0,
         lambda_kd: float = 1.0,
-        optimizer: OptimizerCallable = default_optimizer,
+        optimizer: OptimizerCallable = fedekd_optimizer,
         gate: Gate = "energy",
         energy_of: Source = "proxy",
         active: Sequence[bool] | None = None,
         consistency_weight: float = 0.0,
         consistency_temperature: float = 2.0,
     ) -> None:
-        built = build_energy(energy, task, energy_of, private, proxy)
-        shares = None if active is None else [float(learns) / len(active) for learns in active]
-        gated = GatedDistillationLoss(task, built, beta, lambda_kd, gate, shares)
-        objectives: list[LossTerm] = (
-            [SupervisedLoss(task, shares), gated] if lambda_kd else [SupervisedLoss(task, shares)]
+        energy_module = build_energy(energy, task, energy_of, private, proxy)
+        exit_weights = None if active is None else [float(is_active) / len(active) for is_active in active]
+        gated = GatedDistillationLoss(task, energy_module, beta, lambda_kd, gate, exit_weights)
+        consistency = SelfDistillationLoss(consistency_weight, consistency_temperature, exit_weights)
+        require(
+            not consistency_weight or task != "regression",
+            "consistency_weight",
+            "0 for regression, which has no classes to distil",
+            consistency_weight,
         )
-        consistency = SelfDistillationLoss(consistency_weight, consistency_temperature, shares)
-        if consistency_weight:
-            if task == "regression":
-                raise UserError(f"consistency_weight is {consistency_weight}, and regression has no classes to distil")
-            objectives.append(consistency)
+        terms: list[LossTerm] = [SupervisedLoss(task, exit_weights)]
+        terms += [gated] if lambda_kd else []
+        terms += [consistency] if consistency_weight else []
         super().__init__(
             private,
-            objectives,
+            terms,
             task,
             optimizer,
             teacher=proxy if lambda_kd else None,
-            with_features=built.needs_features,
+            with_features=energy_module.needs_features,
         )
-        self.energy = built  # registered, so that a projection moves to the device with the networks
+        self.energy = energy_module  # registered, so that its projection moves to the device with the networks

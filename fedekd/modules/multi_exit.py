@@ -1,4 +1,4 @@
-"""SAFE-KD's training: a network all of whose exits learn from the labels, from a teacher, and from the deepest exit."""
+"""Training of a network with exits by distillation (SAFE-KD)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 from fedekd.functional import upcast_to_float32
 from fedekd.metrics import build_metrics
-from fedekd.modules.losses.distillation import LossTerm, SupervisedLoss
-from fedekd.modules.losses.exits import DKDLoss, SelfDistillationLoss, require_exit_weights
+from fedekd.modules.losses import DKDLoss, LossTerm, SelfDistillationLoss, SupervisedLoss, require_exit_weights
 from fedekd.modules.objective_module import ObjectiveModule
 from fedekd.modules.prediction import ModelOutput
 
 
-def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """SAFE-KD's optimizer: AdamW with learning rate 3e-4 and weight decay 0.05."""
+def safekd_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """Create the optimizer of SAFE-KD: AdamW with learning rate 3e-4 and weight decay 0.05."""
     return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.05)
 
 
 class MovingAverage(AveragedModel):
-    """An exponential moving average of a whole network, buffers included.
+    r"""Exponential moving average of a network, buffers included.
 
-    It begins as a copy, is the network again after the first step, and averages from the second on: so torch has it.
+    $\bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta$ per step. As in torch, it starts as a
+    copy, equals the network after the first update, and averages from the second on.
 
     Args:
         network: Any network.
-        decay: Share of the old average in the new one, in [0, 1).
+        decay: d, in [0, 1).
 
     Raises:
-        UserError: If `decay` is out of its range.
+        UserError: If `decay` is out of range.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
@@ -46,8 +46,12 @@ class MovingAverage(AveragedModel):
 
 
 def _require_decay(decay: float) -> None:
-    if not 0.0 <= decay < 1.0:
-        raise UserError(f"ema_decay is {decay}, and must be at least 0 and below 1")
+    require(0.0 <= decay < 1.0, "ema_decay", "a number in [0, 1)", decay)
+
+
+def _require_schedule(warmup_epochs: int, ema_decay: float) -> None:
+    require(warmup_epochs >= 0, "warmup_epochs", "at least 0", warmup_epochs)
+    _require_decay(ema_decay)
 
 
 def check_arguments(
@@ -60,52 +64,53 @@ def check_arguments(
     warmup_epochs: int,
     ema_decay: float,
 ) -> None:
-    """Hold the arguments of `MultiExitModule` to their ranges.
+    """Check the arguments of `MultiExitModule` without a network.
 
     Raises:
-        UserError: If one is not; it begins with its name.
+        UserError: If one is out of range; the message starts with its name.
     """
     DKDLoss(distillation_weight, dkd_alpha, dkd_beta, temperature)
     SelfDistillationLoss(consistency_weight, temperature)
-    _require_pace(warmup_epochs, ema_decay)
-
-
-def _require_pace(warmup_epochs: int, ema_decay: float) -> None:
-    if warmup_epochs < 0:
-        raise UserError(f"warmup_epochs is {warmup_epochs}, and must be at least 0")
-    _require_decay(ema_decay)
+    _require_schedule(warmup_epochs, ema_decay)
 
 
 class MultiExitModule(ObjectiveModule):
-    r"""Trains a network with exits as SAFE-KD does (arXiv 2602.03043).
+    r"""LightningModule that trains a network with exits on labels, a teacher, and its deepest exit.
 
     $$L = \sum_e w_e \left[ \mathrm{CE}_e + a\,\mathrm{DKD}(\text{teacher} \to e) + 1[e<E]\, b\, T^2\,
     \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T) \right]$$
 
     Works under any `lightning.Trainer` with batches `(x, y)`. Logs per epoch `loss`, `loss/supervised`,
-    `loss/distilled` and `loss/consistency`; on validation and test, for a network with `num_exits`, also each exit's
-    accuracy, as in `val/exit_1/accuracy`.
+    `loss/distilled` and `loss/consistency`; in validation and test, for a network with `num_exits`, also the primary
+    metric of each exit, as `val/exit_1/<metric>`.
 
-    The teacher is a trained network, or the exponential moving average of the network itself, of all of it: it follows
-    after every step and is part of the module's state. With `distillation_weight` 0 there is no teacher, and with
-    `consistency_weight` 0, too, training is exactly the supervised one.
+    The teacher is a trained network, or the exponential moving average of the network itself, which is updated after
+    every step and saved with the module. With `distillation_weight` 0 there is no teacher; with `consistency_weight` 0
+    as well, training is the supervised one.
 
     Args:
-        network: Gives a list of logits, one per exit, such as `fedekd.models.MultiExitNetwork`.
-        teacher: `ema`, a frozen network, or a `MovingAverage`, which goes on.
+        network: Returns a list of logits (B, C), one per exit, such as `fedekd.models.MultiExitNetwork`.
+        teacher: `ema`, a frozen network, or a `MovingAverage`, whose average continues.
         distillation_weight: a, at least 0.
         consistency_weight: b, at least 0.
         temperature: T of both distillations, above 0.
-        dkd_alpha: DKD's weight of the target's term, at least 0.
-        dkd_beta: DKD's weight of the other classes' term, at least 0; 8 is DKD's own default, 1 that of SAFE-KD's code.
-        warmup_epochs: DKD's weight rises to a over so many epochs; 0 begins with all of it.
-        exit_weights: $w_e$; None weighs all exits alike, 1 / E each.
-        ema_decay: Of the moving average, in [0, 1).
-        optimizer: Makes the optimizer from the network's parameters.
-        first_epoch: Epochs that the network was trained for before, for the warm-up.
+        dkd_alpha: Weight of DKD's target term, at least 0.
+        dkd_beta: Weight of DKD's non-target term, at least 0; the DKD paper uses 8, the code of SAFE-KD 1.
+        warmup_epochs: Epochs over which the weight of DKD rises linearly to a, at least 0.
+        exit_weights: $w_e$, one per exit; None weights all E exits by 1 / E.
+        ema_decay: Decay of the moving average, in [0, 1).
+        optimizer: Creates the optimizer from the network's parameters; default AdamW, learning rate 3e-4.
+        first_epoch: Epochs that the network was trained before, for the warm-up.
 
     Raises:
-        UserError: If a value is out of its range.
+        UserError: If a value is out of range.
+
+    Example:
+        >>> from fedekd.models import PrivateCNN, multi_exit
+        >>> module = MultiExitModule(multi_exit(PrivateCNN(), num_classes=10))  # Trainer(...).fit(module)
+
+    Reference:
+        SAFE-KD, arXiv 2602.03043.
     """
 
     def __init__(
@@ -120,27 +125,25 @@ class MultiExitModule(ObjectiveModule):
         warmup_epochs: int = 20,
         exit_weights: Sequence[float] | None = None,
         ema_decay: float = 0.999,
-        optimizer: OptimizerCallable = default_optimizer,
+        optimizer: OptimizerCallable = safekd_optimizer,
         first_epoch: int = 0,
     ) -> None:
-        _require_pace(warmup_epochs, ema_decay)
-        if isinstance(teacher, str) and teacher != "ema":
-            raise UserError(f"teacher is {teacher!r}, and must be 'ema' or a network")
+        _require_schedule(warmup_epochs, ema_decay)
+        require(not isinstance(teacher, str) or teacher == "ema", "teacher", "'ema' or a network", teacher)
         if exit_weights is not None:
             require_exit_weights(exit_weights, getattr(network, "num_exits", len(exit_weights)))
-        distilled = DKDLoss(distillation_weight, dkd_alpha, dkd_beta, temperature, exit_weights)
-        consistent = SelfDistillationLoss(consistency_weight, temperature, exit_weights)
-        objectives: list[LossTerm] = [SupervisedLoss("classification", exit_weights)]
-        objectives += [distilled] if distillation_weight else []
-        objectives += [consistent] if consistency_weight else []
-        if not distillation_weight:
-            guide = None
-        else:
-            guide = MovingAverage(network, ema_decay) if isinstance(teacher, str) else teacher
-        super().__init__(network, objectives, "classification", optimizer, teacher=guide)
-        self.distilled, self.warmup_epochs, self.first_epoch = distilled, warmup_epochs, first_epoch
-        # Registered, so that a checkpoint holds it; a teacher that is somebody else's is not.
-        self.average = guide if isinstance(guide, MovingAverage) else None
+        distillation = DKDLoss(distillation_weight, dkd_alpha, dkd_beta, temperature, exit_weights)
+        consistency = SelfDistillationLoss(consistency_weight, temperature, exit_weights)
+        terms: list[LossTerm] = [SupervisedLoss("classification", exit_weights)]
+        terms += [distillation] if distillation_weight else []
+        terms += [consistency] if consistency_weight else []
+        teacher_network: nn.Module | None = None
+        if distillation_weight:
+            teacher_network = MovingAverage(network, ema_decay) if isinstance(teacher, str) else teacher
+        super().__init__(network, terms, "classification", optimizer, teacher=teacher_network)
+        self.distillation, self.warmup_epochs, self.first_epoch = distillation, warmup_epochs, first_epoch
+        # Registered, so that checkpoints contain it; another frozen teacher is not part of this module.
+        self.average = teacher_network if isinstance(teacher_network, MovingAverage) else None
         exits = range(1, getattr(network, "num_exits", 0) + 1)
         self.exit_metrics = nn.ModuleDict(
             {
@@ -152,22 +155,22 @@ class MultiExitModule(ObjectiveModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Begin the epoch's means anew, and let the teacher be heard a little more."""
+        """Reset the means of the epoch, and increase the distillation weight (linear warm-up)."""
         super().on_train_epoch_start()
         if self.warmup_epochs:
             epoch = self.first_epoch + self.current_epoch
-            self.distilled.warmup_factor = min((epoch + 1) / self.warmup_epochs, 1.0)
+            self.distillation.warmup_factor = min((epoch + 1) / self.warmup_epochs, 1.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The average follows the network."""
+        """Run the step, and update the moving average."""
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def _score(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
-        super()._score(prediction, targets, metrics, stage)
+    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+        super()._log_evaluation(prediction, targets, metrics, stage)
         exits: Any = self.exit_metrics[stage]
-        # Not strictly: a network of one's own need not say how many exits it has, and is then scored by its last.
-        for own, logits in zip(exits, prediction.exits, strict=False):
-            own.update(upcast_to_float32(logits), targets)
-            self.log_dict(own, batch_size=len(targets))
+        # Not strict: a user's network without num_exits is evaluated at its last exit only.
+        for exit_metrics, logits in zip(exits, prediction.exits, strict=False):
+            exit_metrics.update(upcast_to_float32(logits), targets)
+            self.log_dict(exit_metrics, batch_size=len(targets))

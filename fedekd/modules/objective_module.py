@@ -1,4 +1,4 @@
-"""The LightningModule under all others: a network trained on a sum of objectives, perhaps with a frozen teacher."""
+"""Base LightningModule: a network trained on a sum of loss terms, optionally with a frozen teacher."""
 
 from __future__ import annotations
 
@@ -11,58 +11,68 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.functional import upcast_to_float32
 from fedekd.metrics import build_metrics
-from fedekd.modules.losses.distillation import LossTerm
+from fedekd.modules.losses import LossTerm, SupervisedLoss
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.tasks import TASKS, Task
 
 
-def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """The paper's optimizer: Adam with learning rate 1e-4."""
+def fedekd_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """Create the optimizer of FedeKD: Adam with learning rate 1e-4."""
     return torch.optim.Adam(parameters, lr=1e-4)
 
 
 class ObjectiveModule(LightningModule):
-    """Trains `network` on the sum of its objectives.
+    """LightningModule that trains a network on the sum of its loss terms.
 
-    A batch is `(x, y)`: images (B, C, H, W), and classes (B,) or real targets (B,). A third and fourth item, where
-    there are any, are the teacher's output and features for these samples, computed beforehand; otherwise the
-    teacher runs at every step. The teacher stays in evaluation mode, gets no gradient and is not optimized.
+    A batch is `(x, y)`: images (B, C, H, W), and class indices or real targets (B,). An optional third and fourth item
+    are the teacher's outputs and features for these samples, computed in advance; without them the teacher runs at
+    every step. The teacher is in evaluation mode, gets no gradient and is not optimized.
 
-    Logged once an epoch: `loss`, `loss/NAME` for each objective and what the objectives record; on validation and
-    test `val/loss`, `val/accuracy` or `val/rmse`, and the same under `test/`. (`loss` of an evaluation is the
-    supervised one.) Sums stay on the device: no step waits for it.
+    Logs per epoch `loss`, `loss/NAME` of each term and the scalars that terms record; in validation and test
+    `val/loss` (the supervised loss) and `val/<metric>` with the task's primary metric (`fedekd.metrics`), and the same
+    under `test/`. Sums stay on the device, so no step synchronises.
 
     Args:
-        network: What is trained.
-        objectives: The terms of the loss.
+        network: The network to train.
+        loss_terms: Terms of the loss; any objects like `LossTerm`.
         task: `classification` or `regression`.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Creates the optimizer from the parameters; default Adam, learning rate 1e-4.
         teacher: The frozen network, if any.
-        with_features: Whether the objectives need the networks' features.
+        with_features: True if a term needs the features of both networks.
+
+    Attributes:
+        epoch_means: Means that were logged in the last training epoch.
+        carries_optimizer_state: If True, training starts from `optimizer_state` and sets it at the end.
+        lr_factor: Factor of all learning rates.
 
     Raises:
-        UserError: If the task is not known, or the network is its own teacher.
+        UserError: If the task is unknown, or the network is its own teacher.
+
+    Example:
+        >>> from fedekd.models import ProxyCNN
+        >>> module = ObjectiveModule(ProxyCNN(), [SupervisedLoss("classification")])
+        >>> [term.name for term in module.loss_terms]
+        ['supervised']
     """
 
     def __init__(
         self,
         network: nn.Module,
-        objectives: Sequence[LossTerm],
+        loss_terms: Sequence[LossTerm],
         task: Task = "classification",
-        optimizer: OptimizerCallable = default_optimizer,
+        optimizer: OptimizerCallable = fedekd_optimizer,
         teacher: nn.Module | None = None,
         with_features: bool = False,
     ) -> None:
         super().__init__()
-        if task not in TASKS:
-            raise UserError(f"task is {task!r}, which is not known; {nearest(task, TASKS)}")
+        require_choice("task", task, TASKS)
         if teacher is network:
-            raise UserError("a network cannot be its own teacher: it would be frozen, and nothing trained")
-        self.network, self.objectives = network, objectives
-        # Not a submodule: it is nobody's to train, to count, to save or to wrap for distributed training.
+            raise UserError("teacher: expected another network than the trained one, which would be frozen")
+        self.network, self.loss_terms = network, loss_terms
+        # In a tuple, out of the module tree: excluded from parameters(), state_dict(), train() and DDP.
         self._teacher = (teacher,)
         self.task, self.make_optimizer, self.with_features = task, optimizer, with_features
         self.carries_optimizer_state = False
@@ -73,11 +83,11 @@ class ObjectiveModule(LightningModule):
         self.val_metrics = build_metrics(task).clone(prefix="val/")
         self.test_metrics = build_metrics(task).clone(prefix="test/")
         self._sums: dict[str, Tensor] = {}
-        self._seen = 0
+        self._num_samples = 0
         self._batch_size = 0
 
     def forward(self, x: Tensor) -> Any:
-        """The network's own output."""
+        """Return the network's output."""
         return self.network(x)
 
     @property
@@ -86,7 +96,7 @@ class ObjectiveModule(LightningModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        """Lightning keeps the mode it finds, and a network that was scored before is in evaluation mode."""
+        """Set train mode, which Lightning does not restore after an evaluation, and move the teacher."""
         self.train()
         if self.teacher is not None:
             self.teacher.to(device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
@@ -94,27 +104,25 @@ class ObjectiveModule(LightningModule):
             self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
     def record(self, name: str, value: Tensor) -> None:
-        """Add a batch's mean to the epoch's mean of `name`, weighted by the batch's size."""
+        """Add a batch's mean to the epoch's mean of `name`, weighted by the batch size."""
         weighted = value.detach() * self._batch_size
         self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The sum of the objectives, a scalar."""
+        """Compute the sum of the loss terms, a scalar."""
         x, y, *teacher_outputs = batch
         self._batch_size = len(x)
-        self._seen += len(x)
-        teacher = self._teach(x, tuple(teacher_outputs))
+        self._num_samples += len(x)
+        teacher = self._teacher_output(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
-        losses = {}
-        for objective in self.objectives:
-            losses[objective.name] = objective(student, teacher, y, self.record)
+        losses = {term.name: term(student, teacher, y, self.record) for term in self.loss_terms}
         for name, loss in losses.items():
             self.record(f"loss/{name}", loss)
         total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
         self.record("loss", total)
         return total
 
-    def _teach(self, x: Tensor, teacher_outputs: tuple[Tensor, ...]) -> ModelOutput | None:
+    def _teacher_output(self, x: Tensor, teacher_outputs: tuple[Tensor, ...]) -> ModelOutput | None:
         if self.teacher is None:
             return None
         if teacher_outputs:
@@ -122,35 +130,35 @@ class ObjectiveModule(LightningModule):
         return teacher_forward(self.teacher, x, self.with_features)
 
     def on_train_epoch_start(self) -> None:
-        """Begin the epoch's means anew."""
-        self._sums, self._seen = {}, 0
+        """Reset the means of the epoch."""
+        self._sums, self._num_samples = {}, 0
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means, and keep them as `epoch_means`."""
-        if self._seen:
+        """Log the means of the epoch, and keep them as `epoch_means`."""
+        if self._num_samples:
             names = list(self._sums)
-            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self._seen
+            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self._num_samples
             self.epoch_means = dict(zip(names, means.tolist(), strict=True))
-            self.log_dict(self.epoch_means, batch_size=self._seen, sync_dist=True)
+            self.log_dict(self.epoch_means, batch_size=self._num_samples, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score the network on a validation batch."""
+        """Evaluate a validation batch."""
         self._evaluate(batch, self.val_metrics, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score the network on a test batch."""
+        """Evaluate a test batch."""
         self._evaluate(batch, self.test_metrics, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The network's output, of several exits the last one's, for a batch `(x, y)` or for images alone."""
+        """Return the output of the last exit for a batch `(x, y)` or for images only."""
         return predict(self.network, batch[0] if isinstance(batch, list | tuple) else batch).output
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
         x, y, *_ = batch
-        self._score(predict(self.network, x), y, metrics, stage)
+        self._log_evaluation(predict(self.network, x), y, metrics, stage)
 
-    def _score(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
-        """Log how good the last exit is on a batch of an evaluation."""
+    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+        """Log loss and metric of the last exit for one evaluation batch."""
         output = upcast_to_float32(prediction.output)
         if self.task == "regression":
             output, targets = output.reshape(-1), targets.reshape(-1)
@@ -162,22 +170,37 @@ class ObjectiveModule(LightningModule):
         self.log_dict(metrics, batch_size=len(targets))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The network's optimizer, its learning rates times `lr_factor`.
-
-        Where `carries_optimizer_state` is set, it goes on from `optimizer_state`.
-        """
+        """Create the optimizer with learning rates times `lr_factor`, and load `optimizer_state` if it is carried."""
         optimizer = self.make_optimizer(self.network.parameters())
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         if self.lr_factor != 1.0:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.lr_factor  # what was loaded holds that of the last phase
+                group["lr"] = rate * self.lr_factor  # the loaded state has the rate of the last phase
         return optimizer
 
     def on_train_end(self) -> None:
-        """Keep what a new Trainer would begin anew: the loss scale of float16, and the optimizer's state if asked."""
+        """Keep what a new Trainer resets: the float16 loss scale and, if it is carried, the optimizer state."""
         self.loss_scale = dict(self.trainer.precision_plugin.state_dict())
         if self.carries_optimizer_state:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self.optimizer_state = optimizer.state_dict()
+
+
+class SupervisedModule(ObjectiveModule):
+    """LightningModule that trains a network on L_sup only, as in local training.
+
+    Args:
+        network: The network to train.
+        task: `classification` (logits (B, C)) or `regression` (outputs (B, 1)).
+        optimizer: Creates the optimizer from the parameters; default Adam, learning rate 1e-4.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        task: Task = "classification",
+        optimizer: OptimizerCallable = fedekd_optimizer,
+    ) -> None:
+        super().__init__(network, [SupervisedLoss(task)], task, optimizer)

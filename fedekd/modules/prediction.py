@@ -1,7 +1,7 @@
-"""What a network says of a batch, and how it is asked.
+"""Model outputs of a batch, and the forward pass that produces them.
 
-A network answers with a tensor, or with a list of tensors, one per exit. Everything above this file sees a
-`ModelOutput` and needs no second case for networks with exits.
+A network returns a tensor, or a list of tensors, one per exit. Modules and methods use `ModelOutput`, so that they need
+no separate code for networks with exits.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import UserError
-from fedekd.models import MultiExitNetwork
-from fedekd.models.modes import eval_mode
+from fedekd.models import MultiExitNetwork, eval_mode
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The outputs of a network for B samples.
+    """Outputs of a network for B samples.
 
     Attributes:
-        exits: One tensor per exit, shallow to deep, each (B, C) logits or (B, 1) values; a plain network has one.
-        features: (B, F), the input of the last layer, if it was asked for.
+        exits: One tensor per exit, shallow to deep, logits (B, C) or values (B, 1); a plain network has one.
+        features: Input of the last layer, shape (B, F), or None.
     """
 
     exits: tuple[Tensor, ...]
@@ -31,35 +30,40 @@ class ModelOutput:
 
     @property
     def output(self) -> Tensor:
-        """The last exit's output, (B, C)."""
+        """Output of the last exit, shape (B, C)."""
         return self.exits[-1]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The last exit's output and, if there are any, the features: what a batch carries of a teacher."""
+        """Output of the last exit and, if present, features: a teacher's items of a batch."""
         return (self.output,) if self.features is None else (self.output, self.features)
 
     @classmethod
     def from_tensors(cls, tensors: tuple[Tensor, ...]) -> ModelOutput:
-        """The inverse of `tensors`."""
+        """Create the output from `tensors`."""
         return cls((tensors[0],), *tensors[1:2])
 
     def detach(self) -> ModelOutput:
-        """The same numbers, cut from the graph."""
+        """Return the output without its graph."""
         features = None if self.features is None else self.features.detach()
         return ModelOutput(tuple(exit_.detach() for exit_ in self.exits), features)
 
 
 def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
-    """Run a network on images `x` (B, C, H, W).
+    """Run a network on a batch of images.
 
     Args:
-        network: Gives a tensor, or a list of tensors, one per exit.
-        x: The images.
-        with_features: Also keep the features; the network must then offer `features(x)` and `head`.
+        network: Returns a tensor, or a list of tensors, one per exit.
+        x: Images, shape (B, C, H, W).
+        with_features: Also return the features; the network must then have `features(x)` and `head`.
 
     Raises:
-        UserError: If features are asked of a network that has none to show.
+        UserError: If `with_features` is set and the network has no `features` and `head`.
+
+    Example:
+        >>> output = predict(nn.Flatten(), torch.zeros(2, 1, 2, 2))
+        >>> len(output.exits), output.output.shape
+        (1, torch.Size([2, 4]))
     """
     if with_features:
         network_: Any = network
@@ -68,8 +72,8 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
             return ModelOutput(tuple(exits), features)
         if not (callable(getattr(network, "features", None)) and callable(getattr(network, "head", None))):
             raise UserError(
-                f"energy 'feature' needs networks with features(x) and head, and {type(network).__name__} has not both;"
-                " wrap it in fedekd.models.ImageClassifier or choose another energy"
+                f"energy 'feature': expected a network with features(x) and head, got {type(network).__name__}. Wrap"
+                " it in fedekd.models.ImageClassifier or choose another energy"
             )
         features = network_.features(x)
         return ModelOutput((network_.head(features),), features)
@@ -79,6 +83,6 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
 
 @torch.no_grad()
 def teacher_forward(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
-    """Run a frozen teacher: in evaluation mode, without a graph."""
+    """Run a frozen teacher in evaluation mode without a graph; arguments as in `predict`."""
     with eval_mode(network):
         return predict(network, x, with_features)

@@ -1,4 +1,4 @@
-"""The one place that makes a Lightning Trainer, and decides on which device, in what precision, on how many threads."""
+"""Factory of Lightning Trainers: device, precision and threads of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require, require_choice
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
@@ -35,22 +35,25 @@ def _cpu_precision() -> Precision:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Return the number of CPU cores that this process may use."""
+    affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class TrainerFactory:
-    """How training is run; `resolve` replaces every `auto` by what this machine does well.
+    """Device, precision and threads of training; `resolve` replaces `auto` by values for this machine.
 
     Args:
-        accelerator: `cpu`, `cuda` or `auto`: CUDA where there is a device.
-        device: Index of the CUDA device.
+        accelerator: `cpu`, `cuda`, or `auto`: CUDA if there is a device.
+        device: Index of the CUDA device, at least 0.
         precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`, or `auto`: bf16-mixed on CUDA (16-mixed on cards
             without bf16), bf16-mixed on a CPU with native bf16, else 32-true.
-        threads: CPU threads per client; `auto` takes all. Another number of threads changes the last bits.
-        channels_last: Keep images and convolutions channels last, which is faster on CPUs and on tensor cores.
+        threads: CPU threads per client, at least 1; `auto` uses all cores. The number affects results in the last bits.
+        channels_last: Store images and convolutions in channels-last layout, which is faster on CPUs and tensor cores.
+
+    Raises:
+        UserError: If a value is out of range.
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,53 +67,51 @@ class TrainerFactory:
             ("accelerator", self.accelerator, ("auto", "cpu", "cuda")),
             ("precision", self.precision, ("auto", *_AUTOCAST, "32-true", "64-true")),
         ):
-            if value not in allowed:
-                raise UserError(f"trainer.{flag} is {value!r}, which is not known; {nearest(value, allowed)}")
-        if self.threads != "auto" and (not isinstance(self.threads, int) or self.threads < 1):
-            raise UserError(f"trainer.threads is {self.threads!r}, and must be auto or at least 1")
-        if self.device < 0:
-            raise UserError(f"trainer.device is {self.device}, and must be at least 0")
+            require_choice(f"trainer.{flag}", value, allowed)
+        threads_allowed = self.threads == "auto" or (isinstance(self.threads, int) and self.threads >= 1)
+        require(threads_allowed, "trainer.threads", "auto, or at least 1", self.threads)
+        require(self.device >= 0, "trainer.device", "at least 0", self.device)
 
     def resolve(self) -> TrainerFactory:
-        """The same with every `auto` decided for this machine.
+        """Return a copy in which every `auto` is replaced by a value for this machine.
 
         Raises:
-            UserError: If the device asked for is not there.
+            UserError: If the device does not exist, or the precision needs another device.
         """
         accelerator = self.accelerator
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         if accelerator == "cuda" and self.device >= torch.cuda.device_count():
             raise UserError(
-                f"trainer.accelerator is cuda and trainer.device {self.device}, but this machine has"
-                f" {torch.cuda.device_count()} CUDA devices; use --trainer.accelerator cpu"
+                f"trainer.device: expected one of {torch.cuda.device_count()} CUDA devices, got {self.device}. Use"
+                " --trainer.accelerator cpu"
             )
         precision = self.precision
         if precision == "auto":
             precision = _cuda_precision() if accelerator == "cuda" else _cpu_precision()
         if precision == "16-mixed" and accelerator == "cpu":
-            raise UserError("trainer.precision is 16-mixed, which needs CUDA; on a CPU use bf16-mixed or 32-true")
+            raise UserError("trainer.precision: expected bf16-mixed or 32-true on a CPU, got 16-mixed")
         threads = usable_cores() if self.threads == "auto" else self.threads
         return replace(self, accelerator=accelerator, precision=precision, threads=threads)
 
     @property
     def torch_device(self) -> torch.device:
-        """Where tensors live during training."""
+        """Device of tensors during training."""
         return torch.device("cuda", self.device) if self.accelerator == "cuda" else torch.device("cpu")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The layout of images and convolution weights."""
+        """Memory layout of images and convolution weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and images."""
+        """Type of weights and images."""
         return torch.float64 if self.precision == "64-true" else torch.float32
 
     @contextmanager
     def numerics(self) -> Iterator[None]:
-        """Inside, numbers can be repeated: `threads` threads, and of cuDNN's algorithms only deterministic ones."""
+        """Context manager: use `threads` threads and only deterministic cuDNN algorithms."""
         threads = torch.get_num_threads()
         torch.set_num_threads(int(self.threads))
         try:
@@ -120,12 +121,12 @@ class TrainerFactory:
             torch.set_num_threads(threads)
 
     def autocast(self) -> torch.autocast:
-        """The context in which a network runs outside a Trainer, at the precision it was trained in."""
+        """Return the autocast context of the training precision, for a network outside a Trainer."""
         dtype = _AUTOCAST.get(self.precision)
         return torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None)
 
     def build(self, max_epochs: int, callbacks: Sequence[Callback] = ()) -> Trainer:
-        """A Trainer for one phase of one client: no logger, no files, no bars."""
+        """Create a Trainer for one phase of one client, without logger, files and progress bars."""
         return Trainer(
             accelerator=self.accelerator,
             devices=[self.device] if self.accelerator == "cuda" else 1,
@@ -143,21 +144,20 @@ class TrainerFactory:
         )
 
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
-        """Train a module in a Trainer of its own, without Lightning's greetings, and leave nothing behind."""
+        """Train a module in a new Trainer, without console output, and release what the Trainer holds."""
         with _quiet():
             trainer = self.build(epochs)
             trainer.fit(module, train_dataloaders=batches)
-        # A Trainer is freed by the garbage collector alone, some time: it must not hold what is large until then.
+        # Trainers form reference cycles, which only the garbage collector frees: drop large objects now.
         trainer.strategy.optimizers = []
         module.zero_grad(set_to_none=True)
         module.trainer = None
 
 
 class _Resident(SingleDeviceStrategy):
-    """Leaves networks and optimizer states where they were trained.
+    """Strategy that keeps networks and optimizer states on their device.
 
-    Lightning's own teardown moves them to the CPU, from where the next phase, some milliseconds later, would move them
-    back.
+    Lightning's teardown moves them to the CPU, and the next phase, some milliseconds later, would move them back.
     """
 
     def teardown(self) -> None:
@@ -165,11 +165,11 @@ class _Resident(SingleDeviceStrategy):
         self.checkpoint_io.teardown()
 
 
-#: What a federation knows and a user of one Trainer might not.
+#: Warnings of Lightning that do not apply to a federated run.
 _EXPECTED = (
     ".*You defined a `validation_step` but have no `val_dataloader`",
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen teacher
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own, with newer torch
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # raised by Lightning with newer torch
 )
 
 

@@ -66,9 +66,9 @@ def test_forward_agreement_exits_equal_exit_index(
 
 def test_costs_include_proxy_if_an_early_exit_is_evaluated(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
     costs = ExitCosts((100, 200), (10, 20), proxy=7)
-    assert costs.leaving([True, True]) == (110, 330)
-    assert costs.leaving([True, True], uses_proxy=True) == (117, 337)
-    assert costs.leaving([False, True], uses_proxy=True) == (110, 320)
+    assert costs.flops_at_exits([True, True]) == (110, 330)
+    assert costs.flops_at_exits([True, True], uses_proxy=True) == (117, 337)
+    assert costs.flops_at_exits([False, True], uses_proxy=True) == (110, 320)
     network, proxy, _ = networks
     without_proxy = exit_costs(network, (1, 8, 8))  # type: ignore[arg-type]
     counted = exit_costs(network, (1, 8, 8), proxy)  # type: ignore[arg-type]

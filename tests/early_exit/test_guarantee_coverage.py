@@ -133,7 +133,13 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
         reports = [client_exit_report(client, calibrate_client(client, calibrator)) for client in clients]
         assert [client.report for client in each.clients] == reports
         by_hand = check_federated_validity(
-            populations, calibrator, calibration, tuning, 12, 3, lambda on: [c / costs.full for c in costs.leaving(on)]
+            populations,
+            calibrator,
+            calibration,
+            tuning,
+            12,
+            3,
+            lambda on: [c / costs.full for c in costs.flops_at_exits(on)],
         )
         assert [client.violations for client in each.clients] == by_hand.client_violations
         assert [client.pooled_violations for client in each.clients] == by_hand.pooled_violations

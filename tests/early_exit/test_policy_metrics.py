@@ -41,7 +41,7 @@ def test_evaluate_policy_equals_loop_over_images(outputs: ExitOutputs, threshold
     vector = (*thresholds, -math.inf)
     policy = ExitPolicy(vector, vector, (True, True, False), 0.1, 0.9, "ltt")
     metrics = evaluate_policy(policy, outputs, COSTS)
-    leaving = COSTS.leaving([threshold < math.inf for threshold in vector])
+    leaving = COSTS.flops_at_exits([threshold < math.inf for threshold in vector])
     cost, right, wrong = 0.0, 0, {0: [0, 0], 1: [0, 0], 2: [0, 0]}
     for logits, label in zip(outputs.logits, outputs.labels, strict=True):
         exit_ = next(e for e in range(3) if float(logits[e].softmax(0).max()) >= vector[e])
@@ -60,7 +60,7 @@ def test_evaluate_policy_equals_loop_over_images(outputs: ExitOutputs, threshold
 
 def test_accuracy_cost_curve_spans_first_to_last_exit(outputs: ExitOutputs) -> None:
     curve = accuracy_cost_curve(outputs, COSTS)
-    leaving = COSTS.leaving([True, True, True])
+    leaving = COSTS.flops_at_exits([True, True, True])
     assert curve == sorted(curve)
     assert curve[0] == pytest.approx((leaving[0] / 100, outputs.accuracies[0]))
     assert curve[-1] == pytest.approx((leaving[-1] / 100, outputs.accuracies[-1]))

@@ -21,7 +21,7 @@ from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.functional import betting_p_value
-from fedekd.methods import ClientOptions, FedAvg, FedeKD, FedType, Local, Method, Update
+from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType, Local, Method
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 
 from .conftest import Federate, weights
@@ -361,7 +361,7 @@ class PermutedProxies(FedeKD):
         super().__init__(lambda_kd=20.0, gate="none")
         self.liars = list(liars)
 
-    def prepare_update(self, client: Any, round_idx: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
         if client.number not in self.liars:
             return super().prepare_update(client, round_idx)
         private, proxy = client.networks["private"], client.networks["proxy"]

@@ -22,7 +22,7 @@ ROOT = Path(fedekd.__file__).parent
 HASHED_OTHERWISE = {
     "data": "the samples themselves are part of the key",
     **dict.fromkeys(
-        [f"models/{name}.py" for name in ("build", "cnn", "image_classifier", "multi_exit", "split")],
+        [f"models/{name}.py" for name in ("cnn", "cost", "image_classifier", "multi_exit", "stages")],
         "so are the weights, and the files of the network's own layers",
     ),
     "methods/base.py": "only asks the methods' four verbs",

@@ -13,8 +13,8 @@ import torch
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
-from fedekd.methods import Broadcast, ClientOptions, FedAvg, FedeKD, Local, Method, Update
-from fedekd.methods.base import num_bytes
+from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
+from fedekd.methods.base import state_dict_bytes
 
 from .conftest import Federate, federation, weights
 
@@ -162,14 +162,14 @@ class FirstTeachesNone(Method):
         assert ("extra" in received) == (client.number == 1)
         return {}
 
-    def prepare_update(self, client: Any, round_idx: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
         self.calls.append(("upload", client.number, round_idx))
         state = {"total": torch.tensor([float(client.number)])}
         if client.number == 1:
             state["extra"] = torch.ones(2)
-        return Update(client.number, state, len(client.splits.train))
+        return ClientUpdate(client.number, state, len(client.splits.train))
 
-    def aggregate(self, updates: Sequence[Update], round_idx: int) -> None:
+    def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
         assert [update.client for update in updates] == sorted(update.client for update in updates)
         self.server_state = {"total": self.server_state["total"] + sum(u.state["total"] for u in updates)}
 
@@ -190,7 +190,7 @@ def test_verbs_come_in_the_order_of_algorithm_1(federate: Federate) -> None:
 def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
     run = federate()
     summary = run.run()
-    proxy = num_bytes(run.method.server_state)
+    proxy = state_dict_bytes(run.method.server_state)
     assert summary["bytes_up"] == 2 * 3 * proxy
     assert summary["bytes_down"] == 3 * 3 * proxy  # the initial proxy too
     assert sum(row["comm/bytes_up"] for row in run.progress.history) == summary["bytes_up"]
@@ -200,10 +200,11 @@ def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
 class Poisoner(FedeKD):
     """Client 1 sends NaN in the first round."""
 
-    def prepare_update(self, client: Any, round_idx: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
         update = super().prepare_update(client, round_idx)
         if client.number == 1 and round_idx == 0:
-            return Update(1, {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}, 1)
+            state = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
+            return ClientUpdate(1, state, 1)
         return update
 
 
@@ -314,10 +315,10 @@ def test_delta_of_every_round_is_against_local_after_as_many_rounds(federate: Fe
 
 def test_before_a_round_has_met_its_quorum_nobody_is_taught(federate: Federate) -> None:
     class Unlucky(FedeKD):
-        def prepare_update(self, client: Any, round_idx: int) -> Update:
+        def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
             update = super().prepare_update(client, round_idx)
             spoilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
-            return Update(update.client, spoilt, 1) if round_idx < 2 else update
+            return ClientUpdate(update.client, spoilt, 1) if round_idx < 2 else update
 
     run = federate(Unlucky(), rounds=RoundOptions(rounds=4), observer=Listener())
     run.run()

@@ -16,7 +16,6 @@ import torch
 from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
-from fedekd.federation.shared_specification import shared_specification
 from fedekd.federation.storage import unpack
 from fedekd.methods import FederationSpec, Method
 
@@ -213,8 +212,16 @@ class RecordingObserver(SilentObserver):
 def build(options: Sequence[str]) -> tuple[Method, FederatedDataModule, FederationSpec]:
     """Build a method, its data and its spec as a site does."""
     parts = parts_of(options)
-    arguments = [parts[name] for name in ("method", "data", "client", "trainer", "rounds", "seed")]
-    return parts["method"], parts["data"], shared_specification(*arguments, NUM_SITES)
+    spec = FederationSpec.from_parts(
+        parts["data"],
+        parts["client"],
+        parts["trainer"],
+        rounds=parts["rounds"].rounds,
+        seed=parts["seed"],
+        num_clients=NUM_SITES,
+        default_exits=parts["method"].exits,
+    )
+    return parts["method"], parts["data"], spec
 
 
 class Sites:

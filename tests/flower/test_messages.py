@@ -35,7 +35,7 @@ from fedekd.flower.messages import (
     to_arrays,
     values_of,
 )
-from fedekd.methods import Update
+from fedekd.methods import ClientUpdate
 
 from .conftest import over_wire
 
@@ -163,7 +163,7 @@ def test_comparison_request_round_trip_is_equal() -> None:
 
 
 RESULT = ClientResult(2, 0.75, 3, {"loss": 0.1, "gate/weight_mean": 1 / 3}, None)
-UPDATE = Update(2, {"w": torch.randn(2, 2)}, 17)
+UPDATE = ClientUpdate(2, {"w": torch.randn(2, 2)}, 17)
 TRADEOFF = ExitTradeoff([[0.4, 0.7], [1.0, math.nan]], [[0.5, 0.45, 0.8]])
 COMPARISON = Comparison("local", 20, 3, 2, -0.05, 0.8125, 0.1)
 

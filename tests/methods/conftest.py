@@ -1,4 +1,4 @@
-"""Small federations of any method."""
+"""Fixtures: small federated runs of any method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Federate = Callable[..., Orchestrator]
 
 @pytest.fixture
 def federate(npz: Path, undrawn: None) -> Federate:
-    """Makes an orchestrator of a method over three clients; keyword arguments replace its parts."""
+    """Factory of orchestrators with three clients; keyword arguments replace parts."""
 
     def make(method: Method, task: str | None = None, precision: str = "32-true", **parts: Any) -> Orchestrator:
         defaults: dict[str, Any] = {
@@ -37,7 +37,7 @@ def federate(npz: Path, undrawn: None) -> Federate:
 
 
 def make_spec(**values: Any) -> FederationSpec:
-    """A small federation's spec; keyword arguments replace its values."""
+    """Create a small specification; keyword arguments replace values."""
     defaults: dict[str, Any] = {
         "task": "classification",
         "in_channels": 1,
@@ -55,7 +55,7 @@ def make_spec(**values: Any) -> FederationSpec:
 
 
 def weights(run: Orchestrator, role: str = "private") -> dict[str, Any]:
-    """All clients' weights of one network."""
+    """Return all clients' weights of one network."""
     engine: Any = run.engine
     return {
         f"{number}/{name}": tensor

@@ -1,4 +1,4 @@
-"""FedDyn on quadratics whose optimum is known: it finds the global one, FedAvg does not."""
+"""FedDyn on quadratics with a known optimum: it converges to the global one, FedAvg does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedekd.modules import ModelOutput
 
 
 class Point(nn.Module):
-    """A network that is only its weights."""
+    """Network that returns its weights."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -25,18 +25,17 @@ class Point(nn.Module):
 
 
 class QuadraticClient:
-    """Minimises 1/2 (theta - c)' A (theta - c) plus the method's own terms, exactly: one Newton step."""
+    """Client with loss 1/2 (theta - c)' A (theta - c) plus the method's terms, minimised by one Newton step."""
 
     def __init__(self, number: int, curvature: Tensor, centre: Tensor, spec: Any) -> None:
         self.number, self.curvature, self.centre, self.spec = number, curvature, centre, spec
         self.networks = {"private": Point(len(centre))}
-        self.memory: dict[str, Any] = {}
-        self.supervised_epochs = 0
+        self.method_state: dict[str, Any] = {}
         self.splits = SimpleNamespace(train=[0])
 
-    def train(self, role: str, module: Any, round_idx: int) -> dict[str, float]:
+    def train_supervised(self, module: Any, round_idx: int) -> dict[str, float]:
         theta = self.networks["private"].theta
-        nothing = ModelOutput((torch.zeros(1),))
+        output = ModelOutput((torch.zeros(1),))
 
         def loss(point: Tensor) -> Tensor:
             with torch.no_grad():
@@ -44,7 +43,9 @@ class QuadraticClient:
             offset = theta - self.centre
             terms = [0.5 * offset @ self.curvature @ offset]
             terms += [
-                o(nothing, None, torch.zeros(1), lambda *_: None) for o in module.objectives if o.name != "supervised"
+                term(output, None, torch.zeros(1), lambda *_: None)
+                for term in module.loss_terms
+                if term.name != "supervised"
             ]
             return torch.stack(terms).sum()
 
@@ -59,7 +60,7 @@ class QuadraticClient:
 
 
 def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tensor, Tensor, Any]:
-    """The global model after some rounds, the optimum, and the clients."""
+    """Return the global model after some rounds, the optimum, and the clients."""
     generator = torch.Generator().manual_seed(0)
     dimension, num_clients = 4, 5
     spec = SimpleNamespace(
@@ -68,7 +69,7 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
         client=SimpleNamespace(local_epochs=1),
         num_clients=num_clients,
         rounds=10**9,
-        network=lambda role, owner: Point(dimension),
+        build_model=lambda role, client_id: Point(dimension),
         require_one_architecture=lambda name: None,
     )
     clients = []
@@ -81,12 +82,12 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
     optimum = torch.linalg.solve(total, torch.stack([c.curvature @ c.centre for c in clients]).sum(0))
     method.init_server(spec)
     for round_idx in range(rounds):
-        chosen = (
+        participants = (
             clients if share is None else [clients[i] for i in torch.randperm(num_clients, generator=generator)[:share]]
         )
-        sent = method.broadcast([c.number for c in chosen], round_idx)
+        sent = method.broadcast([c.number for c in participants], round_idx)
         updates = []
-        for client in chosen:
+        for client in participants:
             method.receive(client, sent.to(client.number), round_idx)
             updates.append(method.prepare_update(client, round_idx))
         method.aggregate([type(u)(u.client, {n: t.clone() for n, t in u.state.items()}, 1) for u in updates], round_idx)
@@ -96,21 +97,21 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
 @pytest.mark.parametrize(("share", "rounds"), [(None, 250), (2, 700)])
 def test_feddyn_reaches_the_global_optimum(share: int | None, rounds: int) -> None:
     method = FedDyn(alpha=1.0)
-    found, optimum, clients = federation(method, rounds, share)
-    torch.testing.assert_close(found, optimum, rtol=0, atol=1e-8)
+    theta, optimum, clients = federation(method, rounds, share)
+    torch.testing.assert_close(theta, optimum, rtol=0, atol=1e-8)
     h = torch.stack([client.method_state["g"]["theta"] for client in clients]).mean(0)
     torch.testing.assert_close(method.server_state["h"]["theta"], h, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", [FedAvg, lambda: FedProx(mu=1.0)])
-def test_fedavg_and_fedprox_do_not(method: Any) -> None:
-    found, optimum, _ = federation(method(), 100)
-    assert float((found - optimum).norm()) > 0.1
+def test_fedavg_and_fedprox_do_not_reach_the_global_optimum(method: Any) -> None:
+    theta, optimum, _ = federation(method(), 100)
+    assert float((theta - optimum).norm()) > 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0])
-def test_first_broadcast_goes_twice_the_mean_step_whatever_alpha(alpha: float) -> None:
+def test_feddyn_first_step_is_twice_the_mean_step(alpha: float) -> None:
     """theta^1 = theta^0 + 2 mean(delta), since g = 0 at first: with theta^0 = 0, twice the mean of theta_k."""
-    found, _, clients = federation(FedDyn(alpha=alpha), 1)
+    theta, _, clients = federation(FedDyn(alpha=alpha), 1)
     mean = torch.stack([client.networks["private"].theta.detach() for client in clients]).mean(0)
-    torch.testing.assert_close(found, 2 * mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(theta, 2 * mean, rtol=1e-9, atol=1e-12)

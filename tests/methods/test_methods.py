@@ -1,4 +1,4 @@
-"""What every method promises, and which of them are equal at the ends of their parameters."""
+"""Contract of every method, and methods that are equal at the limits of their parameters."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ METHODS: dict[str, Callable[[], Method]] = {
     "cafedistill-trunk": lambda: CAFEDistill(conflict="trunk_gradient", schedule="all_on"),
     "fedrep": FedRep,
     "depthfl": DepthFL,
-    "depthfl-of-unlike-depths": DepthFL,
+    "depthfl-different-depths": DepthFL,
     "scalefl": ScaleFL,
-    "scalefl-of-unlike-depths": lambda: ScaleFL(warm_up=0.5),
+    "scalefl-different-depths": lambda: ScaleFL(warm_up=0.5),
 }
 CLASSIFICATION_ONLY = {name for name in METHODS if name.startswith("fedtype")} | {
     *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp", "safekd", "cafedistill", "cafedistill-trunk"),
-    *("depthfl", "depthfl-of-unlike-depths", "scalefl", "scalefl-of-unlike-depths"),
+    *("depthfl", "depthfl-different-depths", "scalefl", "scalefl-different-depths"),
 }
 CASES = [
     (name, task)
@@ -79,15 +79,15 @@ CASES = [
 
 
 def small_client(name: str) -> ClientOptions:
-    """ProxyCNN, which can have two exits, for one epoch."""
+    """Options for ProxyCNN, with two exits if the method needs exits, and one epoch."""
     exits = None if METHODS[name]().exits is None else 2
-    depths = [1, 2] if name.endswith("unlike-depths") else None
+    depths = [1, 2] if name.endswith("different-depths") else None
     model = {"class_path": "fedekd.models.ProxyCNN"}
     return ClientOptions(local_epochs=1, private_model=model, exits=exits, depths=depths)
 
 
 class StoppedError(Exception):
-    """Ends a run at a chosen moment."""
+    """Raised to stop a run in the middle."""
 
 
 class StopAfter(SilentObserver):
@@ -117,15 +117,15 @@ def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
-def test_every_method_trains_resumes_and_does_not_mind_the_order(
+def test_method_resumed_run_with_other_client_order_is_identical(
     name: str, task: str, federate: Federate, tmp_path: Path
 ) -> None:
-    # One epoch a phase: that epochs in turn are epochs in one go is tested on the client itself.
+    # One epoch per phase: test_client.py covers phases of several epochs.
     client = small_client(name)
     whole = federate(METHODS[name](), task, client=client)
     summary = whole.run()
     assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
-    # Local's three references come first; then three phases in, in the middle of round 1.
+    # Three phases of the local baselines, then in the middle of round 1.
     stop = 9 if name == "local" else 12
     stopped = federate(METHODS[name](), task, client=client, output=tmp_path, observer=StopAfter(stop))
     with pytest.raises(StoppedError):
@@ -142,7 +142,7 @@ def run_weights(federate: Federate, method: Method, **parts: Any) -> dict[str, A
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_fedprox_without_its_term_is_fedavg(federate: Federate, task: str) -> None:
+def test_fedprox_mu_0_equals_fedavg(federate: Federate, task: str) -> None:
     fedavg = run_weights(federate, FedAvg(), task=task)
     assert_equal_weights(run_weights(federate, FedProx(mu=0), task=task), fedavg)
     other = run_weights(federate, FedProx(mu=1.0), task=task)
@@ -158,16 +158,16 @@ def test_fedprox_without_its_term_is_fedavg(federate: Federate, task: str) -> No
         lambda: Ditto(lam=0),
     ],
 )
-def test_methods_that_learn_nothing_from_others_are_local(federate: Federate, method: Callable[[], Method]) -> None:
+def test_method_without_transfer_equals_local(federate: Federate, method: Callable[[], Method]) -> None:
     assert_equal_weights(run_weights(federate, method()), run_weights(federate, Local()))
 
 
-def test_fedtype_of_the_paper_is_not_local(federate: Federate) -> None:
+def test_fedtype_paper_variant_differs_from_local(federate: Federate) -> None:
     ours, local = run_weights(federate, FedType()), run_weights(federate, Local())
     assert any(not torch.equal(ours[name], local[name]) for name in local)
 
 
-def test_one_global_model_is_scored_on_every_client(federate: Federate) -> None:
+def test_fedavg_clients_hold_the_global_model(federate: Federate) -> None:
     run = federate(FedAvg())
     run.run()
     ours = weights(run)
@@ -175,7 +175,7 @@ def test_one_global_model_is_scored_on_every_client(federate: Federate) -> None:
         assert all(torch.equal(ours[f"{client}/{name}"], tensor) for client in range(3))
 
 
-def test_fedavg_by_samples_is_the_weighted_mean(federate: Federate) -> None:
+def test_fedavg_samples_aggregates_weighted_mean(federate: Federate) -> None:
     from fedekd.functional import average_state_dicts
 
     class Watched(FedAvg):
@@ -188,7 +188,7 @@ def test_fedavg_by_samples_is_the_weighted_mean(federate: Federate) -> None:
     federate(Watched(weights="samples")).run()
 
 
-def test_heads_stay_and_bases_are_shared_in_fedper(federate: Federate) -> None:
+def test_fedper_shares_base_and_keeps_heads(federate: Federate) -> None:
     run = federate(FedPer())
     summary = run.run()
     ours = weights(run)
@@ -200,7 +200,7 @@ def test_heads_stay_and_bases_are_shared_in_fedper(federate: Federate) -> None:
     assert summary["bytes_up"] == 2 * 3 * base
 
 
-def test_finetuning_comes_once_at_the_end(federate: Federate) -> None:
+def test_fedavg_finetunes_once_after_last_round(federate: Federate) -> None:
     plain, tuned = federate(FedAvg()), federate(FedAvg(finetune_epochs=2))
     plain.run()
     tuned.run()
@@ -212,15 +212,15 @@ def test_finetuning_comes_once_at_the_end(federate: Federate) -> None:
 
 
 @pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn, FedPer, FedRep, Ditto])
-def test_clients_of_different_architectures_are_refused_where_they_are_averaged(
+def test_averaging_method_different_architectures_raise_user_error(
     method: Callable[[], Method], federate: Federate
 ) -> None:
     models = [{"class_path": f"fedekd.models.{name}"} for name in ("PrivateCNN", "ProxyCNN", "ProxyCNN")]
-    with pytest.raises(UserError, match=rf"{method.__name__}.*client\.private_model"):
+    with pytest.raises(UserError, match=rf"client\.private_model: .*method {method.__name__} averages"):
         federate(method(), client=ClientOptions(private_model=models)).run()
 
 
-def test_fedekd_takes_clients_of_different_architectures(federate: Federate) -> None:
+def test_fedekd_accepts_different_architectures(federate: Federate) -> None:
     models = [{"class_path": f"fedekd.models.{name}"} for name in ("PrivateCNN", "ProxyCNN", "PrivateCNN")]
     run = federate(FedeKD(), client=ClientOptions(private_model=models, local_epochs=1))
     run.run()
@@ -228,16 +228,16 @@ def test_fedekd_takes_clients_of_different_architectures(federate: Federate) -> 
     assert [type(engine.clients[n].networks["private"]).__name__ for n in range(3)] == [
         *("PrivateCNN", "ProxyCNN", "PrivateCNN"),
     ]
-    with pytest.raises(UserError, match="lists 2 models"):
+    with pytest.raises(UserError, match=r"client\.private_model: expected one model, or 3 .* got 2"):
         federate(FedeKD(), client=ClientOptions(private_model=models[:2]))
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: FedDyn(alpha=0), "method.alpha is 0"),
-        (lambda: FedProx(mu=-1), "method.mu is -1"),
-        (lambda: FedType(alpha=1), "method.alpha is 1"),
+        (lambda: FedDyn(alpha=0), "method.alpha: .* got 0"),
+        (lambda: FedProx(mu=-1), "method.mu: .* got -1"),
+        (lambda: FedType(alpha=1), "method.alpha: .* got 1"),
         (lambda: FedType(mu=-1), "method.mu"),
         (lambda: Ditto(lam=-0.1), "method.lam"),
         (lambda: FML(private_weight=2), "method.private_weight"),
@@ -245,23 +245,23 @@ def test_fedekd_takes_clients_of_different_architectures(federate: Federate) -> 
         (lambda: TrimmedMean(0.5), "aggregator.fraction"),
     ],
 )
-def test_a_value_out_of_range_is_named(make: Callable[[], Any], words: str) -> None:
+def test_method_invalid_argument_raises_user_error(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
 
 
-def test_fedtype_says_what_it_cannot_do(federate: Federate, npz: Path) -> None:
+def test_fedtype_invalid_data_raises_user_error(federate: Federate, npz: Path) -> None:
     from fedekd.data import FederatedDataModule
 
-    with pytest.raises(UserError, match="FedType is for classification"):
+    with pytest.raises(UserError, match="task: expected classification for method FedType"):
         federate(FedType(), task="regression").run()
     data = FederatedDataModule(str(npz), num_clients=3, alpha=5.0, fractions=(0.8, 0.0, 0.2))
-    with pytest.raises(UserError, match="client 0 has none"):
+    with pytest.raises(UserError, match="validation samples for method FedType on client 0"):
         federate(FedType(), data=data).run()
 
 
-def test_fedper_says_which_part_is_missing(federate: Federate) -> None:
-    with pytest.raises(UserError, match="no part 'neck'"):
+def test_fedper_unknown_module_raises_user_error(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"method\.personal: .* got 'neck'"):
         federate(FedPer(personal=["neck"])).run()
 
 
@@ -271,12 +271,12 @@ def test_fedper_says_which_part_is_missing(federate: Federate) -> None:
 def mean_of_g(run: Any) -> dict[str, torch.Tensor]:
     clients = run.engine.clients
     zeros = {name: torch.zeros_like(value) for name, value in run.method.server_state["h"].items()}
-    memories = [clients[n].memory.get("g", zeros) if n in clients else zeros for n in range(3)]
-    return {name: sum(memory[name] for memory in memories) / 3 for name in zeros}
+    states = [clients[n].method_state.get("g", zeros) if n in clients else zeros for n in range(3)]
+    return {name: sum(state[name] for state in states) / 3 for name in zeros}
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.34])
-def test_feddyn_server_state_is_the_mean_of_the_clients(federate: Federate, participation: float) -> None:
+def test_feddyn_h_is_mean_of_client_gradients(federate: Federate, participation: float) -> None:
     checked = []
 
     class Watch(SilentObserver):
@@ -294,3 +294,13 @@ def test_feddyn_server_state_is_the_mean_of_the_clients(federate: Federate, part
     watch.run.run()
     assert len(checked) == 5
     assert checked[-1] > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_that_trains_the_private_model_counts_epochs(name: str, federate: Federate) -> None:
+    """Every method has the supervised rounds of the local baseline, which Delta is paired with."""
+    run = federate(METHODS[name](), client=small_client(name), rounds=RoundOptions(rounds=1))
+    run.run()
+    engine: Any = run.engine
+    extra = 1 if name == "fedavg-finetuned" else 0
+    assert [client.supervised_epochs for client in engine.clients.values()] == [1 + extra] * 3

@@ -1,4 +1,4 @@
-"""SafeKD through the orchestrator, and exits under the other methods."""
+"""SafeKD in the orchestrator, and networks with exits under other methods."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def client(**values: Any) -> ClientOptions:
 
 
 class StoppedError(Exception):
-    """Ends a run at a chosen moment."""
+    """Raised to stop a run in the middle."""
 
 
 class StopAfter(SilentObserver):
@@ -48,10 +48,10 @@ class BackwardsEngine(SequentialEngine):
 
 class Warnings(SilentObserver):
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def warn(self, message: str) -> None:
-        self.told.append(message)
+        self.messages.append(message)
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
@@ -69,47 +69,44 @@ def differ(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_without_distillation_it_is_local_bit_for_bit(federate: Federate) -> None:
+def test_safekd_without_distillation_equals_local(federate: Federate) -> None:
     ours, local = federate(SafeKD(0.0, 0.0), client=client()), federate(Local(), client=client())
     summary = ours.run()
     local.run()
     assert_equal(weights(ours), weights(local))
     assert summary["delta"] == {"avg": 0.0, "worst": 0.0, "p10": 0.0}
-    assert all(each["delta"] == 0.0 for each in summary["clients"])
-    assert not any("teacher" in each.networks for each in ours.engine.clients.values())  # type: ignore[attr-defined]
+    assert all(row["delta"] == 0.0 for row in summary["clients"])
+    assert not any("teacher" in client.networks for client in ours.engine.clients.values())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", [lambda: SafeKD(1.0, 0.0), lambda: SafeKD(0.0, 1.0)])
-def test_each_of_its_terms_tells(method: Any, federate: Federate) -> None:
+def test_safekd_each_term_changes_weights(method: Any, federate: Federate) -> None:
     ours, local = federate(method(), client=client()), federate(Local(), client=client())
     ours.run()
     local.run()
     assert differ(weights(ours), weights(local))
 
 
-def test_the_average_follows_through_all_rounds(federate: Federate) -> None:
+def test_safekd_moving_average_continues_over_rounds(federate: Federate) -> None:
     run = federate(SafeKD(ema_decay=0.5, warmup_epochs=0), client=client(), rounds=RoundOptions(rounds=3))
     run.run()
     engine: Any = run.engine
-    for each in engine.clients.values():
-        steps = 3 * -(-len(each.splits.train) // 8)
-        assert int(each.networks["teacher"].n_averaged) == steps
-        assert each.supervised_epochs == 3
+    for trained_client in engine.clients.values():
+        steps = 3 * -(-len(trained_client.splits.train) // 8)
+        assert int(trained_client.networks["teacher"].n_averaged) == steps
+        assert trained_client.supervised_epochs == 3
     teachers, students = weights(run, "teacher"), weights(run)
     assert differ({name: teachers[name.replace("/", "/module.")] for name in students}, students)
 
 
-def test_its_options_and_the_epochs_behind_it_reach_the_module(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of them different, and the warm-up goes on from round to round."""
-    made: list[dict[str, Any]] = []
+def test_safekd_passes_options_and_epochs_to_module(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
 
-    def watched(*given: Any, **named: Any) -> MultiExitModule:
-        made.append(inspect.signature(MultiExitModule).bind(*given, **named).arguments)
-        return MultiExitModule(*given, **named)
+    def recorded(*args: Any, **kwargs: Any) -> MultiExitModule:
+        calls.append(inspect.signature(MultiExitModule).bind(*args, **kwargs).arguments)
+        return MultiExitModule(*args, **kwargs)
 
-    monkeypatch.setattr("fedekd.methods.safekd.MultiExitModule", watched)
+    monkeypatch.setattr("fedekd.methods.safekd.MultiExitModule", recorded)
     options = {
         "distillation_weight": 0.5,
         "consistency_weight": 0.25,
@@ -121,12 +118,12 @@ def test_its_options_and_the_epochs_behind_it_reach_the_module(
         "ema_decay": 0.9,
     }
     federate(SafeKD(**options), client=client(local_epochs=2)).run()
-    assert [{name: each[name] for name in options} for each in made] == [options] * 6
-    assert [each["first_epoch"] for each in made] == [0, 0, 0, 2, 2, 2]
+    assert [{name: call[name] for name in options} for call in calls] == [options] * 6
+    assert [call["first_epoch"] for call in calls] == [0, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.5])
-def test_a_stop_in_mid_run_and_the_order_of_clients_change_no_byte(
+def test_safekd_resumed_run_with_other_client_order_is_identical(
     participation: float, federate: Federate, tmp_path: Path
 ) -> None:
     rounds = RoundOptions(rounds=3, participation=participation)
@@ -144,18 +141,18 @@ def test_a_stop_in_mid_run_and_the_order_of_clients_change_no_byte(
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
-def test_the_clients_of_a_finished_run_come_back_as_they_were(federate: Federate, tmp_path: Path) -> None:
+def test_load_clients_restores_finished_run(federate: Federate, tmp_path: Path) -> None:
     run = federate(SafeKD(), client=client(), output=tmp_path)
     run.run()
     again = federate(SafeKD(), client=client(), output=tmp_path)
     clients = again.load_clients()
-    assert [each.number for each in clients] == [0, 1, 2]
+    assert [loaded.number for loaded in clients] == [0, 1, 2]
     assert_equal(weights(run), weights(again))
     assert_equal(weights(run, "teacher"), weights(again, "teacher"))
-    assert [each.supervised_epochs for each in clients] == [2, 2, 2]
+    assert [loaded.supervised_epochs for loaded in clients] == [2, 2, 2]
 
 
-def test_clients_of_a_run_that_is_not_finished_are_not_given(federate: Federate, tmp_path: Path) -> None:
+def test_load_clients_unfinished_run_raises_user_error(federate: Federate, tmp_path: Path) -> None:
     stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(12))
     with pytest.raises(StoppedError):
         stopped.run()
@@ -166,44 +163,38 @@ def test_clients_of_a_run_that_is_not_finished_are_not_given(federate: Federate,
     assert federate(SafeKD(), client=client(), engine=Sequential()).num_clients == 3
 
 
-def test_regression_is_refused_in_one_line(federate: Federate) -> None:
-    with pytest.raises(UserError, match="SafeKD distils classes, and the task is regression") as told:
+def test_safekd_regression_raises_one_line_user_error(federate: Federate) -> None:
+    with pytest.raises(UserError, match="task: expected classification for method SafeKD") as error:
         federate(SafeKD(), "regression", client=client()).run()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_exits_are_added_where_nothing_is_said_and_that_is_told_once(federate: Federate) -> None:
+def test_safekd_without_exits_option_adds_exits_and_warns_once(federate: Federate) -> None:
     model = {"class_path": "fedekd.models.PrivateCNN"}
-    told = Warnings()
-    run = federate(SafeKD(), client=client(private_model=model, exits=None), observer=told)
+    warnings = Warnings()
+    run = federate(SafeKD(), client=client(private_model=model, exits=None), observer=warnings)
     run.run()
-    [warning] = [line for line in told.told if "exits" in line]
+    [warning] = [line for line in warnings.messages if "exits" in line]
     assert "SafeKD needs exits" in warning
     assert "--client.exits" in warning
     assert "\n" not in warning
     engine: Any = run.engine
-    assert [each.networks["private"].num_exits for each in engine.clients.values()] == [3] * 3
-    said = Warnings()
-    same = federate(SafeKD(), client=client(private_model=model, exits=3), observer=said)
+    assert [trained_client.networks["private"].num_exits for trained_client in engine.clients.values()] == [3] * 3
+    no_warnings = Warnings()
+    same = federate(SafeKD(), client=client(private_model=model, exits=3), observer=no_warnings)
     same.run()
-    assert not [line for line in said.told if "exits" in line]
+    assert not [line for line in no_warnings.messages if "exits" in line]
     assert_equal(weights(run), weights(same))
 
 
 @pytest.mark.parametrize("exits", [3, None])
-def test_a_model_that_has_not_so_many_exits_is_told_in_one_line(exits: int | None, federate: Federate) -> None:
-    with pytest.raises(UserError, match=r"^client\.exits is 3: exits must be from 1 to 2 for ProxyCNN") as told:
+def test_client_exits_above_stages_raise_one_line_user_error(exits: int | None, federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"^client\.exits 3: exits: expected 1 to 2 for ProxyCNN, got 3") as error:
         federate(SafeKD(), client=client(exits=exits))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("exits", 0), ("exits", -1), ("exit_grid", 0)])
-def test_numbers_below_one_are_told(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"client\.{name} is {value}, and must be at least 1"):
-        client(**{name: value})
-
-
-def test_exits_are_the_private_model_s_alone_and_begin_alike_for_all() -> None:
+def test_spec_exits_belong_to_private_model_with_seeded_heads() -> None:
     plain, cut = make_spec(client=client(exits=None)), make_spec(client=client(exit_grid=2))
     assert not isinstance(cut.build_model("proxy", 0), MultiExitNetwork)
     one, again, other = cut.build_model("private", 0), cut.build_model("private", 0), cut.build_model("private", 1)
@@ -211,14 +202,14 @@ def test_exits_are_the_private_model_s_alone_and_begin_alike_for_all() -> None:
     assert one.heads[0].num_features == 4 * 32
     assert_equal(dict(one.state_dict()), dict(again.state_dict()))
     assert not torch.equal(one.heads[0].linear.weight, other.heads[0].linear.weight)
-    # The backbone's initial weights are those it has without exits.
+    # The backbone has the same initial weights as without exits.
     backbone = plain.build_model("private", 0).state_dict()
     assert torch.equal(one.head.weight, backbone["head.weight"])
     assert cut.hash_dict() != make_spec(client=client()).hash_dict() != plain.hash_dict()
 
 
 def trained(run: Any) -> dict[str, bool]:
-    """Which heads of the first client's network have moved."""
+    """Return which heads of the first client's network have changed."""
     before = run.spec.build_model("private", 0)
     after = run.engine.clients[0].networks["private"]
     pairs = zip(before.heads, after.heads, strict=True)
@@ -242,7 +233,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_other_methods_train_every_exit(method: Any, federate: Federate) -> None:
+def test_method_trains_every_exit(method: Any, federate: Federate) -> None:
     run = federate(method(), client=client())
     run.run()
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
@@ -250,7 +241,7 @@ def test_other_methods_train_every_exit(method: Any, federate: Federate) -> None
 
 
 @pytest.mark.parametrize("method", [Local, FedeKD])
-def test_exits_for_regression(method: Any, federate: Federate) -> None:
+def test_method_regression_trains_every_exit(method: Any, federate: Federate) -> None:
     run = federate(method(), "regression", client=client())
     run.run()
     assert trained(run) == {"exit_1": True, "exit_2": True}
@@ -259,20 +250,20 @@ def test_exits_for_regression(method: Any, federate: Federate) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"temperature": 0.0}, r"method\.temperature is 0\.0"),
-        ({"ema_decay": 2.0}, r"method\.ema_decay is 2\.0"),
-        ({"warmup_epochs": -1}, r"method\.warmup_epochs is -1"),
-        ({"exit_weights": [0.0, 0.0]}, r"method\.exit_weights is"),
-        ({"distillation_weight": math.inf}, r"method\.distillation_weight is inf"),
+        ({"temperature": 0.0}, r"method\.temperature: .* got 0\.0"),
+        ({"ema_decay": 2.0}, r"method\.ema_decay: .* got 2\.0"),
+        ({"warmup_epochs": -1}, r"method\.warmup_epochs: .* got -1"),
+        ({"exit_weights": [0.0, 0.0]}, r"method\.exit_weights: expected finite"),
+        ({"distillation_weight": math.inf}, r"method\.distillation_weight: .* got inf"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(arguments: dict[str, Any], words: str) -> None:
+def test_safekd_invalid_argument_raises_user_error(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         SafeKD(**arguments)
 
 
-def test_weights_of_another_number_of_exits_are_told_before_anything_is_trained(federate: Federate) -> None:
+def test_safekd_wrong_number_of_exit_weights_raises_before_training(federate: Federate) -> None:
     run = federate(SafeKD(exit_weights=[1.0, 1.0, 1.0]), client=client())
-    with pytest.raises(UserError, match=r"method\.exit_weights has 3 numbers, and the network has 2 exits"):
+    with pytest.raises(UserError, match=r"method\.exit_weights: expected 2 weights, one per exit"):
         run.run()
     assert not run.progress.local

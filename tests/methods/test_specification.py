@@ -1,4 +1,4 @@
-"""What a client's optimizer is built with."""
+"""FederationSpec and ClientOptions: optimizers, and invalid values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def optimizer(name: str, **init_args: Any) -> torch.optim.Optimizer:
         ("Adagrad", {}, None),
     ],
 )
-def test_fused_where_it_is_safe_and_nothing_else_was_asked(name: str, init_args: dict[str, Any], fused: Any) -> None:
+def test_spec_optimizer_is_fused_unless_another_form_is_given(name: str, init_args: dict[str, Any], fused: Any) -> None:
     assert optimizer(name, **init_args).defaults["fused"] is fused
 
 
@@ -41,6 +41,29 @@ def test_fused_where_it_is_safe_and_nothing_else_was_asked(name: str, init_args:
     ("name", "init_args"),
     [("Adam", {"lr": -1.0}), ("Adam", {"rate": 0.1}), ("Adam", {"fused": True, "differentiable": True})],
 )
-def test_what_an_optimizer_does_not_take_is_told(name: str, init_args: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"client.optimizer torch.optim.Adam does not take"):
+def test_spec_optimizer_invalid_arguments_raise_user_error(name: str, init_args: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"client.optimizer: expected arguments of torch.optim.Adam, got"):
         optimizer(name, **init_args)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"local_epochs": 0}, "client.local_epochs: expected at least 1, got 0"),
+        ({"exits": 0}, "client.exits: expected at least 1, or null, got 0"),
+        ({"exits": []}, "client.exits: expected at least 1, or null"),
+        ({"exits": [3, -1]}, "client.exits: expected at least 1, or null"),
+        ({"exit_grid": 0}, "client.exit_grid: expected at least 1, got 0"),
+        ({"lr_decay": 0}, "client.lr_decay: expected a number in"),
+        ({"lr_decay": 1.5}, "client.lr_decay: expected a number in"),
+        ({"optimizer": {}}, "client.optimizer: expected class_path and init_args"),
+        ({"optimizer": {"class_path": "torch.optim.LBFGS"}}, "client.optimizer: .* got 'torch.optim.LBFGS'"),
+        ({"depths": [1, 0]}, "client.depths: expected numbers of stages"),
+        ({"depths": []}, "client.depths: expected numbers of stages"),
+        ({"private_models": []}, "client.private_models: expected at least one model"),
+    ],
+)
+def test_client_options_invalid_value_raises_one_line_user_error(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        ClientOptions(**values)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What DepthFL and ScaleFL minimise, and from which round on, against literal transcriptions in float64."""
+"""Losses of DepthFL and ScaleFL, and their schedules, against literal transcriptions in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedekd.models import PrivateCNN, multi_exit
 from fedekd.modules import ModelOutput, MutualExitLoss
 
 from .conftest import Federate, make_spec
-from .test_nested import assert_equal, differ, one_round, options, started
+from .test_submodels import assert_equal, differ, one_round, options, started
 
 BATCH, CLASSES = 5, 4
 NETWORK = multi_exit(PrivateCNN(1, 8, CLASSES), CLASSES, 3)
@@ -29,17 +29,17 @@ EXITS, SEEDS = st.integers(1, 3), st.integers(0, 10_000)
 WHEN = st.integers(1, 12).flatmap(lambda rounds: st.tuples(st.integers(0, rounds - 1), st.just(rounds)))
 
 
-def minimised(method: Any, exits: Sequence[Tensor], targets: Tensor, round_idx: int, rounds: int) -> Tensor:
-    """The sum of a method's objectives for a client of as many exits."""
+def total_loss(method: Any, exits: Sequence[Tensor], targets: Tensor, round_idx: int, rounds: int) -> Tensor:
+    """Sum the loss terms of a method for a client with these exits."""
     client: Any = SimpleNamespace(spec=make_spec(rounds=rounds))
-    terms = method.objectives(client, NETWORK.shallow(len(exits)), round_idx)
+    terms = method.loss_terms(client, NETWORK.shallow(len(exits)), round_idx)
     return sum(term(ModelOutput(tuple(exits)), None, targets, lambda name, value: None) for term in terms)  # type: ignore[return-value]
 
 
 def batch(exits: int, seed: int) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(seed)
     logits = [3 * torch.randn(BATCH, CLASSES, dtype=torch.float64) for _ in range(exits)]
-    return [each.requires_grad_() for each in logits], torch.randint(CLASSES, (BATCH,))
+    return [exit_.requires_grad_() for exit_ in logits], torch.randint(CLASSES, (BATCH,))
 
 
 def softmax(row: Sequence[float], temperature: float = 1.0) -> list[float]:
@@ -62,74 +62,74 @@ def literal_ramp(weight: float, r: float, t: int, rounds: int) -> float:
 
 
 @given(EXITS, SEEDS, st.floats(0, 3), st.sampled_from([0.0, 0.3, 0.5, 1.0]), WHEN)
-def test_depthfl_minimises_what_its_docstring_says(
+def test_depthfl_loss_matches_docstring_in_value_and_gradient(
     exits: int, seed: int, weight: float, ramp_up: float, when: tuple[int, int]
 ) -> None:
     logits, targets = batch(exits, seed)
-    rows = [each.tolist() for each in logits]
+    rows = [exit_.tolist() for exit_ in logits]
     lam, loss = literal_ramp(weight, ramp_up, *when), 0.0
     gradient = torch.zeros(exits, BATCH, CLASSES, dtype=torch.float64)
     for i, label in enumerate(targets.tolist()):
         for e in range(exits):
             loss += cross_entropy(rows[e][i], label) / exits / BATCH
-            own = softmax(rows[e][i])
+            student = softmax(rows[e][i])
             for c in range(CLASSES):
-                gradient[e, i, c] += (own[c] - (c == label)) / exits / BATCH
+                gradient[e, i, c] += (student[c] - (c == label)) / exits / BATCH
             for j in range(exits):
                 if j != e:
                     loss += lam * kl(rows[j][i], rows[e][i]) / (exits * (exits - 1)) / BATCH
                     for c, other in enumerate(softmax(rows[j][i])):
-                        gradient[e, i, c] += lam * (own[c] - other) / (exits * (exits - 1)) / BATCH
-    found = minimised(DepthFL(weight, ramp_up), logits, targets, *when)
-    assert found.item() == pytest.approx(loss, rel=1e-12)
-    # No part of it through the exits that teach.
-    torch.testing.assert_close(torch.stack(torch.autograd.grad(found, logits)), gradient, rtol=0, atol=1e-12)
+                        gradient[e, i, c] += lam * (student[c] - other) / (exits * (exits - 1)) / BATCH
+    loss_value = total_loss(DepthFL(weight, ramp_up), logits, targets, *when)
+    assert loss_value.item() == pytest.approx(loss, rel=1e-12)
+    # No gradient flows through the teaching exits.
+    torch.testing.assert_close(torch.stack(torch.autograd.grad(loss_value, logits)), gradient, rtol=0, atol=1e-12)
 
 
 @given(EXITS, SEEDS, st.floats(0, 3), st.sampled_from([0.5, 1.0, 3.0]), st.booleans())
-def test_scalefl_minimises_what_its_docstring_says(
+def test_scalefl_loss_matches_docstring_in_value_and_gradient(
     exits: int, seed: int, weight: float, temperature: float, warm: bool
 ) -> None:
     logits, targets = batch(exits, seed)
-    rows = [each.tolist() for each in logits]
+    rows = [exit_.tolist() for exit_ in logits]
     gamma, loss = weight if warm else 0.0, 0.0
     gradient = torch.zeros(exits, BATCH, CLASSES, dtype=torch.float64)
     for i, label in enumerate(targets.tolist()):
         for e in range(exits):
             w = 2 * (e + 1) / (exits * (exits + 1))
             loss += w * cross_entropy(rows[e][i], label) / BATCH
-            for c, own in enumerate(softmax(rows[e][i])):
-                gradient[e, i, c] += w * (own - (c == label)) / BATCH
+            for c, probability in enumerate(softmax(rows[e][i])):
+                gradient[e, i, c] += w * (probability - (c == label)) / BATCH
             if e < exits - 1:
                 deepest = rows[-1][i]
                 loss += gamma * w * temperature**2 * kl(deepest, rows[e][i], temperature) / BATCH
-                own, teacher_outputs = softmax(rows[e][i], temperature), softmax(deepest, temperature)
+                student, teacher = softmax(rows[e][i], temperature), softmax(deepest, temperature)
                 for c in range(CLASSES):
-                    gradient[e, i, c] += gamma * w * temperature * (own[c] - teacher_outputs[c]) / BATCH
+                    gradient[e, i, c] += gamma * w * temperature * (student[c] - teacher[c]) / BATCH
     method = ScaleFL(weight, temperature, warm_up=0.5)
-    found = minimised(method, logits, targets, 2 if warm else 1, 4)
-    assert found.item() == pytest.approx(loss, rel=1e-12)
-    torch.testing.assert_close(torch.stack(torch.autograd.grad(found, logits)), gradient, rtol=0, atol=1e-12)
+    loss_value = total_loss(method, logits, targets, 2 if warm else 1, 4)
+    assert loss_value.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(torch.stack(torch.autograd.grad(loss_value, logits)), gradient, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("ramp_up", [0.0, 0.3, 1.0])
-def test_depthfls_weight_rises_to_lambda_and_stays(ramp_up: float) -> None:
+def test_depthfl_weight_rises_to_lambda(ramp_up: float) -> None:
     method, rounds = DepthFL(2.0, ramp_up), 10
-    found = [method.weight_in(round_idx, rounds) for round_idx in range(rounds + 1)]
-    assert found == pytest.approx([literal_ramp(2.0, ramp_up, t, rounds) for t in range(rounds + 1)])
-    assert found == sorted(found)
-    assert [weight == 2.0 for weight in found] == [t >= ramp_up * rounds for t in range(rounds + 1)]
-    assert found[0] == pytest.approx(2.0 * (math.exp(-5) if ramp_up else 1.0))
+    ramp = [method.distillation_weight_at(round_idx, rounds) for round_idx in range(rounds + 1)]
+    assert ramp == pytest.approx([literal_ramp(2.0, ramp_up, t, rounds) for t in range(rounds + 1)])
+    assert ramp == sorted(ramp)
+    assert [weight == 2.0 for weight in ramp] == [t >= ramp_up * rounds for t in range(rounds + 1)]
+    assert ramp[0] == pytest.approx(2.0 * (math.exp(-5) if ramp_up else 1.0))
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 4, 10, 25, 100])
 @pytest.mark.parametrize("warm_up", ["0", "0.07", "0.25", "0.28", "0.55", "1"])
-def test_scalefl_teaches_once_a_share_of_the_rounds_is_over(warm_up: str, rounds: int) -> None:
+def test_scalefl_distils_after_warm_up(warm_up: str, rounds: int) -> None:
     method = ScaleFL(warm_up=float(warm_up))
     logits, targets = batch(2, 0)
-    plain = minimised(ScaleFL(0.0), logits, targets, 0, rounds).item()
+    plain = total_loss(ScaleFL(0.0), logits, targets, 0, rounds).item()
     teacher_outputs = [
-        minimised(method, logits, targets, round_idx, rounds).item() != plain for round_idx in range(rounds)
+        total_loss(method, logits, targets, round_idx, rounds).item() != plain for round_idx in range(rounds)
     ]
     assert teacher_outputs == [round_idx >= Fraction(warm_up) * rounds for round_idx in range(rounds)]
 

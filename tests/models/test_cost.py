@@ -24,13 +24,13 @@ COSTS = ExitCosts(stages=(100, 200, 400), heads=(1, 2, 4))
     ],
 )
 def test_an_image_pays_for_the_stages_and_the_evaluated_heads_on_its_way(evaluated, leaving):
-    assert COSTS.leaving(evaluated) == leaving
+    assert COSTS.flops_at_exits(evaluated) == leaving
     assert COSTS.full == 704
 
 
 def test_every_exit_must_be_spoken_of():
     with pytest.raises(ValueError, match="2 entries, but there are 3 exits"):
-        COSTS.leaving([True, True])
+        COSTS.flops_at_exits([True, True])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedekd.models.modes import eval_mode
+from fedekd.models import eval_mode
 
 
 class Merging(nn.Module):

@@ -1,4 +1,4 @@
-"""The gate of a private model with exits: one for each, against a literal transcription in float64."""
+"""Gated distillation of a private model with exits, against a literal transcription in float64."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ def entropy(p: Sequence[float]) -> float:
 
 
 def literal_loss(exits: Sequence[Tensor], proxy: Tensor, targets: Tensor, active: Sequence[bool]) -> float:
-    """The docstring of GatedPrivateModule with Eq. 1 and 3, sample by sample."""
+    """Loss in the docstring of GatedPrivateModule with Eq. 1 and 3, sample by sample."""
     total, teacher = 0.0, [softmax(row) for row in proxy.tolist()]
     deepest = exits[-1].tolist()
-    for place, logits in enumerate(exits):
-        if not active[place]:
+    for index, logits in enumerate(exits):
+        if not active[index]:
             continue
-        own = [softmax(row) for row in logits.tolist()]
-        size = len(own)
+        student = [softmax(row) for row in logits.tolist()]
+        size = len(student)
         energy = [
-            0.5 * (kl(p, q) + kl(q, p)) / (entropy(p) + entropy(q) + 1e-8) for p, q in zip(own, teacher, strict=True)
+            0.5 * (kl(p, q) + kl(q, p)) / (entropy(p) + entropy(q) + 1e-8)
+            for p, q in zip(student, teacher, strict=True)
         ]
         mean = sum(energy) / size
         spread = math.sqrt(sum((value - mean) ** 2 for value in energy) / size)
         trust = [1 / (1 + math.exp(BETA * (value - mean) / (spread + 1e-8))) for value in energy]
-        total += sum(-math.log(p[int(y)]) for p, y in zip(own, targets, strict=True)) / size
-        total += LAMBDA * sum(w * kl(q, p) for w, p, q in zip(trust, own, teacher, strict=True)) / size
-        if place < len(exits) - 1:
+        total += sum(-math.log(p[int(y)]) for p, y in zip(student, targets, strict=True)) / size
+        total += LAMBDA * sum(w * kl(q, p) for w, p, q in zip(trust, student, teacher, strict=True)) / size
+        if index < len(exits) - 1:
             pairs = zip(deepest, logits.tolist(), strict=True)
             total += CONSISTENCY * T**2 * sum(kl(softmax(d, T), softmax(s, T)) for d, s in pairs) / size
     return total / len(exits)
@@ -59,14 +60,14 @@ def batch() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     torch.manual_seed(3)
     private = multi_exit(PrivateCNN(1, 8, 4), 4).double()
     proxy = ProxyCNN(1, 8, 4).double()
-    for network in (private, proxy):  # fresh networks are hardly sure of anything
+    for network in (private, proxy):  # new networks have nearly uniform predictions
         for parameter in network.parameters():
             parameter.data.mul_(2.0)
     return private, proxy, torch.randn(7, 1, 8, 8, dtype=torch.float64), torch.randint(0, 4, (7,))
 
 
 @pytest.mark.parametrize("active", [(True, True, True), (True, False, True), (False, False, True)])
-def test_the_loss_is_that_of_its_docstring(
+def test_gated_private_module_with_exits_matches_docstring_loss(
     batch: tuple[nn.Module, nn.Module, Tensor, Tensor], active: tuple[bool, ...]
 ) -> None:
     private, proxy, x, y = batch
@@ -77,7 +78,9 @@ def test_the_loss_is_that_of_its_docstring(
     assert module.training_step((x, y), 0).item() == pytest.approx(wanted, rel=1e-10)
 
 
-def test_idle_exits_get_no_gradient(batch: tuple[nn.Module, nn.Module, Tensor, Tensor]) -> None:
+def test_gated_private_module_inactive_exits_get_no_gradient(
+    batch: tuple[nn.Module, nn.Module, Tensor, Tensor],
+) -> None:
     private, proxy, x, y = batch
     module = GatedPrivateModule(private, proxy, active=[False, True, True], consistency_weight=1.0)
     module.training_step((x, y), 0).backward()
@@ -85,7 +88,7 @@ def test_idle_exits_get_no_gradient(batch: tuple[nn.Module, nn.Module, Tensor, T
     assert all((gradient is None) == name.startswith("heads.0.") for name, gradient in heads.items())
 
 
-def test_each_exit_has_a_gate_of_its_own(batch: tuple[nn.Module, nn.Module, Tensor, Tensor]) -> None:
+def test_gated_private_module_has_one_gate_per_exit(batch: tuple[nn.Module, nn.Module, Tensor, Tensor]) -> None:
     private, proxy, x, y = batch
     module = GatedPrivateModule(private, proxy)
     recorded: dict[str, float] = {}
@@ -96,7 +99,7 @@ def test_each_exit_has_a_gate_of_its_own(batch: tuple[nn.Module, nn.Module, Tens
     assert "exit_3/gate/energy_mean" not in recorded
 
 
-def test_a_schedule_lets_shallow_exits_learn_one_after_the_other() -> None:
+def test_fedekd_progressive_schedule_adds_shallow_exits() -> None:
     class Stub:
         class spec:  # noqa: N801
             rounds = 8
@@ -104,16 +107,16 @@ def test_a_schedule_lets_shallow_exits_learn_one_after_the_other() -> None:
         networks = {"private": multi_exit(PrivateCNN(1, 8, 4), 4)}  # noqa: RUF012
 
     method = FedeKD(schedule="progressive")
-    counts = [sum(method._active(Stub(), round_idx)) for round_idx in range(1, 9)]  # type: ignore[arg-type]
-    assert counts == [1, 2, 2, 3, 3, 3, 3, 3]  # floor(2/3 * 2t/8 * 3) shallow ones, two at most, and the deepest
-    assert method._active(Stub(), 2) == [True, False, True]  # type: ignore[arg-type]
-    assert FedeKD()._active(Stub(), 1) is None  # type: ignore[arg-type]
+    counts = [sum(method._active_exits(Stub(), round_idx)) for round_idx in range(1, 9)]  # type: ignore[arg-type]
+    assert counts == [1, 2, 2, 3, 3, 3, 3, 3]  # the deepest, and floor(2/3 * 2t/8 * 3) shallow ones, at most two
+    assert method._active_exits(Stub(), 2) == [True, False, True]  # type: ignore[arg-type]
+    assert FedeKD()._active_exits(Stub(), 1) is None  # type: ignore[arg-type]
 
 
-def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match=r"method\.schedule is 'on'"):
+def test_fedekd_invalid_exit_options_raise_user_error() -> None:
+    with pytest.raises(UserError, match=r"method\.schedule: expected one of"):
         FedeKD(schedule="on")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"method\.consistency_weight is -1"):
+    with pytest.raises(UserError, match=r"method\.consistency_weight: expected at least 0, got -1"):
         FedeKD(consistency_weight=-1.0)
-    with pytest.raises(UserError, match="regression has no classes"):
+    with pytest.raises(UserError, match="consistency_weight: expected 0 for regression"):
         GatedPrivateModule(multi_exit(PrivateCNN(1, 8, 1), 1), ProxyCNN(1, 8, 1), "regression", consistency_weight=1.0)

@@ -1,4 +1,4 @@
-"""The two public modules: their losses against a literal transcription, and their life in a plain Trainer."""
+"""ProxyDistillModule and GatedPrivateModule: losses against a literal transcription, and use in a plain Trainer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedekd import GatedPrivateModule, ProxyDistillModule
 from fedekd.errors import UserError
+from fedekd.metrics import primary_metric
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import ModelOutput, ObjectiveModule, SupervisedModule
 from fedekd.tasks import Task
@@ -51,26 +52,26 @@ def plain_trainer(folder: Path, epochs: int = 2) -> Trainer:
     )
 
 
-def test_a_trainer_predicts_with_the_loader_it_was_tested_with(tmp_path: Path) -> None:
+def test_module_predict_accepts_loaders_with_and_without_targets(tmp_path: Path) -> None:
     private, proxy = networks()
     x, _ = batch(n=24)
     with torch.no_grad():
         expected = private.eval()(x)
-    for given in (loader(), DataLoader(x, batch_size=8)):  # type: ignore[arg-type, var-annotated]
-        outputs = plain_trainer(tmp_path).predict(GatedPrivateModule(private, proxy), given)
+    for dataloader in (loader(), DataLoader(x, batch_size=8)):  # type: ignore[arg-type, var-annotated]
+        outputs = plain_trainer(tmp_path).predict(GatedPrivateModule(private, proxy), dataloader)
         assert outputs is not None
         torch.testing.assert_close(torch.cat(outputs), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("module", [GatedPrivateModule, ProxyDistillModule])
-def test_no_network_is_its_own_teacher(module: Callable[..., Any]) -> None:
+def test_module_network_as_its_own_teacher_raises_user_error(module: Callable[..., Any]) -> None:
     network, _ = networks()
-    with pytest.raises(UserError, match="cannot be its own teacher"):
+    with pytest.raises(UserError, match="teacher: expected another network"):
         module(network, network)
 
 
 def literal_private_loss(p_logits: Tensor, q_logits: Tensor, y: Tensor, beta: float, lam: float) -> Tensor:
-    """Eq. 1, 3, 4 and 5, written out sample by sample."""
+    """Eq. 1, 3, 4 and 5, sample by sample."""
     energies, losses = [], []
     for p_row, q_row in zip(p_logits, q_logits, strict=True):
         p, q = p_row.softmax(0), q_row.softmax(0)
@@ -86,7 +87,7 @@ def literal_private_loss(p_logits: Tensor, q_logits: Tensor, y: Tensor, beta: fl
 
 
 @pytest.mark.parametrize(("beta", "lam"), [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0)])
-def test_private_step_is_equation_5_in_value_and_gradient(beta: float, lam: float) -> None:
+def test_gated_private_module_step_matches_equation_5_in_value_and_gradient(beta: float, lam: float) -> None:
     private, proxy = (network.double() for network in networks())
     x, y = batch()
     x = x.double()
@@ -104,7 +105,7 @@ def test_private_step_is_equation_5_in_value_and_gradient(beta: float, lam: floa
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_private_regression_step_is_equations_2_to_5() -> None:
+def test_gated_private_module_regression_step_matches_equations_2_to_5() -> None:
     private, proxy = (network.double() for network in networks("regression"))
     x, y = batch("regression")
     x, y = x.double(), y.double()
@@ -115,7 +116,7 @@ def test_private_regression_step_is_equations_2_to_5() -> None:
     torch.testing.assert_close(loss, ((f - y) ** 2).mean() + (weights * (f - g) ** 2).mean(), rtol=1e-12, atol=1e-12)
 
 
-def test_proxy_step_is_the_mean_divergence_from_the_private_model() -> None:
+def test_proxy_distill_module_step_is_mean_kl() -> None:
     private, proxy = (network.double() for network in networks())
     x, y = batch()
     x = x.double()
@@ -125,7 +126,7 @@ def test_proxy_step_is_the_mean_divergence_from_the_private_model() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_teacher_outputs_that_come_with_the_batch_are_the_teacher_s(task: Task) -> None:
+def test_gated_private_module_teacher_outputs_in_batch_replace_forward(task: Task) -> None:
     private, proxy = networks(task)
     x, y = batch(task)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_teacher_outputs_that_come_with_the_batch_are_the_teacher_s(task: Task) 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("which", ["private", "proxy"])
-def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, which: str, tmp_path: Path) -> None:
+def test_module_in_plain_trainer_trains_student_not_teacher(task: Task, which: str, tmp_path: Path) -> None:
     private, proxy = networks(task)
     module: ObjectiveModule = (
         GatedPrivateModule(private, proxy, task=task)
@@ -157,7 +158,7 @@ def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, whic
     assert all(
         torch.equal(a, b) for a, b in zip(teacher_before.values(), module.teacher.state_dict().values(), strict=True)
     )
-    score = "val/rmse" if task == "regression" else "val/accuracy"
+    score = f"val/{primary_metric(task).name}"
     expected = {"loss", "val/loss", score}
     expected |= (
         {"loss/supervised", "loss/gated", "gate/weight_mean", "gate/energy_mean"}
@@ -179,7 +180,7 @@ def test_plain_trainer_trains_the_student_and_never_the_teacher(task: Task, whic
     assert tested[score.replace("val", "test")] == pytest.approx(float(by_hand), rel=1e-5)
 
 
-def test_logged_means_weigh_batches_by_size(tmp_path: Path) -> None:
+def test_module_logged_means_are_weighted_by_batch_size(tmp_path: Path) -> None:
     network, _ = networks()
     module = SupervisedModule(network, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     trainer = plain_trainer(tmp_path, epochs=1)
@@ -188,7 +189,7 @@ def test_logged_means_weigh_batches_by_size(tmp_path: Path) -> None:
     assert module.epoch_means["loss"] == pytest.approx(float(nn.functional.cross_entropy(network(x), y)), rel=1e-5)
 
 
-def test_student_trains_and_teacher_evaluates_whatever_mode_they_were_left_in(tmp_path: Path) -> None:
+def test_module_sets_train_mode_of_student_and_eval_mode_of_teacher(tmp_path: Path) -> None:
     class Watch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -205,16 +206,16 @@ def test_student_trains_and_teacher_evaluates_whatever_mode_they_were_left_in(tm
     assert teacher.modes == [False] * 3
 
 
-def test_lambda_zero_is_supervised_training_bit_for_bit(tmp_path: Path) -> None:
+def test_gated_private_module_lambda_0_equals_supervised_bit_for_bit(tmp_path: Path) -> None:
     private, proxy = networks()
-    alone = copy.deepcopy(private)
+    supervised = copy.deepcopy(private)
     plain_trainer(tmp_path).fit(GatedPrivateModule(private, proxy, lambda_kd=0.0), loader())
-    plain_trainer(tmp_path).fit(SupervisedModule(alone), loader())
-    for mine, local in zip(private.parameters(), alone.parameters(), strict=True):
+    plain_trainer(tmp_path).fit(SupervisedModule(supervised), loader())
+    for mine, local in zip(private.parameters(), supervised.parameters(), strict=True):
         assert torch.equal(mine, local)
 
 
-def test_optimizer_state_is_carried_over_fits(tmp_path: Path) -> None:
+def test_module_carries_optimizer_state_between_fits(tmp_path: Path) -> None:
     once, twice = networks()[0], networks()[0]
     plain_trainer(tmp_path, epochs=2).fit(SupervisedModule(once), loader())
     state = None
@@ -227,7 +228,7 @@ def test_optimizer_state_is_carried_over_fits(tmp_path: Path) -> None:
         assert torch.equal(one, two)
 
 
-def test_a_second_fit_starts_from_its_own_optimizer(tmp_path: Path) -> None:
+def test_module_second_fit_creates_new_optimizer(tmp_path: Path) -> None:
     module = SupervisedModule(networks()[0])
     plain_trainer(tmp_path, epochs=1).fit(module, loader())
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
@@ -236,7 +237,7 @@ def test_a_second_fit_starts_from_its_own_optimizer(tmp_path: Path) -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5
 
 
-def test_the_teacher_is_no_part_of_the_module() -> None:
+def test_module_parameters_and_state_dict_exclude_teacher() -> None:
     private, proxy = networks()
     module = GatedPrivateModule(private, proxy)
     trained = {id(parameter) for parameter in private.parameters()}
@@ -244,7 +245,7 @@ def test_the_teacher_is_no_part_of_the_module() -> None:
     assert not any("teacher" in name for name in module.state_dict())
 
 
-def test_targets_of_shape_b_1_are_scored_like_those_of_shape_b(tmp_path: Path) -> None:
+def test_module_evaluates_targets_of_shape_b_1_as_of_shape_b(tmp_path: Path) -> None:
     private, proxy = networks("regression")
     x, y = batch("regression", 24)
     module = GatedPrivateModule(private, proxy, task="regression")
@@ -256,7 +257,7 @@ def test_targets_of_shape_b_1_are_scored_like_those_of_shape_b(tmp_path: Path) -
     assert results[0] == results[1]
 
 
-def test_double_precision_keeps_the_teacher_and_the_projection_along(tmp_path: Path) -> None:
+def test_module_double_precision_converts_teacher_and_projection(tmp_path: Path) -> None:
     module = GatedPrivateModule(*networks(), energy="feature")
     trainer = Trainer(
         accelerator="cpu",
@@ -273,7 +274,7 @@ def test_double_precision_keeps_the_teacher_and_the_projection_along(tmp_path: P
 
 @pytest.mark.parametrize("energy", ["kl", "entropy", "margin", "logsumexp", "feature"])
 @pytest.mark.parametrize("gate", ["energy", "none", "shuffled"])
-def test_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
+def test_gated_private_module_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
     private, proxy = networks()
     module = GatedPrivateModule(private, proxy, energy=energy, gate=gate)
     loss = module.training_step(batch(), 0)
@@ -284,7 +285,7 @@ def test_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
     assert weight == pytest.approx(1.0 if gate == "none" else 0.5, abs=0.2)
 
 
-def test_shuffled_gate_has_the_gate_s_weights_in_another_order() -> None:
+def test_shuffled_gate_permutes_weights() -> None:
     from fedekd.modules.losses.distillation import GATES
 
     energy = torch.arange(50.0)
@@ -294,44 +295,44 @@ def test_shuffled_gate_has_the_gate_s_weights_in_another_order() -> None:
     assert torch.equal(weights.sort().values, shuffled.sort().values)
 
 
-def test_uncertainty_energy_looks_at_whom_it_is_told_to() -> None:
+def test_uncertainty_energy_uses_selected_model() -> None:
     from fedekd.functional import entropy_energy
     from fedekd.modules import build_energy
 
     private, proxy = networks()
     x, _ = batch()
-    seen = {"private": ModelOutput((private(x),)), "proxy": ModelOutput((proxy(x),))}
+    outputs = {"private": ModelOutput((private(x),)), "proxy": ModelOutput((proxy(x),))}
     for of in ("private", "proxy"):
         energy = build_energy("entropy", "classification", of, private, proxy)
-        torch.testing.assert_close(energy(seen["private"], seen["proxy"]), entropy_energy(seen[of].output))
+        torch.testing.assert_close(energy(outputs["private"], outputs["proxy"]), entropy_energy(outputs[of].output))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"energy": "kll"}, "did you mean 'kl'"),
+        ({"energy": "kll"}, "Did you mean 'kl'"),
         ({"beta": 0.0}, "beta"),
         ({"beta": float("nan")}, "beta"),
         ({"lambda_kd": -1.0}, "lambda_kd"),
-        ({"gate": "energetic"}, "did you mean 'energy'"),
+        ({"gate": "energetic"}, "gate: expected one of energy, shuffled, none, got 'energetic'"),
         ({"task": "ranking"}, "ranking"),
-        ({"task": "regression", "energy": "margin"}, "classification"),
+        ({"task": "regression", "energy": "margin"}, "defined for regression, got 'margin'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words) as told:
+def test_gated_module_invalid_argument_raises_one_line_user_error(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
         GatedPrivateModule(*networks(), **arguments)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_feature_energy_of_a_network_without_features_is_a_clear_mistake() -> None:
+def test_feature_energy_without_features_raises_user_error() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     with pytest.raises(UserError, match="Sequential"):
         GatedPrivateModule(plain, networks()[1], energy="feature")
 
 
 class Data(LightningDataModule):
-    """Somebody's own data module."""
+    """A user's data module."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return loader()
@@ -340,7 +341,7 @@ class Data(LightningDataModule):
         return loader()
 
 
-def test_module_works_under_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_private_module_works_with_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cnn: Callable[[str], list[str]] = lambda name: [  # noqa: E731
         f"--model.{name}.in_channels=1",
@@ -372,8 +373,8 @@ def test_module_works_under_lightning_cli(tmp_path: Path, monkeypatch: pytest.Mo
     assert cli.trainer.callback_metrics["gate/weight_mean"] == pytest.approx(0.5, abs=0.25)
 
 
-def test_the_loss_scale_of_float16_is_carried_over_fits(tmp_path: Path) -> None:
-    """A new Trainer begins with its own, and would have to find the scale anew in every phase."""
+def test_module_carries_float16_loss_scale_between_fits(tmp_path: Path) -> None:
+    """Without it, a new Trainer would search the scale again in every phase."""
     state: dict[str, Any] = {}
     scales = []
     for _ in range(2):

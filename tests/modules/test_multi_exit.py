@@ -1,4 +1,4 @@
-"""SAFE-KD's loss against a literal transcription, its moving average by hand, and its life in a plain Trainer."""
+"""MultiExitModule: loss against a literal transcription, moving average, and use in a plain Trainer."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def literal_dkd(student: Tensor, teacher: Tensor, y: int, alpha: float, beta: fl
 
 
 def literal_loss(exits, teacher, y, w, a, b, t, alpha, beta) -> Tensor:
-    """Section 2 of the specification, exit by exit and sample by sample."""
+    """Loss in the docstring of MultiExitModule, exit by exit and sample by sample."""
     total = torch.zeros((), dtype=torch.float64)
     deepest = exits[-1].detach()
     for e, (logits, weight) in enumerate(zip(exits, w, strict=True)):
@@ -101,7 +101,7 @@ def literal_loss(exits, teacher, y, w, a, b, t, alpha, beta) -> Tensor:
         (0.0, 0.0, 4.0, 1.0, 8.0, [0.0, 1.0], 2),
     ],
 )
-def test_a_step_is_the_specification_s_loss_in_value_and_gradient(a, b, t, alpha, beta, weights, exits):
+def test_multi_exit_module_step_matches_docstring_in_value_and_gradient(a, b, t, alpha, beta, weights, exits):
     student, teacher = network(0, exits).double(), network(1).double()
     x, y = batch()
     x = 2 * x.double()
@@ -123,32 +123,32 @@ def test_a_step_is_the_specification_s_loss_in_value_and_gradient(a, b, t, alpha
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_deepest_exit_learns_nothing_from_the_shallow_ones():
+def test_multi_exit_module_deepest_exit_gets_no_gradient_from_shallow_exits():
     student = network().double()
     module = MultiExitModule(student, distillation_weight=0.0, exit_weights=[1.0, 1.0, 0.0], warmup_epochs=0)
     x, y = batch()
     module.training_step((x.double(), y), 0).backward()
-    found = student.head.weight.grad
-    assert found is None or found.abs().max() == 0
+    gradient = student.head.weight.grad
+    assert gradient is None or gradient.abs().max() == 0
     assert student.heads[0].linear.weight.grad.abs().max() > 0
 
 
-def test_without_its_terms_training_is_supervised_bit_for_bit(tmp_path):
-    ours, alone = network(), network()
+def test_multi_exit_module_without_terms_equals_supervised_bit_for_bit(tmp_path):
+    ours, supervised = network(), network()
     module = MultiExitModule(ours, distillation_weight=0.0, consistency_weight=0.0, optimizer=sgd)
     assert module.teacher is None
     assert module.average is None
     trainer(tmp_path).fit(module, loader())
-    trainer(tmp_path).fit(SupervisedModule(alone, optimizer=sgd), loader())
-    assert all(torch.equal(mine, local) for mine, local in zip(ours.parameters(), alone.parameters(), strict=True))
+    trainer(tmp_path).fit(SupervisedModule(supervised, optimizer=sgd), loader())
+    assert all(torch.equal(mine, local) for mine, local in zip(ours.parameters(), supervised.parameters(), strict=True))
     different = network()
     module = MultiExitModule(different, distillation_weight=0.0, consistency_weight=1e-3, optimizer=sgd)
     trainer(tmp_path).fit(module, loader())
-    assert any(not torch.equal(a, b) for a, b in zip(different.parameters(), alone.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(different.parameters(), supervised.parameters(), strict=True))
 
 
 class Snapshots(Callback):
-    """The network after every step, and the average before it follows."""
+    """Records the network after every step and the warm-up factor per epoch."""
 
     def __init__(self) -> None:
         self.networks: list[dict[str, Tensor]] = []
@@ -158,17 +158,17 @@ class Snapshots(Callback):
         self.networks.append({name: value.clone() for name, value in module.network.state_dict().items()})
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        self.warmup_factor.append(module.distilled.warmup_factor)
+        self.warmup_factor.append(module.distillation.warmup_factor)
 
 
-def test_the_average_is_of_the_whole_network(tmp_path):
-    """Parameters and BatchNorm's statistics; the first step is copied, as in PyTorch's own averages."""
-    student, seen = with_batch_norm(), Snapshots()
+def test_moving_average_includes_parameters_and_buffers(tmp_path):
+    """The first step is copied, as in PyTorch's averages."""
+    student, snapshots = with_batch_norm(), Snapshots()
     module = MultiExitModule(student, ema_decay=0.7, optimizer=sgd)
-    trainer(tmp_path, callbacks=[seen]).fit(module, loader())
-    assert len(seen.networks) == 6
-    expected = seen.networks[0]
-    for state in seen.networks[1:]:
+    trainer(tmp_path, callbacks=[snapshots]).fit(module, loader())
+    assert len(snapshots.networks) == 6
+    expected = snapshots.networks[0]
+    for state in snapshots.networks[1:]:
         expected = {name: 0.7 * value + (1 - 0.7) * state[name] for name, value in expected.items()}
     average = module.average.module.state_dict()
     assert average.keys() == expected.keys()
@@ -181,7 +181,7 @@ def test_the_average_is_of_the_whole_network(tmp_path):
     assert not any(parameter.requires_grad for parameter in module.average.parameters())
 
 
-def test_the_average_teaches_in_evaluation_mode_and_is_not_trained(tmp_path):
+def test_moving_average_is_not_trained(tmp_path):
     student = with_batch_norm()
     module = MultiExitModule(student, ema_decay=0.9, optimizer=sgd)
     fitted = trainer(tmp_path, epochs=1)
@@ -196,20 +196,20 @@ def test_the_average_teaches_in_evaluation_mode_and_is_not_trained(tmp_path):
     assert module.average.training
 
 
-def test_the_average_waits_for_accumulated_gradients(tmp_path):
+def test_moving_average_updates_per_optimizer_step(tmp_path):
     module = MultiExitModule(network(), optimizer=sgd)
     trainer(tmp_path, epochs=2, accumulate_grad_batches=3).fit(module, loader())
     assert int(module.average.n_averaged) == 2
 
 
-def test_an_average_that_was_begun_before_goes_on(tmp_path):
+def test_multi_exit_module_continues_given_average_and_freezes_other_teachers(tmp_path):
     student = network()
     average = MovingAverage(student, 0.5)
     for _ in range(2):
         trainer(tmp_path, epochs=1).fit(MultiExitModule(student, average, optimizer=sgd), loader())
     assert int(average.n_averaged) == 6
     module = MultiExitModule(network(), network(1), optimizer=sgd)
-    assert module.average is None  # a teacher of one's own stays as it is
+    assert module.average is None  # another teacher stays frozen
     before = copy.deepcopy(module.teacher.state_dict())
     trainer(tmp_path, epochs=1).fit(module, loader())
     assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
@@ -220,25 +220,25 @@ def test_an_average_that_was_begun_before_goes_on(tmp_path):
     ("warmup", "first", "expected"),
     [(4, 0, [0.25, 0.5, 0.75, 1.0, 1.0]), (4, 2, [0.75, 1.0, 1.0, 1.0, 1.0]), (0, 0, [1.0] * 5)],
 )
-def test_distillation_warms_up(warmup, first, expected, tmp_path):
-    seen = Snapshots()
+def test_multi_exit_module_warm_up_increases_distillation_weight(warmup, first, expected, tmp_path):
+    snapshots = Snapshots()
     module = MultiExitModule(network(), network(1), warmup_epochs=warmup, first_epoch=first)
-    trainer(tmp_path, epochs=5, callbacks=[seen]).fit(module, loader(8))
-    assert seen.warmup_factor == expected
+    trainer(tmp_path, epochs=5, callbacks=[snapshots]).fit(module, loader(8))
+    assert snapshots.warmup_factor == expected
 
 
-def test_warmth_scales_distillation_alone():
+def test_multi_exit_module_warmup_factor_scales_only_distillation():
     x, y = batch()
     module = MultiExitModule(network().double(), network(1).double(), warmup_epochs=20)
     losses = []
     for warmup_factor in (0.0, 0.5, 1.0):
-        module.distilled.warmup_factor = warmup_factor
+        module.distillation.warmup_factor = warmup_factor
         losses.append(module.training_step((x.double(), y), 0).item())
     assert losses[1] - losses[0] == pytest.approx(losses[2] - losses[1], rel=1e-9)
     assert losses[2] > losses[0]
 
 
-def test_an_ordinary_trainer_logs_every_exit(tmp_path):
+def test_multi_exit_module_logs_metric_of_every_exit(tmp_path):
     module = MultiExitModule(network(), optimizer=sgd)
     fitted = trainer(tmp_path)
     fitted.fit(module, loader(), loader())
@@ -257,7 +257,7 @@ def test_an_ordinary_trainer_logs_every_exit(tmp_path):
         assert tested[f"test/exit_{number}/accuracy"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_network_need_not_say_how_many_exits_it_has(tmp_path):
+def test_multi_exit_module_network_without_num_exits_logs_last_exit(tmp_path):
     class Listing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -272,7 +272,7 @@ def test_a_network_need_not_say_how_many_exits_it_has(tmp_path):
     assert not any("exit_" in name for name in fitted.callback_metrics)
 
 
-def test_a_checkpoint_holds_the_average_and_goes_on_from_it(tmp_path):
+def test_multi_exit_module_checkpoint_restores_average(tmp_path):
     def made() -> MultiExitModule:
         return MultiExitModule(with_batch_norm(), ema_decay=0.6, warmup_epochs=3, optimizer=sgd)
 
@@ -293,36 +293,27 @@ def test_a_checkpoint_holds_the_average_and_goes_on_from_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"distillation_weight": -1.0}, "distillation_weight is -1.0, and must be a finite number of at least 0"),
+        ({"distillation_weight": -1.0}, "distillation_weight: expected a finite number of at least 0, got -1.0"),
         ({"distillation_weight": math.nan}, "distillation_weight"),
         ({"consistency_weight": -0.1}, "consistency_weight"),
-        ({"temperature": 0.0}, "temperature is 0.0, and must be a finite number above 0"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"dkd_alpha": -1.0}, "dkd_alpha"),
         ({"dkd_beta": -1.0}, "dkd_beta"),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0, and must be at least 0 and below 1"),
+        ({"warmup_epochs": -1}, "warmup_epochs: expected at least 0, got -1"),
+        ({"ema_decay": 1.0}, "ema_decay: expected a number in"),
         ({"ema_decay": -0.1}, "ema_decay"),
-        ({"teacher": "EMA"}, "teacher is 'EMA', and must be 'ema' or a network"),
+        ({"teacher": "EMA"}, "teacher: expected 'ema' or a network, got 'EMA'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, words):
-    with pytest.raises(UserError, match=words) as told:
+def test_multi_exit_module_invalid_argument_raises_one_line_user_error(arguments, words):
+    with pytest.raises(UserError, match=words) as error:
         MultiExitModule(network(), **arguments)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0]])
-def test_exit_weights_that_do_not_fit_are_told_at_once(weights):
+def test_multi_exit_module_invalid_exit_weights_raise_user_error(weights):
     with pytest.raises(UserError, match="exit_weights"):
         MultiExitModule(network(), exit_weights=weights)
-
-
-def test_an_infinite_temperature_is_told_at_once():
-    with pytest.raises(UserError, match="temperature"):
-        MultiExitModule(network(), temperature=math.inf)
-
-
-def test_weights_for_another_number_of_exits_are_told():
-    with pytest.raises(UserError, match="exit_weights has 2 numbers, and the network has 3 exits"):
-        MultiExitModule(network(), exit_weights=[0.5, 0.5]).training_step(batch(), 0)

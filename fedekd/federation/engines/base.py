@@ -13,7 +13,7 @@ from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer
-from fedekd.methods import Broadcast, FederationSpec, Method, Update
+from fedekd.methods import Broadcast, ClientUpdate, FederationSpec, Method
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ClientResult:
     score: float
     supervised_rounds: int
     logs: dict[str, float]
-    update: Update | None
+    update: ClientUpdate | None
     tradeoff: ExitTradeoff | None = None
     comparison: Comparison | None = None
 

@@ -1,30 +1,37 @@
-"""The terms of a loss that need several exits: those of SAFE-KD (arXiv 2602.03043), and DepthFL's."""
+"""Distillation between exits, and to all exits of a network (SAFE-KD, DepthFL, ScaleFL, CAFEDistill)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, stack
 
 from fedekd import functional as F
-from fedekd.errors import UserError
-from fedekd.modules.losses.distillation import Record, weighted_exit_loss
+from fedekd.modules.losses.base import Record, weighted_exit_loss
+from fedekd.modules.losses.checks import require_nonnegative, require_temperature
 from fedekd.modules.prediction import ModelOutput
 
 
 class DKDLoss:
-    r"""$a \sum_e w_e\, \mathrm{DKD}(\text{teacher} \to e)$: every exit learns from the teacher's last one.
+    r"""Decoupled distillation from the teacher's last exit to every exit.
+
+    $$a \sum_e w_e\, \mathrm{DKD}(\text{teacher} \to e)$$
 
     Args:
         weight: a, at least 0.
-        alpha: Weight of the target's term in `fedekd.functional.decoupled_distillation`, at least 0.
-        beta: Weight of the other classes' term, at least 0.
+        alpha: Weight of the target term in `fedekd.functional.decoupled_distillation`, at least 0.
+        beta: Weight of the non-target term, at least 0.
         temperature: T, above 0.
-        exit_weights: $w_e$; None weighs all exits alike, 1 / E each.
+        exit_weights: $w_e$; None weights all E exits by 1 / E.
 
     Attributes:
-        warmth: A factor in [0, 1] that whoever trains may raise over the first epochs.
+        warmup_factor: Factor of the term in [0, 1], set by the training module (linear warm-up); 1 at first.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, Eq. 7; SAFE-KD, arXiv 2602.03043.
     """
 
     name = "distilled"
@@ -37,14 +44,16 @@ class DKDLoss:
         temperature: float = 4.0,
         exit_weights: Sequence[float] | None = None,
     ) -> None:
-        require_at_least_0(distillation_weight=weight, dkd_alpha=alpha, dkd_beta=beta)
+        require_nonnegative("distillation_weight", weight)
+        require_nonnegative("dkd_alpha", alpha)
+        require_nonnegative("dkd_beta", beta)
         require_temperature(temperature)
         self.weight, self.alpha, self.beta, self.temperature = weight, alpha, beta, temperature
         self.exit_weights = exit_weights
         self.warmup_factor = 1.0
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The mean over the batch."""
+        """Compute the mean over the batch."""
         assert teacher is not None
 
         def loss(logits: Tensor) -> Tensor:
@@ -56,12 +65,20 @@ class DKDLoss:
 
 
 class SelfDistillationLoss:
-    r"""$b \sum_{e<E} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T)$: shallow exits learn from the deepest.
+    r"""Self-distillation from the deepest exit to the others.
+
+    $$b \sum_{e<E} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T)$$
 
     Args:
         weight: b, at least 0.
         temperature: T, above 0.
-        exit_weights: $w_e$, of all E exits; None weighs all alike, 1 / E each.
+        exit_weights: $w_e$ of all E exits; None weights all by 1 / E.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Reference:
+        Zhang et al., Be Your Own Teacher, ICCV 2019; SAFE-KD, arXiv 2602.03043.
     """
 
     name = "consistency"
@@ -69,12 +86,12 @@ class SelfDistillationLoss:
     def __init__(
         self, weight: float = 1.0, temperature: float = 4.0, exit_weights: Sequence[float] | None = None
     ) -> None:
-        require_at_least_0(consistency_weight=weight)
+        require_nonnegative("consistency_weight", weight)
         require_temperature(temperature)
         self.weight, self.temperature, self.exit_weights = weight, temperature, exit_weights
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The mean over the batch; 0 for a network of one exit."""
+        """Compute the mean over the batch; 0 for a network with one exit."""
         deepest, exits = student.output.detach(), len(student.exits)
         if exits == 1:
             return deepest.new_zeros(())
@@ -87,62 +104,35 @@ class SelfDistillationLoss:
 
 
 class MutualExitLoss:
-    r"""$\lambda \frac{1}{E (E - 1)} \sum_e \sum_{j \ne e} \mathrm{KL}(\mathrm{sg}\,p_j \,\|\, p_e)$.
+    r"""Mutual distillation: every exit learns from all others.
 
-    Every exit learns from all others: DepthFL's self-distillation (Kim et al., ICLR 2023), over the number of exits.
+    $$\lambda \frac{1}{E (E - 1)} \sum_e \sum_{j \ne e} \mathrm{KL}(\mathrm{sg}\,p_j \,\|\, p_e)$$
 
     Args:
         weight: lambda, at least 0.
+
+    Raises:
+        UserError: If the weight is out of range.
+
+    Reference:
+        DepthFL (Kim et al., ICLR 2023); their loss divided by the number of exits.
     """
 
     name = "mutual"
 
     def __init__(self, weight: float = 1.0) -> None:
-        require_at_least_0(distillation_weight=weight)
+        require_nonnegative("distillation_weight", weight)
         self.weight = weight
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The mean over the batch; 0 for a network of one exit."""
+        """Compute the mean over the batch; 0 for a network with one exit."""
         exits = student.exits
         if len(exits) == 1:
             return exits[0].new_zeros(())
         pairs = [
-            F.kl_distillation(learner, other.detach()).mean()
-            for place, learner in enumerate(exits)
-            for number, other in enumerate(exits)
-            if number != place
+            F.kl_distillation(learner, teacher_exit.detach()).mean()
+            for learner_index, learner in enumerate(exits)
+            for teacher_index, teacher_exit in enumerate(exits)
+            if teacher_index != learner_index
         ]
         return self.weight * stack(pairs).mean()
-
-
-def require_temperature(temperature: float, name: str = "temperature") -> None:
-    """Hold a temperature to be a finite number above 0.
-
-    Raises:
-        UserError: If it is not.
-    """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"{name} is {temperature}, and must be a finite number above 0")
-
-
-def require_exit_weights(weights: Sequence[float], exits: int) -> None:
-    """Hold the weights of exits to be one for each, at least 0, and not all 0.
-
-    Raises:
-        UserError: If they are not.
-    """
-    if len(weights) != exits:
-        raise UserError(f"exit_weights has {len(weights)} numbers, and the network has {exits} exits")
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise UserError(f"exit_weights is {list(weights)}, and must hold finite numbers of at least 0, not all 0")
-
-
-def require_at_least_0(**values: float) -> None:
-    """Hold weights, by what they are called, to be finite numbers of at least 0.
-
-    Raises:
-        UserError: If one is not.
-    """
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} is {value}, and must be a finite number of at least 0")

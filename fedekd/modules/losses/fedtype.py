@@ -1,4 +1,4 @@
-"""FedType's two losses: a private model that is taught sets of labels, and a proxy that is taught the private model."""
+"""FedType: ranking loss of the private model on the proxy's conformal prediction sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedekd import functional as F
-from fedekd.modules.losses.distillation import Record
+from fedekd.modules.losses.base import Record
 from fedekd.modules.prediction import ModelOutput
 
 Variant = Literal["paper", "released"]
@@ -18,13 +18,18 @@ Variant = Literal["paper", "released"]
 
 @dataclass(frozen=True)
 class ConformalModel:
-    """RAPS of one network: from logits to sets of labels that hold the true one with probability 1 - alpha.
+    """RAPS of one network: from logits to prediction sets.
+
+    A set contains the true label with probability of at least 1 - alpha.
 
     Attributes:
         temperature: Divides the logits.
-        quantile: tau; infinite after too few calibration samples, and then every set holds every label.
-        lam: Weight of the regularization.
-        kappa: Rank from which on it counts.
+        quantile: tau; infinite if there are too few calibration samples, and then every set has all labels.
+        lam: Weight of the regularisation, at least 0.
+        kappa: Number of ranks without regularisation.
+
+    Reference:
+        Angelopoulos et al., Uncertainty Sets for Image Classifiers using Conformal Prediction, ICLR 2021.
     """
 
     temperature: float
@@ -36,9 +41,16 @@ class ConformalModel:
     def calibrate(
         cls, logits: Tensor, labels: Tensor, alpha: float, lam: float, generator: torch.Generator
     ) -> ConformalModel:
-        """Fit the temperature, and then tau, on calibration samples (n, C) and (n,).
+        """Fit the temperature and then tau on calibration samples.
 
-        Of a network that has diverged, whose logits are not finite, every set holds every label.
+        If a logit is not finite, after diverged training, every set has all labels.
+
+        Args:
+            logits: Shape (n, C).
+            labels: Shape (n,).
+            alpha: Miscoverage rate, in (0, 1).
+            lam: Weight of the regularisation, at least 0.
+            generator: CPU generator of the uniforms that break ties.
         """
         logits, labels = F.upcast_to_float32(logits).cpu(), labels.cpu()
         kappa = min(5, -(-logits.shape[1] // 2))
@@ -51,24 +63,30 @@ class ConformalModel:
         return cls(temperature, F.conformal_quantile(scores, alpha), lam, kappa)
 
     def sets(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """The labels in each sample's set, bool (B, C)."""
+        """Return the prediction sets as bool, shape (B, C)."""
         probabilities = (F.upcast_to_float32(logits) / self.temperature).softmax(dim=1)
         uniforms = torch.rand(len(logits), generator=generator, dtype=probabilities.dtype).to(logits.device)
         return F.prediction_sets(probabilities, self.quantile, uniforms, self.lam, self.kappa)
 
 
 class SetRankingLoss:
-    """mean_i eta_i l_i: the labels in the proxy's set should rank above the others (FedType's backward stage).
+    r"""Ranking loss: labels in the proxy's set should rank above the others.
 
-    l ranks the private logits; eta says how far the private model's own set agrees. The paper leaves open which
-    logits are ranked; were they the proxy's, no gradient would reach the private model.
+    $$\mathrm{mean}_i\, \eta_i\, \ell_i$$
+
+    $\ell$ (`fedekd.functional.set_ranking_loss`) ranks the private model's logits, and $\eta$ (`set_agreement`)
+    is the agreement of both prediction sets. The paper leaves open whose logits are ranked; with the proxy's, no
+    gradient would reach the private model.
 
     Args:
-        private: The private model's conformal model.
-        proxy: The proxy's.
-        variant: `paper`; with `released` the term is computed but detached, as the authors' released code has it,
-            and so the private model learns from its labels alone.
-        generator: Draws the sets' uniforms (a CPU generator of its own, so that dropout layers draw as in Local).
+        private: Conformal model of the private model.
+        proxy: Conformal model of the proxy.
+        variant: `paper`; or `released`, in which the term is detached, as in the authors' code, and the private model
+            learns only from labels.
+        generator: CPU generator of the sets' uniforms, separate from the one that dropout layers use.
+
+    Reference:
+        FedType (Wang et al., ICML 2024, arXiv 2407.03247).
     """
 
     name = "reciprocal"
@@ -79,7 +97,7 @@ class SetRankingLoss:
         self.private, self.proxy, self.variant, self.generator = private, proxy, variant, generator
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The mean over the batch."""
+        """Compute the mean over the batch, and record sizes and agreement of the sets."""
         assert teacher is not None
         logits = student.output.detach() if self.variant == "released" else student.output
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Terms of a loss that look at the weights and not at the data."""
+"""Penalties on the weights of a network (FedProx, Ditto, FedDyn)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedekd.modules.losses.distillation import Record
+from fedekd.modules.losses.base import Record
 from fedekd.modules.prediction import ModelOutput
 
 
-def trainable(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of a network's parameters, frozen ones included, by name; its buffers are no part of them."""
+def copy_parameters(network: nn.Module) -> dict[str, Tensor]:
+    """Return detached copies of a network's parameters by name, frozen ones included, without buffers."""
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
 class ProximalPenalty:
-    r"""$\frac{\mu}{2} \|\theta - \theta^t\|^2$: stay near where the round began (FedProx, Ditto).
+    r"""Proximal term $\frac{\mu}{2} \|\theta - \theta^t\|^2$.
 
     Args:
-        network: The network that is trained: theta.
+        network: Trained network, with parameters theta.
         anchor: theta^t by parameter name.
         mu: Weight, at least 0.
+
+    Reference:
+        FedProx (Li et al., MLSys 2020); Ditto (Li et al., ICML 2021).
     """
 
     name = "proximal"
@@ -31,7 +34,7 @@ class ProximalPenalty:
         self.network, self.anchor, self.mu = network, anchor, mu
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The term's value, a scalar."""
+        """Compute the term; the batch is not used."""
         distances = [
             (parameter - self.anchor[name].to(parameter.device)).square().sum()
             for name, parameter in self.network.named_parameters()
@@ -39,12 +42,15 @@ class ProximalPenalty:
         return 0.5 * self.mu * torch.stack(distances).sum()
 
 
-class Linear:
-    r"""$-\langle g, \theta \rangle$: lean towards a fixed direction (FedDyn).
+class LinearPenalty:
+    r"""Linear term $-\langle g, \theta \rangle$.
 
     Args:
-        network: The network that is trained: theta.
+        network: Trained network, with parameters theta.
         direction: g by parameter name.
+
+    Reference:
+        FedDyn (Acar et al., ICLR 2021).
     """
 
     name = "linear"
@@ -53,7 +59,7 @@ class Linear:
         self.network, self.direction = network, direction
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
-        """The term's value, a scalar."""
+        """Compute the term; the batch is not used."""
         products = [
             (self.direction[name].to(parameter.device) * parameter).sum()
             for name, parameter in self.network.named_parameters()

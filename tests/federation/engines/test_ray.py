@@ -23,8 +23,8 @@ from fedekd.federation import Ray, RoundOptions, RoundRequest, SequentialEngine
 from fedekd.federation.engines import ray_pool
 from fedekd.federation.participation import participants
 from fedekd.federation.storage import pack
-from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedeKD, Update
-from fedekd.methods.base import num_bytes
+from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, FedeKD
+from fedekd.methods.base import state_dict_bytes
 
 from .conftest import Federate
 from .test_side_by_side import Faulty, Unborn, Watch, contents
@@ -232,7 +232,7 @@ class Mortal(FedeKD):
             die_once(Path(self.marks) / "during")
         return logs
 
-    def prepare_update(self, client: Any, round_idx: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
         update = super().prepare_update(client, round_idx)
         if (client.number, round_idx) == (2, 1):
             update = replace(update, state=Deadly(update.state, Path(self.marks) / "after", Path(self.temporary)))
@@ -334,7 +334,7 @@ class Sleepy(FedeKD):
         marks.mkdir(exist_ok=True)
         self.marks, self.naps = str(marks), [f"{number} {round_idx}" for number, round_idx in naps]
 
-    def prepare_update(self, client: Any, round_idx: int) -> Update:
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
         update = super().prepare_update(client, round_idx)
         self.sleep_once(client, round_idx)
         return update
@@ -392,7 +392,7 @@ def test_a_run_goes_on_without_those_that_are_late(
     assert files == [f"client-{client:03d}-000{after}.pt" for client in range(3) for after in (1, 2)[: 2 - client % 2]]
     resumed = federate(method, **parts)
     resumed.run()
-    size = num_bytes(method.broadcast([0], 2).to(0))
+    size = state_dict_bytes(method.broadcast([0], 2).to(0))
     assert resumed.progress.bytes_down == (3 + 2 + 3) * size
     assert resumed.progress.bytes_up == (3 + 2) * size
     assert contents(tmp_path / "run") == contents(tmp_path / "quiet")

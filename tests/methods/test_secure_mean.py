@@ -1,4 +1,4 @@
-"""Who says that the mean of the updates is enough comes to the same when each update is that mean."""
+"""supports_secure_mean: replacing every update by the mean of the updates does not change the server state."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fedekd.functional import average_state_dicts
 from .conftest import Federate
 from .test_methods import METHODS, small_client
 
-#: They merge by a median or by samples, mix or nest, or send nothing.
+#: Methods that aggregate by a median or by samples, mix heads or average submodels, or exchange nothing.
 OTHERS = {
     *("local", "safekd", "fedavg-samples", "fedavg-median", "fedekd-trimmed", "cafedistill", "cafedistill-trunk"),
-    *("depthfl", "depthfl-of-unlike-depths", "scalefl", "scalefl-of-unlike-depths"),
+    *("depthfl", "depthfl-different-depths", "scalefl", "scalefl-different-depths"),
 }
 
 
 class AveragingEngine(SequentialEngine):
-    """Hands on the mean of the updates in place of each."""
+    """Replaces every update by the mean of the updates."""
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         visits = list(super().run_clients(request))
@@ -37,7 +37,7 @@ class AveragingEngine(SequentialEngine):
 
 
 def tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a nested state."""
+    """Yield all tensors of a nested state with their paths."""
     if isinstance(state, torch.Tensor):
         yield name, state
     elif isinstance(state, dict):
@@ -52,10 +52,10 @@ def after_a_round(federate: Federate, name: str, **parts: Any) -> dict[str, torc
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_mean_is_enough(name: str, federate: Federate) -> None:
-    enough = METHODS[name]().supports_secure_mean
-    assert enough is (name not in OTHERS)
-    if enough:
+def test_supports_secure_mean_holds_for_server_state(name: str, federate: Federate) -> None:
+    supported = METHODS[name]().supports_secure_mean
+    assert supported is (name not in OTHERS)
+    if supported:
         plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)
         assert plain.keys() == averaged.keys()
         assert plain
@@ -64,6 +64,6 @@ def test_the_mean_is_enough(name: str, federate: Federate) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavg-samples", "fedavg-median", "cafedistill"])
-def test_and_for_others_it_is_not(name: str, federate: Federate) -> None:
+def test_supports_secure_mean_false_if_mean_changes_server_state(name: str, federate: Federate) -> None:
     plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)
     assert max(float((averaged[key] - tensor).abs().max()) for key, tensor in plain.items()) > 1e-5

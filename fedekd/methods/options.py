@@ -1,0 +1,110 @@
+"""Options of a client: its models, its optimizer, and how long it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedekd.errors import require
+
+ModelSpec = Mapping[str, Any]
+"""`class_path` and optionally `init_args`."""
+
+#: Optimizers of PyTorch that cannot train a client's network, with the reason.
+_UNSUPPORTED_OPTIMIZERS = {
+    "LBFGS": "it evaluates the loss several times per step",
+    "SparseAdam": "it accepts sparse gradients only",
+}
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """Models, optimizer and epochs of a client.
+
+    Args:
+        local_epochs: Epochs of each training phase of a round, at least 1.
+        private_model: The large model, which stays on its client: class_path and init_args. A class of fedekd.models,
+            or an image classifier such as torchvision.models.resnet18. From Python, a list gives one model per client.
+        private_models: Several private models instead of private_model, assigned to the clients round-robin: names, or
+            class_path and init_args, as in [PrivateCNN, torchvision.models.resnet18]. All clients share one proxy
+            architecture.
+        proxy_model: The small model, which is exchanged with the server: class_path and init_args.
+        optimizer: A class of torch.optim: class_path and init_args.
+        exits: Number of stages into which the private model is split, each with an exit (fedekd.models.multi_exit), at
+            least 1; null keeps the model as it is, unless the method needs exits. A list is assigned to the clients
+            round-robin, as in [3, null]. For images of up to 64 pixels a ResNet gets the usual CIFAR stem: 3x3
+            convolution, stride 1, no max-pool.
+        exit_grid: Cells per side of the pooling in the exits before the last, at least 1; 1 is global average pooling.
+        depths: Number of leading stages that a client holds, with their exits, at least 1; for clients with less
+            compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
+        lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+
+    local_epochs: int = 2
+    private_model: ModelSpec | Sequence[ModelSpec] = field(
+        default_factory=lambda: {"class_path": "fedekd.models.PrivateCNN"}
+    )
+    proxy_model: ModelSpec = field(default_factory=lambda: {"class_path": "fedekd.models.ProxyCNN"})
+    optimizer: ModelSpec = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4}})
+    exits: int | Sequence[int | None] | None = None
+    exit_grid: int = 1
+    lr_decay: float = 1.0
+    depths: int | Sequence[int] | None = None
+    private_models: Sequence[str | ModelSpec] | None = None
+
+    def __post_init__(self) -> None:
+        exits = [self.exits] if isinstance(self.exits, int) else self.exits
+        depths = [self.depths] if isinstance(self.depths, int) else self.depths
+        require(self.local_epochs >= 1, "client.local_epochs", "at least 1", self.local_epochs)
+        require(
+            exits is None or (len(exits) > 0 and all(number is None or number >= 1 for number in exits)),
+            "client.exits",
+            "at least 1, or null",
+            self.exits,
+        )
+        require(self.exit_grid >= 1, "client.exit_grid", "at least 1", self.exit_grid)
+        require(0 < self.lr_decay <= 1, "client.lr_decay", "a number in (0, 1]", self.lr_decay)
+        require(
+            isinstance(self.optimizer, Mapping) and "class_path" in self.optimizer,
+            "client.optimizer",
+            "class_path and init_args",
+            self.optimizer,
+        )
+        package, _, name = self.optimizer["class_path"].rpartition(".")
+        reason = _UNSUPPORTED_OPTIMIZERS.get(name) if package.startswith("torch.optim") else None
+        require(
+            reason is None,
+            "client.optimizer",
+            "an optimizer with one loss and dense gradients per step",
+            f"{package}.{name}",
+            f"Choose another: {reason}.",
+        )
+        require(
+            depths is None or (len(depths) > 0 and min(depths) >= 1),
+            "client.depths",
+            "numbers of stages, each at least 1, or null",
+            self.depths,
+        )
+        require(
+            self.private_models is None or len(self.private_models) > 0,
+            "client.private_models",
+            "at least one model, or null",
+            self.private_models,
+        )
+
+    def model_for(self, client_id: int | str) -> str | ModelSpec:
+        """Return the private model of a client; for `server`, that of client 0."""
+        index = client_id if isinstance(client_id, int) else 0
+        if self.private_models is not None:
+            return self.private_models[index % len(self.private_models)]
+        return self.private_model if isinstance(self.private_model, Mapping) else self.private_model[index]
+
+    def exits_for(self, client_id: int | str) -> int | None:
+        """Return the number of exits of a client's private model; for `server`, that of client 0."""
+        if isinstance(self.exits, Sequence):
+            return self.exits[(client_id if isinstance(client_id, int) else 0) % len(self.exits)]
+        return self.exits
