@@ -1,4 +1,4 @@
-"""The mathematics, without state: energies, confidences, the gate, distillation, conformal sets, averages of models."""
+"""Pure functions: energies, gate, distillation, exits, statistics, averages."""
 
 from fedekd.functional.aggregation import average_state_dicts
 from fedekd.functional.aggregators import Aggregator, CoordinateMedian, Mean, TrimmedMean

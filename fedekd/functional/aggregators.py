@@ -1,4 +1,4 @@
-"""How a server merges its clients' models: small objects, so that a configuration names one by its class path."""
+"""Aggregators: objects that merge client models, selected by class path."""
 
 from __future__ import annotations
 
@@ -11,96 +11,109 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedekd.errors import UserError, nearest
-from fedekd.functional.aggregation import average_state_dicts, cast_like, require_alike, to_float64
+from fedekd.errors import require, require_choice
+from fedekd.functional.aggregation import average_state_dicts, cast_like, check_same_structure, to_float64
 
 Weights = Literal["uniform", "samples"]
 
 
 class Aggregator(ABC):
-    """Merges the state dicts that came back from the clients into one.
+    """Base class of aggregators, which merge the clients' state dicts into one.
 
-    As in `average_state_dicts`, arithmetic runs in float64, the result has its inputs' dtypes and lies on the first
-    one's device, integers (BatchNorm's counters) are rounded to the nearest, and states that differ in a key, a
-    shape or a dtype, or none at all, raise a `ValueError`.
+    As in `average_state_dicts`, arithmetic runs in float64, results have the inputs' dtypes and the first one's
+    device, integers (BatchNorm's counters) are rounded to the nearest, and a `ValueError` is raised if a key, shape or
+    dtype differs or there is no state.
     """
 
     @abstractmethod
     def __call__(self, states: Sequence[Mapping[str, Tensor]], num_samples: Sequence[int]) -> dict[str, Tensor]:
-        """Merge.
+        """Merge the states.
 
         Args:
-            states: One for each client, of equal keys, shapes and dtypes.
-            num_samples: How many training samples each of them has.
+            states: One per client, with equal keys, shapes and dtypes.
+            num_samples: Number of training samples per client.
 
         Returns:
-            A new state dict, in the first one's key order.
+            A new state dict in the key order of the first one.
         """
 
 
 class Mean(Aggregator):
-    """The mean of the clients' models (McMahan et al., AISTATS 2017).
+    r"""Mean of the clients' models, $\sum_k w_k \theta_k / \sum_k w_k$.
 
     Args:
-        weights: uniform counts every client alike, samples by its training samples.
+        weights: `uniform` has $w_k = 1$; `samples` weights clients by their training samples.
+
+    Raises:
+        UserError: If `weights` is unknown.
+
+    Reference:
+        McMahan et al., AISTATS 2017.
     """
 
     def __init__(self, weights: Weights = "uniform") -> None:
-        if weights not in get_args(Weights):
-            raise UserError(f"weights is {weights!r}, which is not known; {nearest(str(weights), get_args(Weights))}")
+        require_choice("weights", weights, get_args(Weights))
         self.weights = weights
 
     def __call__(self, states: Sequence[Mapping[str, Tensor]], num_samples: Sequence[int]) -> dict[str, Tensor]:
-        """The mean, by `average_state_dicts`."""
+        """Compute the mean by `average_state_dicts`."""
         return average_state_dicts(states, num_samples if self.weights == "samples" else None)
 
 
 class CoordinateMedian(Aggregator):
-    """The median of every coordinate by itself (Yin et al., ICML 2018).
+    """Coordinate-wise median of the clients' models.
 
-    Fewer than half of the clients cannot move it beyond the values of the others, whatever they send. Every client
-    counts alike; of an even number, it is the mean of the middle two.
+    Fewer than half of the clients cannot move it beyond the range of the others' values. All clients have the same
+    weight; for an even number of clients it is the mean of the two middle values.
+
+    Reference:
+        Yin et al., Byzantine-Robust Distributed Learning, ICML 2018.
     """
 
     def __call__(self, states: Sequence[Mapping[str, Tensor]], num_samples: Sequence[int]) -> dict[str, Tensor]:
-        """The median; the same bits in whatever order the clients come."""
+        """Compute the median; the result does not depend on the order of clients."""
         return _mean_without_extremes(states, dropped=(len(states) - 1) // 2)
 
 
 class TrimmedMean(Aggregator):
-    """The mean of every coordinate without its lowest and highest values (Yin et al., ICML 2018).
+    """Coordinate-wise mean without the lowest and highest values.
 
-    Every client counts alike. Of K clients, floor(fraction K) values are left out at either end: below 1/fraction
-    clients none, and this is the plain mean.
+    All clients have the same weight. With K clients, floor(fraction K) values are dropped at each end; with fewer than
+    1/fraction clients this is the plain mean.
 
     Args:
-        fraction: The share of clients left out at either end, at least 0 and below 0.5.
+        fraction: Fraction of clients dropped at each end, in [0, 0.5).
+
+    Raises:
+        UserError: If `fraction` is out of range.
+
+    Reference:
+        Yin et al., Byzantine-Robust Distributed Learning, ICML 2018.
     """
 
     def __init__(self, fraction: float = 0.1) -> None:
-        if not 0 <= fraction < 0.5:
-            raise UserError(f"aggregator.fraction is {fraction}, and must be at least 0 and below 0.5")
+        require(0 <= fraction < 0.5, "aggregator.fraction", "a number in [0, 0.5)", fraction)
         self.fraction = fraction
 
     def __call__(self, states: Sequence[Mapping[str, Tensor]], num_samples: Sequence[int]) -> dict[str, Tensor]:
-        """The trimmed mean; the same bits in whatever order the clients come."""
-        # As a fraction, since 0.29 * 100 is 28.999999999999996.
+        """Compute the trimmed mean; the result does not depend on the order of clients."""
+        # As a fraction, because 0.29 * 100 is 28.999999999999996.
         exact = Fraction(self.fraction).limit_denominator(10**9)
-        # Next to 0.5 the limit above may round up to it, which would leave no one.
+        # Near 0.5 limit_denominator may round up to 0.5, which would drop all clients.
         dropped = min(math.floor(exact * len(states)), (len(states) - 1) // 2)
         return _mean_without_extremes(states, dropped)
 
 
 def _mean_without_extremes(states: Sequence[Mapping[str, Tensor]], dropped: int) -> dict[str, Tensor]:
-    """The mean of each coordinate without its `dropped` lowest and highest values; NaN counts as the highest."""
-    require_alike(states)
+    """Average coordinates without `dropped` values at each end; NaN sorts highest."""
+    check_same_structure(states)
     return {key: _middle([state[key] for state in states], dropped) for key in states[0]}
 
 
 def _middle(tensors: Sequence[Tensor], dropped: int) -> Tensor:
     first = tensors[0]
     stacked = torch.stack([to_float64(tensor, first) for tensor in tensors])
-    if first.is_complex():  # has no order of its own: its real and imaginary parts are two coordinates
+    if first.is_complex():  # not ordered: real and imaginary part are two coordinates
         stacked = torch.view_as_real(stacked)
     merged = stacked.sort(dim=0).values[dropped : len(tensors) - dropped].mean(dim=0)
     return cast_like(torch.view_as_complex(merged) if first.is_complex() else merged, first)

@@ -1,80 +1,62 @@
-"""What so many errors among so many samples say of an error rate, exactly: no large-sample approximation."""
+"""Exact binomial tests and intervals of an error rate, for every sample size."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 Counts = npt.ArrayLike
 
 
-def error_p_value(errors: Counts, samples: Counts, alpha: float) -> npt.NDArray[np.float64]:
-    r"""How likely so few errors are where the error rate is $\alpha$: $P(\mathrm{Bin}(m, \alpha) \le k)$.
+def error_p_value(errors: Counts, samples: Counts, target_risk: float) -> npt.NDArray[np.float64]:
+    r"""Compute the binomial p-value for "the error rate exceeds the target risk".
 
-    A p-value for "the error rate exceeds $\alpha$": the test that rejects where it is at most $\delta$ errs with
-    probability $\delta$ at most, whatever m. Counts need not be whole, for forecasts of other sample sizes: the
-    binomial distribution is taken in its form as an incomplete beta function.
+    $$p = P(\mathrm{Bin}(m, r) \le k) = I_{1 - r}(m - k, k + 1)$$
+
+    with I the regularised incomplete beta function. Rejecting where p is at most $\delta$ has an error probability of
+    at most $\delta$ for every m. Counts may be fractional, to forecast other sample sizes.
 
     Args:
-        errors: k, 0..m, any shape.
+        errors: k, in [0, m], any shape.
         samples: m, at least 0, of the same shape.
-        alpha: $\alpha$, in (0, 1).
+        target_risk: r, in (0, 1).
 
     Returns:
-        p-values in [0, 1]; 1 where there are no samples.
+        p-values in [0, 1], float64; 1 if there are no samples.
 
     Example:
         >>> float(error_p_value(0, 45, 0.05).round(4))
         0.0994
     """
     k, m = np.asarray(errors, dtype=np.float64), np.asarray(samples, dtype=np.float64)
-    wrong_at_times = k < m
-    # Where all m are wrong, the incomplete beta function has no parameter, and the probability is 1.
-    p: npt.NDArray[np.float64] = betainc(np.where(wrong_at_times, m - k, 1.0), k + 1.0, 1.0 - alpha)
-    return np.where(wrong_at_times, p, 1.0)
+    some_correct = k < m
+    # If all m are errors, the beta function is undefined and the probability is 1.
+    p: npt.NDArray[np.float64] = betainc(np.where(some_correct, m - k, 1.0), k + 1.0, 1.0 - target_risk)
+    return np.where(some_correct, p, 1.0)
 
 
-def samples_without_error(alpha: float, delta: float) -> int:
-    r"""How many samples without a single error show at level $\delta$ that the error rate is at most $\alpha$.
-
-    Args:
-        alpha: In (0, 1).
-        delta: In (0, 1).
-
-    Example:
-        >>> [samples_without_error(alpha, 1 - 0.9 ** (1 / 3)) for alpha in (0.01, 0.02, 0.05, 0.1)]
-        [335, 167, 66, 32]
-    """
-    least = math.ceil(math.log(delta) / math.log1p(-alpha))
-    # The quotient of logarithms may round to either side of a whole number.
-    return next(m for m in (least - 1, least, least + 1) if m >= 1 and (1.0 - alpha) ** m <= delta)
-
-
-def clopper_pearson(errors: int, samples: int, level: float = 0.95) -> tuple[float, float]:
-    """The two-sided interval of Clopper and Pearson (1934) for a rate of which `errors` of `samples` were seen.
+def clopper_pearson(errors: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the exact two-sided confidence interval of an error rate.
 
     Args:
-        errors: 0..samples.
-        samples: At least 1.
-        level: How sure, in (0, 1).
+        errors: Number of errors, in 0..samples.
+        samples: Number of samples, at least 1.
+        confidence: Confidence level, in (0, 1).
 
     Returns:
-        Lower and upper end, in [0, 1].
+        Lower and upper limit, in [0, 1].
 
     Raises:
-        ValueError: The counts do not fit together.
+        ValueError: If a count is out of range.
 
     Example:
-        >>> [round(end, 3) for end in clopper_pearson(50, 500)]
+        >>> [round(limit, 3) for limit in clopper_pearson(50, 500)]
         [0.075, 0.13]
+
+    Reference:
+        Clopper and Pearson, Biometrika 1934; computed by `scipy.stats.binomtest`.
     """
-    if not 0 <= errors <= samples or samples < 1:
-        raise ValueError(f"{errors} errors of {samples} samples cannot be")
-    tail = (1.0 - level) / 2.0
-    low = 0.0 if errors == 0 else float(beta.ppf(tail, errors, samples - errors + 1))
-    high = 1.0 if errors == samples else float(beta.ppf(1.0 - tail, errors + 1, samples - errors))
-    return low, high
+    interval = binomtest(errors, samples).proportion_ci(confidence_level=confidence, method="exact")
+    return float(interval.low), float(interval.high)

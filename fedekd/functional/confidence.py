@@ -1,8 +1,8 @@
-"""How sure a classifier is of its prediction, one number a sample: higher is surer.
+"""Confidences of a classifier, one number per sample: higher is more confident.
 
-Unlike an energy, a confidence has a scale of its own: 1 is certain, whatever the classes and the batch. All are
-computed in at least float32 and stay finite, gradients included, for logits of ±10⁴; a logit that is NaN makes its
-sample's confidence NaN. In float32 what lies above 1 - 6e-8 reads 1; `margin_energy` still ranks such samples.
+Unlike an energy, a confidence has a fixed scale: 1 is certain, for every number of classes and every batch. All are
+computed in at least float32 and stay finite, gradients included, for logits of ±10⁴; a NaN logit gives a NaN
+confidence. In float32 values above 1 - 6e-8 round to 1; `margin_energy` still ranks such samples.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from fedekd.functional.shapes import require_matrix
 
 
 def max_softmax_confidence(logits: Tensor) -> Tensor:
-    r"""Probability of the likeliest class, $\max_c p_c$ (Hendrycks & Gimpel, 2017, arXiv 1610.02136).
+    r"""Compute the probability of the most likely class, $\max_c p_c$.
 
-    It is the confidence of which calibration speaks: of the samples that have 0.8, four in five should be right.
+    Calibration error refers to this confidence: of the samples with 0.8, four in five should be correct.
 
     Args:
         logits: Shape (B, C).
 
     Returns:
-        Confidences from 1/C to 1, shape (B,).
+        Confidences in [1/C, 1], shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C).
+        ValueError: If the shape is not (B, C).
+
+    Reference:
+        Hendrycks and Gimpel, ICLR 2017 (arXiv 1610.02136).
 
     Example:
         >>> max_softmax_confidence(torch.tensor([[0.0, 0.0], [100.0, 0.0]]))
@@ -41,18 +44,21 @@ def max_softmax_confidence(logits: Tensor) -> Tensor:
 
 
 def margin_confidence(logits: Tensor) -> Tensor:
-    r"""Lead of the likeliest class over the second in probability, $p_{(1)} - p_{(2)}$ (Scheffer et al., 2001).
+    r"""Compute the difference of the two largest probabilities, $p_{(1)} - p_{(2)}$.
 
-    `margin_energy` is the same lead in logits, which has no upper bound.
+    `margin_energy` is this difference in logits, which has no upper bound.
 
     Args:
-        logits: Shape (B, C), with C of at least 2.
+        logits: Shape (B, C), with C at least 2.
 
     Returns:
-        Confidences from 0, for a tie, to 1, shape (B,).
+        Confidences in [0, 1], 0 for a tie, shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C), or C is 1: there is no second class.
+        ValueError: If the shape is not (B, C) with C at least 2.
+
+    Reference:
+        Scheffer et al., Active Hidden Markov Models for Information Extraction, 2001.
 
     Example:
         >>> margin_confidence(torch.tensor([[1.0, 1.0, 0.0], [100.0, 0.0, 0.0]]))
@@ -64,16 +70,16 @@ def margin_confidence(logits: Tensor) -> Tensor:
 
 
 def entropy_confidence(logits: Tensor) -> Tensor:
-    r"""What the prediction's entropy lacks to that of guessing, $1 - H(p) / \log C$.
+    r"""Compute one minus the normalised entropy, $1 - H(p) / \log C$.
 
     Args:
-        logits: Shape (B, C), with C of at least 2.
+        logits: Shape (B, C), with C at least 2.
 
     Returns:
-        Confidences from 0, for equal probabilities, to 1, shape (B,).
+        Confidences in [0, 1], 0 for equal probabilities, shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C), or C is 1: its entropy is always 0.
+        ValueError: If the shape is not (B, C) with C at least 2.
 
     Example:
         >>> entropy_confidence(torch.tensor([[5.0, 5.0, 5.0], [100.0, 0.0, 0.0]]))
@@ -81,38 +87,38 @@ def entropy_confidence(logits: Tensor) -> Tensor:
     """
     _require_classes("entropy_confidence", logits)
     logits = upcast_to_float32(logits)
-    # An eps so small that it tells only on p = 0, which it keeps from 0 * log(0).
+    # The eps is so small that it only affects p = 0, where it avoids 0 * log(0).
     entropy = entropy_energy(logits, eps=torch.finfo(logits.dtype).tiny)
-    # In float32, equal probabilities of 7 classes come to -2e-7.
+    # In float32, equal probabilities of 7 classes give -2e-7.
     return (1 - entropy / math.log(logits.shape[1])).clamp_min(0)
 
 
 def agreement_confidence(logits: Tensor, proxy_logits: Tensor, gamma: float = 1.0) -> Tensor:
-    r"""How sure a prediction is, less its disagreement with a second opinion, $\max_c p_c - \gamma E(x)$.
+    r"""Compute the confidence minus the disagreement with a proxy.
 
-    E is FedeKD's disagreement relative to how unsure both are (`kl_energy`, Eq. 1): an exit and the shared proxy that
-    are sure of different classes are far apart. The confidence has no lower bound.
+    $\max_c p_c - \gamma E(x)$, where E is FedeKD's energy (`kl_energy`, Eq. 1), which is large if an
+    exit and the proxy are confident of different classes. The result has no lower bound.
 
     Args:
-        logits: Of an exit, shape (B, C).
-        proxy_logits: Of the proxy on the same samples, shape (B, C).
-        gamma: What a unit of energy costs, at least 0.
+        logits: Logits of an exit, shape (B, C).
+        proxy_logits: Logits of the proxy on the same samples, shape (B, C).
+        gamma: Weight of the energy, at least 0.
 
     Returns:
         Confidences, at most 1, shape (B,).
 
     Raises:
-        ValueError: The shapes differ or are not (B, C).
+        ValueError: If the shapes differ or are not (B, C).
 
     Example:
-        >>> sure, other = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
-        >>> bool(agreement_confidence(sure, sure) > 0.999), bool(agreement_confidence(sure, other) < 0)
+        >>> first, second = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+        >>> bool(agreement_confidence(first, first) > 0.999), bool(agreement_confidence(first, second) < 0)
         (True, True)
     """
     return max_softmax_confidence(logits) - gamma * kl_energy(logits, proxy_logits)
 
 
-#: The name of `agreement_confidence`, which needs a proxy's logits beside an exit's.
+#: Name of `agreement_confidence`, which also needs the logits of a proxy.
 AGREEMENT = "agreement"
 
 CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,32 +126,35 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": margin_confidence,
     "entropy": entropy_confidence,
 }
-"""Confidences of one network by name: logits (B, C) to one number a sample (B,)."""
+"""Confidences of one network by name: from logits (B, C) to confidences (B,)."""
 
-#: All names of confidences.
+#: Names of all confidences.
 SCORES = (*CONFIDENCES, AGREEMENT)
 
 
 def score_exit(score: str, logits: Tensor, proxy_logits: Tensor | None = None, gamma: float = 1.0) -> Tensor:
-    """A confidence by its name.
+    """Compute the confidence of a given name.
 
     Args:
         score: A name of `SCORES`.
-        logits: Of an exit, shape (B, C).
-        proxy_logits: Of the proxy, shape (B, C); `agreement` alone needs them.
-        gamma: Of `agreement`.
+        logits: Logits of an exit, shape (B, C).
+        proxy_logits: Logits of the proxy, shape (B, C); required for `agreement` only.
+        gamma: Weight of the energy in `agreement`, at least 0.
+
+    Returns:
+        Confidences, shape (B,).
 
     Raises:
-        ValueError: `agreement` has no proxy to agree with.
+        ValueError: If `agreement` has no proxy logits.
     """
     if score != AGREEMENT:
         return CONFIDENCES[score](logits)
     if proxy_logits is None:
-        raise ValueError("agreement needs the logits of a proxy")
+        raise ValueError("proxy_logits: expected the logits of a proxy for score 'agreement', got None")
     return agreement_confidence(logits, proxy_logits, gamma)
 
 
 def _require_classes(name: str, logits: Tensor) -> None:
     require_matrix(logits=logits)
     if logits.shape[1] < 2:
-        raise ValueError(f"{name} needs logits of at least 2 classes, but has {tuple(logits.shape)}")
+        raise ValueError(f"{name}: expected logits of at least 2 classes, got shape {tuple(logits.shape)}")

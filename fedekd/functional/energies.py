@@ -1,7 +1,7 @@
-"""Energies: how little a proxy can be trusted, one number a sample (FedeKD Eq. 1, 2 and 6-9).
+"""Energies, one number per sample (FedeKD Eq. 1, 2 and 6-9).
 
-Low is trustworthy. An energy has no scale of its own: `trust_weights` ranks it within its batch. All are
-computed in at least float32 and stay finite, gradients included, for logits of ±10⁴.
+A sample with low energy gets a high distillation weight. Energies have no fixed scale: `trust_weights` normalises them
+within a batch. All are computed in at least float32 and stay finite, gradients included, for logits of ±10⁴.
 """
 
 from __future__ import annotations
@@ -14,41 +14,46 @@ from fedekd.functional.shapes import require_matrix, require_same_shape
 
 
 def kl_energy(private_logits: Tensor, proxy_logits: Tensor, eps: float = 1e-8) -> Tensor:
-    r"""Disagreement of two classifiers, relative to how unsure they are: FedeKD's energy (Eq. 1).
+    r"""Compute the disagreement of two classifiers relative to their entropy (Eq. 1).
 
     $$E = \frac{\frac12 (\mathrm{KL}(p \| q) + \mathrm{KL}(q \| p))}{H(p) + H(q) + \epsilon_H}$$
 
-    with $p$ and $q$ the softmax of the private and of the proxy logits. It is symmetric, zero where both
-    agree, and large where both are sure of different classes.
+    with $p$ and $q$ the softmax of the private and of the proxy logits. It is symmetric, zero if both agree, and large
+    if both are confident of different classes.
 
     Args:
         private_logits: Shape (B, C).
         proxy_logits: Shape (B, C).
-        eps: $\epsilon_H$.
+        eps: $\epsilon_H$, above 0.
 
     Returns:
         Energies of at least 0, shape (B,).
 
     Raises:
-        ValueError: The shapes differ, or are not (B, C).
+        ValueError: If the shapes differ or are not (B, C).
 
     Example:
-        >>> sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0]])
-        >>> bool(kl_energy(sure, -sure) > kl_energy(unsure, -unsure))
+        >>> confident, uncertain = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0]])
+        >>> bool(kl_energy(confident, -confident) > kl_energy(uncertain, -uncertain))
         True
+
+    Reference:
+        FedeKD (arXiv 2605.05553), Eq. 1.
     """
     require_matrix(private_logits=private_logits, proxy_logits=proxy_logits)
     log_p = upcast_to_float32(private_logits).log_softmax(dim=1)
     log_q = upcast_to_float32(proxy_logits).log_softmax(dim=1)
     p, q = log_p.exp(), log_q.exp()
-    # KL(p‖q) + KL(q‖p) in one sum, none of whose terms is negative: rounding cannot make an energy negative.
+    # KL(p‖q) + KL(q‖p) in one sum of nonnegative terms: rounding cannot make an energy negative.
     divergence = 0.5 * ((p - q) * (log_p - log_q)).sum(dim=1)
     entropies = -(p * log_p).sum(dim=1) - (q * log_q).sum(dim=1)
     return divergence / (entropies + eps)
 
 
 def squared_error_energy(private_output: Tensor, proxy_output: Tensor) -> Tensor:
-    r"""Disagreement of two regressors: $E = \frac12 \|f(x) - g(x)\|_2^2$ (FedeKD Eq. 2).
+    r"""Compute the disagreement of two regressors (Eq. 2).
+
+    $$E = \frac12 \|f(x) - g(x)\|_2^2$$
 
     Args:
         private_output: Shape (B, D), or (B,) for scalar outputs.
@@ -58,7 +63,7 @@ def squared_error_energy(private_output: Tensor, proxy_output: Tensor) -> Tensor
         Energies of at least 0, shape (B,).
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> squared_error_energy(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [1.0]]))
@@ -70,18 +75,20 @@ def squared_error_energy(private_output: Tensor, proxy_output: Tensor) -> Tensor
 
 
 def entropy_energy(logits: Tensor, eps: float = 1e-8) -> Tensor:
-    r"""Entropy of one classifier's prediction, $E = -\sum_c p_c \log(p_c + \epsilon)$ (FedeKD Eq. 6).
+    r"""Compute the entropy of a prediction (Eq. 6).
+
+    $$E = -\sum_c p_c \log(p_c + \epsilon)$$
 
     Args:
         logits: Shape (B, C).
-        eps: $\epsilon$, above 0 so that a class of probability 0 counts as 0. It makes the energy of a
-            certain prediction $-\epsilon$ instead of 0.
+        eps: $\epsilon$, above 0, so that a class of probability 0 contributes 0. The energy of a certain prediction is
+            $-\epsilon$.
 
     Returns:
-        Energies in nats, from $-\epsilon$ to $\log C$, shape (B,).
+        Energies in nats, in $[-\epsilon, \log C]$, shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C).
+        ValueError: If the shape is not (B, C).
 
     Example:
         >>> entropy_energy(torch.tensor([[0.0, 0.0]]))
@@ -93,16 +100,18 @@ def entropy_energy(logits: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def margin_energy(logits: Tensor) -> Tensor:
-    r"""Lead of the likeliest class over the second, negated: $E = -(z_{(1)} - z_{(2)})$ (FedeKD Eq. 7).
+    r"""Compute the negative margin of the two largest logits (Eq. 7).
+
+    $$E = -(z_{(1)} - z_{(2)})$$
 
     Args:
-        logits: Shape (B, C), with C of at least 2.
+        logits: Shape (B, C), with C at least 2.
 
     Returns:
         Energies of at most 0, shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C), or C is 1: there is no second class.
+        ValueError: If the shape is not (B, C) with C at least 2.
 
     Example:
         >>> margin_energy(torch.tensor([[1.0, 5.0, 3.0]]))
@@ -110,13 +119,15 @@ def margin_energy(logits: Tensor) -> Tensor:
     """
     require_matrix(logits=logits)
     if logits.shape[1] < 2:
-        raise ValueError(f"margin_energy needs logits of at least 2 classes, but has {tuple(logits.shape)}")
+        raise ValueError(f"margin_energy: expected logits of at least 2 classes, got shape {tuple(logits.shape)}")
     first, second = upcast_to_float32(logits).topk(2, dim=1).values.unbind(dim=1)
     return second - first
 
 
 def logsumexp_energy(logits: Tensor) -> Tensor:
-    r"""The free energy of a classifier's logits, $E = -\log \sum_c \exp z_c$ (FedeKD Eq. 8).
+    r"""Compute the free energy of the logits (Eq. 8).
+
+    $$E = -\log \sum_c \exp z_c$$
 
     Args:
         logits: Shape (B, C).
@@ -125,7 +136,7 @@ def logsumexp_energy(logits: Tensor) -> Tensor:
         Energies of any sign, shape (B,).
 
     Raises:
-        ValueError: The shape is not (B, C).
+        ValueError: If the shape is not (B, C).
 
     Example:
         >>> logsumexp_energy(torch.tensor([[10_000.0, 10_000.0]]))
@@ -136,17 +147,19 @@ def logsumexp_energy(logits: Tensor) -> Tensor:
 
 
 def feature_distance_energy(proxy_features: Tensor, private_features: Tensor) -> Tensor:
-    r"""Distance of two models' features, $E = \|h_{proxy} - h_{private}\|_2$ (FedeKD Eq. 9).
+    r"""Compute the distance of two models' features (Eq. 9).
+
+    $$E = \|h_{proxy} - h_{private}\|_2$$
 
     Args:
         proxy_features: Shape (B, D).
-        private_features: Shape (B, D): the private model's features after their projection to D dimensions.
+        private_features: Shape (B, D), the private model's features projected to D dimensions.
 
     Returns:
-        Energies of at least 0, shape (B,). Where the features are equal, the gradient is 0.
+        Energies of at least 0, shape (B,); for equal features the gradient is 0.
 
     Raises:
-        ValueError: The shapes differ, or are not (B, D).
+        ValueError: If the shapes differ or are not (B, D).
 
     Example:
         >>> feature_distance_energy(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]))

@@ -1,4 +1,4 @@
-"""The gate: from energies to trust weights, within one batch (FedeKD Eq. 3)."""
+"""The gate: from the energies of a batch to weights (FedeKD Eq. 3)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from fedekd.functional.precision import upcast_to_float32
 
 
 def trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tensor:
-    r"""How far to trust the teacher on each sample of a batch (FedeKD Eq. 3).
+    r"""Compute the distillation weight of each sample of a batch (FedeKD Eq. 3).
 
     $$\tilde E_i = \frac{E_i - \mu_B}{s_B + \epsilon_B}, \qquad w_i = \frac{1}{1 + \exp(\beta \tilde E_i)}$$
 
-    with $\mu_B$ and $s_B$ the batch's mean and (population) standard deviation. A higher energy never gets
-    a higher weight; $w_i$ lies within $\rho(\pm\beta\sqrt{n-1})$ for a batch of n; equal energies, and a
-    batch of one, give exactly 1/2 (Appendix F). As the mean weight of any batch is about 1/2, the gate
-    ranks the samples of a batch: it cannot shut off a teacher that is wrong on all of them.
+    with $\mu_B$ and $s_B$ the batch's mean and (population) standard deviation. Weights do not increase with energy and
+    lie within $\rho(\pm\beta\sqrt{n-1})$ for a batch of n; equal energies, and a batch of one, give exactly 1/2
+    (Appendix F). The mean weight of a batch is about 1/2, so the gate only ranks the samples of a batch: it cannot
+    disable a teacher that is wrong on all of them.
 
     Args:
-        energy: Shape (B,).
+        energy: Energies, shape (B,).
         beta: Sharpness of the gate, above 0.
-        eps: $\epsilon_B$.
+        eps: $\epsilon_B$, above 0.
 
     Returns:
         Weights in [0, 1], shape (B,), in at least float32, detached from the graph.
 
     Raises:
-        ValueError: `beta` is not a positive number, or `energy` is not of shape (B,).
+        ValueError: If `beta` is not above 0, or the shape is not (B,).
 
     Example:
         >>> trust_weights(torch.tensor([0.0, 1.0]))
@@ -38,16 +38,16 @@ def trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tenso
         tensor([0.5000])
     """
     if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be a positive number, but is {beta}")
+        raise ValueError(f"beta: expected a finite number above 0, got {beta}")
     if energy.ndim != 1:
-        raise ValueError(f"energy must have shape (B,), but has {tuple(energy.shape)}")
+        raise ValueError(f"energy: expected shape (B,), got {tuple(energy.shape)}")
     energy = upcast_to_float32(energy.detach())
     if len(energy) == 0:
         return energy
-    # Subtracting a constant from every energy changes nothing in Ẽ but its rounding: the float32 mean of
-    # seven times 0.1 is not 0.1, and that error divided by s + 1e-8 gives weights of 0.61 where 1/2 is right.
+    # Subtracting a constant changes only the rounding of Ẽ: the float32 mean of seven times 0.1 is not 0.1, and that
+    # error divided by s + 1e-8 gives weights of 0.61 instead of 1/2.
     above = energy - energy.min()
-    # In units of their range (eps too), so that the squares below cannot overflow.
+    # In units of the range (eps as well), so that the squares below cannot overflow.
     unit = above.max().clamp_min(torch.finfo(above.dtype).tiny)
     deviation = above / unit
     deviation = deviation - deviation.mean()

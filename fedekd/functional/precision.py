@@ -1,4 +1,4 @@
-"""Enough digits for sums of exponentials, whatever precision the networks run in."""
+"""Conversion of half-precision tensors to float32."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from torch import Tensor
 
 
 def upcast_to_float32(t: Tensor) -> Tensor:
-    """`t` in float32 if it has less precision (float16, bfloat16, integers), otherwise `t` as it is.
+    """Convert float16, bfloat16 and integer tensors to float32; keep other dtypes.
 
-    Under mixed precision, logits arrive in half precision: bfloat16 holds 8 bits, and float16 ends at
-    65504, below the energies that Eq. 1 gives to two confident models that contradict each other. Gradients
-    flow back in the dtype of `t`.
+    Under mixed precision, logits are in half precision: bfloat16 has 8 significant bits, and the largest float16 is
+    65504, less than the energy (Eq. 1) of two confident models that disagree. Gradients have the dtype of `t`.
 
     Example:
         >>> upcast_to_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype

@@ -1,4 +1,4 @@
-"""The nearest mixture: Euclidean projection onto the probability simplex."""
+"""Euclidean projection onto the probability simplex."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from fedekd.functional.precision import upcast_to_float32
 
 
 def project_to_simplex(v: Tensor) -> Tensor:
-    r"""The point of the simplex that is nearest to v, $\arg\min_{w \ge 0,\, \sum_j w_j = 1} \|w - v\|_2$.
+    r"""Project vectors onto the probability simplex.
 
-    It is $w_j = \max(v_j - \theta, 0)$ with the one $\theta$ for which the entries sum to 1 (Held, Wolfe and Crowder,
-    1974; Duchi et al., ICML 2008, Fig. 1). Adding a constant to all entries of v changes nothing.
+    $$\arg\min_{w \ge 0,\, \sum_j w_j = 1} \|w - v\|_2 = \max(v - \theta, 0)$$
+
+    with the unique $\theta$ for which the entries sum to 1. Adding a constant to all entries of v has no effect.
 
     Args:
-        v: Shape (n,), or (m, n) for m projections at once; finite, n at least 1.
+        v: Shape (n,), or (m, n) for m projections; finite, n at least 1.
 
     Returns:
         Weights of at least 0 that sum to 1, of v's shape.
 
     Raises:
-        ValueError: The shape is neither, or v is empty.
+        ValueError: If the shape is neither, or n is 0.
 
     Example:
         >>> import torch
         >>> project_to_simplex(torch.tensor([0.5, 0.3, -2.0]))
         tensor([0.6000, 0.4000, 0.0000])
+
+    Reference:
+        Held, Wolfe and Crowder, 1974; Duchi et al., ICML 2008, Fig. 1.
     """
     if v.ndim not in (1, 2) or not v.shape[-1]:
-        raise ValueError(f"v must have the shape (n,) or (m, n) with n >= 1, but has {tuple(v.shape)}")
+        raise ValueError(f"v: expected shape (n,) or (m, n) with n >= 1, got {tuple(v.shape)}")
     v = upcast_to_float32(v)
-    # The largest entry becomes 0: what is added to all of them must not cost digits.
+    # The largest entry becomes 0, so that a large common offset costs no digits.
     shifted = v - v.max(dim=-1, keepdim=True).values
     descending = shifted.sort(dim=-1, descending=True).values
     count = arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
     thresholds = (descending.cumsum(dim=-1) - 1) / count
-    # The entries that stay positive are the largest ones; the last of them decides theta.
+    # The largest entries stay positive; the smallest of them determines theta.
     support = (descending > thresholds).sum(dim=-1, keepdim=True)
     theta = thresholds.gather(-1, support - 1)
     return (shifted - theta).clamp_min(0)

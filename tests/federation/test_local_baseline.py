@@ -61,7 +61,7 @@ def test_all_that_training_imports_is_part_of_the_key() -> None:
             waiting += imports(path)
     names = sorted(str(path.relative_to(ROOT)) for path in found)
     assert "modules/objective_module.py" in names  # through methods/client.py and modules/__init__.py
-    assert "functional/shapes.py" in names
+    assert "functional/precision.py" in names
     known = (*TRAINING_CODE, *HASHED_OTHERWISE)
     assert [name for name in names if not any(name == one or name.startswith(f"{one}/") for one in known)] == []
 

@@ -1,4 +1,4 @@
-"""Confidences against literal transcriptions in float64, and at the limits of the number formats."""
+"""Confidences against literal transcriptions in float64, and at the limits of floating-point formats."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ rows = st.integers(2, 6).flatmap(
 )
 
 
-def test_the_table_names_the_functions() -> None:
+def test_confidences_registry_has_functions() -> None:
     expected = {"max_softmax": max_softmax_confidence, "margin": margin_confidence, "entropy": entropy_confidence}
     assert expected == CONFIDENCES
 
 
 @every_confidence
 @pytest.mark.parametrize(("batch", "width"), [(1, 2), (5, 10), (3, 4), (2, 200)])
-def test_values_and_gradients_equal_the_literal_formula(name: str, batch: int, width: int) -> None:
+def test_confidence_matches_literal_formula_in_value_and_gradient(name: str, batch: int, width: int) -> None:
     torch.manual_seed(batch + width)
     logits = (3 * torch.randn(batch, width, dtype=torch.float64)).requires_grad_()
     values = CONFIDENCES[name](logits)
@@ -71,7 +71,7 @@ def test_values_and_gradients_equal_the_literal_formula(name: str, batch: int, w
 
 @every_confidence
 @given(rows=rows, scale=st.sampled_from([1e-6, 1.0, 200.0]), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_range(name: str, rows: list[Row], scale: float, dtype: torch.dtype) -> None:
+def test_confidence_is_in_range(name: str, rows: list[Row], scale: float, dtype: torch.dtype) -> None:
     values = CONFIDENCES[name](scale * torch.tensor(rows, dtype=dtype))
     assert values.shape == (len(rows),)
     lowest = 1 / len(rows[0]) - 1e-6 if name == "max_softmax" else 0
@@ -80,9 +80,7 @@ def test_range(name: str, rows: list[Row], scale: float, dtype: torch.dtype) -> 
 
 @every_confidence
 @given(rows=rows, constant=st.integers(-1000, 1000), seed=st.integers(0, 99))
-def test_a_constant_and_the_order_of_classes_do_not_matter(
-    name: str, rows: list[Row], constant: int, seed: int
-) -> None:
+def test_confidence_ignores_constant_and_order_of_classes(name: str, rows: list[Row], constant: int, seed: int) -> None:
     confidence, logits = CONFIDENCES[name], torch.tensor(rows, dtype=torch.float64)
     order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(confidence(logits + constant), confidence(logits), rtol=1e-9, atol=1e-11)
@@ -92,9 +90,7 @@ def test_a_constant_and_the_order_of_classes_do_not_matter(
 @every_confidence
 @pytest.mark.parametrize("classes", [2, 3, 7, 10, 100, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_logits_are_a_guess_and_one_far_above_the_rest_is_certain(
-    name: str, classes: int, dtype: torch.dtype
-) -> None:
+def test_confidence_limits_for_equal_and_dominant_logits(name: str, classes: int, dtype: torch.dtype) -> None:
     guess, certain = torch.full((1, classes), 3.7, dtype=dtype), torch.full((1, classes), -1e4, dtype=dtype)
     certain[0, 1] = 1e4
     lowest = CONFIDENCES[name](guess)
@@ -104,14 +100,14 @@ def test_equal_logits_are_a_guess_and_one_far_above_the_rest_is_certain(
 
 
 @every_confidence
-def test_a_sharper_prediction_is_surer(name: str) -> None:
+def test_confidence_increases_with_sharpness(name: str) -> None:
     values = [CONFIDENCES[name](scale * torch.tensor([[2.0, 1.0, 0.0]])).item() for scale in (0.1, 0.5, 1, 2, 4)]
     assert values == sorted(set(values))
 
 
 @every_confidence
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_is_promoted_and_double_stays(name: str, dtype: torch.dtype) -> None:
+def test_confidence_promotes_half_precision(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 5).to(dtype).requires_grad_()
     values = CONFIDENCES[name](logits)
@@ -122,7 +118,7 @@ def test_half_precision_is_promoted_and_double_stays(name: str, dtype: torch.dty
 
 @every_confidence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_logits_stay_finite_with_their_gradients(name: str, dtype: torch.dtype) -> None:
+def test_confidence_extreme_logits_have_finite_gradients(name: str, dtype: torch.dtype) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4] * 3, [100.0, 0.0, 1.0]], dtype=dtype)
     values = CONFIDENCES[name](logits.requires_grad_())
     assert values.isfinite().all()
@@ -130,14 +126,14 @@ def test_extreme_logits_stay_finite_with_their_gradients(name: str, dtype: torch
 
 
 @every_confidence
-def test_a_class_ruled_out_counts_as_one_of_probability_zero(name: str) -> None:
+def test_confidence_minus_infinite_logit_has_probability_0(name: str) -> None:
     masked = CONFIDENCES[name](torch.tensor([[1.0, 0.0, -math.inf]]))
     torch.testing.assert_close(masked, CONFIDENCES[name](torch.tensor([[1.0, 0.0, -1e4]])))
 
 
 @every_confidence
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_a_logit_that_is_nan_is_not_silently_a_number(name: str, position: int) -> None:
+def test_confidence_nan_logit_gives_nan(name: str, position: int) -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
     logits[0, position] = math.nan
     values = CONFIDENCES[name](logits)
@@ -146,18 +142,18 @@ def test_a_logit_that_is_nan_is_not_silently_a_number(name: str, position: int) 
 
 
 @every_confidence
-def test_an_empty_batch_has_no_confidences(name: str) -> None:
+def test_confidence_empty_batch_gives_empty_result(name: str) -> None:
     assert CONFIDENCES[name](torch.zeros(0, 4)).shape == (0,)
 
 
 @every_confidence
-def test_vectors_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"logits must have shape \(B, D\)"):
+def test_confidence_vector_raises_value_error(name: str) -> None:
+    with pytest.raises(ValueError, match=r"logits: expected shape \(B, D\)"):
         CONFIDENCES[name](torch.zeros(4))
 
 
-def test_one_class_is_certain_or_refused() -> None:
+def test_confidence_one_class_is_certain_or_raises() -> None:
     assert max_softmax_confidence(torch.zeros(2, 1)).tolist() == [1, 1]
     for name in ("margin", "entropy"):
-        with pytest.raises(ValueError, match=f"{name}_confidence needs logits of at least 2 classes"):
+        with pytest.raises(ValueError, match=f"{name}_confidence: expected logits of at least 2 classes"):
             CONFIDENCES[name](torch.zeros(4, 1))

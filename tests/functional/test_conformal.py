@@ -1,4 +1,4 @@
-"""RAPS and FedType's losses against literal transcriptions in float64, and the promise of coverage itself."""
+"""RAPS and the losses of FedType against literal transcriptions in float64, and coverage by simulation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def as_sets(rows: Tensor) -> list[set[int]]:
 
 @lams
 @kappas
-def test_scores_equal_the_literal_equation(lam: float, kappa: int) -> None:
+def test_regularized_scores_match_literal_equation(lam: float, kappa: int) -> None:
     probabilities, labels, u = batch()
     rows = zip(probabilities.tolist(), labels.tolist(), u.tolist(), strict=True)
     expected = torch.tensor([literal_score(*row, lam, kappa) for row in rows], dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_scores_equal_the_literal_equation(lam: float, kappa: int) -> None:
     torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_of_equally_likely_classes_the_lower_ranks_first() -> None:
+def test_regularized_scores_ties_rank_by_index() -> None:
     probabilities = torch.full((40, 40), 1 / 40, dtype=torch.float64)  # many enough for an unstable sort to show
     scores = regularized_scores(probabilities, torch.arange(40), torch.zeros(40), 0.0, 1)
     torch.testing.assert_close(scores, torch.arange(40).double() / 40)
@@ -87,7 +87,7 @@ def test_of_equally_likely_classes_the_lower_ranks_first() -> None:
 @lams
 @kappas
 @pytest.mark.parametrize("tau", [0.05, 0.4, 0.9, 1.2, 2.6, 5.5])
-def test_sets_equal_the_literal_construction(tau: float, lam: float, kappa: int) -> None:
+def test_prediction_sets_match_literal_construction(tau: float, lam: float, kappa: int) -> None:
     probabilities, _, u = batch()
     rows = zip(probabilities.tolist(), u.tolist(), strict=True)
     expected = [literal_set(row, tau, v, lam, kappa) for row, v in rows]
@@ -95,7 +95,7 @@ def test_sets_equal_the_literal_construction(tau: float, lam: float, kappa: int)
 
 
 @lams
-def test_a_set_holds_the_likeliest_label_and_those_of_a_score_within_the_threshold(lam: float) -> None:
+def test_prediction_sets_contain_top_label_and_scores_below_threshold(lam: float) -> None:
     probabilities, labels, u = batch(400)
     scores = regularized_scores(probabilities, labels, u, lam, 2)
     for tau in scores[:20].tolist():  # each of them is reached exactly
@@ -108,7 +108,7 @@ rows = st.lists(st.lists(st.floats(-20, 20), min_size=5, max_size=5), min_size=1
 
 @settings(deadline=None)
 @given(rows, st.floats(0, 3), st.floats(0, 2), st.floats(0, 2), st.integers(1, 5), st.integers(0, 99))
-def test_sets_are_never_empty_grow_with_tau_and_shrink_with_lam(
+def test_prediction_sets_grow_with_tau_and_shrink_with_lam(
     logits: list[list[float]], tau: float, lam: float, more: float, kappa: int, seed: int
 ) -> None:
     probabilities = torch.tensor(logits).softmax(1)
@@ -121,7 +121,7 @@ def test_sets_are_never_empty_grow_with_tau_and_shrink_with_lam(
     assert prediction_sets(probabilities, math.inf, u, lam, kappa).all()
 
 
-def test_the_last_label_is_dropped_with_probability_one_minus_v() -> None:
+def test_prediction_sets_drop_last_label_with_probability_1_minus_v() -> None:
     n = 100_000
     probabilities = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).expand(n, 3)
     u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_the_last_label_is_dropped_with_probability_one_minus_v() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.05, 0.2, 0.3, 1 / 3, 0.7, 0.9])
-def test_the_quantile_is_numpys_at_the_corrected_level(alpha: float) -> None:
+def test_conformal_quantile_matches_numpy(alpha: float) -> None:
     for n in range(1, 130):
         scores = torch.randperm(n, generator=torch.Generator().manual_seed(n)).double()
         numerator = math.ceil((n + 1) * (1 - alpha) - 1e-9)
@@ -140,7 +140,7 @@ def test_the_quantile_is_numpys_at_the_corrected_level(alpha: float) -> None:
         assert (scores <= expected).sum() >= min(numerator, n)
 
 
-def test_whole_numbers_are_not_missed_by_rounding() -> None:
+def test_conformal_quantile_has_no_rounding_error() -> None:
     # In floats, 10 * (1 - 0.7) is 3.0000000000000004, and its ceiling 4.
     assert conformal_quantile(torch.arange(9.0), 0.1) == 8
     assert conformal_quantile(torch.arange(8.0), 0.1) == math.inf
@@ -151,7 +151,7 @@ def test_whole_numbers_are_not_missed_by_rounding() -> None:
     assert conformal_quantile(torch.arange(3.0), 1 - 1e-12) <= 1
 
 
-def test_few_samples_promise_nothing_but_every_label() -> None:
+def test_conformal_quantile_few_samples_is_infinite() -> None:
     probabilities, labels, u = batch()
     for n in range(9):
         tau = conformal_quantile(regularized_scores(probabilities, labels, u, 0.5, 4)[:n], 0.1)
@@ -159,7 +159,7 @@ def test_few_samples_promise_nothing_but_every_label() -> None:
         assert prediction_sets(probabilities, tau, u, 0.5, 4).all()
 
 
-def test_scores_that_are_not_numbers_rule_nothing_out() -> None:
+def test_conformal_nan_scores_exclude_no_label() -> None:
     scores = torch.full((20,), math.nan)
     assert conformal_quantile(scores, 0.1) == math.inf
     assert prediction_sets(torch.full((2, 3), math.nan), 0.5, torch.rand(2), 0.5, 1).all()
@@ -174,7 +174,7 @@ def pool(size: int = 20_000, classes: int = 10) -> tuple[Tensor, Tensor]:
 
 @lams
 @pytest.mark.parametrize(("calibration", "excess"), [(20, 0.075), (200, 0.03)])
-def test_the_true_label_is_covered_as_promised(lam: float, calibration: int, excess: float) -> None:
+def test_prediction_sets_cover_true_label(lam: float, calibration: int, excess: float) -> None:
     alpha, kappa, draws, test = 0.1, 5, 200, 2000
     logits, labels = pool()
     probabilities = (logits / 1.3).softmax(1)  # of no matter whether the temperature is right
@@ -193,7 +193,7 @@ def test_the_true_label_is_covered_as_promised(lam: float, calibration: int, exc
     assert coverage.mean().item() <= 1 - alpha + excess
 
 
-def test_regularization_makes_the_largest_sets_smaller() -> None:
+def test_prediction_sets_regularization_reduces_largest_sets() -> None:
     logits, labels = pool(4000)
     probabilities, u = logits.softmax(1), torch.rand(4000, generator=torch.Generator().manual_seed(0))
     largest = []
@@ -205,7 +205,7 @@ def test_regularization_makes_the_largest_sets_smaller() -> None:
 
 @pytest.mark.parametrize("true", [0.25, 1.0, 2.0, 6.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_temperature_of_simulated_logits_is_recovered(true: float, dtype: torch.dtype) -> None:
+def test_fit_temperature_recovers_simulated_temperature(true: float, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(1)
     honest = 2 * torch.randn(20_000, 6, generator=random, dtype=torch.float64)
     labels = torch.multinomial(honest.softmax(1), 1, generator=random).squeeze(1)
@@ -220,7 +220,7 @@ def test_the_temperature_of_simulated_logits_is_recovered(true: float, dtype: to
     assert all(loss(fitted) <= loss(fitted * factor) for factor in (0.5, 0.99, 0.9999, 1.0001, 1.01, 2))
 
 
-def test_a_temperature_beyond_its_range_is_the_bound_and_without_evidence_the_start() -> None:
+def test_fit_temperature_limits_and_start() -> None:
     logits, first = torch.tensor([[3.0, 0.0, 1.0]] * 4), torch.zeros(4, dtype=torch.long)
     assert fit_temperature(logits, first) == 0.05
     assert fit_temperature(logits, first + 1) == 20.0
@@ -234,7 +234,7 @@ def literal_agreement(s: set[int], other: set[int]) -> float:
     return len(s & other) / len(s | other) if len(other) <= len(s) else len(s & other) / len(s)
 
 
-def test_agreement_equals_the_literal_equation_for_all_pairs_of_sets() -> None:
+def test_set_agreement_matches_literal_equation_for_all_pairs() -> None:
     every = torch.tensor([[bool(bits >> c & 1) for c in range(4)] for bits in range(1, 16)])
     proxy, private = every.repeat_interleave(15, 0), every.repeat(15, 1)
     pairs = zip(as_sets(proxy), as_sets(private), strict=True)
@@ -243,7 +243,7 @@ def test_agreement_equals_the_literal_equation_for_all_pairs_of_sets() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9])
-def test_ranking_loss_and_its_gradient_equal_the_literal_equation(classes: int) -> None:
+def test_set_ranking_loss_matches_literal_equation_in_value_and_gradient(classes: int) -> None:
     torch.manual_seed(classes)
     logits = torch.randn(12, classes, dtype=torch.float64)
     sets = torch.rand(12, classes) < 0.5
@@ -266,7 +266,7 @@ def test_ranking_loss_and_its_gradient_equal_the_literal_equation(classes: int) 
             assert gradient[i, c].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), abs=1e-7)
 
 
-def test_descent_on_the_ranking_loss_lifts_the_set() -> None:
+def test_set_ranking_loss_descent_raises_logits_of_set() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
     loss = set_ranking_loss(logits, torch.tensor([[True, False, False]])).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -274,7 +274,7 @@ def test_descent_on_the_ranking_loss_lifts_the_set() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_is_promoted_and_double_stays(dtype: torch.dtype) -> None:
+def test_conformal_promotes_half_precision(dtype: torch.dtype) -> None:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     sets = torch.tensor([[True, False, True]])
     logits = torch.tensor([[1e4, -1e4, 3e4]], dtype=dtype, requires_grad=True)
@@ -286,7 +286,7 @@ def test_half_precision_is_promoted_and_double_stays(dtype: torch.dtype) -> None
     assert prediction_sets(logits.softmax(1), 0.5, torch.rand(1), 0.5, 1).dtype == torch.bool
 
 
-def test_an_empty_batch_gives_empty_results() -> None:
+def test_conformal_empty_batch_gives_empty_results() -> None:
     nothing, labels = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     assert regularized_scores(nothing, labels, torch.zeros(0), 0.5, 1).shape == (0,)
     assert prediction_sets(nothing, 0.5, torch.zeros(0), 0.5, 1).shape == (0, 3)
@@ -296,28 +296,28 @@ def test_an_empty_batch_gives_empty_results() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, math.nan])
-def test_alpha_lies_between_0_and_1(alpha: float) -> None:
-    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+def test_conformal_quantile_invalid_alpha_raises_value_error(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \(0, 1\)"):
         conformal_quantile(torch.zeros(20), alpha)
 
 
-def test_what_would_give_a_wrong_number_is_refused() -> None:
+def test_conformal_invalid_arguments_raise_value_error() -> None:
     probabilities, labels, u = batch(4)
     with pytest.raises(ValueError, match=r"uniforms \(4, 1\)"):
         regularized_scores(probabilities, labels, u[:, None], 0.5, 1)
     with pytest.raises(ValueError, match=r"labels \(3,\)"):
         regularized_scores(probabilities, labels[:3], u, 0.5, 1)
-    with pytest.raises(ValueError, match="lam must be at least 0"):
+    with pytest.raises(ValueError, match="lam: expected at least 0"):
         prediction_sets(probabilities, 0.5, u, -0.1, 1)
-    with pytest.raises(ValueError, match=r"scores must have shape \(n,\)"):
+    with pytest.raises(ValueError, match=r"scores: expected shape \(n,\)"):
         conformal_quantile(u[:, None], 0.1)
     with pytest.raises(ValueError, match=r"labels \(4, 1\)"):
         fit_temperature(probabilities, labels[:, None])
-    with pytest.raises(ValueError, match="logits must be finite"):
+    with pytest.raises(ValueError, match="logits: expected finite"):
         fit_temperature(probabilities / 0, labels)
-    with pytest.raises(ValueError, match="start must be a positive number"):
+    with pytest.raises(ValueError, match="start: expected a finite number above 0"):
         fit_temperature(probabilities, labels, start=0.0)
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match="expected equal shapes"):
         set_agreement(torch.ones(4, 3).bool(), torch.ones(1, 3).bool())
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match="expected equal shapes"):
         set_ranking_loss(torch.ones(4, 3), torch.ones(4, 1).bool())

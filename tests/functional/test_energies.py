@@ -1,4 +1,4 @@
-"""Eq. 1, 2 and 6-9 against literal transcriptions in float64, and at the limits of the number formats."""
+"""Eq. 1, 2 and 6-9 against literal transcriptions in float64, and at the limits of floating-point formats."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ every_energy = pytest.mark.parametrize(("energy", "literal", "inputs"), PAIRS, i
 
 @every_energy
 @pytest.mark.parametrize(("batch", "width"), [(1, 2), (5, 10), (3, 4)])
-def test_values_and_gradients_equal_the_literal_equation(
+def test_energy_matches_literal_equation_in_value_and_gradient(
     energy: Callable[..., Tensor], literal: Callable[..., float], inputs: int, batch: int, width: int
 ) -> None:
     torch.manual_seed(batch + width)
@@ -108,7 +108,7 @@ def test_values_and_gradients_equal_the_literal_equation(
 
 @every_energy
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_is_promoted_and_double_stays(
+def test_energy_promotes_half_precision(
     energy: Callable[..., Tensor], literal: Callable[..., float], inputs: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ EXTREME = torch.tensor(
 
 @every_energy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_extreme_logits_stay_finite_with_their_gradients(
+def test_energy_extreme_logits_have_finite_gradients(
     energy: Callable[..., Tensor], literal: Callable[..., float], inputs: int, dtype: torch.dtype
 ) -> None:
     n = len(EXTREME)
@@ -150,13 +150,13 @@ def test_extreme_logits_stay_finite_with_their_gradients(
         assert all(g.isfinite().all() for g in torch.autograd.grad(values.sum(), given))
 
 
-def test_kl_energy_of_confident_opposites_is_their_divergence_over_eps() -> None:
+def test_kl_energy_confident_disagreement_is_divergence_over_eps() -> None:
     energy = kl_energy(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]))
     torch.testing.assert_close(energy, torch.tensor([2e4 / 1e-8]), rtol=1e-5, atol=0)
 
 
 @given(st.lists(st.tuples(*[st.floats(-50, 50, width=32)] * 6), min_size=1, max_size=8))
-def test_kl_energy_is_symmetric_and_not_negative(rows: list[tuple[float, ...]]) -> None:
+def test_kl_energy_is_symmetric_and_nonnegative(rows: list[tuple[float, ...]]) -> None:
     private, proxy = torch.tensor(rows).split(3, dim=1)
     energy = kl_energy(private, proxy)
     assert torch.equal(energy, kl_energy(proxy, private))
@@ -164,13 +164,13 @@ def test_kl_energy_is_symmetric_and_not_negative(rows: list[tuple[float, ...]]) 
     assert (kl_energy(private, private) == 0).all()
 
 
-def test_kl_energy_ignores_a_constant_added_to_the_logits() -> None:
+def test_kl_energy_ignores_constant_in_logits() -> None:
     torch.manual_seed(1)
     private, proxy = torch.randn(2, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(kl_energy(private + 7, proxy - 3), kl_energy(private, proxy))
 
 
-def test_eps_is_the_argument() -> None:
+def test_energy_uses_eps_argument() -> None:
     private, proxy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     p, q = softmax([1, 0]), softmax([0, 1])
     half_sum = 0.5 * (kl(p, q) + kl(q, p))
@@ -178,37 +178,37 @@ def test_eps_is_the_argument() -> None:
     assert entropy_energy(private, eps=0.5).item() == pytest.approx(-sum(a * math.log(a + 0.5) for a in p), rel=1e-6)
 
 
-def test_scalar_outputs_may_come_without_their_second_dimension() -> None:
+def test_squared_error_energy_accepts_vectors() -> None:
     private, proxy = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 7.0])
     expected = torch.tensor([0.5, 0.0, 8.0])
     assert torch.equal(squared_error_energy(private, proxy), expected)
     assert torch.equal(squared_error_energy(private[:, None], proxy[:, None]), expected)
 
 
-def test_equal_features_have_gradient_zero() -> None:
+def test_feature_distance_energy_equal_features_have_zero_gradient() -> None:
     features = torch.ones(2, 3, requires_grad=True)
     feature_distance_energy(features, torch.ones(2, 3)).sum().backward()
     assert features.grad is not None
     assert torch.equal(features.grad, torch.zeros(2, 3))
 
 
-def test_ties_have_margin_zero() -> None:
+def test_margin_energy_tie_is_0() -> None:
     assert torch.equal(margin_energy(torch.tensor([[2.0, 2.0, 1.0]])), torch.tensor([0.0]))
 
 
 @every_energy
-def test_an_empty_batch_has_no_energies(
+def test_energy_empty_batch_gives_empty_result(
     energy: Callable[..., Tensor], literal: Callable[..., float], inputs: int
 ) -> None:
     assert energy(*[torch.zeros(0, 4)] * inputs).shape == (0,)
 
 
-def test_shapes_that_would_broadcast_are_refused() -> None:
+def test_energy_invalid_shapes_raise_value_error() -> None:
     with pytest.raises(ValueError, match=r"private_output \(4,\), proxy_output \(4, 1\)"):
         squared_error_energy(torch.zeros(4), torch.zeros(4, 1))
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match="expected equal shapes"):
         kl_energy(torch.zeros(4, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"logits must have shape \(B, D\)"):
+    with pytest.raises(ValueError, match=r"logits: expected shape \(B, D\)"):
         entropy_energy(torch.zeros(4))
     with pytest.raises(ValueError, match="at least 2 classes"):
         margin_energy(torch.zeros(4, 1))

@@ -1,4 +1,4 @@
-"""The gate: Eq. 3 literally, and the propositions of Appendix F."""
+"""The gate against a literal Eq. 3, and the propositions of Appendix F."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sigmoid(t: float) -> float:
 
 @pytest.mark.parametrize("beta", [0.25, 1.0, 8.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 64])
-def test_weights_equal_the_literal_equation(n: int, beta: float) -> None:
+def test_trust_weights_match_literal_equation(n: int, beta: float) -> None:
     torch.manual_seed(n)
     energy = 5 + torch.randn(n, dtype=torch.float64).exp()
     expected = [sigmoid(-beta * e) for e in literal_normalized(energy.tolist())]
@@ -37,7 +37,7 @@ def test_weights_equal_the_literal_equation(n: int, beta: float) -> None:
     )
 
 
-def test_eps_counts_where_the_spread_is_small() -> None:
+def test_trust_weights_eps_matters_for_small_spread() -> None:
     energy = [0.0, 1e-8, 4e-8]
     expected = [sigmoid(-e) for e in literal_normalized(energy)]
     torch.testing.assert_close(trust_weights(torch.tensor(energy)), torch.tensor(expected))
@@ -46,13 +46,13 @@ def test_eps_counts_where_the_spread_is_small() -> None:
 
 
 @given(energies, betas)
-def test_proposition_1_a_higher_energy_never_gets_a_higher_weight(energy: list[float], beta: float) -> None:
+def test_trust_weights_decrease_with_energy_as_in_proposition_1(energy: list[float], beta: float) -> None:
     weights = trust_weights(torch.tensor(sorted(energy)), beta=beta)
     assert (weights.diff() <= 0).all()
 
 
 @given(energies, st.floats(0.05, 4.0))
-def test_proposition_2_weights_are_bounded(energy: list[float], beta: float) -> None:
+def test_trust_weights_are_bounded_as_in_proposition_2(energy: list[float], beta: float) -> None:
     weights = trust_weights(torch.tensor(energy, dtype=torch.float64), beta=beta)
     bound = beta * math.sqrt(len(energy) - 1)
     assert weights.min().item() >= sigmoid(-bound) * (1 - 1e-9)
@@ -60,7 +60,7 @@ def test_proposition_2_weights_are_bounded(energy: list[float], beta: float) -> 
     assert (weights > 0).all()
 
 
-def test_proposition_2_its_bounds_are_reached() -> None:
+def test_trust_weights_reach_bounds_of_proposition_2() -> None:
     n = 10
     weights = trust_weights(torch.tensor([1.0] + [0.0] * (n - 1), dtype=torch.float64))
     assert weights[0].item() == pytest.approx(sigmoid(-math.sqrt(n - 1)), rel=1e-6)
@@ -71,12 +71,12 @@ def test_proposition_2_its_bounds_are_reached() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.1, -3.3, 1e-30, 2e12])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64])
-def test_equal_energies_give_exactly_one_half(n: int, value: float, dtype: torch.dtype) -> None:
+def test_trust_weights_equal_energies_give_one_half(n: int, value: float, dtype: torch.dtype) -> None:
     assert torch.equal(trust_weights(torch.full((n,), value, dtype=dtype)).double(), torch.full((n,), 0.5).double())
 
 
 @given(st.floats(-20, 20), betas)
-def test_proposition_3_the_weight_minimizes_the_variational_objective(spread: float, beta: float) -> None:
+def test_trust_weights_minimize_objective_of_proposition_3(spread: float, beta: float) -> None:
     energy = [0.0, spread, 3.0]
     normalized = literal_normalized(energy)
     weights = trust_weights(torch.tensor(energy, dtype=torch.float64), beta=beta).tolist()
@@ -90,25 +90,25 @@ def test_proposition_3_the_weight_minimizes_the_variational_objective(spread: fl
 
 
 @given(st.lists(st.floats(0, 100, width=32), min_size=2, max_size=64, unique=True))
-def test_the_mean_weight_is_near_one_half(energy: list[float]) -> None:
+def test_trust_weights_mean_is_near_one_half(energy: list[float]) -> None:
     # Why the gate cannot shut a bad proxy off: high energies or low, about half of the batch is trusted.
     mean = trust_weights(torch.tensor(energy, dtype=torch.float64)).mean().item()
     assert 0.45 < mean < 0.55
 
 
 @given(energies, st.floats(-1e3, 1e3), st.floats(0.1, 100))
-def test_weights_ignore_the_origin_and_the_unit_of_energies(energy: list[float], shift: float, unit: float) -> None:
+def test_trust_weights_ignore_offset_and_unit(energy: list[float], shift: float, unit: float) -> None:
     exact = torch.tensor(energy, dtype=torch.float64)
     assume(len(energy) == 1 or exact.std() > 1e-3)  # else eps and rounding are not small beside the spread
     torch.testing.assert_close(trust_weights(exact * unit + shift), trust_weights(exact), rtol=1e-4, atol=1e-4)
 
 
-def test_huge_energies_do_not_overflow() -> None:
+def test_trust_weights_huge_energies_do_not_overflow() -> None:
     ordinary = torch.tensor([0.0, 1.0, 5.0])
     torch.testing.assert_close(trust_weights(ordinary * 1e30), trust_weights(ordinary))
 
 
-def test_weights_are_detached_and_in_at_least_float32() -> None:
+def test_trust_weights_are_detached_and_at_least_float32() -> None:
     energy = torch.tensor([0.0, 1.0], dtype=torch.bfloat16, requires_grad=True)
     weights = trust_weights(energy)
     assert not weights.requires_grad
@@ -116,16 +116,16 @@ def test_weights_are_detached_and_in_at_least_float32() -> None:
     assert trust_weights(energy.double()).dtype == torch.float64
 
 
-def test_an_empty_batch_has_no_weights() -> None:
+def test_trust_weights_empty_batch_gives_empty_result() -> None:
     assert trust_weights(torch.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
-def test_beta_must_be_positive(beta: float) -> None:
-    with pytest.raises(ValueError, match="beta must be a positive number"):
+def test_trust_weights_invalid_beta_raises_value_error(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta: expected a finite number above 0"):
         trust_weights(torch.zeros(3), beta=beta)
 
 
-def test_energies_must_be_one_a_sample() -> None:
+def test_trust_weights_matrix_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"shape \(B,\)"):
         trust_weights(torch.zeros(3, 1))

@@ -1,4 +1,4 @@
-"""The projection by its optimality conditions, and against a solver that knows nothing of it."""
+"""The projection by its optimality conditions, and against a general solver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ vectors = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
 
 
 @given(vectors)
-def test_the_conditions_of_optimality_hold(values: list[float]) -> None:
+def test_project_to_simplex_satisfies_optimality_conditions(values: list[float]) -> None:
     v = torch.tensor(values, dtype=torch.float64)
     w = project_to_simplex(v)
     assert (w >= 0).all()
@@ -27,7 +27,7 @@ def test_the_conditions_of_optimality_hold(values: list[float]) -> None:
 
 
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=6))
-def test_against_a_general_solver(values: list[float]) -> None:
+def test_project_to_simplex_matches_general_solver(values: list[float]) -> None:
     v = np.array(values)
     solved = minimize(
         lambda w: ((w - v) ** 2).sum(),
@@ -42,12 +42,12 @@ def test_against_a_general_solver(values: list[float]) -> None:
 
 
 @given(vectors, st.floats(-1e3, 1e3))
-def test_what_is_added_to_all_changes_nothing(values: list[float], constant: float) -> None:
+def test_project_to_simplex_ignores_constant(values: list[float], constant: float) -> None:
     v = torch.tensor(values, dtype=torch.float64)
     torch.testing.assert_close(project_to_simplex(v + constant), project_to_simplex(v), rtol=0, atol=1e-12)
 
 
-def test_rows_are_projected_one_by_one_and_points_of_the_simplex_stay() -> None:
+def test_project_to_simplex_rows_and_fixed_points() -> None:
     table = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     projected = project_to_simplex(table)
     for row, wanted in zip(table, projected, strict=True):
@@ -58,6 +58,6 @@ def test_rows_are_projected_one_by_one_and_points_of_the_simplex_stay() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1, 2, 3)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="v must have the shape"):
+def test_project_to_simplex_invalid_shape_raises_value_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="v: expected shape"):
         project_to_simplex(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Parts of models, and their average over those who hold them, against a loop over entries in fractions."""
+"""Submodels and their averages against a loop over entries in fractions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ROUND_OFF = {torch.float32: 2**-20, torch.float64: 1e-14, torch.int64: 0.5 + 1e-
 
 
 @given(federations())
-def test_every_entry_is_the_average_over_those_who_hold_it(federation: Any) -> None:
+def test_average_submodels_matches_loop_over_holders(federation: Any) -> None:
     whole, clients, weights = federation
     before = {name: tensor.clone() for name, tensor in whole.items()}
     found = average_submodels(whole, clients, weights)
@@ -74,7 +74,7 @@ def test_every_entry_is_the_average_over_those_who_hold_it(federation: Any) -> N
 
 
 @given(federations())
-def test_a_part_is_of_each_tensor_the_leading_entries(federation: Any) -> None:
+def test_submodel_state_dict_returns_leading_entries(federation: Any) -> None:
     whole, clients, _ = federation
     for client in clients:
         part = submodel_state_dict(whole, {name: tensor.shape for name, tensor in client.items()})
@@ -98,7 +98,7 @@ def full_clients(count: int, dtype: torch.dtype) -> list[State]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("weights", [[1.0] * 3, [31.0, 7.0, 12.0], [0.0, 5.0, 2.0]])
-def test_of_whole_models_it_is_the_plain_average_to_the_last_bit(dtype: torch.dtype, weights: list[float]) -> None:
+def test_average_submodels_full_models_equals_average_state_dicts(dtype: torch.dtype, weights: list[float]) -> None:
     clients = full_clients(3, dtype)
     found = average_submodels(full_clients(1, dtype)[0], clients, weights)
     for name, tensor in average_state_dicts(clients, weights).items():
@@ -106,7 +106,7 @@ def test_of_whole_models_it_is_the_plain_average_to_the_last_bit(dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_what_one_client_holds_is_its_own_to_the_last_bit(dtype: torch.dtype) -> None:
+def test_average_submodels_one_holder_is_unchanged(dtype: torch.dtype) -> None:
     (client,) = full_clients(1, dtype)
     client["weight"][0, 0] = -0.0
     found = average_submodels(client, [client], [3.7])["weight"]
@@ -114,7 +114,7 @@ def test_what_one_client_holds_is_its_own_to_the_last_bit(dtype: torch.dtype) ->
     assert torch.equal(found.signbit(), client["weight"].signbit())
 
 
-def test_what_nobody_holds_stays_were_it_not_a_number() -> None:
+def test_average_submodels_keeps_entries_without_holder() -> None:
     whole = {"a": torch.tensor([torch.nan, torch.inf, 3.0]), "b": torch.tensor(5)}
     found = average_submodels(whole, [{"a": torch.tensor([1.0])}], [2.0])
     assert found["a"].tolist() == [1.0, torch.inf, 3.0]
@@ -123,17 +123,17 @@ def test_what_nobody_holds_stays_were_it_not_a_number() -> None:
     assert alone["a"].isnan().tolist() == [True, False, False]
 
 
-def test_a_client_of_weight_0_is_left_out_were_it_not_a_number() -> None:
+def test_average_submodels_skips_weight_0() -> None:
     clients = [{"a": torch.tensor([torch.nan])}, {"a": torch.tensor([3.0])}]
     assert average_submodels({"a": torch.zeros(2)}, clients, [0.0, 2.0])["a"].tolist() == [3.0, 0.0]
 
 
-def test_sums_run_in_float64() -> None:
+def test_average_submodels_sums_in_float64() -> None:
     clients = [{"a": torch.tensor([value])} for value in (1e8, 1.0, 1.0, 1.0, -1e8)]
     assert average_submodels({"a": torch.zeros(1)}, clients, [1] * 5)["a"].item() == pytest.approx(0.6)
 
 
-def test_nothing_is_shared_with_what_it_was_made_of() -> None:
+def test_average_submodels_shares_no_memory() -> None:
     whole, client = {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.ones(2)}
     for tensor in average_submodels(whole, [client], [1]).values():
         tensor.add_(7)
@@ -142,7 +142,7 @@ def test_nothing_is_shared_with_what_it_was_made_of() -> None:
     assert client["a"].tolist() == [1, 1]
 
 
-def test_parameters_give_a_result_without_a_graph() -> None:
+def test_average_submodels_parameters_are_detached() -> None:
     layer = nn.Linear(2, 2)
     found = average_submodels(dict(layer.named_parameters()), [dict(nn.Linear(2, 1).named_parameters())], [1])
     assert not found["weight"].requires_grad
@@ -152,13 +152,13 @@ def test_parameters_give_a_result_without_a_graph() -> None:
 @pytest.mark.parametrize(
     ("client", "words"),
     [
-        ({"b": torch.zeros(1)}, "no 'b'"),
-        ({"a": torch.zeros(2)}, r"'a' is \(2,\), which is not nested in \(2, 3\)"),
-        ({"a": torch.zeros(2, 4)}, r"'a' is \(2, 4\), which is not nested"),
-        ({"a": torch.zeros(2, 3, 1)}, "'a' is"),
+        ({"b": torch.zeros(1)}, "'b': expected a tensor of the larger model"),
+        ({"a": torch.zeros(2)}, r"'a': expected a shape nested in \(2, 3\), got \(2,\)"),
+        ({"a": torch.zeros(2, 4)}, r"'a': expected a shape nested in .* got \(2, 4\)"),
+        ({"a": torch.zeros(2, 3, 1)}, "'a': expected a shape nested"),
     ],
 )
-def test_what_is_no_part_of_the_whole_is_told(client: State, words: str) -> None:
+def test_submodels_not_nested_raise_value_error(client: State, words: str) -> None:
     whole = {"a": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match=words):
         average_submodels(whole, [client], [1])
@@ -167,6 +167,6 @@ def test_what_is_no_part_of_the_whole_is_told(client: State, words: str) -> None
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, torch.nan], [1.0, torch.inf]])
-def test_weights_are_finite_one_for_each_and_not_negative(weights: list[float]) -> None:
+def test_average_submodels_invalid_weights_raise_value_error(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         average_submodels({"a": torch.zeros(1)}, [{"a": torch.ones(1)}, {"a": torch.ones(1)}], weights)

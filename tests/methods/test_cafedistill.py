@@ -184,7 +184,7 @@ def test_client_load_received_reinitialises_nonfinite_head(started_run: Orchestr
         ({"order": "shallow"}, "method.order: .* got 'shallow'. Did you mean 'shallow_first'"),
         ({"schedule": "on"}, "method.schedule: .* got 'on'"),
         ({"conflict": "head"}, "method.conflict: .* got 'head'"),
-        ({"weights": "equal"}, "weights: .* got 'equal'"),
+        ({"weights": "equal"}, "weights: expected one of uniform, samples, got 'equal'"),
         ({"temperature": 0.0}, "^method.temperature: .* got 0.0"),
         ({"distillation_weight": -1.0}, "^method.distillation_weight: .* got -1.0"),
     ],

@@ -18,7 +18,7 @@ from fedekd.early_exit.calibration.ltt_joint import candidate_vectors
 from fedekd.early_exit.calibration.risk_curve import risk_curve
 from fedekd.early_exit.calibration.types import CalibrationTarget
 from fedekd.errors import UserError
-from fedekd.functional.binomial import error_p_value, samples_without_error
+from fedekd.functional.binomial import error_p_value
 
 INF = math.inf
 rates_strategy = st.tuples(st.sampled_from([0.05, 0.1, 0.2]), st.sampled_from([0.05, 0.1, 0.3]))
@@ -257,7 +257,7 @@ def test_fit_all_correct_opens_and_all_wrong_closes(mode, exits):
 @pytest.mark.parametrize("mode", ["ltt", "ltt_joint"])
 @pytest.mark.parametrize(("alpha", "delta"), [(0.01, 0.1), (0.05, 0.1), (0.1, 1 - 0.9 ** (1 / 3)), (0.05, 0.01)])
 def test_fit_required_samples_open_a_closed_exit(mode, alpha, delta):
-    enough = samples_without_error(alpha, delta)
+    enough = math.ceil(math.log(delta) / math.log1p(-alpha))  # (1 - alpha)^n <= delta
 
     def of(n: int) -> ExitPolicy:
         flawless = ExitScores.from_arrays(np.full((n, 2), 0.9), np.ones((n, 2)))
