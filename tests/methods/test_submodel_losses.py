@@ -165,18 +165,18 @@ def test_a_single_exit_has_nobody_to_learn_from() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DepthFL(distillation_weight=-1.0), r"method\.distillation_weight is -1\.0"),
-        (lambda: DepthFL(distillation_weight=math.inf), r"method\.distillation_weight is inf"),
-        (lambda: DepthFL(ramp_up=1.5), r"method\.ramp_up is 1\.5, and must be from 0 to 1"),
-        (lambda: DepthFL(ramp_up=math.nan), r"method\.ramp_up is nan"),
-        (lambda: DepthFL(weights="equal"), r"weights is 'equal'"),  # type: ignore[arg-type]
-        (lambda: ScaleFL(distillation_weight=-1.0), r"method\.distillation_weight is -1\.0"),
-        (lambda: ScaleFL(temperature=0.0), r"method\.temperature is 0\.0"),
-        (lambda: ScaleFL(warm_up=-0.1), r"method\.warm_up is -0\.1, and must be from 0 to 1"),
-        (lambda: ScaleFL(weights="equal"), r"weights is 'equal'"),  # type: ignore[arg-type]
+        (lambda: DepthFL(distillation_weight=-1.0), r"method\.distillation_weight: .* got -1\.0"),
+        (lambda: DepthFL(distillation_weight=math.inf), r"method\.distillation_weight: .* got inf"),
+        (lambda: DepthFL(ramp_up=1.5), r"method\.ramp_up: .* got 1\.5"),
+        (lambda: DepthFL(ramp_up=math.nan), r"method\.ramp_up: .* got nan"),
+        (lambda: DepthFL(weights="equal"), r"weights: .* got 'equal'"),  # type: ignore[arg-type]
+        (lambda: ScaleFL(distillation_weight=-1.0), r"method\.distillation_weight: .* got -1\.0"),
+        (lambda: ScaleFL(temperature=0.0), r"method\.temperature: .* got 0\.0"),
+        (lambda: ScaleFL(warm_up=-0.1), r"method\.warm_up: .* got -0\.1"),
+        (lambda: ScaleFL(weights="equal"), r"weights: .* got 'equal'"),  # type: ignore[arg-type]
     ],
 )
-def test_a_value_out_of_range_is_told_by_its_flag(make: Callable[[], Any], words: str) -> None:
-    with pytest.raises(UserError, match=words) as told:
+def test_submodel_method_invalid_argument_raises_user_error(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
         make()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
