@@ -135,6 +135,7 @@ METRICS: dict[str, MetricSpec] = {
             higher_is_better=False,
             torchmetric=partial(MeanSquaredError, squared=False),
             unit="target",
+            format=".4g",
         ),
     )
 }
