@@ -31,7 +31,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs draw no figures, which takes longer than training on 100 images."""
-    monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
+    monkeypatch.setattr(RunFolder, "write_figures", lambda *arguments: None)
 
 
 @pytest.fixture(autouse=True)

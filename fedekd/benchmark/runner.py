@@ -14,7 +14,7 @@ import pandas as pd
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import run_cell
-from fedekd.processes import die_with_parent
+from fedekd.federation.engines.performance import die_with_parent
 from fedekd.reporting.pages import current_commit
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]

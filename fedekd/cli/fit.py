@@ -15,8 +15,8 @@ from jsonargparse import ArgumentParser, Namespace
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
-from fedekd.federation.engines.gc_frozen import gc_frozen
-from fedekd.federation.run_folder import RUNTIME_OPTIONS, FolderInUseError, first_difference
+from fedekd.federation.engines.performance import gc_frozen
+from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, FolderInUseError, first_difference
 from fedekd.reporting import Display, result_tables
 
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if resume is not None:
         config = _saved_configuration(parser, argv, resume)
         folder = RunFolder(resume, {})
-        if folder.summary is not None and not folder.is_damaged():
+        if folder.summary is not None and not folder.is_corrupt():
             print(f"{resume} is finished: nothing to do")
             return 0
     parts = build_parts(parser, config)
@@ -56,8 +56,10 @@ def run(argv: Sequence[str]) -> int:
 def _remove_unused(folder: Path) -> None:
     """Remove the folder of a run that failed before its first round."""
     with suppress(OSError):
-        if [path.name for path in folder.iterdir()] in ([], ["config.yaml"]):
-            (folder / "config.yaml").unlink(missing_ok=True)
+        names = {"config.yaml", LOCK_FILE}
+        if {path.name for path in folder.iterdir()} <= names:
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
             folder.rmdir()
 
 
@@ -138,7 +140,7 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
         except OSError as error:
             if not folder.is_dir():
                 raise UserError(f"--output {folder}: cannot create the folder: {error.strerror}") from error
-            if any(folder.iterdir()):
+            if any(path.name != LOCK_FILE for path in folder.iterdir()):
                 is_run = (folder / "config.yaml").is_file()
                 hint = f", or resume it with fit --resume {shlex.quote(output)}" if is_run else ""
                 raise UserError(f"--output {folder}: the folder is not empty. Choose another one{hint}.") from error

@@ -1,8 +1,9 @@
-"""The round loop of a federation, where its clients run, and what it keeps on disk."""
+"""Round loop of a federated run, the engines that run its clients, and its files."""
 
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest, Engine, EngineConfig, RoundRequest
-from fedekd.federation.engines.multiprocess import MultiProcess, MultiProcessEngine
-from fedekd.federation.engines.ray_engine import Ray, RayEngine
+from fedekd.federation.engines.multiprocess import MultiProcess
+from fedekd.federation.engines.pool import PoolEngine
+from fedekd.federation.engines.ray_engine import Ray
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted
 from fedekd.federation.observer import Observer, SilentObserver
@@ -18,11 +19,10 @@ __all__ = [
     "EngineConfig",
     "Interrupted",
     "MultiProcess",
-    "MultiProcessEngine",
     "Observer",
     "Orchestrator",
+    "PoolEngine",
     "Ray",
-    "RayEngine",
     "RoundOptions",
     "RoundRequest",
     "RunFolder",

@@ -1,38 +1,79 @@
-"""Checkpoints that count only when they are whole: one file a client, one for the server, and a manifest, last.
+"""Checkpoints of a run, and the serialization of states.
 
-`checkpoints/` of a run holds `manifest-0003.json`, which names the files of round 3 with their SHA-256; a client
-that did not take part keeps its older file. A manifest is written after all its files are on the disk, and the
-files of the manifest before it stay, so that whatever happens there is one complete state to go on from.
+`checkpoints/` holds `manifest-0003.json`, which names the files of round 3 with their SHA-256: one file per client and
+one for the server. A client that did not take part keeps its older file. A manifest is written after all its files are
+on disk, and the files of the previous manifest stay, so that one complete state always exists.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedekd.atomic import atomic_file
-from fedekd.federation.storage import digest, pack, unpack
 
-#: How many manifests are kept: the newest, and one to fall back to.
-KEPT = 2
+#: Number of manifests on disk: the newest, and one to fall back to.
+NUM_MANIFESTS = 2
 
-#: The name of a manifest, exactly: somebody's copy of one beside it is none.
+#: Manifest file name; other files in the folder, such as a copy of a manifest, are ignored.
 _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
+
+
+def _canonical(state: Any) -> Any:
+    """Return the nested state on the CPU, in plain containers, with one object for equal strings.
+
+    Pickle writes a repeated string object as a reference: without this, a state read from a file would be serialized
+    to other bytes than the same state computed.
+    """
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {_canonical(key): _canonical(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_canonical(value) for value in state)
+    return sys.intern(state) if isinstance(state, str) else state
+
+
+def pack(state: Any) -> bytes:
+    """Serialize a nested state of tensors, numbers and strings; equal states give equal bytes."""
+    buffer = io.BytesIO()  # with a path, torch.save would write the file name into the file
+    torch.save(_canonical(state), buffer)
+    return buffer.getvalue()
+
+
+def unpack(content: bytes) -> Any:
+    """Return the state of `pack`, on the CPU; no code of the content is run.
+
+    Raises:
+        Exception: Any exception of torch, if the bytes are not a complete state of plain values.
+    """
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete state, verified against its manifest.
+    """Complete state of a run, verified against its manifest.
 
     Attributes:
-        round_idx: The round to begin with.
-        notes: What else was kept, as JSON values.
-        server: The method's server state.
-        clients: By client number: the client's state.
+        round: Next round.
+        notes: JSON values saved with it.
+        server: Server state of the method.
+        clients: State by client number.
     """
 
     round: int
@@ -42,24 +83,23 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """Checkpoints of one run.
 
     Args:
-        folder: Made when the first checkpoint is written.
+        folder: Folder of the files; created with the first checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, round_idx: int, notes: Mapping[str, Any], server: Any, clients: Iterable[tuple[int, Any]]) -> None:
-        """Write a checkpoint, and then drop those that are no longer needed.
+        """Write a checkpoint, then remove files that no manifest needs.
 
         Args:
-            round_idx: The round to begin with when going on from here.
+            round_idx: Next round, from which a resumed run continues.
             notes: JSON values.
-            server: The method's server state.
-            clients: Number and state of each client that changed since the last checkpoint, taken one at a time;
-                the others keep the file that the checkpoint before this one names.
+            server: Server state of the method.
+            clients: Number and state of each client that changed since the last checkpoint, consumed one at a time.
         """
         before = [earlier for earlier in self._rounds() if earlier < round_idx]
         files: dict[str, dict[str, str]] = dict(self._manifest(before[-1])["files"]) if before else {}
@@ -72,14 +112,18 @@ class CheckpointStore:
         self._prune(round_idx)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole, or None; and what is wrong with those that were passed over."""
-        complaints: list[str] = []
+        """Load the newest valid checkpoint.
+
+        Returns:
+            The checkpoint, None if there is none; and a message for each newer one that is corrupt.
+        """
+        messages: list[str] = []
         for round_idx in reversed(self._rounds()):
             try:
-                return self._load(round_idx), complaints
-            except Exception as error:  # a damaged file may fail in any way: the one before is then tried
-                complaints.append(f"the checkpoint of round {round_idx} is damaged ({error})")
-        return None, complaints
+                return self._load(round_idx), messages
+            except Exception as error:  # a corrupt file may raise any exception: try the previous checkpoint
+                messages.append(f"the checkpoint of round {round_idx} is corrupt ({error})")
+        return None, messages
 
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)
@@ -87,7 +131,7 @@ class CheckpointStore:
         for key, entry in manifest["files"].items():
             content = (self.folder / entry["file"]).read_bytes()
             if digest(content) != entry["sha256"]:
-                raise ValueError(f"{entry['file']} is not what was written")
+                raise ValueError(f"{entry['file']} does not match its SHA-256")
             states[key] = unpack(content)
         server = states.pop("server")
         clients = {int(key.removeprefix("client-")): state for key, state in states.items()}
@@ -104,20 +148,21 @@ class CheckpointStore:
         return self.folder / f"manifest-{round_idx:04d}.json"
 
     def _rounds(self) -> list[int]:
-        found = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("manifest-*.json"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("manifest-*.json"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def _manifest(self, round_idx: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(self._path(round_idx).read_text())
         return manifest
 
     def _prune(self, newest: int) -> None:
-        """Drop what is older than the manifest before `newest`, and what is younger: it was passed over as damaged."""
-        kept = [round_idx for round_idx in self._rounds() if round_idx <= newest][-KEPT:]
-        for round_idx in set(self._rounds()) - set(kept):
+        """Remove manifests that are too old, or newer than `newest` and therefore corrupt, and unused files."""
+        needed_rounds = [round_idx for round_idx in self._rounds() if round_idx <= newest][-NUM_MANIFESTS:]
+        for round_idx in set(self._rounds()) - set(needed_rounds):
             self._path(round_idx).unlink()
-        needed = {entry["file"] for round_idx in kept for entry in self._manifest(round_idx)["files"].values()}
+        manifests = map(self._manifest, needed_rounds)
+        needed = {entry["file"] for manifest in manifests for entry in manifest["files"].values()}
         for path in self.folder.iterdir():
-            # A draft is what a killed process left behind: nobody else writes here.
+            # A .tmp file is the unfinished write of a killed process: the folder has one writer.
             if path.suffix == ".tmp" or (path.suffix == ".pt" and path.name not in needed):
                 path.unlink()

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, but never in the middle of a checkpoint."""
+"""Handling of SIGINT and SIGTERM: a run may stop at any moment except while it writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Self
 
 
 class Interrupted(BaseException):
-    """The user, or the system, asked the run to stop.
+    """Exception raised by SIGINT and SIGTERM during a run.
 
-    Not a KeyboardInterrupt: a Lightning Trainer answers that one by leaving the process with exit code 1.
+    It does not derive from KeyboardInterrupt, on which a Lightning Trainer exits the process with code 1.
 
     Attributes:
         signal_number: SIGINT or SIGTERM.
@@ -25,14 +25,14 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into `Interrupted`, and holds them back inside `shield`.
+    """Context manager: SIGINT and SIGTERM raise `Interrupted`.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
-        self._shields = 0
+        self._depth = 0
         self._pending: int | None = None
 
     def __enter__(self) -> Self:
@@ -49,30 +49,30 @@ class Interrupts:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._shields:
+        if self._depth:
             self._pending = number
         else:
             raise Interrupted(number)
 
     @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Inside, an interrupt waits until the end of the block."""
-        self._shields += 1
+    def defer_signals(self) -> Iterator[None]:
+        """Context manager: raise `Interrupted` at the end of the block instead of inside it."""
+        self._depth += 1
         try:
             yield
         finally:
-            self._shields -= 1
-        if self._pending is not None and not self._shields:
+            self._depth -= 1
+        if self._pending is not None and not self._depth:
             number, self._pending = self._pending, None
             raise Interrupted(number)
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, signals wait, and handlers that are set there are forgotten.
+def block_signals() -> Iterator[None]:
+    """Context manager: deliver SIGINT and SIGTERM at the end of the block, and restore their handlers.
 
-    For short calls into a library that cannot bear an exception halfway, or takes the handlers for itself.
-    Outside the main thread, where no handler runs, it does nothing.
+    For short calls into a library that must not be interrupted, or that replaces the handlers. Outside the main
+    thread, where no handler runs, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Local, the reference of Delta: trained once per client, kept on disk by what it was trained from."""
+"""Local baseline of a client: the same model trained on its own data alone, cached on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 import fedekd
 from fedekd.atomic import atomic_file
-from fedekd.federation.storage import digest, pack, unpack
+from fedekd.federation.checkpoint import digest, pack, unpack
 from fedekd.methods import Client, Local
 
-#: Splits on which a client may later compare Local with what the federation gave it.
+#: Splits on which a client may compare its local model with the federated one.
 COMPARED_SPLITS = ("tuning", "holdout")
 
-#: What trains and scores a client: a reference made by other code is not reused.
+#: Code that trains and scores a client: a baseline of other code is not reused.
 TRAINING_CODE = (
     "data/batches.py",
     "functional",
@@ -45,18 +45,17 @@ def _training_code() -> str:
 
 
 def _code_of(objects: Iterable[object]) -> str:
-    """A hash of the files that define the classes of objects, PyTorch's own left to its version."""
-    modules = {type(each).__module__ for each in objects}
-    own = sorted(name for name in modules if not name.startswith("torch."))
-    files = [getattr(sys.modules[name], "__file__", None) for name in own]
+    """Hash the files that define the classes of objects, except PyTorch, whose version is in the key."""
+    names = sorted({type(item).__module__ for item in objects})
+    files = [getattr(sys.modules[name], "__file__", None) for name in names if not name.startswith("torch.")]
     return digest(b"".join(Path(file).read_bytes() for file in files if file))
 
 
 def baseline_key(client: Client) -> str:
-    """A hash of all that decides what Local gives a client: samples, model, weights, optimizer, seed and code."""
+    """Hash everything that determines a client's baseline: samples, model, weights, optimizer, seed and code."""
     spec = client.spec.hash_dict()
-    spec["client"].pop("proxy_model")  # the proxy takes no part in local training
-    for name in ("private_model", "private_models", "exits", "depths"):  # those of the others do not matter
+    spec["client"].pop("proxy_model")  # not used in local training
+    for name in ("private_model", "private_models", "exits", "depths"):  # of all clients; this client's follow
         spec["client"].pop(name)
     spec["client"]["private"] = client.spec.client.model_for(client.number)
     spec["client"]["stages"] = client.spec.client.exits_for(client.number)
@@ -77,44 +76,45 @@ def baseline_key(client: Client) -> str:
 
 @dataclass
 class LocalBaseline:
-    """What a client reaches on its own.
+    """Results of local training after each round.
 
     Attributes:
-        scores: Its test score after each round's supervised epochs: entry i after i + 1 rounds.
-        losses: What it loses on each sample of its own splits `tuning` and `holdout`, alike; see
-            `Client.losses`. They stay with the client.
+        scores: Test score; entry i is after i + 1 rounds of `local_epochs` each.
+        losses: Loss per sample of the splits `tuning` and `holdout`, see `Client.losses`. They stay on the client.
     """
 
     scores: list[float]
     losses: list[dict[str, Tensor]] = field(default_factory=list)
 
     def after(self, rounds: int) -> float:
-        """The score after so many rounds of supervised training; the first and the last one bound it."""
-        return self.scores[self._place(rounds)]
+        """Return the score after a number of rounds, clipped to those trained."""
+        return self.scores[self._index(rounds)]
 
     def losses_after(self, rounds: int, split: str) -> Tensor:
-        """The losses on a split after so many rounds, bounded alike; (n,)."""
-        return self.losses[self._place(rounds)][split]
+        """Return the losses (n,) on a split after a number of rounds, clipped to those trained."""
+        return self.losses[self._index(rounds)][split]
 
-    def _place(self, rounds: int) -> int:
+    def _index(self, rounds: int) -> int:
         return min(max(rounds, 1), len(self.scores)) - 1
 
 
 def train_local_baseline(client: Client, rounds: int, folder: Path | None) -> LocalBaseline:
-    """Train Local on a new client for some rounds, going on from what `folder` already holds.
+    """Train the local baseline, continuing from the cached rounds.
 
-    Every finished round is kept, so that a killed run loses one round of one client at most. More rounds than
-    asked for may be there already; only the scores of those asked for are given.
+    Every finished round is cached, so that a killed run loses at most one round of one client.
 
     Args:
-        client: A client as it is before its first round; it is changed.
-        rounds: Rounds of `local_epochs` each.
-        folder: Where references are kept; None keeps nothing.
+        client: Client in its initial state; it is changed.
+        rounds: Rounds of `local_epochs` each, at least 1.
+        folder: Folder of the cache; None caches nothing.
+
+    Returns:
+        Results of the requested rounds; the cache may have more.
     """
     method = Local()
     path = None if folder is None else folder / f"{baseline_key(client)}.pt"
-    reference, state = _read(path)
-    scores, losses = reference.scores, reference.losses
+    baseline, state = _read(path)
+    scores, losses = baseline.scores, baseline.losses
     if state is not None:
         client.load_state_dict(state)
     for round_idx in range(len(scores) + 1, rounds + 1):
@@ -128,9 +128,9 @@ def train_local_baseline(client: Client, rounds: int, folder: Path | None) -> Lo
 
 
 def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> bool:
-    """Make a new client what Local left after exactly so many rounds, if `folder` holds that; whether it does."""
-    reference, state = _read(None if folder is None else folder / f"{baseline_key(client)}.pt")
-    if state is None or len(reference.scores) != rounds:
+    """Load the local model of exactly `rounds` rounds into a new client, and return whether the cache has it."""
+    baseline, state = _read(None if folder is None else folder / f"{baseline_key(client)}.pt")
+    if state is None or len(baseline.scores) != rounds:
         return False
     client.load_state_dict(state)
     return True
@@ -142,5 +142,5 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
     try:
         content = unpack(path.read_bytes())
         return LocalBaseline(list(content["scores"]), list(content["losses"])), content["state"]
-    except Exception:  # a damaged file is worth no more than none: it is trained and written anew
+    except Exception:  # a corrupt file counts as missing: train again and overwrite it
         return LocalBaseline([]), None

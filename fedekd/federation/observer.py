@@ -1,4 +1,4 @@
-"""Who watches a federation: a display, a test, a notebook."""
+"""Observer of a run: a display, a test, a notebook."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Protocol
 
 
 class Observer(Protocol):
-    """Is told what happens. `fedekd.reporting.Display` is one."""
+    """Receiver of the events of a run, such as `fedekd.reporting.Display`."""
 
     def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
-        """The work begins, or goes on: training steps in all, and those already done."""
+        """Called once: number of rounds, training steps in total, and steps completed before a resume."""
         ...
 
     def round_started(self, round_idx: int) -> None:
-        """The participants are about to absorb aggregate number `round_idx`."""
+        """Called before the participants receive aggregate `round_idx`."""
         ...
 
     def phase_started(self, client: int, phase: str) -> None:
-        """A client begins a phase: `local`, `receive` or `update`."""
+        """Called when a client begins a phase: `local`, `receive` or `update`."""
         ...
 
     def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        """A client has ended a phase, which counted for `steps` training steps."""
+        """Called when a client ends a phase of `steps` training steps."""
         ...
 
     def round_finished(self, row: Mapping[str, float]) -> None:
-        """A round's scores are known and on disk."""
+        """Called with the metrics row of a round, which is on disk."""
         ...
 
     def warn(self, text: str) -> None:
-        """Something was put right or left out, and the user should know."""
+        """Called with a warning message."""
         ...
 
     def finished(self) -> None:
-        """No more will come."""
+        """Called once, at the end."""
         ...
 
 
 class SilentObserver:
-    """Says nothing but warnings; a base for observers that care for a few events only."""
+    """Observer that prints warnings only; a base class for observers of few events."""
 
     def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
         """See `Observer`."""
@@ -58,7 +58,7 @@ class SilentObserver:
         """See `Observer`."""
 
     def warn(self, text: str) -> None:
-        """One line on standard error."""
+        """Print one line on standard error."""
         print(f"warning: {text}", file=sys.stderr)
 
     def finished(self) -> None:

@@ -1,39 +1,73 @@
-"""How the rounds of a federation go: who takes part, what is accepted, and when it ends."""
+"""Options of the rounds, and the random draws that follow from them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedekd.errors import UserError
+from fedekd.seeding import derive_seed
 
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """How many rounds there are, and who takes part in them.
+    """Number of rounds, participation, and acceptance of updates.
 
     Args:
         rounds: Communication rounds, at least 1.
-        participation: Fraction of the clients that take part in a round, in (0, 1]; drawn anew each round.
-        dropout: Probability, in [0, 1), that a participant's update is lost on its way (a simulated fault).
-        quorum: How many accepted updates a round needs; with fewer the server keeps its state, and says so.
-        max_update_norm: Updates farther than this (2-norm) from what was sent are refused; null sets no bound.
+        participation: Fraction of the clients per round, in (0, 1], drawn for each round.
+        update_loss_rate: Probability in [0, 1) that an update is lost on the way to the server (simulated fault).
+        quorum: Accepted updates that a round needs, at least 1; with fewer the server keeps its state and warns.
+        max_update_norm: Largest accepted 2-norm of the difference between update and message; null sets no bound.
+
+    Raises:
+        UserError: If an option is out of range.
     """
 
     rounds: int = 5
     participation: float = 1.0
-    dropout: float = 0.0
+    update_loss_rate: float = 0.0
     quorum: int = 1
     max_update_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}, and must be at least 1")
-        if not 0 < self.participation <= 1:
-            raise UserError(f"participation is {self.participation}, and must be in (0, 1]")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}, and must be in [0, 1)")
-        if self.quorum < 1:
-            raise UserError(f"quorum is {self.quorum}, and must be at least 1")
-        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
-            raise UserError(f"max_update_norm is {self.max_update_norm}, and must be above 0, or null")
+        norm = self.max_update_norm
+        expected = {
+            "rounds": ("at least 1", self.rounds >= 1),
+            "participation": ("a fraction in (0, 1]", 0 < self.participation <= 1),
+            "update_loss_rate": ("a probability in [0, 1)", 0 <= self.update_loss_rate < 1),
+            "quorum": ("at least 1", self.quorum >= 1),
+            "max_update_norm": ("a finite number above 0, or null", norm is None or 0 < norm < math.inf),
+        }
+        for name, (allowed, is_valid) in expected.items():
+            if not is_valid:
+                raise UserError(f"{name}: expected {allowed}, got {getattr(self, name)}.")
+
+
+def participants(options: RoundOptions, num_clients: int, seed: int, round_idx: int) -> list[int]:
+    """Draw the clients of a round, ascending; after the last aggregate these are all clients.
+
+    Example:
+        >>> participants(RoundOptions(rounds=5, participation=0.5), 6, seed=0, round_idx=5)
+        [0, 1, 2, 3, 4, 5]
+        >>> len(participants(RoundOptions(rounds=5, participation=0.5), 6, seed=0, round_idx=1))
+        3
+    """
+    clients = list(range(num_clients))
+    if round_idx == options.rounds or options.participation == 1:
+        return clients
+    # Halves are rounded up: Python's round would give 2 of 2.5 clients and 4 of 3.5.
+    size = max(1, int(np.floor(options.participation * num_clients + 0.5)))
+    rng = np.random.default_rng(derive_seed(seed, round_idx, "participation"))
+    return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
+
+
+def lost_updates(options: RoundOptions, num_clients: int, seed: int, round_idx: int) -> set[int]:
+    """Draw the clients whose update is lost in a round.
+
+    All clients are drawn, so that the result does not depend on the participants.
+    """
+    rng = np.random.default_rng(derive_seed(seed, round_idx, "dropout"))
+    return {client for client, lost in enumerate(rng.random(num_clients) < options.update_loss_rate) if lost}

@@ -1,4 +1,4 @@
-"""The round loop of a federation, and nothing that a method, an engine or a file format could know better."""
+"""Round loop of a federated run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
+from fedekd.federation.checks import check_do_no_harm, check_models
 from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.options import RoundOptions
-from fedekd.federation.participation import lost_updates, participants
-from fedekd.federation.progress import Progress
+from fedekd.federation.options import RoundOptions, lost_updates, participants
+from fedekd.federation.results import Progress, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
-from fedekd.federation.summary import summarize
 from fedekd.federation.update_validation import UpdateValidator
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
-from fedekd.methods.client import has_batch_norm
-from fedekd.models import check_model
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
 from fedekd.reporting import Tracker
@@ -40,26 +37,34 @@ EngineFactory = Callable[[Method, FederatedDataModule, FederationSpec, Path | No
 class Orchestrator:
     """Runs a federation: `Orchestrator(FedeKD(), FederatedDataModule("digits")).run()`.
 
-    Every random choice is drawn from (seed, client, round, phase): the order in which clients run, the engine, and
-    a stop and resume change no number.
+    R rounds are R + 1 passes of the loop. Pass 0 only loads the initial message and prepares updates; pass R only
+    receives::
+
+        round   0            1                        ...  R-1                       R
+        server  broadcast 0  aggregate, broadcast 1        aggregate, broadcast R-1  aggregate, broadcast R
+        client  load         receive  score                receive  score            receive  score  -> final Delta
+                update       update                        update                    (no update; do-no-harm decides)
+
+    Every random draw is seeded from (seed, client, round, phase): the order of clients, the engine, and a stop and
+    resume change no result.
 
     Args:
-        method: What is federated.
-        data: Whose data.
-        client: What a client trains.
-        trainer: On which device, in what precision, on how many threads.
-        rounds: How many rounds, and who takes part.
-        seed: Seeds everything but the partition, which `data.seed` seeds.
-        output: The run's folder; None writes nothing at all.
-        baseline_dir: Where Local's references are kept for all runs; None trains them anew.
-        loggers: Lightning loggers; each gets one call a round.
-        observer: Is told what happens.
-        config: What the run was configured with; kept beside the results and compared on resume.
-        do_no_harm: When a client takes the federated model; None has it take it always.
-        engine: Where clients run: `Sequential()`, which is the default, `MultiProcess(2)`, or whatever makes an engine.
+        method: Federated method.
+        data: Data and partition; loaded on first use.
+        client: Models and training of a client.
+        trainer: Device, precision and threads.
+        rounds: Number of rounds, participation, and acceptance of updates.
+        seed: Seed of everything except the partition, whose seed is `data.seed`.
+        output: Run folder; None writes nothing.
+        baseline_dir: Folder of local baselines, shared by runs; None trains them for this run.
+        loggers: Lightning loggers, called once per round.
+        observer: Receives events and warnings.
+        config: Configuration of the run; saved with the results and compared on resume.
+        engine: Where clients run, such as `Sequential()` (the default), `MultiProcess(2)` or any engine factory.
+        do_no_harm: Rule by which a client deploys the federated model; None deploys it always.
 
     Raises:
-        UserError: If the parts do not fit together, or the device is not there.
+        UserError: If the parts do not fit together, the data cannot be loaded, or the device is missing.
     """
 
     def __init__(
@@ -81,17 +86,18 @@ class Orchestrator:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
         self.do_no_harm = do_no_harm
         self.observer = observer or SilentObserver()
-        data.prepare_data()
-        data.setup()
         self.data, self.task = data, data.task
         self.num_clients = len(data.clients)
-        in_a_round = len(participants(self.options, self.num_clients, seed, 0))
-        if self.options.quorum > in_a_round:
-            raise UserError(f"quorum is {self.options.quorum}, but only {in_a_round} clients take part in a round")
-        placement = engine if engine is not None else Sequential()
+        per_round = len(self._participants(0))
+        if self.options.quorum > per_round:
+            raise UserError(
+                f"quorum: expected at most {per_round} (clients per round), got {self.options.quorum}."
+                " Lower --quorum or raise --participation."
+            )
+        engine = engine if engine is not None else Sequential()
         trainer = trainer or TrainerFactory()
-        if trainer.threads == "auto" and isinstance(placement, EngineConfig):
-            trainer = replace(trainer, threads=placement.threads(usable_cores(), self.num_clients))
+        if trainer.threads == "auto" and isinstance(engine, EngineConfig):
+            trainer = replace(trainer, threads=engine.threads(usable_cores(), self.num_clients))
         client = client or ClientOptions()
         self.adds_exits = method.exits is not None and client.exits is None
         self.spec = FederationSpec.from_parts(
@@ -103,84 +109,40 @@ class Orchestrator:
             num_clients=self.num_clients,
             default_exits=method.exits,
         )
-        self._require_models_that_fit()
-        self._require_comparable()
-        references = None if baseline_dir is None else Path(baseline_dir)
-        self.engine = placement(method, data, self.spec, references, self.observer)
-        self.guard = UpdateValidator(self.options.max_update_norm)
+        check_models(self.spec, data)
+        if do_no_harm is not None:
+            check_do_no_harm(do_no_harm, method, data, self.options.rounds)
+        self.engine = engine(
+            method, data, self.spec, None if baseline_dir is None else Path(baseline_dir), self.observer
+        )
+        self.validator = UpdateValidator(self.options.max_update_norm)
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output)
         self.progress = Progress()
         self.interrupts = Interrupts()
 
-    def _require_comparable(self) -> None:
-        """There must be two models to compare, and samples for it that training has not seen."""
-        if self.do_no_harm is None:
-            return
-        name, looks = type(self.method).__name__, self.do_no_harm.looks
-        if self.method.is_local_baseline:
-            raise UserError(f"do_no_harm compares a method with Local, and the method is {name}")
-        if "validation" in self.method.training_splits:
-            raise UserError(
-                f"do_no_harm compares models on a part of the validation split, from which method {name} learns"
-            )
-        if self.task == "classification" and self.do_no_harm.margin >= 1:
-            raise UserError(f"do_no_harm.margin is {self.do_no_harm.margin}, and accuracies differ by less than 1")
-        if looks > self.options.rounds:
-            raise UserError(f"do_no_harm.looks is {looks}, and there are {self.options.rounds} rounds")
-        for splits in self.data.clients:
-            if not len(getattr(splits, self.do_no_harm.split)):
-                raise UserError(
-                    f"do_no_harm compares on the {self.do_no_harm.split} split, and client {splits.client} has no"
-                    " sample in it; raise data.min_samples or the second of data.fractions"
-                )
-
-    def _require_models_that_fit(self) -> None:
-        """Try each model on two images, and say now, not in the middle of a round, what it cannot do."""
-        smallest = min(self.data.clients, key=lambda splits: len(splits.train))
-        single = self.data.batch_size == 1 or len(smallest.train) == 1
-        # One client of each kind is enough.
-        owners = {self.spec.architecture_key(number): number for number in reversed(range(self.num_clients))}.values()
-        for role, owner in [*(("private", owner) for owner in owners), ("proxy", 0)]:
-            network = self.spec.build_model(role, owner)
-            check_model(
-                network.float().cpu(),
-                in_channels=self.spec.in_channels,
-                image_size=self.spec.image_size,
-                num_outputs=self.spec.num_outputs,
-                flag=f"client.{role}_model",
-            )
-            # BatchNorm cannot train on one sample.
-            if single and has_batch_norm(network):
-                raise UserError(
-                    f"client.{role}_model has BatchNorm, which cannot train on batches of one sample:"
-                    f" data.batch_size is {self.data.batch_size}, and client {smallest.client} has"
-                    f" {len(smallest.train)} training samples; raise data.batch_size or data.min_samples"
-                )
-
     def run(self) -> dict[str, Any]:
-        """Run, or go on from the newest whole checkpoint, to the end.
+        """Run to the end, from the newest valid checkpoint if there is one.
 
         Returns:
-            The summary, as `summary.json` holds it.
+            The summary, the content of `summary.json`.
 
         Raises:
-            UserError: If the checkpoint belongs to another configuration or other data, or another process is at work
-                in the folder.
-            Interrupted: On Ctrl-C; what was finished is kept.
+            UserError: If the checkpoint is of another configuration or other data, or the folder is locked.
+            Interrupted: On SIGINT or SIGTERM; completed rounds are saved.
         """
         with self.interrupts, self.folder.lock() if self.folder is not None else nullcontext():
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 self.method.init_server(self.spec)
                 self._resume()
                 self._start_logging()
-                self._train_references()
+                self._train_baselines()
                 for round_idx in range(self.progress.round, self.options.rounds + 1):
                     changed = self._run_round(round_idx)
-                    self.progress.seconds += time.monotonic() - began
-                    began = time.monotonic()
+                    self.progress.seconds += time.monotonic() - start
+                    start = time.monotonic()
                     self._checkpoint(round_idx, changed)
                 summary = summarize(self)
                 self._finish(summary)
@@ -192,49 +154,38 @@ class Orchestrator:
         return summary
 
     def load_clients(self) -> list[Client]:
-        """The clients of a finished run as they are after the last round, in this process.
+        """Load the clients of a finished run, as they are after the last round, into this process.
 
         Raises:
-            UserError: If there is no whole checkpoint of a finished run, or clients do not run in this process.
+            UserError: If the last checkpoint is missing or corrupt, or the engine is not sequential.
         """
-        if not isinstance(self.engine, SequentialEngine):
-            raise UserError(f"clients are given by the engine Sequential, and this is {type(self.engine).__name__}")
+        engine = self._sequential_engine()
         self.method.init_server(self.spec)
         self._restore_finished()
-        return [self.engine.client(number) for number in range(self.num_clients)]
+        return [engine.client(number) for number in range(self.num_clients)]
 
     def baseline_clients(self) -> list[Client | None]:
-        """The clients as Local left them after this run's rounds; None for those that are not kept.
+        """Load the clients with the local baseline of this run's rounds; None for a client without a cached one.
 
         Raises:
-            UserError: If clients do not run in this process.
+            UserError: If the engine is not sequential.
         """
-        if not isinstance(self.engine, SequentialEngine):
-            raise UserError(f"clients are given by the engine Sequential, and this is {type(self.engine).__name__}")
-        return [self.engine.baseline_client(number, self.options.rounds) for number in range(self.num_clients)]
-
-    def _restore_finished(self) -> None:
-        complaints = self._restore()
-        if self.progress.round <= self.options.rounds:
-            folder = shlex.quote(str(self.folder.folder)) if self.folder is not None else "RUN"
-            again = f"fit --resume {folder} makes it again"
-            if complaints:
-                raise UserError(f"{folder}: {complaints[0]}; {again}")
-            raise UserError(f"{folder}: there is no checkpoint of the last round; without summary.json, {again}")
+        engine = self._sequential_engine()
+        return [engine.baseline_client(number, self.options.rounds) for number in range(self.num_clients)]
 
     def evaluate_checkpoint(self) -> dict[str, Any]:
-        """Score the clients of a finished run again, from its checkpoint.
+        """Score the clients of a finished run from its checkpoint, and write nothing.
 
         Returns:
-            The summary that the scores give; nothing is written.
+            The summary of these scores.
 
         Raises:
-            UserError: If there is no whole checkpoint of a finished run.
+            UserError: If the last checkpoint is missing or corrupt.
         """
         try:
             self.method.init_server(self.spec)
             self._restore_finished()
-            self._train_references()
+            self._train_baselines()
             for number in range(self.num_clients):
                 self.progress.records[number].score = self.engine.score(number)
             return summarize(self)
@@ -242,46 +193,46 @@ class Orchestrator:
             self.engine.close()
 
     def _run_round(self, round_idx: int) -> list[int]:
-        """Broadcast aggregate `round_idx`; let participants absorb, be scored and upload; aggregate what is accepted.
+        """Broadcast aggregate `round_idx`, run the participants, and aggregate the accepted updates.
 
         Returns:
-            The clients that have changed: the participants, but for those that did not answer.
+            The clients whose state changed: the participants that answered.
         """
-        last = round_idx == self.options.rounds
+        is_last = round_idx == self.options.rounds
         self.observer.round_started(round_idx)
-        taking_part = participants(self.options, self.num_clients, self.seed, round_idx)
-        broadcast = self.method.broadcast(taking_part, round_idx)
-        updates, visited = [], []
+        numbers = self._participants(round_idx)
+        broadcast = self.method.broadcast(numbers, round_idx)
         comparison = None
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
-            comparison = ComparisonRequest(self.do_no_harm, self._reference_rounds())
-        request = RoundRequest(taking_part, broadcast, round_idx, collect_updates=not last, comparison=comparison)
+            comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds())
+        request = RoundRequest(numbers, broadcast, round_idx, collect_updates=not is_last, comparison=comparison)
+        updates, changed = [], []
         for result in self.engine.run_clients(request):
-            visited.append(result.client)
+            changed.append(result.client)
             self.progress.add_bytes_down(state_dict_bytes(broadcast.to(result.client)))
             if round_idx > 0:
                 self.progress.add_result(result)
             if result.update is not None:
                 updates.append(result.update)
-        if round_idx > 0 and self.progress.records:  # nobody may have answered yet
-            self.progress.row(round_idx, self.task)
-        if not last:
+        if round_idx > 0 and self.progress.records:  # empty until a client has answered
+            self.progress.add_row(round_idx, self.task)
+        if not is_last:
             self._aggregate(updates, broadcast, round_idx)
         self.progress.round = round_idx + 1
-        gc.collect()  # Trainers hold on to each other, and to what they trained
-        return visited
+        gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory
+        return changed
 
     def _aggregate(self, updates: Sequence[ClientUpdate], broadcast: Broadcast, round_idx: int) -> None:
-        """Hand the method the updates that arrived and are sound, in the order of their clients."""
+        """Aggregate the updates that arrived and are valid, ordered by client."""
         lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
         accepted = []
         for update in sorted(updates, key=lambda update: update.client):
             if update.client in lost and update.state:
-                self.observer.warn(f"round {round_idx + 1}: the update of client {update.client} was lost")
+                self.observer.warn(f"round {round_idx + 1}: update of client {update.client} was lost")
                 continue
             self.progress.add_bytes_up(state_dict_bytes(update.state))
-            if reason := self.guard.objection(update.state, broadcast.to(update.client)):
-                self.observer.warn(f"round {round_idx + 1}: refused the update of client {update.client}: {reason}")
+            if reason := self.validator.check(update.state, broadcast.to(update.client)):
+                self.observer.warn(f"round {round_idx + 1}: update of client {update.client} rejected: {reason}")
                 continue
             accepted.append(update)
         self.progress.traffic.updates = len(accepted)
@@ -289,104 +240,113 @@ class Orchestrator:
             self.method.aggregate(accepted, round_idx)
         else:
             self.observer.warn(
-                f"round {round_idx + 1}: {len(accepted)} updates are fewer than the quorum of {self.options.quorum};"
+                f"round {round_idx + 1}: {len(accepted)} updates are below the quorum of {self.options.quorum};"
                 " the server keeps its state"
             )
 
-    def _train_references(self) -> None:
-        """Local, before round 0: for each client as many rounds as it will be trained for at most."""
-        if not self.progress.local:
-            references = self.engine.local_baselines(self._reference_rounds())
-            self.progress.local = {number: reference.scores for number, reference in sorted(references.items())}
+    def _participants(self, round_idx: int) -> list[int]:
+        return participants(self.options, self.num_clients, self.seed, round_idx)
 
-    def _reference_rounds(self) -> dict[int, int]:
-        """How many rounds of Local each client is measured against at most."""
+    def _train_baselines(self) -> None:
+        """Train the local baselines, before round 0, unless the checkpoint has their scores."""
+        if not self.progress.local:
+            baselines = self.engine.local_baselines(self._baseline_rounds())
+            self.progress.local = {number: baseline.scores for number, baseline in sorted(baselines.items())}
+
+    def _baseline_rounds(self) -> dict[int, int]:
+        """Return the most rounds of supervised training that each client gets; empty for Local itself."""
         if self.method.is_local_baseline:
             return {}
-        visits = [participants(self.options, self.num_clients, self.seed, r) for r in range(self.options.rounds)]
+        rounds = [self._participants(round_idx) for round_idx in range(self.options.rounds)]
         return {
-            number: min(self.options.rounds, 1 + sum(number in taking_part for taking_part in visits))
+            number: min(self.options.rounds, 1 + sum(number in numbers for numbers in rounds))
             for number in range(self.num_clients)
         }
 
     def _resume(self) -> None:
-        """Take up what there is of the run; one that was finished is finished no more where its end is damaged."""
-        complaints = self._restore()
-        where = f"going on from round {self.progress.round}" if self.progress.round else "starting anew"
-        for complaint in complaints:
-            self.observer.warn(f"{complaint}; {where}")
-        if complaints and self.folder is not None:
+        """Resume from the newest valid checkpoint; reopen a finished run whose final checkpoint is corrupt."""
+        messages = self._restore()
+        action = f"continuing from round {self.progress.round}" if self.progress.round else "starting from round 0"
+        for message in messages:
+            self.observer.warn(f"{message}; {action}")
+        if messages and self.folder is not None:
             self.folder.reopen()
 
     def _restore(self) -> list[str]:
-        """Take up the newest whole checkpoint, if there is one; gives what is wrong with those that are newer."""
+        """Load the newest valid checkpoint, and return a message for each newer one that is corrupt."""
         if self.folder is None:
             return []
-        checkpoint, complaints = self.folder.restore(self._identity())
+        checkpoint, messages = self.folder.restore(self._identity())
         if checkpoint is None:
-            return complaints
+            return messages
         self.progress = Progress.from_json(checkpoint.notes["progress"])
         self.method.server_state = checkpoint.server
         for number, state in checkpoint.clients.items():
             self.engine.load_client_state(number, state)
-        self._require_compared()
-        return complaints
+        is_finished = self.progress.round > self.options.rounds
+        has_comparisons = any(record.comparison for record in self.progress.records.values())
+        if is_finished and self.do_no_harm is not None and not has_comparisons:
+            raise UserError("do_no_harm: this run finished without it, and has no comparisons. Start a new run.")
+        return messages
 
-    def _require_compared(self) -> None:
-        """A run that finished without do_no_harm has compared nothing, and cannot tell what is kept."""
-        finished = self.progress.round > self.options.rounds
-        if finished and self.do_no_harm is not None and not any(r.comparison for r in self.progress.records.values()):
-            raise UserError("do_no_harm was not asked for when this run was made, and it is finished; run it anew")
+    def _restore_finished(self) -> None:
+        messages = self._restore()
+        if self.progress.round <= self.options.rounds:
+            folder = shlex.quote(str(self.folder.folder)) if self.folder is not None else "RUN"
+            repeat = f"repeats it: fit --resume {folder}"
+            if messages:
+                raise UserError(f"{folder}: {messages[0]}. This {repeat}")
+            raise UserError(f"{folder}: no checkpoint of the last round. Without summary.json, this {repeat}")
+
+    def _sequential_engine(self) -> SequentialEngine:
+        if not isinstance(self.engine, SequentialEngine):
+            raise UserError(f"engine: expected Sequential to load clients, got {type(self.engine).__name__}.")
+        return self.engine
 
     def _checkpoint(self, round_idx: int, changed: Sequence[int]) -> None:
-        """Make the round count: checkpoint first, then everything that can be written again from it."""
+        """Save the round: first the checkpoint, then the logs, which can be written again from it."""
         if self.folder is not None:
-            with self.interrupts.shield():
-                self.folder.keep(
-                    self.progress,
-                    self.method.server_state,
-                    ((number, self.engine.client_state(number)) for number in changed),
-                    self._identity(),
-                )
+            with self.interrupts.defer_signals():
+                states = ((number, self.engine.client_state(number)) for number in changed)
+                self.folder.save(self.progress, self.method.server_state, states, self._identity())
         if round_idx > 0 and self.progress.history:
             self.tracker.log_round(self.progress.history[-1])
             self.observer.round_finished(self.progress.history[-1])
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
-        """Say what is left to say; the run counts as finished only when everybody has heard it."""
+        """Write figures, log the summary, close the loggers; summary.json is written last."""
         if self.folder is not None:
-            self.folder.draw(summary, self.progress.history, self.data)
+            self.folder.write_figures(summary, self.progress.history, self.data)
             self.tracker.log_artifacts(self.folder.checkpoints.folder)
         self.tracker.log_summary(summary)
         self.tracker.close()
         if self.folder is not None:
-            self.folder.conclude(summary, self.progress.history)
+            self.folder.finalize(summary, self.progress.history)
         self.observer.finished()
 
     def _start_logging(self) -> None:
-        """Tell the display how much there is to do, and the loggers what they may have missed."""
+        """Log the configuration and the rounds of the checkpoint, and report the number of training steps."""
         if self.adds_exits:
             self.observer.warn(
-                f"method {type(self.method).__name__} needs exits: client.private_model is cut into"
-                f" {self.method.exits} stages with an exit each (--client.exits says how many)"
+                f"method {type(self.method).__name__} needs exits: client.private_model is split into"
+                f" {self.method.exits} stages with one exit each (set by --client.exits)"
             )
         if self.folder is not None:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)
         steps = [-(-len(splits.train) // self.data.batch_size) for splits in self.data.clients]
         epochs = self.spec.client.local_epochs
-        local = epochs * sum(steps[number] * rounds for number, rounds in self._reference_rounds().items())
+        local = epochs * sum(steps[number] * rounds for number, rounds in self._baseline_rounds().items())
         total, done = local, local if self.progress.local else 0
         for round_idx in range(self.options.rounds + 1):
             phases = (round_idx > 0) + (round_idx < self.options.rounds)
-            taking_part = participants(self.options, self.num_clients, self.seed, round_idx)
-            cost = phases * epochs * sum(steps[number] for number in taking_part)
+            cost = phases * epochs * sum(steps[number] for number in self._participants(round_idx))
             total += cost
             done += cost if round_idx < self.progress.round else 0
         self.observer.started(self.options.rounds, total, done)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, beyond the configuration."""
+        """Return what a checkpoint must agree with, in addition to the configuration."""
         settings = {name: value for name, value in vars(self.method).items() if name != "server_state"}
         return {
             "method": {type(self.method).__name__: to_json_value(settings)},

@@ -1,9 +1,8 @@
-"""The folder of a run: its configuration, checkpoints, metrics, summary and figures."""
+"""Folder of a run: configuration, checkpoints, metrics, summary and figures."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,33 +11,32 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from fedekd.atomic import atomic_file
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
-from fedekd.federation.progress import Progress
+from fedekd.federation.results import Progress
 from fedekd.reporting import figures, write_metrics_csv
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
-#: Options that change no number: a run may go on with other ones.
+#: Options that do not affect results and may change on resume.
 RUNTIME_OPTIONS = ("data.root", "data.download", "baseline_dir", "trainer.device", "logger", "engine")
+
+#: Empty file in the run folder that is locked during a run.
+LOCK_FILE = ".lock"
 
 
 def first_difference(
     ours: Any, theirs: Any, ignored: Collection[str] = (), path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """The first place at which two nested configurations differ, as (key, ours, theirs).
+    """Return the first difference between two nested configurations as (dotted key, ours, theirs).
 
     Args:
         ours: One configuration.
-        theirs: The other.
+        theirs: Another configuration.
         ignored: Dotted keys that may differ.
-        path: The dotted key at which the two lie.
+        path: Dotted key of the two values themselves.
 
     Example:
         >>> first_difference({"data": {"alpha": 0.1}}, {"data": {"alpha": 0.3}})
@@ -48,21 +46,22 @@ def first_difference(
     if path in ignored:
         return None
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        ours, theirs = (dict(enumerate(each)) for each in (ours, theirs))
+        ours, theirs = (dict(enumerate(items)) for items in (ours, theirs))
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
-            found = first_difference(ours.get(key), theirs.get(key), ignored, f"{path}.{key}" if path else str(key))
-            if found is not None:
-                return found
+            name = f"{path}.{key}" if path else str(key)
+            difference = first_difference(ours.get(key), theirs.get(key), ignored, name)
+            if difference is not None:
+                return difference
         return None
     both_nan = ours != ours and theirs != theirs
     return None if both_nan or ours == theirs else (path, ours, theirs)
 
 
 def drop_unknown_keys(before: Any, now: Any) -> Any:
-    """What is said now, without the keys that were not known before.
+    """Return `now` without the keys that `before` lacks.
 
-    An option that a run knows nothing of is younger than the run, and its default does what was done then.
+    Options added after a run was created are ignored: their defaults reproduce the old behaviour.
 
     Example:
         >>> drop_unknown_keys({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
@@ -74,27 +73,27 @@ def drop_unknown_keys(before: Any, now: Any) -> Any:
 
 
 def to_json_value(value: Any) -> Any:
-    """A configuration as values that JSON keeps as they are; an object as its class and its attributes."""
+    """Convert a configuration to JSON values; an object becomes its class name and its attributes."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
         return {str(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json_value(item) for item in value]
-    own = {} if isinstance(value, torch.nn.Module) else getattr(value, "__dict__", {})
-    return {"class": type(value).__qualname__, **to_json_value(own)}
+    attributes = {} if isinstance(value, torch.nn.Module) else getattr(value, "__dict__", {})
+    return {"class": type(value).__qualname__, **to_json_value(attributes)}
 
 
 class FolderInUseError(UserError):
-    """Another process is at work in a run's folder."""
+    """Raised when another process has locked a run folder."""
 
 
 class RunFolder:
-    """Where a run writes.
+    """Folder of a run.
 
     Args:
-        folder: The run's folder; made if missing.
-        config: What the run was configured with, as JSON values; enough to repeat it.
+        folder: Path; created if missing.
+        config: Configuration of the run as JSON values, enough to repeat it.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -104,50 +103,61 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Inside, no other process can claim the folder, and the configuration is in it; one that is killed frees it.
+        """Context manager: lock the folder against other processes, and write its configuration.
+
+        The lock ends with the process. Its empty file stays, since removing it would let two processes lock two files.
 
         Raises:
-            FolderInUseError: If another one has.
+            FolderInUseError: If another process has locked it.
         """
-        with _locked(self.folder):
+        try:
+            lock = FileLock(self.folder / LOCK_FILE).acquire(timeout=0)
+        except Timeout as error:
+            raise FolderInUseError(f"{self.folder}: run folder is locked by another process") from error
+        with lock:
             if self.config and not (self.folder / "config.yaml").exists():
                 with atomic_file(self.folder / "config.yaml") as file:
                     file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
             yield
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, if it is one of this configuration and this data.
+        """Load the newest valid checkpoint.
+
+        Args:
+            identity: JSON values that must equal those of the checkpoint.
+
+        Returns:
+            The checkpoint, None if there is none; and a message for each newer one that is corrupt.
 
         Raises:
-            UserError: If it is not.
+            UserError: If the checkpoint is of another configuration or other data.
         """
-        for draft in self.folder.glob(".*.tmp"):  # what a killed process left behind: nobody else writes here
-            draft.unlink()
-        checkpoint, complaints = self.checkpoints.load()
+        for unfinished in self.folder.glob(".*.tmp"):  # of a killed process: the folder has one writer
+            unfinished.unlink()
+        checkpoint, messages = self.checkpoints.load()
         if checkpoint is not None:
-            kept = checkpoint.notes
-            config = drop_unknown_keys(kept["config"], self.config)
-            if difference := first_difference(kept["config"], config, RUNTIME_OPTIONS):
+            notes = checkpoint.notes
+            config = drop_unknown_keys(notes["config"], self.config)
+            now_identity = drop_unknown_keys(notes["identity"], dict(identity))
+            difference = first_difference(notes["config"], config, RUNTIME_OPTIONS)
+            if difference := difference or first_difference(notes["identity"], now_identity):
                 key, before, now = difference
                 raise UserError(
-                    f"{self.folder} was run with {key}: {before!r}, and the configuration now says {now!r};"
-                    " resume with the same configuration, or start a new run with --output"
+                    f"{self.folder}: {key}: expected the saved value {before!r}, got {now!r}."
+                    " Resume with the same configuration, or start a new run with --output."
                 )
-            if difference := first_difference(kept["identity"], drop_unknown_keys(kept["identity"], dict(identity))):
-                key, before, now = difference
-                raise UserError(f"{self.folder} was run with other {key}: it was {before}, and is now {now}")
-        return checkpoint, complaints
+        return checkpoint, messages
 
-    def keep(
+    def save(
         self, progress: Progress, server: Any, clients: Iterable[tuple[int, Any]], identity: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint that makes the last round count, and metrics.csv from it."""
+        """Write a checkpoint, which makes the last round count, and then metrics.csv."""
         notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)
         if progress.history:
             write_metrics_csv(progress.history, self.folder / "metrics.csv")
 
-    def draw(
+    def write_figures(
         self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]], data: FederatedDataModule
     ) -> None:
         """Write the figures of a finished run."""
@@ -158,27 +168,27 @@ class RunFolder:
         if (gate := figures.gate_weights(history)) is not None:
             figures.save(gate, folder / "gate_weights.png")
 
-    def conclude(self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
-        """Write metrics.csv and, last of all, summary.json, by which a run counts as finished."""
+    def finalize(self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
+        """Write metrics.csv, then summary.json, which marks the run as finished."""
         write_metrics_csv(history, self.folder / "metrics.csv")
         with atomic_file(self.folder / "summary.json") as file:
             file.write((json.dumps(dict(summary), indent=2) + "\n").encode())
 
-    def is_damaged(self) -> bool:
-        """Whether the newest checkpoint is; not if there is none any more."""
-        _, complaints = self.checkpoints.load()
-        return bool(complaints)
+    def is_corrupt(self) -> bool:
+        """Return whether the newest checkpoint is corrupt; False if there is none."""
+        _, messages = self.checkpoints.load()
+        return bool(messages)
 
     def reopen(self) -> None:
-        """Make a finished run one that is not."""
+        """Mark a finished run as unfinished."""
         (self.folder / "summary.json").unlink(missing_ok=True)
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that.
+        """Summary of a finished run; None for an unfinished one.
 
         Raises:
-            UserError: If it cannot be read as one.
+            UserError: If `summary.json` is corrupt.
         """
         path = self.folder / "summary.json"
         if not path.exists():
@@ -188,24 +198,5 @@ class RunFolder:
         except ValueError:  # JSONDecodeError, UnicodeDecodeError
             summary = None
         if not isinstance(summary, dict):
-            raise UserError(f"{path} is damaged; remove it and go on with fit --resume {shlex.quote(str(self.folder))}")
+            raise UserError(f"{path} is corrupt. Remove it and run: fit --resume {shlex.quote(str(self.folder))}")
         return summary
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process; where there are no locks, nothing is held."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderInUseError(f"{folder}: another process is at work there") from error
-        except OSError:  # a file system that knows no locks
-            pass
-        yield
-    finally:
-        os.close(handle)

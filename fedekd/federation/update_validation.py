@@ -1,4 +1,4 @@
-"""What an update must be before it is averaged: like what the client was sent, and finite."""
+"""Validation of client updates before they are averaged."""
 
 from __future__ import annotations
 
@@ -12,37 +12,40 @@ from fedekd.methods import StateDict
 
 @dataclass(frozen=True)
 class UpdateValidator:
-    """Refuses updates that would spoil the average.
+    """Rejects updates with wrong keys, shapes or dtypes, non-finite values or a too large norm.
 
     Args:
-        max_norm: The largest accepted 2-norm of the difference to what was sent; None sets no bound.
+        max_norm: Largest accepted 2-norm of the difference between update and message; None sets no bound.
     """
 
     max_norm: float | None = None
 
-    def objection(self, update: StateDict, sent: StateDict) -> str | None:
-        """Why an update is refused, in a few words; None if it is accepted.
+    def check(self, update: StateDict, sent: StateDict) -> str | None:
+        """Check an update.
 
         Args:
-            update: What the client sends.
-            sent: What the client was sent; names, shapes and dtypes must be the same.
+            update: State dict from the client.
+            sent: State dict that the client received; keys, shapes and dtypes must be equal.
+
+        Returns:
+            The reason to reject it; None if it is valid.
         """
         if missing := sent.keys() - update.keys():
-            return f"it lacks {sorted(missing)[0]!r}"
+            return f"key {sorted(missing)[0]!r} is missing"
         if unknown := update.keys() - sent.keys():
-            return f"it holds {sorted(unknown)[0]!r}, which the client was not sent"
+            return f"key {sorted(unknown)[0]!r} was not sent to the client"
         squared = 0.0
         for name, tensor in update.items():
-            model = sent[name]
-            if tensor.shape != model.shape:
-                return f"{name!r} has shape {tuple(tensor.shape)} instead of {tuple(model.shape)}"
-            if tensor.dtype != model.dtype:
-                return f"{name!r} is {tensor.dtype} instead of {model.dtype}"
+            reference = sent[name]
+            if tensor.shape != reference.shape:
+                return f"{name!r}: expected shape {tuple(reference.shape)}, got {tuple(tensor.shape)}"
+            if tensor.dtype != reference.dtype:
+                return f"{name!r}: expected {reference.dtype}, got {tensor.dtype}"
             if tensor.is_floating_point():
                 if not bool(torch.isfinite(tensor).all()):
-                    return f"{name!r} holds values that are not finite"
+                    return f"{name!r}: expected finite values, got NaN or infinity"
                 if self.max_norm is not None:
-                    squared += float((tensor.double() - model.to(tensor.device).double()).square().sum())
+                    squared += float((tensor.double() - reference.to(tensor.device).double()).square().sum())
         if self.max_norm is not None and not math.sqrt(squared) <= self.max_norm:
-            return f"its norm is {math.sqrt(squared):.4g}, above max_update_norm {self.max_norm:g}"
+            return f"max_update_norm: expected a 2-norm of at most {self.max_norm:g}, got {math.sqrt(squared):.4g}"
         return None

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions, RunFolder
-from fedekd.federation.participation import participants
+from fedekd.federation.options import participants
 from fedekd.flower.description import SiteData, require_agreement, require_consistent_sites, shared_config
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
 from fedekd.flower.messages import BASELINE, DESCRIBE, LAST_ROUND, ROUND, SCORE
@@ -216,8 +216,8 @@ def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:
             f"secure: expected a method that needs only the uniform mean of the updates, got {type(method).__name__}"
             " as configured. Choose a method or aggregator with uniform weights, or secure=false."
         )
-    if rounds.dropout:
+    if rounds.update_loss_rate:
         raise UserError(
-            f"dropout: expected 0 with secure=true, got {rounds.dropout}."
+            f"update_loss_rate: expected 0 with secure=true, got {rounds.update_loss_rate}."
             " An update cannot be removed from a masked sum."
         )

@@ -15,7 +15,6 @@ from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest
-from fedekd.federation.engines.remote import without_images, without_server_state
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
 from fedekd.federation.run_folder import to_json_value
 from fedekd.flower.description import describe, shared_config
@@ -78,14 +77,7 @@ class Site:
         identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(images)])
         states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
-        setup = WorkerSetup(
-            without_server_state(method),
-            without_images(images),
-            {number: splits},
-            spec,
-            folder / "local",
-            states,
-        )
+        setup = WorkerSetup.build(method, images, {number: splits}, spec, folder / "local", states)
         self.number, self.images, self.splits = number, images, splits
         self.method, self.spec = method, spec
         self.worker = ClientWorker(setup, np.ascontiguousarray(images.pixels.numpy()))

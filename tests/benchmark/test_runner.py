@@ -118,7 +118,7 @@ def test_benchmark_finished_cells_of_another_precision_print_a_warning(
     [
         ("alphas: [0]", "digits alpha 0 FedeKD: data.alpha=0"),
         ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta is -1"),
-        ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds is 0"),
+        ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds: expected at least 1, got 0"),
         (
             "{methods: {T: {class_path: FedType}}, options: {client.exits: 2}, coverage: {draws: 1}}",
             "digits alpha 5 T: coverage: expected a method that does not train on validation samples",

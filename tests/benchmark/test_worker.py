@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Row, list[
         return real(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda *arguments: None)
+        patch.setattr(RunFolder, "write_figures", lambda *arguments: None)
         patch.setattr(worker, "federation_coverage", spy)
         row = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
     return folder, row, calls
@@ -88,7 +88,7 @@ def test_run_cell_killed_before_calibration_ends_with_the_same_row(
     finished: tuple[Path, Row, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, row, _ = finished
-    monkeypatch.setattr(RunFolder, "draw", lambda *arguments: None)
+    monkeypatch.setattr(RunFolder, "write_figures", lambda *arguments: None)
     real = worker.federation_coverage
 
     def kill(*arguments: Any) -> Any:

@@ -43,7 +43,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[
     """A finished run of two rounds; tests that change it take `finished_run`."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RunFolder, "draw", lambda *arguments: None)
+        patched.setattr(RunFolder, "write_figures", lambda *arguments: None)
         npz = write_blobs(folder / "blobs.npz")
         options = ("--quiet", f"--output={folder}/run", f"--baseline_dir={folder}/local", "--data.download=false")
         assert fit(npz, *options, rounds=2) == 0

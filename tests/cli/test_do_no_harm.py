@@ -101,7 +101,7 @@ def test_in_a_file_too(text: str, rule: DoNoHarm | None, here: Path) -> None:
         ("--do_no_harm.rule=beter", "--do_no_harm.rule: expected one of 'certified', 'better', got 'beter'"),
         ("--do_no_harm.looks=0", "do_no_harm.looks: expected at least 1, got 0"),
         ("--do_no_harm.looks=1.5", "--do_no_harm.looks: expected a whole number, got '1.5'"),
-        ("--do_no_harm.looks=2", "do_no_harm.looks is 2, and there are 1 rounds"),
+        ("--do_no_harm.looks=2", "do_no_harm.looks: expected at most 1 (rounds), got 2"),
         ("--do_no_harm.clip=0", "do_no_harm.clip: expected a finite number above 0, got 0.0"),
         ("--do_no_harm.confidnece=0.9", "did you mean 'confidence'"),
         ("--do_no_harm={confidnece: 0.9}", "did you mean 'confidence'"),

@@ -10,11 +10,29 @@ from typing import Any
 import pytest
 
 from fedekd.data import FederatedDataModule
-from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.federation import Orchestrator, RoundOptions, SilentObserver
 from fedekd.methods import ClientOptions, FedeKD, Method
 from fedekd.modules import TrainerFactory
 
 Federate = Callable[..., Orchestrator]
+
+
+class Recorder(SilentObserver):
+    """Records phases, steps and warnings."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[int, str]] = []
+        self.steps = 0
+        self.warnings: list[str] = []
+
+    def phase_started(self, client: int, phase: str) -> None:
+        self.phases.append((client, phase))
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        self.steps += steps
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def federation(npz: Path, method: Method | None = None, **parts: Any) -> Orchestrator:

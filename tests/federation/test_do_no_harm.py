@@ -1,4 +1,4 @@
-"""Do no harm in real federations: which model a client keeps, what is told of it, and that nothing else changes."""
+"""Do-no-harm in federations: which model a client deploys, what is reported, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HALF, NEVER = DoNoHarm(confidence=0.5), DoNoHarm(confidence=0.999999999)
 
 
 class Uneven(Method):
-    """Client 0 is Local, client 1 forgets it all in the end, client 2 trains four times as long."""
+    """Client 0 trains as Local, client 1 ends with a zero head, client 2 trains four times as long."""
 
     def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
         if round_idx == 0:
@@ -54,7 +54,7 @@ def client_options(**values: Any) -> ClientOptions:
 
 @pytest.fixture
 def harmless(federate: Federate, write_blobs: Callable[..., Path], tmp_path: Path) -> Federate:
-    """Makes an orchestrator with do_no_harm, by default of Uneven; keyword arguments replace its parts."""
+    """Builds an orchestrator with do_no_harm, by default of Uneven; keyword arguments replace its parts."""
     npz = write_blobs(tmp_path / "more.npz", num_samples=360)
 
     def make(method: Method | None = None, task: Any = None, **parts: Any) -> Orchestrator:
@@ -81,18 +81,18 @@ def of_clients(found: dict[str, Any], *numbers: int) -> dict[str, Any]:
     return {name: tensor for name, tensor in found.items() if int(name[0]) in numbers}
 
 
-def kept_local(run: Orchestrator) -> dict[str, Any]:
-    """The weights of the local models that were kept, by client and name."""
+def deployed_local(run: Orchestrator) -> dict[str, Any]:
+    """Weights of the deployed local models, by client and name."""
     engine: Any = run.engine
     networks = {n: client.networks["local"] for n, client in engine.clients.items() if "local" in client.networks}
     return {f"{n}/{name}": tensor for n, each in sorted(networks.items()) for name, tensor in each.state_dict().items()}
 
 
 @pytest.mark.parametrize("held", [None, 0, 4])
-def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
+def test_deployed_local_model_equals_local_after_as_many_rounds(
     harmless: Federate, tmp_path: Path, held: int | None
 ) -> None:
-    """Wherever its reference comes from: trained for this alone, or read where no or 4 rounds lay before."""
+    """Whether the baseline is trained for this run, or cached with 0 or 4 rounds."""
     folder = None if held is None else tmp_path / "local"
     if held:
         harmless(FedeKD(), rounds=RoundOptions(rounds=held), baseline_dir=folder, do_no_harm=None).run()
@@ -102,19 +102,19 @@ def test_what_is_kept_is_local_after_as_many_rounds_bit_for_bit(
         each.run()
     summary = run.run()
     assert [client["deployed"] for client in summary["clients"]] == ["local", "local", "federated"]
-    assert_equal_weights(kept_local(run), of_clients(weights(alone), 0, 1))
-    assert_equal_weights(weights(run), weights(without))  # the federated ones stay beside them
+    assert_equal_weights(deployed_local(run), of_clients(weights(alone), 0, 1))
+    assert_equal_weights(weights(run), weights(without))  # the federated models stay
     opened = harmless(output=tmp_path / "run")
     clients = opened.load_clients()
     assert [client.deployed_role for client in clients] == ["local", "local", "private"]
     assert [client.deployed_model is client.networks[client.deployed_role] for client in clients] == [True] * 3
     assert_equal_weights(weights(opened), weights(without))
-    assert_equal_weights(kept_local(opened), kept_local(run))
+    assert_equal_weights(deployed_local(opened), deployed_local(run))
     assert repeatable(harmless(output=tmp_path / "run").evaluate_checkpoint()) == repeatable(summary)
 
 
 def right(client: Any, network: Any, split: str) -> list[bool]:
-    """Whether a network is right, image by image."""
+    """Correctness of a network per image."""
     images, found = client.images, []
     for index in getattr(client.splits, split):
         with torch.no_grad():
@@ -124,27 +124,31 @@ def right(client: Any, network: Any, split: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("keep", ["certified", "better"])
-def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_path: Path, keep: Any) -> None:
+def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_path: Path, keep: Any) -> None:
     run, alone = harmless(do_no_harm=DoNoHarm(0.5, rule=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
     summary = run.run()
     alone.run()
     engines: Any = run.engine, alone.engine
     before, after = [], []
-    for number, told in enumerate(summary["clients"]):
+    for number, client_summary in enumerate(summary["clients"]):
         ours, theirs = (engine.clients[number] for engine in engines)
         split = "holdout" if keep == "certified" else "tuning"
         federated, local = (right(each, each.networks["private"], split) for each in (ours, theirs))
         worse = sum(a and not b for a, b in zip(local, federated, strict=True))
         better = sum(b and not a for a, b in zip(local, federated, strict=True))
-        assert (told["samples"], told["worse"], told["better"]) == (len(local), worse, better)
-        assert told["gain"] == pytest.approx((better - worse) / len(local))
+        assert (client_summary["samples"], client_summary["worse"], client_summary["better"]) == (
+            len(local),
+            worse,
+            better,
+        )
+        assert client_summary["gain"] == pytest.approx((better - worse) / len(local))
         of = worse + better
         p = Fraction(sum(math.comb(of, k) for k in range(worse + 1)), 2**of)
-        assert told["p_value"] == (None if keep == "better" else pytest.approx(float(p)))
+        assert client_summary["p_value"] == (None if keep == "better" else pytest.approx(float(p)))
         takes = better > worse if keep == "better" else p <= Fraction(1, 2)
-        assert told["deployed"] == ("federated" if takes else "local")
+        assert client_summary["deployed"] == ("federated" if takes else "local")
         scores = [float(np.mean(right(each, each.networks["private"], "test"))) for each in (ours, theirs)]
-        assert (told["score"], told["local"]) == pytest.approx(scores)
+        assert (client_summary["score"], client_summary["local"]) == pytest.approx(scores)
         assert ours.score(role=ours.deployed_role) == scores[0 if takes else 1]
         before.append(scores[0] - scores[1])
         after.append(scores[0] - scores[1] if takes else 0.0)
@@ -161,54 +165,54 @@ def test_what_is_told_is_what_a_loop_over_images_finds(harmless: Federate, tmp_p
     flat = {"federated": kept["federated"], "accuracy/mean": kept["mean"], "accuracy/worst": kept["worst"]}
     flat |= {f"delta/{name}": value for name, value in kept["delta"].items()}
     assert {name: float(last[f"deployed/{name}"]) for name in flat} == flat
-    for number, told in enumerate(summary["clients"]):
+    for number, client_summary in enumerate(summary["clients"]):
         found = {
             name: float(last[f"client_{number}/deployed/{name}"])
             for name in ("federated", "worse", "better", "samples")
         }
         assert found == {
-            "federated": float(told["deployed"] == "federated"),
-            **{name: told[name] for name in list(found)[1:]},
+            "federated": float(client_summary["deployed"] == "federated"),
+            **{name: client_summary[name] for name in list(found)[1:]},
         }
 
 
-def test_of_numbers_the_squared_errors_decide(harmless: Federate) -> None:
+def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> None:
     rule = DoNoHarm(0.1, clip=0.5)
     run, alone = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
     summary = run.run()
     alone.run()
     engines: Any = run.engine, alone.engine
-    for number, told in enumerate(summary["clients"]):
+    for number, client_summary in enumerate(summary["clients"]):
         errors = []
         for engine in engines:
             client = engine.clients[number]
             output = client.predict("private", "holdout").output.double().squeeze(1)
             errors.append((output - client.images.targets[client.splits.holdout].double()) ** 2)
         gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
-        assert told["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
-        assert told["deployed"] == ("federated" if told["p_value"] <= 0.9 else "local")
+        assert client_summary["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
+        assert client_summary["deployed"] == ("federated" if client_summary["p_value"] <= 0.9 else "local")
     assert {client["deployed"] for client in summary["clients"]} == {"federated", "local"}
 
 
 class StoppedError(Exception):
-    """Ends a run at a chosen moment."""
+    """Raised by observers to stop a run."""
 
 
 class StopAfterRound(SilentObserver):
     def __init__(self, rounds: int) -> None:
-        self.left = rounds
+        self.rounds_left = rounds
 
     def round_finished(self, row: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.rounds_left -= 1
+        if self.rounds_left == 0:
             raise StoppedError
 
 
-def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate, tmp_path: Path) -> None:
+def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path: Path) -> None:
     parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.1, looks=2), "baseline_dir": tmp_path / "l"}
     whole = harmless(**parts)
     expected = whole.run()
-    assert kept_local(whole)
+    assert deployed_local(whole)
     for rounds in (1, 2, 3):
         parts["output"] = tmp_path / str(rounds)
         with pytest.raises(StoppedError):
@@ -218,7 +222,7 @@ def test_a_run_killed_after_any_round_goes_on_to_the_same_end(harmless: Federate
         assert again.progress.history == whole.progress.history
         again = harmless(**parts)
         again.load_clients()
-        assert_equal_weights(kept_local(again), kept_local(whole))
+        assert_equal_weights(deployed_local(again), deployed_local(whole))
 
 
 class Backwards(SequentialEngine):
@@ -227,40 +231,42 @@ class Backwards(SequentialEngine):
 
 
 @pytest.mark.parametrize("engine", [Backwards, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
-def test_where_and_in_which_order_clients_run_changes_nothing(harmless: Federate, tmp_path: Path, engine: Any) -> None:
+def test_engine_and_order_of_clients_do_not_change_results(harmless: Federate, tmp_path: Path, engine: Any) -> None:
     rule = DoNoHarm(rule="better", looks=2)
     expected = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "a").run()
     other = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "b", engine=engine)
-    crossed: list[Any] = []
-    ask = other.engine.local_baselines
-    other.engine.local_baselines = lambda rounds: crossed.append(ask(rounds)) or crossed[-1]  # type: ignore[method-assign]
+    baselines: list[Any] = []
+    local_baselines = other.engine.local_baselines
+    other.engine.local_baselines = lambda rounds: baselines.append(local_baselines(rounds)) or baselines[-1]  # type: ignore[method-assign]
     assert repeatable(other.run()) == repeatable(expected)
     for name in ("metrics.csv", *(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").glob("*/*.pt"))):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    # What a model loses on which sample stays with its client.
-    assert [(reference.losses, len(reference.scores)) for reference in crossed[0].values()] == [([], 2)] * 3
+    # Per-sample losses stay on the client.
+    assert [(baseline.losses, len(baseline.scores)) for baseline in baselines[0].values()] == [([], 2)] * 3
 
 
-def test_looks_are_told_when_they_come_and_share_delta(harmless: Federate) -> None:
+def test_looks_are_logged_in_their_rounds_and_share_the_level(harmless: Federate) -> None:
     run = harmless(rounds=RoundOptions(rounds=4), do_no_harm=DoNoHarm(0.5, looks=2))
     summary = run.run()
-    looked = ["deployed/federated" in row for row in run.progress.history]
-    assert looked == [False, True, True, True]
+    has_comparison = ["deployed/federated" in row for row in run.progress.history]
+    assert has_comparison == [False, True, True, True]
     assert [client["level"] for client in summary["clients"]] == [0.25] * 3
     worse = [row["client_1/deployed/worse"] for row in run.progress.history[1:]]
-    assert worse[0] == worse[1] == 0 < worse[2]  # it forgets in the end alone; between looks the last one stays
+    assert (
+        worse[0] == worse[1] == 0 < worse[2]
+    )  # client 1 gets worse only at the end; the last comparison stays between looks
     assert "local" in run.engine.client(1).networks  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", [FedeKD, FedAvg])
-def test_whoever_never_took_part_compares_too(harmless: Federate, method: Any) -> None:
-    """After the last aggregate everybody absorbs; its reference is Local after one round at least, as for Delta."""
+def test_client_that_never_took_part_compares_after_the_last_round(harmless: Federate, method: Any) -> None:
+    """All clients receive the last aggregate; their baseline has at least one round, as for Delta."""
     run = harmless(method(), rounds=RoundOptions(rounds=2, participation=0.4), do_no_harm=NEVER)
     summary = run.run()
     assert [client["deployed"] for client in summary["clients"]] == ["local"] * 3
     assert summary["deployed"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
-    for number, told in enumerate(summary["clients"]):
-        assert run.engine.client(number).score(role="local") == told["local"]  # type: ignore[attr-defined]
+    for number, client_summary in enumerate(summary["clients"]):
+        assert run.engine.client(number).score(role="local") == client_summary["local"]  # type: ignore[attr-defined]
 
 
 METHODS = {
@@ -272,66 +278,69 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def trained_alone() -> dict[tuple[Any, int], Any]:
-    """What Local comes to, by the exits of the private model and the number of rounds: the same for all methods."""
+def local_results() -> dict[tuple[Any, int], Any]:
+    """Scores and weights of Local by exits and number of rounds, shared by all methods."""
     return {}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_with_every_method_what_is_kept_is_what_delta_is_against(
-    harmless: Federate, trained_alone: dict[tuple[Any, int], Any], name: str
+def test_every_method_deploys_the_model_that_delta_is_computed_with(
+    harmless: Federate, local_results: dict[tuple[Any, int], Any], name: str
 ) -> None:
     method = METHODS[name]()
     client = client_options(exits=None if method.exits is None else 2)
     run = harmless(method, client=client, do_no_harm=NEVER, rounds=RoundOptions(rounds=1))
     summary = run.run()
     case = client.exits, len(run.progress.local[0])
-    if case not in trained_alone:
+    if case not in local_results:
         alone = harmless(Local(), client=client, do_no_harm=None, rounds=RoundOptions(rounds=case[1]))
-        trained_alone[case] = [each["score"] for each in alone.run()["clients"]], weights(alone)
-    scores, expected = trained_alone[case]
+        local_results[case] = [each["score"] for each in alone.run()["clients"]], weights(alone)
+    scores, expected = local_results[case]
     assert [each["local"] for each in summary["clients"]] == scores
-    assert_equal_weights(kept_local(run), expected)
+    assert_equal_weights(deployed_local(run), expected)
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"method": Local()}, "do_no_harm compares a method with Local, and the method is Local"),
-        ({"method": FedType()}, "a part of the validation split, from which method FedType learns"),
-        ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks is 3, and there are 2 rounds"),
-        ({"fractions": (0.8, 0.0, 0.2)}, "on the holdout split, and client 0 has no sample in it; raise"),
-        ({"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(rule="better")}, "on the tuning split, and client 0"),
+        ({"method": Local()}, "do_no_harm: expected a federated method to compare with the local baseline, got Local"),
+        ({"method": FedType()}, "on the validation split, which method FedType trains on"),
+        ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks: expected at most 2 \(rounds\), got 3"),
+        ({"fractions": (0.8, 0.0, 0.2)}, "client 0 has no sample in the holdout split, .* Raise"),
+        (
+            {"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(rule="better")},
+            "client 0 has no sample in the tuning split",
+        ),
     ],
 )
-def test_what_cannot_be_compared_is_told_beforehand(
+def test_orchestrator_without_two_models_or_samples_raises_user_error(
     harmless: Federate, npz: Path, parts: dict[str, Any], words: str
 ) -> None:
     parts = dict(parts)
     if "fractions" in parts:
         parts["data"] = FederatedDataModule(str(npz), num_clients=3, alpha=50, fractions=parts.pop("fractions"))
-    with pytest.raises(UserError, match=words) as told:
+    with pytest.raises(UserError, match=words) as error:
         harmless(**parts)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("other", [None, DoNoHarm(0.8), DoNoHarm(0.5, margin=0.01), DoNoHarm(0.5, rule="better")])
-def test_a_run_is_not_taken_up_with_another_rule(harmless: Federate, tmp_path: Path, other: Any) -> None:
+def test_resume_with_another_rule_raises_user_error(harmless: Federate, tmp_path: Path, other: Any) -> None:
     with pytest.raises(StoppedError):
         harmless(output=tmp_path, observer=StopAfterRound(1)).run()
-    with pytest.raises(UserError, match=r"was run with other do_no_harm"):
+    with pytest.raises(UserError, match=r"do_no_harm.*: expected the saved value .*, got"):
         harmless(do_no_harm=other, output=tmp_path).run()
 
 
-def test_a_run_without_a_rule_is_not_finished_with_one(harmless: Federate, tmp_path: Path) -> None:
-    """Nobody has looked, and its summary would say that all have taken the federated model."""
+def test_resume_finished_run_with_a_new_rule_raises_user_error(harmless: Federate, tmp_path: Path) -> None:
+    """It has no comparisons: its summary would claim that all clients deploy the federated model."""
     harmless(do_no_harm=None, output=tmp_path).run()
-    with pytest.raises(UserError, match="do_no_harm was not asked for when this run was made"):
+    with pytest.raises(UserError, match="do_no_harm: this run finished without it"):
         harmless(output=tmp_path).run()
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_a_model_that_has_diverged_is_not_kept(harmless: Federate, tmp_path: Path, task: Any) -> None:
+def test_diverged_federated_model_is_not_deployed(harmless: Federate, tmp_path: Path, task: Any) -> None:
     class Diverging(Uneven):
         def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
             found = super().receive(client, received, round_idx)
@@ -343,7 +352,7 @@ def test_a_model_that_has_diverged_is_not_kept(harmless: Federate, tmp_path: Pat
     assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])
 
 
-def test_a_reference_that_lies_there_is_not_trained_again(
+def test_comparison_reads_the_cached_baseline(
     harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
@@ -355,14 +364,14 @@ def test_a_reference_that_lies_there_is_not_trained_again(
 
 
 class PermutedProxies(FedeKD):
-    """Some clients teach their proxy permuted labels."""
+    """Some clients distil permuted labels into their proxy."""
 
-    def __init__(self, liars: Sequence[int]) -> None:
+    def __init__(self, malicious: Sequence[int]) -> None:
         super().__init__(lambda_kd=20.0, gate="none")
-        self.liars = list(liars)
+        self.malicious = list(malicious)
 
     def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
-        if client.number not in self.liars:
+        if client.number not in self.malicious:
             return super().prepare_update(client, round_idx)
         private, proxy = client.networks["private"], client.networks["proxy"]
         module = ProxyDistillModule(proxy, private, client.spec.task, 1.0, client.spec.optimizer)
@@ -373,14 +382,16 @@ class PermutedProxies(FedeKD):
         return self.proxy_of(client)
 
 
-@pytest.mark.parametrize("liars", [[0], [0, 1, 2]])
-def test_proxies_of_permuted_labels_harm_nobody_on_digits(federate: Federate, liars: list[int]) -> None:
+@pytest.mark.parametrize("malicious", [[0], [0, 1, 2]])
+def test_proxies_of_permuted_labels_do_not_harm_deployed_models_on_digits(
+    federate: Federate, malicious: list[int]
+) -> None:
     data = FederatedDataModule("digits", num_clients=3, alpha=5.0, batch_size=32)
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-2}}
     model = {"class_path": "fedekd.models.ProxyCNN"}
     client = ClientOptions(local_epochs=2, private_model=model, proxy_model=model, optimizer=adam)
-    summary = federate(PermutedProxies(liars), data=data, client=client, do_no_harm=DoNoHarm(0.9)).run()
-    assert max(told["delta"] for told in summary["clients"]) < -0.1
-    assert [told["deployed"] for told in summary["clients"]] == ["local"] * 3
+    summary = federate(PermutedProxies(malicious), data=data, client=client, do_no_harm=DoNoHarm(0.9)).run()
+    assert max(client_summary["delta"] for client_summary in summary["clients"]) < -0.1
+    assert [client_summary["deployed"] for client_summary in summary["clients"]] == ["local"] * 3
     assert summary["deployed"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
     assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])

@@ -1,4 +1,4 @@
-"""A kept reference of Local is reused only where the code that made it is still the same."""
+"""Cached local baselines are reused only if the code that trained them is unchanged."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .conftest import Federate
 
 ROOT = Path(fedekd.__file__).parent
 
-#: What training also imports, and why it need not be among the training code.
+#: Imports of the training code that are not hashed, and the reason.
 HASHED_OTHERWISE = {
     "data": "the samples themselves are part of the key",
     **dict.fromkeys(
         [f"models/{name}.py" for name in ("cnn", "cost", "image_classifier", "multi_exit", "stages")],
         "so are the weights, and the files of the network's own layers",
     ),
-    "methods/base.py": "only asks the methods' four verbs",
-    "errors.py": "says what is wrong, and then nothing is trained",
-    "tasks.py": "two names",
+    "methods/base.py": "abstract hooks",
+    "errors.py": "raised before training",
+    "tasks.py": "two names of tasks",
 }
 
 
 def imports(path: Path) -> Iterator[Path]:
-    """The files of fedekd that a file imports, behind what packages pass on."""
+    """Files of fedekd that a file imports, through the re-exports of packages."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedekd"):
             for alias in node.names:
@@ -40,7 +40,7 @@ def imports(path: Path) -> Iterator[Path]:
 
 
 def defining(module: str, name: str) -> Iterator[Path]:
-    """The file in which a name of a module is defined."""
+    """Files that define a name of a module."""
     place = ROOT.parent / module.replace(".", "/")
     if (file := place.with_suffix(".py")).exists():
         yield file
@@ -53,7 +53,7 @@ def defining(module: str, name: str) -> Iterator[Path]:
             yield from defining(str(node.module), name)
 
 
-def test_all_that_training_imports_is_part_of_the_key() -> None:
+def test_training_code_lists_every_import_of_training() -> None:
     found, waiting = set[Path](), [ROOT / "methods/client.py", ROOT / "methods/local.py"]
     while waiting:
         if (path := waiting.pop()) not in found:
@@ -66,7 +66,7 @@ def test_all_that_training_imports_is_part_of_the_key() -> None:
     assert [name for name in names if not any(name == one or name.startswith(f"{one}/") for one in known)] == []
 
 
-def test_an_optimizer_of_ones_own_is_known_by_its_code(
+def test_baseline_key_depends_on_the_code_of_a_user_optimizer(
     federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(body: str) -> str:
@@ -80,5 +80,5 @@ def test_an_optimizer_of_ones_own_is_known_by_its_code(
     assert key("pass") == key("pass") != key("momentum = 0.9")
 
 
-def test_all_of_the_key_is_there() -> None:
+def test_training_code_files_exist() -> None:
     assert all((ROOT / part).exists() for part in TRAINING_CODE)

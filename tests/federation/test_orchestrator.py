@@ -1,4 +1,4 @@
-"""What a federation promises about its numbers."""
+"""Results of a federated run: repeatability, resume, participation, rejected updates, local baselines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_same_weights(one: Orchestrator, two: Orchestrator, role: str = "priva
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_lambda_zero_is_local_bit_for_bit(federate: Federate, npz: Path, task: Any) -> None:
+def test_run_lambda_kd_zero_equals_local_bit_for_bit(federate: Federate, npz: Path, task: Any) -> None:
     parts = {"data": FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=8, task=task)}
     alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
     ours, theirs = federated.run(), alone.run()
@@ -42,16 +42,16 @@ def test_lambda_zero_is_local_bit_for_bit(federate: Federate, npz: Path, task: A
     assert [client["local"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
 
 
-def test_the_gate_changes_the_weights(federate: Federate) -> None:
+def test_run_gate_and_distillation_change_the_weights(federate: Federate) -> None:
     one, two, three = federate(FedeKD(lambda_kd=0)), federate(FedeKD()), federate(FedeKD(gate="none"))
-    for each in (one, two, three):
-        each.run()
+    for run in (one, two, three):
+        run.run()
     name = "0/head.weight"
     assert not torch.equal(weights(one)[name], weights(two)[name])
     assert not torch.equal(weights(two)[name], weights(three)[name])
 
 
-def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path: Path) -> None:
+def test_run_same_seed_gives_equal_bytes_and_another_seed_does_not(federate: Federate, tmp_path: Path) -> None:
     contents = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         summary = federate(output=tmp_path / folder, seed=seed).run()
@@ -64,7 +64,7 @@ def test_same_seed_same_bytes_and_another_seed_not(federate: Federate, tmp_path:
 
 
 class BackwardsEngine(SequentialEngine):
-    """Lets the clients run in reverse."""
+    """Runs the clients in reverse order."""
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         yield from super().run_clients(request.only(list(reversed(request.participants))))
@@ -73,7 +73,7 @@ class BackwardsEngine(SequentialEngine):
         return super().local_baselines(dict(reversed(rounds.items())))
 
 
-def test_order_of_clients_changes_no_number(federate: Federate) -> None:
+def test_run_order_of_clients_does_not_change_results(federate: Federate) -> None:
     forwards, backwards = federate(), federate(engine=BackwardsEngine)
     assert repeatable(forwards.run()) == repeatable(backwards.run())
     assert_same_weights(forwards, backwards)
@@ -82,18 +82,18 @@ def test_order_of_clients_changes_no_number(federate: Federate) -> None:
 
 
 class StoppedError(Exception):
-    """Ends a run at a chosen moment."""
+    """Raised by observers to stop a run."""
 
 
 class StopAfter(SilentObserver):
     """Raises at the n-th event."""
 
     def __init__(self, events: int) -> None:
-        self.left = events
+        self.events_left = events
 
     def _count(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.events_left -= 1
+        if self.events_left == 0:
             raise StoppedError
 
     def phase_started(self, client: int, phase: str) -> None:
@@ -107,13 +107,13 @@ class StopAfter(SilentObserver):
 def uninterrupted(
     write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Orchestrator, dict[str, Any]]:
-    """A federation that nobody has stopped, and its summary."""
+    """A federation that was not stopped, and its summary."""
     whole = federation(write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz"))
     return whole, whole.run()
 
 
 @pytest.mark.parametrize("events", [1, 2, 4, 7, 10, 11, 13, 16, 18, 20])
-def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(
+def test_resume_after_a_stop_at_any_event_gives_equal_results(
     federate: Federate, uninterrupted: tuple[Orchestrator, dict[str, Any]], tmp_path: Path, events: int
 ) -> None:
     whole, expected = uninterrupted
@@ -125,9 +125,7 @@ def test_a_stop_anywhere_and_resume_gives_the_uninterrupted_numbers(
     assert_same_weights(whole, again)
 
 
-def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(
-    federate: Federate, tmp_path: Path
-) -> None:
+def test_resume_with_partial_participation_gives_equal_results(federate: Federate, tmp_path: Path) -> None:
     rounds = RoundOptions(rounds=4, participation=0.4)  # one client of three
     whole = federate(rounds=rounds)
     expected = whole.run()
@@ -137,15 +135,15 @@ def test_partial_participation_resumes_and_keeps_absent_clients_as_they_were(
     assert repeatable(again.run()) == repeatable(expected)
     assert_same_weights(whole, again)
     assert whole.progress.history[0]["comm/updates"] == 1
-    # Delta is against Local after as many supervised rounds as the client itself has had.
+    # Delta uses the local baseline after as many supervised rounds as the client had.
     engine: Any = whole.engine
     for client in expected["clients"]:
         trained = engine.clients[client["client"]].supervised_epochs
         assert client["local"] == whole.progress.local[client["client"]][trained - 1]
 
 
-class FirstTeachesNone(Method):
-    """Counts, in its own state, what each verb was called with."""
+class CallRecorder(Method):
+    """Records the calls of the client's hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +161,7 @@ class FirstTeachesNone(Method):
         return {}
 
     def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
-        self.calls.append(("upload", client.number, round_idx))
+        self.calls.append(("update", client.number, round_idx))
         state = {"total": torch.tensor([float(client.number)])}
         if client.number == 1:
             state["extra"] = torch.ones(2)
@@ -174,20 +172,20 @@ class FirstTeachesNone(Method):
         self.server_state = {"total": self.server_state["total"] + sum(u.state["total"] for u in updates)}
 
 
-def test_verbs_come_in_the_order_of_algorithm_1(federate: Federate) -> None:
-    method = FirstTeachesNone()
+def test_run_calls_hooks_in_the_order_of_algorithm_1(federate: Federate) -> None:
+    method = CallRecorder()
     federate(method).run()
     expected = []
     for round_idx in range(3):
         for client in range(3):
             expected.append(("receive", client, round_idx))
             if round_idx < 2:
-                expected.append(("upload", client, round_idx))
+                expected.append(("update", client, round_idx))
     assert method.calls == expected
     assert method.server_state["total"].item() == 2 * (0 + 1 + 2)
 
 
-def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
+def test_run_bytes_are_those_of_the_transferred_tensors(federate: Federate) -> None:
     run = federate()
     summary = run.run()
     proxy = state_dict_bytes(run.method.server_state)
@@ -197,7 +195,7 @@ def test_bytes_are_those_of_the_tensors_that_travel(federate: Federate) -> None:
     assert sum(row["comm/bytes_down"] for row in run.progress.history) == summary["bytes_down"]
 
 
-class Poisoner(FedeKD):
+class SendsNaN(FedeKD):
     """Client 1 sends NaN in the first round."""
 
     def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
@@ -208,7 +206,7 @@ class Poisoner(FedeKD):
         return update
 
 
-class Listener(SilentObserver):
+class WarningRecorder(SilentObserver):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
@@ -216,51 +214,51 @@ class Listener(SilentObserver):
         self.warnings.append(text)
 
 
-def test_a_poisoned_update_is_refused_by_name(federate: Federate) -> None:
-    listener = Listener()
-    run = federate(Poisoner(), observer=listener)
+def test_run_update_with_nan_is_rejected_with_its_client(federate: Federate) -> None:
+    recorder = WarningRecorder()
+    run = federate(SendsNaN(), observer=recorder)
     run.run()
-    assert len(listener.warnings) == 1
-    assert "round 1: refused the update of client 1" in listener.warnings[0]
-    assert "not finite" in listener.warnings[0]
+    assert len(recorder.warnings) == 1
+    assert "round 1: update of client 1 rejected: " in recorder.warnings[0]
+    assert "finite values, got NaN" in recorder.warnings[0]
     assert [row["comm/updates"] for row in run.progress.history] == [2, 3]
     assert all(torch.isfinite(tensor).all() for tensor in run.method.server_state.values())
 
 
-def test_too_few_updates_leave_the_server_as_it_was(federate: Federate) -> None:
-    listener = Listener()
-    run = federate(Poisoner(), observer=listener, rounds=RoundOptions(rounds=1, quorum=3))
+def test_run_updates_below_quorum_leave_the_server_state(federate: Federate) -> None:
+    recorder = WarningRecorder()
+    run = federate(SendsNaN(), observer=recorder, rounds=RoundOptions(rounds=1, quorum=3))
     run.run()
-    assert "quorum of 3" in listener.warnings[-1]
+    assert "quorum of 3" in recorder.warnings[-1]
     initial = run.spec.build_model("proxy", "server").state_dict()
     assert all(torch.equal(tensor, initial[name]) for name, tensor in run.method.server_state.items())
 
 
-def test_lost_updates_are_counted_and_told(federate: Federate) -> None:
-    listener = Listener()
-    run = federate(observer=listener, rounds=RoundOptions(rounds=4, dropout=0.5))
+def test_run_lost_updates_are_counted_and_warned_of(federate: Federate) -> None:
+    recorder = WarningRecorder()
+    run = federate(observer=recorder, rounds=RoundOptions(rounds=4, update_loss_rate=0.5))
     run.run()
-    lost = [text for text in listener.warnings if "was lost" in text]
+    lost = [text for text in recorder.warnings if "was lost" in text]
     arrived = sum(row["comm/updates"] for row in run.progress.history)
     assert len(lost) + arrived == 4 * 3
     assert 0 < len(lost) < 12
 
 
-def test_local_is_trained_once_and_then_read(federate: Federate, tmp_path: Path) -> None:
+def test_local_baseline_is_trained_once_and_then_read(federate: Federate, tmp_path: Path) -> None:
     first = federate(baseline_dir=tmp_path / "local")
     expected = first.run()
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()}
-    assert len(kept) == 3
+    cached = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()}
+    assert len(cached) == 3
     second = federate(FedeKD(beta=3.0), baseline_dir=tmp_path / "local").run()
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()} == kept
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "local").iterdir()} == cached
     assert [c["local"] for c in second["clients"]] == [c["local"] for c in expected["clients"]]
-    # More rounds go on from what is there, and give what training at once gives.
+    # More rounds continue from the cache, with results equal to training without it.
     longer = federate(baseline_dir=tmp_path / "local", rounds=RoundOptions(rounds=3)).run()
     at_once = federate(rounds=RoundOptions(rounds=3)).run()
     assert [c["local"] for c in longer["clients"]] == [c["local"] for c in at_once["clients"]]
 
 
-def test_damaged_reference_is_trained_anew(federate: Federate, tmp_path: Path) -> None:
+def test_local_baseline_corrupt_cache_is_trained_again(federate: Federate, tmp_path: Path) -> None:
     expected = federate(baseline_dir=tmp_path / "local").run()
     for path in (tmp_path / "local").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -268,43 +266,45 @@ def test_damaged_reference_is_trained_anew(federate: Federate, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"client": ClientOptions(local_epochs=2)}])
-def test_a_reference_belongs_to_its_seed_and_model(federate: Federate, tmp_path: Path, other: dict[str, Any]) -> None:
+def test_local_baseline_cache_depends_on_seed_and_options(
+    federate: Federate, tmp_path: Path, other: dict[str, Any]
+) -> None:
     federate(baseline_dir=tmp_path / "local").run()
     federate(baseline_dir=tmp_path / "local", **other).run()
     assert len(list((tmp_path / "local").iterdir())) == 6
 
 
-def test_a_run_without_a_folder_is_scored_again_from_memory(federate: Federate) -> None:
+def test_evaluate_checkpoint_without_output_uses_memory(federate: Federate) -> None:
     run = federate()
     expected = run.run()
     assert [client.number for client in run.load_clients()] == [0, 1, 2]
     assert repeatable(run.evaluate_checkpoint()) == repeatable(expected)
 
 
-def test_a_finished_run_that_is_made_again_is_not_finished_meanwhile(federate: Federate, tmp_path: Path) -> None:
+def test_run_finished_with_corrupt_checkpoints_is_reopened(federate: Federate, tmp_path: Path) -> None:
     expected = federate(output=tmp_path).run()
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
-    listener = Listener()
+    recorder = WarningRecorder()
     with pytest.raises(StoppedError):
         federate(output=tmp_path, observer=StopAfter(12)).run()
     assert not (tmp_path / "summary.json").exists()
-    assert repeatable(federate(output=tmp_path, observer=listener).run()) == repeatable(expected)
-    assert not listener.warnings
+    assert repeatable(federate(output=tmp_path, observer=recorder).run()) == repeatable(expected)
+    assert not recorder.warnings
 
 
-def test_rescoring_gives_the_summary_again(federate: Federate, tmp_path: Path) -> None:
+def test_evaluate_checkpoint_returns_the_summary_of_the_run(federate: Federate, tmp_path: Path) -> None:
     expected = federate(output=tmp_path).run()
     assert repeatable(federate(output=tmp_path).evaluate_checkpoint()) == repeatable(expected)
 
 
-def test_without_teaching_partial_participation_is_local_too(federate: Federate) -> None:
+def test_run_lambda_kd_zero_with_partial_participation_has_zero_delta(federate: Federate) -> None:
     summary = federate(FedeKD(lambda_kd=0), rounds=RoundOptions(rounds=5, participation=0.4)).run()
     assert [client["delta"] for client in summary["clients"]] == [0.0, 0.0, 0.0]
 
 
-def test_delta_of_every_round_is_against_local_after_as_many_rounds(federate: Federate) -> None:
-    """FedAvg trains after it was scored, FedeKD before: in both, round t is held against Local's round t."""
+def test_metrics_local_score_is_of_as_many_rounds(federate: Federate) -> None:
+    """FedAvg trains after its score, FedeKD before: in both, round t is compared with round t of the baseline."""
     for method in (FedAvg(), FedeKD()):
         run = federate(method, rounds=RoundOptions(rounds=3))
         run.run()
@@ -313,69 +313,67 @@ def test_delta_of_every_round_is_against_local_after_as_many_rounds(federate: Fe
                 assert row[f"client_{client}/local"] == run.progress.local[client][int(row["round"]) - 1]
 
 
-def test_before_a_round_has_met_its_quorum_nobody_is_taught(federate: Federate) -> None:
-    class Unlucky(FedeKD):
+def test_run_without_valid_updates_uses_no_teacher(federate: Federate) -> None:
+    class SendsNaNTwice(FedeKD):
         def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
             update = super().prepare_update(client, round_idx)
-            spoilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
-            return ClientUpdate(update.client, spoilt, 1) if round_idx < 2 else update
+            invalid = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
+            return ClientUpdate(update.client, invalid, 1) if round_idx < 2 else update
 
-    run = federate(Unlucky(), rounds=RoundOptions(rounds=4), observer=Listener())
+    run = federate(SendsNaNTwice(), rounds=RoundOptions(rounds=4), observer=WarningRecorder())
     run.run()
-    teacher_outputs = ["gate/weight_mean" in row for row in run.progress.history]
-    assert teacher_outputs == [False, False, True, True]
+    has_teacher = ["gate/weight_mean" in row for row in run.progress.history]
+    assert has_teacher == [False, False, True, True]
     assert [row["delta/avg"] for row in run.progress.history[:2]] == [0.0, 0.0]
 
 
-def test_a_model_that_diverges_has_no_score(federate: Federate) -> None:
-    listener = Listener()
+def test_run_diverged_model_has_score_nan(federate: Federate) -> None:
+    recorder = WarningRecorder()
     client = ClientOptions(local_epochs=1, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}})
-    summary = federate(Local(), client=client, observer=listener).run()
+    summary = federate(Local(), client=client, observer=recorder).run()
     assert all(client["score"] != client["score"] for client in summary["clients"])
     assert summary["worst"] != summary["worst"]
-    assert any("client 0 has no score" in text for text in listener.warnings)
+    assert any("client 0 has no score" in text for text in recorder.warnings)
 
 
 @pytest.mark.parametrize("other", [{"seed": 3}, {"method": FedeKD(beta=9.0)}, {"rounds": RoundOptions(rounds=3)}])
-def test_a_folder_is_not_taken_up_by_another_experiment(federate: Federate, tmp_path: Path, other: Any) -> None:
+def test_resume_with_other_settings_raises_user_error(federate: Federate, tmp_path: Path, other: Any) -> None:
     federate(output=tmp_path / "run").run()
-    with pytest.raises(UserError, match="was run with other"):
+    with pytest.raises(UserError, match=r"expected the saved value .*, got"):
         federate(**other, output=tmp_path / "run").run()
 
 
-def test_a_run_without_a_folder_leaves_none_behind(
-    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_without_output_writes_no_file(federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     federate().run()
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_batchnorm_and_single_samples_are_refused_beforehand(federate: Federate, npz: Path) -> None:
+def test_orchestrator_batchnorm_with_batches_of_one_raises_user_error(federate: Federate, npz: Path) -> None:
     client = ClientOptions(private_model={"class_path": "torchvision.models.resnet18"})
-    with pytest.raises(UserError, match=r"client\.private_model has BatchNorm.*data\.batch_size is 1"):
+    with pytest.raises(UserError, match=r"client\.private_model: expected no BatchNorm.*data\.batch_size 1"):
         federate(client=client, data=FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=1))
 
 
-def test_resume_with_another_configuration_or_other_data_is_refused(federate: Federate, tmp_path: Path) -> None:
+def test_resume_with_other_configuration_raises_user_error(federate: Federate, tmp_path: Path) -> None:
     federate(output=tmp_path, config={"method": {"beta": 1.0}}).run()
     with pytest.raises(UserError, match=r"method\.beta.*1\.0.*2\.0"):
         federate(output=tmp_path, config={"method": {"beta": 2.0}}).run()
 
 
-def test_quorum_above_the_number_of_clients_is_a_mistake(federate: Federate) -> None:
-    with pytest.raises(UserError, match="quorum is 4"):
+def test_orchestrator_quorum_above_clients_raises_user_error(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"quorum: expected at most 3 \(clients per round\), got 4"):
         federate(rounds=RoundOptions(quorum=4))
 
 
-def test_optimizer_that_takes_other_arguments_is_a_mistake(federate: Federate) -> None:
+def test_run_invalid_optimizer_argument_raises_user_error(federate: Federate) -> None:
     client = ClientOptions(optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}})
     with pytest.raises(UserError, match=r"client\.optimizer"):
         federate(client=client).run()
 
 
-def test_a_model_of_other_outputs_is_refused_before_anything_is_trained(federate: Federate, tmp_path: Path) -> None:
+def test_orchestrator_model_that_does_not_fit_raises_before_training(federate: Federate, tmp_path: Path) -> None:
     client = ClientOptions(private_model={"class_path": "torchvision.models.alexnet"})  # too deep for 8 x 8 pixels
     with pytest.raises(UserError, match=r"client\.private_model"):
         federate(client=client, baseline_dir=tmp_path / "local")

@@ -16,7 +16,7 @@ import torch
 from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
-from fedekd.federation.storage import unpack
+from fedekd.federation.checkpoint import unpack
 from fedekd.methods import FederationSpec, Method
 
 if find_spec("flwr") is not None:
@@ -344,7 +344,7 @@ def single_process(options: list[str], tmp_path_factory: pytest.TempPathFactory)
     """The run of the same federation without Flower."""
     folder = tmp_path_factory.mktemp("single-process")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda *arguments: None)
+        patch.setattr(RunFolder, "write_figures", lambda *arguments: None)
         yield run_in_process(options, folder)
 
 

@@ -20,8 +20,8 @@ from flwr.app import Array, Error, Message, RecordDict
 
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundRequest
-from fedekd.federation.engines.client_store import ClientStore
-from fedekd.federation.storage import unpack
+from fedekd.federation.checkpoint import unpack
+from fedekd.federation.engines.worker import StateStore
 from fedekd.flower import engine as flower_engine
 from fedekd.flower.apps import Settings, serve
 from fedekd.flower.description import SPLITS
@@ -261,7 +261,7 @@ def full_disk(message: Message, reply: Reply) -> Message:
         raise OSError("the disk is full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClientStore, "write", write)
+        patch.setattr(StateStore, "write", write)
         return reply()
 
 

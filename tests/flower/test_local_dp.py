@@ -84,7 +84,7 @@ def test_local_dp_clipping_bounds_update_norm(options: list[str], proxy: State, 
         clipped = from_arrays(arrays_of(reply))
         assert list(clipped) == list(proxy)
         torch.testing.assert_close(change_of(reply, proxy), expected, rtol=1e-4, atol=1e-7)
-        assert UpdateValidator(max_norm=1.001 * min(bound, norm)).objection(clipped, proxy) is None
+        assert UpdateValidator(max_norm=1.001 * min(bound, norm)).check(clipped, proxy) is None
 
 
 def test_local_dp_noise_has_expected_deviation(options: list[str], proxy: State, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_local_dp_noise_has_expected_deviation(options: list[str], proxy: State,
     assert len(noise) > 50_000
     assert float(noise.std()) == pytest.approx(deviation, rel=0.02)
     assert abs(float(noise.mean())) < 5 * deviation / len(noise) ** 0.5
-    assert UpdateValidator().objection(from_arrays(arrays_of(reply)), proxy) is None
+    assert UpdateValidator().check(from_arrays(arrays_of(reply)), proxy) is None
     # The JSON values and the state on disk have no noise.
     assert repr(values_of(reply)) == repr(values_of(plain))
     states = [path.read_bytes() for path in sorted(tmp_path.glob("[ab]/site-000/states/*/client-00000-000001.pt"))]

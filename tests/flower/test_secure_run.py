@@ -272,7 +272,7 @@ def test_client_app_message_outside_protocol_is_refused(nodes: Sites) -> None:
 UNSUPPORTED = {
     "--method.aggregator=fedekd.functional.CoordinateMedian": "secure: expected a method that .* got FedeKD as config",
     "--method=CAFEDistill": "secure: expected a method that needs only the uniform mean .* got CAFEDistill",
-    "--dropout=0.1": r"dropout: expected 0 with secure=true, got 0\.1",
+    "--update_loss_rate=0.1": r"update_loss_rate: expected 0 with secure=true, got 0\.1",
     "--participation=0.67": "secure: expected 3 to 1023 sites per round, got 2",
 }
 

@@ -18,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from examples.flower_deployment.deployment import write_site_data
 from fedekd.configuration.options import parts_of
 from fedekd.errors import UserError
-from fedekd.federation.engines.client_store import ClientStore
+from fedekd.federation.engines.worker import StateStore
 from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.description import SPLITS
@@ -166,7 +166,7 @@ def test_site_failed_first_round_is_repeated_with_same_result(
     expected = run_round(Site(options, 0, NUM_SITES, tmp_path / "undisturbed"), 0, 1)
     site = Site(options, 0, NUM_SITES, tmp_path / "full")
     with monkeypatch.context() as patch:
-        patch.setattr(ClientStore, "write", write)
+        patch.setattr(StateStore, "write", write)
         with pytest.raises(OSError, match="full"):
             run_round(site, 0, 1)
     result = run_round(site, 0, 1)

@@ -156,7 +156,7 @@ def test_load_clients_unfinished_run_raises_user_error(federate: Federate, tmp_p
     stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(12))
     with pytest.raises(StoppedError):
         stopped.run()
-    with pytest.raises(UserError, match="there is no checkpoint of the last round"):
+    with pytest.raises(UserError, match="no checkpoint of the last round"):
         federate(SafeKD(), client=client(), output=tmp_path).load_clients()
     with pytest.raises(UserError, match="given by the engine Sequential"):
         federate(SafeKD(), client=client(), engine=lambda *parts: object()).load_clients()

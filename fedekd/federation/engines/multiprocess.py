@@ -1,4 +1,4 @@
-"""Clients side by side in processes of one machine. Each client lives in one of them, and only updates move."""
+"""Engine settings and executor for processes of this machine."""
 
 from __future__ import annotations
 
@@ -6,45 +6,41 @@ import gc
 import multiprocessing
 import pickle
 import signal
-import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from fedekd.data import ClientSplits, FederatedDataModule, ImageData
+from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation.engines.base import ClientResult, Engine, EngineConfig, RoundRequest
-from fedekd.federation.engines.remote import EventForwarder, without_images, without_server_state
-from fedekd.federation.engines.sequential import SequentialEngine
-from fedekd.federation.local_baseline import LocalBaseline
-from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.storage import pack, unpack
+from fedekd.federation.engines.base import Engine, EngineConfig
+from fedekd.federation.engines.performance import die_with_parent
+from fedekd.federation.engines.pool import PoolEngine, WorkerLostError
+from fedekd.federation.engines.worker import ClientWorker, WorkerSetup, replay_events
+from fedekd.federation.observer import Observer
 from fedekd.methods import FederationSpec, Method
-from fedekd.processes import die_with_parent
 
 
 class MultiProcess(EngineConfig):
-    """Clients run side by side, in processes of this machine.
+    """Clients run in parallel processes of this machine.
 
     Args:
-        processes: How many; more than there are clients are not started.
+        processes: Number of processes, at least 1; no more start than there are clients.
     """
 
     def __init__(self, processes: int = 2) -> None:
         if processes < 1:
-            raise UserError(f"engine.processes is {processes}, and must be at least 1")
+            raise UserError(f"engine.processes: expected at least 1, got {processes}.")
         self.processes = processes
 
     def threads(self, cores: int, clients: int) -> int:
-        """An equal share of the cores."""
-        return max(1, cores // max(1, min(self.processes, clients)))  # no clients: the data say so in a moment
+        """Return an equal share of the cores."""
+        return max(1, cores // max(1, min(self.processes, clients)))  # 0 clients is an error of the data module
 
     def __call__(
         self,
@@ -55,200 +51,117 @@ class MultiProcess(EngineConfig):
         observer: Observer,
     ) -> Engine:
         """See `EngineConfig`."""
-        return MultiProcessEngine(method, data, spec, baseline_dir, observer, self.processes)
+        executor = ProcessExecutor(min(self.processes, len(data.clients)), observer)
+        return PoolEngine(method, data, spec, baseline_dir, observer, executor)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What a process is given of the data: everything but the pixels, and the file in which they lie."""
-
-    without_images: ImageData
-    clients: list[ClientSplits]
-    pixels: Path
-    shape: tuple[int, ...]
-
-    @cached_property
-    def images(self) -> ImageData:
-        """The images, mapped: processes that train on the CPU share one copy."""
-        size = int(torch.tensor(self.shape).prod())
-        mapped = torch.from_file(str(self.pixels), shared=False, size=size, dtype=torch.uint8)
-        return replace(self.without_images, pixels=mapped.view(self.shape))
-
-
-class MultiProcessEngine:
-    """Runs clients in several processes, with the same numbers as one after another.
-
-    The processes start with the first request and end with `close`; with them end the clients.
+class ProcessExecutor:
+    """Starts workers as processes of this machine.
 
     Args:
-        method: The method, for its two verbs on the client; like the rest it must be picklable.
-        data: The federation's data, set up.
-        spec: How networks are built and trained.
-        baseline_dir: Where Local's references are kept; None trains them anew.
-        observer: Is told of each phase.
-        processes: How many.
+        processes: Number of processes.
+        observer: Called with the events of clients as they happen.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        data: FederatedDataModule,
-        spec: FederationSpec,
-        baseline_dir: Path | None = None,
-        observer: Observer | None = None,
-        processes: int = 2,
-    ) -> None:
-        self.observer = observer or SilentObserver()
-        self._method, self._data, self._spec, self._references = method, data, spec, baseline_dir
-        self._home = _dealt_out([len(splits.train) for splits in data.clients], processes)
-        self._workers: list[_Worker] = []
-        self._closed = False
+    def __init__(self, processes: int, observer: Observer) -> None:
+        self.processes, self.observer = processes, observer
+        self._setup, self._folder = b"", Path()
 
-    def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
-        """Local's reference for each client."""
-        asked = {place: {n: rounds[n] for n in rounds if self._home[n] == place} for place in self._places(rounds)}
-        replies = self._ask({place: ("local_baselines", (part,)) for place, part in asked.items()})
-        return {number: reference for part in replies for number, reference in part.items()}
+    def state_folder(self) -> None:
+        """See `Executor`."""
 
-    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        """The participants, as they get ready."""
-        asked = {}
-        for place in self._places(request.participants):
-            own = [number for number in request.participants if self._home[number] == place]
-            asked[place] = ("run_clients", (request.only(own),))
-        return self._ask(asked)
+    def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
+        """Write the pixels to a file that all processes map: on the CPU they share one copy."""
+        self._folder = setup.store
+        pixels.tofile(self._folder / "pixels")
+        self._setup = pickle.dumps((setup, pixels.shape))
+        return self.processes
 
-    def score(self, number: int) -> float:
-        """A client's score as it is now."""
-        score: float = self._ask_one(number, "score", number)
-        return score
+    def share(self, content: Any) -> Any:
+        """See `Executor`."""
+        return content
 
-    def client_state(self, number: int) -> Any:
-        """All that must last of a client, on the CPU."""
-        return self._ask_one(number, "client_state", number)
+    def start(self) -> tuple[_Process, _Process]:
+        """See `Executor`; a process has at most one pending call, and stands for it."""
+        process = _Process(self._folder, self._setup)
+        return process, process
 
-    def load_client_state(self, number: int, state: Any) -> None:
-        """Set a client to a state it had."""
-        self._ask_one(number, "load_client_state", number, state)
+    def submit(self, worker: _Process, task: str, *arguments: Any) -> _Process:
+        """See `Executor`."""
+        worker.send(pickle.dumps((task, arguments)))
+        return worker
+
+    def wait(self, calls: Sequence[_Process], count: int, timeout: float) -> list[_Process]:
+        """See `Executor`; events are passed on as they arrive."""
+        by_connection = {call.connection: call for call in calls}
+        finished = []
+        for connection in wait(list(by_connection), timeout):
+            call = by_connection[connection]  # type: ignore[index]
+            if (event := call.receive()) is None:
+                finished.append(call)
+            else:
+                replay_events([event], self.observer)
+        return finished
+
+    def result(self, call: _Process) -> Any:
+        """See `Executor`."""
+        kind, content = call.answer
+        if kind == "error":
+            raise content
+        return content
+
+    def kill(self, worker: _Process) -> None:
+        """See `Executor`."""
+        worker.connection.close()  # an idle process then ends by itself
+        worker.process.join(0.2)
+        worker.process.kill()
+        worker.process.join()
 
     def close(self) -> None:
-        """End the processes."""
-        self._closed = True
-        for worker in self._workers:
-            worker.end()
-        self._workers = []
-
-    def _places(self, numbers: Sequence[int] | Mapping[int, int]) -> list[int]:
-        return sorted({self._home[number] for number in numbers})
-
-    def _ask_one(self, number: int, verb: str, *arguments: Any) -> Any:
-        (reply,) = self._ask({self._home[number]: (verb, arguments)})
-        return reply
-
-    def _ask(self, asked: Mapping[int, tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
-        """Let processes do something at the same time, and give what comes, as it comes.
-
-        Raises:
-            UserError: If a process has died, or has found something wrong; the engine is then closed.
-        """
-        if self._closed:
-            raise RuntimeError("the engine is closed, and its clients are gone; their states are in the checkpoint")
-        try:
-            if not self._workers:
-                self._start()
-            for place, request in asked.items():
-                self._workers[place].send(request)
-            yield from self._replies({self._workers[place].connection: self._workers[place] for place in asked})
-        except BaseException:
-            self.close()  # what the others were about to say would be taken for an answer to the next question
-            raise
-
-    def _replies(self, busy: dict[Connection, _Worker]) -> Iterator[Any]:
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                kind, content = busy[connection].receive()
-                if kind == "done":
-                    del busy[connection]
-                elif kind == "event":
-                    name, arguments = content
-                    getattr(self.observer, name)(*arguments)
-                elif kind == "error":
-                    raise content
-                else:
-                    yield content
-
-    def _start(self) -> None:
-        """Start all processes at once, and give each its part of the federation."""
-        with tempfile.TemporaryDirectory(prefix="fedekd-", ignore_cleanup_errors=True) as folder:
-            images = self._data.images
-            pixels = Path(folder) / "pixels"
-            images.pixels.cpu().numpy().tofile(pixels)
-            share = _Share(without_images(images), list(self._data.clients), pixels, tuple(images.pixels.shape))
-            parts = pickle.dumps((without_server_state(self._method), share, self._spec, self._references))
-            for place in range(max(self._home) + 1):
-                self._workers.append(_Worker([n for n, home in enumerate(self._home) if home == place]))
-            for worker in self._workers:
-                worker.send_bytes(parts)
-            # Once all have mapped the pixels, their file may go: a killed run leaves nothing behind.
-            for _ in self._replies({worker.connection: worker for worker in self._workers}):
-                pass
+        """See `Executor`."""
 
 
-class _Worker:
-    """A process, and the way to it."""
+class _Process:
+    """A worker process and its connection."""
 
-    def __init__(self, clients: list[int]) -> None:
-        self.clients, self.answered = clients, False
-        # Forked processes cannot use CUDA, nor the parent's thread pools.
+    def __init__(self, folder: Path, setup: bytes) -> None:
+        self.answer: tuple[str, Any] = ("", None)
+        self.has_answered = False
+        # A forked process could use neither CUDA nor the thread pools of its parent.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _signals_held_back():
+        self.process = context.Process(target=_serve, args=(theirs, folder), daemon=True)
+        with _signals_masked():
             self.process.start()
         theirs.close()
+        self.send(setup)
 
-    def send(self, request: Any) -> None:
-        self.send_bytes(pickle.dumps(request))
-
-    def send_bytes(self, message: bytes) -> None:
-        try:
+    def send(self, message: bytes) -> None:
+        with suppress(OSError):  # the process has ended: `receive` reports it
             self.connection.send_bytes(message)
-        except OSError as error:
-            raise self._lost() from error
 
-    def receive(self) -> tuple[str, Any]:
+    def receive(self) -> Any:
+        """Receive one message: return an event, or store the answer and return None."""
         try:
-            message: tuple[str, Any] = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._lost() from error
-        self.answered = True
-        return message
+            kind, content = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            kind, content = "error", WorkerLostError(self._reason())
+        if kind == "event":
+            return content
+        self.answer, self.has_answered = (kind, content), True
+        return None
 
-    def _lost(self) -> UserError:
+    def _reason(self) -> str:
         self.process.join(5)
         code = self.process.exitcode
-        if not self.answered and code == 1:
-            return UserError(
-                "a process for clients could not start (its error stands above); a script that uses MultiProcess needs"
-                " `if __name__ == '__main__':` around what it does"
-            )
-        clients = ", ".join(map(str, self.clients))
-        why = "killed, perhaps for want of memory: try fewer engine.processes" if code == -9 else f"exit code {code}"
-        return UserError(
-            f"the process of the clients {clients} has died ({why}); what was finished is kept: use fit --resume"
-        )
-
-    def end(self) -> None:
-        self.connection.close()  # which an idle process takes for the end
-        self.process.join(0.2)
-        self.process.kill()
-        self.process.join()
+        if not self.has_answered and code == 1:
+            return "its error is printed above; a script that uses MultiProcess needs `if __name__ == '__main__':`"
+        return "killed, perhaps for lack of memory: reduce engine.processes" if code == -9 else f"exit code {code}"
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """A process that is started inside is never reached by Ctrl-C or SIGTERM: only its parent decides when it ends."""
+def _signals_masked() -> Iterator[None]:
+    """Context manager: processes started inside never receive Ctrl-C or SIGTERM; their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -256,80 +169,53 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _dealt_out(sizes: Sequence[int], processes: int) -> list[int]:
-    """Which process each client goes to: the largest first, each to where least work is.
-
-    Example:
-        >>> _dealt_out([10, 70, 20, 50], 2)
-        [0, 0, 1, 1]
-    """
-    work = [0] * min(processes, len(sizes))
-    homes = [0] * len(sizes)
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        homes[number] = work.index(min(work))
-        work[homes[number]] += sizes[number]
-    return homes
+class _ParentGoneError(BaseException):
+    """Raised in a worker process when its parent has ended."""
 
 
-class _Unasked(BaseException):
-    """Nobody is there any more to be told anything."""
-
-
-def _serve(connection: Connection) -> None:
-    """What a process does: answer until nobody asks any more."""
-    die_with_parent()
+def _serve(connection: Connection, folder: Path) -> None:
+    """Main function of a worker process: build the worker, then answer calls until the connection closes."""
+    die_with_parent(folder)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a library's thread may not hold it back
+        signal.signal(number, signal.SIG_IGN)  # the mask does not hold in threads that libraries start
 
-    def tell(kind: str, content: Any = None) -> None:
+    def send(kind: str, content: Any) -> None:
         message = pickle.dumps((kind, content))
         try:
             connection.send_bytes(message)
         except OSError as error:
-            raise _Unasked from error
+            raise _ParentGoneError from error
 
-    def asked() -> Any:
+    def receive() -> bytes:
         try:
-            message = connection.recv_bytes()
+            return connection.recv_bytes()
         except (EOFError, OSError) as error:
-            raise _Unasked from error
-        return message
+            raise _ParentGoneError from error
 
-    with suppress(_Unasked):
-        engine: SequentialEngine | None = None
+    with suppress(_ParentGoneError):
+        worker: ClientWorker | None = None
         while True:
-            message = asked()
+            message = receive()
             try:
-                if engine is None:
-                    method, share, spec, references = pickle.loads(message)
-                    observer = EventForwarder(lambda name, arguments: tell("event", (name, arguments)))
-                    engine = SequentialEngine(method, share, spec, references, observer)
+                if worker is None:
+                    setup, shape = pickle.loads(message)
+                    pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=shape))
+                    worker = ClientWorker(setup, pixels, forward=lambda event: send("event", event))
                     gc.collect()
-                    gc.freeze()  # what has been imported stays: collections need not walk it
+                    gc.freeze()  # as `gc_frozen`, for the life of the process
+                    send("result", True)
                 else:
-                    for answer in _answers(engine, *pickle.loads(message)):
-                        tell("reply", answer)
+                    task, arguments = pickle.loads(message)
+                    send("result", getattr(worker, task)(*arguments))
             except (UserError, OSError) as error:
-                tell("error", error)
+                send("error", error)
             except (AttributeError, ImportError, pickle.UnpicklingError) as error:
-                hint = f"{error}; what runs in another process must be importable there: put it into a module"
-                tell("error", UserError(hint) if engine is None else _told_whole())
+                hint = f"{error}. Classes that run in another process must be importable: move them to a module."
+                send("error", UserError(hint) if worker is None else _with_trace())
             except Exception:
-                tell("error", _told_whole())
-            tell("done")
-    gc.unfreeze()  # extension modules complain at exit of what is still frozen
+                send("error", _with_trace())
+    gc.unfreeze()  # extension modules warn at exit about frozen objects
 
 
-def _told_whole() -> RuntimeError:
-    return RuntimeError(f"in the process of a client:\n{traceback.format_exc()}")
-
-
-def _answers(engine: SequentialEngine, verb: str, arguments: tuple[Any, ...]) -> Iterator[Any]:
-    """One for each visit; one for anything else."""
-    if verb == "run_clients":
-        yield from engine.run_clients(*arguments)
-        gc.collect()  # as the round loop does: Trainers hold on to each other, and to what they trained
-    elif verb == "client_state":
-        yield unpack(pack(engine.client_state(*arguments)))  # on the CPU
-    else:
-        yield getattr(engine, verb)(*arguments)
+def _with_trace() -> RuntimeError:
+    return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")

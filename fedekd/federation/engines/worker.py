@@ -1,50 +1,141 @@
-"""Clients one at a time, taken up from disk and put down again: what an actor of Ray does, and a site of Flower."""
+"""Worker that loads a client's state from disk, runs the client and saves its state."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedekd.atomic import atomic_file
 from fedekd.data import ClientSplits, ImageData
+from fedekd.federation.checkpoint import pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
-from fedekd.federation.engines.client_store import ClientStore
-from fedekd.federation.engines.gc_frozen import gc_frozen
-from fedekd.federation.engines.remote import EventForwarder
+from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
-from fedekd.federation.observer import Observer
+from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
+#: Name of an observer's method, and its arguments.
 Event = tuple[str, tuple[Any, ...]]
+
+
+class StateStore:
+    """Client states on disk: memory holds only the clients that run, however many there are.
+
+    Each version of a state is a file. The next version does not overwrite the last, so that lost work can be
+    repeated from there.
+
+    Args:
+        folder: Existing folder, visible to all machines that run clients.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, number: int, version: int) -> Any:
+        """Return a state, on the CPU."""
+        return unpack(self._path(number, version).read_bytes())
+
+    def write(self, number: int, version: int, state: Any) -> None:
+        """Write a state atomically, replacing the same version.
+
+        Raises:
+            FileNotFoundError: If the folder was removed, as when a late worker writes after its engine closed.
+        """
+        self.folder.stat()  # raises, where `atomic_file` would create the folder again
+        with atomic_file(self._path(number, version)) as file:
+            file.write(pack(state))
+
+    def has(self, number: int, version: int) -> bool:
+        """Return whether a version of a client's state exists."""
+        return self._path(number, version).is_file()
+
+    def versions(self, number: int) -> list[int]:
+        """Return the versions of a client's state, ascending."""
+        return sorted(int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"client-{number:05d}-*.pt"))
+
+    def drop(self, number: int, version: int) -> None:
+        """Remove a version if it exists."""
+        self._path(number, version).unlink(missing_ok=True)
+
+    def _path(self, number: int, version: int) -> Path:
+        return self.folder / f"client-{number:05d}-{version:06d}.pt"
+
+
+class EventForwarder(SilentObserver):
+    """Observer that passes the events of clients to a function, for `replay_events`.
+
+    Args:
+        forward: Called with each event.
+    """
+
+    def __init__(self, forward: Callable[[Event], None]) -> None:
+        self.forward = forward
+
+    def phase_started(self, client: int, phase: str) -> None:
+        """See `Observer`."""
+        self.forward(("phase_started", (client, phase)))
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        """See `Observer`."""
+        self.forward(("phase_finished", (client, phase, steps)))
+
+    def warn(self, text: str) -> None:
+        """See `Observer`."""
+        self.forward(("warn", (text,)))
+
+
+def replay_events(events: Sequence[Event], observer: Observer) -> None:
+    """Call an observer with events of another process."""
+    for name, arguments in events:
+        getattr(observer, name)(*arguments)
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a host is given of a federation, beside the pixels, of which a machine may hold one copy for all.
+    """Everything that a worker needs except the pixels, of which a machine holds one copy for all workers.
 
     Attributes:
-        method: The clients' side of it.
-        without_images: All that is known of the images but the images.
-        clients: The samples of each client that may come here, by its number.
-        spec: How networks are built and trained.
-        baseline_dir: Where Local's references are kept.
-        store: The folder of the clients' states.
+        method: The method without its server state.
+        images: The data set without its pixels.
+        clients: Splits of each client that may run on the worker, by client number.
+        spec: Specification of networks and training.
+        baseline_dir: Folder of the local baselines; None stores none.
+        store: Folder of the client states.
     """
 
     method: Method
-    without_images: ImageData
+    images: ImageData
     clients: Sequence[ClientSplits] | Mapping[int, ClientSplits]
     spec: FederationSpec
     baseline_dir: Path | None
     store: Path
+
+    @classmethod
+    def build(
+        cls,
+        method: Method,
+        images: ImageData,
+        clients: Sequence[ClientSplits] | Mapping[int, ClientSplits],
+        spec: FederationSpec,
+        baseline_dir: Path | None,
+        store: Path,
+    ) -> Self:
+        """Build a setup from a whole method and a whole data set."""
+        method = copy.copy(method)
+        method.server_state = {}
+        no_pixels = torch.empty(0, *images.pixels.shape[1:], dtype=torch.uint8)
+        return cls(method, replace(images, pixels=no_pixels), clients, spec, baseline_dir, store)
 
 
 @dataclass(frozen=True)
@@ -54,37 +145,37 @@ class _Data:
 
 
 class ClientWorker:
-    """Runs whichever client it is asked to, from the state that the store has of it.
+    """Runs any client of a federation from a version of its stored state, one client at a time.
+
+    Every task returns its result and the events of the client.
 
     Args:
-        share: What it needs to know.
-        pixels: Of all images, (n, C, H, W), uint8; Ray hands it a view of the machine's one copy.
+        setup: Method, splits, specification and folders.
+        pixels: All images, (N, C, H, W), uint8; a read-only view of the machine's copy.
+        forward: Called with each event as it happens; None returns them with the result of the task.
     """
 
-    def __init__(self, share: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8], forward: Callable[[Event], None] | None = None
+    ) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the view cannot be written to, and nobody does
-            images = replace(share.without_images, pixels=torch.from_numpy(pixels))
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch warns of the read-only view; nothing writes to it
+            images = replace(setup.images, pixels=torch.from_numpy(pixels))
         self.events: list[Event] = []
-        self.store = ClientStore(share.store)
-        self.engine = SequentialEngine(
-            share.method,
-            _Data(images, share.clients),
-            share.spec,
-            share.baseline_dir,
-            EventForwarder(lambda name, arguments: self.events.append((name, arguments))),
-        )
+        self.store = StateStore(setup.store)
+        observer = EventForwarder(forward or self.events.append)
+        data = _Data(images, setup.clients)
+        self.engine = SequentialEngine(setup.method, data, setup.spec, setup.baseline_dir, observer)
 
     def ready(self) -> bool:
-        """Whether it can begin."""
+        """Return True once the worker is built."""
         return True
 
     def local_baseline(self, number: int, rounds: int) -> tuple[LocalBaseline, list[Event]]:
-        """Local's reference for a client."""
+        """Train the local baseline of a client."""
         self.events.clear()
-        return self.engine.local_baselines({number: rounds})[number], self._told()
+        return self.engine.local_baselines({number: rounds})[number], list(self.events)
 
-    @gc_frozen()
     def run_client(
         self, number: int, version: int, request: RoundRequest, personal: StateDict, becomes: int | None = None
     ) -> tuple[ClientResult, list[Event]]:
@@ -92,54 +183,43 @@ class ClientWorker:
 
         Args:
             number: Client number.
-            version: Version of the state to start from.
+            version: Version of the state to start from; 0 is the initial state.
             request: Request of the round, the same object for all clients; its participants are ignored.
             personal: Personal part of the message to this client.
-            becomes: Version to write; None is the next one.
+            becomes: Version to write; None is `version` + 1.
         """
-        self._take_up(number, version)
         broadcast = Broadcast(request.broadcast.shared, {number: personal} if personal else {})
-        [result] = self.engine.run_clients(replace(request, participants=[number], broadcast=broadcast))
-        self.store.write(number, version + 1 if becomes is None else becomes, self.engine.client_state(number))
-        self._put_down(number)
+        with self._loaded(number, version):
+            [result] = self.engine.run_clients(replace(request, participants=[number], broadcast=broadcast))
+            self._save(number, version + 1 if becomes is None else becomes)
         if result.update is not None:
             on_cpu = {name: tensor.detach().cpu() for name, tensor in result.update.state.items()}
             result = replace(result, update=replace(result.update, state=on_cpu))
-        return result, self._told()
+        return result, list(self.events)
 
-    @gc_frozen()
     def score(self, number: int, version: int) -> tuple[float, list[Event]]:
-        """A client's score in a version of its state."""
-        self._take_up(number, version)
-        score = self.engine.score(number)
-        self._put_down(number)
-        return score, self._told()
+        """Score a client in a version of its state."""
+        with self._loaded(number, version):
+            return self.engine.score(number), list(self.events)
 
-    @gc_frozen()
-    def begin(self, number: int) -> tuple[None, list[Event]]:
-        """Write version 0 of a client's state: as it is before its first visit."""
-        self._take_up(number, 0)
-        self.store.write(number, 0, self.engine.client_state(number))
-        self._put_down(number)
-        return None, self._told()
+    def write_initial_state(self, number: int) -> tuple[None, list[Event]]:
+        """Write version 0 of a client's state."""
+        with self._loaded(number, 0):
+            self._save(number, 0)
+        return None, list(self.events)
 
-    def _take_up(self, number: int, version: int) -> None:
-        # A visit that has failed may have left the client as it was halfway, and events that nobody was told.
+    def _save(self, number: int, version: int) -> None:
+        self.store.write(number, version, self.engine.client_state(number))
+
+    @contextmanager
+    def _loaded(self, number: int, version: int) -> Iterator[None]:
+        """Context manager: load a client, and free its memory on exit."""
+        # A task that failed may have left the client half trained, and its events behind.
         self.engine.release(number)
         self.events.clear()
-        if version:
-            self.engine.load_client_state(number, self.store.read(number, version))
-
-    def _put_down(self, number: int) -> None:
-        self.engine.release(number)
-        gc.collect()  # Trainers hold on to each other, and to what they trained
-
-    def _told(self) -> list[Event]:
-        events, self.events[:] = list(self.events), []
-        return events
-
-
-def replay_events(events: Sequence[Event], observer: Observer) -> None:
-    """Tell an observer what has happened elsewhere."""
-    for name, arguments in events:
-        getattr(observer, name)(*arguments)
+        with gc_frozen():
+            if version:
+                self.engine.load_client_state(number, self.store.read(number, version))
+            yield
+            self.engine.release(number)
+            gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory

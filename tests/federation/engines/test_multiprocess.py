@@ -1,12 +1,12 @@
-"""Clients in several processes: the same numbers, and a clear word when a process dies."""
+"""Engine MultiProcess: results equal to the sequential engine, and errors of worker processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +15,36 @@ import torch
 
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, RoundRequest, SilentObserver
-from fedekd.federation.engines.multiprocess import _dealt_out
+from fedekd.federation import MultiProcess, RoundRequest
 from fedekd.methods import Broadcast, FedAvg, FedeKD
 
-from .conftest import Federate
+from ..conftest import Federate, Recorder
 
 pytestmark = pytest.mark.slow
 
 
-class Watch(SilentObserver):
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[int, str]] = []
-        self.steps = 0
-        self.warnings: list[str] = []
-
-    def phase_started(self, client: int, phase: str) -> None:
-        self.begun.append((client, phase))
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.steps += steps
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 def contents(run: Path) -> dict[str, bytes]:
-    """Everything of a run that must not depend on where its clients ran."""
+    """Files of a run that must not depend on the engine."""
     return {path.name: path.read_bytes() for path in [run / "metrics.csv", *(run / "checkpoints").glob("*.pt")]}
 
 
-def test_the_same_bytes_as_one_after_another(federate: Federate, tmp_path: Path) -> None:
-    watches = Watch(), Watch()
-    federate(output=tmp_path / "one", baseline_dir=tmp_path / "local1", observer=watches[0]).run()
-    beside = federate(
-        output=tmp_path / "two", baseline_dir=tmp_path / "local2", observer=watches[1], engine=MultiProcess(2)
+def test_multiprocess_gives_the_bytes_of_the_sequential_engine(federate: Federate, tmp_path: Path) -> None:
+    recorders = Recorder(), Recorder()
+    federate(output=tmp_path / "one", baseline_dir=tmp_path / "local1", observer=recorders[0]).run()
+    parallel = federate(
+        output=tmp_path / "two", baseline_dir=tmp_path / "local2", observer=recorders[1], engine=MultiProcess(2)
     )
-    beside.run()
+    parallel.run()
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    references = [{path.name: path.read_bytes() for path in (tmp_path / f"local{i}").iterdir()} for i in (1, 2)]
-    assert references[0] == references[1]
-    assert sorted(watches[0].begun) == sorted(watches[1].begun)
-    assert watches[0].steps == watches[1].steps
-    assert not beside.engine._workers  # type: ignore[attr-defined]
+    baselines = [{path.name: path.read_bytes() for path in (tmp_path / f"local{i}").iterdir()} for i in (1, 2)]
+    assert baselines[0] == baselines[1]
+    assert sorted(recorders[0].phases) == sorted(recorders[1].phases)
+    assert recorders[0].steps == recorders[1].steps
+    assert not multiprocessing.active_children()
 
 
-class Suicidal(FedeKD):
-    """Its client 1 takes its process with it in round 1, once."""
+class KillsProcess(FedeKD):
+    """Client 1 kills its process in round 1, once."""
 
     def __init__(self, mark: str) -> None:
         super().__init__()
@@ -77,63 +58,63 @@ class Suicidal(FedeKD):
 
 
 class Faulty(FedAvg):
-    """Its clients find something wrong, or break."""
+    """Clients raise a UserError or another exception."""
 
     def __init__(self, error: str) -> None:
         super().__init__()
         self.error = error
 
     def prepare_update(self, client: Any, round_idx: int) -> Any:
-        raise UserError("something is wrong") if self.error == "told" else ZeroDivisionError("1 / 0")
+        raise UserError("something is wrong") if self.error == "user" else ZeroDivisionError("1 / 0")
 
 
-def test_a_process_that_dies_is_told_and_the_run_goes_on_from_its_checkpoint(
-    federate: Federate, tmp_path: Path
-) -> None:
-    quiet = federate(Suicidal(str(tmp_path)), output=tmp_path / "quiet").run()
-    method = Suicidal(str(tmp_path / "dead"))
-    with pytest.raises(UserError, match=r"the process of the clients 1 has died \(killed, perhaps"):
+def test_multiprocess_killed_process_raises_and_the_run_resumes(federate: Federate, tmp_path: Path) -> None:
+    quiet = federate(KillsProcess(str(tmp_path)), output=tmp_path / "quiet").run()
+    method = KillsProcess(str(tmp_path / "dead"))
+    with pytest.raises(
+        UserError, match=r"client 1: 1 workers lost \(killed, perhaps for lack of memory: .*fit --resume\.$"
+    ):
         federate(method, output=tmp_path / "run", engine=MultiProcess(3)).run()
-    summary = federate(Suicidal(method.mark), output=tmp_path / "run").run()
+    summary = federate(KillsProcess(method.mark), output=tmp_path / "run").run()
     assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "quiet/metrics.csv").read_bytes()
     assert summary["delta"] == quiet["delta"]
 
 
-@pytest.mark.parametrize(("error", "kind"), [("told", UserError), ("untold", RuntimeError)])
-def test_what_goes_wrong_in_a_process_comes_out_of_the_run(error: str, kind: Any, federate: Federate) -> None:
-    with pytest.raises(kind, match="something is wrong" if error == "told" else "ZeroDivisionError: 1 / 0"):
+@pytest.mark.parametrize(("error", "kind"), [("user", UserError), ("other", RuntimeError)])
+def test_multiprocess_exception_of_a_client_is_raised_by_the_run(error: str, kind: Any, federate: Federate) -> None:
+    with pytest.raises(kind, match="something is wrong" if error == "user" else "ZeroDivisionError: 1 / 0"):
         federate(Faulty(error), engine=MultiProcess(1)).run()
 
 
-class Unborn(FedeKD):
-    """Cannot be made again in another process, in one way or another."""
+class FailsToUnpickle(FedeKD):
+    """Exits or raises when a worker process unpickles it."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
 
     def __reduce__(self) -> Any:
-        return born, (self.how, os.getpid())
+        return unpickle, (self.how, os.getpid())
 
 
-def born(how: str, here: int) -> Unborn:
+def unpickle(how: str, here: int) -> FailsToUnpickle:
     if os.getpid() == here:
-        return Unborn(how)
+        return FailsToUnpickle(how)
     if how == "dies":
         os._exit(3)
     raise ModuleNotFoundError("no module named nowhere")
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("dies", r"clients 0, 1, 2 has died \(exit code 3\)"), ("unknown", "nowhere; .* module")]
+    ("how", "words"), [("dies", r"^a worker could not start: exit code 3$"), ("unknown", r"nowhere\. .* module\.$")]
 )
 @pytest.mark.timeout(120)
-def test_a_process_that_cannot_begin_is_told(
+def test_multiprocess_worker_that_cannot_start_raises_user_error(
     how: str, words: str, federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    run = federate(Unborn(how), engine=MultiProcess(1))
+    run = federate(FailsToUnpickle(how), engine=MultiProcess(1))
     with pytest.raises(UserError, match=words):
         run.run()
     assert not list((tmp_path / "tmp").iterdir())
@@ -141,13 +122,13 @@ def test_a_process_that_cannot_begin_is_told(
         run.engine.score(0)
 
 
-def test_a_full_disk_in_a_process_is_told_as_one_here(federate: Federate, tmp_path: Path) -> None:
+def test_multiprocess_os_error_of_a_worker_keeps_its_type(federate: Federate, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         federate(baseline_dir=tmp_path / "file/local", engine=MultiProcess(1)).run()
 
 
-def test_clients_stay_where_they_are_and_get_only_their_own(federate: Federate) -> None:
+def test_multiprocess_loads_states_and_ends_its_processes(federate: Federate) -> None:
     run = federate(engine=MultiProcess(2))
     engine: Any = run.engine
     run.method.init_server(run.spec)
@@ -157,9 +138,9 @@ def test_clients_stay_where_they_are_and_get_only_their_own(federate: Federate) 
         after = engine.client_state(0)
         assert not torch.equal(*(s["networks"]["proxy"]["head.weight"] for s in (before, after)))
         engine.load_client_state(0, before)
-        assert pickle.dumps(engine.client_state(0)["memory"]) == pickle.dumps(before["memory"])
+        assert pickle.dumps(engine.client_state(0)["method_state"]) == pickle.dumps(before["method_state"])
         torch.testing.assert_close(engine.client_state(0)["networks"], before["networks"], rtol=0, atol=0)
-        pids = [worker.process.pid for worker in engine._workers]
+        pids = [process.pid for process in multiprocessing.active_children()]
         assert len(set(pids)) == 2
     finally:
         engine.close()
@@ -168,40 +149,32 @@ def test_clients_stay_where_they_are_and_get_only_their_own(federate: Federate) 
             os.kill(pid, 0)
 
 
-def test_broadcast_for_some() -> None:
+def test_broadcast_only_keeps_the_personal_part_of_the_clients() -> None:
     shared = {"a": torch.zeros(1)}
     broadcast = Broadcast(shared, {0: {"b": torch.ones(1)}, 1: {"b": torch.ones(2)}})
-    own = broadcast.only([1, 2])
-    assert own.to(1)["b"].shape == (2,)
-    assert own.personal.keys() == {1}
-    assert own.to(2).keys() == {"a"}
+    part = broadcast.only([1, 2])
+    assert part.to(1)["b"].shape == (2,)
+    assert part.personal.keys() == {1}
+    assert part.to(2).keys() == {"a"}
 
 
-@pytest.mark.parametrize(
-    ("sizes", "processes", "largest"), [([10, 70, 20, 50], 2, 80), ([5] * 6, 3, 10), ([4, 1], 8, 4), ([3], 1, 3)]
-)
-def test_work_is_dealt_evenly(sizes: Sequence[int], processes: int, largest: int) -> None:
-    homes = _dealt_out(sizes, processes)
-    work = [sum(size for size, home in zip(sizes, homes, strict=True) if home == place) for place in set(homes)]
-    assert max(work) == largest
-    assert set(homes) == set(range(min(processes, len(sizes))))
-
-
-def test_threads_are_shared_out_and_bad_numbers_told() -> None:
+def test_multiprocess_threads_are_an_equal_share_of_the_cores() -> None:
     assert [MultiProcess(n).threads(16, clients=6) for n in (1, 4, 5, 32)] == [16, 4, 3, 2]
-    with pytest.raises(UserError, match=r"engine.processes is 0"):
+    with pytest.raises(UserError, match=r"^engine\.processes: expected at least 1, got 0\.$"):
         MultiProcess(0)
 
 
-def test_by_the_command_line(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_multiprocess_run_equals_sequential_and_resumes_with_it(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = [f"--data.dataset={npz}", "--data.num_clients=3", "--data.alpha=1", "--rounds=1", "--logger=null"]
     options += ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1"]
     assert main(["fit", *options, "--output=a", "--baseline_dir=la"]) == 0
-    beside = ["--engine=MultiProcess", "--engine.processes=1", "--output=b", "--baseline_dir=lb"]
-    assert main(["fit", *options, *beside]) == 0
+    parallel = ["--engine=MultiProcess", "--engine.processes=1", "--output=b", "--baseline_dir=lb"]
+    assert main(["fit", *options, *parallel]) == 0
     assert contents(Path("a")) == contents(Path("b"))
     assert main(["test", "b"]) == 0
-    # Where clients run may be changed when a run goes on.
+    # The engine may change on resume.
     Path("b/summary.json").unlink()
     assert main(["fit", "--resume", "b", "--engine=Sequential"]) == 0

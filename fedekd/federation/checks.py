@@ -1,0 +1,63 @@
+"""Checks that the parts of a federation fit together, before anything is trained."""
+
+from __future__ import annotations
+
+from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.errors import UserError
+from fedekd.methods import FederationSpec, Method
+from fedekd.methods.client import has_batch_norm
+from fedekd.models import check_model
+
+
+def check_models(spec: FederationSpec, data: FederatedDataModule) -> None:
+    """Run each model architecture on two images.
+
+    Raises:
+        UserError: If a model does not fit the images, or has BatchNorm and would train on batches of one sample.
+    """
+    smallest = min(data.clients, key=lambda splits: len(splits.train))
+    has_single = data.batch_size == 1 or len(smallest.train) == 1
+    # One client per architecture.
+    clients = {spec.architecture_key(number): number for number in reversed(range(spec.num_clients))}.values()
+    for role, number in [*(("private", number) for number in clients), ("proxy", 0)]:
+        network = spec.build_model(role, number)
+        check_model(
+            network.float().cpu(),
+            in_channels=spec.in_channels,
+            image_size=spec.image_size,
+            num_outputs=spec.num_outputs,
+            flag=f"client.{role}_model",
+        )
+        if has_single and has_batch_norm(network):
+            raise UserError(
+                f"client.{role}_model: expected no BatchNorm, which cannot train on batches of one sample, with"
+                f" data.batch_size {data.batch_size} and {len(smallest.train)} training samples of client"
+                f" {smallest.client}. Raise data.batch_size or data.min_samples."
+            )
+
+
+def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, rounds: int) -> None:
+    """Check that clients have two models to compare, and samples for it that neither was trained on.
+
+    Raises:
+        UserError: If they have not, or an option of the rule does not fit the run.
+    """
+    name = type(method).__name__
+    if method.is_local_baseline:
+        raise UserError(f"do_no_harm: expected a federated method to compare with the local baseline, got {name}.")
+    if "validation" in method.training_splits:
+        raise UserError(
+            f"do_no_harm: models are compared on the validation split, which method {name} trains on."
+            " Choose another method."
+        )
+    if data.task == "classification" and rule.margin >= 1:
+        raise UserError(f"do_no_harm.margin: expected a difference of accuracies below 1, got {rule.margin}.")
+    if rule.looks > rounds:
+        raise UserError(f"do_no_harm.looks: expected at most {rounds} (rounds), got {rule.looks}.")
+    for splits in data.clients:
+        if not len(getattr(splits, rule.split)):
+            raise UserError(
+                f"do_no_harm: client {splits.client} has no sample in the {rule.split} split, on which models are"
+                " compared. Raise data.min_samples or the second of data.fractions."
+            )
