@@ -68,17 +68,23 @@ class TensorBatches:
         return -(-self.num_visited // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        n = len(self.indices)
-        device = self.indices.device
+        positions = self.draw_positions()
+        for start in range(0, self.num_visited, self.batch_size):
+            yield self.take(positions[start : start + self.batch_size])
+
+    def draw_positions(self) -> Tensor:
+        """Begin the next pass: the positions within `indices` that it visits, in order, (num_visited,)."""
+        n, device = len(self.indices), self.indices.device
         if self.generator is None:
             order = torch.arange(n, device=device)
         else:
             generator = self.generator(self._passes) if callable(self.generator) else self.generator
             order = torch.randperm(n, generator=generator).to(device)
         self._passes += 1
-        order = order[: self.num_visited]
-        for start in range(0, self.num_visited, self.batch_size):
-            positions = order[start : start + self.batch_size]
-            samples = self.indices[positions]
-            x = scale(self.images[samples]).contiguous(memory_format=self.memory_format)
-            yield (x, self.targets[samples], *(extra[positions] for extra in self.extras))
+        return order[: self.num_visited]
+
+    def take(self, positions: Tensor) -> tuple[Any, ...]:
+        """The batch of the samples at `positions` within `indices`."""
+        samples = self.indices[positions]
+        x = scale(self.images[samples]).contiguous(memory_format=self.memory_format)
+        return (x, self.targets[samples], *(extra[positions] for extra in self.extras))

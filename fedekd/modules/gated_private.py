@@ -56,6 +56,8 @@ class GatedPrivateModule(ObjectiveModule):
         FedeKD (arXiv 2605.05553), Eq. 1-5 and Algorithm 1, lines 10-16.
     """
 
+    capturable = True
+
     def __init__(
         self,
         private: nn.Module,

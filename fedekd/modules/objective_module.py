@@ -47,6 +47,9 @@ class ObjectiveModule(LightningModule):
         epoch_means: Means that were logged in the last training epoch.
         carries_optimizer_state: If True, training starts from `optimizer_state` and sets it at the end.
         lr_factor: Factor of all learning rates.
+        samples_seen: Samples of the epoch so far.
+        capturable: Whether a step depends on tensors only, not on values in Python that change during a phase: then
+            `fedekd.modules.lean_loop` may capture it as a CUDA graph.
 
     Raises:
         UserError: If the task is unknown, or the network is its own teacher.
@@ -57,6 +60,8 @@ class ObjectiveModule(LightningModule):
         >>> [term.name for term in module.loss_terms]
         ['supervised']
     """
+
+    capturable = False
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class ObjectiveModule(LightningModule):
         self.val_metrics = build_metrics(task).clone(prefix="val/")
         self.test_metrics = build_metrics(task).clone(prefix="test/")
         self._sums: dict[str, Tensor] = {}
-        self._num_samples = 0
+        self.samples_seen = 0
         self._batch_size = 0
 
     def forward(self, x: Tensor) -> Any:
@@ -98,6 +103,7 @@ class ObjectiveModule(LightningModule):
     def on_fit_start(self) -> None:
         """Set train mode, which Lightning does not restore after an evaluation, and move the teacher."""
         self.train()
+        self._sums = {}
         if self.teacher is not None:
             self.teacher.to(device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
         if self.loss_scale:
@@ -106,13 +112,16 @@ class ObjectiveModule(LightningModule):
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch size."""
         weighted = value.detach() * self._batch_size
-        self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        if name in self._sums:
+            self._sums[name] += weighted  # in place: a CUDA graph adds to the same tensor at every replay
+        else:
+            self._sums[name] = weighted
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the sum of the loss terms, a scalar."""
         x, y, *teacher_outputs = batch
         self._batch_size = len(x)
-        self._num_samples += len(x)
+        self.samples_seen += len(x)
         teacher = self._teacher_output(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
         losses = {term.name: term(student, teacher, y, self.record) for term in self.loss_terms}
@@ -131,15 +140,17 @@ class ObjectiveModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Reset the means of the epoch."""
-        self._sums, self._num_samples = {}, 0
+        for total in self._sums.values():
+            total.zero_()
+        self.samples_seen = 0
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch, and keep them as `epoch_means`."""
-        if self._num_samples:
+        if self.samples_seen:
             names = list(self._sums)
-            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self._num_samples
+            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self.samples_seen
             self.epoch_means = dict(zip(names, means.tolist(), strict=True))
-            self.log_dict(self.epoch_means, batch_size=self._num_samples, sync_dist=True)
+            self.log_dict(self.epoch_means, batch_size=self.samples_seen, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""
@@ -196,6 +207,8 @@ class SupervisedModule(ObjectiveModule):
         task: `classification` (logits (B, C)) or `regression` (outputs (B, 1)).
         optimizer: Creates the optimizer from the parameters; default Adam, learning rate 1e-4.
     """
+
+    capturable = True
 
     def __init__(
         self,

@@ -36,6 +36,8 @@ class ProxyDistillModule(ObjectiveModule):
         FedeKD (arXiv 2605.05553), Section 3.3 and Algorithm 1, lines 3-4.
     """
 
+    capturable = True
+
     def __init__(
         self,
         proxy: nn.Module,

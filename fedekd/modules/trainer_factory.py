@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from fedekd.errors import UserError, require, require_choice
+from fedekd.modules.lean_loop import build_lean_loop
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
@@ -51,6 +52,9 @@ class TrainerFactory:
             without bf16), bf16-mixed on a CPU with native bf16, else 32-true.
         threads: CPU threads per client, at least 1; `auto` uses all cores. The number affects results in the last bits.
         channels_last: Store images and convolutions in channels-last layout, which is faster on CPUs and tensor cores.
+        loop: `lightning` trains by a Lightning Trainer; `lean` calls the module's hooks in a plain loop, to the same
+            bits, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean on CUDA.
+        capture: In the lean loop on CUDA, run the training step as a CUDA graph where it can be captured.
 
     Raises:
         UserError: If a value is out of range.
@@ -61,11 +65,14 @@ class TrainerFactory:
     precision: Precision = "auto"
     threads: int | Literal["auto"] = "auto"
     channels_last: bool = True
+    loop: Literal["auto", "lightning", "lean"] = "auto"
+    capture: bool = True
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (
             ("accelerator", self.accelerator, ("auto", "cpu", "cuda")),
             ("precision", self.precision, ("auto", *_AUTOCAST, "32-true", "64-true")),
+            ("loop", self.loop, ("auto", "lightning", "lean")),
         ):
             require_choice(f"trainer.{flag}", value, allowed)
         threads_allowed = self.threads == "auto" or (isinstance(self.threads, int) and self.threads >= 1)
@@ -144,7 +151,12 @@ class TrainerFactory:
         )
 
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
-        """Train a module in a new Trainer, without console output, and release what the Trainer holds."""
+        """Train a module by the loop of `loop`, without console output, and release what a Trainer holds."""
+        if self.loop == "lean" or (self.loop == "auto" and self.torch_device.type == "cuda"):
+            loop = build_lean_loop(module, batches, self.torch_device, self.precision, self.capture)
+            if loop is not None:
+                loop.fit(epochs)
+                return
         with _quiet():
             trainer = self.build(epochs)
             trainer.fit(module, train_dataloaders=batches)
