@@ -41,8 +41,8 @@ class Phase:
 
 PHASES = (
     Phase("supervised", "private", None, supervised),
-    Phase("distillation", "proxy", "private", bare.distilled),
     Phase("gated", "private", "proxy", bare.gated),
+    Phase("distillation", "proxy", "private", bare.distilled),
 )
 
 

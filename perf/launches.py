@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fedekd.methods import FedeKD, Local
+from fedekd.modules import lean_loop
 from perf.captured import PHASES, Captured, Phase, Stacked, Steps, Streams
 from perf.setting import CalibrationTarget
 from perf.timing import matmul_peak, step_flops, timed
@@ -24,6 +26,8 @@ _NO_KERNELS = ("Activity Buffer Request", "Lazy Function Loading", "Command Buff
 
 #: Clients of the stacked contenders.
 CLIENTS = 6
+
+CAPTURED = "(a') captured"
 
 Contender = Steps | Stacked | Streams | Captured
 
@@ -38,11 +42,11 @@ class Size:
     """
 
     steps: int = 100
-    repetitions: int = 5
+    repetitions: int = 3
 
 
 def measure(setting: CalibrationTarget, size: Size, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Measure all phases.
+    """Measure all phases: first the times of one client, then kernels, then several clients at once.
 
     Args:
         setting: Data, precision and device.
@@ -57,12 +61,14 @@ def measure(setting: CalibrationTarget, size: Size, keep: Callable[[dict[str, An
         "images": setting.source,
         "peak_tflops": matmul_peak(setting) / 1e12 if setting.device.type == "cuda" else math.nan,
         "rows": [],
+        "capture_ms": {},
         "errors": [],
     }
-    for part in (_one_client, _several_clients):
+    keep(found)
+    for part in (_one_client, _add_kernels, _several_clients):
         for phase in PHASES:
             try:
-                found["rows"] += part(setting, phase, size, found["peak_tflops"] * 1e12)
+                part(setting, phase, size, found)
             except Exception as error:  # one contender that cannot run must not cost the others
                 found["errors"].append(f"{phase.name}, {part.__name__}: {type(error).__name__}: {error}"[:500])
             keep(found)
@@ -90,47 +96,64 @@ def _train(setting: CalibrationTarget, contender: Contender, size: Size) -> None
         contender.epoch(_order(setting, size))
 
 
-def _one_client(setting: CalibrationTarget, phase: Phase, size: Size, peak: float) -> list[dict[str, Any]]:
-    """(a) bare, (a') captured, and (b) fedekd's modules by Lightning."""
-    order = _order(setting, size)
-    bare, captured = _steps(setting, phase, size), Captured(_steps(setting, phase, size, capturable=True), order)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
-        fastest = Captured(_steps(setting, phase, size, capturable=True), order)
-    differences = [_difference(_steps(setting, phase, size), contender, order) for contender in (captured, fastest)]
-    by_name: dict[str, Callable[[], None]] = {
+def _contenders(setting: CalibrationTarget, phase: Phase, size: Size) -> dict[str, Callable[[], None]]:
+    """(a) a bare loop and its captured form, and (b) fedekd's modules by each loop."""
+    bare = _steps(setting, phase, size)
+    captured = Captured(_steps(setting, phase, size, capturable=True), _order(setting, size))
+    return {
         "(a) bare": lambda: _train(setting, bare, size),
-        "(a') captured": lambda: _train(setting, captured, size),
-        "captured, any cuDNN algorithm": lambda: _train(setting, fastest, size),
-        "(b) fedekd": _fedekd(setting, phase, size),
+        CAPTURED: lambda: _train(setting, captured, size),
+        "(b) fedekd, lightning": _fedekd(setting, phase, size, loop="lightning"),
+        "(b) fedekd, lean": _fedekd(setting, phase, size, loop="lean", capture=False),
+        "(b) fedekd, captured": _fedekd(setting, phase, size, loop="lean"),
     }
-    rows = _rows(setting, phase, size, by_name, clients=1, peak=peak)
-    for row, difference in zip(rows[1:], differences, strict=False):
-        row["loss_difference"] = difference
-    return rows
 
 
-def _several_clients(setting: CalibrationTarget, phase: Phase, size: Size, peak: float) -> list[dict[str, Any]]:
-    """Six clients: stacked weights, eager and captured, and captured on a stream each."""
-    size = replace(size, steps=max(1, size.steps // 4))  # the profiler takes long over a hundred thousand kernels
+def _one_client(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+    """Times of the contenders, and how much of fedekd's is spent on capturing a phase."""
+    contenders = _contenders(setting, phase, size)
+    with _capture_times() as seconds:
+        rows = _rows(setting, phase, size, contenders, clients=1, peak=found["peak_tflops"] * 1e12)
+    if seconds:
+        found["capture_ms"][phase.name] = median(seconds) * 1e3
+    order = _order(setting, size)
+    captured = Captured(_steps(setting, phase, size, capturable=True), order)
+    rows[1]["loss_difference"] = _difference(_steps(setting, phase, size), captured, order)
+    found["rows"] += rows
+
+
+def _add_kernels(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+    """The kernels of each contender; of few steps, since the profiler takes long over a hundred thousand kernels."""
+    few = replace(size, steps=max(1, size.steps // 10))
+    contenders = _contenders(setting, phase, few)
+    for row in found["rows"]:
+        if row["phase"] == phase.name and row["contender"] in contenders:
+            _note_kernels(setting, row, contenders[row["contender"]], few.steps * setting.epochs)
+
+
+def _several_clients(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+    """Six clients: stacked weights, captured, and captured on a stream each; and one with any cuDNN algorithm."""
+    size = replace(size, steps=max(1, size.steps // 4))
     order = _order(setting, size)
 
     def clients(capturable: bool) -> list[Steps]:
         return [_steps(setting, phase, size, number, capturable) for number in range(CLIENTS)]
 
-    by_name: dict[str, Callable[[], None]] = {}
-    differences = {}
-    for name, make in (
-        ("stacked", lambda: Stacked(clients(False))),
-        ("stacked, captured", lambda: Captured(Stacked(clients(True)), order)),
-        ("a stream each, captured", lambda: Captured(Streams(clients(True)), order)),
+    def any_algorithm() -> Captured:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
+            return Captured(_steps(setting, phase, size, capturable=True), order)
+
+    for name, count, make in (
+        ("captured, any cuDNN algorithm", 1, any_algorithm),
+        ("a stream each, captured", CLIENTS, lambda: Captured(Streams(clients(True)), order)),
+        ("stacked, captured", CLIENTS, lambda: Captured(Stacked(clients(True)), order)),
     ):
         contender = make()
-        differences[name] = _difference(Streams(clients(False)), contender, order)
-        by_name[name] = lambda contender=contender: _train(setting, contender, size)  # type: ignore[misc]
-    rows = _rows(setting, phase, size, by_name, clients=CLIENTS, peak=peak)
-    for row in rows:
-        row["loss_difference"] = differences[row["contender"]]
-    return rows
+        eager = _steps(setting, phase, size) if count == 1 else Streams(clients(False))
+        difference = _difference(eager, contender, order)
+        by_name = {name: lambda contender=contender: _train(setting, contender, size)}  # type: ignore[misc]
+        rows = _rows(setting, phase, size, by_name, clients=count, peak=found["peak_tflops"] * 1e12)
+        found["rows"] += [{**row, "loss_difference": difference} for row in rows]
 
 
 def _difference(reference: Contender, contender: Contender, order: Tensor) -> float:
@@ -142,16 +165,37 @@ def _difference(reference: Contender, contender: Contender, order: Tensor) -> fl
     return float(((losses[1] - losses[0]).abs() / losses[0].abs().clamp_min(1e-3)).max())
 
 
-def _fedekd(setting: CalibrationTarget, phase: Phase, size: Size) -> Callable[[], None]:
+def _fedekd(setting: CalibrationTarget, phase: Phase, size: Size, **options: Any) -> Callable[[], None]:
+    """One phase of fedekd; `options` replace fields of the TrainerFactory."""
     indices = _indices(setting, size).cpu()
     method = Local() if phase.name == "supervised" else FedeKD()
     client = setting.client(method, indices)
+    client.spec = replace(client.spec, trainer=replace(client.spec.trainer, **options))
     if phase.name == "supervised":
         return lambda: _ignore(method.receive(client, {}, 1))
     received = method.prepare_update(client, 0).state
     if phase.name == "gated":
         return lambda: _ignore(method.receive(client, received, 1))
     return lambda: _ignore(method.prepare_update(client, 1))
+
+
+@contextmanager
+def _capture_times() -> Iterator[list[float]]:
+    """Inside, collect the seconds of each capture by the lean loop."""
+    capture, seconds = lean_loop.capture, []
+
+    def timed_capture(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return capture(*arguments)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    lean_loop.capture = timed_capture
+    try:
+        yield seconds
+    finally:
+        lean_loop.capture = capture
 
 
 def _ignore(result: object) -> None:
@@ -170,27 +214,32 @@ def _rows(
     total = size.steps * setting.epochs * clients
     flops, first = step_flops(setting, phase.role), next(iter(by_name))
     rows = []
-    for name, run in by_name.items():
+    for name in by_name:
         seconds = median(timing.seconds[name]) / total
-        kernels, launches = _kernels(setting, run)
-        rows.append(
-            {
-                "phase": phase.name,
-                "contender": name,
-                "clients": clients,
-                "ms": seconds * 1e3,
-                "ms_low": min(timing.seconds[name]) / total * 1e3,
-                "ms_high": max(timing.seconds[name]) / total * 1e3,
-                "ratio_to_first": timing.ratio(name, first)[0],
-                "ratio_to_captured": timing.ratio(name, "(a') captured")[0] if clients == 1 else math.nan,
-                "samples_per_second": setting.batch_size / seconds,
-                "share_of_peak": flops / seconds / peak,
-                "kernel_ms": kernels / total * 1e3,
-                "launch_bound": 1.0 - kernels / total / seconds,
-                "kernels_a_step": launches / total,
-            }
-        )
+        row = {
+            "phase": phase.name,
+            "contender": name,
+            "clients": clients,
+            "ms": seconds * 1e3,
+            "ms_low": min(timing.seconds[name]) / total * 1e3,
+            "ms_high": max(timing.seconds[name]) / total * 1e3,
+            "ratio_to_first": timing.ratio(name, first)[0] if len(by_name) > 1 else math.nan,
+            "ratio_to_captured": timing.ratio(name, CAPTURED)[0] if CAPTURED in by_name else math.nan,
+            "samples_per_second": setting.batch_size / seconds,
+            "share_of_peak": flops / seconds / peak,
+            "kernel_ms": math.nan,
+            "launch_bound": math.nan,
+            "kernels_a_step": math.nan,
+        }
+        rows.append(row)
     return rows
+
+
+def _note_kernels(setting: CalibrationTarget, row: dict[str, Any], run: Callable[[], None], steps: int) -> None:
+    """Add to a row what the profiler shows of a run of `steps` steps."""
+    kernels, launches = _kernels(setting, run)
+    row["kernel_ms"], row["kernels_a_step"] = kernels / steps * 1e3, launches / steps
+    row["launch_bound"] = 1.0 - row["kernel_ms"] / row["ms"]
 
 
 def _kernels(setting: CalibrationTarget, run: Callable[[], None]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.methods import ClientOptions, FedeKD, Method
-from fedekd.modules import TrainerFactory, trainer_factory
+from fedekd.modules import TrainerFactory, lean_loop, trainer_factory
+from tests.modules.recorded_graph import RecordedGraph
 
 # cuBLAS is deterministic over several streams only with this, and reads it when the CUDA context is created.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -25,9 +27,26 @@ REHEARSAL = os.environ.get("FEDEKD_GPU_REHEARSAL") == "1"
 Federate = Callable[..., Orchestrator]
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Append a test's outcome to the file FEDEKD_GPU_TEST_LOG, which outlives a run that is stopped at its limit."""
+    path = os.environ.get("FEDEKD_GPU_TEST_LOG")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or not report.passed):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        outcome = {
+            "name": report.nodeid.rpartition("::")[2],
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 2),
+            "message": getattr(crash, "message", "")[:300],
+            "place": f"{getattr(crash, 'path', '')}:{getattr(crash, 'lineno', '')}"[-200:],
+        }
+        with Path(path).open("a") as file:
+            file.write(json.dumps(outcome) + "\n")
+
+
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
-    """`cuda`; in a rehearsal `cpu`, with a loss scaler of the CPU in 16-mixed."""
+    """`cuda`; in a rehearsal `cpu`, with a loss scaler of the CPU in 16-mixed and recorded operators as CUDA graphs."""
+    monkeypatch.setattr(lean_loop, "MIN_CAPTURED_STEPS", 2)  # the phases of small data sets have few steps
     if not REHEARSAL:
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device; FEDEKD_GPU_REHEARSAL=1 runs the logic on the CPU")
@@ -45,6 +64,10 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
         scaler = torch.amp.GradScaler("cpu")
         return trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **options)
 
+    monkeypatch.setattr(lean_loop, "supports_graphs", lambda device: True)
+    monkeypatch.setattr(lean_loop, "_latest_graph", {})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "made", [])
     monkeypatch.setattr(TrainerFactory, "resolve", resolved)
     monkeypatch.setattr(trainer_factory, "Trainer", scaled)
     return "cpu"
@@ -70,7 +93,7 @@ def federate(npz: Path, undrawn: None, accelerator: Any) -> Federate:
                 private_model={"class_path": "fedekd.models.PrivateCNN"},
                 optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
             ),
-            "trainer": TrainerFactory(accelerator=accelerator, precision=precision, threads=1),
+            "trainer": TrainerFactory(accelerator=accelerator, precision=precision, threads=1, loop="lean"),
             "rounds": RoundOptions(rounds=2),
         }
         return Orchestrator(method or FedeKD(), **{**defaults, **parts})

@@ -39,7 +39,7 @@ def test_fit_calibrate_predict_and_test_run(
         *(f"--method={method}", "--client.exits=2"),
     ]
     assert main(fit) == 0, capsys.readouterr().err
-    assert main(["calibrate", "run", "--alpha=0.3", "--delta=0.3"]) == 0, capsys.readouterr().err
+    assert main(["calibrate", "run", "--target_risk=0.3", "--confidence=0.7"]) == 0, capsys.readouterr().err
     assert main(["predict", "run", "--client=1", "--input=images.npz", "--output=out.csv"]) == 0
     with Path("out.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
