@@ -165,9 +165,6 @@ def cell(session: Session) -> dict[str, Any]:
     seconds = time.monotonic() - began
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
     kept = {name: summary[name] for name in ("dataset", "alpha", "seconds", "mean", "local_mean", "delta") if summary}
-    for name in ("summary.json", "metrics.csv"):
-        with suppress(OSError):
-            shutil.copy(run / name, session.output / f"cell-{name}")
     return {"code": code, "cold_seconds": seconds, **kept}
 
 

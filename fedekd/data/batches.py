@@ -73,7 +73,7 @@ class TensorBatches:
             yield self.take(positions[start : start + self.batch_size])
 
     def draw_positions(self) -> Tensor:
-        """Begin the next pass: the positions within `indices` that it visits, in order, (num_visited,)."""
+        """Begin a pass: the positions within `indices`, in order, (num_visited,)."""
         n, device = len(self.indices), self.indices.device
         if self.generator is None:
             order = torch.arange(n, device=device)

@@ -209,7 +209,11 @@ def build_lean_loop(
 
 
 def capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
-    """Capture what `body` launches, which is not executed by that; None and a warning where it cannot be captured."""
+    """Capture what `body` launches, without executing it.
+
+    Returns:
+        The graph; None, after a warning, where it cannot be captured.
+    """
     # Not torch.cuda.graph(): it returns all cached memory to the driver at each capture.
     graph, latest = torch.cuda.CUDAGraph(), _latest_graph.get(device)
     pool = None if latest is None else latest.pool()  # it is never replayed again: its memory is free
@@ -236,7 +240,11 @@ def capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Have an optimizer keep its state on the device; returns whether a CUDA graph can hold its step."""
+    """Have an optimizer keep its state on the device.
+
+    Returns:
+        Whether a CUDA graph can hold its step.
+    """
     if isinstance(optimizer, torch.optim.SGD):
         return True
     if not all("capturable" in group for group in optimizer.param_groups):
@@ -256,7 +264,7 @@ def supports_graphs(device: torch.device) -> bool:
 
 @contextmanager
 def synchronizations(device: torch.device) -> Iterator[list[str]]:
-    """Inside, collect what waits for the device, and could not be captured."""
+    """Collect what waits for the device, and so cannot be captured."""
     found: list[str] = []
     if device.type != "cuda":
         yield found
@@ -278,7 +286,7 @@ def synchronizations(device: torch.device) -> Iterator[list[str]]:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Inside, work is queued on a stream that is not the default one, which cannot be captured."""
+    """Queue the work inside on a stream other than the default one, for a capture."""
     if device.type != "cuda":
         yield
         return
