@@ -48,14 +48,6 @@ def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: 
     return tmp_path
 
 
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return stderr, which must be one line."""
-    text = capsys.readouterr().err
-    assert text.startswith("error: "), text
-    assert text.count("\n") == 1, text
-    return text
-
-
 def arrays_of(ready: Path) -> dict[str, np.ndarray]:
     with np.load(ready / "blobs.npz") as file:
         return dict(file)
@@ -133,24 +125,26 @@ def test_calibrate_single_client_updates_table_and_warns_of_broken_family(
 
 
 def test_calibrate_method_that_trains_on_validation_raises(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
 ) -> None:
     assert fit(ready / "blobs.npz", "learned", "--method=FedType", "--client.exits=2") == 0
     capsys.readouterr()
     assert main(["calibrate", "learned"]) == 2
-    assert "client 0: expected a method that does not train on validation samples" in error_line(capsys)
+    assert "client 0: expected a method that does not train on validation samples" in error_line()
     assert main(["report", "learned", "--output=page"]) == 2
-    assert "expected a method that does not train on validation samples" in error_line(capsys)
+    assert "expected a method that does not train on validation samples" in error_line()
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("learned"), in_process=True)
     indices = federation.data.clients[1].validation.numpy()
     np.savez("more.npz", test_images=images[indices], test_labels=labels[indices])
     assert main(["calibrate", "learned", "--client=0", "--input=more.npz"]) == 2
-    assert f"got {len(indices)} of {len(indices)} with which the network was trained" in error_line(capsys)
+    assert f"got {len(indices)} of {len(indices)} with which the network was trained" in error_line()
     assert not Path("learned/exits").exists()
 
 
-def test_calibrate_input_used_by_do_no_harm_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_input_used_by_do_no_harm_raises(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
     assert fit(ready / "blobs.npz", "chosen", *SAFE, "--do_no_harm.confidence=0.9") == 0
     images, labels = pooled(ready)
     federation, *_ = open_finished("test", Path("chosen"), in_process=True)
@@ -158,15 +152,15 @@ def test_calibrate_input_used_by_do_no_harm_raises(here: Path, ready: Path, caps
     np.savez("more.npz", test_images=images[by], test_labels=labels[by])
     capsys.readouterr()
     assert main(["calibrate", "chosen", "--client=0", "--input=more.npz"]) == 2
-    assert "or selected" in error_line(capsys)
+    assert "or selected" in error_line()
 
 
-def test_calibrate_input_with_repeated_images_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_input_with_repeated_images_raises(here: Path, error_line: Callable[[], str]) -> None:
     images = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     twice, labels = np.concatenate([images, images[:5]]), np.arange(25) % 3
     np.savez("more.npz", test_images=twice, test_labels=labels)
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "--input: expected independent images, got 5 of 25 that repeat another one" in error_line(capsys)
+    assert "--input: expected independent images, got 5 of 25 that repeat another one" in error_line()
 
 
 def test_calibrate_closed_exit_prints_required_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,43 +219,46 @@ def test_calibrate_mode_without_guarantee_prints_warning(
     ],
 )
 def test_calibrate_invalid_option_prints_one_line_error(
-    arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, here: Path, error_line: Callable[[], str]
 ) -> None:
     before = sorted(here.rglob("*"))
     assert main(["calibrate", *arguments]) == 2
-    assert words in error_line(capsys)
+    assert words in error_line()
     assert sorted(here.rglob("*")) == before
 
 
-def test_calibrate_unfinished_run_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_unfinished_run_raises(here: Path, error_line: Callable[[], str]) -> None:
     Path("run/summary.json").unlink()
     assert main(["calibrate", "run"]) == 2
-    assert "run is not finished; go on with: fit --resume run" in error_line(capsys)
+    assert "run is not finished; go on with: fit --resume run" in error_line()
     assert not Path("run/exits").exists()
 
 
-def test_calibrate_missing_checkpoint_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_missing_checkpoint_raises(here: Path, error_line: Callable[[], str]) -> None:
     for path in Path("run/checkpoints").iterdir():
         path.unlink()
     assert main(["calibrate", "run"]) == 2
-    assert "checkpoint" in error_line(capsys)
+    assert "checkpoint" in error_line()
 
 
-def test_calibrate_run_without_exits_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_run_without_exits_raises(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
     assert fit(ready / "blobs.npz", "plain", "--method=Local") == 0
     capsys.readouterr()
     assert main(["calibrate", "plain"]) == 2
-    assert "private model of client 0: expected a network with exits, got a PrivateCNN without exits" in error_line(
-        capsys
-    )
+    message = "private model of client 0: expected a network with exits, got a PrivateCNN without exits"
+    assert message in error_line()
     assert not Path("plain/exits").exists()
 
 
-def test_calibrate_regression_run_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_regression_run_raises(
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
     assert fit(ready / "blobs.npz", "grades", "--method=Local", "--client.exits=2", "--task=regression") == 0
     capsys.readouterr()
     assert main(["calibrate", "grades"]) == 2
-    assert "regression" in error_line(capsys)
+    assert "regression" in error_line()
 
 
 def trained_on(ready: Path, client: int) -> np.ndarray:
@@ -269,9 +266,7 @@ def trained_on(ready: Path, client: int) -> np.ndarray:
     return federation.data.clients[client].train.numpy()
 
 
-def test_calibrate_input_with_training_images_raises(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrate_input_with_training_images_raises(here: Path, ready: Path, error_line: Callable[[], str]) -> None:
     images, labels = pooled(ready)
     own = trained_on(ready, 0)[:7]
     strange = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
@@ -279,23 +274,23 @@ def test_calibrate_input_with_training_images_raises(
     np.savez("more.npz", test_images=mixed, test_labels=np.concatenate([labels[:20], labels[own]]))
     before = sorted(here.rglob("*"))
     assert main(["calibrate", "run", "--client", "0", "--input", "more.npz"]) == 2
-    assert "--input: expected unseen images, got 7 of 27 with which the network was trained" in error_line(capsys)
+    assert "--input: expected unseen images, got 7 of 27 with which the network was trained" in error_line()
     assert sorted(here.rglob("*")) == before
 
 
 def test_calibrate_input_with_training_images_of_other_client_raises(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, ready: Path, error_line: Callable[[], str]
 ) -> None:
     images, labels = pooled(ready)
     indices = trained_on(ready, 1)
     np.savez("more.npz", test_images=images[indices], test_labels=labels[indices])
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "got 154 of 154 with which the network was trained" in error_line(capsys)
+    assert "got 154 of 154 with which the network was trained" in error_line()
     assert not Path("run/exits").exists()
 
 
 def test_calibrate_failure_of_later_client_writes_nothing(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
 ) -> None:
     def restored(self: Orchestrator) -> list[Client]:
         clients = real(self)
@@ -306,7 +301,7 @@ def test_calibrate_failure_of_later_client_writes_nothing(
     real = Orchestrator.load_clients
     monkeypatch.setattr(Orchestrator, "load_clients", restored)
     assert main(["calibrate", "run"]) == 2
-    assert "diverged" in error_line(capsys)
+    assert "diverged" in error_line()
     assert not Path("run/exits").exists()
 
 
@@ -339,20 +334,20 @@ def test_calibrate_input_replaces_held_out_splits(here: Path, capsys: pytest.Cap
     ],
 )
 def test_calibrate_input_of_wrong_format_raises(
-    images: np.ndarray, labels: np.ndarray, words: str, here: Path, capsys: pytest.CaptureFixture[str]
+    images: np.ndarray, labels: np.ndarray, words: str, here: Path, error_line: Callable[[], str]
 ) -> None:
     np.savez("more.npz", test_images=images, test_labels=labels)
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    text = error_line(capsys)
+    text = error_line()
     assert words in text
     assert "--input" in text or "tuning" in text
     assert not Path("run/exits").exists()
 
 
-def test_calibrate_truncated_input_raises(here: Path, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_truncated_input_raises(here: Path, ready: Path, error_line: Callable[[], str]) -> None:
     Path("more.npz").write_bytes((ready / "blobs.npz").read_bytes()[:500])
     assert main(["calibrate", "run", "--input", "more.npz"]) == 2
-    assert "more.npz" in error_line(capsys)
+    assert "more.npz" in error_line()
 
 
 def test_calibrate_held_out_copies_of_training_images_print_warning(

@@ -1,4 +1,4 @@
-"""`--do_no_harm` as people write it: on the command line, in a file, on resume, and in the commands that come after."""
+"""Option `--do_no_harm` on the command line, in files, on resume and in later commands."""
 
 from __future__ import annotations
 
@@ -24,29 +24,13 @@ SAFE = ("--method=SafeKD", "--client.exits=2", "--client.optimizer.lr=0.002")
 NEVER = "--do_no_harm.confidence=0.999999999"
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
-    """An empty working folder."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 def fit(npz: Path, *options: str, rounds: int = 1) -> int:
     data = [f"--data.dataset={npz}", "--data.num_clients=3", "--data.alpha=5", "--data.batch_size=16"]
     fast = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null"]
     return main(["fit", *fast, *data, f"--rounds={rounds}", *options])
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr, which must be one line."""
-    text = capsys.readouterr().err
-    assert text.startswith("error: "), text
-    assert text.count("\n") == 1, text
-    return text
-
-
-def understood(*options: str) -> Any:
+def parsed_rule(*options: str) -> Any:
     parser = federation_parser()
     return build_parts(parser, parse(parser, ["--data.dataset=digits", *options]))["do_no_harm"]
 
@@ -62,13 +46,13 @@ def understood(*options: str) -> Any:
         (["--do_no_harm", "{confidence: 0.8, rule: better}"], DoNoHarm(0.8, rule="better")),
         (["--do_no_harm={}"], DoNoHarm()),
         (["--do_no_harm=null"], None),
-        (["--do_no_harm", "true"], DoNoHarm()),  # as the help says
+        (["--do_no_harm", "true"], DoNoHarm()),  # as in the help text
         (["--do_no_harm=true", "--do_no_harm.confidence=0.8"], DoNoHarm(0.8)),
         (["--do_no_harm=false"], None),
     ],
 )
-def test_what_people_write_is_understood(options: list[str], rule: DoNoHarm | None, here: Path) -> None:
-    assert understood(*options) == rule
+def test_option_forms_are_parsed(options: list[str], rule: DoNoHarm | None, workdir: Path) -> None:
+    assert parsed_rule(*options) == rule
 
 
 @pytest.mark.parametrize(
@@ -82,12 +66,12 @@ def test_what_people_write_is_understood(options: list[str], rule: DoNoHarm | No
         ("false", None),
     ],
 )
-def test_in_a_file_too(text: str, rule: DoNoHarm | None, here: Path) -> None:
+def test_configuration_file_forms_are_parsed(text: str, rule: DoNoHarm | None, workdir: Path) -> None:
     Path("own.yaml").write_text(f"do_no_harm: {text}\n")
-    assert understood("--config=own.yaml") == rule
+    assert parsed_rule("--config=own.yaml") == rule
     if rule is not None:
-        assert understood("--config=own.yaml", "--do_no_harm.confidence=0.7").confidence == 0.7
-        assert understood("--config=own.yaml", "--do_no_harm=null") is None
+        assert parsed_rule("--config=own.yaml", "--do_no_harm.confidence=0.7").confidence == 0.7
+        assert parsed_rule("--config=own.yaml", "--do_no_harm=null") is None
 
 
 @pytest.mark.parametrize(
@@ -110,23 +94,23 @@ def test_in_a_file_too(text: str, rule: DoNoHarm | None, here: Path) -> None:
         ("--do_no_harm=0.1", "--do_no_harm: expected"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
-    option: str, words: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
+def test_fit_invalid_option_prints_one_line_error(
+    option: str, words: str, npz: Path, workdir: Path, error_line: Callable[[], str]
 ) -> None:
     assert fit(npz, option, "--output=a") == 2
-    assert words in told(capsys)
+    assert words in error_line()
     assert not Path("a").exists()
 
 
 @pytest.mark.parametrize("method", ["Local", "FedType"])
-def test_methods_that_cannot_have_it_are_told(
-    method: str, npz: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_unsupported_method_raises(method: str, npz: Path, workdir: Path, error_line: Callable[[], str]) -> None:
     assert fit(npz, f"--method={method}", "--do_no_harm.confidence=0.9", "--output=a") == 2
-    assert f"{method}" in told(capsys)
+    assert f"{method}" in error_line()
 
 
-def test_it_is_kept_repeated_and_gone_on_with(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_stores_repeats_and_resumes_the_rule(
+    npz: Path, workdir: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
     options = ("--do_no_harm.confidence=0.9", "--do_no_harm.margin=0.02")
     assert fit(npz, *options, "--output=a", rounds=2) == 0
     printed = capsys.readouterr().out
@@ -143,24 +127,26 @@ def test_it_is_kept_repeated_and_gone_on_with(npz: Path, here: Path, capsys: pyt
     Path("b/summary.json").unlink()
     capsys.readouterr()
     assert main(["fit", "--resume=b", "--do_no_harm.margin=0.03"]) == 2
-    assert "do_no_harm.margin: expected the saved value 0.02, got 0.03" in told(capsys)
+    assert "do_no_harm.margin: expected the saved value 0.02, got 0.03" in error_line()
     assert main(["fit", "--resume=b", "--do_no_harm=null"]) == 2
-    assert "do_no_harm" in told(capsys)
+    assert "do_no_harm" in error_line()
     assert main(["fit", "--resume=b"]) == 0
     assert json.loads(Path("b/summary.json").read_text())["deployed"] == summary["deployed"]
 
 
-def test_a_run_without_it_is_not_gone_on_with_it(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_rule_rejects_rule(
+    npz: Path, workdir: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
     assert fit(npz, "--output=a") == 0
     assert "deployed" not in json.loads(Path("a/summary.json").read_text())
     assert not any("deployed" in column for column in Path("a/metrics.csv").read_text().splitlines()[0].split(","))
     assert "do no harm" not in capsys.readouterr().out
     Path("a/summary.json").unlink()
     assert main(["fit", "--resume=a", "--do_no_harm.confidence=0.9"]) == 2
-    assert "do_no_harm" in told(capsys)
+    assert "do_no_harm" in error_line()
 
 
-def test_test_says_the_same(npz: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_reproduces_the_decisions(npz: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(npz, NEVER, "--output=a") == 0
     assert main(["test", "a"]) == 0
     printed = capsys.readouterr().out
@@ -173,10 +159,10 @@ def test_test_says_the_same(npz: Path, here: Path, capsys: pytest.CaptureFixture
     assert "differs from summary.json" in capsys.readouterr().out
 
 
-def test_what_comes_after_uses_what_is_kept(
-    here: Path, write_blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_predict_and_calibrate_use_the_deployed_model(
+    workdir: Path, write_blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    npz = write_blobs(here / "more.npz", num_samples=300)
+    npz = write_blobs(workdir / "more.npz", num_samples=300)
     assert fit(npz, *SAFE, NEVER, "--output=a", rounds=2) == 0
     client = open_finished("test", Path("a"), in_process=True)[0].load_clients()[1]
     images = np.random.default_rng(5).integers(0, 256, (150, 8, 8), dtype=np.uint8)
@@ -189,11 +175,9 @@ def test_what_comes_after_uses_what_is_kept(
 
     assert main(["predict", "a", "--client=1", "--input=images.npz"]) == 0
     with Path("predictions.csv").open() as file:
-        found = [int(row["label"]) for row in csv.DictReader(file)]
-    assert found == labels("local") != labels("private")
+        predicted = [int(row["label"]) for row in csv.DictReader(file)]
+    assert predicted == labels("local") != labels("private")
     assert main(["calibrate", "a", "--client=1", "--target_risk=0.3", "--confidence=0.7"]) == 0
     policy = ExitPolicy.load(Path("a/exits/client-001.json"))
     assert policy.network == network_fingerprint(client.networks["local"])
-    assert (
-        main(["predict", "a", "--client=1", "--input=images.npz"]) == 0
-    )  # it would refuse a policy of another network
+    assert main(["predict", "a", "--client=1", "--input=images.npz"]) == 0  # a policy of another network would raise

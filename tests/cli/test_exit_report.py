@@ -6,12 +6,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from fedekd.cli import main
+from fedekd.early_exit.report.exit_report import ReportOptions
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
 TABLES = {"exits", "policies", "validity", "reliability", "corruption", "provenance"}
@@ -24,10 +26,12 @@ def fit(npz: Path, folder: str, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[..., Path]) -> Iterator[Path]:
-    """A folder with a data set, a run with exits, its report, and a run without exits."""
+    """Create a folder with a data set, a run with exits and its report."""
     folder = tmp_path_factory.mktemp("exits")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # Few images and batches, for speed.
+        patch.setattr("fedekd.cli.exit_report.ReportOptions", partial(ReportOptions, corrupted=60, batches=2))
         npz = write_blobs(folder / "blobs.npz", num_samples=400)
         fit(npz, "runs/safe", "--method=SafeKD", "--client.exits=2")
         assert main(["report", "runs/safe", "--draws=5"]) == 0
@@ -101,19 +105,27 @@ def test_report_compares_two_runs(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     table = rows(run / "both/tables/exits.csv")
     networks = list(dict.fromkeys(row["network"] for row in table))
     assert networks == ["SafeKD", "Local", "SafeKD (runs/again)"]
-    single = rows(run / "runs/safe/report/tables/exits.csv")
-    assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in single]
+    without_rule = rows(run / "runs/safe/report/tables/exits.csv")
+    assert [row["accuracy"] for row in table[:4]] == [row["accuracy"] for row in without_rule]
 
 
 @pytest.mark.slow
 def test_report_shows_federated_model_if_local_model_is_deployed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
-    fit(run / "blobs.npz", "runs/kept", "--method=SafeKD", "--client.exits=2", "--do_no_harm.confidence=0.999999999")
-    assert json.loads(Path("runs/kept/summary.json").read_text())["clients"][0]["deployed"] == "local"
-    assert main(["report", "runs/kept", "--draws=1"]) == 0
-    kept, single = (rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("kept", "safe"))
-    assert kept == single
-    assert [row["accuracy"] for row in kept[:2]] != [row["accuracy"] for row in kept[2:]]
+    fit(
+        run / "blobs.npz",
+        "runs/deployed_local",
+        "--method=SafeKD",
+        "--client.exits=2",
+        "--do_no_harm.confidence=0.999999999",
+    )
+    assert json.loads(Path("runs/deployed_local/summary.json").read_text())["clients"][0]["deployed"] == "local"
+    assert main(["report", "runs/deployed_local", "--draws=1"]) == 0
+    deployed_local, without_rule = (
+        rows(Path(f"runs/{name}/report/tables/exits.csv")) for name in ("deployed_local", "safe")
+    )
+    assert deployed_local == without_rule
+    assert [row["accuracy"] for row in deployed_local[:2]] != [row["accuracy"] for row in deployed_local[2:]]
 
 
 @pytest.mark.slow

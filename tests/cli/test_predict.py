@@ -54,14 +54,6 @@ def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: 
     return tmp_path / "work"
 
 
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return stderr, which must be one line."""
-    text = capsys.readouterr().err
-    assert text.startswith("error: "), text
-    assert text.count("\n") == 1, text
-    return text
-
-
 def rows(path: str = "predictions.csv") -> list[dict[str, str]]:
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
@@ -168,7 +160,7 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
     ],
 )
 def test_predict_invalid_option_prints_one_line_error(
-    arguments: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, here: Path, error_line: Callable[[], str]
 ) -> None:
     np.savez("wide.npz", images=np.zeros((2, 8, 9), np.uint8))
     np.savez("color.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
@@ -177,54 +169,54 @@ def test_predict_invalid_option_prints_one_line_error(
     Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:3000])
     before = sorted(here.rglob("*"))
     assert main(["predict", *arguments]) == 2
-    assert words in error_line(capsys)
+    assert words in error_line()
     assert sorted(here.rglob("*")) == before
 
 
-def test_predict_policy_of_other_network_raises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_policy_of_other_network_raises(here: Path, error_line: Callable[[], str]) -> None:
     Path("two/exits").mkdir()
     shutil.copy("one/exits/client-000.json", "two/exits/client-001.json")
     assert main(["predict", "two", "--input", "images.npz", "--client", "1"]) == 2
-    assert "exit policy: expected the network" in error_line(capsys)
+    assert "exit policy: expected the network" in error_line()
     assert not Path("predictions.csv").exists()
     values = json.loads(Path("one/exits/client-000.json").read_text())
     values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "search_bounds", "certified")}
     Path("one/exits/client-000.json").write_text(json.dumps(values))
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "exit policy: expected a network with 3 exits, got 2" in error_line(capsys)
+    assert "exit policy: expected a network with 3 exits, got 2" in error_line()
 
 
-def test_predict_damaged_policy_keeps_existing_output(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_damaged_policy_keeps_existing_output(here: Path, error_line: Callable[[], str]) -> None:
     Path("predictions.csv").write_text("kept\n")
     path = Path("one/exits/client-000.json")
     path.write_text(path.read_text()[:-30])
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "one/exits/client-000.json: exit policy: invalid content" in error_line(capsys)
+    assert "one/exits/client-000.json: exit policy: invalid content" in error_line()
     assert Path("predictions.csv").read_text() == "kept\n"
 
 
 def test_predict_regression_or_unfinished_run_raises(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
 ) -> None:
     assert fit(ready / "blobs.npz", "grades", "--method=Local", "--task=regression") == 0
     capsys.readouterr()
     assert main(["predict", "grades", "--input", "images.npz"]) == 2
-    assert "run: expected a classification run, got the regression run grades" in error_line(capsys)
+    assert "run: expected a classification run, got the regression run grades" in error_line()
     Path("one/summary.json").unlink()
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "one is not finished; go on with: fit --resume one" in error_line(capsys)
+    assert "one is not finished; go on with: fit --resume one" in error_line()
     assert not Path("predictions.csv").exists()
 
 
-def test_predict_empty_splits_raise(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_empty_splits_raise(here: Path, error_line: Callable[[], str]) -> None:
     nothing = np.zeros((0, 8, 8), np.uint8)
     np.savez("none.npz", train_images=nothing, test_images=nothing)
     assert main(["predict", "one", "--input", "none.npz"]) == 2
-    assert "none.npz" in error_line(capsys)
+    assert "none.npz" in error_line()
 
 
 def test_predict_write_failure_leaves_no_file(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
 ) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -233,5 +225,5 @@ def test_predict_write_failure_leaves_no_file(
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", refuse)
         assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "no space left on the disk" in error_line(capsys)
+    assert "no space left on the disk" in error_line()
     assert sorted(here.rglob("*")) == before

@@ -211,6 +211,7 @@ def federations(malicious: int, samples: int = 200, clients: int = 4, classes: i
     return {"gain": gains, "holdout": seen[0], "tuning": seen[1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [0.0, 0.03])
 @pytest.mark.parametrize("malicious", [1, 4])
 def test_error_rate_with_malicious_proxies_is_at_most_delta(malicious, margin):
@@ -224,6 +225,7 @@ def test_error_rate_with_malicious_proxies_is_at_most_delta(malicious, margin):
         )  # conditional on harm, which is stronger than the guarantee
 
 
+@pytest.mark.slow
 def test_honest_proxies_are_accepted_and_rule_better_violates_delta():
     honest, one = federations(0), federations(1)
     assert decisions(DoNoHarm(1 - DELTA), honest["holdout"])[honest["gain"] > 0.05].mean() > 0.5

@@ -114,6 +114,7 @@ def population_of(client: Any) -> ExitScores:
     return ExitScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
+@pytest.mark.slow
 def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
     options = CoverageOptions([0.1, 0.3], 0.8, ["ltt", "ltt_joint", "empirical", "safekd_code"], draws=12)
     results = federation_coverage(clients, options, seed=3)
@@ -159,6 +160,7 @@ def changed(client: Any, **values: Any) -> Any:
     return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
 
 
+@pytest.mark.slow
 def test_federation_coverage_invalid_client_raises_one_line_error(clients: Any) -> None:
     client = clients[1]
     none = client.splits.test[:0]
@@ -180,6 +182,7 @@ def test_federation_coverage_invalid_client_raises_one_line_error(clients: Any) 
         federation_coverage([], CoverageOptions(draws=1))
 
 
+@pytest.mark.slow
 def test_federation_coverage_diverged_network_returns_nothing(clients: Any) -> None:
     diverged = copy.deepcopy(clients[1].deployed_model)
     with torch.no_grad():

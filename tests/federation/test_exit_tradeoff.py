@@ -1,4 +1,4 @@
-"""What the exits of a finished federation are worth: against loops over images, and through JSON."""
+"""Accuracy against cost of the exits in a finished federation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clients_of(run: Orchestrator) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def finished(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Orchestrator:
-    """A federation with three exits that has come to its end; nobody changes it."""
+    """Create a finished federation with three exits; tests do not modify it."""
     run = federation(write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz"), client=options())
     run.run()
     return run
@@ -69,55 +69,55 @@ def literal(client: Any) -> dict[str, Any]:
         return Fraction(sum(paid[e] for e in exits), len(exits) * costs.full)
 
     alone = [sum(costs.stages[: e + 1]) + costs.heads[e] for e in range(3)]
-    judged = places["test"]
-    exits = [(alone[e] / costs.full, fmean(right[e] for _, right in judged)) for e in range(3)]
+    tested = places["test"]
+    exits = [(alone[e] / costs.full, fmean(right[e] for _, right in tested)) for e in range(3)]
     budgets = {}
     for budget in BUDGETS[:-1]:
         tried = [score for scores, _ in places["validation"] for score in scores[:2]]
         if kept := [each for each in tried if spent("validation", each) <= budget]:
-            right = [right[leaves(scores, max(kept))] for scores, right in judged]
+            right = [right[leaves(scores, max(kept))] for scores, right in tested]
             budgets[budget] = (float(spent("test", max(kept))), fmean(right))
     return {"exits": exits, "budgets": {**budgets, 1.0: (1.0, exits[-1][1])}}
 
 
-def test_exits_and_budgets_are_those_of_a_loop_over_images(finished: Orchestrator) -> None:
+def test_exit_tradeoff_equals_loop_over_images(finished: Orchestrator) -> None:
     for client in clients_of(finished):
-        expected, found = literal(client), exit_tradeoff(client)
-        assert found == finished.progress.records[client.number].tradeoff
-        assert found is not None
-        for point, other in zip(found.exits, expected["exits"], strict=True):
+        expected, result = literal(client), exit_tradeoff(client)
+        assert result == finished.progress.records[client.number].tradeoff
+        assert result is not None
+        for point, other in zip(result.exits, expected["exits"], strict=True):
             assert point == pytest.approx(other)
-        assert [line[0] for line in found.budgets] == list(expected["budgets"])
-        for budget, *point in found.budgets:
+        assert [line[0] for line in result.budgets] == list(expected["budgets"])
+        for budget, *point in result.budgets:
             assert point == pytest.approx(expected["budgets"][budget])
 
 
-def test_the_summary_holds_the_means_over_clients(finished: Orchestrator) -> None:
+def test_summary_has_means_over_clients(finished: Orchestrator) -> None:
     records, summary = finished.progress.records, summarize(finished)
     for place, line in enumerate(summary["exits"]):
         points = [record.tradeoff.exits[place] for record in records.values()]  # type: ignore[union-attr]
         assert line == {"exit": place + 1, "cost": fmean(p[0] for p in points), "accuracy": fmean(p[1] for p in points)}
 
 
-def test_means_are_over_those_who_have_the_exit_or_keep_to_the_budget() -> None:
+def test_mean_tradeoff_averages_over_clients_that_have_the_entry() -> None:
     deep = ExitTradeoff([[0.1, 0.5], [0.6, 0.7], [1.0, 0.9]], [[0.25, 0.2, 0.6], [1.0, 1.0, 0.9]])
     shallow = ExitTradeoff([[0.3, 0.7], [1.0, 0.6]], [[0.5, 0.4, 0.5], [1.0, 1.0, 0.6]])
-    found = mean_tradeoff([deep, shallow])
-    assert found["exits"] == [
+    result = mean_tradeoff([deep, shallow])
+    assert result["exits"] == [
         {"exit": 1, "cost": pytest.approx(0.2), "accuracy": pytest.approx(0.6)},
         {"exit": 2, "cost": pytest.approx(0.8), "accuracy": pytest.approx(0.65)},
         {"exit": 3, "cost": 1.0, "accuracy": 0.9},
     ]
-    assert found["budgets"] == [
+    assert result["budgets"] == [
         {"budget": 0.25, "cost": 0.2, "accuracy": 0.6},
         {"budget": 0.5, "cost": 0.4, "accuracy": 0.5},
         {"budget": 1.0, "cost": 1.0, "accuracy": pytest.approx(0.75)},
     ]
-    assert mean_tradeoff([shallow, deep]) == found
+    assert mean_tradeoff([shallow, deep]) == result
 
 
 @pytest.mark.parametrize("method", [Local, FedAvg, FedeKD])
-def test_every_method_with_exits_tells_of_them(method: Any, federate: Federate) -> None:
+def test_summary_of_every_method_with_exits_has_exits_and_budgets(method: Any, federate: Federate) -> None:
     summary = federate(method(), client=options()).run()
     assert [line["exit"] for line in summary["exits"]] == [1, 2, 3]
     assert summary["exits"][-1] == {"exit": 3, "cost": 1.0, "accuracy": pytest.approx(summary["mean"])}
@@ -125,35 +125,34 @@ def test_every_method_with_exits_tells_of_them(method: Any, federate: Federate) 
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_networks_without_a_choice_of_exits_and_numbers_have_none(
-    federate: Federate, blob_grades: FederatedDataModule
-) -> None:
+@pytest.mark.slow
+def test_summary_without_exits_or_classes_has_no_tradeoff(federate: Federate, blob_grades: FederatedDataModule) -> None:
     for parts in ({"client": options(exits=None)}, {"client": options(exits=1)}, {"data": blob_grades}):
         summary = federate(FedAvg(), **{"client": options(), **parts}).run()
         assert "exits" not in summary
         assert "budgets" not in summary
 
 
-def test_without_validation_images_there_are_exits_and_no_budgets(federate: Federate, npz: Any) -> None:
+def test_summary_without_validation_images_has_no_budgets(federate: Federate, npz: Any) -> None:
     data = FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8, fractions=(0.8, 0.0, 0.2))
     summary = federate(FedAvg(), client=options(), data=data).run()
     assert len(summary["exits"]) == 3
     assert summary["budgets"] == []
 
 
-def test_a_network_that_has_diverged_is_worth_nothing_at_any_budget(federate: Federate) -> None:
-    """Its outputs are not finite, and argmax would take the first class."""
+def test_exit_tradeoff_diverged_network_has_nan_accuracies(federate: Federate) -> None:
+    """Outputs are NaN, for which argmax returns class 0."""
     client = clients_of(federate(client=options()))[0]
     with torch.no_grad():
         for parameter in client.networks["private"].parameters():
             parameter.fill_(math.nan)
-    found = exit_tradeoff(client)
-    assert found is not None
-    assert all(math.isnan(accuracy) for _, accuracy in found.exits)
-    assert all(math.isnan(accuracy) for *_, accuracy in found.budgets)
+    result = exit_tradeoff(client)
+    assert result is not None
+    assert all(math.isnan(accuracy) for _, accuracy in result.exits)
+    assert all(math.isnan(accuracy) for *_, accuracy in result.budgets)
 
 
-def test_progress_is_the_same_after_a_journey_through_json(finished: Orchestrator) -> None:
+def test_progress_json_round_trip(finished: Orchestrator) -> None:
     kept = json.loads(json.dumps(finished.progress.to_json()))
     assert Progress.from_json(kept) == finished.progress
     plain = ClientRecord(0.5, 2, {"a": 1.0})
@@ -162,7 +161,7 @@ def test_progress_is_the_same_after_a_journey_through_json(finished: Orchestrato
 
 
 class StoppedError(Exception):
-    """Ends a run at a chosen moment."""
+    """Stops a run after a given round."""
 
 
 class StopAfterRound(SilentObserver):
@@ -177,10 +176,10 @@ class StopAfterRound(SilentObserver):
 
 class NoVisits(SequentialEngine):
     def run_clients(self, request: Any) -> Any:
-        raise AssertionError("everybody has been visited")
+        raise AssertionError("clients were run again")
 
 
-def test_a_run_killed_after_its_last_visit_resumes_with_the_same_summary(federate: Federate, tmp_path: Any) -> None:
+def test_resume_after_last_visit_gives_same_summary(federate: Federate, tmp_path: Any) -> None:
     rounds = RoundOptions(rounds=2, participation=0.4)
     expected = federate(FedAvg(), client=options(), rounds=rounds).run()
     assert len(expected["budgets"]) > 1

@@ -400,3 +400,15 @@ def test_exit_scores_infinite_value_raises():
     scores = np.array([[INF, 0.5]] * 40 + [[0.1, 0.5]] * 40)
     with pytest.raises(UserError, match="expected finite values, got inf"):
         ExitScores.from_arrays(scores, np.zeros((80, 2)))
+
+
+def test_ltt_single_exit_equals_mapie_fixed_sequence():
+    """Cross-check the tests of one exit with MAPIE's control of the family-wise error rate."""
+    mapie = pytest.importorskip("mapie.risk_control.fwer_control")
+    calibration, tuning = draw((4, 2, 0), 1, 800), draw((4, 2, 0), 2, 600)
+    plan = make_plan(tuning, len(calibration), CalibrationTarget(0.1, 0.1, np.ones(2)))
+    masks = [calibration.scores[:, 0] >= threshold for threshold in plan.grids[0]]
+    p = np.array([error_p_value((m & ~calibration.correct[:, 0]).sum(), m.sum(), 0.1) for m in masks])
+    passed = mapie.control_fwer(p, plan.level, fwer_method="fixed_sequence")
+    assert 0 < len(passed) < len(p)
+    assert fit(calibration, tuning, 0.1, 0.1).thresholds[0] == plan.grids[0][passed[-1]]
