@@ -116,9 +116,9 @@ def test_benchmark_finished_cells_of_another_precision_print_a_warning(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("alphas: [0]", "digits alpha 0 FedeKD: data.alpha=0"),
-        ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta is -1"),
-        ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds: expected at least 1, got 0"),
+        ("alphas: [0]", "digits alpha 0 FedeKD: data.alpha"),
+        ("methods: {FedeKD: {class_path: FedeKD, init_args: {beta: -1}}}", "digits alpha 5 FedeKD: method.beta"),
+        ("options: {rounds: 0}", "digits alpha 5 FedeKD: rounds"),
         (
             "{methods: {T: {class_path: FedType}}, options: {client.exits: 2}, coverage: {draws: 1}}",
             "digits alpha 5 T: coverage: expected a method that does not train on validation samples",
@@ -174,8 +174,8 @@ def test_benchmark_killed_repeats_no_finished_run(tmp_path: Path) -> None:
         (["--config", "benchmark/quick.yml"], "did you mean 'benchmark/quick.yaml'"),
         (["--config", "benchmark/quick.yaml", "--outptu", "x"], "did you mean --output"),
         (["--config", "benchmark/quick.yaml", "--threads", "0"], "--threads: expected a whole number of at least 1"),
-        (["--config", "benchmark/quick.yaml", "--accelerator", "foo"], "--accelerator is 'foo'"),
-        (["--config", "benchmark/quick.yaml", "--precision", "foo"], "--precision is 'foo'"),
+        (["--config", "benchmark/quick.yaml", "--accelerator", "foo"], "--accelerator"),
+        (["--config", "benchmark/quick.yaml", "--precision", "foo"], "--precision"),
         (["--config", "benchmark/quick.yaml", "--output", "/dev/null"], "--output: expected a directory"),
     ],
 )
