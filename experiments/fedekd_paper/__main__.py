@@ -1,4 +1,7 @@
-"""Write the report on the paper: `python -m experiments.fedekd_paper [RUNS ...]`, or `make paper-report`."""
+"""Write the report on the FedeKD paper.
+
+Run as `python -m experiments.fedekd_paper [RUNS ...]` or `make paper-report`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paired comparisons and rankings of methods, and the effect of the gate's ranking."""
+"""Paired comparisons and rankings of methods, and the effect of the gate."""
 
 from __future__ import annotations
 
@@ -56,14 +56,20 @@ def compare(results: pd.DataFrame, pairs: Iterable[tuple[str, str]], family: Seq
 
 
 def method_comparisons(results: pd.DataFrame) -> pd.DataFrame:
-    """Compare FedeKD with the other methods; a family is one data set, alpha and measure."""
+    """Compare FedeKD with the other methods.
+
+    Tests with the same data set, alpha and measure are one family.
+    """
     others = results.loc[results["sweep"] == "", "method"].unique()
     pairs = [(GATED, name) for name in others if name not in (GATED, SHUFFLED, UNGATED, "Local")]
     return compare(results, pairs, ["dataset", "alpha", "measure"])
 
 
 def gate_comparisons(results: pd.DataFrame) -> pd.DataFrame:
-    """Compare the gate, its permuted weights and full trust; a family is one pair and measure over all runs."""
+    """Compare the gate, its permuted weights and full trust.
+
+    Tests with the same pair and measure are one family.
+    """
     pairs = [(SHUFFLED, UNGATED), (GATED, SHUFFLED), (GATED, UNGATED)]
     return compare(results, pairs, ["first", "second", "measure"])
 
@@ -155,7 +161,10 @@ def standings(results: pd.DataFrame) -> list[Standing]:
 
 
 def _with_common_runs(has_run: pd.DataFrame) -> tuple[list[str], pd.Series]:
-    """Add methods one by one, largest overlap first, while at least `MIN_PAIRS` runs are common to all of them."""
+    """Select methods that have at least `MIN_PAIRS` runs in common.
+
+    Methods are added one by one, the one with most common runs first.
+    """
     chosen: list[str] = []
     common = pd.Series(True, index=has_run.index)
     waiting = sorted(has_run.columns, key=lambda name: -has_run[name].sum())

@@ -1,4 +1,4 @@
-"""Calibrated exits of finished runs: what they save, and how often the target risk is violated."""
+"""Calibrated exits of finished runs: savings and violations of the target."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def settings(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def saving_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what calibrated exits save on the clients' test splits, as printed cells."""
+    """Return the savings on the clients' test splits as printed cells."""
     lines = []
     for (risk, mode, method), group in rows.groupby(_GROUP, sort=False):
         # Means over clients of a run, then over runs.
@@ -97,7 +97,7 @@ def violation_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings(rows: pd.DataFrame) -> list[str]:
-    """Return the effect of each factor of the labels, and of the calibration mode, as sentences.
+    """Return the effects of each factor and of the calibration mode as sentences.
 
     A label is a list of factors: two methods whose labels differ in one part are a pair, compared seed by seed.
     """
@@ -127,7 +127,10 @@ def _factor_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def _pairs(methods: list[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Return pairs of labels that differ in one part, by that part; `no X` comes after `X`."""
+    """Return pairs of labels that differ in one part, by that part.
+
+    In a pair, `X` comes before `no X`.
+    """
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one, other in combinations(methods, 2):
         parts = one.split(", "), other.split(", ")

@@ -24,7 +24,7 @@ _PUBLISHED = {
 
 
 def dataset_table(root: str, others: Sequence[str] = ()) -> pd.DataFrame:
-    """Compare the data sets below a folder with the paper's Table 3; nothing is downloaded.
+    """Compare local data sets with the paper's Table 3, without downloads.
 
     Args:
         root: Folder of the data files.

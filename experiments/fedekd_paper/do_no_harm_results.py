@@ -1,4 +1,4 @@
-"""Effect of `do_no_harm`: Delta with and without the test, for any margin, from the comparisons of finished runs."""
+"""Effect of `do_no_harm` for several margins, from finished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods with early exits: accuracy per exit, accuracy within budgets, and FLOPs saved."""
+"""Methods with early exits: accuracy per exit and budget, and FLOPs saved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ExitComparison:
 
     @property
     def finding(self) -> str:
-        """Return which methods reach the accuracy of the best method without exits, and what they save."""
+        """Return the FLOPs saved at the accuracy of the best method without exits."""
         if self.plain is None:
             return "There is no run without exits to compare with."
         saved = self.points.groupby("method", sort=False)["saved"].first()
@@ -49,7 +49,10 @@ class ExitComparison:
 
 
 def exit_comparisons(results: pd.DataFrame) -> list[ExitComparison]:
-    """Return a comparison per data set, alpha, number of clients and of rounds with at least one method with exits."""
+    """Return a comparison per setting that has a method with exits.
+
+    A setting is a data set, alpha, number of clients and number of rounds.
+    """
     if "exit_2" not in results:
         return []
     runs = results[(results["metric"] == primary_metric("classification").name) & results["mean"].notna()]

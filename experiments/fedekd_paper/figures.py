@@ -1,4 +1,4 @@
-"""Figures 2, 3 and 4 of the paper, rankings with critical difference, and curves of exits and of the power."""
+"""Figures 2 to 4 of the paper, rankings, exit curves and power curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GRID = {"axis": "y", "color": "#E5E5E5", "linewidth": 0.8}
 
 
 def score_bars(cells: pd.DataFrame) -> Figure:
-    """Figure 2: measured and published mean scores at alpha 0.1, with one standard deviation.
+    """Figure 2: measured and published mean scores at alpha 0.1.
 
     Args:
         cells: As `paper_cells` returns them; Tables 8 and 9 are drawn.
@@ -61,7 +61,7 @@ def _bars(axes: Axes, name: str, cells: pd.DataFrame) -> None:
 
 
 def sweep_curves(parameter: str, data: dict[str, pd.DataFrame], higher: dict[str, bool], alpha: float) -> Figure | None:
-    """Figures 3 and 4: average Delta over a parameter, one panel per data set; None without runs.
+    """Figures 3 and 4: average Delta over a parameter; None without runs.
 
     Args:
         parameter: Label of the x axis.
@@ -88,7 +88,10 @@ def sweep_curves(parameter: str, data: dict[str, pd.DataFrame], higher: dict[str
 
 
 def critical_difference(ranking: Ranking, title: str) -> Figure:
-    """Critical-difference diagram (Demsar 2006): bars join methods that Nemenyi's test does not separate."""
+    """Critical-difference diagram (Demsar 2006).
+
+    Bars join methods that Nemenyi's test does not separate.
+    """
     names, ranks = list(ranking.mean_ranks), list(ranking.mean_ranks.values())
     count, groups = len(names), ranking.groups()
     half = -(-count // 2)
@@ -119,7 +122,7 @@ def critical_difference(ranking: Ranking, title: str) -> Figure:
 
 
 def exit_curves(comparison: ExitComparison) -> Figure:
-    """Accuracy against cost, one curve per method; a dashed line at the best method without exits."""
+    """Accuracy against cost by method; dashed: the best method without exits."""
     figure = _figure(9.0, 5.4)
     axes = figure.subplots()
     budgets = comparison.points[comparison.points["kind"] == "budget"]
@@ -141,7 +144,7 @@ def exit_curves(comparison: ExitComparison) -> Figure:
 
 
 def power_curves(table: HarmTable) -> Figure:
-    """Exact probability that a client deploys the federated model, against its gain, for several sample sizes."""
+    """Exact probability that a client deploys the federated model, by its gain."""
     figure = _figure(9.6, 4.0)
     gains = [step / 1000 for step in range(-20, 31, 2)]
     for axes, margin in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.01), strict=True):

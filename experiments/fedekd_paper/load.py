@@ -1,4 +1,4 @@
-"""Load results for the report, and separate the runs of the paper's grid from others."""
+"""Load results, and separate the runs of the paper's grid from others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def load_grids(folders: Sequence[Path]) -> list[pd.DataFrame]:
-    """Read the results of further grids, one frame per subfolder with CSV files of `benchmark`."""
+    """Read the results in subfolders, one frame per grid."""
     frames = [read_results(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]
     return [arrange(numeric(frame)) for frame in frames if not frame.empty]
 
@@ -76,7 +76,7 @@ def arrange(frame: pd.DataFrame, keys_of: Callable[[str], frozenset[str]] | None
 
 @cache
 def paper_keys(dataset: str) -> frozenset[str]:
-    """Return the keys of the paper's grid for a data set, from the shipped configuration files."""
+    """Return the keys of the paper's grid for a data set."""
     blocks = yaml.safe_load((shipped_folder() / "benchmark/paper.yaml").read_text(encoding="utf-8"))["blocks"]
     grid = cells([Block(**block) for block in blocks], {"dataset": dataset}, shipped_folder())
     return frozenset(cell.key for cell in grid)

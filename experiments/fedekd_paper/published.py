@@ -1,4 +1,4 @@
-"""Published numbers of the FedeKD paper (Tables 1, 2 and 4-10), with the known faults of some of them."""
+"""Published numbers of the FedeKD paper (Tables 1, 2, 4-10) and their faults."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def published() -> pd.DataFrame:
 
 
 def _local_means(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the means of Local, which the paper omits: mean minus average Delta, averaged over methods."""
+    """Return the means of Local, which the paper omits.
+
+    They are the mean minus the average Delta, averaged over methods.
+    """
     gains = cells[cells["table"].isin([1, 2])].set_index(CELL)["mean"]
     means = cells[cells["table"].isin([8, 9])].set_index(CELL)
     difference = (means["mean"] - gains).groupby(["dataset", "alpha"])

@@ -1,4 +1,4 @@
-"""The report on the paper: its tables and figures with the measured values, tests, and provenance."""
+"""Sections of the report on the paper."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MIN_PAIRS = 6
 
 
 def welch(values: Sequence[float], published_mean: float, published_std: float, published_n: int) -> float:
-    """Welch's t-test of measured values against a published mean and standard deviation.
+    """Welch's t-test of measured values against published moments.
 
     Args:
         values: Measured values, one per seed, at least two.
@@ -64,7 +64,7 @@ def signed_rank(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment of a family of p-values; NaN stays NaN and does not count.
+    """Holm's step-down adjustment of a family of p-values; NaN is ignored.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -96,7 +96,7 @@ class Ranking:
     critical_difference: float
 
     def groups(self) -> list[tuple[str, ...]]:
-        """Return the maximal runs of at least two neighbours that Nemenyi's test does not separate."""
+        """Return maximal groups that Nemenyi's test does not separate."""
         names, ranks = list(self.mean_ranks), list(self.mean_ranks.values())
         groups: list[tuple[str, ...]] = []
         end = 0

@@ -89,7 +89,7 @@ def paper_cells(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_order(cells: pd.DataFrame, rows: tuple[str, ...]) -> pd.DataFrame:
-    """Sort by data set (measured ones first, each in the paper's order) and by row of the table."""
+    """Sort by data set (measured ones first) and by row, in the paper's order."""
     run = set(cells.loc[cells["values"].notna(), "dataset"])
     datasets = sorted(cells["dataset"].unique(), key=lambda name: (name not in run, name not in DATASETS))
     datasets.sort(key=lambda name: (name not in run, list(DATASETS).index(name) if name in DATASETS else math.inf))
@@ -119,7 +119,7 @@ def _verdict(cell: dict[str, object]) -> str:
 
 
 def _best(column: pd.DataFrame) -> pd.Series:
-    """Mark the best mean of a column among methods with the same seeds, which must be the most that any has."""
+    """Mark the best mean of a column among the methods with the most seeds."""
     seeds = column["values"].map(tuple).where(column["mean"].notna(), ())
     most = max(seeds, key=len)
     means = column["mean"].where(seeds.map(lambda own: own == most))
@@ -134,7 +134,7 @@ def counts(cells: pd.DataFrame) -> pd.Series:
 
 
 def verdict_sentence(cells: pd.DataFrame) -> str:
-    """Return the counts as a sentence: `Of the paper's 456 cells: not run 330, differs 52 (41 of them faulty), ...`."""
+    """Return the counts as a sentence: `Of the paper's 456 cells: not run 330, ...`."""
     faulty = int((cells["verdict"].eq("differs") & cells["fault"].ne("")).sum())
     number = counts(cells)
     parts = [

@@ -1,4 +1,4 @@
-"""Grid of federated runs: method x data set x alpha x seed, defined by blocks of a YAML file."""
+"""Grid of federated runs: method x data set x alpha x seed."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def cells(
 
 
 def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
-    """Build the parts of a run for each method, partition and set of options of a grid, without training.
+    """Build the parts of each distinct kind of run, without training.
 
     Args:
         grid: The cells.
@@ -191,7 +191,7 @@ def _configuration(
 
 
 def _as_text(value: Any) -> str:
-    """Return a value of a grid as command-line text; the parser turns classes into namespaces."""
+    """Return a value of a grid, which may hold namespaces, as command-line text."""
     return value if isinstance(value, str) else json.dumps(value, default=lambda namespace: namespace.as_dict())
 
 
@@ -210,7 +210,7 @@ def cell_key(values: Mapping[str, Any], parser: ArgumentParser, coverage: Covera
 
 
 def decisive_options(values: Mapping[str, Any], parser: ArgumentParser) -> dict[str, Any]:
-    """Return all options that affect the results and differ from their defaults, by dotted name.
+    """Return options that affect the results and differ from their defaults.
 
     Args:
         values: Configuration of a run.

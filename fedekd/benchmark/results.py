@@ -1,4 +1,4 @@
-"""Results of federated runs as CSV files: one file per data set, one row per finished run."""
+"""Results as CSV files: one file per data set, one row per finished run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def to_row(
     provenance: Mapping[str, Any],
     coverage: Sequence[Mapping[str, Any]] | None = None,
 ) -> Row:
-    """Return a run's summary as one row; floats are written so that they are read back exactly.
+    """Return a run's summary as one row; floats are read back exactly.
 
     Args:
         key: Hash of the run's configuration.
@@ -111,7 +111,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame | None:
-    """Read one file; None if it is another kind of CSV file, such as the metrics.csv of a run."""
+    """Read one file; None for other CSV files, such as metrics.csv of a run."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # of decoding or parsing
@@ -139,14 +139,17 @@ def _require(path: Path, column: str, valid: pd.Series, frame: pd.DataFrame, exp
 
 
 def numeric(results: pd.DataFrame) -> pd.DataFrame:
-    """Return results with numbers in the columns of numbers; NaN where a column does not apply."""
+    """Convert the columns of numbers; NaN where a column does not apply."""
     counts = {name: int for name in ("seed", "rounds", "clients")}
     floats = dict.fromkeys((*_NUMBERS, *exit_columns(results)), float)
     return results.replace({name: {"": "nan"} for name in exit_columns(results)}).astype(counts | floats)
 
 
 def write_results(folder: Path, results: pd.DataFrame) -> None:
-    """Write sorted rows, one file per data set, each atomically; a file with the same content is not written."""
+    """Write sorted rows, one file per data set.
+
+    Files are replaced atomically, and only if their content changes.
+    """
     for dataset, group in results.groupby("dataset"):
         rows = group.assign(alpha_=group["alpha"].astype(float), seed_=group["seed"].astype(int))
         rows = rows.sort_values(["method", "alpha_", "seed_", "key"])

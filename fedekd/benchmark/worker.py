@@ -74,7 +74,7 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
 
 
 def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
-    """Calibrate the exits of all clients, if the cell asks for it; the result is kept in a file."""
+    """Calibrate the exits of all clients, if requested, and store the result."""
     if cell.coverage is None:
         return None
     if not path.exists():

@@ -1,4 +1,4 @@
-"""`benchmark`: run a grid of federated runs, several in parallel; finished ones are never repeated."""
+"""Command `benchmark`: run a grid; finished cells are not repeated."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def benchmark_parser() -> ArgumentParser:
 
 
 class GridDisplay:
-    """Prints one line per finished cell, and on a terminal a progress bar with the remaining time."""
+    """Prints one line per finished cell, and a progress bar on a terminal."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -122,7 +122,7 @@ def _trainer(config: Namespace) -> dict[str, Any]:
 
 
 def _warn_of_other_precisions(finished: pd.DataFrame, precision: str) -> None:
-    """Print a warning if finished cells, which are not repeated, had another precision than the requested one."""
+    """Warn of finished cells with another precision than the requested one."""
     others = finished.loc[finished["precision"] != precision, "precision"].value_counts().sort_index()
     if precision != "auto" and len(others):
         counts = ", ".join(f"{count} in {other}" for other, count in others.items())

@@ -1,4 +1,4 @@
-"""`report`: write one page about finished runs, or about the results of a grid."""
+"""Command `report`: write one page about finished runs or a grid."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _find(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path]]:
-    """Return the results of grids, and the folders of finished runs that are not part of them.
+    """Return the results of grids, and the folders of other finished runs.
 
     Raises:
         UserError: If a folder does not exist, or has neither results nor a finished run.

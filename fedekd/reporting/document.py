@@ -1,4 +1,4 @@
-"""Reports as one folder: an HTML page that loads nothing, the same in Markdown, CSV files and PNG figures."""
+"""Reports as folders: a self-contained HTML page, Markdown, CSV and PNG files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def write_document(title: str, text: Sequence[str], sections: Sequence[Section],
 
 
 def spread(values: Sequence[float], signed: bool = False) -> str:
-    """Return mean and sample standard deviation as text; the value alone if there is one.
+    """Return mean and sample standard deviation (with two values) as text.
 
     Example:
         >>> spread([0.1, 0.3], signed=True), spread([0.25])
@@ -129,7 +129,10 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 
 def _html_lines(cell: object) -> Markup:
-    """Return the lines of a cell as HTML: spans whose class is their first word, or `best` if they have a star."""
+    """Return the lines of a cell as HTML spans.
+
+    The class of a span is its first word, or `best` if the line has a star.
+    """
     from markupsafe import Markup
 
     lines = minus(str(cell)).split("\n")

@@ -1,4 +1,4 @@
-"""Report of finished runs: settings, clients, Delta, rounds, and the command that repeats each run."""
+"""Report of finished runs: settings, clients, Delta, rounds, commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Run:
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
-    """Return the sections of a report of runs: a table of all runs, a section per run, and the commands.
+    """Return the sections: all runs, each run, and the commands to repeat them.
 
     Args:
         runs: At least one run.
@@ -52,7 +52,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return one row per run: method, data, settings that differ between the runs, scores and Delta."""
+    """Return one row per run: method, data, scores, Delta, differing settings."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in _SHOWN)
     differing = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     rows = []
@@ -71,7 +71,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def client_table(summary: Summary) -> pd.DataFrame:
-    """Return one row per client of a run: site, classes, samples, scores, Delta, and the deployed model if it differs.
+    """Return one row per client: classes, samples, scores, Delta, deployed model.
 
     Args:
         summary: Content of `summary.json`.
