@@ -59,7 +59,7 @@ class ClientUpdate:
 
     @classmethod
     def of(cls, client: Client, state: StateDict | nn.Module | None = None) -> ClientUpdate:
-        """Create the update of a client from tensors or from a network; None sends no tensors."""
+        """Create a client's update from tensors or a network; None sends no tensors."""
         tensors = dict(state.state_dict()) if isinstance(state, nn.Module) else state
         return cls(client.number, tensors if tensors is not None else {}, len(client.splits.train))
 
@@ -106,13 +106,13 @@ class Method(ABC):
         self.server_state: dict[str, Any] = {}
 
     def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - optional
-        """Check the specification and set the initial `server_state`; on the server, before round 0."""
+        """Check the specification and set `server_state`; server, before round 0."""
 
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
-        """Add networks besides `private` and initial `method_state`; on the client, before its first round."""
+        """Add networks and `method_state`; client, before its first round."""
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
-        """Return the server's message to the participants of a round."""
+        """Return the message to the participants of a round; server."""
         return Broadcast()
 
     @property
@@ -125,22 +125,22 @@ class Method(ABC):
 
     @abstractmethod
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load the server's message and, if the method does so, train the private model; on the client.
+        """Load the server's message, and possibly train the private model; client.
 
         Returns:
             Scalars to log for this client.
         """
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
-        """Train what is sent, and return the client's message; on the client, in rounds 0..R-1."""
+        """Train what is sent, and return the message; client, in rounds 0..R-1."""
         return ClientUpdate.of(client)
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:  # noqa: B027 - optional
-        """Set `server_state` from the updates, which are sorted by client number; on the server."""
+        """Set `server_state` from the updates, sorted by client number; server."""
 
 
 class ProxyMethod(Method):
-    """Base class of methods that exchange a small proxy and keep the private model on its client.
+    """Base class of methods that exchange a proxy and keep the private model local.
 
     A subclass implements `prepare_update`: train the networks `private` and `proxy`, return the proxy.
 
@@ -176,7 +176,7 @@ class ProxyMethod(Method):
 
     @abstractmethod
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
-        """Train the proxy and return it: `ClientUpdate.of(client, client.networks["proxy"])`."""
+        """Train the networks, and return the proxy in a `ClientUpdate`."""
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
         """Merge the proxies."""

@@ -27,10 +27,11 @@ ACTIVE = "active_exits"
 
 
 class CAFEDistill(Method):
-    r"""CAFEDistill: personalised early-exit networks with a shared trunk, coordinated by the conflict between clients.
+    r"""CAFEDistill: personalised early-exit networks with a shared trunk.
 
-    In round t the server selects the exits that each participant trains (`active_exits`), and sends the trunk
-    $\theta$, a mixed deepest head $\tilde h_i = \sum_j w_{ij} h_j$, and the selection. The client minimises
+    The conflict between clients decides which exits are trained. In round t the server selects the exits that each
+    participant trains (`active_exits`), and sends the trunk $\theta$, a mixed deepest head
+    $\tilde h_i = \sum_j w_{ij} h_j$, and the selection. The client minimises
 
     $$L = \tfrac1m \sum_{e\,\text{active}} \mathrm{CE}_e + \lambda \sum_{e\,\text{active},\, e<m} T^2\,
     \mathrm{KL}(\mathrm{sg}\, p_m^T \,\|\, p_e^T)$$
@@ -106,7 +107,7 @@ class CAFEDistill(Method):
         }
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
-        """Return the trunk for all, and for each participant its mixed head and its active exits."""
+        """Return the trunk, and each participant's mixed head and active exits."""
         state = self.server_state
         active = torch.ones(len(participants), state["exits"], dtype=torch.bool)
         if round_idx < state["rounds"]:  # nothing is trained after the last aggregation
@@ -122,7 +123,7 @@ class CAFEDistill(Method):
         return Broadcast(state["trunk"], personal)
 
     def mixed_head(self, client: int) -> StateDict:
-        """Return the deepest head for a client: its mixture, or the default head before its first round."""
+        """Return a client's mixed head; the default head before its first round."""
         heads: Mapping[int, StateDict] = self.server_state["heads"]
         return heads[client] if client in heads else cast(StateDict, self.server_state["default_head"])
 
@@ -155,7 +156,7 @@ class CAFEDistill(Method):
         return terms
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
-        """Average the trunks, update the similarities, and mix a head for each participant."""
+        """Average the trunks, update similarities, and mix each participant's head."""
         state = self.server_state
         clients = [update.client for update in updates]
         parts = [_split(update.state, state["exits"]) for update in updates]
@@ -183,13 +184,13 @@ class CAFEDistill(Method):
 
 
 def _require_full_depth(network: MultiExitNetwork) -> None:
-    """Check that the last head is the network's own linear layer, which `client.depths` may cut off."""
+    """Check that the last head is the network's linear layer, at full depth."""
     if not isinstance(network.heads[-1], nn.Linear):
         raise UserError("client.depths: expected null for method CAFEDistill, which mixes the network's last layer")
 
 
 def _split(state: StateDict, exits: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return trunk and deepest head of a network with exits, without its other tensors."""
+    """Return trunk and deepest head of a network with exits."""
     trunk = {name: tensor for name, tensor in state.items() if name.startswith("stages.")}
     head = {name: tensor for name, tensor in state.items() if re.match(rf"heads\.{exits - 1}\.", name)}
     return trunk, head

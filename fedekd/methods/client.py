@@ -77,15 +77,16 @@ class Client:
 
     @property
     def supervised_rounds(self) -> int:
-        """Completed rounds of supervised training; Delta compares with the local baseline after as many rounds."""
+        """Completed supervised rounds; Delta compares with as many of the local baseline."""
         return self.supervised_epochs // self.spec.client.local_epochs
 
     def train_supervised(
         self, module: ObjectiveModule, round_idx: int | None = None, **options: Unpack[PhaseOptions]
     ) -> dict[str, float]:
-        """Train the private model on its labels, and possibly on further terms, and count the epochs.
+        """Train the private model and count its supervised epochs.
 
-        The count pairs Delta with the local baseline and drives `client.lr_decay`.
+        The loss includes the labels, and possibly further terms. The count pairs Delta with the local baseline and
+        drives `client.lr_decay`.
 
         Args:
             module: The LightningModule that trains `networks["private"]`.
@@ -104,7 +105,7 @@ class Client:
     def train(
         self, role: str, module: ObjectiveModule, round_idx: int, **options: Unpack[PhaseOptions]
     ) -> dict[str, float]:
-        """Train a network other than the private model on the training split: one phase of a round.
+        """Train another network than the private model: one phase of a round.
 
         The order of batches and all other random choices of an epoch depend only on (seed, client, round, role,
         epoch): a phase may be trained in one call, or epoch by epoch in turn with another phase.
@@ -171,7 +172,7 @@ class Client:
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
     def predict(self, role: str, split: str, with_features: bool = False, *, mixed: bool = True) -> ModelOutput:
-        """Return a network's outputs for all samples of a split, in order, in evaluation mode.
+        """Return a network's outputs for all samples of a split, in order.
 
         Args:
             role: Network.
@@ -196,7 +197,7 @@ class Client:
         return ModelOutput(exits, features)
 
     def score(self, split: str = "test", role: str = "private") -> float:
-        """Return the primary metric of a network's last exit on one of the client's splits."""
+        """Return the primary metric of a network's last exit on a split."""
         return self.exit_scores(split, role)[-1]
 
     def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
@@ -205,7 +206,7 @@ class Client:
         return [score(output, targets, self.spec.task) for output in self.predict(role, split).exits]
 
     def losses(self, split: str, role: str = "private") -> Tensor:
-        """Return the loss of a network's last exit per sample: 0 or 1 for classes, the squared error for regression.
+        """Return the loss per sample: 0 or 1 for classes, squared error for regression.
 
         A non-finite output counts as wrong, or as infinitely far off. Mixed precision is off, because do-no-harm
         compares the model as `predict` deploys it.
@@ -222,7 +223,7 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Role of the network in use after the last round: `private`, or `local` if the local model was kept."""
+        """Role of the deployed network: `private`, or `local` if that one was kept."""
         return "local" if "local" in self.networks else "private"
 
     @property
@@ -231,7 +232,7 @@ class Client:
         return self.networks[self.deployed_role]
 
     def use_local_model(self, local: Client | None) -> None:
-        """Deploy the local baseline's model, or the federated model, which is kept in either case.
+        """Deploy the local model or the federated one, which is kept in either case.
 
         Args:
             local: The client of the local baseline; None for the federated model.
@@ -278,5 +279,5 @@ class Client:
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Return True if a network has BatchNorm layers, which cannot train on a batch of one sample."""
+    """Return True if a network has BatchNorm, which cannot train on one sample."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())

@@ -14,7 +14,7 @@ from fedekd.modules.losses import copy_parameters
 
 
 class Ditto(FedAvg):
-    r"""Ditto: FedAvg, and for each client a personal model that is regularised towards the global one.
+    r"""Ditto: FedAvg, and personal models regularised towards the global model.
 
     The personal model v minimises $L_k(v) + \frac{\lambda}{2} \|v - w\|^2$, with w the global model. Personal models
     have the initial weights and batches of the local baseline; with `lam` 0 they equal it, bit for bit.

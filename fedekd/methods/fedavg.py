@@ -16,7 +16,7 @@ from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, Supervised
 
 
 class FedAvg(Method):
-    r"""FedAvg: all clients train one global model, and the server averages their weights.
+    r"""FedAvg: clients train one global model, and the server averages its weights.
 
     $$\theta^{t+1} = \sum_k w_k \theta_k^t, \qquad \theta_k^t \approx \arg\min_\theta L_k(\theta)$$
 

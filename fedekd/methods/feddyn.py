@@ -19,7 +19,7 @@ from fedekd.modules.losses import copy_parameters
 
 
 class FedDyn(FedAvg):
-    r"""FedDyn: a dynamic regulariser aligns the clients' stationary points with the global one.
+    r"""FedDyn: a dynamic regulariser aligns local and global stationary points.
 
     From $\theta^t$ client k minimises
     $L_k(\theta) - \langle g_k, \theta \rangle + \frac{\alpha}{2} \|\theta - \theta^t\|^2$ and sets

@@ -52,7 +52,7 @@ def _import_energy(class_path: str) -> Energy:
 
 
 class FedeKD(ProxyMethod):
-    r"""FedeKD: federated distillation through proxies, with a gate that weights the distillation loss per sample.
+    r"""FedeKD: federated distillation through proxies, gated per sample.
 
     In each round a client (1) trains its private model on labels and on the gated distillation from the global proxy,
 
@@ -121,7 +121,7 @@ class FedeKD(ProxyMethod):
         self.carry_proxy = proxy_optimizer_state == "carry"
 
     def init_server(self, spec: FederationSpec) -> None:
-        """Build the initial proxy, and check the options by building the modules of each architecture.
+        """Build the initial proxy, and check the options on each architecture.
 
         Raises:
             UserError: If an option does not fit the task or the networks.
@@ -134,7 +134,7 @@ class FedeKD(ProxyMethod):
             self._proxy_module(spec, private, proxy)
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load the global proxy, and train the private model with it as a gated teacher (lines 9-17)."""
+        """Load the proxy, and train the private model with it as teacher (lines 9-17)."""
         private, proxy = client.networks["private"], client.networks["proxy"]
         super().receive(client, received, round_idx)
         if round_idx == 0:
@@ -158,7 +158,7 @@ class FedeKD(ProxyMethod):
         return active
 
     def _is_untrained(self, client: Client, received: StateDict) -> bool:
-        """Return True if the global proxy is the initial one, because no round has reached its quorum."""
+        """Return True if the global proxy is untrained: no round reached its quorum."""
         initial = client.spec.build_model("proxy", "server").state_dict()
         return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 

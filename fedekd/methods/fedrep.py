@@ -18,7 +18,7 @@ from fedekd.modules import SupervisedModule
 
 
 class FedRep(FedPer):
-    """FedRep: FedPer with alternating training, first the personal head, then the shared representation.
+    """FedRep: FedPer that trains the head first, and then the representation.
 
     Args:
         head_epochs: Epochs of the head before the `client.local_epochs` of the representation, at least 1. They come
@@ -54,7 +54,7 @@ class FedRep(FedPer):
         require(len(head) > 0, "method.personal", "at least one module for FedRep", head, "Use FedAvg without a head.")
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
-        """Train the head, then the representation, each with the other frozen; return the representation."""
+        """Train the head, then the representation, and return the representation."""
         network = client.networks["private"]
         head = self.personal_modules(network.state_dict())
         with _frozen(network, head, inside=False):

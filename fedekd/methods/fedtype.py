@@ -18,7 +18,7 @@ PRIVATE_LAM, PROXY_LAM = 1.0, 0.5
 
 
 class FedType(ProxyMethod):
-    """FedType: private model and proxy learn from each other's conformal prediction sets, in alternating epochs.
+    """FedType: private model and proxy exchange conformal prediction sets.
 
     In every local epoch the private model learns from the labels and from the proxy's prediction sets, then the proxy
     from the labels and from the private model. Both conformal models are recalibrated each epoch on the client's
@@ -77,7 +77,7 @@ class FedType(ProxyMethod):
         return ClientUpdate.of(client, client.networks["proxy"])
 
     def _train_private(self, client: Client, round_idx: int, epoch: int) -> None:
-        """Train the private model for one epoch on CE + mean_i eta_i l_i, with the sets of the frozen proxy."""
+        """Train the private model for one epoch on CE + mean_i eta_i l_i."""
         seed = derive_seed(client.spec.seed, client.number, round_idx, "sets", epoch)
         generator = torch.Generator().manual_seed(seed)
         labels = client.images.targets[client.splits.validation.to(client.images.targets.device)]
@@ -103,7 +103,7 @@ class FedType(ProxyMethod):
     def _train_proxy(
         self, client: Client, round_idx: int, epoch: int, anchor: StateDict, supervised_rounds: int
     ) -> None:
-        """Train the proxy for one epoch on CE + KL(private || proxy) and the proximal term; then update its lam."""
+        """Train the proxy for one epoch on CE + KL(private || proxy), and update its lam."""
         private, proxy = client.networks["private"], client.networks["proxy"]
         before = client.score("validation", "proxy")
         terms: list[LossTerm] = [SupervisedLoss("classification"), DistillationLoss("classification")]

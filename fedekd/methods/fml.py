@@ -1,4 +1,4 @@
-"""FML (Shen et al., 2023) and the adaptive mutual distillation of FedKD (Wu et al., 2022)."""
+"""FML (Shen et al., 2023) and FedKD (Wu et al., 2022)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedekd.modules import MutualModule
 
 
 class FML(ProxyMethod):
-    r"""FML: a private model and an exchanged proxy distil each other on every batch; the server averages the proxies.
+    r"""FML: private model and proxy distil each other; the proxies are averaged.
 
     $$L = w\,L_{sup} + (1 - w)\,\mathrm{KL}(\text{other} \,\|\, \text{this})$$
 
@@ -62,7 +62,7 @@ class FML(ProxyMethod):
         return ClientUpdate.of(client, client.networks["proxy"])
 
     def _drop_proxy_state(self, client: Client) -> None:
-        """Keep only the private model's part of the optimizer state: aggregation replaces the proxy's weights."""
+        """Drop the proxy's optimizer state: aggregation replaces its weights."""
         num_private = len(list(client.networks["private"].parameters()))
         state = client.optimizer_states["private"]
         client.optimizer_states["private"] = {
@@ -72,7 +72,7 @@ class FML(ProxyMethod):
 
 
 class FedKD(FML):
-    r"""FedKD: FML whose distillation is weighted by the inverse of both models' supervised losses.
+    r"""FedKD: FML with distillation weighted by the inverse supervised losses.
 
     $$L = L_{sup} + \mathrm{KL}(\text{other} \,\|\, \text{this}) / (L_{sup}^{private} + L_{sup}^{proxy})$$
 

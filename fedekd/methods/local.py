@@ -8,7 +8,7 @@ from fedekd.modules import SupervisedModule
 
 
 class Local(Method):
-    """Local training: each client trains its private model on its own data, and nothing is exchanged.
+    """Local training: clients train on their own data and exchange nothing.
 
     This is the baseline of Delta. It is paired with every method: the same initial weights, the same order of batches,
     and the same number of supervised epochs.

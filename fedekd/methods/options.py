@@ -104,7 +104,7 @@ class ClientOptions:
         return self.private_model if isinstance(self.private_model, Mapping) else self.private_model[index]
 
     def exits_for(self, client_id: int | str) -> int | None:
-        """Return the number of exits of a client's private model; for `server`, that of client 0."""
+        """Return the number of exits of a client; for `server`, that of client 0."""
         if isinstance(self.exits, Sequence):
             return self.exits[(client_id if isinstance(client_id, int) else 0) % len(self.exits)]
         return self.exits

@@ -14,7 +14,7 @@ from fedekd.modules.multi_exit import check_arguments
 
 
 class SafeKD(Method):
-    """SAFE-KD: each client trains a network with exits by distillation, and nothing is exchanged.
+    """SAFE-KD: clients train networks with exits by distillation, without exchange.
 
     The loss is cross-entropy, decoupled distillation (DKD) from a moving average of the network, and KL from the
     deepest to the shallow exits (see `fedekd.modules.MultiExitModule`). The local baseline is the same network trained
@@ -72,7 +72,7 @@ class SafeKD(Method):
         self.exit_weights = None if exit_weights is None else list(exit_weights)
 
     def init_server(self, spec: FederationSpec) -> None:
-        """Check the task and the number of exit weights; there is no server state."""
+        """Check the task and the number of exit weights."""
         require(
             spec.task != "regression",
             "task",

@@ -18,9 +18,10 @@ _ROUNDING = 1e-9
 
 
 class ScaleFL(SubmodelFedAvg):
-    r"""ScaleFL: clients hold different depths and widths of one network; a client's deepest exit teaches the others.
+    r"""ScaleFL: clients hold different depths and widths of one network.
 
-    A client with d exits minimises, the second term only after a fraction `warm_up` of the rounds,
+    A client's deepest exit teaches its other exits. A client with d exits minimises, the second term only after a
+    fraction `warm_up` of the rounds,
 
     $$\sum_e w_e\, \mathrm{CE}_e + \gamma \sum_{e < d} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_d^T \,\|\, p_e^T),
     \qquad w_e = \frac{2 e}{d (d + 1)}.$$
@@ -53,7 +54,7 @@ class ScaleFL(SubmodelFedAvg):
         self.distillation_weight, self.temperature, self.warm_up = distillation_weight, temperature, warm_up
 
     def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
-        """Return the cross-entropy, with larger weights for deeper exits, and the self-distillation."""
+        """Return the depth-weighted cross-entropy and the self-distillation."""
         exits = cast(MultiExitNetwork, network).num_exits
         weights = [2 * number / (exits * (exits + 1)) for number in range(1, exits + 1)]
         terms: list[LossTerm] = [SupervisedLoss(client.spec.task, weights)]

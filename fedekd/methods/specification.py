@@ -27,7 +27,7 @@ _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class DataSpec(Protocol):
-    """Properties of the data that a `FederationSpec` copies, as `FederatedDataModule` has them."""
+    """Properties of the data that `FederationSpec.from_parts` reads."""
 
     batch_size: int
     eval_batch_size: int
@@ -151,7 +151,7 @@ class FederationSpec:
             if role == "private" and self.client.exits_for(client_id) is not None:
                 network = self._with_exits(network, client_id)
         network.to(self.trainer.torch_device, self.trainer.dtype)
-        # In PyTorch's stubs, memory_format is an overload of its own.
+        # In PyTorch's stubs, memory_format is a separate overload.
         return network.to(memory_format=self.trainer.memory_format)
 
     def _with_exits(self, network: nn.Module, client_id: int | str) -> nn.Module:
@@ -222,14 +222,14 @@ class FederationSpec:
             )
 
     def architecture_key(self, client_id: int | str) -> str:
-        """Return a key of a client's private architecture, equal for clients that share one."""
+        """Return a key that is equal for clients with the same private architecture."""
         options = self.client
         return json.dumps(
             [options.model_for(client_id), options.exits_for(client_id), self.depth(client_id)], sort_keys=True
         )
 
     def depth(self, client_id: int | str) -> int | None:
-        """Return the number of stages of a client, None for all; the server has those of the deepest client."""
+        """Return a client's number of stages; None is all, `server` has the most."""
         depths = self.client.depths
         if depths is None or isinstance(depths, int):
             return depths
@@ -238,7 +238,7 @@ class FederationSpec:
         return max(depths[: self.num_clients])
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Create the client's optimizer for `parameters`, in its fused form where that gives the same result.
+        """Create the client's optimizer, in fused form where the result is the same.
 
         Raises:
             UserError: If the optimizer rejects its arguments.
@@ -263,7 +263,7 @@ class FederationSpec:
         return optimizer
 
     def hash_dict(self) -> dict[str, Any]:
-        """Return the values that determine local training, as plain values for content hashes."""
+        """Return the values that determine local training, for content hashes."""
         values = asdict(self)
         for name in ("num_clients", "rounds"):
             values.pop(name)

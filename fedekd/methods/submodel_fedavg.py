@@ -1,4 +1,4 @@
-"""FedAvg over clients that hold different parts of one model (base of DepthFL and ScaleFL)."""
+"""FedAvg over clients with different parts of one model (DepthFL, ScaleFL)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedekd.methods.specification import FederationSpec
 
 
 class SubmodelFedAvg(FedAvg):
-    r"""Base class of FedAvg over submodels: a client holds the first stages, the first channels, or both.
+    r"""Base class of FedAvg over submodels: leading stages, channels, or both.
 
     `client.depths` assigns numbers of stages to the clients, `client.private_models` networks of different width, the
     widest first. A client receives, trains and returns its part. Every weight is averaged over the clients that hold

@@ -1,4 +1,4 @@
-"""Networks: the paper's two CNNs, any torchvision classifier, exits for them, and how to build one by name."""
+"""Networks: the papers' CNNs, torchvision classifiers, and exits for both."""
 
 from fedekd.models.build import build_model, check_model, eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN

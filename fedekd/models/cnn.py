@@ -1,7 +1,7 @@
-"""The papers' convolutional networks: two of FedeKD (Appendix H), and one of CAFEDistill.
+"""Convolutional networks of FedeKD (Appendix H) and of CAFEDistill.
 
-The paper fixes the widths. What it leaves open is read plainly: 3x3 kernels, padding 1, and a 2x2 max-pool
-and a ReLU after each convolution. For regression both networks have a scalar output: `num_classes=1`.
+The FedeKD paper gives the widths of its two networks. The rest is chosen here: 3x3 kernels, padding 1, and a 2x2
+max-pool and a ReLU after each convolution. For regression the networks have one output: `num_classes=1`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedekd.errors import UserError
+from fedekd.errors import require
 
-_MIN_IMAGE_SIZE = 8  # three 2x2 max-pools leave one pixel of it
-_MIN_UNPADDED_SIZE = 22  # each 3x3 convolution takes two more
+_MIN_IMAGE_SIZE = 8  # three 2x2 max-pools reduce it to one pixel
+_MIN_UNPADDED_SIZE = 22  # each 3x3 convolution without padding removes two pixels
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """`image_size` as (H, W); a single number is a square.
+    """Convert an image size to (H, W); a number is a square.
 
     Raises:
-        UserError: It is neither a number nor a pair of numbers.
+        UserError: If it is neither a number nor a pair of numbers.
 
     Example:
         >>> height_and_width(28), height_and_width([28, 32])
         ((28, 28), (28, 32))
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2:
-        raise UserError(f"image_size must be a number or (height, width), but is {image_size}")
-    return size
+    require(len(size) == 2, "image_size", "a number or (height, width)", image_size)
+    return size[0], size[1]
 
 
 class _ConvNet(nn.Module):
-    """Convolutions, each with a max-pool and a ReLU, then one fully connected layer and a linear head."""
+    """Convolutions with max-pool and ReLU, one fully connected layer, linear head."""
 
     def __init__(
         self,
@@ -46,14 +45,12 @@ class _ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, but is {value}")
+            require(value >= 1, name, "at least 1", value)
         height, width = height_and_width(image_size)
-        if min(height, width) < _MIN_IMAGE_SIZE:
-            raise UserError(f"image_size must be at least {_MIN_IMAGE_SIZE}, but is {image_size}")
+        require(min(height, width) >= _MIN_IMAGE_SIZE, "image_size", f"at least {_MIN_IMAGE_SIZE}", image_size)
         layers: list[nn.Module] = []
         for out_channels in channels:
-            # Pooling first is the same function, as ReLU is monotone, and was measured 8% faster a step.
+            # Pooling before ReLU gives the same function (ReLU is monotone) and is 8% faster per step.
             layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             in_channels, height, width = out_channels, height // 2, width // 2
         self.convolutions = nn.Sequential(*layers)
@@ -64,31 +61,31 @@ class _ConvNet(nn.Module):
         self.head = nn.Linear(num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: images (B, in_channels, H, W) to features (B, num_features), at least 0."""
+        """Map images (B, in_channels, H, W) to features (B, num_features), at least 0."""
         features: Tensor = self.fully_connected(self.convolutions(x))
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, num_classes)."""
+        """Map images (B, in_channels, H, W) to logits (B, num_classes)."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
 
 class PrivateCNN(_ConvNet):
-    """The larger network, which stays with its client: convolutions 64-128-128, then 256 features.
+    """Private model of FedeKD: convolutions 64-128-128, 256 features.
 
     Args:
         in_channels: Channels of an image, at least 1.
         image_size: Height and width of an image, at least 8; a single number is a square.
-        num_classes: Outputs: the number of classes, or 1 for regression.
-        width: All widths are multiplied by this and rounded, in (0, 1]: for clients that have less to compute with.
+        num_classes: Number of classes; 1 for regression.
+        width: Factor of all widths, rounded, in (0, 1]; for clients with less compute.
 
     Attributes:
-        num_features: 256 times the width, that of `features(x)`.
+        num_features: Dimension of `features(x)`, 256 times `width`.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
-        UserError: An argument is out of its range.
+        UserError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -104,8 +101,7 @@ class PrivateCNN(_ConvNet):
         num_classes: int = 10,
         width: float = 1.0,
     ) -> None:
-        if not 0 < width <= 1:
-            raise UserError(f"width must be above 0 and at most 1, but is {width}")
+        require(0 < width <= 1, "width", "a number in (0, 1]", width)
         *channels, num_features = (max(1, round(width * full)) for full in (64, 128, 128, 256))
         super().__init__(
             channels, num_features, in_channels=in_channels, image_size=image_size, num_classes=num_classes
@@ -113,19 +109,19 @@ class PrivateCNN(_ConvNet):
 
 
 class ProxyCNN(_ConvNet):
-    """The light network, which travels to the server and back: convolutions 32-64, then 128 features.
+    """Proxy of FedeKD, exchanged with the server: convolutions 32-64, 128 features.
 
     Args:
         in_channels: Channels of an image, at least 1.
         image_size: Height and width of an image, at least 8; a single number is a square.
-        num_classes: Outputs: the number of classes, or 1 for regression.
+        num_classes: Number of classes; 1 for regression.
 
     Attributes:
-        num_features: 128, the width of `features(x)`.
+        num_features: Dimension of `features(x)`, 128.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
-        UserError: An argument is out of its range.
+        UserError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -138,22 +134,22 @@ class ProxyCNN(_ConvNet):
 
 
 class Conv3(nn.Module):
-    """CAFEDistill's network for CIFAR-10: three convolutions of 128 channels, then the mean over what is left.
+    """Network of CAFEDistill: three convolutions, global average pooling.
 
-    3x3 kernels without padding, a 2x2 max-pool and a ReLU after each, as the authors' code has it
-    (arXiv 2601.10015 does not say).
+    The convolutions have 128 channels, 3x3 kernels without padding, a 2x2 max-pool and a ReLU, as in the authors' code
+    (arXiv 2601.10015 does not specify them).
 
     Args:
         in_channels: Channels of an image, at least 1.
         image_size: Height and width of an image, at least 22; a single number is a square.
-        num_classes: Outputs: the number of classes, or 1 for regression.
+        num_classes: Number of classes; 1 for regression.
 
     Attributes:
-        num_features: 128, the width of `features(x)`.
+        num_features: Dimension of `features(x)`, 128.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
-        UserError: An argument is out of its range.
+        UserError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -164,10 +160,9 @@ class Conv3(nn.Module):
     def __init__(self, in_channels: int = 3, image_size: int | Sequence[int] = 32, num_classes: int = 10) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, but is {value}")
-        if min(height_and_width(image_size)) < _MIN_UNPADDED_SIZE:
-            raise UserError(f"image_size must be at least {_MIN_UNPADDED_SIZE} for Conv3, but is {image_size}")
+            require(value >= 1, name, "at least 1", value)
+        smallest = min(height_and_width(image_size))
+        require(smallest >= _MIN_UNPADDED_SIZE, "image_size", f"at least {_MIN_UNPADDED_SIZE} for Conv3", image_size)
         layers: list[nn.Module] = []
         for channels in (in_channels, 128, 128):
             layers += [nn.Conv2d(channels, 128, 3), nn.MaxPool2d(2), nn.ReLU()]
@@ -177,11 +172,11 @@ class Conv3(nn.Module):
         self.head = nn.Linear(128, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: images (B, in_channels, H, W) to features (B, 128), at least 0."""
+        """Map images (B, in_channels, H, W) to features (B, 128), at least 0."""
         features: Tensor = self.pool(self.convolutions(x))
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, num_classes)."""
+        """Map images (B, in_channels, H, W) to logits (B, num_classes)."""
         logits: Tensor = self.head(self.features(x))
         return logits

@@ -1,4 +1,4 @@
-"""What each exit of a network costs, in floating-point operations."""
+"""Size of a network, and floating-point operations (FLOPs) of its exits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedekd.models.multi_exit import MultiExitNetwork
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, trainable or not; shared ones count once, buffers do not count.
+    """Return the number of parameters; shared ones count once, buffers not.
 
     Example:
         >>> num_parameters(nn.Linear(3, 2))
@@ -29,12 +29,12 @@ def num_parameters(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ExitCosts:
-    """Floating-point operations of one image in a network of E exits; a multiply-add counts as 2.
+    """FLOPs of one image in a network with E exits; a multiply-add counts as 2.
 
     Attributes:
-        stages: Of each stage alone, E numbers, shallow to deep.
-        heads: Of each head alone, E numbers.
-        proxy: Of a second network that is asked before anyone may leave early; 0 for none.
+        stages: FLOPs of each stage, shallow to deep, E numbers.
+        heads: FLOPs of each head, E numbers.
+        proxy: FLOPs of a proxy that is evaluated before the first exit; 0 without one.
 
     Example:
         >>> costs = ExitCosts(stages=(100, 200), heads=(10, 20))
@@ -48,52 +48,52 @@ class ExitCosts:
 
     @property
     def full(self) -> int:
-        """Of the plain network: all stages and the last head alone."""
+        """FLOPs of the plain network: all stages and the last head."""
         return sum(self.stages) + self.heads[-1]
 
     def flops_at_exits(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> tuple[int, ...]:
-        """Of an image that leaves at exit e: all stages up to e, and the heads up to e that are evaluated.
+        """Return the FLOPs per exit: stages and evaluated heads up to that exit.
 
         Args:
-            evaluated: Of each exit, whether its head is evaluated when an image comes by: where no image may leave
-                it need not be, and costs nothing. The last exit's always is, whatever is said of it.
-            uses_proxy: Whether the proxy is asked; of every image, where any exit before the last is evaluated.
+            evaluated: True for each exit whose head is evaluated, E entries. A closed exit needs no evaluation and
+                costs nothing. The last exit is always evaluated.
+            uses_proxy: True if the score needs the proxy, which then runs for every image if any exit before the last
+                is evaluated.
 
         Returns:
-            E numbers, each with the head of its own exit: at an exit that is not evaluated, it is what leaving there
-            would cost if that one were evaluated too.
+            E numbers. Each includes the head of its own exit, also if that exit is not evaluated.
 
         Raises:
-            ValueError: `evaluated` has not E entries.
+            ValueError: If `evaluated` does not have E entries.
         """
         if len(evaluated) != len(self.heads):
-            raise ValueError(f"evaluated has {len(evaluated)} entries, but there are {len(self.heads)} exits")
-        passing = [head if paid else 0 for head, paid in zip(self.heads, evaluated, strict=True)]
-        before = accumulate(passing[:-1], initial=0)
-        reached = accumulate(self.stages)
-        second = self.proxy if uses_proxy and any(evaluated[:-1]) else 0
-        return tuple(second + sum(parts) for parts in zip(reached, before, self.heads, strict=True))
+            raise ValueError(f"evaluated: expected {len(self.heads)} entries, one per exit, got {len(evaluated)}")
+        evaluated_heads = [head if used else 0 for head, used in zip(self.heads, evaluated, strict=True)]
+        heads_before = accumulate(evaluated_heads[:-1], initial=0)
+        stages = accumulate(self.stages)
+        proxy = self.proxy if uses_proxy and any(evaluated[:-1]) else 0
+        return tuple(proxy + sum(parts) for parts in zip(stages, heads_before, self.heads, strict=True))
 
     def shares(self, evaluated: Sequence[bool], uses_proxy: bool = False) -> list[float]:
-        """The same as shares of the plain network's cost, E numbers."""
+        """Return `flops_at_exits` as fractions of the plain network's FLOPs, E numbers."""
         return [cost / self.full for cost in self.flops_at_exits(evaluated, uses_proxy)]
 
 
 def exit_costs(
     network: MultiExitNetwork, image_shape: tuple[int, int, int], proxy: nn.Module | None = None
 ) -> ExitCosts:
-    """Count the operations of every stage and head on one image, as `torch.utils.flop_counter` does.
+    """Count the FLOPs of every stage and head on one image.
 
-    Convolutions, matrix products and attention count; norms, activations and pools do not. The network is run once,
-    in evaluation mode, and is then as it was.
+    Convolutions, matrix products and attention count; norms, activations and pools do not. The network runs once in
+    evaluation mode and is not changed.
 
     Args:
-        network: E exits, on any device, in any floating-point type.
+        network: Network with E exits, on any device, in any floating-point type.
         image_shape: Channels, height and width of an image.
-        proxy: A network that is asked for a second opinion, if any; on the same device.
+        proxy: Proxy of the confidence score `agreement`, on the same device; None without one.
 
     Raises:
-        UserError: The network cannot take images of that shape.
+        UserError: If the network does not accept images of that shape.
 
     Example:
         >>> from torch import nn
@@ -107,20 +107,22 @@ def exit_costs(
     with eval_mode(network), torch.no_grad(), _countable_attention():
         try:
             for stage, head in zip(network.stages, network.heads, strict=True):
-                x, flops = _counted(stage, x)
+                x, flops = _run_counted(stage, x)
                 stages.append(flops)
-                heads.append(_counted(head, x)[1])
-            second = 0
+                heads.append(_run_counted(head, x)[1])
+            proxy_flops = 0
             if proxy is not None:
                 with eval_mode(proxy):
-                    second = _counted(proxy, image)[1]
-        except Exception as error:  # a stage of one's own may fail in any way
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"image_shape is {image_shape}, which the network cannot take: {said}") from error
-    return ExitCosts(tuple(stages), tuple(heads), second)
+                    proxy_flops = _run_counted(proxy, image)[1]
+        except Exception as error:  # a user's stage may raise anything
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"image_shape: expected images that the network accepts, got {image_shape}. It failed: {message}"
+            ) from error
+    return ExitCosts(tuple(stages), tuple(heads), proxy_flops)
 
 
-def _counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+def _run_counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     with FlopCounterMode(display=False) as counter:
         output = module(x)
     return output, int(counter.get_total_flops())
@@ -128,7 +130,10 @@ def _counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 @contextmanager
 def _countable_attention() -> Iterator[None]:
-    """Attention by plain matrix products: in evaluation mode fused kernels take over that the counter cannot see."""
+    """Context manager: compute attention by matrix products, which are counted.
+
+    In evaluation mode PyTorch would use fused kernels, which it does not count.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

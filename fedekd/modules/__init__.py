@@ -1,4 +1,4 @@
-"""LightningModules for clients and for other Lightning projects, with their loss terms and energies."""
+"""LightningModules, loss terms and energies."""
 
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
 from fedekd.modules.gated_private import GatedPrivateModule

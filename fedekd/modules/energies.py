@@ -21,7 +21,7 @@ Source = Literal["proxy", "private"]
 
 
 class Energy(nn.Module):
-    """Base class of energies: a higher energy gives a sample a lower distillation weight.
+    """Base class of energies; high energy gives a low distillation weight.
 
     Attributes:
         needs_features: True if the outputs must contain features.

@@ -1,4 +1,4 @@
-"""Training of the private model with the proxy as a gated teacher (FedeKD, Eq. 1-5)."""
+"""Training of the private model with a gated teacher (FedeKD, Eq. 1-5)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fedekd.modules.prediction import ModelOutput
 
 
 def safekd_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """Create the optimizer of SAFE-KD: AdamW with learning rate 3e-4 and weight decay 0.05."""
+    """Create SAFE-KD's optimizer: AdamW, learning rate 3e-4, weight decay 0.05."""
     return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.05)
 
 
@@ -75,7 +75,7 @@ def check_arguments(
 
 
 class MultiExitModule(ObjectiveModule):
-    r"""LightningModule that trains a network with exits on labels, a teacher, and its deepest exit.
+    r"""LightningModule that trains a network with exits as SAFE-KD does.
 
     $$L = \sum_e w_e \left[ \mathrm{CE}_e + a\,\mathrm{DKD}(\text{teacher} \to e) + 1[e<E]\, b\, T^2\,
     \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T) \right]$$
@@ -155,7 +155,7 @@ class MultiExitModule(ObjectiveModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Reset the means of the epoch, and increase the distillation weight (linear warm-up)."""
+        """Reset the epoch's means, and increase the distillation weight (warm-up)."""
         super().on_train_epoch_start()
         if self.warmup_epochs:
             epoch = self.first_epoch + self.current_epoch

@@ -12,7 +12,7 @@ from fedekd.tasks import Task
 
 
 class PrivateProxyPair(nn.Module):
-    """A private model and a proxy as one network; the proxy's output is the last exit.
+    """A private model and a proxy as one network, with the proxy as last exit.
 
     Args:
         private: The large model.
@@ -24,12 +24,12 @@ class PrivateProxyPair(nn.Module):
         self.private, self.proxy = private, proxy
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs of the private model's exits and of the proxy for images (B, C, H, W)."""
+        """Return the outputs of the private model's exits and of the proxy."""
         return [*predict(self.private, x).exits, self.proxy(x)]
 
 
 class MutualModule(ObjectiveModule):
-    """LightningModule that trains a private model and a proxy on labels and on each other's outputs.
+    """LightningModule that trains a private model and a proxy on each other.
 
     Works under any `lightning.Trainer` with batches `(x, y)`. Validation and test score the proxy.
 

@@ -1,4 +1,4 @@
-"""Base LightningModule: a network trained on a sum of loss terms, optionally with a frozen teacher."""
+"""Base LightningModule: a network trained on a sum of loss terms."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ObjectiveModule(LightningModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        """Set train mode, which Lightning does not restore after an evaluation, and move the teacher."""
+        """Set train mode, which Lightning does not restore, and move the teacher."""
         self.train()
         self._sums = {}
         if self.teacher is not None:
@@ -181,7 +181,7 @@ class ObjectiveModule(LightningModule):
         self.log_dict(metrics, batch_size=len(targets))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create the optimizer with learning rates times `lr_factor`, and load `optimizer_state` if it is carried."""
+        """Create the optimizer; apply `lr_factor` and a carried `optimizer_state`."""
         optimizer = self.make_optimizer(self.network.parameters())
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
@@ -192,7 +192,7 @@ class ObjectiveModule(LightningModule):
         return optimizer
 
     def on_train_end(self) -> None:
-        """Keep what a new Trainer resets: the float16 loss scale and, if it is carried, the optimizer state."""
+        """Keep what a new Trainer resets: loss scale and carried optimizer state."""
         self.loss_scale = dict(self.trainer.precision_plugin.state_dict())
         if self.carries_optimizer_state:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)

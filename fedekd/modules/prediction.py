@@ -35,7 +35,7 @@ class ModelOutput:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Output of the last exit and, if present, features: a teacher's items of a batch."""
+        """Output of the last exit and, if present, features."""
         return (self.output,) if self.features is None else (self.output, self.features)
 
     @classmethod
@@ -83,6 +83,6 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
 
 @torch.no_grad()
 def teacher_forward(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
-    """Run a frozen teacher in evaluation mode without a graph; arguments as in `predict`."""
+    """Run a frozen teacher without a graph; arguments as in `predict`."""
     with eval_mode(network):
         return predict(network, x, with_features)

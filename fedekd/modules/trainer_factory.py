@@ -43,7 +43,9 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class TrainerFactory:
-    """Device, precision and threads of training; `resolve` replaces `auto` by values for this machine.
+    """Device, precision and threads of training.
+
+    `resolve` replaces `auto` by values for this machine.
 
     Args:
         accelerator: `cpu`, `cuda`, or `auto`: CUDA if there is a device.
@@ -128,12 +130,12 @@ class TrainerFactory:
             torch.set_num_threads(threads)
 
     def autocast(self) -> torch.autocast:
-        """Return the autocast context of the training precision, for a network outside a Trainer."""
+        """Return the autocast context of the training precision."""
         dtype = _AUTOCAST.get(self.precision)
         return torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None)
 
     def build(self, max_epochs: int, callbacks: Sequence[Callback] = ()) -> Trainer:
-        """Create a Trainer for one phase of one client, without logger, files and progress bars."""
+        """Create a Trainer for one phase, without logger, files and progress bars."""
         return Trainer(
             accelerator=self.accelerator,
             devices=[self.device] if self.accelerator == "cuda" else 1,
@@ -151,7 +153,7 @@ class TrainerFactory:
         )
 
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
-        """Train a module by the loop of `loop`, without console output, and release what a Trainer holds."""
+        """Train a module by the loop of `loop`, and release what a Trainer holds."""
         if self.loop == "lean" or (self.loop == "auto" and self.torch_device.type == "cuda"):
             loop = build_lean_loop(module, batches, self.torch_device, self.precision, self.capture)
             if loop is not None:

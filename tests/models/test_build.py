@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from fedekd.errors import UserError
-from fedekd.models import ImageClassifier, PrivateCNN, ProxyCNN, build_model, check_model, num_parameters
+from fedekd.models import ImageClassifier, PrivateCNN, ProxyCNN, build_model, check_model, eval_mode, num_parameters
 
 DATA = {"in_channels": 1, "image_size": 8, "num_classes": 4}
 
@@ -24,13 +25,13 @@ DATA = {"in_channels": 1, "image_size": 8, "num_classes": 4}
         SimpleNamespace(class_path="PrivateCNN", init_args=SimpleNamespace(in_channels=1)),
     ],
 )
-def test_a_model_is_built_for_the_data_however_it_is_named(spec):
+def test_build_model_accepts_every_form_of_specification(spec):
     model = build_model(spec, **DATA)
     assert type(model) is PrivateCNN
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
 
 
-def test_the_callers_seed_decides_the_weights():
+def test_build_model_initial_weights_follow_global_seed():
     built = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -39,7 +40,7 @@ def test_the_callers_seed_decides_the_weights():
     assert not torch.equal(built[0], built[2])
 
 
-def test_a_torchvision_model_is_given_the_classes_and_wrapped():
+def test_build_model_torchvision_model_is_wrapped():
     model = build_model("torchvision.models.resnet18", in_channels=1, image_size=32, num_classes=7)
     assert isinstance(model, ImageClassifier)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
@@ -47,7 +48,7 @@ def test_a_torchvision_model_is_given_the_classes_and_wrapped():
 
 
 class GreyNet(nn.Module):
-    """A user's own model: takes two of the three numbers, and one argument of its own."""
+    """A user's model with two of the three data arguments, and one of its own."""
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 3) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ def user_module(monkeypatch):
 
 
 @pytest.mark.usefixtures("user_module")
-def test_a_users_model_gets_what_its_signature_takes_and_its_own_arguments():
+def test_build_model_passes_arguments_of_signature():
     model = build_model({"class_path": "users.GreyNet", "init_args": {"width": 5}}, **DATA)
     assert type(model) is GreyNet
     assert model.layers[0].out_channels == 5
@@ -82,42 +83,42 @@ def test_a_users_model_gets_what_its_signature_takes_and_its_own_arguments():
     ("spec", "message"),
     [
         ("PrivatCNN", "did you mean 'PrivateCNN'"),
-        ("torchvision.models.resnet19", "torchvision.models has no 'resnet19'; did you mean"),
-        ("torchvison.models.resnet18", "cannot be imported: No module named 'torchvison'"),
-        ("..PrivateCNN", "cannot be imported"),
-        ("models..PrivateCNN", "cannot be imported"),
-        ("", "has no ''"),
+        ("torchvision.models.resnet19", "expected a model of torchvision.models, got 'resnet19'; did you mean"),
+        ("torchvison.models.resnet18", "expected an importable model, .* No module named 'torchvison'"),
+        ("..PrivateCNN", "expected an importable model"),
+        ("models..PrivateCNN", "expected an importable model"),
+        ("", "got ''"),
         ({"class_path": "ProxyCNN", "init_args": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         (
             {"class_path": "ProxyCNN", "init_args": {"num_classes": 5}},
-            "num_classes is 5, but the data have 4",
+            "expected num_classes 4 as in the data, got 5",
         ),
-        ({"class_path": "ProxyCNN", "init_args": {"image_size": 9}}, "image_size is 9, but the data have 8"),
+        ({"class_path": "ProxyCNN", "init_args": {"image_size": 9}}, "expected image_size 8 as in the data, got 9"),
         (
             {"class_path": "users.GreyNet", "init_args": {"width": 0}},
             "'users.GreyNet': width must be at least 1",
         ),
-        ("users.not_a_model", "gives a int, not a torch.nn.Module"),
-        ({"init_args": {}}, "must be a class path"),
-        (3, "must be a class path"),
-        ("torchvision.models.squeezenet1_1", "must end in a linear layer"),
+        ("users.not_a_model", "expected a torch.nn.Module from .* got a int"),
+        ({"init_args": {}}, "expected a class path"),
+        (3, "expected a class path"),
+        ("torchvision.models.squeezenet1_1", "expected a last linear layer"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_flag(spec, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_build_model_invalid_specification_raises_one_line_user_error(spec, message):
+    with pytest.raises(UserError, match=message) as error:
         build_model(spec, **DATA, flag="--client.private_model")
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("--client.private_model")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("--client.private_model")
 
 
-def test_the_data_are_named_when_they_do_not_fit_the_model():
-    with pytest.raises(UserError, match="'ProxyCNN': image_size must be at least 8, but is 4"):
+def test_build_model_too_small_images_raise_user_error():
+    with pytest.raises(UserError, match="'ProxyCNN': image_size: expected at least 8, got 4"):
         build_model("ProxyCNN", in_channels=1, image_size=4, num_classes=10)
     assert isinstance(build_model(ProxyCNN.__module__ + ".ProxyCNN", **DATA), ProxyCNN)
 
 
 class Answer(nn.Module):
-    """Gives what it is told, or raises it."""
+    """Returns the given output, or raises it."""
 
     def __init__(self, output):
         super().__init__()
@@ -132,7 +133,7 @@ class Answer(nn.Module):
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 4), [torch.zeros(2, 4), torch.ones(2, 4)]])
-def test_a_model_that_fits_is_left_as_it_was(output):
+def test_check_model_valid_model_is_unchanged(output):
     model = Answer(output).double()
     model.norm.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -144,28 +145,28 @@ def test_a_model_that_fits_is_left_as_it_was(output):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (torch.zeros(2, 5), r"gives \(2, 5\) for 2 images; \(2, 4\) is needed"),
-        (torch.zeros(2), r"gives \(2,\)"),
-        ([torch.zeros(2, 4), torch.zeros(2, 3)], r"gives \(2, 3\)"),
-        ((torch.zeros(2, 4), None), "gives a NoneType"),
-        ({"logits": torch.zeros(2, 4)}, "gives a dict"),
+        (torch.zeros(2, 5), r"expected output \(2, 4\) for 2 images, got \(2, 5\)"),
+        (torch.zeros(2), r"got \(2,\)"),
+        ([torch.zeros(2, 4), torch.zeros(2, 3)], r"got \(2, 3\)"),
+        ((torch.zeros(2, 4), None), "got a NoneType"),
+        ({"logits": torch.zeros(2, 4)}, "got a dict"),
         (
             RuntimeError("mat1 and mat2\ncannot be multiplied"),
-            "images of 1 x 8 x 9: mat1 and mat2 cannot be multiplied",
+            "images of 1 x 8 x 9.* It failed: mat1 and mat2 cannot be multiplied",
         ),
-        (KeyError(), "images of 1 x 8 x 9: KeyError"),
+        (KeyError(), "images of 1 x 8 x 9.* It failed: KeyError"),
     ],
 )
-def test_a_model_that_does_not_fit_is_told_in_one_line(output, message):
+def test_check_model_wrong_output_raises_one_line_user_error(output, message):
     model = Answer(output)
-    with pytest.raises(UserError, match=f"^client.private_model Answer .*{message}") as caught:
+    with pytest.raises(UserError, match=f"^client.private_model Answer: .*{message}") as error:
         check_model(model, in_channels=1, image_size=(8, 9), num_outputs=4, flag="client.private_model")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert model.training
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nmemory"), OSError("no weights")])
-def test_whatever_a_builder_raises_is_the_users_to_see(error, monkeypatch):
+def test_build_model_errors_of_builder_become_user_error(error, monkeypatch):
     def builder(num_classes):
         raise error
 
@@ -175,7 +176,42 @@ def test_whatever_a_builder_raises_is_the_users_to_see(error, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("inception_v3", 28)])
-def test_a_model_for_larger_images_is_told_before_training(name, size):
+def test_check_model_model_for_larger_images_raises_user_error(name, size):
     model = build_model(f"torchvision.models.{name}", in_channels=1, image_size=size, num_classes=4)
-    with pytest.raises(UserError, match="cannot take images of 1 x 28 x 28"):
+    with pytest.raises(UserError, match="expected to accept images of 1 x 28 x 28"):
         check_model(model, in_channels=1, image_size=size, num_outputs=4)
+
+
+class Merging(nn.Module):
+    """Merges a low-rank part into its weight in eval mode, and removes it in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.low_rank = torch.zeros(3), torch.ones(3)
+
+    def train(self, mode: bool = True) -> Merging:
+        if mode != self.training:
+            self.weight += -self.low_rank if mode else self.low_rank
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_mode_restores_network_with_custom_train(training: bool) -> None:
+    network = nn.Sequential(Merging(), nn.Dropout()).train(training)
+    before = network[0].weight.clone()
+    with eval_mode(network):
+        assert not any(module.training for module in network.modules())
+        assert torch.equal(network[0].weight, torch.ones(3))
+    assert all(module.training == training for module in network.modules())
+    assert torch.equal(network[0].weight, before)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_eval_mode_restores_mode_of_each_module(frozen: int) -> None:
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    network[frozen].eval()
+    with suppress(ValueError), eval_mode(network):
+        assert not network[1 - frozen].training
+        raise ValueError("it fails")
+    assert network.training
+    assert (network[frozen].training, network[1 - frozen].training) == (False, True)

@@ -19,7 +19,7 @@ both = pytest.mark.parametrize(("network_class", "channels", "num_features"), NE
     ("in_channels", "image_size", "num_classes"),
     [(1, 28, 10), (3, 32, 10), (1, 8, 10), (3, 28, 1), (1, (8, 20), 4), (2, [9, 15], 3)],
 )
-def test_shapes_and_parameter_counts(network_class, channels, num_features, in_channels, image_size, num_classes):
+def test_cnn_shapes_and_parameter_counts(network_class, channels, num_features, in_channels, image_size, num_classes):
     network = network_class(in_channels=in_channels, image_size=image_size, num_classes=num_classes)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     x = torch.randn(2, in_channels, height, width)
@@ -36,13 +36,13 @@ def test_shapes_and_parameter_counts(network_class, channels, num_features, in_c
     assert num_parameters(network) == convolutions + fully_connected + num_features * num_classes + num_classes
 
 
-def test_parameters_of_the_paper_at_28_pixels():
+def test_cnn_parameter_counts_at_28_pixels():
     assert num_parameters(PrivateCNN()) == 519_818
     assert num_parameters(ProxyCNN()) == 421_642
 
 
 @both
-def test_the_network_is_convolution_relu_pool_then_a_linear_layer(network_class, channels, num_features):
+def test_cnn_matches_functional_form(network_class, channels, num_features):
     torch.manual_seed(0)
     network = network_class(in_channels=3, image_size=16, num_classes=7).double()
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_the_network_is_convolution_relu_pool_then_a_linear_layer(network_class,
 
 
 @both
-def test_channels_last_is_the_same_function(network_class, channels, num_features):
+def test_cnn_channels_last_gives_same_output(network_class, channels, num_features):
     network = network_class(image_size=12, num_classes=3).double()
     x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
     expected = network(x)
@@ -71,13 +71,13 @@ def test_channels_last_is_the_same_function(network_class, channels, num_feature
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 7}, "image_size must be at least 8, but is 7"),
-        ({"image_size": (28, 7)}, "image_size must be at least 8"),
+        ({"image_size": 7}, "image_size: expected at least 8, got 7"),
+        ({"image_size": (28, 7)}, "image_size: expected at least 8"),
         ({"image_size": (28, 28, 3)}, "height, width"),
-        ({"in_channels": 0}, "in_channels must be at least 1, but is 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1, but is 0"),
+        ({"in_channels": 0}, "in_channels: expected at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
     ],
 )
-def test_arguments_out_of_range_are_refused(network_class, channels, num_features, arguments, message):
+def test_cnn_invalid_arguments_raise_user_error(network_class, channels, num_features, arguments, message):
     with pytest.raises(UserError, match=message):
         network_class(**arguments)

@@ -14,7 +14,7 @@ COSTS = ExitCosts(stages=(100, 200, 400), heads=(1, 2, 4))
 
 
 @pytest.mark.parametrize(
-    ("evaluated", "leaving"),
+    ("evaluated", "expected"),
     [
         ([True, True, True], (101, 303, 707)),
         ([False, True, True], (101, 302, 706)),
@@ -23,18 +23,18 @@ COSTS = ExitCosts(stages=(100, 200, 400), heads=(1, 2, 4))
         ([False, False, False], (101, 302, 704)),  # the last is always evaluated
     ],
 )
-def test_an_image_pays_for_the_stages_and_the_evaluated_heads_on_its_way(evaluated, leaving):
-    assert COSTS.flops_at_exits(evaluated) == leaving
+def test_flops_at_exits_sum_stages_and_evaluated_heads(evaluated, expected):
+    assert COSTS.flops_at_exits(evaluated) == expected
     assert COSTS.full == 704
 
 
-def test_every_exit_must_be_spoken_of():
-    with pytest.raises(ValueError, match="2 entries, but there are 3 exits"):
+def test_flops_at_exits_wrong_length_raises_value_error():
+    with pytest.raises(ValueError, match="expected 3 entries, one per exit, got 2"):
         COSTS.flops_at_exits([True, True])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cnn_counted_by_hand(dtype):
+def test_exit_costs_cnn_matches_manual_count(dtype):
     network = multi_exit(PrivateCNN(3, (16, 32), 7), 7, grid=2).to(dtype)
     costs = exit_costs(network, (3, 16, 32))
     convolutions = [2 * 9 * 3 * 64 * 16 * 32, 2 * 9 * 64 * 128 * 8 * 16, 2 * 9 * 128 * 128 * 4 * 8]
@@ -44,7 +44,7 @@ def test_a_cnn_counted_by_hand(dtype):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_transformer_counted_by_hand(training, monkeypatch):
+def test_exit_costs_transformer_matches_manual_count(training, monkeypatch):
     """Neither the fast path of evaluation mode nor a fused attention may hide anything."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     monkeypatch.delitem(flop_counter.flop_registry, fused, raising=False)  # older releases cannot count it
@@ -65,7 +65,7 @@ class Tokens(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-def test_an_encoder_layer_with_a_fast_path_of_its_own_is_counted_too():
+def test_exit_costs_encoder_layer_with_fast_path_is_counted():
     tokens, dim, mlp = 9, 16, 24
     encoder = nn.TransformerEncoderLayer(dim, 2, mlp, batch_first=True)
     stages = [nn.Sequential(nn.Conv2d(1, dim, 2, stride=2), Tokens()), nn.Sequential(encoder, nn.Flatten())]
@@ -74,7 +74,7 @@ def test_an_encoder_layer_with_a_fast_path_of_its_own_is_counted_too():
     assert exit_costs(network, (1, 6, 6)) == ExitCosts((2 * tokens * 4 * dim, block), (2 * dim * 3, 2 * 144 * 3))
 
 
-def test_the_network_and_torchs_settings_are_left_alone():
+def test_exit_costs_keeps_network_and_torch_settings():
     network = multi_exit(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4), 4).train()
     network.stages[1].eval()
     modes = [part.training for part in network.modules()]
@@ -88,9 +88,9 @@ def test_the_network_and_torchs_settings_are_left_alone():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_images_that_do_not_fit_are_told_in_one_line():
+def test_exit_costs_invalid_image_shape_raises_one_line_user_error():
     network = multi_exit(PrivateCNN(), 10)
-    with pytest.raises(UserError, match=r"image_shape is \(3, 28, 28\), which the network cannot take") as caught:
+    with pytest.raises(UserError, match=r"image_shape: .* got \(3, 28, 28\)") as error:
         exit_costs(network, (3, 28, 28))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert torch.backends.mha.get_fastpath_enabled()

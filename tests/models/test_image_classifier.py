@@ -20,7 +20,7 @@ from fedekd.models import ImageClassifier, num_parameters
         ("vit_b_16", 32, {"image_size": 32}, 768),
     ],
 )
-def test_logits_are_the_unwrapped_models_to_the_last_bit(name, size, arguments, num_features):
+def test_image_classifier_logits_equal_unwrapped_model(name, size, arguments, num_features):
     torch.manual_seed(0)
     plain = getattr(torchvision.models, name)(weights=None, num_classes=5, **arguments).eval()
     count = num_parameters(plain)
@@ -40,14 +40,14 @@ def small_backbone() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
-def test_all_parameters_train_through_the_wrapper():
+def test_image_classifier_trains_all_parameters():
     network = ImageClassifier(small_backbone(), num_classes=2, in_channels=1)
     network(torch.randn(3, 1, 8, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert len(list(network.parameters())) == 6
 
 
-def test_states_load_into_another_wrapper_of_the_same_kind():
+def test_image_classifier_state_loads_into_another_wrapper():
     first, second = (ImageClassifier(small_backbone(), num_classes=2, in_channels=3) for _ in range(2))
     second.load_state_dict(first.state_dict())
     x = torch.randn(1, 3, 8, 8)
@@ -56,13 +56,13 @@ def test_states_load_into_another_wrapper_of_the_same_kind():
 
 
 @pytest.mark.parametrize("in_channels", [0, 2, 4])
-def test_only_one_or_three_channels(in_channels):
-    with pytest.raises(UserError, match=f"1 or 3 channels, but in_channels is {in_channels}"):
+def test_image_classifier_invalid_channels_raise_user_error(in_channels):
+    with pytest.raises(UserError, match=f"in_channels: expected 1 or 3 .* got {in_channels}"):
         ImageClassifier(small_backbone(), num_classes=2, in_channels=in_channels)
 
 
-def test_a_network_without_a_linear_head_is_refused():
-    with pytest.raises(UserError, match="SqueezeNet must end in a linear layer of 5 outputs, but has none"):
+def test_image_classifier_without_linear_head_raises_user_error():
+    with pytest.raises(UserError, match="SqueezeNet: expected a last linear layer with 5 outputs, got none"):
         ImageClassifier(torchvision.models.squeezenet1_1(num_classes=5), num_classes=5, in_channels=3)
-    with pytest.raises(UserError, match="2 outputs in its last one"):
+    with pytest.raises(UserError, match="got one with 2 outputs"):
         ImageClassifier(small_backbone(), num_classes=6, in_channels=3)

@@ -78,7 +78,7 @@ def randomised(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 @every_network
-def test_the_last_exit_is_the_backbone_to_the_last_bit(build, channels, widths):
+def test_multi_exit_last_exit_equals_backbone(build, channels, widths):
     backbone = randomised(build)
     plain = copy.deepcopy(backbone)
     network = multi_exit(backbone, CLASSES)
@@ -102,7 +102,7 @@ def test_the_last_exit_is_the_backbone_to_the_last_bit(build, channels, widths):
 
 
 @every_network
-def test_the_gradient_reaches_every_parameter(build, channels, widths):
+def test_multi_exit_gradient_reaches_every_parameter(build, channels, widths):
     network = multi_exit(randomised(build), CLASSES).train()
     for part in network.modules():
         if hasattr(part, "p"):  # dropout and stochastic depth may hide a part for a step
@@ -115,7 +115,7 @@ def test_the_gradient_reaches_every_parameter(build, channels, widths):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_small_stem_keeps_the_resolution_and_the_rest(wrapped):
+def test_multi_exit_cifar_stem_replaces_only_stem(wrapped):
     resnet = randomised(resnet18).double()
     backbone = ImageClassifier(resnet, CLASSES, in_channels=3) if wrapped else resnet
     before = resnet.conv1
@@ -126,7 +126,7 @@ def test_a_small_stem_keeps_the_resolution_and_the_rest(wrapped):
     assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
     assert (conv.in_channels, conv.out_channels, conv.weight.dtype) == (3, 64, torch.float64)
     torch.manual_seed(3)
-    nn.Conv2d(3, 64, 3, bias=False)  # its own draw comes first, then torchvision's: He's normal, of the fan out
+    nn.Conv2d(3, 64, 3, bias=False)  # PyTorch's initialisation is drawn first, then torchvision's
     expected = torch.empty(64, 3, 3, 3).normal_(std=(2 / (64 * 9)) ** 0.5)
     torch.testing.assert_close(conv.weight.detach(), expected.double())
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_a_small_stem_keeps_the_resolution_and_the_rest(wrapped):
         assert torch.equal(network(x)[-1], modified)
 
 
-def test_a_small_stem_changes_no_other_family():
+def test_multi_exit_cifar_stem_keeps_other_families():
     one, other = (multi_exit(randomised(vit), CLASSES, cifar_stem=stem).eval() for stem in (False, True))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(one(x)[-1], other(x)[-1])
@@ -153,7 +153,7 @@ def test_a_small_stem_changes_no_other_family():
     ],
     ids=["resnet18", "convnext_tiny", "swin", "vit", "PrivateCNN"],
 )
-def test_stages_give_what_hooks_see_in_the_untouched_backbone(build, watched):
+def test_multi_exit_stages_match_hooks_in_backbone(build, watched):
     backbone = randomised(build)
     plain = copy.deepcopy(backbone)
     seen = []
@@ -187,7 +187,7 @@ def blocks_of(network: MultiExitNetwork) -> list[int]:
         (2, 2, [1, 1]),
     ],
 )
-def test_a_vit_is_cut_into_equal_groups_of_blocks(layers, exits, blocks):
+def test_multi_exit_vit_has_equal_groups_of_blocks(layers, exits, blocks):
     backbone = randomised(lambda: vit(num_layers=layers))
     plain = copy.deepcopy(backbone)
     network = multi_exit(backbone, CLASSES, exits).eval()
@@ -197,15 +197,15 @@ def test_a_vit_is_cut_into_equal_groups_of_blocks(layers, exits, blocks):
     assert torch.equal(network(x)[-1], plain(x))
 
 
-def test_a_vit_takes_no_other_size_even_of_as_many_patches():
+def test_multi_exit_vit_other_image_size_raises_user_error():
     network = multi_exit(vit(), CLASSES)
-    with pytest.raises(UserError, match="images must be 32 x 32 for this network, but are 64 x 16"):
+    with pytest.raises(UserError, match="images: expected 32 x 32 for this network, got 64 x 16"):
         network(torch.zeros(2, 3, 64, 16))
 
 
 @pytest.mark.parametrize("exits", [1, 2, 3, 4])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_fewer_exits_merge_the_deepest_stages(exits, wrapped):
+def test_multi_exit_fewer_exits_merge_deepest_stages(exits, wrapped):
     backbone = randomised(resnet18)
     plain = copy.deepcopy(backbone)
     if wrapped:
@@ -218,7 +218,7 @@ def test_fewer_exits_merge_the_deepest_stages(exits, wrapped):
 
 
 @pytest.mark.parametrize("name", ["PrivateCNN", "vit", "wrapped_resnet18"])
-def test_a_state_loads_into_another_network_of_the_same_kind(name):
+def test_multi_exit_state_loads_into_equal_network(name):
     build, channels, _ = NETWORKS[name]
     one, other = (multi_exit(randomised(build, seed), CLASSES).eval() for seed in (1, 2))
     x = torch.randn(2, channels, 32, 32)
@@ -229,7 +229,7 @@ def test_a_state_loads_into_another_network_of_the_same_kind(name):
     assert torch.equal(copy.deepcopy(one)(x)[0], one(x)[0])
 
 
-def test_the_callers_seed_decides_the_new_heads():
+def test_multi_exit_new_heads_follow_global_seed():
     built = []
     for seed in (1, 1, 2):
         backbone = PrivateCNN()
@@ -251,7 +251,7 @@ class Counting(nn.Module):
         return x
 
 
-def test_modes_buffers_types_and_the_generator_are_left_alone():
+def test_multi_exit_keeps_modes_buffers_dtypes_and_generator():
     shallow = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(), Counting()]
     backbone = nn.Sequential(*shallow, nn.Flatten(), nn.Linear(3, CLASSES)).double()
     backbone[1].eval()
@@ -269,7 +269,7 @@ def test_modes_buffers_types_and_the_generator_are_left_alone():
 
 
 class TwoBranches(nn.Module):
-    """A network of one's own, whose shallow part gives what `shape` says."""
+    """A user's network whose shallow part returns outputs of the given shape."""
 
     def __init__(self, shape: str, image_size: int = 64) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ class TwoBranches(nn.Module):
 
 @pytest.mark.parametrize(("shape", "width"), [("maps", 6), ("tokens", 7), ("flat", 8)])
 @pytest.mark.parametrize("image_size", [64, 12])
-def test_a_split_by_hand(shape, width, image_size):
+def test_multi_exit_split_by_modules(shape, width, image_size):
     backbone = randomised(lambda: TwoBranches(shape, image_size))
     plain = copy.deepcopy(backbone)
     network = multi_exit(backbone, CLASSES, split=[backbone.shallow, backbone.deep])
@@ -304,7 +304,7 @@ def test_a_split_by_hand(shape, width, image_size):
     assert multi_exit(plain, CLASSES, 1, split=[plain.shallow, plain.deep]).num_exits == 1
 
 
-def test_a_split_of_a_perceptron_needs_no_image_size():
+def test_multi_exit_split_of_perceptron_needs_no_image_size():
     layers = [nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, CLASSES)]
     backbone = nn.Sequential(*layers)
     plain = copy.deepcopy(backbone)
@@ -316,7 +316,7 @@ def test_a_split_of_a_perceptron_needs_no_image_size():
 
 @pytest.mark.parametrize("grid", [1, 2, 3])
 @pytest.mark.parametrize("size", [(6, 6), (12, 6), (1, 1), (2, 7)])
-def test_a_head_of_maps_averages_cells(grid, size):
+def test_exit_head_averages_cells_of_maps(grid, size):
     torch.manual_seed(0)
     head = ExitHead(4, CLASSES, grid=grid).double()
     x = torch.randn(3, 4, *size, dtype=torch.float64)
@@ -332,19 +332,19 @@ def test_a_head_of_maps_averages_cells(grid, size):
         torch.testing.assert_close(head(x), normal @ head.linear.weight.T + head.linear.bias)
 
 
-def test_the_grid_reaches_the_new_heads():
+def test_multi_exit_grid_is_passed_to_new_heads():
     network = multi_exit(PrivateCNN(1, 32, CLASSES), CLASSES, grid=2)
     assert [head.num_features for head in network.heads[:-1]] == [256, 512]
     assert network(torch.zeros(1, 1, 32, 32))[0].shape == (1, CLASSES)
 
 
-def test_a_network_with_exits_is_returned_as_it_is():
+def test_multi_exit_network_with_exits_is_returned():
     network = multi_exit(PrivateCNN(), 10, 2)
     assert multi_exit(network, 10) is network
     assert multi_exit(network, 10, 2) is network
-    with pytest.raises(UserError, match="exits is 3, but the network given has 2 exits already"):
+    with pytest.raises(UserError, match="exits: expected 2, the exits of the given network, got 3"):
         multi_exit(network, 10, 3)
-    with pytest.raises(UserError, match="num_classes is 4, but MultiExitNetwork has 10 outputs"):
+    with pytest.raises(UserError, match="num_classes: expected 10, the outputs of MultiExitNetwork, got 4"):
         multi_exit(network, 4)
 
 
@@ -364,29 +364,29 @@ def ends_in_softmax() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (PrivateCNN, {"num_classes": 7}, "num_classes is 7, but PrivateCNN has 10 outputs"),
-        (PrivateCNN, {"exits": 4}, "exits must be from 1 to 3 for PrivateCNN, but is 4"),
-        (PrivateCNN, {"exits": 0}, "exits must be from 1 to 3 for PrivateCNN, but is 0"),
-        (PrivateCNN, {"grid": 0}, "grid must be at least 1, but is 0"),
-        (lambda: vit(num_classes=10), {"exits": 5}, "exits must be from 1 to 4 for VisionTransformer, but is 5"),
+        (PrivateCNN, {"num_classes": 7}, "num_classes: expected 10, the outputs of PrivateCNN, got 7"),
+        (PrivateCNN, {"exits": 4}, "exits: expected 1 to 3 for PrivateCNN, got 4"),
+        (PrivateCNN, {"exits": 0}, "exits: expected 1 to 3 for PrivateCNN, got 0"),
+        (PrivateCNN, {"grid": 0}, "grid: expected at least 1, got 0"),
+        (lambda: vit(num_classes=10), {"exits": 5}, "exits: expected 1 to 4 for VisionTransformer, got 5"),
         (
             lambda: ImageClassifier(models.resnet18(num_classes=10), 10, 1),
             {"exits": 5},
-            "exits must be from 1 to 4 for ResNet, but is 5",
+            "exits: expected 1 to 4 for ResNet, got 5",
         ),
-        (models.alexnet, {}, "AlexNet cannot be cut .* PrivateCNN, ProxyCNN, Conv3, .*VisionTransformer.* split="),
-        (lambda: ImageClassifier(models.alexnet(num_classes=10), 10, 3), {}, "AlexNet cannot be cut"),
-        (OwnForward, {}, "OwnForward cannot be cut into exits"),
-        (ends_in_softmax, {"num_classes": CLASSES}, "ResNet must end in a linear layer .* ends in a LogSoftmax"),
+        (models.alexnet, {}, "expected one of PrivateCNN, ProxyCNN, Conv3, .*VisionTransformer.* got AlexNet.* split="),
+        (lambda: ImageClassifier(models.alexnet(num_classes=10), 10, 3), {}, "got AlexNet"),
+        (OwnForward, {}, "got OwnForward"),
+        (ends_in_softmax, {"num_classes": CLASSES}, "ResNet: expected a linear layer .* got LogSoftmax"),
     ],
 )
-def test_what_cannot_be_cut_is_told_in_one_line(build, arguments, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_multi_exit_invalid_backbone_raises_one_line_user_error(build, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
         multi_exit(build(), **{"num_classes": 10, **arguments})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_refused_network_keeps_its_stem():
+def test_multi_exit_error_keeps_stem():
     backbone = models.resnet18(num_classes=CLASSES)
     before = backbone.conv1
     with pytest.raises(UserError, match="num_classes"):
@@ -402,40 +402,44 @@ class PrivateProxyPair(nn.Module):
 @pytest.mark.parametrize(
     ("stages", "arguments", "message"),
     [
-        ([], {}, "split is empty"),
-        ([nn.Conv2d(1, 2, 3), nn.Conv2d(2, 10, 3)], {}, "Sequential must end in a linear layer .* ends in a Conv2d"),
-        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 4)], {}, "num_classes is 10, but Sequential has 4 outputs"),
-        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 10)], {"exits": 3}, "exits must be from 1 to 2 for Sequential, but is 3"),
-        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 10)], {"cifar_stem": True}, "cifar_stem is True"),
+        ([], {}, "split: expected at least one module"),
+        ([nn.Conv2d(1, 2, 3), nn.Conv2d(2, 10, 3)], {}, "Sequential: expected a linear layer .* got Conv2d"),
+        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 4)], {}, "num_classes: expected 4, the outputs of Sequential, got 10"),
+        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 10)], {"exits": 3}, "exits: expected 1 to 2 for Sequential, got 3"),
+        ([nn.Conv2d(1, 2, 3), nn.Linear(8, 10)], {"cifar_stem": True}, "cifar_stem: expected False with split"),
         (
             [nn.Conv2d(1, 2, 3), nn.Conv2d(3, 2, 3), nn.Linear(8, 10)],
             {},
-            r"stage 2 cannot take an input of \(2, 2, 62, 62\)",
+            r"stage 2: expected to accept inputs of \(2, 2, 62, 62\)",
         ),
-        ([nn.Sequential(nn.Conv2d(1, 2, 3), PrivateProxyPair()), nn.Linear(8, 10)], {}, "stage 1 gives a tuple"),
+        (
+            [nn.Sequential(nn.Conv2d(1, 2, 3), PrivateProxyPair()), nn.Linear(8, 10)],
+            {},
+            "stage 1: expected a tensor .* got a tuple",
+        ),
         (
             [nn.Sequential(nn.Conv2d(1, 2, 3), nn.Unflatten(1, (1, 2))), nn.Linear(8, 10)],
             {},
-            r"stage 1 gives \(2, 1, 2, 62, 62\); a tensor of 2, 3 or 4 dimensions",
+            r"stage 1: expected a tensor of 2, 3 or 4 dimensions, got \(2, 1, 2, 62, 62\)",
         ),
     ],
 )
-def test_a_split_that_does_not_fit_is_told_in_one_line(stages, arguments, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_multi_exit_invalid_split_raises_one_line_user_error(stages, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
         multi_exit(nn.Sequential(*stages), 10, split=stages, **arguments)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 0}, "width must be at least 1, but is 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1, but is 0"),
-        ({"grid": -1}, "grid must be at least 1, but is -1"),
-        ({"layout": "nwhc"}, "layout is 'nwhc', which is not known; did you mean 'nhwc'"),
+        ({"width": 0}, "width: expected at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
+        ({"grid": -1}, "grid: expected at least 1, got -1"),
+        ({"layout": "nwhc"}, "layout: .* got 'nwhc'. Did you mean 'nhwc'"),
     ],
 )
-def test_a_head_refuses_arguments_out_of_range(arguments, message):
+def test_exit_head_invalid_arguments_raise_user_error(arguments, message):
     with pytest.raises(UserError, match=message):
         ExitHead(**{"width": 3, "num_classes": 2, **arguments})
 
@@ -446,9 +450,9 @@ def test_a_head_refuses_arguments_out_of_range(arguments, message):
         (0, [], "0 stages and 0 heads"),
         (2, [nn.Linear(2, 2)], "2 stages and 1 heads"),
         (1, [nn.Linear(2, 2), nn.Linear(2, 2)], "1 stages and 2 heads"),
-        (1, [nn.Identity()], "must be an nn.Linear or an ExitHead, but is a Identity"),
+        (1, [nn.Identity()], "expected nn.Linear or ExitHead as the last one, got Identity"),
     ],
 )
-def test_stages_and_heads_must_pair(stages, heads, message):
+def test_multi_exit_network_invalid_heads_raise_user_error(stages, heads, message):
     with pytest.raises(UserError, match=message):
         MultiExitNetwork([nn.Identity() for _ in range(stages)], heads)

@@ -1,4 +1,4 @@
-"""The first stages of a network with exits, as a network of their own; and narrower ones."""
+"""Shallow and narrow submodels of networks with exits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [(name, depth) for name, exits in EXITS.items() for depth in range(1, ex
 
 
 def network_of(name: str) -> MultiExitNetwork:
-    """No norm's weights keep the ones and zeros under which a mistake would not show."""
+    """Create a network whose norm weights differ from ones and zeros."""
     torch.manual_seed(0)
     network = multi_exit(BACKBONES[name](), CLASSES)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def network_of(name: str) -> MultiExitNetwork:
 
 
 @pytest.mark.parametrize(("name", "depth"), CASES)
-def test_it_is_the_first_exits_of_the_whole_to_the_last_bit(name: str, depth: int) -> None:
+def test_shallow_equals_first_exits_of_full_network(name: str, depth: int) -> None:
     whole, x = network_of(name), torch.rand(3, 3, 32, 32)
     part = whole.shallow(depth)
     state, of_whole = part.state_dict(), whole.state_dict()
@@ -69,14 +69,14 @@ def test_it_is_the_first_exits_of_the_whole_to_the_last_bit(name: str, depth: in
 
 
 @pytest.mark.parametrize(("name", "depth"), CASES)
-def test_it_costs_what_its_stages_cost_in_the_whole(name: str, depth: int) -> None:
+def test_shallow_exit_costs_equal_those_of_full_network(name: str, depth: int) -> None:
     whole = network_of(name)
     costs, of_whole = exit_costs(whole.shallow(depth), (3, 32, 32)), exit_costs(whole, (3, 32, 32))
     assert costs.stages == of_whole.stages[:depth]
     assert costs.heads == of_whole.heads[:depth]
 
 
-def test_the_whole_stays_as_it_was() -> None:
+def test_shallow_keeps_full_network_unchanged() -> None:
     whole = network_of("PrivateCNN")
     before = network_fingerprint(whole)
     part = whole.shallow(2)
@@ -87,7 +87,7 @@ def test_the_whole_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_energy_of_features_is_of_what_the_last_layer_sees(depth: int) -> None:
+def test_shallow_feature_energy_uses_input_of_last_layer(depth: int) -> None:
     part, proxy, x = network_of("PrivateCNN").shallow(depth), ProxyCNN(3, 32, CLASSES), torch.rand(4, 3, 32, 32)
     energy = build_energy("feature", "classification", "proxy", part, proxy)
     ours, theirs = predict(part, x, with_features=True), predict(proxy, x, with_features=True)
@@ -98,7 +98,7 @@ def test_the_energy_of_features_is_of_what_the_last_layer_sees(depth: int) -> No
     assert torch.equal(found, again)
 
 
-def test_images_leave_it_early() -> None:
+def test_shallow_supports_early_exits() -> None:
     part, x = network_of("PrivateCNN").shallow(2), torch.rand(6, 3, 32, 32)
     first = part(x)[0].softmax(1).max(1).values
     threshold = float(first.median())
@@ -107,20 +107,20 @@ def test_images_leave_it_early() -> None:
     assert len(set(departures.exits.tolist())) == 2
 
 
-def test_it_trains_alone_and_can_be_copied() -> None:
+def test_shallow_trains_and_can_be_copied() -> None:
     part = copy.deepcopy(network_of("resnet18").shallow(2)).train()
     sum(logits.square().sum() for logits in part(torch.rand(2, 3, 32, 32))).backward()
     assert all(parameter.grad is not None for parameter in part.parameters())
 
 
 @pytest.mark.parametrize("depth", [0, -1, 4])
-def test_a_depth_that_is_not_there_is_told(depth: int) -> None:
-    with pytest.raises(UserError, match=f"depth must be from 1 to 3, but is {depth}"):
+def test_shallow_invalid_depth_raises_user_error(depth: int) -> None:
+    with pytest.raises(UserError, match=f"depth: expected 1 to 3, got {depth}"):
         network_of("PrivateCNN").shallow(depth)
 
 
-def test_a_last_head_of_another_kind_is_told() -> None:
-    with pytest.raises(UserError, match=r"must be an nn\.Linear or an ExitHead, but is a Identity"):
+def test_multi_exit_network_invalid_last_head_raises_user_error() -> None:
+    with pytest.raises(UserError, match=r"heads: expected nn\.Linear or ExitHead as the last one, got Identity"):
         MultiExitNetwork([nn.Identity()], [nn.Identity()])
     flat = MultiExitNetwork([nn.Flatten()], [ExitHead(4, CLASSES, "flat")])
     x = torch.rand(2, 1, 2, 2)
@@ -136,7 +136,7 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize(("width", "widths"), WIDTHS)
-def test_all_widths_of_a_narrower_network_are_multiplied(width: float, widths: tuple[int, ...]) -> None:
+def test_private_cnn_width_scales_all_layers(width: float, widths: tuple[int, ...]) -> None:
     network = PrivateCNN(1, 16, CLASSES, width)
     layers = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     assert (*(layer.out_channels for layer in layers), network.num_features) == widths
@@ -144,6 +144,6 @@ def test_all_widths_of_a_narrower_network_are_multiplied(width: float, widths: t
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, 1.01, float("nan")])
-def test_widths_outside_their_range_are_told(width: float) -> None:
-    with pytest.raises(UserError, match="width must be above 0 and at most 1"):
+def test_private_cnn_invalid_width_raises_user_error(width: float) -> None:
+    with pytest.raises(UserError, match="width: expected a number in"):
         PrivateCNN(width=width)

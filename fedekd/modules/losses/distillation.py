@@ -1,4 +1,4 @@
-"""Distillation from a teacher: plain, gated per sample (FedeKD), and mutual (FML, FedKD)."""
+"""Distillation: plain, gated per sample (FedeKD), and mutual (FML, FedKD)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def energy_weights(energy: Tensor, beta: float) -> Tensor:
 
 
 def shuffled_weights(energy: Tensor, beta: float) -> Tensor:
-    """Permute the gate's weights within the batch: a control with the same mean and another ranking."""
+    """Permute the gate's weights: a control with the same mean, another ranking."""
     return F.trust_weights(energy, beta)[torch.randperm(len(energy), device=energy.device)]
 
 

@@ -1,4 +1,4 @@
-"""Distillation between exits, and to all exits of a network (SAFE-KD, DepthFL, ScaleFL, CAFEDistill)."""
+"""Distillation between exits, and from a teacher to all exits."""
 
 from __future__ import annotations
 

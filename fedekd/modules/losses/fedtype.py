@@ -1,4 +1,4 @@
-"""FedType: ranking loss of the private model on the proxy's conformal prediction sets."""
+"""Ranking loss on conformal prediction sets (FedType)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fedekd.modules.prediction import ModelOutput
 
 
 def copy_parameters(network: nn.Module) -> dict[str, Tensor]:
-    """Return detached copies of a network's parameters by name, frozen ones included, without buffers."""
+    """Return detached copies of all parameters by name, without buffers."""
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
