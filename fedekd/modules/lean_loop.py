@@ -1,4 +1,4 @@
-"""Train a module by its own hooks in a plain loop; on CUDA, full batches as one CUDA graph.
+"""Training loop without a Trainer; on CUDA, full batches run as one CUDA graph.
 
 The loop calls the hooks of an `ObjectiveModule` in the order of a Lightning Trainer, with Lightning's own precision
 plugins, and gives the same weights to the last bit. It has no callbacks, no loggers and no progress bar.
@@ -138,7 +138,7 @@ class LeanLoop:
         self.module.samples_seen = len(positions)  # a replay does not count
 
     def _step(self, positions: Tensor, batch_idx: int = 0) -> None:
-        """Train on the samples at `positions`, as Lightning's automatic optimization does."""
+        """Train on the samples at `positions`, like Lightning's automatic optimization."""
         batch = self.plugin.convert_input(self.batches.take(positions))
 
         def closure() -> Tensor:
@@ -152,7 +152,7 @@ class LeanLoop:
 
 
 class CapturedStep:
-    """Steps on full batches: the first is eager, the second is captured, and replayed from then on.
+    """Steps on full batches: first eager, second captured, then replayed.
 
     Args:
         step: Trains on the samples at the given positions, (batch size,).
@@ -166,7 +166,7 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def train(self, order: Tensor) -> None:
-        """Train on the batches of an epoch, whose positions are the rows of `order`, (steps, batch size)."""
+        """Train on the batches of an epoch, the rows of `order` (steps, batch size)."""
         is_first = self.order is None
         if self.order is None:
             self.order = order.clone()
@@ -191,7 +191,7 @@ class CapturedStep:
 def build_lean_loop(
     module: LightningModule, batches: object, device: torch.device, precision: str, capture: bool
 ) -> LeanLoop | None:
-    """Build the loop for a phase, or return None where only Lightning's loop trains the module rightly.
+    """Build the loop for a phase, or return None if it requires Lightning's loop.
 
     That is the case for other modules and batches, for modules that override a hook that the loop does not call, and
     in 16-mixed, which needs Lightning's loss scaler.
