@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all, whatever kills the process."""
+"""Atomic file writes, also if the process is killed."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` only once it is complete and on the disk.
+    """Context manager: open a file that replaces `path` once it is on disk.
 
-    The bytes go to a file beside the target (a rename is atomic only within one file system), which is flushed
-    and synced before it replaces the target. If the block raises, the target stays as it was. Missing folders
-    are made.
+    The bytes go to a file in the same folder, since a rename is atomic only within one file system. It is flushed and
+    synced before it replaces the target. If the block raises, the target is unchanged. Missing folders are created.
 
     Args:
-        path: The file to create or to replace.
+        path: File to create or replace.
 
     Yields:
         A binary file, open for writing.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Named by process, so that two runs that share a folder do not write into each other's draft.
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # The process id keeps runs that share a folder apart.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(target)
+        temporary.replace(target)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -30,7 +30,7 @@ _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
 
 
 def _canonical(state: Any) -> Any:
-    """Return the nested state on the CPU, in plain containers, with one object for equal strings.
+    """Return a nested state on the CPU, with one object for equal strings.
 
     Pickle writes a repeated string object as a reference: without this, a state read from a file would be serialized
     to other bytes than the same state computed.
@@ -45,7 +45,10 @@ def _canonical(state: Any) -> Any:
 
 
 def pack(state: Any) -> bytes:
-    """Serialize a nested state of tensors, numbers and strings; equal states give equal bytes."""
+    """Serialize a nested state of tensors, numbers and strings.
+
+    Equal states give equal bytes.
+    """
     buffer = io.BytesIO()  # with a path, torch.save would write the file name into the file
     torch.save(_canonical(state), buffer)
     return buffer.getvalue()
@@ -156,7 +159,10 @@ class CheckpointStore:
         return manifest
 
     def _prune(self, newest: int) -> None:
-        """Remove manifests that are too old, or newer than `newest` and therefore corrupt, and unused files."""
+        """Remove old manifests and unused files.
+
+        A manifest newer than `newest` is corrupt, since the run continued from an older one, and is removed, too.
+        """
         needed_rounds = [round_idx for round_idx in self._rounds() if round_idx <= newest][-NUM_MANIFESTS:]
         for round_idx in set(self._rounds()) - set(needed_rounds):
             self._path(round_idx).unlink()

@@ -38,7 +38,7 @@ def check_models(spec: FederationSpec, data: FederatedDataModule) -> None:
 
 
 def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, rounds: int) -> None:
-    """Check that clients have two models to compare, and samples for it that neither was trained on.
+    """Check that clients can compare two models on samples of neither's training.
 
     Raises:
         UserError: If they have not, or an option of the rule does not fit the run.

@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM: a run may stop at any moment except while it writes a checkpoint."""
+"""SIGINT and SIGTERM: a run may stop at any moment except in a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Interrupts:
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Context manager: raise `Interrupted` at the end of the block instead of inside it."""
+        """Context manager: raise `Interrupted` at the end of the block."""
         self._depth += 1
         try:
             yield
@@ -69,7 +69,7 @@ class Interrupts:
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Context manager: deliver SIGINT and SIGTERM at the end of the block, and restore their handlers.
+    """Context manager: deliver SIGINT and SIGTERM at the end, restore handlers.
 
     For short calls into a library that must not be interrupted, or that replaces the handlers. Outside the main
     thread, where no handler runs, it does nothing.

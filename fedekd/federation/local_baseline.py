@@ -1,4 +1,4 @@
-"""Local baseline of a client: the same model trained on its own data alone, cached on disk."""
+"""Local baseline of a client: its model trained on its own data, cached on disk."""
 
 from __future__ import annotations
 
@@ -45,14 +45,20 @@ def _training_code() -> str:
 
 
 def _code_of(objects: Iterable[object]) -> str:
-    """Hash the files that define the classes of objects, except PyTorch, whose version is in the key."""
+    """Hash the files that define the classes of objects.
+
+    PyTorch is left out: its version is in the key.
+    """
     names = sorted({type(item).__module__ for item in objects})
     files = [getattr(sys.modules[name], "__file__", None) for name in names if not name.startswith("torch.")]
     return digest(b"".join(Path(file).read_bytes() for file in files if file))
 
 
 def baseline_key(client: Client) -> str:
-    """Hash everything that determines a client's baseline: samples, model, weights, optimizer, seed and code."""
+    """Hash everything that determines a client's baseline.
+
+    These are samples, model, weights, optimizer, seed and code.
+    """
     spec = client.spec.hash_dict()
     spec["client"].pop("proxy_model")  # not used in local training
     for name in ("private_model", "private_models", "exits", "depths"):  # of all clients; this client's follow
@@ -91,7 +97,7 @@ class LocalBaseline:
         return self.scores[self._index(rounds)]
 
     def losses_after(self, rounds: int, split: str) -> Tensor:
-        """Return the losses (n,) on a split after a number of rounds, clipped to those trained."""
+        """Return the losses (n,) on a split after a number of rounds, clipped likewise."""
         return self.losses[self._index(rounds)][split]
 
     def _index(self, rounds: int) -> int:
@@ -128,7 +134,10 @@ def train_local_baseline(client: Client, rounds: int, folder: Path | None) -> Lo
 
 
 def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> bool:
-    """Load the local model of exactly `rounds` rounds into a new client, and return whether the cache has it."""
+    """Load the cached local model of exactly `rounds` rounds into a new client.
+
+    Returns whether the cache has it.
+    """
     baseline, state = _read(None if folder is None else folder / f"{baseline_key(client)}.pt")
     if state is None or len(baseline.scores) != rounds:
         return False

@@ -11,7 +11,7 @@ class Observer(Protocol):
     """Receiver of the events of a run, such as `fedekd.reporting.Display`."""
 
     def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
-        """Called once: number of rounds, training steps in total, and steps completed before a resume."""
+        """Called once, with rounds, training steps, and steps done before a resume."""
         ...
 
     def round_started(self, round_idx: int) -> None:

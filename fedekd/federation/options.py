@@ -47,7 +47,7 @@ class RoundOptions:
 
 
 def participants(options: RoundOptions, num_clients: int, seed: int, round_idx: int) -> list[int]:
-    """Draw the clients of a round, ascending; after the last aggregate these are all clients.
+    """Draw the clients of a round, ascending; all clients in the last round.
 
     Example:
         >>> participants(RoundOptions(rounds=5, participation=0.5), 6, seed=0, round_idx=5)

@@ -35,7 +35,7 @@ EngineFactory = Callable[[Method, FederatedDataModule, FederationSpec, Path | No
 
 
 class Orchestrator:
-    """Runs a federation: `Orchestrator(FedeKD(), FederatedDataModule("digits")).run()`.
+    """Runs a federation.
 
     R rounds are R + 1 passes of the loop. Pass 0 only loads the initial message and prepares updates; pass R only
     receives::
@@ -154,7 +154,7 @@ class Orchestrator:
         return summary
 
     def load_clients(self) -> list[Client]:
-        """Load the clients of a finished run, as they are after the last round, into this process.
+        """Load the clients of a finished run into this process.
 
         Raises:
             UserError: If the last checkpoint is missing or corrupt, or the engine is not sequential.
@@ -165,7 +165,7 @@ class Orchestrator:
         return [engine.client(number) for number in range(self.num_clients)]
 
     def baseline_clients(self) -> list[Client | None]:
-        """Load the clients with the local baseline of this run's rounds; None for a client without a cached one.
+        """Load the local baselines of this run's rounds; None where none is cached.
 
         Raises:
             UserError: If the engine is not sequential.
@@ -193,7 +193,7 @@ class Orchestrator:
             self.engine.close()
 
     def _run_round(self, round_idx: int) -> list[int]:
-        """Broadcast aggregate `round_idx`, run the participants, and aggregate the accepted updates.
+        """Broadcast aggregate `round_idx`, run the participants, aggregate updates.
 
         Returns:
             The clients whose state changed: the participants that answered.
@@ -248,13 +248,13 @@ class Orchestrator:
         return participants(self.options, self.num_clients, self.seed, round_idx)
 
     def _train_baselines(self) -> None:
-        """Train the local baselines, before round 0, unless the checkpoint has their scores."""
+        """Train the local baselines, unless the checkpoint has their scores."""
         if not self.progress.local:
             baselines = self.engine.local_baselines(self._baseline_rounds())
             self.progress.local = {number: baseline.scores for number, baseline in sorted(baselines.items())}
 
     def _baseline_rounds(self) -> dict[int, int]:
-        """Return the most rounds of supervised training that each client gets; empty for Local itself."""
+        """Return each client's most supervised rounds; empty for Local itself."""
         if self.method.is_local_baseline:
             return {}
         rounds = [self._participants(round_idx) for round_idx in range(self.options.rounds)]
@@ -264,7 +264,10 @@ class Orchestrator:
         }
 
     def _resume(self) -> None:
-        """Resume from the newest valid checkpoint; reopen a finished run whose final checkpoint is corrupt."""
+        """Resume from the newest valid checkpoint.
+
+        A finished run whose final checkpoint is corrupt is reopened.
+        """
         messages = self._restore()
         action = f"continuing from round {self.progress.round}" if self.progress.round else "starting from round 0"
         for message in messages:
@@ -273,7 +276,7 @@ class Orchestrator:
             self.folder.reopen()
 
     def _restore(self) -> list[str]:
-        """Load the newest valid checkpoint, and return a message for each newer one that is corrupt."""
+        """Load the newest valid checkpoint, and return messages on corrupt ones."""
         if self.folder is None:
             return []
         checkpoint, messages = self.folder.restore(self._identity())
@@ -304,7 +307,7 @@ class Orchestrator:
         return self.engine
 
     def _checkpoint(self, round_idx: int, changed: Sequence[int]) -> None:
-        """Save the round: first the checkpoint, then the logs, which can be written again from it."""
+        """Save the round: first the checkpoint, then the logs, which repeat it."""
         if self.folder is not None:
             with self.interrupts.defer_signals():
                 states = ((number, self.engine.client_state(number)) for number in changed)
@@ -314,7 +317,7 @@ class Orchestrator:
             self.observer.round_finished(self.progress.history[-1])
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
-        """Write figures, log the summary, close the loggers; summary.json is written last."""
+        """Write figures, log the summary, close the loggers, write summary.json."""
         if self.folder is not None:
             self.folder.write_figures(summary, self.progress.history, self.data)
             self.tracker.log_artifacts(self.folder.checkpoints.folder)
@@ -325,7 +328,7 @@ class Orchestrator:
         self.observer.finished()
 
     def _start_logging(self) -> None:
-        """Log the configuration and the rounds of the checkpoint, and report the number of training steps."""
+        """Log the configuration and earlier rounds, and report the training steps."""
         if self.adds_exits:
             self.observer.warn(
                 f"method {type(self.method).__name__} needs exits: client.private_model is split into"

@@ -1,4 +1,4 @@
-"""Results of a run: the latest result of each client, the metrics row of a round and the summary.
+"""Results of a run: records of clients, metrics rows and the summary.
 
 `Progress.scores` is the only place that computes Delta; metrics rows, deployed figures and the summary read from it.
 """
@@ -80,7 +80,7 @@ class ScoreSummary:
 
 @dataclass
 class Progress:
-    """State of a run apart from models, saved as JSON in the manifest of a checkpoint.
+    """State of a run without models, saved as JSON in the manifest.
 
     Attributes:
         round: Next round.
@@ -103,7 +103,7 @@ class Progress:
     local: dict[int, list[float]] = field(default_factory=dict)
 
     def add_result(self, result: ClientResult) -> None:
-        """Replace the record of a client; its latest comparison stays if the round had none."""
+        """Replace the record of a client, except a comparison that the round lacks."""
         before = self.records.get(result.client)
         comparison = result.comparison or (before.comparison if before else None)
         self.records[result.client] = ClientRecord(
@@ -121,7 +121,7 @@ class Progress:
         self.bytes_up += size
 
     def local_score(self, number: int) -> float:
-        """Return the score of the local baseline after as many supervised rounds as the client had."""
+        """Return the local baseline's score after the client's supervised rounds."""
         record = self.records[number]
         return LocalBaseline(self.local[number]).after(record.supervised_rounds) if self.local else record.score
 
@@ -199,7 +199,10 @@ def _columns(metric: str, scores: ScoreSummary) -> dict[str, float]:
 
 
 def summarize(run: Orchestrator) -> dict[str, Any]:
-    """Return the summary of a finished run, the content of `summary.json`; all but `seconds` and `versions` repeats."""
+    """Return the summary of a finished run, the content of `summary.json`.
+
+    All values except `seconds` and `versions` are repeatable.
+    """
     scores, records = run.progress.scores(run.task), run.progress.records
     counts = run.data.class_counts()
     clients: list[dict[str, Any]] = []
@@ -247,7 +250,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
 
 
 def _deployed(run: Orchestrator) -> dict[str, Any]:
-    """Return scores and Delta of the models that the clients deploy; empty without do-no-harm."""
+    """Return scores and Delta of the deployed models; empty without do-no-harm."""
     if run.do_no_harm is None:
         return {}
     scores = run.progress.scores(run.task, deployed=True)

@@ -30,7 +30,7 @@ LOCK_FILE = ".lock"
 def first_difference(
     ours: Any, theirs: Any, ignored: Collection[str] = (), path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first difference between two nested configurations as (dotted key, ours, theirs).
+    """Return the first difference of two configurations: (dotted key, ours, theirs).
 
     Args:
         ours: One configuration.
@@ -73,7 +73,10 @@ def drop_unknown_keys(before: Any, now: Any) -> Any:
 
 
 def to_json_value(value: Any) -> Any:
-    """Convert a configuration to JSON values; an object becomes its class name and its attributes."""
+    """Convert a configuration to JSON values.
+
+    An object becomes its class name and its attributes.
+    """
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Mapping):
@@ -103,7 +106,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Context manager: lock the folder against other processes, and write its configuration.
+        """Context manager: lock the folder, and write the configuration.
 
         The lock ends with the process. Its empty file stays, since removing it would let two processes lock two files.
 

@@ -12,7 +12,7 @@ from fedekd.methods import StateDict
 
 @dataclass(frozen=True)
 class UpdateValidator:
-    """Rejects updates with wrong keys, shapes or dtypes, non-finite values or a too large norm.
+    """Rejects updates of wrong structure, non-finite values or a too large norm.
 
     Args:
         max_norm: Largest accepted 2-norm of the difference between update and message; None sets no bound.

@@ -1,7 +1,7 @@
-"""Reporting: what becomes of a run's numbers: logs, a live display, tables and figures.
+"""Reporting of a run: loggers, live display, tables and figures.
 
-`WandbRunLogger` lies in `fedekd.reporting.wandb_logger`, which loads Lightning and Weights & Biases; nothing
-here does.
+`WandbRunLogger` is in `fedekd.reporting.wandb_logger`, which imports Lightning and Weights & Biases; this package does
+not.
 """
 
 from fedekd.reporting import figures

@@ -1,4 +1,4 @@
-"""What a run shows while it works, and its table of clients at the end."""
+"""Progress display of a run, and tables of its results."""
 
 from __future__ import annotations
 
@@ -21,42 +21,34 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fedekd.reporting.rows import Row, Summary, harmed, tail_name
+from fedekd.reporting.rows import Row, Summary, is_harm, metric_spec
 
-_SCORE_FORMATS = {"accuracy": ".4f", "rmse": ".4g"}
-_MAX_CLASS_RANGES = 8  # more would push the scores off an 80-column terminal
+_MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
 
 def result_tables(summary: Summary) -> list[Table]:
-    """All there is to show of a finished run: `client_table` and, with `do_no_harm`, `deployed_table`."""
+    """Build the tables of a finished run: of clients and of do-no-harm comparisons."""
     return [client_table(summary), *([deployed_table(summary)] if "deployed" in summary else [])]
 
 
 def client_table(summary: Summary) -> Table:
-    """The outcome client by client, with the means, the worst and the harmful tail below.
+    """Build the table of scores per client, with mean, worst and tail below.
 
     Args:
-        summary: What `summary.json` holds. A client's `classes`, the labels it holds, is shown where present.
+        summary: Content of `summary.json`; `classes` of a client, its labels, may be missing.
 
     Returns:
-        A table with the samples, Local's score, the method's score and Delta (method minus Local) of each
-        client; a Delta that harms its client is red.
+        Samples, score of the local baseline, score of the method and Delta of each client; harm is red.
     """
-    metric, clients, delta = summary["metric"], summary["clients"], summary["delta"]
+    metric, clients, delta = metric_spec(summary["metric"]), summary["clients"], summary["delta"]
     with_classes = any("classes" in client for client in clients)
-    table = Table(title=f"{summary['method']} on {summary['dataset']}, {metric}")
+    table = Table(title=f"{summary['method']} on {summary['dataset']}, {metric.title}")
     for heading in ("client", "train", "test"):
         table.add_column(heading, justify="right")
     if with_classes:
         table.add_column("classes", overflow="fold")
     for heading in ("Local", summary["method"], "Delta"):
         table.add_column(heading, justify="right", no_wrap=True)
-
-    def score(value: float) -> str:
-        return format(value, _SCORE_FORMATS[metric])
-
-    def difference(value: float) -> Text:
-        return Text(format(value, "+" + _SCORE_FORMATS[metric]), style="red" if harmed(value, metric) else "")
 
     def add(name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text) -> None:
         table.add_row(name, *samples, *([classes] if with_classes else []), local, method, change)
@@ -66,31 +58,26 @@ def client_table(summary: Summary) -> Table:
             str(client["client"]),
             (str(client["train"]), str(client["test"])),
             _ranges(client.get("classes", [])),
-            score(client["local"]),
-            score(client["score"]),
-            difference(client["delta"]),
+            metric.text(client["local"]),
+            metric.text(client["score"]),
+            _delta_text(client["delta"], summary),
         )
     table.add_section()
-    tail = tail_name(delta)
-    add("mean", ("", ""), "", score(summary["local_mean"]), score(summary["mean"]), difference(delta["avg"]))
-    add("worst", ("", ""), "", "", score(summary["worst"]), difference(delta["worst"]))
-    add(tail.upper(), ("", ""), "", "", "", difference(delta[tail]))
+    local_mean, mean = metric.text(summary["local_mean"]), metric.text(summary["mean"])
+    add("mean", ("", ""), "", local_mean, mean, _delta_text(delta["avg"], summary))
+    add("worst", ("", ""), "", "", metric.text(summary["worst"]), _delta_text(delta["worst"], summary))
+    add(metric.tail.upper(), ("", ""), "", "", "", _delta_text(delta[metric.tail], summary))
     return table
 
 
 def deployed_table(summary: Summary) -> Table:
-    """Which model each client keeps, on what evidence, and what becomes of Delta.
+    """Build the table of deployed models, and of Delta before and after.
 
     Args:
-        summary: What `summary.json` holds of a run with `do_no_harm`.
+        summary: Content of `summary.json` of a run with `do_no_harm`.
     """
-    metric, rule, delta, after = (
-        summary["metric"],
-        summary["deployed"]["rule"],
-        summary["delta"],
-        summary["deployed"]["delta"],
-    )
-    by_class = metric == "accuracy"
+    rule, delta, after = summary["deployed"]["rule"], summary["delta"], summary["deployed"]["delta"]
+    by_class, tail = summary["task"] == "classification", metric_spec(summary["metric"]).tail
     guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}"
     table = Table(title=f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}")
     for heading in ("client", "compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):
@@ -98,26 +85,32 @@ def deployed_table(summary: Summary) -> Table:
     for heading in ("Delta before", "after"):
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def difference(value: float) -> Text:
-        return Text(format(value, "+" + _SCORE_FORMATS[metric]), style="red" if harmed(value, metric) else "")
-
     for client in summary["clients"]:
-        if "deployed" not in client:  # it has taken part in no round, and has nothing to compare
-            table.add_row(str(client["client"]), *[""] * (5 if by_class else 4), *[difference(client["delta"])] * 2)
+        if "deployed" not in client:  # the client took part in no round
+            table.add_row(
+                str(client["client"]), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2
+            )
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
-        changes = difference(client["delta"]), difference(client["delta"] if client["deployed"] == "federated" else 0.0)
+        deployed_delta = client["delta"] if client["deployed"] == "federated" else 0.0
+        changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
         table.add_row(str(client["client"]), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
-    for name, key in (("mean", "avg"), ("worst", "worst"), (tail_name(delta).upper(), tail_name(delta))):
-        table.add_row(name, *blank, difference(delta[key]), difference(after[key]))
+    for name, key in (("mean", "avg"), ("worst", "worst"), (tail.upper(), tail)):
+        table.add_row(name, *blank, _delta_text(delta[key], summary), _delta_text(after[key], summary))
     return table
 
 
+def _delta_text(value: float, summary: Summary) -> Text:
+    """Format a Delta with its sign, red where it is harm."""
+    metric = summary["metric"]
+    return Text(metric_spec(metric).difference_text(value), style="red" if is_harm(value, metric) else "")
+
+
 def _ranges(labels: Sequence[int | str]) -> str:
-    """Class labels in short: runs of integers as ranges; only their number if that is still long."""
+    """Format class labels: integers as ranges; of many labels only the number."""
     if not all(isinstance(label, int) for label in labels):
         parts = [str(label) for label in labels]
     else:
@@ -127,7 +120,7 @@ def _ranges(labels: Sequence[int | str]) -> str:
                 runs[-1].append(label)
             else:
                 runs.append([label])
-        # Two neighbours read better as two labels than as a range.
+        # Two consecutive labels stay separate.
         parts = [
             part
             for run in runs
@@ -137,7 +130,7 @@ def _ranges(labels: Sequence[int | str]) -> str:
 
 
 def round_line(row: Row, rounds: int) -> str:
-    """One round in one line; a quantity the row lacks is left out.
+    """Format a round as one line, without the quantities that the row lacks.
 
     Example:
         >>> row = {"round": 2, "accuracy/mean": 0.913, "delta/avg": 0.0021, "delta/worst": -0.01}
@@ -145,34 +138,33 @@ def round_line(row: Row, rounds: int) -> str:
         'round 2/5  accuracy 0.9130  delta avg +0.0021 worst -0.0100'
     """
     parts = [f"round {int(row['round'])}/{rounds}"]
-    for metric, style in _SCORE_FORMATS.items():
-        if f"{metric}/mean" in row:
-            parts.append(f"{metric} {row[f'{metric}/mean']:{style}}")
-    style = "+" + _SCORE_FORMATS["rmse" if "rmse/mean" in row else "accuracy"]
-    deltas = [f"{name} {row[f'delta/{name}']:{style}}" for name in ("avg", "worst") if f"delta/{name}" in row]
-    if deltas:
-        parts.append(f"delta {' '.join(deltas)}")
+    for key in (key for key in row if key.count("/") == 1 and key.endswith("/mean")):
+        metric = metric_spec(key.removesuffix("/mean"))
+        parts.append(f"{metric.name} {metric.text(row[key])}")
+        deltas = {name: row[f"delta/{name}"] for name in ("avg", "worst") if f"delta/{name}" in row}
+        if deltas:
+            parts.append(" ".join(["delta", *(f"{name} {metric.difference_text(d)}" for name, d in deltas.items())]))
     return "  ".join(parts)
 
 
 class _LastingConsole(Console):
-    """A console that falls silent when its reader has gone (`fit ... | head`), instead of ending the program."""
+    """Console that stops printing when its pipe closes, as in `fit ... | head`."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # Python flushes standard output at exit, and would fail there again.
+        # Python flushes standard output at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:
-    """Live progress on a terminal; elsewhere one plain line a round. A context manager, and a run's observer.
+    """Observer and context manager that shows the progress of a run.
 
-    On a terminal a bar shows round, client, phase, time spent and time left; it vanishes at the end. Standard
-    output gets the lines of the rounds and nothing else; warnings go to standard error, one line each.
+    On a terminal, a bar shows round, client, phase, elapsed and remaining time until the end of the run. Standard
+    output gets the lines of the rounds only; warnings go to standard error, one line each.
 
     Args:
-        console: Where to write; None for standard output.
-        quiet: Show warnings only.
+        console: Console to write to; None is standard output.
+        quiet: Print warnings only.
     """
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
@@ -192,9 +184,9 @@ class Display:
                 expand=True,
                 transient=True,
                 refresh_per_second=4,
-                # Steps arrive a phase at a time: the default of 30 s would often hold one sample, or none.
+                # Steps arrive once per phase: the default of 30 s would often hold at most one sample.
                 speed_estimate_period=24 * 3600,
-                # A standard error that goes to a file is not to be drawn on the terminal.
+                # A standard error that goes to a file is not shown on the terminal.
                 redirect_stderr=sys.stderr.isatty(),
             )
 
@@ -207,46 +199,46 @@ class Display:
         self.finished()
 
     def started(self, rounds: int, total_steps: int, done_steps: int = 0) -> None:
-        """Begin to count.
+        """Start the bar.
 
         Args:
-            rounds: Communication rounds of the run.
-            total_steps: Training steps of the whole run, over all clients and phases.
-            done_steps: Steps that need not be done, as after a resume; they are not taken for speed.
+            rounds: Communication rounds.
+            total_steps: Training steps of the run, over all clients and phases.
+            done_steps: Steps completed before a resume; they do not count for the speed.
         """
         self.rounds = rounds
         if self._progress is not None:
             self._task = self._progress.add_task(f"round 0/{rounds}", total=total_steps, work="")
-            # Progress.advance would also add a sample to the estimate of the speed.
+            # Progress.advance would count them for the speed.
             self._progress.tasks[0].completed = done_steps
             self._progress.start()
 
     def finished(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
 
     def round_started(self, round_idx: int) -> None:
-        """Show the round's number; in round 0 nothing has been aggregated yet."""
+        """Show the number of the round."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=f"round {round_idx}/{self.rounds}")
 
     def phase_started(self, client: int, phase: str) -> None:
-        """Show which client does what."""
+        """Show the client and its phase."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, work=f"client {client}: {phase}")
 
     def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        """Advance by the steps of a client's phase."""
+        """Advance by the steps of the phase."""
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, steps)
 
     def round_finished(self, row: Row) -> None:
-        """Print the round's line."""
+        """Print the line of the round."""
         if not self.quiet:
             self.console.print(round_line(row, self.rounds), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print one line on standard error, quiet or not."""
-        with suppress(BrokenPipeError):  # nobody reads it; the run goes on
+        """Print one line on standard error."""
+        with suppress(BrokenPipeError):  # standard error is closed
             print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What all reports have in common: templates and their style, CSV files, and where the code stood."""
+"""Shared parts of reports: templates, CSV files, and the commit of the code."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @cache
 def environment(package: str) -> Environment:
-    """The templates of a package, and those shared by all reports (`page.css`, `page.js`).
+    """Return the templates of a package, with those shared by all reports.
 
     Args:
-        package: With a folder `templates`, such as `fedekd.benchmark`.
+        package: Package with a folder `templates`, such as `fedekd.benchmark`.
     """
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    found = Environment(
+    templates = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("fedekd.reporting")]),
         autoescape=select_autoescape(("html",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"minus": minus, "md": markdown_cell}
-    return found
+    templates.filters |= {"minus": minus, "md": markdown_cell}
+    return templates
 
 
 def minus(text: str) -> str:
-    """Text with real minus signs before numbers.
+    """Replace the hyphens before numbers by minus signs.
 
     Example:
         >>> minus("signed-rank: -0.5") == "signed-rank: \N{MINUS SIGN}0.5"
@@ -50,7 +50,7 @@ def minus(text: str) -> str:
 
 
 def markdown_cell(text: object) -> str:
-    r"""Text as it may stand in a Markdown table.
+    r"""Escape text for a cell of a Markdown table.
 
     Example:
         >>> print(markdown_cell("a|<b>"))
@@ -60,7 +60,7 @@ def markdown_cell(text: object) -> str:
 
 
 def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    """Lines as CSV; what is unknown is left empty."""
+    """Format rows as CSV; None and NaN are empty cells."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -71,13 +71,13 @@ def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; missing folders are made."""
+    """Write a text file atomically; missing folders are created."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def current_commit() -> str:
-    """Return the commit of the code, with a + if it was changed; empty outside a checkout.
+    """Return the commit of the code, with a + if changed; empty if there is none.
 
     A copy of the tracked files has no repository: there the environment variable FEDEKD_COMMIT names the commit.
     """
@@ -85,10 +85,10 @@ def current_commit() -> str:
         return commit
     here = Path(__file__).resolve().parent.parent
     try:
-        told = [
+        commit, changes = [
             subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
             for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", str(here)))
         ]
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return told[0] + ("+" if told[1] else "")
+    return commit + ("+" if changes else "")

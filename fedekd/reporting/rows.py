@@ -1,30 +1,33 @@
-"""The vocabulary of a run's numbers: rows, histories, summaries, and what their names say."""
+"""Types of a run's results, and functions of their names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from fedekd.metrics import MetricSpec
 
 Row: TypeAlias = Mapping[str, float]
-"""The numbers of one round: `round_idx` (1, 2, ...) and names such as `delta/avg` or `client_3/accuracy`."""
+"""Metrics of one round: `round` (1, 2, ...) and names such as `delta/avg` or `client_3/delta`."""
 
 Summary: TypeAlias = Mapping[str, Any]
-"""What `summary.json` holds."""
+"""Content of `summary.json`."""
 
 _CLIENT = re.compile(r"client_(\d+)/(.+)")
 _NUMBER = re.compile(r"(\d+)")
 
 
 def client_series(history: Iterable[Row], name: str) -> dict[int, tuple[list[int], list[float]]]:
-    """The course of one quantity, client by client, from the names `client_K/NAME`.
+    """Collect the values of `client_K/NAME` over the rounds.
 
     Args:
-        history: The rows of the rounds; a client may be missing from some.
-        name: The quantity, such as `accuracy` or `gate/weight_mean`.
+        history: Rows of the rounds; a client may be missing from some.
+        name: Quantity, such as `delta` or `gate/weight_mean`.
 
     Returns:
-        For each client, in order, the rounds in which it has a value, and the values.
+        By client, ascending: the rounds in which it has a value, and the values.
 
     Example:
         >>> client_series([{"round": 1, "client_3/delta": 0.5}, {"round": 2, "client_0/delta": 0.1}], "delta")
@@ -42,7 +45,7 @@ def client_series(history: Iterable[Row], name: str) -> dict[int, tuple[list[int
 
 
 def column_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of a table's columns: `round_idx`, the federation's, then each client's, by number.
+    """Sort column names: `round`, those of the federation, those of the clients.
 
     Example:
         >>> column_order(["client_10/delta", "delta/avg", "round", "client_2/delta"])
@@ -50,29 +53,26 @@ def column_order(names: Iterable[str]) -> list[str]:
     """
 
     def rank(name: str) -> tuple[bool, bool, list[tuple[int, str]], str]:
-        # Splitting by digits gives text and numbers in turn, so that equal places always compare alike.
+        # Splitting at digits gives text and numbers in turn, so that text is never compared with a number.
         parts = _NUMBER.split(name)
-        natural = [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
+        natural = [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
         return name != "round", _CLIENT.fullmatch(name) is not None, natural, name
 
     return sorted(set(names), key=rank)
 
 
-def harmed(delta: float, metric: str) -> bool:
-    """Whether a client is worse off than with Local: a lower accuracy, or a higher error.
+def metric_spec(name: str) -> MetricSpec:
+    """Return the registry row of a summary's metric."""
+    from fedekd.metrics import METRICS  # not at the top: it loads torch, which reports of finished runs do not need
 
-    Example:
-        >>> harmed(-0.01, "accuracy"), harmed(-0.01, "rmse")
-        (True, False)
+    return METRICS[name]
+
+
+def is_harm(delta: float, metric: str) -> bool:
+    """Return whether a client is worse than its local baseline.
+
+    Args:
+        delta: Delta of the client.
+        metric: Name of the metric, which decides the direction.
     """
-    return delta < 0 if metric == "accuracy" else delta > 0
-
-
-def tail_name(delta: Mapping[str, float]) -> str:
-    """The name of the harmful tail's percentile in a summary's `delta`: `p10` (accuracy) or `p90` (an error).
-
-    Example:
-        >>> tail_name({"avg": 0.0, "worst": 0.1, "p90": 0.05})
-        'p90'
-    """
-    return next(name for name in delta if name.startswith("p"))
+    return delta < 0 if metric_spec(metric).higher_is_better else delta > 0

@@ -11,7 +11,7 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary, tail_name
+from fedekd.reporting.rows import Row, Summary
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -62,7 +62,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
         row = {"run": run.name, "method": summary["method"], "data": summary["dataset"], "partition": run.partition}
         row |= {"clients": len(summary["clients"]), "rounds": summary["rounds"], "seed": summary["seed"]}
         row |= {f"mean {metric.title}": metric.text(summary["mean"]), "local": metric.text(summary["local_mean"])}
-        row |= {f"Delta {name}": metric.difference_text(delta[name]) for name in ("avg", "worst", tail_name(delta))}
+        row |= {f"Delta {name}": metric.difference_text(delta[name]) for name in ("avg", "worst", metric.tail)}
         if differing:
             own = (f"{name} {run.settings[name]}" for name in differing if name in run.settings)
             row["settings that differ"] = ", ".join(own) or "defaults"
@@ -96,7 +96,7 @@ def client_table(summary: Summary) -> pd.DataFrame:
 def _run_section(name: str, run: Run) -> Section:
     summary, metric = run.summary, METRICS[run.summary["metric"]]
     direction = "higher" if metric.higher_is_better else "lower"
-    delta, tail = summary["delta"], tail_name(summary["delta"])
+    delta, tail = summary["delta"], metric.tail
     sign = 1 if metric.higher_is_better else -1
     harmed = [client for client in summary["clients"] if sign * client["delta"] < 0]
     text = [

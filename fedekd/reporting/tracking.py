@@ -1,4 +1,4 @@
-"""A run's numbers on their way out: to `metrics.csv` and to any Lightning loggers."""
+"""Logging of a run: `metrics.csv` and Lightning loggers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 
 def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a row a round, atomically; the bytes depend on the numbers alone.
+    """Write one row per round, atomically; equal values give equal bytes.
 
-    The first column is `round_idx`, then come the names of all rows in `column_order`. A float is written in the
-    fewest digits that read back as the same float, an integer as one; a name that a row lacks is an empty
-    cell.
+    The first column is `round`, followed by the names of all rows in `column_order`. Floats are written in the fewest
+    digits that read back as the same float. A name that a row lacks is an empty cell.
 
     Args:
-        history: The rows, in the order of the rounds.
-        path: The file to write.
+        history: Rows in the order of the rounds.
+        path: File to write.
     """
     columns = column_order({"round"}.union(*history))
     text = io.StringIO(newline="")
@@ -38,13 +37,13 @@ def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> N
 
 
 def read_metrics_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows that `write_metrics_csv` wrote, number for number; an empty cell is a name the row lacks."""
+    """Read the rows that `write_metrics_csv` wrote, without empty cells."""
     with Path(path).open(newline="") as file:
         return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
 def _cell(value: float) -> str:
-    # NumPy's own repr would write "np.float64(0.5)".
+    # repr of a NumPy float is "np.float64(0.5)".
     return str(int(value)) if isinstance(value, Integral) else repr(float(value))
 
 
@@ -54,35 +53,33 @@ def _number(cell: str) -> float:
 
 @runtime_checkable
 class FederationLogger(Protocol):
-    """What a Lightning logger may offer beyond `log_metrics`, to follow a federation through resumes."""
+    """Optional interface of a Lightning logger that continues a run after a resume."""
 
     def bind(self, run_dir: Path) -> None:
-        """Learn the run's folder, before anything is logged."""
+        """Set the run folder, before anything is logged."""
 
     def rounds_held(self) -> int:
-        """The last round that lies safely with the logger already; 0 for none."""
+        """Return the last round that the logger has stored; 0 if none."""
 
     def log_summary(self, summary: Summary) -> None:
-        """Take the run's final numbers."""
+        """Log the summary of the run."""
 
     def log_artifacts(self, folder: Path) -> None:
-        """Take the run's checkpoints, if the logger was told to keep them."""
+        """Log the checkpoints of the run, if the logger stores them."""
 
     def finish(self, status: str) -> None:
-        """End what the logger began. Lightning's own `finalize` comes after every fit, this once a run."""
+        """End the logger's run; Lightning's `finalize` is called after every fit."""
 
 
 class Tracker:
-    """Sends a federation's numbers to Lightning loggers: one call a round, each round once.
+    """Sends the rows of a run to Lightning loggers, each round once.
 
-    A resumed run calls `replay` with the rows of its checkpoint. Each logger is then given what it lacks: a
-    `FederationLogger` says itself which rounds it holds; any other starts anew on disk (a new `version_N`
-    folder, or the old file replaced), so it is given every round.
+    A resumed run calls `replay` with the rows of its checkpoint. Each logger then gets the rounds that it lacks: a
+    `FederationLogger` reports which rounds it has; any other starts a new file, and gets every round.
 
     Args:
         loggers: Lightning loggers, such as CSVLogger, TensorBoardLogger or `WandbRunLogger`.
-        run_dir: The run's folder; a `FederationLogger` keeps there what must outlive a stop. None for a run that
-            keeps nothing.
+        run_dir: Run folder, where a `FederationLogger` stores what a resume needs; None for a run without one.
     """
 
     def __init__(self, loggers: Sequence[Logger], run_dir: str | os.PathLike[str] | None) -> None:
@@ -94,43 +91,43 @@ class Tracker:
                 logger.bind(Path(run_dir))
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Log the run's configuration, nested as it is."""
+        """Log the nested configuration of the run."""
         for logger in self.loggers:
             logger.log_hyperparams(dict(config))
 
     def log_round(self, row: Row) -> None:
-        """Log one round's row with `round_idx` as the step, to each logger that does not hold that round yet."""
-        for place, logger in enumerate(self.loggers):
-            if place not in self._held:
-                self._held[place] = logger.rounds_held() if isinstance(logger, FederationLogger) else 0
+        """Log a row, with its round as the step, to each logger that lacks it."""
+        for index, logger in enumerate(self.loggers):
+            if index not in self._held:
+                self._held[index] = logger.rounds_held() if isinstance(logger, FederationLogger) else 0
             step = int(row["round"])
-            if step > self._held[place]:
+            if step > self._held[index]:
                 logger.log_metrics(dict(row), step=step)
                 logger.save()
-                self._held[place] = step
+                self._held[index] = step
 
     def replay(self, history: Sequence[Row]) -> None:
-        """After a resume: log the rounds of the checkpoint that a logger does not hold."""
+        """Log the rounds of a checkpoint to the loggers that lack them."""
         for row in history:
             self.log_round(row)
 
     def log_summary(self, summary: Summary) -> None:
-        """Give the final numbers to the loggers that keep a summary."""
+        """Log the summary to each `FederationLogger`."""
         for logger in self.loggers:
             if isinstance(logger, FederationLogger):
                 logger.log_summary(summary)
 
     def log_artifacts(self, folder: str | os.PathLike[str]) -> None:
-        """Give the folder of checkpoints to the loggers that keep artifacts."""
+        """Log the folder of checkpoints to each `FederationLogger`."""
         for logger in self.loggers:
             if isinstance(logger, FederationLogger):
                 logger.log_artifacts(Path(folder))
 
     def close(self, status: str = "success") -> None:
-        """Close every logger, once; a second call does nothing.
+        """Close every logger; a second call does nothing.
 
         Args:
-            status: `success`, or what else became of the run, such as `failed` or `interrupted`.
+            status: `success`, `failed` or `interrupted`.
         """
         if self._open:
             self._open = False

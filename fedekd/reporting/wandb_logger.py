@@ -1,4 +1,4 @@
-"""One Weights & Biases run for a whole federation, through kills and resumes. Slow to import."""
+"""Lightning logger of one Weights & Biases run per federation. Slow to import."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ from fedekd.reporting.rows import Summary
 
 
 class WandbRunLogger(WandbLogger):
-    """Lightning's WandbLogger, made for one run that spans many fits and may be stopped and resumed.
+    """WandbLogger of one run that spans many fits and may be resumed.
 
-    Every metric is drawn over `round_idx`, and a sweep may name any of them, `delta/avg` say. Nothing is printed.
+    `round` is the x axis of every metric, and a sweep may use any of them, such as `delta/avg`. Nothing is printed.
 
-    The run is online if someone is logged in, else offline, in files that `wandb sync` uploads later. Its id
-    is random, kept in the run's folder, and the same after a resume. Weights & Biases cannot resume an
-    offline run, and a killed process loses what was not written yet: so an offline run begins anew at a
-    resume, its former folder is removed, and the `Tracker` replays the rounds. An online run goes on after
-    the last round that the server holds.
+    The run is online with credentials, else offline in files that `wandb sync` uploads later. Its id is random, stored
+    in the run folder, and unchanged after a resume. Weights & Biases cannot resume an offline run, and a killed process
+    loses unwritten rows. A resumed offline run therefore starts again: its earlier folder is removed, and the `Tracker`
+    replays the rounds. An online run continues after the last round on the server.
 
     Args:
-        project: The project; None for `WANDB_PROJECT`, else `fedekd`. A sweep's own project comes first.
-        entity: The team or user; None for the default.
-        group: The group of runs, such as one per experiment.
-        job_type: What kind of run it is within the group.
-        name: The run's display name; None for a random one.
+        project: Project; None is `WANDB_PROJECT` or `fedekd`. A sweep's project takes precedence.
+        entity: Team or user; None is the default.
+        group: Group of runs, such as one per experiment.
+        job_type: Type of the run within its group.
+        name: Display name; None is a random one.
         tags: Tags of the run.
-        save_dir: Where the folder `wandb` is made; None for the run's folder.
-        offline: Whether to stay offline; None to be online exactly if there are credentials: `WANDB_API_KEY`,
-            `WANDB_IDENTITY_TOKEN_FILE` or an entry in the netrc file. Where `WANDB_MODE` is set, it decides.
-        log_checkpoints: Keep the checkpoints of a finished run as an artifact.
+        save_dir: Parent of the folder `wandb`; None is the run folder.
+        offline: True stays offline, False goes online; None goes online with credentials: `WANDB_API_KEY`,
+            `WANDB_IDENTITY_TOKEN_FILE` or an entry in the netrc file. `WANDB_MODE` takes precedence.
+        log_checkpoints: Log the checkpoints of a finished run as an artifact.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class WandbRunLogger(WandbLogger):
         self._owns_run = False
 
     def bind(self, run_dir: Path) -> None:
-        """Keep the run's id in `run_dir`, and, unless `save_dir` was given, its files too."""
+        """Store the run id in `run_dir`, and the files unless `save_dir` is given."""
         self._run_dir = run_dir
         if self._save_dir is None:
             self._save_dir = os.fspath(run_dir)
@@ -74,14 +73,14 @@ class WandbRunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`, begun at first use; one that is active in this process is taken as it is."""
+        """The `wandb.Run`: an active run of this process, or one started at first use."""
         if self._experiment is None:
             import wandb
 
-            self._experiment = wandb.run if wandb.run is not None else self._begin()
+            self._experiment = wandb.run if wandb.run is not None else self._start()
         return self._experiment
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         import wandb
 
         save_dir = Path(self._save_dir or ".")
@@ -89,12 +88,12 @@ class WandbRunLogger(WandbLogger):
         self._id = _run_id(self._run_dir)
         if self._run_dir is not None:
             _remove_offline_runs(save_dir, self._id)
-        # A sweep agent settles project and id through the environment; a second opinion only earns a warning.
-        place = {} if os.environ.get("WANDB_SWEEP_ID") else {"project": self._project, "id": self._id}
+        # A sweep agent sets project and id through the environment; arguments would only cause a warning.
+        identity = {} if os.environ.get("WANDB_SWEEP_ID") else {"project": self._project, "id": self._id}
         mode = _mode(self._offline_wanted)
         try:
             run = wandb.init(
-                **place,
+                **identity,
                 **self._labels,
                 dir=os.fspath(save_dir),
                 mode=mode,
@@ -104,37 +103,37 @@ class WandbRunLogger(WandbLogger):
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"Weights & Biases refused to begin a run (WANDB_MODE={mode}): {reason}; "
-                "log in with `wandb login`, or set WANDB_MODE=offline"
+                f"logger: Weights & Biases could not start a run (WANDB_MODE={mode}): {reason}. "
+                "Log in with `wandb login`, or set WANDB_MODE=offline."
             ) from error
-        # Not summary="last": the summary's `delta/avg` would become {"last": x}, which no sweep finds. Not
-        # step_sync: a call that has no `round` would be given the last one, and that round be there twice.
+        # No summary="last": `delta/avg` would become {"last": x}, which a sweep does not find. No step_sync: a call
+        # without `round` would get the last one, and that round would be logged twice.
         run.define_metric("*", step_metric="round", step_sync=False)
         self._owns_run = True
         return run
 
     def rounds_held(self) -> int:
-        """The last round on the server, if this is an online run that goes on; 0 for a new one."""
+        """Return the last round on the server of a resumed online run; 0 for a new run."""
         run = self.experiment
         if not (self._owns_run and run.resumed):
             return 0
-        # W&B's step is the round, and counts from the rows themselves, where the summary may lag behind.
+        # W&B's step, which is the round, is of the rows; the summary may be older.
         return max(int(run.summary.get("round", 0)), int(run.step) - 1)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log one row at once. In a run of its own, W&B's step is the row's `round_idx`."""
+        """Log one row; in a run that this logger started, the step is its round."""
         run = self.experiment
-        # A run that was active before has steps of its own, and drops rows whose step lies behind them.
-        w_and_b_step = int(metrics["round"]) if self._owns_run and "round" in metrics else None
-        run.log(dict(metrics), step=w_and_b_step, commit=True)
+        # A run that was active before has its own steps, and drops rows of earlier ones.
+        wandb_step = int(metrics["round"]) if self._owns_run and "round" in metrics else None
+        run.log(dict(metrics), step=wandb_step, commit=True)
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Put the final scores, Deltas and costs, and the table `clients`, into the run's summary.
+        """Log scores, Delta, costs and the table `clients` as the summary of the run.
 
-        Of a network with exits also `budget_50/accuracy` and `budget_50/flops`, for each budget in percent;
-        with `do_no_harm` also `deployed/delta/avg` and the like: what is left where clients keep what harms them not.
+        A network with exits adds `budget_50/accuracy` and `budget_50/flops` per budget in percent; `do_no_harm` adds
+        `deployed/delta/avg` and the other figures of the deployed models.
         """
         import wandb
 
@@ -155,32 +154,32 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_artifacts(self, folder: Path) -> None:
-        """Keep the checkpoints in `folder` as an artifact of type `model`, if `log_checkpoints` was given."""
+        """Log the checkpoints as a `model` artifact, if `log_checkpoints` is set."""
         if self._log_checkpoints:
             import wandb
 
             artifact = wandb.Artifact(f"checkpoints-{self.experiment.id}", type="model")
-            # A finished run's checkpoints no longer change, so they need not be copied first.
+            # The checkpoints of a finished run do not change: W&B need not copy them first.
             artifact.add_dir(os.fspath(folder), policy="immutable")
             self.experiment.log_artifact(artifact)
 
     @rank_zero_only
     def finish(self, status: str) -> None:
-        """End the run, if this logger began it; any status but `success` marks it as failed."""
+        """End the run if this logger started it, as failed unless `success`."""
         if self._owns_run:
             import wandb
 
             run, self._owns_run = self.experiment, False
             run.finish(exit_code=0 if status == "success" else 1)
             if run.offline and wandb.run is None:
-                # An offline `finish` returns before W&B's service has written the file; this waits for it.
+                # An offline `finish` returns before the file is written; this waits for it.
                 wandb.teardown(exit_code=0)
 
 
 def _run_id(run_dir: Path | None) -> str:
-    """The id of the federation's run: the environment's, or the one in the run's folder, or a new one.
+    """Return the run id from the environment or the run folder, or draw one.
 
-    A new one is drawn from the system, never from the seed: two equal federations are two runs.
+    It does not depend on the seed: two equal federations are two runs.
     """
     file = None if run_dir is None else run_dir / "wandb" / "run-id"
     given = os.environ.get("WANDB_RUN_ID")
@@ -194,17 +193,17 @@ def _run_id(run_dir: Path | None) -> str:
 
 
 def _remove_offline_runs(save_dir: Path, run_id: str) -> None:
-    """Remove what earlier processes left of this very run: all of its rounds are about to be replayed."""
-    own = re.compile(rf"offline-run-\d+_\d+-{re.escape(run_id)}(-\d+)?")
+    """Remove offline folders of this run, whose rounds will be replayed."""
+    pattern = re.compile(rf"offline-run-\d+_\d+-{re.escape(run_id)}(-\d+)?")
     for folder in [*save_dir.glob("wandb/offline-run-*"), *save_dir.glob(".wandb/offline-run-*")]:
-        if own.fullmatch(folder.name):
-            # First what `wandb sync` reads: a killed process's service may still be writing beside it.
+        if pattern.fullmatch(folder.name):
+            # First the file that `wandb sync` reads: the service of a killed process may still write other files.
             (folder / f"run-{run_id}.wandb").unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mode(offline: bool | None) -> str | None:
-    """The mode for `wandb.init`; None leaves it to W&B's own settings (`wandb offline`, say)."""
+    """Return the mode for `wandb.init`; None uses the settings of W&B."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     if offline is None:

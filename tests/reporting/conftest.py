@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def make_summary() -> Callable[..., dict[str, Any]]:
-    """A summary of given (local, method) scores, one pair a client."""
+    """Builds a summary from (local, method) scores, one pair per client."""
 
     def make(*scores: tuple[float, float], metric: str = "accuracy") -> dict[str, Any]:
         deltas = [method - local for local, method in scores]
@@ -54,20 +54,20 @@ def make_summary() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def make_row() -> Callable[[int], dict[str, float]]:
-    """A row of a two-client run; every number differs from round to round."""
+    """Builds a row of a run with two clients; every value differs between rounds."""
 
-    def make(round_: int) -> dict[str, float]:
+    def make(round_idx: int) -> dict[str, float]:
         return {
-            "round": round_,
-            "accuracy/mean": 0.5 + round_ / 30,
-            "delta/avg": round_ / 70,
-            "delta/worst": -1 / (3 * round_),
-            "client_0/accuracy": 0.4 + round_ / 30,
-            "client_1/accuracy": 0.6 + round_ / 30,
-            "client_0/gate/weight_mean": 0.5 - round_ / 90,
-            "client_1/gate/weight_mean": 0.5 + round_ / 90,
+            "round": round_idx,
+            "accuracy/mean": 0.5 + round_idx / 30,
+            "delta/avg": round_idx / 70,
+            "delta/worst": -1 / (3 * round_idx),
+            "client_0/accuracy": 0.4 + round_idx / 30,
+            "client_1/accuracy": 0.6 + round_idx / 30,
+            "client_0/gate/weight_mean": 0.5 - round_idx / 90,
+            "client_1/gate/weight_mean": 0.5 + round_idx / 90,
             "gate/weight_mean": 0.5,
-            "comm/bytes_up": 1000 * round_,
+            "comm/bytes_up": 1000 * round_idx,
         }
 
     return make

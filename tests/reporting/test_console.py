@@ -1,4 +1,4 @@
-"""The table, the lines and the live display."""
+"""Result tables, lines of rounds, and the live display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
 
 
-def test_table_rows_and_footer(make_summary):
+def test_client_table_has_rows_and_footer(make_summary):
     text = rendered(client_table(make_summary((0.5, 0.75), (0.75, 0.625))))
     assert cells(text) == [
         ["0", "100", "30", "0-2, 4", "0.5000", "0.7500", "+0.2500"],
@@ -35,7 +35,7 @@ def test_table_rows_and_footer(make_summary):
 
 
 @pytest.mark.parametrize(("metric", "harmed"), [("accuracy", "-0.125"), ("rmse", "+0.25")])
-def test_table_marks_harm_red(make_summary, metric, harmed):
+def test_client_table_harm_is_red(make_summary, metric, harmed):
     summary = make_summary((0.5, 0.75), (0.75, 0.625), metric=metric)
     text = rendered(client_table(summary), force_terminal=True, color_system="standard")
     red = [part.partition("\x1b[0m")[0] for part in text.split("\x1b[31m")[1:]]
@@ -43,7 +43,7 @@ def test_table_marks_harm_red(make_summary, metric, harmed):
     assert all((float(part) < 0) == (metric == "accuracy") for part in red if part.strip())
 
 
-def test_table_of_a_regression_has_a_p90_and_no_classes(make_summary):
+def test_client_table_of_regression_has_p90_and_no_classes(make_summary):
     summary = make_summary((1234.5, 0.00123), metric="rmse")
     for client in summary["clients"]:
         del client["classes"]
@@ -53,7 +53,7 @@ def test_table_of_a_regression_has_a_p90_and_no_classes(make_summary):
     assert cells(text)[-1][0] == "P90"
 
 
-def test_classes_in_short():
+def test_ranges_joins_consecutive_classes():
     assert _ranges([3, 1, 0, 2, 7, 5, 8]) == "0-3, 5, 7, 8"
     assert _ranges([]) == ""
     assert _ranges(["cat", "dog"]) == "cat, dog"
@@ -64,30 +64,32 @@ def test_classes_in_short():
 def run(display: Display) -> None:
     with display:
         display.started(rounds=2, total_steps=50, done_steps=10)
-        for round_ in (1, 2):
-            display.round_started(round_)
+        for round_idx in (1, 2):
+            display.round_started(round_idx)
             display.phase_started(3, "distil private to proxy")
             display.phase_finished(3, "distil private to proxy", 20)
-            display.round_finished({"round": round_, "accuracy/mean": 0.913, "delta/avg": 0.0021, "delta/worst": -0.01})
-        display.warn("client 3 was\nleft out [of round 2]")
+            display.round_finished(
+                {"round": round_idx, "accuracy/mean": 0.913, "delta/avg": 0.0021, "delta/worst": -0.01}
+            )
+        display.warn("client 3 was\nmissing [from round 2]")
 
 
-def test_without_a_terminal_one_plain_line_a_round(capsys):
+def test_display_without_terminal_prints_one_line_per_round(capsys):
     console = Console(file=StringIO(), force_terminal=False, width=30)
     run(Display(console))
     line = "round {}/2  accuracy 0.9130  delta avg +0.0021 worst -0.0100\n"
     assert console.file.getvalue() == line.format(1) + line.format(2)
-    assert capsys.readouterr() == ("", "warning: client 3 was left out [of round 2]\n")
+    assert capsys.readouterr() == ("", "warning: client 3 was missing [from round 2]\n")
 
 
-def test_quiet_leaves_only_warnings(capsys):
+def test_display_quiet_prints_warnings_only(capsys):
     console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
     run(Display(console, quiet=True))
     assert console.file.getvalue() == ""
-    assert capsys.readouterr() == ("", "warning: client 3 was left out [of round 2]\n")
+    assert capsys.readouterr() == ("", "warning: client 3 was missing [from round 2]\n")
 
 
-def test_on_a_terminal_a_bar_shows_the_work_and_vanishes(capsys):
+def test_display_on_terminal_shows_a_bar_and_removes_it(capsys):
     console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=120)
     display = Display(console)
     run(display)
@@ -96,10 +98,10 @@ def test_on_a_terminal_a_bar_shows_the_work_and_vanishes(capsys):
     assert "client 3: distil private to proxy" in text
     assert "50/50" in text
     assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased at the end
-    assert capsys.readouterr().err == "warning: client 3 was left out [of round 2]\n"
+    assert capsys.readouterr().err == "warning: client 3 was missing [from round 2]\n"
 
 
-def test_skipped_steps_do_not_count_as_speed():
+def test_display_completed_steps_do_not_count_for_the_speed():
     console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
     with Display(console) as display:
         display.started(rounds=2, total_steps=100, done_steps=60)
@@ -110,7 +112,7 @@ def test_skipped_steps_do_not_count_as_speed():
         assert not task.speed
 
 
-def test_a_row_without_scores_is_still_a_line():
+def test_display_row_without_scores_prints_a_line():
     console = Console(file=StringIO())
     display = Display(console)
     display.started(rounds=5, total_steps=1)
@@ -118,7 +120,7 @@ def test_a_row_without_scores_is_still_a_line():
     assert console.file.getvalue() == "round 4/5\n"
 
 
-def test_the_display_ends_when_a_run_fails():
+def test_display_stops_when_a_run_fails():
     console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
     display = Display(console)
 

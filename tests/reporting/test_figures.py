@@ -1,4 +1,4 @@
-"""What the figures draw, object by object."""
+"""Objects that the figures draw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lines_by_label(axes):
     return labelled
 
 
-def test_partition_writes_every_count_in_its_cell():
+def test_partition_shows_every_count_in_its_cell():
     counts = np.array([[0, 12, 1400], [7, 0, 3]])
     figure = figures.partition(counts, ["cat", "dog", "a long name of a class"])
     (axes,) = figure.axes
@@ -44,8 +44,8 @@ def test_partition_texts_fit_their_cells(shape):
 
 
 @pytest.mark.parametrize(("counts", "names"), [(np.zeros((0, 3)), None), (np.zeros(3), None), ([[1, 2]], ["a"])])
-def test_partition_refuses_shapes_that_do_not_match(counts, names):
-    with pytest.raises(ValueError, match=r"counts must have shape|class names for"):
+def test_partition_wrong_shape_raises_value_error(counts, names):
+    with pytest.raises(ValueError, match=r"^counts: expected shape|^class_names: expected 2 names"):
         figures.partition(counts, names)
 
 
@@ -53,7 +53,7 @@ def test_partition_refuses_shapes_that_do_not_match(counts, names):
     ("metric", "colours"),
     [("accuracy", [figures.VERMILLION, figures.BLUE]), ("rmse", [figures.BLUE, figures.VERMILLION])],
 )
-def test_delta_bars_take_the_colour_of_harm(make_summary, metric, colours):
+def test_delta_per_client_harm_has_its_colour(make_summary, metric, colours):
     summary = make_summary((0.75, 0.5), (0.5, 1.0), metric=metric)
     (axes,) = figures.delta_per_client(summary).axes
     assert [bar.get_height() for bar in axes.patches] == [-0.25, 0.5]
@@ -66,7 +66,7 @@ def test_delta_bars_take_the_colour_of_harm(make_summary, metric, colours):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
 
 
-def test_delta_of_many_clients_thins_the_labels_not_the_bars(make_summary):
+def test_delta_per_client_many_clients_have_fewer_labels_than_bars(make_summary):
     summary = make_summary(*[(0.5, 0.5 + k / 1000) for k in range(100)])
     figure = figures.delta_per_client(summary)
     (axes,) = figure.axes
@@ -76,26 +76,26 @@ def test_delta_of_many_clients_thins_the_labels_not_the_bars(make_summary):
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_scores_draw_clients_mean_and_local(make_row, make_summary):
-    history = [make_row(round_) for round_ in (1, 2, 3)]
+def test_score_per_round_draws_clients_mean_and_baseline(make_row, make_summary):
+    history = [make_row(round_idx) for round_idx in (1, 2, 3)]
     del history[1]["client_1/accuracy"]  # did not take part
     (axes,) = figures.score_per_round(history, make_summary((0.5, 0.6), (0.7, 0.8))).axes
     lines = lines_by_label(axes)
-    assert [list(line.get_xdata()) for line in lines["a client"]] == [[1, 2, 3], [1, 3]]
+    assert [list(line.get_xdata()) for line in lines["one client"]] == [[1, 2, 3], [1, 3]]
     assert list(lines["mean"][0].get_ydata()) == [row["accuracy/mean"] for row in history]
-    assert lines["mean of Local"][0].get_ydata()[0] == pytest.approx(0.6)
+    assert lines["mean of the local baselines"][0].get_ydata()[0] == pytest.approx(0.6)
     assert "accuracy" in axes.get_ylabel()
 
 
-def test_scores_of_a_regression_and_of_unscored_rounds(make_summary):
+def test_score_per_round_of_regression_skips_rounds_without_scores(make_summary):
     history = [{"round": 1}, {"round": 2, "rmse/mean": 3.0, "client_0/rmse": 3.0, "client_1/rmse": 3.0}]
     (axes,) = figures.score_per_round(history, make_summary((2.0, 3.0), (2.0, 3.0), metric="rmse")).axes
     assert list(lines_by_label(axes)["mean"][0].get_ydata()) == [3.0]
     assert "RMSE" in axes.get_ylabel()
-    figures.score_per_round([], make_summary((0.5, 0.6)))  # nothing yet: only Local
+    figures.score_per_round([], make_summary((0.5, 0.6)))  # no rounds: only the baseline
 
 
-def test_gate_weights_draw_each_client_and_one_half(make_row):
+def test_gate_weights_draws_each_client_and_one_half(make_row):
     figure = figures.gate_weights([make_row(1), make_row(2)])
     assert figure is not None
     (axes,) = figure.axes
@@ -110,20 +110,20 @@ def test_gate_weights_draw_each_client_and_one_half(make_row):
     ]
 
 
-def test_gate_weights_of_many_clients_share_a_legend_entry():
+def test_gate_weights_many_clients_share_a_legend_entry():
     row = {"round": 1, **{f"client_{k}/gate/weight_mean": 0.5 for k in range(40)}}
     figure = figures.gate_weights([row])
     assert figure is not None
-    assert len(lines_by_label(figure.axes[0])["a client"]) == 40
+    assert len(lines_by_label(figure.axes[0])["one client"]) == 40
     assert len(figure.legends[0].get_texts()) == 2
 
 
-def test_no_gate_no_figure(make_row):
+def test_gate_weights_without_gate_returns_none(make_row):
     assert figures.gate_weights([{"round": 1, "accuracy/mean": 0.5}]) is None
     assert figures.gate_weights([]) is None
 
 
-def test_saved_bytes_repeat_and_hold_no_version(tmp_path, make_row, make_summary):
+def test_save_equal_figures_give_equal_bytes_without_version(tmp_path, make_row, make_summary):
     history, summary = [make_row(1), make_row(2)], make_summary((0.5, 0.6), (0.7, 0.6))
     figure = figures.score_per_round(history, summary)
     figures.save(figure, tmp_path / "figures" / "a.png")

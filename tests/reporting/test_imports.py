@@ -1,4 +1,4 @@
-"""What the room loads: a command that reports nothing should not wait for it."""
+"""Imports of the package: a command without a report must not wait for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedekd import reporting
 
-# The package around the room is left out: what that loads is its own affair.
+# A stub replaces the top-level package, whose imports are not tested here.
 SCRIPT = """
 import sys, types
 package = types.ModuleType("fedekd")
@@ -21,7 +21,7 @@ print("matplotlib.pyplot" in sys.modules)
 """
 
 
-def test_the_room_loads_nothing_heavy_and_never_pyplot(tmp_path):
+def test_reporting_imports_nothing_heavy_and_never_pyplot(tmp_path):
     package_dir = Path(reporting.__file__).parents[1]
     command = [sys.executable, "-c", SCRIPT, str(package_dir), str(tmp_path / "a.png")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\nFalse\n"

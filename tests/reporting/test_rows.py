@@ -1,11 +1,11 @@
-"""Names of metrics and what is read from them."""
+"""Order of columns, series of clients, and the direction of harm."""
 
 from __future__ import annotations
 
-from fedekd.reporting.rows import client_series, column_order, harmed
+from fedekd.reporting.rows import client_series, column_order, is_harm
 
 
-def test_columns_start_with_round_and_count_clients_as_numbers():
+def test_column_order_starts_with_round_and_sorts_clients_by_number():
     names = [
         "client_2/b",
         "client_10/a",
@@ -29,7 +29,7 @@ def test_columns_start_with_round_and_count_clients_as_numbers():
     assert column_order(names) == column_order(reversed(names)) == expected
 
 
-def test_client_series_takes_the_whole_name_and_keeps_gaps():
+def test_client_series_matches_whole_names_and_keeps_gaps():
     history = [
         {
             "round": 1,
@@ -43,6 +43,6 @@ def test_client_series_takes_the_whole_name_and_keeps_gaps():
     assert client_series(history, "gate/weight_mean") == {2: ([1, 3], [0.1, 0.3]), 10: ([2], [0.2])}
 
 
-def test_harm_is_a_lower_accuracy_or_a_higher_error():
-    assert [harmed(delta, "accuracy") for delta in (-0.1, 0.0, 0.1)] == [True, False, False]
-    assert [harmed(delta, "rmse") for delta in (-0.1, 0.0, 0.1)] == [False, False, True]
+def test_is_harm_depends_on_the_direction_of_the_metric():
+    assert [is_harm(delta, "accuracy") for delta in (-0.1, 0.0, 0.1)] == [True, False, False]
+    assert [is_harm(delta, "rmse") for delta in (-0.1, 0.0, 0.1)] == [False, False, True]

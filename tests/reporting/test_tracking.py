@@ -1,4 +1,4 @@
-"""Rows on their way to a file and to loggers."""
+"""metrics.csv and the Tracker of loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedekd.atomic import atomic_file
 from fedekd.reporting import Tracker, read_metrics_csv, write_metrics_csv
 
 
-def test_csv_bytes(tmp_path):
+def test_write_metrics_csv_gives_exact_bytes(tmp_path):
     rows = [
         {"client_10/delta": 0.1, "round": 1, "delta/avg": 0.1 + 0.2, "comm/bytes_up": 12},
         {"round": 2, "client_2/delta": -1e-17, "delta/avg": float("nan"), "accuracy/mean": 1.0},
@@ -25,7 +25,7 @@ def test_csv_bytes(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["metrics.csv"]
 
 
-def test_csv_bytes_depend_on_numbers_not_on_types_or_order(tmp_path):
+def test_write_metrics_csv_bytes_do_not_depend_on_types_or_order(tmp_path):
     plain = [{"round": 1, "a": 0.1, "b": 7}]
     numpy = [{"b": np.int64(7), "a": np.float64(0.1), "round": np.int32(1)}]
     for name, rows in (("plain", plain), ("numpy", numpy)):
@@ -33,7 +33,7 @@ def test_csv_bytes_depend_on_numbers_not_on_types_or_order(tmp_path):
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "numpy").read_bytes() == b"round,a,b\n1,0.1,7\n"
 
 
-def test_csv_of_no_rounds_is_a_header(tmp_path):
+def test_write_metrics_csv_without_rounds_writes_a_header(tmp_path):
     write_metrics_csv([], tmp_path / "metrics.csv")
     assert (tmp_path / "metrics.csv").read_bytes() == b"round\n"
     assert read_metrics_csv(tmp_path / "metrics.csv") == []
@@ -41,7 +41,7 @@ def test_csv_of_no_rounds_is_a_header(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z]+/[a-z]+", fullmatch=True), st.floats(allow_nan=False) | st.integers()))
-def test_csv_reads_back_number_for_number(tmp_path_factory, numbers):
+def test_read_metrics_csv_returns_the_written_rows(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"
     rows = [{"round": 1, **numbers}, {"round": 2}]
     write_metrics_csv(rows, path)
@@ -52,7 +52,7 @@ def test_csv_reads_back_number_for_number(tmp_path_factory, numbers):
     }
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+def test_atomic_file_interrupted_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -67,7 +67,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 class RecordingLogger:
-    """An ordinary Lightning logger, as far as Tracker is concerned."""
+    """Stands for a Lightning logger, and records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -79,7 +79,7 @@ class RecordingLogger:
 
 
 class HoldingLogger(RecordingLogger):
-    """One that keeps rounds across processes."""
+    """FederationLogger that has stored two rounds."""
 
     def bind(self, run_dir):
         self.calls.append(("bind", run_dir))
@@ -97,7 +97,7 @@ class HoldingLogger(RecordingLogger):
         self.calls.append(("finish", status))
 
 
-def test_tracker_gives_each_logger_the_rounds_it_lacks(tmp_path, make_row):
+def test_tracker_sends_each_logger_the_rounds_it_lacks(tmp_path, make_row):
     plain, holding = RecordingLogger(), HoldingLogger()
     tracker = Tracker([plain, holding], tmp_path)
     tracker.log_config({"seed": 0})
@@ -108,7 +108,7 @@ def test_tracker_gives_each_logger_the_rounds_it_lacks(tmp_path, make_row):
     tracker.log_artifacts(tmp_path)
     tracker.close()
     tracker.close()
-    logged = [("log_metrics", make_row(round_), round_) for round_ in (1, 2, 3)]
+    logged = [("log_metrics", make_row(round_idx), round_idx) for round_idx in (1, 2, 3)]
     assert [call for call in plain.calls if call[0] == "log_metrics"] == logged
     assert [call[0] for call in plain.calls[:3]] == ["log_hyperparams", "log_metrics", "save"]
     assert plain.calls[-1] == ("finalize", "success")
@@ -124,7 +124,7 @@ def test_tracker_gives_each_logger_the_rounds_it_lacks(tmp_path, make_row):
     ]
 
 
-def test_tracker_with_lightnings_csv_logger_survives_a_resume(tmp_path, make_row):
+def test_tracker_csv_logger_has_all_rounds_after_a_resume(tmp_path, make_row):
     from lightning.pytorch.loggers import CSVLogger
 
     tracker = Tracker([CSVLogger(tmp_path, name="log", version="v")], tmp_path)

@@ -1,4 +1,4 @@
-"""What lies on the disk after an offline run, stopped and resumed at awkward moments."""
+"""Files of offline W&B runs that are stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def start(run_dir: Path, **arguments) -> Tracker:
     return Tracker([WandbRunLogger(offline=True, **arguments)], run_dir)
 
 
-def test_offline_run_holds_each_round_once_with_every_name(
+def test_offline_run_has_each_round_once_with_all_names(
     tmp_path, make_row, make_summary, run_folders, read_history, read_records, capfd
 ):
-    rows = [make_row(round_) for round_ in (1, 2, 3)]
+    rows = [make_row(round_idx) for round_idx in (1, 2, 3)]
     tracker = start(tmp_path, group="g", tags=["t"], name="n")
     tracker.log_config({"seed": 3, "method": {"beta": 1.0}})
     for row in rows:
@@ -71,10 +71,10 @@ def test_offline_run_holds_each_round_once_with_every_name(
     assert json.loads(config["method"]) == {"beta": 1.0}
     (metric,) = [metric for metric in read_records(folder, "metric") if metric.glob_name == "*"]
     assert metric.step_metric == "round"
-    assert not metric.summary.last  # else a sweep finds {"last": x} in the place of the number
+    assert not metric.summary.last  # else a sweep would find {"last": x} instead of the value
 
 
-def test_summary_keeps_metric_names_flat(tmp_path, make_row, make_summary):
+def test_summary_has_flat_metric_names(tmp_path, make_row, make_summary):
     tracker = start(tmp_path)
     tracker.log_round(make_row(1))
     tracker.log_summary(make_summary((0.5, 0.75), (0.5, 0.25)))
@@ -87,7 +87,7 @@ def test_summary_keeps_metric_names_flat(tmp_path, make_row, make_summary):
     tracker.close()
 
 
-def test_resume_holds_each_round_once(tmp_path, make_row, run_folders, read_history):
+def test_resume_has_each_round_once(tmp_path, make_row, run_folders, read_history):
     tracker = start(tmp_path)
     tracker.replay([make_row(1), make_row(2)])
     tracker.close("interrupted")
@@ -97,12 +97,12 @@ def test_resume_holds_each_round_once(tmp_path, make_row, run_folders, read_hist
     tracker.log_round(make_row(3))
     tracker.close()
     (folder,) = run_folders(tmp_path)
-    assert read_history(folder) == [make_row(round_) for round_ in (1, 2, 3)]
+    assert read_history(folder) == [make_row(round_idx) for round_idx in (1, 2, 3)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pause", [0.0, 0.4])
-def test_resume_after_a_kill_holds_each_round_once(tmp_path, make_row, run_folders, read_history, pause):
+def test_resume_after_a_kill_has_each_round_once(tmp_path, make_row, run_folders, read_history, pause):
     killed = subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path), str(pause)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert killed.stdout == killed.stderr == b""  # W&B is silent
@@ -116,11 +116,11 @@ def test_resume_after_a_kill_holds_each_round_once(tmp_path, make_row, run_folde
     tracker.close()
 
     (after,) = run_folders(tmp_path)
-    assert read_history(after) == [make_row(round_) for round_ in (1, 2, 3)]
+    assert read_history(after) == [make_row(round_idx) for round_idx in (1, 2, 3)]
     assert before.name.rpartition("-")[2] == after.name.rpartition("-")[2]  # the same run id
 
 
-def test_a_resume_leaves_other_runs_alone(tmp_path, make_row, run_folders):
+def test_resume_keeps_other_runs(tmp_path, make_row, run_folders):
     shared_dir = tmp_path / "shared"
     for name in ("a", "b", "b"):
         tracker = Tracker([WandbRunLogger(offline=True, save_dir=shared_dir)], tmp_path / name)
@@ -131,7 +131,7 @@ def test_a_resume_leaves_other_runs_alone(tmp_path, make_row, run_folders):
     assert sorted(folder.name.rpartition("-")[2] for folder in run_folders(shared_dir)) == sorted(ids)
 
 
-def test_checkpoints_become_an_artifact_only_on_request(tmp_path, make_row, run_folders, read_records):
+def test_log_checkpoints_decides_on_the_artifact(tmp_path, make_row, run_folders, read_records):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "server.pt").write_bytes(b"weights")
@@ -150,7 +150,7 @@ def test_checkpoints_become_an_artifact_only_on_request(tmp_path, make_row, run_
         assert entries == (["server.pt"] if wanted else [])
 
 
-def test_an_active_run_is_used_and_left_open(tmp_path, make_row):
+def test_active_run_is_used_and_stays_open(tmp_path, make_row):
     with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True, console="off")) as run:
         run.log({"mine": 1.0}, step=40)
         tracker = start(tmp_path / "run")
@@ -162,7 +162,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, make_row):
 
 
 class FakeRun:
-    """An online run that goes on: the server's summary may lag behind the rows it holds."""
+    """Resumed online run, whose summary may be older than its rows."""
 
     def __init__(self, summary, step):
         self.resumed, self.offline, self.logged = True, False, []
@@ -179,13 +179,13 @@ class FakeRun:
 
 
 @pytest.mark.parametrize(("summary", "step"), [({"round": 2}, 3), ({"round": 1}, 3), ({"round": 2}, 0)])
-def test_online_resume_logs_only_what_the_server_lacks(tmp_path, make_row, monkeypatch, summary, step):
+def test_online_resume_logs_only_missing_rounds(tmp_path, make_row, monkeypatch, summary, step):
     run, given = FakeRun(summary, step), {}
     monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
     tracker = Tracker([WandbRunLogger(offline=False)], tmp_path)
     tracker.replay([make_row(1)])
-    for round_ in (2, 3, 4):
-        tracker.log_round(make_row(round_))
+    for round_idx in (2, 3, 4):
+        tracker.log_round(make_row(round_idx))
     tracker.close("failed")
     tracker.close("success")
     assert run.logged == [(3, 3), (4, 4)]
@@ -194,17 +194,17 @@ def test_online_resume_logs_only_what_the_server_lacks(tmp_path, make_row, monke
     assert given["id"] == (tmp_path / "wandb" / "run-id").read_text().strip()
 
 
-def test_a_sweep_agent_settles_project_and_id(tmp_path, make_row, monkeypatch):
+def test_sweep_agent_sets_project_and_id(tmp_path, make_row, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.setenv("WANDB_RUN_ID", "agent")
     run, given = FakeRun({}, 0), {}
     monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
     Tracker([WandbRunLogger()], tmp_path).log_round(make_row(1))
     assert not {"id", "project"} & set(given)
-    assert (tmp_path / "wandb" / "run-id").read_text() == "agent\n"  # for a resume by hand, without the agent
+    assert (tmp_path / "wandb" / "run-id").read_text() == "agent\n"  # for a resume without the agent
 
 
-def test_a_refused_run_is_the_users_mistake(tmp_path, make_row, monkeypatch):
+def test_wandb_error_raises_user_error(tmp_path, make_row, monkeypatch):
     def refuse(**_):
         raise wandb.errors.UsageError("api_key not configured\n(no-tty)")
 
@@ -214,7 +214,7 @@ def test_a_refused_run_is_the_users_mistake(tmp_path, make_row, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
-def test_mode_follows_wandb_mode_then_the_argument_then_the_credentials(monkeypatch, tmp_path):
+def test_mode_prefers_wandb_mode_then_argument_then_credentials(monkeypatch, tmp_path):
     monkeypatch.setattr(
         wandb,
         "setup",
@@ -225,7 +225,7 @@ def test_mode_follows_wandb_mode_then_the_argument_then_the_credentials(monkeypa
     assert not _logged_in()
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password x\n")
     assert _logged_in()
-    assert _mode(None) is None  # W&B's own settings decide
+    assert _mode(None) is None  # the settings of W&B decide
     (tmp_path / "netrc").write_text("not a netrc file")
     assert _mode(None) == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
@@ -234,7 +234,7 @@ def test_mode_follows_wandb_mode_then_the_argument_then_the_credentials(monkeypa
     assert (_mode(None), _mode(False)) == ("disabled", "disabled")
 
 
-def test_disabled_mode_writes_nothing(tmp_path, make_row, make_summary, monkeypatch, run_folders):
+def test_disabled_mode_writes_no_file(tmp_path, make_row, make_summary, monkeypatch, run_folders):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = Tracker([WandbRunLogger()], tmp_path)
     tracker.log_config({"seed": 0})

@@ -48,7 +48,10 @@ class RoundRequest:
     comparison: ComparisonRequest | None = None
 
     def only(self, participants: Sequence[int]) -> Self:
-        """Return the request for some of the participants, without the personal messages of the others."""
+        """Return the request for some of the participants.
+
+        Personal messages of the others are left out.
+        """
         return replace(self, participants=participants, broadcast=self.broadcast.only(participants))
 
 
@@ -90,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        """Run the participants: receive, score, compare if requested, prepare the update if requested.
+        """Run the participants: receive, score, compare, prepare the update.
 
         Where updates are collected, a participant that is late or unreachable may be missing from the results. Its
         state is then unchanged, and the observer has been warned.
@@ -120,7 +123,7 @@ class Engine(Protocol):
 
 
 class PartitionedData(Protocol):
-    """Images and their partition: a FederatedDataModule, or the part of it that a worker process has."""
+    """Images and their partition: a FederatedDataModule, or a worker's part of it."""
 
     @property
     def images(self) -> ImageData:

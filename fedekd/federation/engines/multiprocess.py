@@ -71,7 +71,10 @@ class ProcessExecutor:
         """See `Executor`."""
 
     def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
-        """Write the pixels to a file that all processes map: on the CPU they share one copy."""
+        """Write the pixels to a file that all processes map.
+
+        On the CPU they share one copy.
+        """
         self._folder = setup.store
         pixels.tofile(self._folder / "pixels")
         self._setup = pickle.dumps((setup, pixels.shape))
@@ -161,7 +164,10 @@ class _Process:
 
 @contextmanager
 def _signals_masked() -> Iterator[None]:
-    """Context manager: processes started inside never receive Ctrl-C or SIGTERM; their parent ends them."""
+    """Context manager: processes started inside receive neither SIGINT nor SIGTERM.
+
+    Their parent ends them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -174,7 +180,7 @@ class _ParentGoneError(BaseException):
 
 
 def _serve(connection: Connection, folder: Path) -> None:
-    """Main function of a worker process: build the worker, then answer calls until the connection closes."""
+    """Build the worker, then answer calls until the connection closes."""
     die_with_parent(folder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the mask does not hold in threads that libraries start

@@ -1,4 +1,4 @@
-"""Garbage collection and process lifetime: helpers that exist for speed or clean-up alone."""
+"""Garbage collection and process lifetime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Context manager: exclude existing objects from garbage collection (`gc.freeze`).
+    """Context manager: exclude existing objects from garbage collection.
 
     A full collection otherwise visits every imported object, which takes about 0.25 s each time.
     """
@@ -29,7 +29,9 @@ def gc_frozen() -> Iterator[None]:
 
 
 def die_with_parent(folder: Path | None = None) -> None:
-    """End this child process when its parent ends; a killed parent cannot end its children itself.
+    """End this child process when its parent ends.
+
+    A killed parent cannot end its children itself.
 
     Args:
         folder: Temporary folder of the parent, which is then removed.

@@ -1,4 +1,6 @@
-"""Engine that runs clients on a pool of workers, in processes of this machine or on a Ray cluster.
+"""Engine that runs clients on a pool of workers.
+
+Workers are processes of this machine or actors of a Ray cluster.
 
 The state of a client is on disk between its rounds, so that any worker can run any client. The executor decides where
 the workers are; everything else is here.
@@ -37,18 +39,21 @@ class WorkerLostError(Exception):
 
 
 class Executor(Protocol):
-    """Starts workers and calls their methods; workers and pending calls are opaque objects."""
+    """Starts workers and calls their methods.
+
+    Workers and pending calls are opaque, hashable objects.
+    """
 
     def state_folder(self) -> Path | None:
-        """Return the folder in which all workers see files; None for the temporary folder of this machine."""
+        """Return a folder visible to all workers; None is this machine's temporary one."""
         ...
 
     def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
-        """Share the arguments of `ClientWorker` with the workers, and return the number of workers to start."""
+        """Store the arguments of `ClientWorker`, and return the number of workers."""
         ...
 
     def share(self, content: Any) -> Any:
-        """Return an argument for many calls, stored once per machine where that is possible."""
+        """Return an argument for many calls, if possible stored once per machine."""
         ...
 
     def start(self) -> tuple[Any, Any]:
@@ -214,7 +219,7 @@ class WorkerPool:
 
 
 class PoolEngine:
-    """Runs clients on a pool of workers; results equal those of the sequential engine.
+    """Runs clients on a pool of workers, with the results of `SequentialEngine`.
 
     Workers start with the first request and end with `close`.
 
@@ -298,7 +303,10 @@ class PoolEngine:
             self._temporary = None
 
     def _new_version(self, number: int) -> int:
-        """Return a version that no other worker writes: a worker that was given up may still write its own."""
+        """Return a version that no other worker writes.
+
+        A worker that was given up may still write its own.
+        """
         self._assigned[number] = self._assigned.get(number, 0) + 1
         return self._assigned[number]
 
@@ -316,7 +324,10 @@ class PoolEngine:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """Context manager: require an open engine, and close it on an error, which leaves calls pending."""
+        """Context manager: require an open engine, and close it on an error.
+
+        An error leaves pending calls, whose results would be read as those of the next request.
+        """
         if self._closed:
             raise RuntimeError("the engine is closed; the states of its clients are in the checkpoint")
         try:

@@ -80,7 +80,7 @@ class Ray(EngineConfig):
 
 
 class RayExecutor:
-    """Starts workers as actors of a Ray cluster, which is started or joined at the first use.
+    """Starts workers as actors of a Ray cluster, which is joined at first use.
 
     Args:
         options: Cluster, and resources per actor.
@@ -186,7 +186,9 @@ class RayExecutor:
         self._owns_connection = True
 
     def _require_listener(self, address: str) -> None:
-        """Check that a server accepts connections at host:port; Ray itself retries for 12 minutes.
+        """Check that a server accepts connections at host:port.
+
+        Ray itself would retry for 12 minutes.
 
         Raises:
             ConnectionError: If none does.
@@ -203,7 +205,7 @@ class RayExecutor:
             raise ConnectionError(error.strerror or str(error)) from error
 
     def _count_actors(self) -> int:
-        """Return how many actors to start: as requested or as many as fit, at most one per client."""
+        """Return the number of actors: as requested or as fit, at most one per client."""
         machines, wanted, options = self._machines(), self.options.actors, self.options
         capacity = sum(map(self._capacity, machines))
         if capacity < (wanted or 1):
@@ -229,7 +231,10 @@ class RayExecutor:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a Ray error that states the reason: the first, or the last of a trace of the constructor."""
+    """Return the line of a Ray error that states the reason.
+
+    It is the first line, or the last one of a trace of the actor's constructor.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

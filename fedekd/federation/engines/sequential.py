@@ -30,7 +30,7 @@ class Sequential(EngineConfig):
     """Clients run one after another in this process."""
 
     def threads(self, cores: int, clients: int) -> int:
-        """All of them."""
+        """Return all cores."""
         return cores
 
     def __call__(
@@ -46,14 +46,14 @@ class Sequential(EngineConfig):
 
 
 class SequentialEngine:
-    """Runs the clients one after another in this process, over one copy of the data set.
+    """Runs the clients one after another in this process, on one copy of the data.
 
     Args:
-        method: The method, for its two verbs on the client.
-        data: The federation's data, set up.
-        spec: How networks are built and trained.
-        baseline_dir: Where Local's references are kept; None trains them anew.
-        observer: Is told of each phase.
+        method: The method, of which the client's hooks are called.
+        data: Data and partition.
+        spec: Specification of networks and training.
+        baseline_dir: Folder of the local baselines; None stores none.
+        observer: Receives events and warnings.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SequentialEngine:
         return Client(number, self.splits[number], self.images, self.spec)
 
     def client(self, number: int) -> Client:
-        """A client, as it is now."""
+        """Return a client, built at first use."""
         if number not in self.clients:
             client = self._new_client(number)
             client.training_splits = self.method.training_splits
@@ -84,27 +84,27 @@ class SequentialEngine:
         return self.clients[number]
 
     def release(self, number: int) -> None:
-        """Forget a client whose state is kept elsewhere."""
+        """Free the memory of a client whose state is stored elsewhere."""
         self.clients.pop(number, None)
 
     def client_steps(self, number: int) -> int:
-        """Training steps of one phase of a client, as the display counts them."""
+        """Return the training steps of one phase of a client, for the progress display."""
         batches = -(-len(self.splits[number].train) // self.spec.batch_size)
         return batches * self.spec.client.local_epochs
 
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
-        """Local's reference for each client; one client's networks are in memory at a time."""
-        found = {}
+        """Train the local baselines, with one client's networks in memory at a time."""
+        baselines = {}
         with self.spec.trainer.numerics():
             for number, wanted in rounds.items():
                 self.observer.phase_started(number, "local")
-                reference = train_local_baseline(self._new_client(number), wanted, self.baseline_dir)
-                found[number] = LocalBaseline(reference.scores)  # what it loses on which sample is its own affair
+                baseline = train_local_baseline(self._new_client(number), wanted, self.baseline_dir)
+                baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
                 self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
-        return found
+        return baselines
 
     def baseline_client(self, number: int, rounds: int) -> Client | None:
-        """A client as Local left it after so many rounds; None if that is not kept."""
+        """Return a client with its cached local model of `rounds` rounds, or None."""
         client = self._new_client(number)
         return client if restore_local_baseline(client, rounds, self.baseline_dir) else None
 
@@ -137,7 +137,7 @@ class SequentialEngine:
                 yield ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
-        """Compare the local model with the federated one; `final` also deploys the model that the rule selects."""
+        """Compare the local model with the federated one; `final` deploys one of them."""
         rounds, split = min(max(client.supervised_rounds, 1), request.rounds[client.number]), request.rule.split
         local = self._new_client(client.number)
         baseline = train_local_baseline(local, rounds, self.baseline_dir)
@@ -153,17 +153,17 @@ class SequentialEngine:
         return comparison
 
     def score(self, number: int) -> float:
-        """A client's score as it is now."""
+        """See `Engine`."""
         with self.spec.trainer.numerics():
             return self.client(number).score()
 
     def client_state(self, number: int) -> Any:
-        """All that must last of a client."""
+        """See `Engine`."""
         return self.client(number).state_dict()
 
     def load_client_state(self, number: int, state: Any) -> None:
-        """Set a client to a state it had."""
+        """See `Engine`."""
         self.client(number).load_state_dict(state)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """See `Engine`; there is nothing to release."""

@@ -1,4 +1,4 @@
-"""Worker that loads a client's state from disk, runs the client and saves its state."""
+"""Worker that loads the state of a client, runs the client and saves its state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Event = tuple[str, tuple[Any, ...]]
 
 
 class StateStore:
-    """Client states on disk: memory holds only the clients that run, however many there are.
+    """Client states on disk: memory holds only the clients that run.
 
     Each version of a state is a file. The next version does not overwrite the last, so that lost work can be
     repeated from there.
@@ -103,7 +103,9 @@ def replay_events(events: Sequence[Event], observer: Observer) -> None:
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """Everything that a worker needs except the pixels, of which a machine holds one copy for all workers.
+    """Everything that a worker needs, except the pixels.
+
+    A machine holds one copy of the pixels for all its workers.
 
     Attributes:
         method: The method without its server state.
@@ -145,7 +147,7 @@ class _Data:
 
 
 class ClientWorker:
-    """Runs any client of a federation from a version of its stored state, one client at a time.
+    """Runs any client from a version of its stored state, one client at a time.
 
     Every task returns its result and the events of the client.
 
