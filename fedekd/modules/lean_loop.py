@@ -101,6 +101,7 @@ class LeanLoop:
         try:
             with torch.enable_grad(), _own_stream(self.device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*`Trainer\\(barebones=True\\)`")
+                warnings.filterwarnings("ignore", ".*constructed with capturable=True")  # some steps are eager
                 self.trainer.optimizers = [module.configure_optimizers()]
                 module.on_fit_start()
                 if epochs and len(self.batches):
