@@ -1,1 +1,1 @@
-"""How fast fedekd is, beside the best loop that can be written by hand and beside a script as they are found."""
+"""Speed of fedekd, compared with a hand-written loop and a typical script."""

@@ -1,6 +1,6 @@
-"""(a) The reference: FedeKD's two training phases as bare PyTorch, everything tuned by hand for the machine.
+"""(a) Bare loop: FedeKD's two training phases in PyTorch, tuned by hand.
 
-Tensors in memory, channels last, autocast, fused Adam, the teacher asked once a phase, nothing logged.
+Tensors in memory, channels last, autocast, fused Adam, teacher outputs computed once per phase, no logging.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from perf.setting import CalibrationTarget
+from perf.setting import Workload
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _batches(setting: CalibrationTarget, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places within `indices`, images and labels of one epoch's batches."""
+def _batches(setting: Workload, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Iterate over positions, images and labels of the batches of an epoch."""
     order = torch.randperm(len(indices)).to(indices.device)
     for places in order.split(setting.batch_size):
         chosen = indices[places]
@@ -26,7 +26,7 @@ def _batches(setting: CalibrationTarget, indices: Tensor) -> Iterator[tuple[Tens
 
 
 @torch.no_grad()
-def _teach(setting: CalibrationTarget, teacher: nn.Module, indices: Tensor) -> Tensor:
+def _teacher_outputs(setting: Workload, teacher: nn.Module, indices: Tensor) -> Tensor:
     teacher.eval()
     parts = []
     with setting.autocast():
@@ -37,8 +37,8 @@ def _teach(setting: CalibrationTarget, teacher: nn.Module, indices: Tensor) -> T
     return torch.cat(parts).float()
 
 
-def _train(setting: CalibrationTarget, network: nn.Module, teacher: nn.Module, indices: Tensor, loss: Loss) -> None:
-    teacher_outputs = log_softmax(_teach(setting, teacher, indices), dim=1)
+def _train(setting: Workload, network: nn.Module, teacher: nn.Module, indices: Tensor, loss: Loss) -> None:
+    teacher_outputs = log_softmax(_teacher_outputs(setting, teacher, indices), dim=1)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
     for _ in range(setting.epochs):
         for places, x, y in _batches(setting, indices):
@@ -51,7 +51,7 @@ def _train(setting: CalibrationTarget, network: nn.Module, teacher: nn.Module, i
 
 
 def gated(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-    """Eq. 5: the supervised loss, and the proxy's where the gate trusts it (Eq. 1-4)."""
+    """Gated distillation loss (Eq. 1-5)."""
     q = teacher.exp()
     divergence = (q * (teacher - student)).sum(dim=1)
     with torch.no_grad():
@@ -67,11 +67,11 @@ def distilled(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum(dim=1).mean()
 
 
-def private_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
-    """The backward stage: the private model learns from labels and from the proxy."""
+def private_phase(setting: Workload, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
+    """Train the private model on labels and on the outputs of the proxy."""
     _train(setting, private, proxy, indices, gated)
 
 
-def proxy_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
-    """The forward stage: the proxy learns to answer as the private model does."""
+def proxy_phase(setting: Workload, private: nn.Module, proxy: nn.Module, indices: Tensor) -> None:
+    """Train the proxy on the outputs of the private model."""
     _train(setting, proxy, private, indices, distilled)

@@ -15,7 +15,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import log_softmax, nll_loss
 
 from perf import bare
-from perf.setting import CalibrationTarget
+from perf.setting import Workload
 
 #: Log-probabilities of the student and of the teacher, (B, C), and classes, (B,), to a scalar.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ class Steps:
 
     def __init__(
         self,
-        setting: CalibrationTarget,
+        setting: Workload,
         phase: Phase,
         networks: dict[str, nn.Module],
         indices: Tensor,

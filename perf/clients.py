@@ -1,9 +1,9 @@
-"""Many clients on few cores: what fedekd's engines and Flower's simulation need for the same federation.
+"""Time and memory of fedekd's engines and Flower's simulation with many clients.
 
-`python -m perf.clients`, after `make extras`. FedeKD on the digits, dealt evenly, is run in one process, in
-actors of Ray, and by Flower's simulation, which has actors of Ray too: one after the other, each as a program of its
-own. A client has a few images, so that what is measured is what an engine itself takes to have many of them. All three
-must come to the same figures and the same proxy, to the last bit. 200 clients fill some 8 GB of the temporary folder.
+Run as `python -m perf.clients` after `make extras`. FedeKD on digits (iid partition) runs in one process, in Ray
+actors, and in Flower's simulation, which uses Ray actors, too; one after the other, each as a separate program. Clients
+have few images, so the overhead of the engine dominates. All runs must have equal metrics and an equal proxy, bit for
+bit. 200 clients need about 8 GB in the temporary folder.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from perf.process_tree import Held, watched
+from perf.process_tree import Memory, peak_memory
 
-# Nothing of torch is imported before all is measured: this process would share the pages of its libraries.
+# torch is imported only after the measurements: otherwise this process would share the pages of its libraries.
 
-#: The federation, as options of `fit`.
+#: Options of `fit`.
 OPTIONS = (
     *("--config", "digits.yaml", "--data.partition", "iid", "--data.min_samples", "2"),
     *("--trainer.accelerator", "cpu", "--trainer.threads", "1", "--logger", "null", "--quiet", "true"),
 )
 
-#: Where clients run, and what is said of it.
+#: Engines and their names in the table.
 ENGINES = {
     "Sequential": "fedekd, in one process",
     "Ray": "fedekd, {} actors of Ray",
     "Flower": "Flower's simulation, {} actors of Ray",
 }
 
-#: Neither Flower nor Ray tells anybody that it runs; an actor without a GPU is not made blind to those that are there;
-#: and actors do not stand back (nice 15) behind whatever else runs on the machine, Flower's own server among it.
+#: Disables usage reports, keeps GPUs visible to actors that request none, and runs actors at normal priority (Ray's
+#: default is nice 15, behind Flower's server).
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,51 +52,49 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What an engine needed.
+    """Time and memory of an engine.
 
     Attributes:
-        start_up: Seconds from the start of the program until the first client is trained: Local's reference of it is
-            on the disk. Under Flower all sites have introduced themselves by then.
-        rounds: Seconds of each whole round, from checkpoint to checkpoint: every client absorbs, is scored and uploads,
-            the server aggregates, and all is on the disk. The first round, in which nobody absorbs, and the last, in
-            which nobody uploads, are none.
-        whole: Seconds from the start of the program to its end, with Local's references and all rounds.
-        peak: What the program and all that it started held at most.
+        start_up: Seconds until the first local baseline is stored. With Flower, all sites have registered by then.
+        rounds: Seconds per round, from checkpoint to checkpoint. In a counted round each client receives, is scored and
+            sends an update; the first round (no receive) and the last (no update) are left out.
+        whole: Seconds from start to end of the program.
+        peak: Peak memory of the program and its descendants.
     """
 
     start_up: float
     rounds: list[float]
     whole: float
-    peak: Held
+    peak: Memory
 
 
 class Clock:
-    """When a run has done what, by the files that it writes anyway.
+    """Times of a run's progress, from the files that it writes.
 
     Args:
-        folder: Of all that the run writes.
+        folder: Folder of all files of the run.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.began = folder, time.time()
-        self.checkpoints: dict[int, float] = {}  # by the round that comes next
+        self.folder, self.start = folder, time.time()
+        self.checkpoints: dict[int, float] = {}  # by the number of the next round
         self.first_trained = 0.0
 
     def look(self) -> None:
-        """Note what is new; old manifests are removed, so this must be often."""
+        """Record new files; call often, because old manifests are removed."""
         for manifest in self.folder.glob("run/checkpoints/manifest-*.json"):
             with suppress(FileNotFoundError):
                 self.checkpoints[int(manifest.stem.removeprefix("manifest-"))] = manifest.stat().st_mtime
         if not self.first_trained:
-            trained = [path.stat().st_mtime for path in self._references()]
+            trained = [path.stat().st_mtime for path in self._baselines()]
             self.first_trained = min(trained, default=0.0)
 
-    def _references(self) -> Iterator[Path]:
-        for place in ("local", "sites/*/local"):
-            yield from self.folder.glob(f"{place}/*.pt")
+    def _baselines(self) -> Iterator[Path]:
+        for pattern in ("local/*.pt", "sites/*/local/*.pt"):
+            yield from self.folder.glob(pattern)
 
     def rounds(self, rounds: int) -> list[float]:
-        """Seconds of each round from 1 to the last but one, of those whose manifests were seen."""
+        """Return the seconds of each recorded round but the first and the last."""
         seen = self.checkpoints
         return [
             seen[round_idx + 1] - seen[round_idx]
@@ -106,10 +104,10 @@ class Clock:
 
 
 def measure(engine: str, chosen: argparse.Namespace, folder: Path) -> Measured:
-    """Run the federation by an engine, in a program of its own.
+    """Run the federation with an engine in a separate program.
 
     Raises:
-        RuntimeError: If it fails, with the last that it said, or its rounds go by unseen.
+        RuntimeError: If it fails (with the end of its output), or is too fast to record its rounds.
     """
     folder.mkdir()
     options = federation(chosen)
@@ -125,25 +123,25 @@ def measure(engine: str, chosen: argparse.Namespace, folder: Path) -> Measured:
     with log.open("wb") as file:
         process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment)
         try:
-            peak = watched(process, clock.look)
+            peak = peak_memory(process, clock.look)
         finally:
             process.terminate()
             process.wait()
     if process.returncode:
-        raise RuntimeError(f"{engine} has failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:]))
-    whole, rounds = time.time() - clock.began, clock.rounds(chosen.rounds)
+        raise RuntimeError(f"{engine} failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:]))
+    whole, rounds = time.time() - clock.start, clock.rounds(chosen.rounds)
     if not rounds:
-        raise RuntimeError(f"{engine} was too fast for its rounds to be seen; give it more --clients")
-    return Measured(clock.first_trained - clock.began, rounds, whole, peak)
+        raise RuntimeError(f"{engine} was too fast to record its rounds. Raise --clients.")
+    return Measured(clock.first_trained - clock.start, rounds, whole, peak)
 
 
 def federation(chosen: argparse.Namespace) -> list[str]:
-    """The federation as options of `fit`."""
+    """Return the options of `fit`."""
     return [*OPTIONS, f"--data.num_clients={chosen.clients}", f"--rounds={chosen.rounds}", *shlex.split(chosen.options)]
 
 
 def simulate(chosen: argparse.Namespace, folder: Path) -> None:
-    """Run the federation by Flower's simulation, in this process and those that it starts."""
+    """Run the federation with Flower's simulation."""
     from flwr.simulation import run_simulation
 
     from fedekd.flower.apps import Settings, make_client_app, make_server_app
@@ -157,7 +155,7 @@ def simulate(chosen: argparse.Namespace, folder: Path) -> None:
 
 
 def print_table(found: dict[str, Measured], processes: int) -> None:
-    """One line an engine; the ratios are to the last of them."""
+    """Print one line per engine; ratios are to the last one."""
     last = list(found.values())[-1]
     print("| engine | s a round | ratio | peak memory, MiB | ratio | files, MiB | processes | start-up, s | whole, s |")
     print("| --- " * 9 + "|")
@@ -169,14 +167,14 @@ def print_table(found: dict[str, Measured], processes: int) -> None:
             f" | {peak.files:,.0f} | {peak.processes} | {one.start_up:.1f} | {one.whole:.0f} |"
         )
     print(
-        "\nRatios are to the last line. A round is the median of those in which every client absorbs and uploads, with"
-        " the lowest and the highest; memory is that of a program and all that it starts, what they share counted"
-        " once, libraries apart (files); start-up is until the first client is trained."
+        "\nRatios are to the last line. Round: median (lowest to highest) over rounds in which all clients receive and"
+        " send updates. Memory: of the program and its descendants, shared pages counted once, libraries separately (files)."
+        " Start-up: until the first local baseline is stored."
     )
 
 
 def all_the_same(folders: Sequence[Path]) -> bool:
-    """Whether all runs have the same figures and the same proxy as the first; it is told."""
+    """Check and print whether all runs have equal metrics and an equal proxy."""
     from examples.flower_deployment.compare_runs import has_equal_metrics, has_equal_server_state
 
     checks = (has_equal_metrics, has_equal_server_state)
@@ -187,26 +185,34 @@ def all_the_same(folders: Sequence[Path]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, compare, and print it as Markdown; the exit code is 1 if anything differs, 2 if it cannot be run."""
+    """Measure and compare the engines; print Markdown.
+
+    Returns:
+        Exit code: 1 if the runs differ or fail, 2 if a requirement is missing.
+    """
     parser = argparse.ArgumentParser(prog="python -m perf.clients", description=__doc__)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3, help="at least 2: the first and the last are not whole (3)")
-    parser.add_argument("--processes", type=int, default=2, help="actors, of one core each (2)")
-    parser.add_argument("--options", default="", help="further options of fit, such as '--client.local_epochs 5'")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="which, with commas; ratios are to the last")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="at least 2, because the first and the last are not counted (default: 3)"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="number of actors with one core each (default: 2)")
+    parser.add_argument("--options", default="", help="additional options of fit, such as '--client.local_epochs 5'")
+    parser.add_argument(
+        "--engines", default=",".join(ENGINES), help="engines, separated by commas; ratios are to the last one"
+    )
     parser.add_argument("--simulate", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
     engines = chosen.engines.split(",")
     if unknown := [engine for engine in engines if engine not in ENGINES]:
-        parser.error(f"--engines has {unknown[0]!r}; there are {', '.join(ENGINES)}")
+        parser.error(f"--engines: expected some of {', '.join(ENGINES)}, got {unknown[0]!r}")
     for name, least in (("clients", 1), ("rounds", 2), ("processes", 1)):
         if getattr(chosen, name) < least:
-            parser.error(f"--{name} is {getattr(chosen, name)}, and must be at least {least}")
+            parser.error(f"--{name}: expected at least {least}, got {getattr(chosen, name)}")
     if not all(find_spec(extra) for extra in ("ray", "flwr")):
-        print("error: Ray and Flower are not both installed: make extras", file=sys.stderr)
+        print("error: Ray and Flower are not installed. Run: make extras", file=sys.stderr)
         return 2
     if not Path("/proc/self/smaps_rollup").exists():
-        print("error: memory is read from /proc, which Linux alone has", file=sys.stderr)
+        print("error: memory is read from /proc, which exists on Linux only", file=sys.stderr)
         return 2
     if chosen.simulate:
         simulate(chosen, Path(chosen.simulate))

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from fedekd.methods import FedeKD, Local
 from fedekd.modules import lean_loop
 from perf.captured import PHASES, Captured, Phase, Stacked, Steps, Streams
-from perf.setting import CalibrationTarget
+from perf.setting import Workload
 from perf.timing import matmul_peak, step_flops, timed
 
 #: Entries of the profiler that are no kernels.
@@ -45,7 +45,7 @@ class Size:
     repetitions: int = 3
 
 
-def measure(setting: CalibrationTarget, size: Size, keep: Callable[[dict[str, Any]], None]) -> None:
+def measure(setting: Workload, size: Size, keep: Callable[[dict[str, Any]], None]) -> None:
     """Measure all phases: first the times of one client, then kernels, then several clients at once.
 
     Args:
@@ -74,29 +74,29 @@ def measure(setting: CalibrationTarget, size: Size, keep: Callable[[dict[str, An
             keep(found)
 
 
-def _indices(setting: CalibrationTarget, size: Size, client: int = 0) -> Tensor:
+def _indices(setting: Workload, size: Size, client: int = 0) -> Tensor:
     count = size.steps * setting.batch_size
     whole = torch.arange(len(setting.images), device=setting.device)
     return whole.roll(-client * count)[:count] if len(whole) >= count else whole.repeat(count // len(whole) + 1)[:count]
 
 
-def _order(setting: CalibrationTarget, size: Size) -> Tensor:
+def _order(setting: Workload, size: Size) -> Tensor:
     order = torch.randperm(size.steps * setting.batch_size)
     return order.view(size.steps, setting.batch_size).to(setting.device)
 
 
-def _steps(setting: CalibrationTarget, phase: Phase, size: Size, client: int = 0, capturable: bool = False) -> Steps:
+def _steps(setting: Workload, phase: Phase, size: Size, client: int = 0, capturable: bool = False) -> Steps:
     networks: dict[str, nn.Module] = {role: setting.spec.build_model(role, client) for role in ("private", "proxy")}
     return Steps(setting, phase, networks, _indices(setting, size, client), capturable)
 
 
-def _train(setting: CalibrationTarget, contender: Contender, size: Size) -> None:
+def _train(setting: Workload, contender: Contender, size: Size) -> None:
     contender.begin()
     for _ in range(setting.epochs):
         contender.epoch(_order(setting, size))
 
 
-def _contenders(setting: CalibrationTarget, phase: Phase, size: Size) -> dict[str, Callable[[], None]]:
+def _contenders(setting: Workload, phase: Phase, size: Size) -> dict[str, Callable[[], None]]:
     """(a) a bare loop and its captured form, and (b) fedekd's modules by each loop."""
     bare = _steps(setting, phase, size)
     captured = Captured(_steps(setting, phase, size, capturable=True), _order(setting, size))
@@ -109,7 +109,7 @@ def _contenders(setting: CalibrationTarget, phase: Phase, size: Size) -> dict[st
     }
 
 
-def _one_client(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+def _one_client(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
     """Times of the contenders, and how much of fedekd's is spent on capturing a phase."""
     contenders = _contenders(setting, phase, size)
     with _capture_times() as seconds:
@@ -122,7 +122,7 @@ def _one_client(setting: CalibrationTarget, phase: Phase, size: Size, found: dic
     found["rows"] += rows
 
 
-def _add_kernels(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+def _add_kernels(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
     """The kernels of each contender; of few steps, since the profiler takes long over a hundred thousand kernels."""
     few = replace(size, steps=max(1, size.steps // 10))
     contenders = _contenders(setting, phase, few)
@@ -131,7 +131,7 @@ def _add_kernels(setting: CalibrationTarget, phase: Phase, size: Size, found: di
             _note_kernels(setting, row, contenders[row["contender"]], few.steps * setting.epochs)
 
 
-def _several_clients(setting: CalibrationTarget, phase: Phase, size: Size, found: dict[str, Any]) -> None:
+def _several_clients(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
     """Six clients: stacked weights, captured, and captured on a stream each; and one with any cuDNN algorithm."""
     size = replace(size, steps=max(1, size.steps // 4))
     order = _order(setting, size)
@@ -165,7 +165,7 @@ def _difference(reference: Contender, contender: Contender, order: Tensor) -> fl
     return float(((losses[1] - losses[0]).abs() / losses[0].abs().clamp_min(1e-3)).max())
 
 
-def _fedekd(setting: CalibrationTarget, phase: Phase, size: Size, **options: Any) -> Callable[[], None]:
+def _fedekd(setting: Workload, phase: Phase, size: Size, **options: Any) -> Callable[[], None]:
     """One phase of fedekd; `options` replace fields of the TrainerFactory."""
     indices = _indices(setting, size).cpu()
     method = Local() if phase.name == "supervised" else FedeKD()
@@ -203,7 +203,7 @@ def _ignore(result: object) -> None:
 
 
 def _rows(
-    setting: CalibrationTarget,
+    setting: Workload,
     phase: Phase,
     size: Size,
     by_name: dict[str, Callable[[], None]],
@@ -235,14 +235,14 @@ def _rows(
     return rows
 
 
-def _note_kernels(setting: CalibrationTarget, row: dict[str, Any], run: Callable[[], None], steps: int) -> None:
+def _note_kernels(setting: Workload, row: dict[str, Any], run: Callable[[], None], steps: int) -> None:
     """Add to a row what the profiler shows of a run of `steps` steps."""
     kernels, launches = _kernels(setting, run)
     row["kernel_ms"], row["kernels_a_step"] = kernels / steps * 1e3, launches / steps
     row["launch_bound"] = 1.0 - row["kernel_ms"] / row["ms"]
 
 
-def _kernels(setting: CalibrationTarget, run: Callable[[], None]) -> tuple[float, float]:
+def _kernels(setting: Workload, run: Callable[[], None]) -> tuple[float, float]:
     """Seconds of all GPU kernels of a run, by the profiler, and their number; NaN where it cannot see them."""
     if setting.device.type != "cuda":
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""Description of the machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fedekd.modules.trainer_factory import usable_cores
 
 
 def machine() -> str:
-    """The processor, how many cores may be used, and versions; not the machine's name."""
-    told = Path("/proc/cpuinfo")  # Linux alone has it
-    lines = told.read_text().splitlines() if told.exists() else []
+    """Return processor, usable cores and versions, without the host name."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     return f"{cpu}, {usable_cores()} cores; torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,7 +1,7 @@
-"""(c) The same two phases as research scripts have them.
+"""(c) Script: the same two phases as in typical research code.
 
-A DataLoader per phase, float32 in PyTorch's default layout, the teacher run again at every step, the loss read back at
-every step, whole models pickled when they change hands.
+A DataLoader per phase, float32 in PyTorch's default layout, the teacher run in every step, the loss copied to the host
+in every step, whole models pickled between phases.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from perf.setting import CalibrationTarget
+from perf.setting import Workload
 
 
 class Images(Dataset[Any]):
-    """A client's images, scaled one by one."""
+    """Images of a client, scaled one by one."""
 
-    def __init__(self, setting: CalibrationTarget, indices: Tensor) -> None:
+    def __init__(self, setting: Workload, indices: Tensor) -> None:
         self.images, self.targets = setting.data.images.pixels, setting.data.images.targets  # on the host
         self.indices = indices.cpu()
 
@@ -32,13 +32,13 @@ class Images(Dataset[Any]):
         return self.images[index].float() / 127.5 - 1.0, self.targets[index]
 
 
-def _handed_over(network: nn.Module, setting: CalibrationTarget) -> nn.Module:
+def _pickled_copy(network: nn.Module, setting: Workload) -> nn.Module:
     received: nn.Module = pickle.loads(pickle.dumps(network))
     return received.to(setting.device, memory_format=torch.contiguous_format)
 
 
 def gated(logits: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-    """Eq. 5, term by term."""
+    """Gated distillation loss (Eq. 5), term by term."""
     p, q = F.softmax(logits, dim=1), F.softmax(teacher, dim=1)
     log_p, log_q = torch.log(p + 1e-8), torch.log(q + 1e-8)
     divergence = 0.5 * ((p * (log_p - log_q)).sum(dim=1) + (q * (log_q - log_p)).sum(dim=1))
@@ -53,9 +53,9 @@ def distilled(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(teacher, dim=1), reduction="batchmean")
 
 
-def private_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Module, indices: Tensor) -> nn.Module:
-    """The backward stage."""
-    private, proxy = _handed_over(private, setting), _handed_over(proxy, setting)
+def private_phase(setting: Workload, private: nn.Module, proxy: nn.Module, indices: Tensor) -> nn.Module:
+    """Train the private model."""
+    private, proxy = _pickled_copy(private, setting), _pickled_copy(proxy, setting)
     loader = DataLoader(Images(setting, indices), batch_size=setting.batch_size, shuffle=True)
     optimizer = torch.optim.Adam(private.parameters(), lr=1e-4)
     private.train()
@@ -72,12 +72,12 @@ def private_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Modu
             loss.backward()
             optimizer.step()
             running += loss.item()
-    return _handed_over(private, setting)
+    return _pickled_copy(private, setting)
 
 
-def proxy_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Module, indices: Tensor) -> nn.Module:
-    """The forward stage."""
-    private, proxy = _handed_over(private, setting), _handed_over(proxy, setting)
+def proxy_phase(setting: Workload, private: nn.Module, proxy: nn.Module, indices: Tensor) -> nn.Module:
+    """Train the proxy."""
+    private, proxy = _pickled_copy(private, setting), _pickled_copy(proxy, setting)
     loader = DataLoader(Images(setting, indices), batch_size=setting.batch_size, shuffle=True)
     optimizer = torch.optim.Adam(proxy.parameters(), lr=1e-4)
     proxy.train()
@@ -93,12 +93,12 @@ def proxy_phase(setting: CalibrationTarget, private: nn.Module, proxy: nn.Module
             loss.backward()
             optimizer.step()
             running += loss.item()
-    return _handed_over(proxy, setting)
+    return _pickled_copy(proxy, setting)
 
 
 @torch.no_grad()
-def accuracy(setting: CalibrationTarget, private: nn.Module, indices: Tensor) -> float:
-    """The test accuracy of a client."""
+def accuracy(setting: Workload, private: nn.Module, indices: Tensor) -> float:
+    """Return the test accuracy of a client."""
     private.eval()
     loader = DataLoader(Images(setting, indices), batch_size=256)
     right = sum(int((private(x.to(setting.device)).argmax(dim=1).cpu() == y).sum()) for x, y in loader)

@@ -1,4 +1,4 @@
-"""What all contenders share: data, models, number of steps, precision, threads."""
+"""Workload of all contenders: data, models, steps, precision, threads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedekd.modules import TrainerFactory
 
 
 @dataclass
-class CalibrationTarget:
-    """One benchmark's common ground.
+class Workload:
+    """Data and models that all contenders train.
 
     Attributes:
-        data: FashionMNIST, or random images of its shape, dealt to six clients at alpha 0.1.
-        spec: How networks are built and trained.
+        data: FashionMNIST, or random images of its shape, partitioned across six clients (alpha 0.1).
+        spec: How models are built and trained.
         images: All images, uint8, on the device.
         targets: All labels, on the device.
-        source: Where the images come from.
+        source: Name of the data.
     """
 
     data: FederatedDataModule
@@ -33,17 +33,17 @@ class CalibrationTarget:
 
     @property
     def batch_size(self) -> int:
-        """Samples of a training batch."""
+        """Size of a training batch."""
         return self.spec.batch_size
 
     @property
     def eval_batch_size(self) -> int:
-        """Samples of an evaluation batch."""
+        """Size of an evaluation batch."""
         return self.spec.eval_batch_size
 
     @property
     def epochs(self) -> int:
-        """Epochs of a phase."""
+        """Epochs per phase."""
         return self.spec.client.local_epochs
 
     @property
@@ -53,20 +53,20 @@ class CalibrationTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of training."""
         return self.trainer.torch_device
 
     def autocast(self) -> torch.autocast:
-        """The precision of forward passes."""
+        """Return a context manager with the precision of forward passes."""
         return self.trainer.autocast()
 
     def synchronize(self) -> None:
-        """Wait for what was launched on a GPU."""
+        """Wait for all kernels on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def client(self, method: Method, indices: Tensor) -> Client:
-        """A client that trains on the samples `indices`, ready for its first phase."""
+        """Return a client that trains on the samples `indices`."""
         method.init_server(self.spec)
         images = replace(self.data.images, pixels=self.images, targets=self.targets)
         client = Client(0, replace(self.data.clients[0], train=indices), images, self.spec)
@@ -74,8 +74,17 @@ class CalibrationTarget:
         return client
 
 
-def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0) -> CalibrationTarget:
-    """FashionMNIST's first `samples` images, or random ones where it is not at hand; nothing is downloaded."""
+def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0) -> Workload:
+    """Return the workload on FashionMNIST, or on random images without the data.
+
+    Nothing is downloaded.
+
+    Args:
+        trainer: Device, precision and threads.
+        root: Folder of the data files.
+        samples: Number of images.
+        seed: Seed of the random images, the partition and the models.
+    """
     try:
         whole, source = load_images("fashionmnist", root, download=False), "FashionMNIST"
         images, targets = whole.pixels[:samples], whole.targets[:samples]
@@ -89,4 +98,4 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
     data.setup()
     spec = FederationSpec.from_parts(data, ClientOptions(), trainer, rounds=1, seed=seed, num_clients=6)
     device = spec.trainer.torch_device
-    return CalibrationTarget(data, spec, data.images.pixels.to(device), data.images.targets.to(device), source)
+    return Workload(data, spec, data.images.pixels.to(device), data.images.targets.to(device), source)

@@ -1,4 +1,4 @@
-"""How long training takes: the phases of a client, a round, and clients side by side."""
+"""Training time of a client's phases, of a round, and of parallel clients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedekd.federation import Engine, MultiProcess, RoundRequest, Sequential, Se
 from fedekd.methods import Broadcast, FedeKD
 from fedekd.modules.trainer_factory import usable_cores
 from perf import bare, script
-from perf.setting import CalibrationTarget
+from perf.setting import Workload
 from perf.timing import NAMES, matmul_peak, print_ratios, step_flops, timed
 
 
-def phases(setting: CalibrationTarget, repetitions: int, steps: int) -> None:
-    """A client's two training phases, the three contenders in turns."""
+def phases(setting: Workload, repetitions: int, steps: int) -> None:
+    """Time the two training phases of a client for all contenders."""
     peak = matmul_peak(setting)
     indices = torch.cat([splits.train for splits in setting.data.clients])[: steps * setting.batch_size]
-    place = indices.to(setting.device)
+    on_device = indices.to(setting.device)
     method = FedeKD()
     client = setting.client(method, indices)
     proxy_state = method.prepare_update(client, 0).state
@@ -44,7 +44,7 @@ def phases(setting: CalibrationTarget, repetitions: int, steps: int) -> None:
         timing = timed(
             setting,
             {
-                "bare": lambda run=by_hand, n=networks: run(setting, n["private"], n["proxy"], place),
+                "bare": lambda run=by_hand, n=networks: run(setting, n["private"], n["proxy"], on_device),
                 "fedekd": ours,
                 "script": lambda run=as_script, n=networks: run(setting, n["private"], n["proxy"], indices),
             },
@@ -55,15 +55,15 @@ def phases(setting: CalibrationTarget, repetitions: int, steps: int) -> None:
             step = median(seconds) / total
             samples, share = setting.batch_size / step, flops / step / peak
             print(f"| {role} | {NAMES[name]} | {step * 1e3:.1f} | {samples:,.0f} | {share:.0%} |")
-        ratios += [(role, timing.ratio(slow, fast), slow, fast) for slow, fast in _HELD]
+        ratios += [(role, timing.ratio(slow, fast), slow, fast) for slow, fast in _COMPARED]
     print_ratios(ratios)
 
 
-_HELD = (("script", "bare"), ("fedekd", "bare"), ("script", "fedekd"))
+_COMPARED = (("script", "bare"), ("fedekd", "bare"), ("script", "fedekd"))
 
 
-def whole_round(setting: CalibrationTarget, repetitions: int) -> None:
-    """A round of FedeKD over six clients: absorb, score, upload, average."""
+def whole_round(setting: Workload, repetitions: int) -> None:
+    """Time a round of FedeKD over six clients: receive, score, update, average."""
     method = FedeKD()
     method.init_server(setting.spec)
     engine = SequentialEngine(method, setting.data, setting.spec)
@@ -98,17 +98,21 @@ def whole_round(setting: CalibrationTarget, repetitions: int) -> None:
     print_ratios([("round", timing.ratio("script", "fedekd"), "script", "fedekd")])
 
 
-def side_by_side(setting: CalibrationTarget, repetitions: int) -> None:
-    """Six clients: in one process with one thread and with all cores, and in as many processes of one thread."""
+def parallel_clients(setting: Workload, repetitions: int) -> None:
+    """Time six clients in one process (one thread, all cores) and in parallel."""
     cores = usable_cores()
     many = min(cores, 6)
-    one, threaded, beside = "one process, 1 thread", f"one process, {cores} threads", f"{many} processes, 1 thread each"
+    one, threaded, parallel = (
+        "one process, 1 thread",
+        f"one process, {cores} threads",
+        f"{many} processes, 1 thread each",
+    )
     engines: dict[str, Engine] = {}
     contenders: dict[str, Callable[[], None]] = {}
     for name, threads, placement in (
         (one, 1, Sequential()),
         (threaded, cores, Sequential()),
-        (beside, 1, MultiProcess(many)),
+        (parallel, 1, MultiProcess(many)),
     ):
         trainer = replace(setting.trainer, threads=threads)
         method = FedeKD()
@@ -122,7 +126,7 @@ def side_by_side(setting: CalibrationTarget, repetitions: int) -> None:
     print(f"\n## Six clients on {cores} cores\n")
     for name, values in timing.seconds.items():
         print(f"- {name}: {median(values):.1f} s")
-    pairs = ((one, threaded), (threaded, beside))
+    pairs = ((one, threaded), (threaded, parallel))
     print_ratios([("round", timing.ratio(slow, fast), slow, fast) for slow, fast in pairs])
 
 
@@ -134,5 +138,5 @@ def _visit(engine: Engine, broadcast: Broadcast) -> None:
 
 
 def _nudged(broadcast: Broadcast) -> Broadcast:
-    """Not the initial proxy, which nobody is taught by."""
+    """Return a proxy that differs from the initial one, which FedeKD skips."""
     return Broadcast({name: tensor + 1e-3 for name, tensor in broadcast.shared.items()})

@@ -50,6 +50,18 @@ DONE = (
     "fedekd/seeding.py",
     "fedekd/tasks.py",
     "orchestrator.py",
+    "perf/__init__.py",
+    "perf/__main__.py",
+    "perf/bare.py",
+    "perf/clients.py",
+    "perf/footprint.py",
+    "perf/machine.py",
+    "perf/process_tree.py",
+    "perf/script.py",
+    "perf/setting.py",
+    "perf/timing.py",
+    "perf/training.py",
+    "perf/where.py",
 )
 ALL = ("fedekd", "configs", "orchestrator.py", "perf", "experiments", "examples", "README.md", "docs")
 

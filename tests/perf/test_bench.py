@@ -1,4 +1,4 @@
-"""`make bench` runs from end to end, and its contenders train what fedekd trains."""
+"""`make bench`: it runs, and all contenders train the same model."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from fedekd.modules import (
 from fedekd.modules.energies import DisagreementEnergy
 from perf import bare, script
 from perf.__main__ import main
-from perf.setting import CalibrationTarget, make_setting
+from perf.setting import Workload, make_setting
 
 
 @pytest.fixture
-def setting() -> CalibrationTarget:
+def setting() -> Workload:
     trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1)
     return make_setting(trainer, root="nowhere", samples=600)
 
 
 @pytest.mark.slow
-def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = (
         "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1 --only phases,where,round,startup"
     )
     monkeypatch.setattr("sys.argv", ["bench", *options.split()])
     main()
-    told = capsys.readouterr().out
-    assert "random images of FashionMNIST's shape" in told
+    output = capsys.readouterr().out
+    assert "random images of FashionMNIST's shape" in output
     for line in (
         "| private | (b) fedekd | ",
         "| private | (b) fedekd / (a) bare loop | ",
         "| round | (c) script / ",
         "| backward | ",
     ):
-        assert line in told
-    assert re.search(r"`python orchestrator.py --help`: \d+\.\d\d s", told)
+        assert line in output
+    assert re.search(r"`python orchestrator.py --help`: \d+\.\d\d s", output)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_it_runs_and_tells_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (bare.distilled, [DistillationLoss("classification")]),
     ],
 )
-def test_the_losses_are_fedekds(by_hand: bare.Loss, objectives: list[LossTerm]) -> None:
+def test_contenders_have_equal_losses(by_hand: bare.Loss, objectives: list[LossTerm]) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(64, 10, dtype=torch.float64, generator=generator, requires_grad=True)
     teacher = torch.randn(64, 10, dtype=torch.float64, generator=generator)
@@ -67,17 +67,17 @@ def test_the_losses_are_fedekds(by_hand: bare.Loss, objectives: list[LossTerm]) 
     ours = sum(term(ModelOutput((student,)), ModelOutput((teacher,)), y, lambda *_: None) for term in objectives)
     theirs = by_hand(student.log_softmax(dim=1), teacher.log_softmax(dim=1), y)
     scripted = script.gated(student, teacher, y) if by_hand is bare.gated else script.distilled(student, teacher)
-    (wanted,) = torch.autograd.grad(ours, student, retain_graph=True)
-    # The script adds 1e-8 within its logarithms.
+    (expected,) = torch.autograd.grad(ours, student, retain_graph=True)
+    # The script adds 1e-8 inside its logarithms.
     for loss, tolerance in ((theirs, 1e-9), (scripted, 1e-6)):
         torch.testing.assert_close(loss, ours, rtol=tolerance, atol=0)
         (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
-        torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance * 1e-2)
+        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance * 1e-2)
 
 
 @pytest.mark.parametrize("phase", ["private", "proxy"])
-def test_all_three_take_the_same_step(phase: str, setting: CalibrationTarget) -> None:
-    """One batch, one epoch. Adam's first step is 1e-4 along the gradient's sign, which rounding may turn near 0."""
+def test_contenders_take_the_same_step(phase: str, setting: Workload) -> None:
+    """One batch, one epoch. Adam's first step is 1e-4 times the sign of the gradient, which may flip near 0."""
     indices = setting.data.clients[0].train[: setting.batch_size]
     method = FedeKD(proxy_epochs=1)
     setting.spec = replace(setting.spec, client=ClientOptions(local_epochs=1))

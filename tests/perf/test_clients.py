@@ -1,4 +1,4 @@
-"""Engines side by side: what is timed, what is compared, and what is said where something is missing."""
+"""Comparison of engines: times, equality checks, and errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from perf import clients
 from perf.clients import Clock, main
 
 
-def test_whole_rounds_are_timed_by_their_checkpoints(tmp_path: Path) -> None:
-    """Of rounds 0 to 3 the first absorbs nothing and the last uploads nothing; a manifest is named by what follows."""
+def test_clock_times_rounds_by_their_checkpoints(tmp_path: Path) -> None:
+    """Rounds 0 and 3 are not counted; a manifest is named by the next round."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "sites/site-001/local").mkdir(parents=True)
     clock = Clock(tmp_path)
@@ -27,21 +27,21 @@ def test_whole_rounds_are_timed_by_their_checkpoints(tmp_path: Path) -> None:
         manifest.touch()
         os.utime(manifest, (time, time))
         clock.look()
-        manifest.unlink()  # as old ones are
+        manifest.unlink()  # old manifests are removed
     assert clock.rounds(3) == [10, 15]
     assert clock.first_trained == 50
 
 
-def test_without_the_extras_it_says_how_to_get_them(
+def test_main_without_extras_prints_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(clients, "find_spec", lambda name: None)
     assert main([]) == 2
-    assert capsys.readouterr().err == "error: Ray and Flower are not both installed: make extras\n"
+    assert capsys.readouterr().err == "error: Ray and Flower are not installed. Run: make extras\n"
 
 
 @pytest.mark.parametrize("wrong", ["--engines=Ray,Rai", "--rounds=1", "--clients=0", "--processes=0"])
-def test_what_cannot_be_measured_is_said(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_invalid_option_names_it(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([wrong])
     assert wrong.rpartition("=")[0] in capsys.readouterr().err
@@ -52,9 +52,9 @@ def test_what_cannot_be_measured_is_said(wrong: str, capsys: pytest.CaptureFixtu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("ray", "flwr"))), reason="needs Ray and Flower")
-def test_all_engines_come_to_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_all_engines_have_equal_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--clients=6", "--rounds=2", "--options=--client.local_epochs 1"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in clients.ENGINES.values():
-        assert f"| {name.format(2)} | " in told
-    assert "Every figure of every round is the same.\nThe last proxy is the same, bit for bit." in told
+        assert f"| {name.format(2)} | " in output
+    assert "Every figure of every round is the same.\nThe last proxy is the same, bit for bit." in output

@@ -14,22 +14,22 @@ from torch import nn
 from fedekd.modules import TrainerFactory
 from perf import gpu
 from perf.captured import PHASES, Captured, Phase, Stacked, Steps, Streams
-from perf.setting import CalibrationTarget, make_setting
+from perf.setting import Workload, make_setting
 
 
 @pytest.fixture
-def setting() -> CalibrationTarget:
+def setting() -> Workload:
     trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1)
     return make_setting(trainer, root="nowhere", samples=600)
 
 
-def steps(setting: CalibrationTarget, phase: Phase, number: int) -> Steps:
+def steps(setting: Workload, phase: Phase, number: int) -> Steps:
     networks: dict[str, nn.Module] = {role: setting.spec.build_model(role, number) for role in ("private", "proxy")}
     return Steps(setting, phase, networks, torch.arange(8) + 8 * number)
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
-def test_contenders_have_the_same_losses(setting: CalibrationTarget, phase: Phase) -> None:
+def test_contenders_have_the_same_losses(setting: Workload, phase: Phase) -> None:
     order = torch.tensor([[0, 3, 2, 1], [7, 4, 5, 6], [1, 2, 4, 7]])
 
     def clients() -> list[Steps]:

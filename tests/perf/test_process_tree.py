@@ -1,4 +1,4 @@
-"""Memory of a tree of processes: what is shared counts once, and what has ended is forgotten."""
+"""Memory of a process tree: shared pages count once, ended processes do not count."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from perf.process_tree import family, held, watched
+from perf.process_tree import descendants, memory_of, peak_memory
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux alone tells it")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
 
-#: 64 MiB of one's own, then as many that a parent shares with its child; each line is said when that is so.
+#: Allocates 64 MiB, then shares as many between parent and child; prints a line after each step.
 PROGRAM = """
 import mmap, os, sys, time
-def say(what):
-    print(what, flush=True)
+def step(name):
+    print(name, flush=True)
     sys.stdin.readline()
-say("begun")
+step("begun")
 own = bytearray(b"1") * 2**26
-say("own")
+step("own")
 shared = mmap.mmap(-1, 2**26)
 shared.write(b"1" * 2**26)
-told, here = os.pipe(), os.pipe()
+ready, done = os.pipe(), os.pipe()
 if os.fork() == 0:
     shared.seek(0)
     shared.read()
-    os.write(told[1], b"1")
-    os.read(here[0], 1)
+    os.write(ready[1], b"1")
+    os.read(done[0], 1)
     os._exit(0)
-os.read(told[0], 1)
-say("shared")
-os.write(here[1], b"1")
+os.read(ready[0], 1)
+step("shared")
+os.write(done[1], b"1")
 os.wait()
-say("ended")
+step("ended")
 """
 
 
@@ -47,7 +47,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def after(process: subprocess.Popen[bytes], word: str, go_on: bool = True) -> None:
-    """Wait until the program is as far as this, which it was told to go to."""
+    """Let the program continue, and wait for its next line."""
     assert process.stdin is not None
     assert process.stdout is not None
     if go_on:
@@ -56,31 +56,31 @@ def after(process: subprocess.Popen[bytes], word: str, go_on: bool = True) -> No
     assert process.stdout.readline().strip() == word.encode()
 
 
-def test_what_is_shared_counts_once(process: subprocess.Popen[bytes]) -> None:
+def test_memory_of_shared_pages_count_once(process: subprocess.Popen[bytes]) -> None:
     after(process, "begun", go_on=False)
-    begun = held(process.pid)
+    begun = memory_of(process.pid)
     assert begun.processes == 1
     assert begun.files > 0
     after(process, "own")
-    assert held(process.pid).own - begun.own == pytest.approx(64, abs=2)
+    assert memory_of(process.pid).own - begun.own == pytest.approx(64, abs=2)
     after(process, "shared")
-    together = held(process.pid)
-    assert together.processes == len(family(process.pid)) == 2
+    together = memory_of(process.pid)
+    assert together.processes == len(descendants(process.pid)) == 2
     assert together.own - begun.own == pytest.approx(128, abs=3)
     after(process, "ended")
-    assert held(process.pid).processes == 1
+    assert memory_of(process.pid).processes == 1
 
 
-def test_the_peak_is_kept_when_it_is_past() -> None:
+def test_peak_memory_is_kept_after_it_is_freed() -> None:
     program = "import time; held = bytearray(b'1') * 2**26; time.sleep(1); del held; time.sleep(0.5)"
     looks: list[int] = []
     with subprocess.Popen([sys.executable, "-c", program]) as process:
-        peak = watched(process, lambda: looks.append(1))
+        peak = peak_memory(process, lambda: looks.append(1))
     assert 64 < peak.own < 96
     assert len(looks) >= 2
 
 
-def test_what_is_gone_holds_nothing() -> None:
+def test_memory_of_ended_process_is_zero() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
-    assert held(process.pid).own == 0
+    assert memory_of(process.pid).own == 0
