@@ -168,7 +168,7 @@ def print_table(found: dict[str, Measured], processes: int) -> None:
         )
     print(
         "\nRatios are to the last line. Round: median (lowest to highest) over rounds in which all clients receive and"
-        " send updates. Memory: of the program and its descendants, shared pages counted once, libraries separately (files)."
+        " send updates. Memory: of the program and its descendants, shared pages counted once, libraries (files) apart."
         " Start-up: until the first local baseline is stored."
     )
 
