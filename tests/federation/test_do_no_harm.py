@@ -38,8 +38,8 @@ class Uneven(Method):
         network, epochs = client.networks["private"], client.spec.client.local_epochs
         module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
         times = 4 if client.number == 2 else 1
-        client.train("private", module, client.supervised_rounds + 1, epochs=times * epochs, carry_optimizer=True)
-        client.supervised_epochs += epochs
+        client.train_supervised(module, epochs=times * epochs, carry_optimizer=True)
+        client.supervised_epochs -= (times - 1) * epochs  # its baseline is trained as long as the others'
         if client.number == 1 and round_idx == client.spec.rounds:
             torch.nn.init.zeros_(network.head.weight)
         return {}
@@ -379,7 +379,7 @@ class PermutedProxies(FedeKD):
             logits.roll(1 + client.number, dims=1) for logits in client.predict("private", "train").tensors
         )
         client.train("proxy", module, round_idx, teacher_outputs=teacher_outputs)
-        return self.proxy_of(client)
+        return ClientUpdate.of(client, proxy)
 
 
 @pytest.mark.parametrize("malicious", [[0], [0, 1, 2]])
