@@ -91,7 +91,7 @@ def write_document(title: str, text: Sequence[str], sections: Sequence[Section],
         for name, frame in section.data.items():
             written.append(folder / "tables" / f"{name}.csv")
             write_text(written[-1], frame.to_csv(index=False, lineterminator="\n"))
-    templates = environment("fedekd.reporting")
+    templates = environment()
     templates.filters["lines"] = _html_lines
     content = {"title": title, "text": text, "sections": sections, "markdown_table": markdown_table}
     embedded = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}

@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 
 
 @cache
-def environment(package: str) -> Environment:
-    """Return the templates of a package, with those shared by all reports.
-
-    Args:
-        package: Package with a folder `templates`, such as `fedekd.benchmark`.
-    """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+def environment() -> Environment:
+    """Return the templates of the reports, with their filters."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     templates = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("fedekd.reporting")]),
+        loader=PackageLoader("fedekd.reporting"),
         autoescape=select_autoescape(("html",)),
         undefined=StrictUndefined,
         trim_blocks=True,

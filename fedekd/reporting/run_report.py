@@ -123,6 +123,8 @@ def _run_section(name: str, run: Run) -> Section:
     ):
         if summary.get(kind):
             points = pd.DataFrame(summary[kind])
+            if kind == "budgets":
+                points = points[(4 * points["budget"]) % 1 == 0]  # quarters only
             first = points.columns[0]
             tables[caption] = pd.DataFrame(
                 {

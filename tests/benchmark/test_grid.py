@@ -100,7 +100,7 @@ def test_require_valid_trainer_options_replace_those_of_the_grid() -> None:
     # A GPU without bfloat16.
     block = replace(BLOCK, methods={"L": {"class_path": "Local"}}, options={"trainer.precision": "16-mixed"})
     grid = cells([block])[:1]
-    with pytest.raises(UserError, match="trainer.precision: expected"):
+    with pytest.raises(UserError, match=r"trainer\.precision: expected"):
         require_valid(grid, {"accelerator": "cpu"})
     require_valid(grid, {"accelerator": "cpu", "precision": "32-true"})
 
