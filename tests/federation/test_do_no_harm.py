@@ -96,13 +96,13 @@ def test_deployed_local_model_equals_local_after_as_many_rounds(
     folder = None if held is None else tmp_path / "local"
     if held:
         harmless(FedeKD(), rounds=RoundOptions(rounds=held), baseline_dir=folder, do_no_harm=None).run()
-    alone, without = harmless(Local(), do_no_harm=None), harmless(do_no_harm=None)
+    local_run, without = harmless(Local(), do_no_harm=None), harmless(do_no_harm=None)
     run = harmless(baseline_dir=folder, output=tmp_path / "run")
-    for each in (alone, without):
+    for each in (local_run, without):
         each.run()
     summary = run.run()
     assert [client["deployed"] for client in summary["clients"]] == ["local", "local", "federated"]
-    assert_equal_weights(deployed_local(run), of_clients(weights(alone), 0, 1))
+    assert_equal_weights(deployed_local(run), of_clients(weights(local_run), 0, 1))
     assert_equal_weights(weights(run), weights(without))  # the federated models stay
     opened = harmless(output=tmp_path / "run")
     clients = opened.load_clients()
@@ -125,10 +125,10 @@ def right(client: Any, network: Any, split: str) -> list[bool]:
 
 @pytest.mark.parametrize("keep", ["certified", "better"])
 def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_path: Path, keep: Any) -> None:
-    run, alone = harmless(do_no_harm=DoNoHarm(0.5, rule=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
+    run, local_run = harmless(do_no_harm=DoNoHarm(0.5, rule=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
     summary = run.run()
-    alone.run()
-    engines: Any = run.engine, alone.engine
+    local_run.run()
+    engines: Any = run.engine, local_run.engine
     before, after = [], []
     for number, client_summary in enumerate(summary["clients"]):
         ours, theirs = (engine.clients[number] for engine in engines)
@@ -178,10 +178,10 @@ def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_pa
 
 def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> None:
     rule = DoNoHarm(0.1, clip=0.5)
-    run, alone = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
+    run, local_run = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
     summary = run.run()
-    alone.run()
-    engines: Any = run.engine, alone.engine
+    local_run.run()
+    engines: Any = run.engine, local_run.engine
     for number, client_summary in enumerate(summary["clients"]):
         errors = []
         for engine in engines:
@@ -293,8 +293,8 @@ def test_every_method_deploys_the_model_that_delta_is_computed_with(
     summary = run.run()
     case = client.exits, len(run.progress.local[0])
     if case not in local_results:
-        alone = harmless(Local(), client=client, do_no_harm=None, rounds=RoundOptions(rounds=case[1]))
-        local_results[case] = [each["score"] for each in alone.run()["clients"]], weights(alone)
+        local_run = harmless(Local(), client=client, do_no_harm=None, rounds=RoundOptions(rounds=case[1]))
+        local_results[case] = [each["score"] for each in local_run.run()["clients"]], weights(local_run)
     scores, expected = local_results[case]
     assert [each["local"] for each in summary["clients"]] == scores
     assert_equal_weights(deployed_local(run), expected)

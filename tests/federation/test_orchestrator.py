@@ -34,9 +34,9 @@ def assert_same_weights(one: Orchestrator, two: Orchestrator, role: str = "priva
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_run_lambda_kd_zero_equals_local_bit_for_bit(federate: Federate, npz: Path, task: Any) -> None:
     parts = {"data": FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=8, task=task)}
-    alone, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
-    ours, theirs = federated.run(), alone.run()
-    assert_same_weights(alone, federated)
+    local_run, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
+    ours, theirs = federated.run(), local_run.run()
+    assert_same_weights(local_run, federated)
     assert ours["delta"]["avg"] == ours["delta"]["worst"] == 0.0
     assert [client["score"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
     assert [client["local"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]

@@ -42,7 +42,8 @@ def die_with_parent(folder: Path | None = None) -> None:
         if parent is not None:
             parent.join()
             if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                for _ in range(3):  # the main thread may still write a file
+                    shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
