@@ -218,7 +218,7 @@ def test_fit_existing_folder_is_refused_and_unchanged(
         (["--client.optimizer=torch.optim.lbfgs.LBFGS"], "LBFGS"),
         (["--client.optimizer=SparseAdam"], "SparseAdam"),
         (["--client.local_epochs=0"], "client.local_epochs"),
-        (["--method.energy=kll"], "did you mean 'kl'"),
+        (["--method.energy=kll"], "Did you mean 'kl'"),
         (["--method.energy=no.such.Energy"], "no.such.Energy"),
         (["--method.energy=torch.nn.Linear"], "fedekd.modules.Energy"),
         (["--method.energy=fedekd.modules.energies.FeatureEnergy"], "init_args"),
