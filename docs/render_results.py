@@ -1,0 +1,519 @@
+"""Render docs/results/*.md from the templates in docs/_templates/results and the CSV files in results/.
+
+Run `make tables` after a change of results/ or of a template. `--check` writes nothing and exits with 1 if a committed
+page differs from what is rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+import pandas as pd
+from scipy.stats import binomtest, ttest_ind_from_stats, wilcoxon
+
+from fedekd.functional import paired_p_value
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "results"
+TEMPLATES = DOCS / "_templates" / "results"
+
+#: Data sets in the order of the paper, with their display names.
+DATASETS = {
+    "fashionmnist": "FashionMNIST",
+    "cifar10": "CIFAR-10",
+    "octmnist": "OCTMNIST",
+    "organamnist": "OrganAMNIST",
+    "retinamnist": "RetinaMNIST",
+    "diabetic_retinopathy": "Diabetic Retinopathy",
+    "digits": "digits",
+}
+#: Column of the results, and its head in the tables.
+FIGURES = {"mean": "score", "delta_avg": "Delta avg", "delta_worst": "Delta worst", "delta_tail": "Delta P10/P90"}
+DELTAS = {"delta_avg": "average", "delta_worst": "worst client"}
+MARGINS = (0.0, 0.005, 0.01, 0.02)
+BUDGETS = (25, 50, 75)
+LEVEL = 0.05
+#: Fewest pairs for Wilcoxon's test: with five pairs its smallest two-sided p is 2 / 2^5 = 0.0625.
+MIN_PAIRS = 6
+MIN_SEEDS = 3
+#: Seeds behind each cell of the FedeKD paper (Appendix H).
+PAPER_SEEDS = 10
+
+#: Names of calibration modes in results measured before they were renamed.
+MODES = {"path": "ltt_joint", "released": "safekd_code", "plug_in": "empirical"}
+
+
+# ---------------------------------------------------------------- reading and formatting
+
+
+@cache
+def read(path: str) -> pd.DataFrame:
+    """A CSV file below results/; a sweep over a parameter has its name in `parameter` and its value in `value`."""
+    frame = pd.read_csv(RESULTS / path)
+    if "method" in frame:
+        sweep = frame["method"].str.extract(r"^(beta|lambda_kd) ([\d.]+)$")
+        frame["parameter"], frame["value"] = sweep[0], sweep[1].astype(float)
+        if frame.duplicated(["method", "dataset", "alpha", "seed"]).any():
+            raise ValueError(f"{path}: two rows of one method, alpha and seed")
+    return frame
+
+
+def minus(text: str) -> str:
+    """Use the minus sign in place of the hyphen before a number."""
+    return text.replace("-", "−")
+
+
+def spread(values: Iterable[float], signed: bool) -> str:
+    """Mean ± sample standard deviation; the value alone if there is one."""
+    series = pd.Series(list(values), dtype=float)
+    mean = f"{series.mean():{'+' if signed else ''}.4f}"
+    return f"{mean} ± {series.std():.4f}" if len(series) > 1 else mean
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---------------------------------------------------------------- methods, sweeps, the gate
+
+
+def methods(dataset: str) -> str:
+    """One row per alpha and method, best mean Delta first; Local is the baseline that every run trains."""
+    frame = read(f"{dataset}.csv")
+    frame = frame[frame["parameter"].isna()]
+    sign = 1 if frame["metric"].iloc[0] == "accuracy" else -1
+    local = frame.drop_duplicates(["alpha", "seed"])
+    local = local.assign(method="Local", mean=local["local_mean"], delta_avg=0.0, delta_worst=0.0, delta_tail=0.0)
+    rows = []
+    for alpha, at_alpha in pd.concat([frame, local]).groupby("alpha", sort=True):
+        groups = {name: group for name, group in at_alpha.groupby("method", sort=False)}
+        for name in sorted(groups, key=lambda name: -sign * groups[name]["delta_avg"].mean()):
+            group = groups[name]
+            cells = [spread(group[column], column != "mean") for column in FIGURES]
+            if name == "Local":
+                cells[1:] = ["0"] * 3
+            head = [f"{dataset}, {group['metric'].iloc[0]}", f"{alpha:g}", name]
+            rows.append([*head, *cells, str(len(group))])
+    return markdown(["data set", "alpha", "method", *FIGURES.values(), "seeds"], rows)
+
+
+def sweep(parameter: str, default: float = 1.0, alpha: float = 0.5) -> str:
+    """Average Delta over the values of a parameter, over the seeds that all values have."""
+    table: dict[str, pd.Series] = {}
+    columns: set[float] = set()
+    for dataset in ("retinamnist", "digits"):
+        frame = read(f"{dataset}.csv")
+        frame = frame[frame["alpha"] == alpha]
+        at_default = frame[frame["method"] == "FedeKD"].assign(value=default)
+        swept = pd.concat([frame[frame["parameter"] == parameter], at_default])
+        wide = swept.pivot(index="seed", columns="value", values="delta_avg").dropna()
+        table[f"{dataset}, {frame['metric'].iloc[0]}"] = wide
+        columns |= set(wide.columns)
+    values = sorted(columns)
+    rows = [
+        [name, *(spread(wide[value], True) if value in wide else "" for value in values), str(len(wide))]
+        for name, wide in table.items()
+    ]
+    return markdown([f"average Delta at alpha {alpha}", *(f"{parameter} {v:g}" for v in values), "seeds"], rows)
+
+
+def _paired(first: pd.DataFrame, second: pd.DataFrame, column: str) -> tuple[int, float, float | None]:
+    """Pairs, mean difference, and the two-sided p of Wilcoxon's signed-rank test."""
+    both = first.set_index("seed")[column].align(second.set_index("seed")[column], join="inner")
+    difference = both[0] - both[1]
+    if len(difference) < MIN_PAIRS:
+        return len(difference), float(difference.mean()), None
+    return len(difference), float(difference.mean()), float(wilcoxon(difference, zero_method="zsplit").pvalue)
+
+
+def _holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def gate() -> str:
+    """The gate against its two controls: shuffled weights, and no gate."""
+    steps = (("Shuffled gate", "No gating"), ("FedeKD", "Shuffled gate"))
+    found: dict[tuple[str, float], dict[tuple[str, str], list[Any]]] = {}
+    for first, second in steps:
+        for column in DELTAS:
+            family = []
+            for dataset in DATASETS:
+                if not (RESULTS / f"{dataset}.csv").is_file():
+                    continue
+                frame = read(f"{dataset}.csv")
+                sign = 1 if frame["metric"].iloc[0] == "accuracy" else -1
+                for alpha, at_alpha in frame.groupby("alpha"):
+                    one, other = (at_alpha[at_alpha["method"] == name] for name in (first, second))
+                    pairs, difference, p = _paired(one, other, column)
+                    if p is not None:
+                        family.append([(dataset, alpha), pairs, sign * difference, p])
+            for entry, adjusted in zip(family, _holm([entry[3] for entry in family]), strict=True):
+                found.setdefault(entry[0], {})[first, column] = [*entry[1:], adjusted]
+    rows = []
+    for (dataset, alpha), cells in found.items():
+        for column, name in DELTAS.items():
+            row = [f"{DATASETS[dataset]}, {alpha:g}", name]
+            for first, _ in steps:
+                _, gain, p, adjusted = cells[first, column]
+                row.append(f"{gain:+.4f} (p = {p:.2g}{'*' if adjusted <= LEVEL else ''})")
+            rows.append([*row, str(cells[first, column][0])])
+    return markdown(["data set, alpha", "Delta", "shuffled − none", "gate − shuffled", "seeds"], rows)
+
+
+# ---------------------------------------------------------------- the published tables
+
+
+#: (aggregation, method) of the paper's rows, and our labels.
+PUBLISHED_METHODS = {
+    ("FedDyn", "-"): "FedDyn",
+    ("FedProx", "-"): "FedProx",
+    ("FedProx", "FedType"): "FedType, FedProx",
+    ("FedAvg", "-"): "FedAvg",
+    ("FedAvg", "FedType"): "FedType",
+    ("FedAvg", "FedeKD"): "FedeKD",
+    ("FedAvg", "No Gating"): "No gating",
+    ("FedAvg", "ENTROPY"): "Entropy",
+    ("FedAvg", "MARGIN"): "Margin",
+    ("FedAvg", "LSE"): "LogSumExp",
+    ("FedAvg", "FEAT"): "Feature",
+}
+PUBLISHED_MEASURES = {
+    "avg_delta": "delta_avg",
+    "worst_delta": "delta_worst",
+    "p10_delta": "delta_tail",
+    "p90_delta": "delta_tail",
+    "mean_accuracy": "mean",
+    "mean_rmse": "mean",
+}
+
+
+def verdicts() -> str:
+    """How many of the paper's cells agree with ours, by Welch's t-test at 5%."""
+    published = next(DOCS.parent.glob("*/**/published.csv"))
+    names = {name.replace(" ", ""): key for key, name in DATASETS.items()}
+    counts = {"agree": 0, "differ": 0, "have too few seeds": 0, "were not run": 0}
+    for cell in pd.read_csv(published).itertuples():
+        path = RESULTS / f"{names[cell.dataset]}.csv"
+        values = pd.Series(dtype=float)
+        if path.is_file():
+            frame = read(path.name)
+            chosen = frame["method"] == PUBLISHED_METHODS[cell.aggregation, cell.method]
+            values = frame.loc[chosen & (frame["alpha"] == cell.alpha), PUBLISHED_MEASURES[cell.metric]]
+        if values.empty:
+            counts["were not run"] += 1
+        elif len(values) < MIN_SEEDS:
+            counts["have too few seeds"] += 1
+        else:
+            ours = values.mean(), values.std(), len(values)
+            p = ttest_ind_from_stats(*ours, cell.mean, cell.std, PAPER_SEEDS, equal_var=False).pvalue
+            counts["agree" if p > LEVEL else "differ"] += 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+# ---------------------------------------------------------------- early exits of one site
+
+
+def exits(dataset: str) -> str:
+    """Accuracy at each exit, of the distilled network and of the one trained on labels alone."""
+    frame = read(f"exits/{dataset}/exits.csv")
+    first = frame[frame["network"] == frame["network"].iloc[0]]
+    heads = [f"exit {row.exit} ({row.cost:.0%} of the FLOPs)" for row in first.itertuples()]
+    rows = [
+        [network, *(f"{accuracy:.4f}" for accuracy in group["accuracy"]), f"{group['area'].iloc[0]:.4f}"]
+        for network, group in frame.groupby("network", sort=False)
+    ]
+    return markdown(["network", *heads, "area under accuracy against cost"], rows)
+
+
+def policies(dataset: str) -> str:
+    """Calibrated policies on the test split, one row per target risk."""
+    frame = read(f"exits/{dataset}/policies.csv").rename(
+        columns={"alpha": "target risk", "leave early": "exit early", "saved": "FLOPs saved"}
+    )
+    times = [column for column in frame if column.startswith("time ratio, ")]
+    rows = []
+    for row in frame.to_dict("records"):
+        worst = row["worst risk"]
+        rows.append(
+            [
+                f"{row['target risk']:g}",
+                f"{row['exit early']:.1%}",
+                "" if math.isnan(worst) else f"{worst:.4f}",
+                f"{row['FLOPs saved']:.1%}",
+                minus(f"{row['accuracy']:.4f} ({row['accuracy change']:+.4f})"),
+                *(f"{row[column]:.2f}" for column in times),
+            ]
+        )
+    heads = ["target risk", "exit early", "highest risk of an exit", "FLOPs saved", "accuracy (change)"]
+    return markdown([*heads, *(column.replace("time ratio", "time") for column in times)], rows)
+
+
+def validity(dataset: str) -> str:
+    """Share of draws in which a calibration rule violates its target risk."""
+    frame = read(f"exits/{dataset}/validity.csv").rename(columns={"alpha": "target risk", "rule": "mode"})
+    frame["mode"] = frame["mode"].replace(MODES)
+    risks = list(dict.fromkeys(frame["target risk"]))
+    rows = []
+    for mode, group in frame.groupby("mode", sort=False):
+        cells = [f"{row.share:.3f} ({row.low:.3f} to {row.high:.3f})" for row in group.itertuples()]
+        rows.append([f"`{mode}`", *cells, str(group["draws"].iloc[0])])
+    return markdown(["mode", *(f"target risk {risk:g}" for risk in risks), "draws"], rows)
+
+
+# ---------------------------------------------------------------- early exits in a federation
+
+
+def _cost_of(accuracy: float, curve: Sequence[tuple[float, float]]) -> float:
+    """The least cost at which a curve of (cost, accuracy) reaches an accuracy; NaN where it does not."""
+    points = sorted(curve)
+    for index, (cost, reached) in enumerate(points):
+        if reached >= accuracy:
+            if index == 0:
+                return cost
+            cost_before, before = points[index - 1]
+            return cost_before + (accuracy - before) / (reached - before) * (cost - cost_before)
+    return math.nan
+
+
+def _columns(frame: pd.DataFrame, kind: str) -> list[int]:
+    names = frame.columns.str.extract(rf"^{kind}_(\d+)$")[0].dropna().astype(int)
+    return sorted(number for number in names if frame[f"{kind}_{number}"].notna().all())
+
+
+def _static(frame: pd.DataFrame) -> dict[str, pd.Series]:
+    """Accuracy by seed of the methods without exits, and of their local baseline."""
+    static = frame[frame["exit_2"].isna()]
+    scores = {name: group.set_index("seed")["mean"] for name, group in static.groupby("method")}
+    if len(static):
+        scores["Local, without exits"] = static.drop_duplicates("seed").set_index("seed")["local_mean"]
+    return scores
+
+
+def _best_static(frame: pd.DataFrame) -> str:
+    scores = _static(frame)
+    seeds = max((set(series.index) for series in scores.values()), key=len)
+    full = {name: series for name, series in scores.items() if seeds <= set(series.index)}
+    return max(full, key=lambda name: full[name].mean())
+
+
+def exit_methods(grid: str) -> str:
+    """Methods with early exits, best accuracy first: accuracy per exit and within FLOPs budgets."""
+    frame = read(f"{grid}/cifar10.csv")
+    best = _static(frame)[_best_static(frame)]
+    multi = frame[frame["exit_2"].notna()]
+    exits, budgets = _columns(multi, "exit"), _columns(multi, "budget")
+    place = multi.iloc[0]
+    rows = []
+    for name, group in sorted(multi.groupby("method"), key=lambda item: -item[1]["mean"].mean()):
+        group = group.set_index("seed", drop=False)
+        common = group.index.intersection(best.index)
+        own = [b for b in budgets if group[f"budget_{b}"].notna().all()]
+        curve = [(group.loc[common, f"budget_{b}_flops"].mean(), group.loc[common, f"budget_{b}"].mean()) for b in own]
+        saved = 1 - _cost_of(best.loc[common].mean(), curve)
+        within = [f"{group[f'budget_{b}'].mean():.4f} ({group[f'budget_{b}_flops'].mean():.0%})" for b in BUDGETS]
+        at_exits = [f"{group[f'exit_{e}'].mean():.4f}" for e in exits]
+        told = "not reached" if math.isnan(saved) else f"{saved:.1%}"
+        rows.append([name, spread(group["mean"], False), *at_exits, *within, told, str(len(group))])
+    first = multi[multi["method"] == rows[0][0]]
+    heads = [f"exit {e} ({first[f'exit_{e}_flops'].mean():.0%} of the FLOPs)" for e in exits]
+    title = f"CIFAR-10, alpha {place['alpha']:g}, {place['clients']} clients, {place['rounds']} rounds"
+    budget_heads = [f"budget {b}% (used)" for b in BUDGETS]
+    return markdown([title, "accuracy", *heads, *budget_heads, "FLOPs saved", "seeds"], rows)
+
+
+def best_static(grid: str) -> str:
+    """The best method without exits, and its accuracy."""
+    frame = read(f"{grid}/cifar10.csv")
+    name = _best_static(frame)
+    return f"{name.removesuffix(', static')} without exits, {_static(frame)[name].mean():.4f}"
+
+
+# ---------------------------------------------------------------- do no harm
+
+
+def do_no_harm(grid: str) -> str:
+    """Delta if every client uses the federated model, and if an exact test decides, by margin."""
+    rows = []
+    for method, group in read(f"{grid}/fashionmnist.csv").groupby("method"):
+        runs = [json.loads(text) for text in group.sort_values("seed")["evidence"]]
+        rule = runs[0]["rule"]
+        level = rule["delta"] if "delta" in rule else round(1 - rule["confidence"], 12)
+        clients = pd.concat(
+            [pd.DataFrame(run["clients"]).assign(run=number) for number, run in enumerate(runs)]
+        ).dropna(subset=["samples"])
+        scores = clients["score"] if "score" in clients else clients["method"]
+        gain = scores - clients["local"]
+        p_value = {
+            margin: clients.apply(
+                lambda c, m=margin: paired_p_value(int(c.worse), int(c.better), int(c.samples), m, level / 10), axis=1
+            )
+            for margin in MARGINS
+        }
+        adopted = {"all clients adopt it": gain.notna()}
+        adopted |= {f"test, margin {margin:g}": p_value[margin] <= level for margin in MARGINS}
+        for rule_name, takes in adopted.items():
+            of_run = gain.where(takes, 0.0).groupby(clients["run"])
+            deltas = [minus(spread(values, True)) for values in (of_run.mean(), of_run.min())]
+            rows.append([method, rule_name, f"{takes.mean():.0%}", *deltas, str(len(runs))])
+    title = "FashionMNIST, alpha 0.1, confidence 0.9"
+    return markdown([title, "rule", "clients that adopt it", "Delta avg", "Delta worst", "seeds"], rows)
+
+
+# ---------------------------------------------------------------- exits calibrated by each client
+
+
+@cache
+def _coverage(grid: str) -> pd.DataFrame:
+    """One row per method, seed, target risk, mode and client."""
+    frame = read(f"{grid}/fashionmnist.csv").sort_values("seed")
+    column = "coverage" if "coverage" in frame else "promises"
+    rows = []
+    for run in frame.itertuples():
+        for entry in json.loads(getattr(run, column)):
+            base = {
+                "method": run.method,
+                "seed": run.seed,
+                "risk": entry.get("target_risk", entry.get("alpha")),
+                "mode": MODES.get(entry["mode"], entry["mode"]),
+                "draws": entry["draws"],
+                "together": entry["together"] / entry["draws"],
+            }
+            for client in entry["clients"]:
+                line = client.get("report", client.get("line"))
+                rows.append({**base, **line, "own": client["own"], "pooled": client["pooled"]})
+    return pd.DataFrame(rows)
+
+
+def _coverage_groups(grid: str) -> list[tuple[tuple[float, str, str], pd.DataFrame]]:
+    frame = _coverage(grid)
+    order = list(dict.fromkeys(frame["mode"]))
+    return sorted(
+        frame.groupby(["risk", "mode", "method"]), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])
+    )
+
+
+def savings(grid: str) -> str:
+    """What calibrated exits save on the clients' test splits."""
+    rows = []
+    for (risk, mode, method), group in _coverage_groups(grid):
+        exiting = "exiting" if "exiting" in group else "leaving"
+        change = group["accuracy"].mean() - group["full_accuracy"].mean()
+        rows.append(
+            [
+                method,
+                f"{risk:g}",
+                f"`{mode}`",
+                f"{group['open'].mean():.2f} of {group['exits'].mean() - 1:g}",
+                f"{group[exiting].mean():.1%}",
+                minus(f"{group['saved'].mean():.1%}"),
+                minus(f"{group['accuracy'].mean():.4f} ({change:+.4f})"),
+                str(group["seed"].nunique()),
+            ]
+        )
+    heads = ["target risk", "mode", "exits open", "exit early", "FLOPs saved", "accuracy (change)", "seeds"]
+    return markdown(["FashionMNIST, alpha 0.1", *heads], rows)
+
+
+def coverage(grid: str) -> str:
+    """How often the target risk is violated, per client and pooled."""
+    rows = []
+    for (risk, mode, method), group in _coverage_groups(grid):
+        broken, draws = int(group["own"].sum()), int(group["draws"].sum())
+        low, high = binomtest(broken, draws).proportion_ci(method="exact")
+        rows.append(
+            [
+                method,
+                f"{risk:g}",
+                f"`{mode}`",
+                f"{broken / draws:.3f} ({low:.3f} to {high:.3f})",
+                f"{fmean(fmean(run['pooled']) / run['draws'].iloc[0] for _, run in group.groupby('seed')):.3f}",
+                f"{(group['pooled'] / group['draws']).max():.3f}",
+                f"{group.groupby('seed')['together'].first().mean():.3f}",
+                f"{draws:,}",
+            ]
+        )
+    heads = ["target risk", "mode", "own policy", "pooled policy", "pooled, worst client", "pooled, marginal", "draws"]
+    return markdown(["FashionMNIST, alpha 0.1", *heads], rows)
+
+
+def factors(grid: str) -> str:
+    """Paired differences of the two factors, gate and schedule, under the mode with a guarantee."""
+    means = _coverage(grid).query("mode == 'ltt'").groupby(["risk", "method", "seed"])
+    means = means[["full_accuracy", "open", "saved"]].mean()
+    rows = []
+    for risk, at_risk in means.groupby("risk"):
+        pairs: dict[tuple[str, str], list[pd.Series]] = {}
+        for one, other in combinations(sorted(at_risk.index.unique("method")), 2):
+            changed = [p for p in zip(one.split(", "), other.split(", "), strict=True) if p[0] != p[1]]
+            if len(changed) == 1:
+                pairs.setdefault(changed[0], []).append(at_risk.loc[risk, one] - at_risk.loc[risk, other])
+        for (first, second), differences in pairs.items():
+            difference = pd.concat(differences)
+            mean = difference.mean()
+            rows.append(
+                [
+                    f"{risk:g}",
+                    f"{first} − {second}",
+                    minus(f"{mean['full_accuracy']:+.4f}"),
+                    minus(f"{mean['open']:+.2f}"),
+                    minus(f"{100 * mean['saved']:+.1f} points"),
+                    f"{int((difference['saved'] > 0).sum())} of {len(difference)}",
+                ]
+            )
+    heads = ["target risk", "difference", "accuracy of the last exit", "exits open", "FLOPs saved", "saves more in"]
+    return markdown(heads, rows)
+
+
+# ---------------------------------------------------------------- pages
+
+
+FUNCTIONS = (
+    methods, sweep, gate, verdicts, exits, policies, validity, exit_methods, best_static, do_no_harm, savings,
+    coverage, factors,
+)  # fmt: skip
+
+
+def render() -> dict[Path, str]:
+    """The pages by path."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML
+    )
+    environment.globals |= {function.__name__: function for function in FUNCTIONS}
+    return {
+        DOCS / "results" / name.removesuffix(".jinja"): environment.get_template(name).render()
+        for name in environment.list_templates()
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the pages; with `--check` only compare them."""
+    stale = [path for path, text in render().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(DOCS.parent)}: {'differs' if '--check' in argv else 'written'}")
+        if "--check" not in argv:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(render()[path], encoding="utf-8")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
