@@ -52,6 +52,7 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # dataclass fields are documented once, by their class
 
 html_theme = "furo"
 html_title = f"fedekd {__version__}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 
 _CODE = re.compile(r"(?<![`:\w])`([^`\n]+)`(?!`)")
+_TABLE = re.compile(r"(?:^[ ]*\|.*\|[ ]*(?:\n|\Z)){2,}", re.MULTILINE)
 _MATH = re.compile(r"(?<![$\\])\$([^$\n]+)\$(?!\$)")
 
 
@@ -16,9 +18,20 @@ def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     """Translate inline code and math of a docstring, in place."""
     text = "\n".join(lines)
     text = re.sub(r"^([ ]*)\$\$(.+?)\$\$", _display, text, flags=re.DOTALL | re.MULTILINE)
+    text = _TABLE.sub(_list_table, text)
     text = _CODE.sub(r"``\1``", text)
+    text = re.sub(r"(``[^`\n]+``)(?=\w)", r"\1\\ ", text)  # a plural s after code
     text = _MATH.sub(r":math:`\1`", text)
     lines[:] = text.split("\n")
+
+
+def _list_table(match: re.Match[str]) -> str:
+    rows = [line.strip().strip("|").split(" | ") for line in match[0].strip("\n").split("\n")]
+    indent = re.match(r"[ ]*", match[0])[0]  # type: ignore[index]
+    lines = ["", ".. list-table::", "   :header-rows: 1", ""]
+    for row in (rows[0], *rows[2:]):
+        lines += [f"   {'*' if index == 0 else ' '} - {cell.strip()}" for index, cell in enumerate(row)]
+    return "\n".join(indent + line if line else "" for line in [*lines, "", ""])
 
 
 def _display(match: re.Match[str]) -> str:
@@ -26,7 +39,7 @@ def _display(match: re.Match[str]) -> str:
     return f"\n{indent}.. math:: {formula}\n"
 
 
-def resolve(app: Any, env: Any, node: pending_xref, content: nodes.TextElement) -> nodes.reference | None:
+def resolve(app: Any, env: Any, node: pending_xref, content: nodes.TextElement) -> nodes.Element | None:
     """Resolve `fedekd.methods.base.Method` to `fedekd.methods.Method`, where it is documented."""
     target = str(node.get("reftarget", ""))
     if node.get("refdomain") != "py" or not target:
@@ -39,7 +52,16 @@ def resolve(app: Any, env: Any, node: pending_xref, content: nodes.TextElement) 
         entry = documented[found]
         uri = app.builder.get_relative_uri(node["refdoc"], entry.docname)
         return nodes.reference("", "", content, internal=True, refuri=f"{uri}#{entry.node_id}")
-    return None
+    # An internal class in a signature has no page. A name that does not exist stays a warning.
+    return content if target.startswith("fedekd.") and _exists(target) else None
+
+
+def _exists(path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    try:
+        return hasattr(import_module(module), name)
+    except ImportError:
+        return False
 
 
 def setup(app: Any) -> dict[str, bool]:
