@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from docutils import nodes
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from sphinx.util.docutils import SphinxDirective
 
 
@@ -60,8 +60,10 @@ def _default(action: Action) -> str:
     value = action.default
     if value in (None, "", SUPPRESS) or action.dest in ("help", "config", "print_config"):
         return ""
-    if isinstance(value, dict) and "class_path" in value:
+    if isinstance(value, dict | Namespace) and "class_path" in value:
         value = str(value["class_path"]).rpartition(".")[2]
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     if isinstance(value, bool):
         value = str(value).lower()
     return f"`{value}`"
