@@ -45,6 +45,11 @@ paper-report: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python docs/render_results.py
 
+## docs: build the documentation into docs/_build/html; warnings are errors (options: ARGS="-D nb_execution_mode=off")
+.PHONY: docs
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html $(ARGS)
+
 ## bench: compare the speed of fedekd with a bare loop and a typical script (options: ARGS="--only phases")
 .PHONY: bench
 bench: $(INSTALLED)
@@ -120,5 +125,5 @@ wheel: $(INSTALLED)
 ## clean: remove build and cache files; keep runs and data
 .PHONY: clean
 clean:
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -347,6 +347,12 @@ def best_static(grid: str) -> str:
 # ---------------------------------------------------------------- do no harm
 
 
+def _p_values(clients: pd.DataFrame, margin: float, level: float) -> pd.Series:
+    """Per client, the p-value of "the federated model is worse by the margin or more"."""
+    counts = clients[["worse", "better", "samples"]].astype(int).itertuples(index=False)
+    return pd.Series([paired_p_value(*row, margin, level / 10) for row in counts], index=clients.index)
+
+
 def do_no_harm(grid: str) -> str:
     """Delta if every client uses the federated model, and if an exact test decides, by margin."""
     rows = []
@@ -354,17 +360,11 @@ def do_no_harm(grid: str) -> str:
         runs = [json.loads(text) for text in group.sort_values("seed")["evidence"]]
         rule = runs[0]["rule"]
         level = rule["delta"] if "delta" in rule else round(1 - rule["confidence"], 12)
-        clients = pd.concat(
-            [pd.DataFrame(run["clients"]).assign(run=number) for number, run in enumerate(runs)]
-        ).dropna(subset=["samples"])
+        frames = [pd.DataFrame(run["clients"]).assign(run=number) for number, run in enumerate(runs)]
+        clients = pd.concat(frames, ignore_index=True).dropna(subset=["samples"])
         scores = clients["score"] if "score" in clients else clients["method"]
         gain = scores - clients["local"]
-        p_value = {
-            margin: clients.apply(
-                lambda c, m=margin: paired_p_value(int(c.worse), int(c.better), int(c.samples), m, level / 10), axis=1
-            )
-            for margin in MARGINS
-        }
+        p_value = {margin: _p_values(clients, margin, level) for margin in MARGINS}
         adopted = {"all clients adopt it": gain.notna()}
         adopted |= {f"test, margin {margin:g}": p_value[margin] <= level for margin in MARGINS}
         for rule_name, takes in adopted.items():

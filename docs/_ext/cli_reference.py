@@ -30,12 +30,12 @@ def parser_of(command: str) -> ArgumentParser:
     def capture(parser: ArgumentParser, file: Any = None) -> None:
         raise _Captured(parser)
 
-    with mock.patch.object(ArgumentParser, "print_help", capture), redirect_stdout(StringIO()):
-        with redirect_stderr(StringIO()):
-            try:
-                main([command, "--help"])
-            except _Captured as captured:
-                return captured.parser
+    quiet = redirect_stdout(StringIO()), redirect_stderr(StringIO())
+    with mock.patch.object(ArgumentParser, "print_help", capture), quiet[0], quiet[1]:
+        try:
+            main([command, "--help"])
+        except _Captured as captured:
+            return captured.parser
     raise LookupError(f"`{command} --help` prints no help of an ArgumentParser")
 
 

@@ -1,0 +1,57 @@
+"""The patches of the how-to pages, applied to a copy of the package and run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import DOCS, ROOT
+
+RUN = "import sys; from fedekd.cli import main; sys.exit(main())"
+#: By patch: options that use what it adds, and a column that the metrics must then have.
+USES = {
+    "method": (["--method", "FedAvgM", "--method.momentum", "0.5"], "accuracy/mean"),
+    "partition": (["--data.partition", "shards"], "accuracy/mean"),
+    "data_format": (["--data.dataset", "png_folder"], "accuracy/mean"),
+    "metric": ([], "balanced_accuracy/mean"),
+}
+
+
+def test_every_patch_is_used() -> None:
+    assert {path.stem for path in (DOCS / "how-to" / "patches").glob("*.patch")} == set(USES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", USES)
+def test_patch_runs_on_digits(patch: str, tmp_path: Path) -> None:
+    for folder in ("fedekd", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", str(DOCS / "how-to" / "patches" / f"{patch}.patch")], cwd=tmp_path, check=True)
+    _write_png_folder(tmp_path / "data" / "png_folder")
+    options, column = USES[patch]
+    small = ["--rounds=1", "--client.local_epochs=1", "--data.num_clients=2", "--logger=null", "--output=run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, "fit", "--config", "digits.yaml", *small, *options]
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert 0 <= float(row[column]) <= 1
+
+
+def _write_png_folder(folder: Path) -> None:
+    """Write 300 of the digits as PNG files."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index, (image, label) in enumerate(zip(digits.images[:300], digits.target[:300], strict=True)):
+        path = folder / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).save(path)
