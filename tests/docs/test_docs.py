@@ -61,15 +61,10 @@ def test_citation_has_the_version_of_the_package() -> None:
 # ---------------------------------------------------------------- language and links
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
+@pytest.mark.parametrize("path", [*PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=name)
 def test_page_has_no_word_of_the_list(path: Path) -> None:
-    found = [(number, match[0]) for number, line in _lines(path) if (match := WORDS.search(line))]
-    assert not found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines outside of diffs, whose context lines are code."""
-    return enumerate(text(path).splitlines(), start=1)
+    lines = enumerate(text(path).splitlines(), start=1)
+    assert [(number, match[0]) for number, line in lines if (match := WORDS.search(line))] == []
 
 
 def _slug(heading: str) -> str:
