@@ -11,7 +11,7 @@ from sphinx.addnodes import pending_xref
 
 _CODE = re.compile(r"(?<![`:\w])`([^`\n]+)`(?!`)")
 _TABLE = re.compile(r"(?:^[ ]*\|.*\|[ ]*(?:\n|\Z)){2,}", re.MULTILINE)
-_MATH = re.compile(r"(?<![$\\])\$([^$\n]+)\$(?!\$)")
+_MATH = re.compile(r"(?<![$\\])\$([^$\n]+(?:\n[^$\n]+){0,2})\$(?!\$)")
 
 
 def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -21,7 +21,7 @@ def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     text = _TABLE.sub(_list_table, text)
     text = _CODE.sub(r"``\1``", text)
     text = re.sub(r"(``[^`\n]+``)(?=\w)", r"\1\\ ", text)  # a plural s after code
-    text = _MATH.sub(r":math:`\1`", text)
+    text = _MATH.sub(lambda match: f":math:`{' '.join(match[1].split())}`", text)
     lines[:] = text.split("\n")
 
 
