@@ -1,4 +1,7 @@
-"""Sphinx configuration: MyST pages (Markdown that GitHub also renders), Furo theme, no network to build or read."""
+"""Configuration of Sphinx. Neither the build nor the pages use the network.
+
+The pages are MyST, that is Markdown that GitHub also renders, and the theme is Furo.
+"""
 
 from __future__ import annotations
 

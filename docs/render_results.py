@@ -1,4 +1,4 @@
-"""Render docs/results/*.md from the templates in docs/_templates/results and the CSV files in results/.
+"""Render docs/results/ from results/ and docs/_templates/results/.
 
 Run `make tables` after a change of results/ or of a template. `--check` writes nothing and exits with 1 if a committed
 page differs from what is rendered.
@@ -48,16 +48,13 @@ MIN_SEEDS = 3
 #: Seeds behind each cell of the FedeKD paper (Appendix H).
 PAPER_SEEDS = 10
 
-#: Names of calibration modes in results measured before they were renamed.
-MODES = {"path": "ltt_joint", "released": "safekd_code", "plug_in": "empirical"}
-
 
 # ---------------------------------------------------------------- reading and formatting
 
 
 @cache
 def read(path: str) -> pd.DataFrame:
-    """A CSV file below results/; a sweep over a parameter has its name in `parameter` and its value in `value`."""
+    """Read a CSV file below results/; columns `parameter` and `value` mark sweeps."""
     frame = pd.read_csv(RESULTS / path)
     if "method" in frame:
         sweep = frame["method"].str.extract(r"^(beta|lambda_kd) ([\d.]+)$")
@@ -73,7 +70,7 @@ def minus(text: str) -> str:
 
 
 def spread(values: Iterable[float], signed: bool) -> str:
-    """Mean ± sample standard deviation; the value alone if there is one."""
+    """Mean ± sample standard deviation; of one value only the value."""
     series = pd.Series(list(values), dtype=float)
     mean = f"{series.mean():{'+' if signed else ''}.4f}"
     return f"{mean} ± {series.std():.4f}" if len(series) > 1 else mean
@@ -89,7 +86,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def methods(dataset: str) -> str:
-    """One row per alpha and method, best mean Delta first; Local is the baseline that every run trains."""
+    """One row per alpha and method, best mean Delta first; Local is in each run."""
     frame = read(f"{dataset}.csv")
     frame = frame[frame["parameter"].isna()]
     sign = 1 if frame["metric"].iloc[0] == "accuracy" else -1
@@ -109,7 +106,7 @@ def methods(dataset: str) -> str:
 
 
 def sweep(parameter: str, default: float = 1.0, alpha: float = 0.5) -> str:
-    """Average Delta over the values of a parameter, over the seeds that all values have."""
+    """Average Delta by value of a parameter, over the seeds that all values have."""
     table: dict[str, pd.Series] = {}
     columns: set[float] = set()
     for dataset in ("retinamnist", "digits"):
@@ -230,7 +227,7 @@ def verdicts() -> str:
 
 
 def exits(dataset: str) -> str:
-    """Accuracy at each exit, of the distilled network and of the one trained on labels alone."""
+    """Accuracy per exit, of the distilled network and of the one trained on labels."""
     frame = read(f"exits/{dataset}/exits.csv")
     first = frame[frame["network"] == frame["network"].iloc[0]]
     heads = [f"exit {row.exit} ({row.cost:.0%} of the FLOPs)" for row in first.itertuples()]
@@ -243,9 +240,7 @@ def exits(dataset: str) -> str:
 
 def policies(dataset: str) -> str:
     """Calibrated policies on the test split, one row per target risk."""
-    frame = read(f"exits/{dataset}/policies.csv").rename(
-        columns={"alpha": "target risk", "leave early": "exit early", "saved": "FLOPs saved"}
-    )
+    frame = read(f"exits/{dataset}/policies.csv")
     times = [column for column in frame if column.startswith("time ratio, ")]
     rows = []
     for row in frame.to_dict("records"):
@@ -253,7 +248,7 @@ def policies(dataset: str) -> str:
         rows.append(
             [
                 f"{row['target risk']:g}",
-                f"{row['exit early']:.1%}",
+                f"{row['early exits']:.1%}",
                 "" if math.isnan(worst) else f"{worst:.4f}",
                 f"{row['FLOPs saved']:.1%}",
                 minus(f"{row['accuracy']:.4f} ({row['accuracy change']:+.4f})"),
@@ -266,12 +261,12 @@ def policies(dataset: str) -> str:
 
 def validity(dataset: str) -> str:
     """Share of draws in which a calibration rule violates its target risk."""
-    frame = read(f"exits/{dataset}/validity.csv").rename(columns={"alpha": "target risk", "rule": "mode"})
-    frame["mode"] = frame["mode"].replace(MODES)
+    frame = read(f"exits/{dataset}/validity.csv")
     risks = list(dict.fromkeys(frame["target risk"]))
     rows = []
-    for mode, group in frame.groupby("mode", sort=False):
-        cells = [f"{row.share:.3f} ({row.low:.3f} to {row.high:.3f})" for row in group.itertuples()]
+    for mode, group in frame.groupby("rule", sort=False):
+        shares = group[["violation rate", "CI low", "CI high"]].itertuples(index=False)
+        cells = [f"{share:.3f} ({low:.3f} to {high:.3f})" for share, low, high in shares]
         rows.append([f"`{mode}`", *cells, str(group["draws"].iloc[0])])
     return markdown(["mode", *(f"target risk {risk:g}" for risk in risks), "draws"], rows)
 
@@ -280,7 +275,7 @@ def validity(dataset: str) -> str:
 
 
 def _cost_of(accuracy: float, curve: Sequence[tuple[float, float]]) -> float:
-    """The least cost at which a curve of (cost, accuracy) reaches an accuracy; NaN where it does not."""
+    """Lowest cost at which a (cost, accuracy) curve reaches an accuracy, or NaN."""
     points = sorted(curve)
     for index, (cost, reached) in enumerate(points):
         if reached >= accuracy:
@@ -313,7 +308,7 @@ def _best_static(frame: pd.DataFrame) -> str:
 
 
 def exit_methods(grid: str) -> str:
-    """Methods with early exits, best accuracy first: accuracy per exit and within FLOPs budgets."""
+    """Methods with early exits: accuracy per exit and within FLOPs budgets."""
     frame = read(f"{grid}/cifar10.csv")
     best = _static(frame)[_best_static(frame)]
     multi = frame[frame["exit_2"].notna()]
@@ -328,8 +323,8 @@ def exit_methods(grid: str) -> str:
         saved = 1 - _cost_of(best.loc[common].mean(), curve)
         within = [f"{group[f'budget_{b}'].mean():.4f} ({group[f'budget_{b}_flops'].mean():.0%})" for b in BUDGETS]
         at_exits = [f"{group[f'exit_{e}'].mean():.4f}" for e in exits]
-        told = "not reached" if math.isnan(saved) else f"{saved:.1%}"
-        rows.append([name, spread(group["mean"], False), *at_exits, *within, told, str(len(group))])
+        saving = "not reached" if math.isnan(saved) else f"{saved:.1%}"
+        rows.append([name, spread(group["mean"], False), *at_exits, *within, saving, str(len(group))])
     first = multi[multi["method"] == rows[0][0]]
     heads = [f"exit {e} ({first[f'exit_{e}_flops'].mean():.0%} of the FLOPs)" for e in exits]
     title = f"CIFAR-10, alpha {place['alpha']:g}, {place['clients']} clients, {place['rounds']} rounds"
@@ -348,22 +343,21 @@ def best_static(grid: str) -> str:
 
 
 def _p_values(clients: pd.DataFrame, margin: float, level: float) -> pd.Series:
-    """Per client, the p-value of "the federated model is worse by the margin or more"."""
+    """P-value per client of "the federated model is worse by the margin or more"."""
     counts = clients[["worse", "better", "samples"]].astype(int).itertuples(index=False)
     return pd.Series([paired_p_value(*row, margin, level / 10) for row in counts], index=clients.index)
 
 
 def do_no_harm(grid: str) -> str:
-    """Delta if every client uses the federated model, and if an exact test decides, by margin."""
+    """Delta if all clients adopt the federated model, and if an exact test decides."""
     rows = []
     for method, group in read(f"{grid}/fashionmnist.csv").groupby("method"):
         runs = [json.loads(text) for text in group.sort_values("seed")["evidence"]]
         rule = runs[0]["rule"]
-        level = rule["delta"] if "delta" in rule else round(1 - rule["confidence"], 12)
-        frames = [pd.DataFrame(run["clients"]).assign(run=number) for number, run in enumerate(runs)]
+        level = round(1 - rule["confidence"], 12)
+        frames = [pd.DataFrame(run["clients"]).assign(run=index) for index, run in enumerate(runs)]
         clients = pd.concat(frames, ignore_index=True).dropna(subset=["samples"])
-        scores = clients["score"] if "score" in clients else clients["method"]
-        gain = scores - clients["local"]
+        gain = clients["score"] - clients["local"]
         p_value = {margin: _p_values(clients, margin, level) for margin in MARGINS}
         adopted = {"all clients adopt it": gain.notna()}
         adopted |= {f"test, margin {margin:g}": p_value[margin] <= level for margin in MARGINS}
@@ -381,22 +375,14 @@ def do_no_harm(grid: str) -> str:
 @cache
 def _coverage(grid: str) -> pd.DataFrame:
     """One row per method, seed, target risk, mode and client."""
-    frame = read(f"{grid}/fashionmnist.csv").sort_values("seed")
-    column = "coverage" if "coverage" in frame else "promises"
     rows = []
-    for run in frame.itertuples():
-        for entry in json.loads(getattr(run, column)):
-            base = {
-                "method": run.method,
-                "seed": run.seed,
-                "risk": entry.get("target_risk", entry.get("alpha")),
-                "mode": MODES.get(entry["mode"], entry["mode"]),
-                "draws": entry["draws"],
-                "together": entry["together"] / entry["draws"],
-            }
+    for run in read(f"{grid}/fashionmnist.csv").sort_values("seed").itertuples():
+        for entry in json.loads(run.coverage):
+            base = {"method": run.method, "seed": run.seed, "risk": entry["target_risk"], "mode": entry["mode"]}
+            base |= {"draws": entry["draws"], "union": entry["union_violations"] / entry["draws"]}
             for client in entry["clients"]:
-                line = client.get("report", client.get("line"))
-                rows.append({**base, **line, "own": client["own"], "pooled": client["pooled"]})
+                counts = {"own": client["violations"], "pooled": client["pooled_violations"]}
+                rows.append({**base, **client["report"], **counts})
     return pd.DataFrame(rows)
 
 
@@ -412,15 +398,14 @@ def savings(grid: str) -> str:
     """What calibrated exits save on the clients' test splits."""
     rows = []
     for (risk, mode, method), group in _coverage_groups(grid):
-        exiting = "exiting" if "exiting" in group else "leaving"
         change = group["accuracy"].mean() - group["full_accuracy"].mean()
         rows.append(
             [
                 method,
                 f"{risk:g}",
                 f"`{mode}`",
-                f"{group['open'].mean():.2f} of {group['exits'].mean() - 1:g}",
-                f"{group[exiting].mean():.1%}",
+                f"{group['open_exits'].mean():.2f} of {group['exits'].mean() - 1:g}",
+                f"{group['early_share'].mean():.1%}",
                 minus(f"{group['saved'].mean():.1%}"),
                 minus(f"{group['accuracy'].mean():.4f} ({change:+.4f})"),
                 str(group["seed"].nunique()),
@@ -444,7 +429,7 @@ def coverage(grid: str) -> str:
                 f"{broken / draws:.3f} ({low:.3f} to {high:.3f})",
                 f"{fmean(fmean(run['pooled']) / run['draws'].iloc[0] for _, run in group.groupby('seed')):.3f}",
                 f"{(group['pooled'] / group['draws']).max():.3f}",
-                f"{group.groupby('seed')['together'].first().mean():.3f}",
+                f"{group.groupby('seed')['union'].first().mean():.3f}",
                 f"{draws:,}",
             ]
         )
@@ -453,9 +438,9 @@ def coverage(grid: str) -> str:
 
 
 def factors(grid: str) -> str:
-    """Paired differences of the two factors, gate and schedule, under the mode with a guarantee."""
+    """Paired differences of the two factors, gate and schedule, with mode `ltt`."""
     means = _coverage(grid).query("mode == 'ltt'").groupby(["risk", "method", "seed"])
-    means = means[["full_accuracy", "open", "saved"]].mean()
+    means = means[["full_accuracy", "open_exits", "saved"]].mean()
     rows = []
     for risk, at_risk in means.groupby("risk"):
         pairs: dict[tuple[str, str], list[pd.Series]] = {}
@@ -471,7 +456,7 @@ def factors(grid: str) -> str:
                     f"{risk:g}",
                     f"{first} − {second}",
                     minus(f"{mean['full_accuracy']:+.4f}"),
-                    minus(f"{mean['open']:+.2f}"),
+                    minus(f"{mean['open_exits']:+.2f}"),
                     minus(f"{100 * mean['saved']:+.1f} points"),
                     f"{int((difference['saved'] > 0).sum())} of {len(difference)}",
                 ]

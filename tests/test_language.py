@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Files and folders whose language is finished; the aim is `ALL`.
 DONE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
     "configs",
-    "configs/benchmark",
-    "configs/sweeps",
+    "docs",
     "examples",
     "experiments",
     "fedekd/__init__.py",
@@ -49,6 +51,7 @@ DONE = (
     "fedekd/reporting",
     "fedekd/seeding.py",
     "fedekd/tasks.py",
+    "notebooks",
     "orchestrator.py",
     "perf/__init__.py",
     "perf/__main__.py",
@@ -63,7 +66,10 @@ DONE = (
     "perf/training.py",
     "perf/where.py",
 )
-ALL = ("fedekd", "configs", "orchestrator.py", "perf", "experiments", "examples", "README.md", "docs")
+ALL = (
+    *("fedekd", "configs", "orchestrator.py", "perf", "experiments", "examples", "notebooks"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
+)
 
 SUFFIXES = {".py", ".md", ".yaml", ".html", ".ipynb"}
 

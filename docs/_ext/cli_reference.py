@@ -1,4 +1,4 @@
-"""The directive `{cli} COMMAND`: usage and options of a command, read from its parser when the site is built."""
+"""The directive `{cli} COMMAND`: usage and options, read from the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read docstrings that use `code` and $math$, and resolve names to the page that documents them."""
+"""Translate `code` and $math$ in docstrings, and resolve names to their pages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _display(match: re.Match[str]) -> str:
 
 
 def resolve(app: Any, env: Any, node: pending_xref, content: nodes.TextElement) -> nodes.Element | None:
-    """Resolve `fedekd.methods.base.Method` to `fedekd.methods.Method`, where it is documented."""
+    """Resolve `fedekd.methods.base.Method` to the documented `fedekd.methods.Method`."""
     target = str(node.get("reftarget", ""))
     if node.get("refdomain") != "py" or not target:
         return None

@@ -1,4 +1,4 @@
-"""Render math as MathML when the site is built: browsers display it without a script from the network."""
+"""Render math as MathML, which browsers display without a script."""
 
 from __future__ import annotations
 

@@ -25,16 +25,6 @@ WITH_PYTHON = [path for path in PAGES if blocks(path, "python")]
 COMMANDS_OF_ALL = sorted({command for path in PAGES for command in commands(path)})
 FEDEKD = {"fedekd": 1, "python orchestrator.py": 2}
 
-#: Words of private dialect, with the field's word in parentheses.
-WORDS = re.compile(
-    r"\b(promis(e|es|ed|ing)"  # guarantee
-    r"|told|tells|anew|whoever|thrice|nobody|somebody"
-    r"|deals?|dealt"  # partition, assign
-    r"|held against|hold against"  # compare
-    r"|as they are|of its own accord|alike|beside|a promise)\b",
-    re.IGNORECASE,
-)
-
 cli_reference = load(DOCS / "_ext" / "cli_reference.py")
 
 
@@ -58,13 +48,7 @@ def test_citation_has_the_version_of_the_package() -> None:
     assert citation["preferred-citation"]["url"].endswith("2605.05553")
 
 
-# ---------------------------------------------------------------- language and links
-
-
-@pytest.mark.parametrize("path", [*PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=name)
-def test_page_has_no_word_of_the_list(path: Path) -> None:
-    lines = enumerate(text(path).splitlines(), start=1)
-    assert [(number, match[0]) for number, line in lines if (match := WORDS.search(line))] == []
+# ---------------------------------------------------------------- links
 
 
 def _slug(heading: str) -> str:
