@@ -186,6 +186,12 @@ def test_reference_covers_every_command() -> None:
         assert list(cli_reference.groups(cli_reference.parser_of(command)))
 
 
+def test_layers_of_the_architecture_are_those_that_are_tested() -> None:
+    layers = load(ROOT / "tests" / "test_layers.py").LAYERS
+    rows = re.findall(r"^\| \d \| (.+?) \|", text(DOCS / "explanation" / "architecture.md"), re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in rows] == list(layers)
+
+
 def _keys(values: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(values, dict):
         for key, value in values.items():
