@@ -171,7 +171,7 @@ def _method_names() -> set[str]:
     return {
         found.__name__
         for found in public
-        if isinstance(found, type) and issubclass(found, methods.Method) and found is not methods.Method
+        if isinstance(found, type) and issubclass(found, methods.Method) and not inspect.isabstract(found)
     }
 
 
