@@ -18,6 +18,7 @@ def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     """Translate inline code and math of a docstring, in place."""
     text = "\n".join(lines)
     text = re.sub(r"^([ ]*)\$\$(.+?)\$\$", _display, text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"(?<!:):\n\n(?=[ ]{4,}\S)", "::\n\n", text)  # an indented block is preformatted
     text = _TABLE.sub(_list_table, text)
     text = _CODE.sub(r"``\1``", text)
     text = re.sub(r"(``[^`\n]+``)(?=\w)", r"\1\\ ", text)  # a plural s after code
