@@ -91,10 +91,12 @@ class FedDyn(FedAvg):
         merged: dict[str, Any] = average_state_dicts(states)
         h: dict[str, Tensor] = {}
         for name, value in self.server_state["h"].items():
-            # In float64: the drifts theta_k - theta^t are small, and h is divided by a small alpha.
-            before, mean = model[name].double(), merged[name].double()
+            # In float64: the drifts theta_k - theta^t are small, and h is divided by a small alpha. On the device of
+            # the updates: a restored server state is on the CPU, whose sums round differently from a GPU's.
+            mean = merged[name].double()
+            before = model[name].to(mean)
             drifts = [state[name].to(before) - before for state in states]
             updated = value.to(before) - self.alpha / self.num_clients * torch.stack(drifts).sum(0)
             h[name] = updated.to(value.dtype)
-            merged[name] = (mean.to(before) - updated / self.alpha).to(merged[name].dtype)
+            merged[name] = (mean - updated / self.alpha).to(merged[name].dtype)
         self.server_state = {"model": merged, "h": h}
