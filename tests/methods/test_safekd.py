@@ -158,7 +158,7 @@ def test_load_clients_unfinished_run_raises_user_error(federate: Federate, tmp_p
         stopped.run()
     with pytest.raises(UserError, match="no checkpoint of the last round"):
         federate(SafeKD(), client=client(), output=tmp_path).load_clients()
-    with pytest.raises(UserError, match="given by the engine Sequential"):
+    with pytest.raises(UserError, match="engine: expected Sequential to load clients"):
         federate(SafeKD(), client=client(), engine=lambda *parts: object()).load_clients()
     assert federate(SafeKD(), client=client(), engine=Sequential()).num_clients == 3
 
