@@ -138,10 +138,7 @@ def test_explain_invalid_file_names_key_or_file(
     ("option", "text", "expected"),
     [
         ("--reference_dir=x", "reference_dir: x\n", "--reference_dir: renamed to --baseline_dir"),
-        pytest.param(
-            *("--dropout=0.1", "dropout: 0.1\n", "--dropout: renamed to --update_loss_rate"),
-            marks=pytest.mark.xfail(reason="RoundOptions.dropout is not renamed yet", strict=False),
-        ),
+        ("--dropout=0.1", "dropout: 0.1\n", "--dropout: renamed to --update_loss_rate"),
         (
             "--do_no_harm.delta=0.1",
             "do_no_harm: {delta: 0.1}\n",

@@ -97,9 +97,7 @@ def test_aggregator_ignores_order_of_clients(aggregator: Aggregator, order: list
 
 @every_aggregator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64, torch.int64])
-def test_aggregator_equal_states_are_unchanged_and_copied(
-    aggregator: Aggregator, dtype: torch.dtype
-) -> None:
+def test_aggregator_equal_states_are_unchanged_and_copied(aggregator: Aggregator, dtype: torch.dtype) -> None:
     value = (10 * torch.arange(4.0) + 0.1).to(dtype)
     given_states = [{"w": value.clone()} for _ in range(6)]
     merged = aggregator(given_states, [5, 1, 1, 1, 1, 1])["w"]
@@ -148,7 +146,5 @@ def test_trimmed_mean_invalid_fraction_raises_user_error(fraction: float) -> Non
 
 
 def test_mean_unknown_weights_raise_user_error_with_hint() -> None:
-    with pytest.raises(
-        UserError, match=r"weights: expected one of .* got 'sample'. Did you mean 'samples'"
-    ):
+    with pytest.raises(UserError, match=r"weights: expected one of .* got 'sample'. Did you mean 'samples'"):
         Mean("sample")  # type: ignore[arg-type]
