@@ -75,7 +75,7 @@ def test_primary_metric_is_accuracy_or_rmse() -> None:
     assert all(name == row.name for name, row in METRICS.items())
 
 
-@pytest.mark.parametrize("row", METRICS.values(), ids=str)
+@pytest.mark.parametrize("row", METRICS.values(), ids=list(METRICS))
 def test_metric_torchmetric_equals_function(row: MetricSpec) -> None:
     torch.manual_seed(2)
     outputs = torch.randn(40, 3) if row.task == "classification" else torch.randn(40)
