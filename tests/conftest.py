@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import RunFolder
+
+settings.register_profile("fedekd")  # a busy machine must not fail a test
+settings.load_profile("fedekd")
 
 
 def pytest_collection_finish() -> None:

@@ -38,11 +38,11 @@ def test_method_table_sorts_by_delta_and_adds_local(
     assert [re.split(r" \| ", line)[2] for line in lines[4:]] == ["worse", "Local", "better", "worse"]
 
 
-def test_method_table_of_committed_results_has_56_rows() -> None:
+def test_method_table_of_committed_results_has_a_row_per_method() -> None:
     frame = read_results(ROOT / "results")
     frame = frame[frame["dataset"].isin(["fashionmnist", "retinamnist", "cifar10"])]
     table = method_table(frame[~frame["method"].str.match("(beta|lambda_kd) ")])
-    assert len(table) == 56
+    assert len(table) == 57
     first = table[table["data set"] == "fashionmnist, accuracy"].iloc[0].astype(str).tolist()
     assert first[1:4] == ["0.1", "FedeKD", "0.9513 ± 0.0178"]
     assert first[4:] == ["+0.0017 ± 0.0032", "-0.0053 ± 0.0140", "-0.0024 ± 0.0076", "10"]

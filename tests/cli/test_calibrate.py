@@ -35,7 +35,7 @@ def ready(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     npz = write_blobs(folder / "blobs.npz", num_samples=600)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("fedekd.federation.RunFolder.draw", lambda *arguments: None)
+        patch.setattr("fedekd.federation.RunFolder.write_figures", lambda *arguments: None)
         assert fit(npz, "run", *SAFE) == 0
     return folder
 

@@ -38,7 +38,7 @@ def ready(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     npz = write_blobs(folder / "blobs.npz", num_samples=600)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("fedekd.federation.RunFolder.draw", lambda *arguments: None)
+        patch.setattr("fedekd.federation.RunFolder.write_figures", lambda *arguments: None)
         assert fit(npz, "one", *SAFE) == 0
         assert fit(npz, "two", *SAFE, "--seed=1", clients=2) == 0
         assert main(["calibrate", "one", "--target_risk", "0.3", "--confidence", "0.7"]) == 0

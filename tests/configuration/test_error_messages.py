@@ -21,7 +21,7 @@ def message(parser: ArgumentParser, *options: str) -> str:
     with pytest.raises(UserError) as raised:
         parse(parser, ["--data.dataset=digits", *options])
     text = str(raised.value)
-    assert len(text) < 300
+    assert len(text) < 400
     return text
 
 

@@ -32,7 +32,7 @@ def assert_partition(parts: list[npt.NDArray[np.int64]], num_samples: int, num_c
         assert (np.diff(part) > 0).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     classes=st.lists(st.integers(0, 6), min_size=1, max_size=200),
     num_clients=st.integers(1, 8),

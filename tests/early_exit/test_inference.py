@@ -121,7 +121,7 @@ def policies(draw, scores):
 
 @pytest.mark.parametrize("name", ["PrivateCNN", "Swin", "ViT"])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_forward_equals_literal_exits_for_random_policies(name, data):
     score = data.draw(st.sampled_from(sorted(CONFIDENCES)))
     x, logits, scores = reference_outputs(name, data.draw(st.sampled_from([1, 2, 3, 17, 33])), score)
@@ -174,7 +174,7 @@ def test_forward_score_equal_to_threshold_exits():
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(data=None)
 def test_exit_index_equals_literal_transcription(data):
     if data is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 from torch import Tensor
@@ -82,7 +82,6 @@ def test_robust_aggregator_limits_one_outlier(aggregator: Aggregator, wild: floa
 
 
 @every_aggregator
-@settings(deadline=None)  # the first call of assert_close takes a second
 @given(order=st.permutations(range(7)))
 def test_aggregator_ignores_order_of_clients(aggregator: Aggregator, order: list[int]) -> None:
     given_states, sizes = states(7), [3, 1, 4, 1, 5, 9, 2]

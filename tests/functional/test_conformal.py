@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -106,7 +106,6 @@ def test_prediction_sets_contain_top_label_and_scores_below_threshold(lam: float
 rows = st.lists(st.lists(st.floats(-20, 20), min_size=5, max_size=5), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(rows, st.floats(0, 3), st.floats(0, 2), st.floats(0, 2), st.integers(1, 5), st.integers(0, 99))
 def test_prediction_sets_grow_with_tau_and_shrink_with_lam(
     logits: list[list[float]], tau: float, lam: float, more: float, kappa: int, seed: int

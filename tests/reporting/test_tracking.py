@@ -39,7 +39,7 @@ def test_write_metrics_csv_without_rounds_writes_a_header(tmp_path):
     assert read_metrics_csv(tmp_path / "metrics.csv") == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.dictionaries(st.from_regex(r"[a-z]+/[a-z]+", fullmatch=True), st.floats(allow_nan=False) | st.integers()))
 def test_read_metrics_csv_returns_the_written_rows(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"

@@ -73,7 +73,7 @@ def literal_ltt(calibration, grids, delta_e, alpha):
 
 
 @given(worlds, seeds, sizes, sizes, rates_strategy)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_ltt_thresholds_equal_literal_transcription(of, seed, samples, tuning_samples, rates):
     alpha, delta = rates
     calibration, tuning = draw(of, seed, samples), draw(of, seed + 1, tuning_samples)
@@ -89,7 +89,7 @@ def test_ltt_thresholds_equal_literal_transcription(of, seed, samples, tuning_sa
 
 
 @given(worlds, seeds, sizes, rates_strategy)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_make_plan_grid_starts_at_lowest_p_value_and_decreases(of, seed, samples, rates):
     alpha, delta = rates
     tuning = draw(of, seed, samples)
@@ -133,7 +133,7 @@ def test_fit_thresholds_come_from_the_tuning_plan(mode):
 @given(worlds, seeds, sizes, rates_strategy)
 @example((11, 3, 0), 1, 200, (0.05, 0.1))  # starts at the second vector; the first would fail
 @example((22, 3, 0), 1, 200, (0.1, 0.1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ltt_joint_thresholds_equal_literal_transcription(of, seed, samples, rates):
     alpha, delta = rates
     calibration, tuning = draw(of, seed, samples), draw(of, seed + 1, 200)
@@ -208,7 +208,7 @@ def literal_safekd_code(calibration, alpha):
     ("mode", "literal"), [("crc", literal_crc), ("empirical", literal_empirical), ("safekd_code", literal_safekd_code)]
 )
 @given(worlds, seeds, sizes, st.sampled_from([0.01, 0.05, 0.1, 0.3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_baselines_equal_literal_transcriptions(mode, literal, of, seed, samples, alpha):
     calibration = draw(of, seed, samples)
     policy = fit(calibration, draw(of, seed + 1, 30), alpha, 0.1, mode)
@@ -225,7 +225,7 @@ def test_crc_fewer_than_60_samples_closes_exit(samples, threshold):
 
 
 @given(worlds, seeds, sizes, rates_strategy, st.sampled_from(sorted(MODES)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_fit_counts_equal_assigned_samples(of, seed, samples, rates, mode):
     calibration = draw(of, seed, samples)
     policy = fit(calibration, draw(of, seed + 1, 120), *rates, mode)
