@@ -44,7 +44,8 @@ def grid_sections(results: pd.DataFrame) -> list[Section]:
     runs = runs.assign(seconds=results["seconds"], device=results["device"], commit=results["commit"])
     return [
         Section("methods", "Methods", [text], tables={"": method_table(results)}, pictures=pictures),
-        Section("runs", "Runs", tables={"": runs}, data={"runs": results}),
+        # Not "runs": a report may also have the section of `run_sections` with that name.
+        Section("grid", "Runs of the grid", tables={"": runs}, data={"grid": results}),
     ]
 
 

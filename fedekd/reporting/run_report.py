@@ -11,7 +11,7 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary
+from fedekd.reporting.rows import Row, Summary, is_harm
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -87,7 +87,8 @@ def client_table(summary: Summary) -> pd.DataFrame:
         row["Delta"] = metric.difference_text(client["delta"])
         if "deployed" in summary:
             p_value = client.get("p_value")
-            row |= {"deployed": client.get("deployed", "local"), "holdout": client.get("samples", 0)}
+            # Without a comparison a client deploys the federated model.
+            row |= {"deployed": client.get("deployed", "federated"), "compared on": client.get("samples", 0)}
             row["p"] = "" if p_value is None else f"{p_value:.2g}"
         rows.append(row)
     return pd.DataFrame(rows)
@@ -97,8 +98,7 @@ def _run_section(name: str, run: Run) -> Section:
     summary, metric = run.summary, METRICS[run.summary["metric"]]
     direction = "higher" if metric.higher_is_better else "lower"
     delta, tail = summary["delta"], metric.tail
-    sign = 1 if metric.higher_is_better else -1
-    harmed = [client for client in summary["clients"] if sign * client["delta"] < 0]
+    harmed = [client for client in summary["clients"] if is_harm(client["delta"], metric.name)]
     text = [
         f"{metric.title[0].upper()}{metric.title[1:]}: mean {metric.text(summary['mean'])}, local baseline"
         f" {metric.text(summary['local_mean'])} ({direction} is better). Delta: average"
@@ -111,11 +111,12 @@ def _run_section(name: str, run: Run) -> Section:
     tables = {"Clients": clients}
     if "deployed" in summary:
         rule, deployed = summary["deployed"]["rule"], summary["deployed"]
+        guarantee = f"confidence {rule['confidence']:g}, margin {rule['margin']:g}"
         text.append(
-            f"Do no harm (confidence {rule['confidence']:g}, margin {rule['margin']:g}): {deployed['federated']:.0%} of"
-            f" the clients deploy the federated model. With the deployed models: mean {metric.text(deployed['mean'])},"
-            f" Delta average {metric.difference_text(deployed['delta']['avg'])}, worst client"
-            f" {metric.difference_text(deployed['delta']['worst'])}."
+            f"Do no harm ({guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}):"
+            f" {deployed['federated']:.0%} of the clients deploy the federated model. With the deployed models: mean"
+            f" {metric.text(deployed['mean'])}, Delta average {metric.difference_text(deployed['delta']['avg'])}, worst"
+            f" client {metric.difference_text(deployed['delta']['worst'])}."
         )
     for kind, caption in (
         ("exits", "Exits: all images at one exit"),

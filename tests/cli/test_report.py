@@ -100,7 +100,7 @@ def test_report_of_results_has_methods_and_runs(tmp_path: Path) -> None:
     assert main(["report", str(RESULTS / "do_no_harm"), "--output", str(tmp_path)]) == 0
     markdown = (tmp_path / "report.md").read_text()
     assert "| fashionmnist, accuracy | 0.1 | FedeKD | 0.96" in section(markdown, "Methods")
-    assert section(markdown, "Runs").count("\n| fashionmnist | 0.1 | FedeKD |") == 3
+    assert section(markdown, "Runs of the grid").count("\n| fashionmnist | 0.1 | FedeKD |") == 3
     assert (tmp_path / "figures/delta-fashionmnist-0.1.png").is_file()
 
 
