@@ -99,7 +99,8 @@ class Client:
         """
         round_idx = self.supervised_rounds + 1 if round_idx is None else round_idx
         means = self._train("private", module, round_idx, **options)
-        self.supervised_epochs += options.get("epochs") or self.spec.client.local_epochs
+        epochs = options.get("epochs")
+        self.supervised_epochs += self.spec.client.local_epochs if epochs is None else epochs
         return means
 
     def train(
@@ -223,7 +224,7 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Role of the deployed network: `private`, or `local` if that one was kept."""
+        """Role of the deployed network: `private`, or `local` if do-no-harm chose it."""
         return "local" if "local" in self.networks else "private"
 
     @property
@@ -232,7 +233,7 @@ class Client:
         return self.networks[self.deployed_role]
 
     def use_local_model(self, local: Client | None) -> None:
-        """Deploy the local model or the federated one, which is kept in either case.
+        """Deploy the local model or the federated one; the latter is stored in any case.
 
         Args:
             local: The client of the local baseline; None for the federated model.
