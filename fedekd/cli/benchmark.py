@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedekd.benchmark import Block, Cell, cells, method_table, parse_filter, read_results, require_valid, run_grid
 from fedekd.benchmark.results import Row
+from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.errors import UserError
 from fedekd.metrics import METRICS
@@ -29,6 +30,7 @@ def benchmark_parser() -> ArgumentParser:
         usage="%(prog)s --config benchmark/quick.yaml [OPTIONS]",
         description="Run a grid: every combination of data sets, alphas, seeds and methods. Cells that are in the"
         " results are finished and not repeated.",
+        formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -36,24 +38,18 @@ def benchmark_parser() -> ArgumentParser:
     parser.add_argument(
         "--blocks", type=list[Block], help="Blocks of the grid: products of datasets, alphas, seeds and methods."
     )
-    parser.add_argument(
-        "--output", type=str, default="runs/benchmark", help="Folder of the runs (default: runs/benchmark)."
-    )
+    parser.add_argument("--output", type=str, default="runs/benchmark", help="Folder of the runs.")
     parser.add_argument(
         "--results", type=str | None, default=None, help="Folder of the CSV files (default: OUTPUT/results)."
     )
-    parser.add_argument("--processes", type=int, default=1, help="Number of runs in parallel (default: 1).")
+    parser.add_argument("--processes", type=int, default=1, help="Number of runs in parallel.")
     parser.add_argument("--filter", type=str, default="", help="Run some cells only: dataset=retinamnist,alpha=0.1")
     parser.add_argument(
         "--run", type=bool, default=True, help="false: print the table of finished cells and run nothing."
     )
-    parser.add_argument("--accelerator", type=str, default="auto", help="Device: auto, cpu or cuda (default: auto).")
-    parser.add_argument(
-        "--precision", type=str, default="auto", help="Precision, as trainer.precision of `fit` (default: auto)."
-    )
-    parser.add_argument(
-        "--threads", type=str, default="1", help="CPU threads per run; auto uses all cores (default: 1)."
-    )
+    parser.add_argument("--accelerator", type=str, default="auto", help="Device: auto, cpu or cuda.")
+    parser.add_argument("--precision", type=str, default="auto", help="Precision, as trainer.precision of `fit`.")
+    parser.add_argument("--threads", type=str, default="1", help="CPU threads per run; auto uses all cores.")
     return parser
 
 

@@ -14,6 +14,7 @@ from fedekd.benchmark.grid import decisive_options
 from fedekd.benchmark.grid_report import grid_sections
 from fedekd.benchmark.results import read_results
 from fedekd.cli.exit_report import exit_report, has_exits
+from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import as_values, federation_parser, parse
 from fedekd.early_exit.report.page import exit_sections, finding
 from fedekd.errors import UserError
@@ -33,6 +34,7 @@ def report_parser() -> ArgumentParser:
         description="Write one page (HTML and Markdown, with CSV and PNG files) about finished runs: settings,"
         " clients, scores, Delta, rounds, and the commands that repeat them. For a run whose network has exits, the"
         " page also has the calibrated exits. For the results of `benchmark`, it has the methods over seeds.",
+        formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -45,8 +47,8 @@ def report_parser() -> ArgumentParser:
         help="Calibrate the exits of the first run and compare them with those of the other runs, which must have the"
         " same data (default: if the first run has exits).",
     )
-    parser.add_argument("--client", type=int, default=0, help="Client whose exits are calibrated (default: 0).")
-    parser.add_argument("--draws", type=int, default=200, help="Number of calibrations per mode (default: 200).")
+    parser.add_argument("--client", type=int, default=0, help="Client whose exits are calibrated.")
+    parser.add_argument("--draws", type=int, default=200, help="Number of calibrations per mode.")
     return parser
 
 

@@ -66,7 +66,9 @@ def federation_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file, by path or by its name in configs/. Can be repeated; later win."
+        "--config",
+        action="config",
+        help="YAML file, by path or by its name in configs/. Can be repeated; the last value counts.",
     )
     parser.add_argument(
         "--output", type=str | None, default=None, help="Folder of the run (default: a new one in runs/)."
