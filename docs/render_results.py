@@ -21,6 +21,7 @@ import pandas as pd
 from scipy.stats import binomtest, ttest_ind_from_stats, wilcoxon
 
 from fedekd.functional import paired_p_value
+from fedekd.metrics import METRICS
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "results"
@@ -89,7 +90,7 @@ def methods(dataset: str) -> str:
     """One row per alpha and method, best mean Delta first; Local is in each run."""
     frame = read(f"{dataset}.csv")
     frame = frame[frame["parameter"].isna()]
-    sign = 1 if frame["metric"].iloc[0] == "accuracy" else -1
+    sign = 1 if METRICS[frame["metric"].iloc[0]].higher_is_better else -1
     local = frame.drop_duplicates(["alpha", "seed"])
     local = local.assign(method="Local", mean=local["local_mean"], delta_avg=0.0, delta_worst=0.0, delta_tail=0.0)
     rows = []
@@ -154,7 +155,7 @@ def gate() -> str:
                 if not (RESULTS / f"{dataset}.csv").is_file():
                     continue
                 frame = read(f"{dataset}.csv")
-                sign = 1 if frame["metric"].iloc[0] == "accuracy" else -1
+                sign = 1 if METRICS[frame["metric"].iloc[0]].higher_is_better else -1
                 for alpha, at_alpha in frame.groupby("alpha"):
                     one, other = (at_alpha[at_alpha["method"] == name] for name in (first, second))
                     pairs, difference, p = _paired(one, other, column)

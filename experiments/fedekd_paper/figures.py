@@ -53,9 +53,8 @@ def _bars(axes: Axes, name: str, cells: pd.DataFrame) -> None:
     axes.set_xticks(positions, list(cells["method"]), rotation=40, ha="right", fontsize=8)
     missing = "" if cells["mean"].notna().any() else ": no runs"
     axes.set_title(f"{name}, alpha {_ALPHA}{missing}", fontsize=10)
-    higher = bool(cells["higher"].iloc[0])
-    score = next(metric.title for metric in METRICS.values() if metric.higher_is_better == higher)
-    axes.set_ylabel(f"{score} ({'higher' if higher else 'lower'} is better)", fontsize=9)
+    metric = METRICS[cells["metric"].iloc[0]]
+    axes.set_ylabel(f"{metric.title} ({'higher' if metric.higher_is_better else 'lower'} is better)", fontsize=9)
     axes.grid(**_GRID)
     axes.set_axisbelow(True)
 

@@ -52,7 +52,8 @@ def paper_cells(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per cell that is published or measured: table, dataset, alpha, method, measure, values (by seed), mean,
-        std, paper_mean, paper_std, fault, derived, p (Welch's test), verdict, best (of its column).
+        std, paper_mean, paper_std, fault, derived, metric, higher (its direction), p (Welch's test), verdict, best (of
+        its column).
     """
     measured = results[results["sweep"] == ""]
     local = measured.assign(method="Local", mean=measured["local_mean"]).drop_duplicates([*CELL, "seed"])
@@ -68,7 +69,9 @@ def paper_cells(results: pd.DataFrame) -> pd.DataFrame:
         # `apply` on an empty frame returns a frame, which has no name.
         ours = values.rename("values").reset_index() if len(runs) else pd.DataFrame(columns=[*CELL, "values"])
         cells = paper.drop(columns=["table", "measure"]).merge(ours.astype({"alpha": float}), how="outer", on=CELL)
-        cells = cells.assign(table=plan.number, measure=plan.measure, higher=primary_metric(plan.task).higher_is_better)
+        metric = primary_metric(plan.task)
+        cells = cells.assign(table=plan.number, measure=plan.measure)
+        cells = cells.assign(metric=metric.name, higher=metric.higher_is_better)
         frames.append(_in_order(cells, rows))
     cells = pd.concat(frames, ignore_index=True)
     cells["values"] = [value if isinstance(value, dict) else {} for value in cells["values"]]
