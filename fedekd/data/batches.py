@@ -73,7 +73,7 @@ class TensorBatches:
             yield self.take(positions[start : start + self.batch_size])
 
     def draw_positions(self) -> Tensor:
-        """Begin a pass: the positions within `indices`, in order, (num_visited,)."""
+        """Begin a pass and return its positions within `indices`, shape (num_visited,)."""
         n, device = len(self.indices), self.indices.device
         if self.generator is None:
             order = torch.arange(n, device=device)
@@ -84,7 +84,7 @@ class TensorBatches:
         return order[: self.num_visited]
 
     def take(self, positions: Tensor) -> tuple[Any, ...]:
-        """The batch of the samples at `positions` within `indices`."""
+        """Return the batch of the samples at `positions` within `indices`."""
         samples = self.indices[positions]
         x = scale(self.images[samples]).contiguous(memory_format=self.memory_format)
         return (x, self.targets[samples], *(extra[positions] for extra in self.extras))

@@ -69,5 +69,6 @@ def lost_updates(options: RoundOptions, num_clients: int, seed: int, round_idx: 
 
     All clients are drawn, so that the result does not depend on the participants.
     """
+    # "dropout" is the earlier name of the option: another text would draw other clients than in the stored results.
     rng = np.random.default_rng(derive_seed(seed, round_idx, "dropout"))
     return {client for client, lost in enumerate(rng.random(num_clients) < options.update_loss_rate) if lost}

@@ -70,9 +70,9 @@ class LeanLoop:
     """Trains one module for one phase.
 
     Args:
-        module: What is trained; see `build_lean_loop`.
-        batches: Its training samples.
-        device: Where it is trained.
+        module: Module to train; see `build_lean_loop`.
+        batches: Training samples.
+        device: Device of the training.
         precision: `32-true`, `bf16-mixed` or `64-true`.
         capture: Capture the steps on full batches as a CUDA graph where that is possible.
 
@@ -157,7 +157,7 @@ class CapturedStep:
 
     Args:
         step: Trains on the samples at the given positions, (batch size,).
-        device: Where it trains.
+        device: Device of the training.
     """
 
     def __init__(self, step: Callable[[Tensor], None], device: torch.device) -> None:
@@ -241,10 +241,10 @@ def capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Have an optimizer keep its state on the device.
+    """Set an optimizer to keep its state on the device.
 
     Returns:
-        Whether a CUDA graph can hold its step.
+        True if a CUDA graph can hold its step.
     """
     if isinstance(optimizer, torch.optim.SGD):
         return True
@@ -265,7 +265,10 @@ def supports_graphs(device: torch.device) -> bool:
 
 @contextmanager
 def synchronizations(device: torch.device) -> Iterator[list[str]]:
-    """Collect what waits for the device, and so cannot be captured."""
+    """Context manager: collect operations that wait for the device.
+
+    They cannot be captured.
+    """
     found: list[str] = []
     if device.type != "cuda":
         yield found
@@ -287,7 +290,7 @@ def synchronizations(device: torch.device) -> Iterator[list[str]]:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Queue the work inside on a stream other than the default one, for a capture."""
+    """Context manager: queue work on a stream other than the default, for a capture."""
     if device.type != "cuda":
         yield
         return
