@@ -1,4 +1,4 @@
-"""Training steps of FedeKD's phases on a GPU: eager, captured as a CUDA graph, of one client and of several at once.
+"""Training steps of FedeKD's phases on a GPU: eager, captured, several clients.
 
 All of them train the same networks on the same batches with fused Adam; the batches are gathered on the device.
 """
@@ -31,7 +31,7 @@ def supervised(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Phase:
-    """A training phase: the role that is trained, the role that teaches, and the loss."""
+    """A training phase: name, role of the trained network and of its teacher, loss."""
 
     name: str
     role: str
@@ -51,7 +51,7 @@ class Steps:
 
     Args:
         setting: Data, precision and batch size.
-        phase: What is trained.
+        phase: Training phase.
         networks: By role; they are changed.
         indices: The client's training samples, a multiple of the batch size, shape (n,).
         capturable: Keep the optimizer's state such that a CUDA graph can hold its step.
@@ -98,7 +98,7 @@ class Steps:
         return x.contiguous(memory_format=torch.channels_last)
 
     def step(self, places: Tensor) -> Tensor:
-        """Train on the samples at `places` within the client's; returns the loss."""
+        """Train on the samples at `places` of `indices`, and return the loss."""
         chosen = self.indices[places]
         with self.setting.autocast():
             logits = self.network(self.images(chosen))
@@ -111,7 +111,7 @@ class Steps:
         return loss.detach()
 
     def epoch(self, order: Tensor) -> Tensor:
-        """Train on all batches of an epoch, (steps, batch size); returns their losses, (steps,)."""
+        """Train on the batches of an epoch, (steps, batch size); return losses (steps,)."""
         return torch.stack([self.step(places) for places in order])
 
     def state(self) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Steps:
 
 
 class Stacked:
-    """The training of K clients in one phase as one network of stacked weights, by `torch.func.vmap`.
+    """Training of K clients in one phase as one network of stacked weights (vmap).
 
     Args:
         clients: One `Steps` each, with equally many samples; their networks are copied.
@@ -156,7 +156,7 @@ class Stacked:
         return self.phase.loss(log_softmax(logits.float(), dim=1), teacher_outputs, y)
 
     def step(self, places: Tensor) -> Tensor:
-        """Train each client on the samples at `places` within its own; returns the mean loss."""
+        """Train each client on its samples at `places`, and return the mean loss."""
         chosen = self.indices[:, places]
         x = self.setting.images[chosen].float().div_(127.5).sub_(1.0)
         teacher_outputs, y = self.teacher_outputs[:, places], self.setting.targets[chosen]
@@ -168,7 +168,7 @@ class Stacked:
         return losses.detach().mean()
 
     def epoch(self, order: Tensor) -> Tensor:
-        """Train on all batches of an epoch; returns the mean losses, (steps,)."""
+        """Train on all batches of an epoch, and return the mean losses (steps,)."""
         return torch.stack([self.step(places) for places in order])
 
     def state(self) -> list[Tensor]:
@@ -178,7 +178,7 @@ class Stacked:
 
 
 class Streams:
-    """The training of K clients in one phase, each on a CUDA stream of its own; meant to be captured.
+    """Training of K clients in one phase, one CUDA stream each; for a capture.
 
     Args:
         clients: One `Steps` each; they are trained in place.
@@ -199,7 +199,7 @@ class Streams:
             client.predict_teacher()
 
     def step(self, places: Tensor) -> Tensor:
-        """Train each client on the samples at `places` within its own; returns the mean loss."""
+        """Train each client on its samples at `places`, and return the mean loss."""
         if not self.streams:
             return torch.stack([client.step(places) for client in self.clients]).mean()
         main, losses = torch.cuda.current_stream(), []
@@ -212,7 +212,7 @@ class Streams:
         return torch.stack(losses).mean()
 
     def epoch(self, order: Tensor) -> Tensor:
-        """Train on all batches of an epoch; returns the mean losses, (steps,)."""
+        """Train on all batches of an epoch, and return the mean losses (steps,)."""
         return torch.stack([self.step(places) for places in order])
 
     def state(self) -> list[Tensor]:
@@ -221,12 +221,12 @@ class Streams:
 
 
 class Captured:
-    """Any of the above as a CUDA graph of one step: an epoch is one replay per step, and nothing else.
+    """A contender as a CUDA graph of one step; an epoch is one replay per step.
 
     On a CPU the step is called instead.
 
     Args:
-        steps: What is captured; its weights are as before when this returns.
+        steps: Contender to capture; its weights are restored afterwards.
         order: Batches of an epoch, (steps, batch size): the shape that every later epoch has.
     """
 
@@ -271,7 +271,7 @@ class Captured:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Start a phase: an optimizer state of zeros, and the teacher's outputs for all samples."""
+        """Start a phase: reset the optimizer state, compute the teacher's outputs."""
         if self.graph is None:
             self.steps.begin()
             return
@@ -281,7 +281,7 @@ class Captured:
         self.steps.predict_teacher()
 
     def epoch(self, order: Tensor) -> Tensor:
-        """Train on all batches of an epoch; returns their losses, (steps,)."""
+        """Train on all batches of an epoch, and return their losses (steps,)."""
         self.order.copy_(order)
         self.place.zero_()
         for _ in range(len(order)):

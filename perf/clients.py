@@ -157,7 +157,9 @@ def simulate(chosen: argparse.Namespace, folder: Path) -> None:
 def print_table(found: dict[str, Measured], processes: int) -> None:
     """Print one line per engine; ratios are to the last one."""
     last = list(found.values())[-1]
-    print("| engine | s a round | ratio | peak memory, MiB | ratio | files, MiB | processes | start-up, s | whole, s |")
+    print(
+        "| engine | s per round | ratio | peak memory, MiB | ratio | files, MiB | processes | start-up, s | whole, s |"
+    )
     print("| --- " * 9 + "|")
     for engine, one in found.items():
         round_idx, peak = median(one.rounds), one.peak

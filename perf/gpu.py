@@ -1,7 +1,7 @@
-"""`make gpu`: what one GPU settles in ten minutes. Tests, times of a step, one cell of the paper's grid, the grid.
+"""`make gpu`: on one GPU, times of a step, a cell of the paper, tests and a grid.
 
-Every part runs in a process of its own within a time limit, keeps its results in the output folder, and is left out
-when they are there already. Nothing is downloaded. The table comes last and is written to gpu.md.
+Each part runs in a separate process with a time limit, writes its results to the output folder, and is skipped if they
+exist. Nothing is downloaded. The table is printed last and written to gpu.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import yaml
 
 PARTS = ("bench", "cell", "tests", "grid")
 
-#: Seconds of each part at most; the grid takes what is left.
+#: Maximum seconds of each part; the grid has the remaining time.
 LIMITS = {"bench": 105, "cell": 70, "tests": 110}
 
 #: Samples of an evaluation batch in the cell; the configuration's 128 launch 16 times as many kernels.
 CELL_EVAL_BATCH = 2048
 
-#: Seconds that a part is worth starting for, and that are kept back for the table.
+#: Minimum seconds to start a part, and seconds reserved for the table.
 LEAST, KEPT_BACK = 15, 8
 
 METHODS = {
@@ -55,12 +55,12 @@ class Session:
     Attributes:
         output: Folder of all results.
         root: Folder of the data files.
-        scratch: Folder of runs and checkpoints, which are not kept.
-        deadline: When it must be over, by `time.monotonic`.
-        processes: Federations side by side in the grid.
+        scratch: Folder of runs and checkpoints; removed at the end.
+        deadline: End of the session, by `time.monotonic`.
+        processes: Parallel runs in the grid.
         workers: Processes of the tests.
-        rehearsal: Run everything small and on the CPU.
-        known: Folder of results whose cells the grid leaves out; None runs all cells.
+        rehearsal: Run small workloads on the CPU.
+        known: Folder of results whose cells the grid skips; None runs all cells.
     """
 
     output: Path
@@ -74,38 +74,38 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds left."""
+        """Remaining seconds."""
         return self.deadline - time.monotonic() - KEPT_BACK
 
     @property
     def has_data(self) -> bool:
-        """Whether FashionMNIST is at hand; a rehearsal takes the digits."""
+        """True if FashionMNIST is in the root, or in a rehearsal, which uses digits."""
         return self.rehearsal or (self.root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").is_file()
 
     @property
     def dataset(self) -> str:
-        """The data set of cell and grid."""
+        """Data set of cell and grid."""
         return "digits" if self.rehearsal else "fashionmnist"
 
     @property
     def accelerator(self) -> str:
-        """Where it runs."""
+        """Device: `cpu` or `cuda`."""
         return "cpu" if self.rehearsal else "cuda"
 
     def keep(self, part: str, values: dict[str, Any]) -> None:
-        """Write what a part has found, whole or not at all."""
+        """Write the results of a part atomically."""
         path = self.output / f"{part}.json"
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(values, indent=1))
         draft.replace(path)
 
     def found(self, part: str) -> dict[str, Any]:
-        """What a part has found so far."""
+        """Return the results of a part so far."""
         path = self.output / f"{part}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def call(self, command: Sequence[str], limit: float, stop: int = signal.SIGTERM, **environment: str) -> int:
-        """Run a command within a time limit, its output in log.txt; returns its exit code, -1 at the limit."""
+        """Run a command with output to log.txt; return its exit code, -1 at the limit."""
         with (self.output / "log.txt").open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
@@ -117,18 +117,18 @@ class Session:
                 process.send_signal(stop)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(3)
-                time.sleep(1)  # processes that watch their parent end by themselves, and clean up
+                time.sleep(1)  # workers that watch their parent clean up and end by themselves
                 return -1
             finally:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # the processes that it started
+                    os.killpg(process.pid, signal.SIGKILL)  # its child processes
 
 
 def bench(session: Session) -> dict[str, Any]:
-    """Times of a step; see perf/launches.py."""
+    """Measure the times of a step; see perf/launches.py."""
     command = [sys.executable, "-m", "perf.gpu", "--output", str(session.output), "--root", str(session.root)]
     command += ["--measure"] + (["--rehearsal"] if session.rehearsal else [])
     code = session.call(command, 900 if session.rehearsal else LIMITS["bench"])
@@ -136,7 +136,7 @@ def bench(session: Session) -> dict[str, Any]:
 
 
 def measure_here(session: Session) -> None:
-    """Measure in this process, and keep what is found as it comes."""
+    """Measure in this process, and write the results after each part."""
     import torch
 
     from fedekd.modules import TrainerFactory
@@ -151,7 +151,7 @@ def measure_here(session: Session) -> None:
 
 
 def cell(session: Session) -> dict[str, Any]:
-    """One cell of the paper's grid with its Local baseline, from a cold start."""
+    """Run one cell of the paper's grid with its local baseline, from a cold start."""
     run = session.scratch / "cell"
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "orchestrator.py", "fit", "--config", f"{session.dataset}.yaml"]
@@ -164,12 +164,16 @@ def cell(session: Session) -> dict[str, Any]:
     code = session.call(command, 900 if session.rehearsal else LIMITS["cell"])
     seconds = time.monotonic() - began
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
-    kept = {name: summary[name] for name in ("dataset", "alpha", "seconds", "mean", "local_mean", "delta") if summary}
+    kept = {
+        name: summary[name]
+        for name in ("dataset", "alpha", "metric", "seconds", "mean", "local_mean", "delta")
+        if summary
+    }
     return {"code": code, "cold_seconds": seconds, **kept}
 
 
 def tests(session: Session) -> dict[str, Any]:
-    """Run tests/gpu, several at once; what has ended by the limit is kept."""
+    """Run tests/gpu in parallel; tests that end within the limit count."""
     log = session.scratch / "tests.jsonl"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command += ["-n", str(session.workers), "--timeout=100", "--tb=short", "--durations=5"]
@@ -187,7 +191,7 @@ def tests(session: Session) -> dict[str, Any]:
 
 
 def grid(session: Session) -> dict[str, Any]:
-    """The grid of four methods with the minutes that are left; finished rows are kept in results/."""
+    """Run the grid of four methods in the remaining time; rows go to results/."""
     block = {
         "datasets": [session.dataset],
         "alphas": [0.3, 0.5, 0.1],
@@ -237,12 +241,12 @@ RUN: dict[str, Callable[[Session], dict[str, Any]]] = {"bench": bench, "cell": c
 
 
 def is_done(part: str, found: dict[str, Any]) -> bool:
-    """Whether a part has nothing left to do; tests are done only when all passed."""
+    """Return True if a part is complete; tests are complete if all passed."""
     return found.get("code") == 0 and not found.get("failed") and part != "grid"
 
 
 def unpack(root: Path) -> None:
-    """Unpack FashionMNIST's files beside the packed ones, as torchvision reads them."""
+    """Unpack FashionMNIST's files into the same folder, as torchvision reads them."""
     for packed in sorted((root / "FashionMNIST" / "raw").glob("*-ubyte.gz")):
         target = packed.with_suffix("")
         if not target.exists():
@@ -253,17 +257,17 @@ def unpack(root: Path) -> None:
 
 
 def card() -> str:
-    """The name of the GPU, from the driver."""
+    """Return the name of the GPU, from the driver."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        return told.stdout.strip().splitlines()[0]
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return output.stdout.strip().splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "no GPU"
 
 
 def table(session: Session) -> str:
-    """All results as Markdown."""
+    """Return all results as Markdown."""
     python = ".".join(map(str, sys.version_info[:3]))
     versions = f"torch {version('torch')}, lightning {version('lightning')}, Python {python}"
     lines = ["# make gpu", "", f"{card()}; {versions}; {os.cpu_count()} CPU cores"]
@@ -281,8 +285,8 @@ def _bench_lines(found: dict[str, Any]) -> list[str]:
         f"{found.get('precision')}, batches of {found.get('batch')}, {found.get('images')}; bf16 matmul 8192^3:"
         f" {found.get('peak_tflops', math.nan):.0f} TFLOP/s",
         "",
-        "| phase | contender | ms a client-step | low | high | / first | / captured | samples/s | of peak |"
-        " without kernels | kernel ms | kernels a step | loss difference |",
+        "| phase | contender | ms per client step | low | high | / first | / captured | samples/s | of peak |"
+        " without kernels | kernel ms | kernels per step | loss difference |",
         "| --- " * 13 + "|",
     ]
     for row in found.get("rows", ()):
@@ -303,8 +307,9 @@ def _cell_lines(found: dict[str, Any]) -> list[str]:
     delta = found["delta"]
     return [
         f"{found['dataset']}, alpha {found['alpha']}, FedeKD with Local, seed 0: {found['cold_seconds']:.1f} s from the"
-        f" start of the program, {found['seconds']:.1f} s in the federation; accuracy {found['mean']:.4f}, Local"
-        f" {found['local_mean']:.4f}, delta avg {delta['avg']:+.4f}, worst {delta['worst']:+.4f}"
+        f" start of the program, {found['seconds']:.1f} s in the federation; {found.get('metric', 'score')}"
+        f" {found['mean']:.4f}, Local {found['local_mean']:.4f}, delta avg {delta['avg']:+.4f}, worst"
+        f" {delta['worst']:+.4f}"
     ]
 
 
@@ -319,7 +324,7 @@ def _test_lines(found: dict[str, Any]) -> list[str]:
 def _grid_lines(found: dict[str, Any]) -> list[str]:
     seconds = sorted(found["cell_seconds"]) or [math.nan]
     lines = [
-        f"{found['cells']} cells in {found['seconds']:.0f} s, {found['processes']} side by side; {found['all_cells']}"
+        f"{found['cells']} cells in {found['seconds']:.0f} s, {found['processes']} in parallel; {found['all_cells']}"
         f" in results/; a cell took {seconds[0]:.0f} to {seconds[-1]:.0f} s, in the median"
         f" {seconds[len(seconds) // 2]:.0f} s",
         "",
@@ -328,16 +333,16 @@ def _grid_lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts that are not done, and print the table; the exit code is 1 if one has failed."""
+    """Run incomplete parts and print the table; exit code 1 if a part failed."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--output", default="runs/gpu", help="folder of the results (runs/gpu)")
-    parser.add_argument("--only", default=",".join(PARTS), help="which parts, with commas, in this order")
-    parser.add_argument("--minutes", type=float, default=9.0, help="all parts together (9)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas, in this order")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all parts together (9)")
     parser.add_argument("--root", default="data", help="folder of the data files; packed ones are unpacked there")
-    parser.add_argument("--processes", type=int, default=8, help="federations side by side in the grid (8)")
+    parser.add_argument("--processes", type=int, default=8, help="parallel runs in the grid (8)")
     parser.add_argument("--workers", type=int, default=5, help="processes of the tests (5)")
-    parser.add_argument("--known", default=None, help="folder of results whose cells the grid leaves out")
-    parser.add_argument("--rehearsal", action="store_true", help="everything small, and on the CPU")
+    parser.add_argument("--known", default=None, help="folder of results whose cells the grid skips")
+    parser.add_argument("--rehearsal", action="store_true", help="small workloads on the CPU")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     parts = options.only.split(",")
@@ -351,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.measure:
         measure_here(session)
         return 0
-    # Checkpoints are synced to the disk at every round; in memory that costs nothing.
+    # Checkpoints are synced to the disk at every round, which is free in memory.
     shared = Path("/dev/shm")
     has_room = shared.is_dir() and shutil.disk_usage(shared).free > 16 * 2**30
     session.scratch = Path(mkdtemp(prefix="fedekd-gpu-", dir=shared if has_room else None))
@@ -361,14 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if is_done(part, session.found(part)):
                 print(f"{part}: done before", flush=True)
             elif part in ("cell", "grid") and not session.has_data:
-                print(f"{part}: left out, no FashionMNIST under {options.root}", flush=True)
+                print(f"{part}: skipped, no FashionMNIST in {options.root}", flush=True)
             elif session.left < LEAST:
-                print(f"{part}: left out, no time left", flush=True)
+                print(f"{part}: skipped, no time left", flush=True)
             else:
                 began = time.monotonic()
                 try:
                     session.keep(part, RUN[part](session))
-                except Exception as error:  # one part must not cost the others
+                except Exception as error:  # one part must not stop the others
                     print(f"{part}: {type(error).__name__}: {error}", flush=True)
                 print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
                 (output / "gpu.md").write_text(table(session))

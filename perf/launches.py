@@ -1,4 +1,4 @@
-"""Measure the training steps of FedeKD's phases on a GPU, and how much of the time its kernels run."""
+"""Measure training steps of FedeKD's phases and their kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from perf.captured import PHASES, Captured, Phase, Stacked, Steps, Streams
 from perf.setting import Workload
 from perf.timing import matmul_peak, step_flops, timed
 
-#: Entries of the profiler that are no kernels.
+#: Entries of the profiler that are not kernels.
 _NO_KERNELS = ("Activity Buffer Request", "Lazy Function Loading", "Command Buffer Full", "Instrumentation")
 
 #: Clients of the stacked contenders.
@@ -34,7 +34,7 @@ Contender = Steps | Stacked | Streams | Captured
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """Extent of a measurement.
 
     Args:
         steps: Batches of an epoch.
@@ -46,12 +46,12 @@ class Size:
 
 
 def measure(setting: Workload, size: Size, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Measure all phases: first the times of one client, then kernels, then several clients at once.
+    """Measure all phases: times of one client, kernels, several clients at once.
 
     Args:
         setting: Data, precision and device.
-        size: How much.
-        keep: Takes all that is known so far, after each part.
+        size: Extent of the measurement.
+        keep: Called with all results so far, after each part.
     """
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "cpu",
@@ -69,7 +69,7 @@ def measure(setting: Workload, size: Size, keep: Callable[[dict[str, Any]], None
         for phase in PHASES:
             try:
                 part(setting, phase, size, found)
-            except Exception as error:  # one contender that cannot run must not cost the others
+            except Exception as error:  # a contender that fails must not stop the others
                 found["errors"].append(f"{phase.name}, {part.__name__}: {type(error).__name__}: {error}"[:500])
             keep(found)
 
@@ -97,7 +97,7 @@ def _train(setting: Workload, contender: Contender, size: Size) -> None:
 
 
 def _contenders(setting: Workload, phase: Phase, size: Size) -> dict[str, Callable[[], None]]:
-    """(a) a bare loop and its captured form, and (b) fedekd's modules by each loop."""
+    """Return (a) the bare loop, eager and captured, and (b) fedekd with each loop."""
     bare = _steps(setting, phase, size)
     captured = Captured(_steps(setting, phase, size, capturable=True), _order(setting, size))
     return {
@@ -110,7 +110,7 @@ def _contenders(setting: Workload, phase: Phase, size: Size) -> dict[str, Callab
 
 
 def _one_client(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
-    """Times of the contenders, and how much of fedekd's is spent on capturing a phase."""
+    """Measure the times of the contenders, and of the captures of fedekd."""
     contenders = _contenders(setting, phase, size)
     with _capture_times() as seconds:
         rows = _rows(setting, phase, size, contenders, clients=1, peak=found["peak_tflops"] * 1e12)
@@ -123,7 +123,10 @@ def _one_client(setting: Workload, phase: Phase, size: Size, found: dict[str, An
 
 
 def _add_kernels(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
-    """The kernels of each contender; of few steps, since the profiler takes long over a hundred thousand kernels."""
+    """Count the kernels of each contender.
+
+    Of few steps only: the profiler is slow with a hundred thousand kernels.
+    """
     few = replace(size, steps=max(1, size.steps // 10))
     contenders = _contenders(setting, phase, few)
     for row in found["rows"]:
@@ -132,7 +135,7 @@ def _add_kernels(setting: Workload, phase: Phase, size: Size, found: dict[str, A
 
 
 def _several_clients(setting: Workload, phase: Phase, size: Size, found: dict[str, Any]) -> None:
-    """Six clients: stacked weights, captured, and captured on a stream each; and one with any cuDNN algorithm."""
+    """Measure six clients, stacked or on one stream each, and any cuDNN algorithm."""
     size = replace(size, steps=max(1, size.steps // 4))
     order = _order(setting, size)
 
@@ -157,7 +160,7 @@ def _several_clients(setting: Workload, phase: Phase, size: Size, found: dict[st
 
 
 def _difference(reference: Contender, contender: Contender, order: Tensor) -> float:
-    """Largest relative difference of the losses of a first epoch, batch by batch."""
+    """Return the largest relative difference of the losses of a first epoch."""
     losses = []
     for each in (reference, contender):
         each.begin()
@@ -166,7 +169,7 @@ def _difference(reference: Contender, contender: Contender, order: Tensor) -> fl
 
 
 def _fedekd(setting: Workload, phase: Phase, size: Size, **options: Any) -> Callable[[], None]:
-    """One phase of fedekd; `options` replace fields of the TrainerFactory."""
+    """Return one phase of fedekd; `options` replace fields of the TrainerFactory."""
     indices = _indices(setting, size).cpu()
     method = Local() if phase.name == "supervised" else FedeKD()
     client = setting.client(method, indices)
@@ -181,7 +184,7 @@ def _fedekd(setting: Workload, phase: Phase, size: Size, **options: Any) -> Call
 
 @contextmanager
 def _capture_times() -> Iterator[list[float]]:
-    """Inside, collect the seconds of each capture by the lean loop."""
+    """Context manager: collect the seconds of each capture by the lean loop."""
     capture, seconds = lean_loop.capture, []
 
     def timed_capture(*arguments: Any) -> Any:
@@ -236,14 +239,14 @@ def _rows(
 
 
 def _note_kernels(setting: Workload, row: dict[str, Any], run: Callable[[], None], steps: int) -> None:
-    """Add to a row what the profiler shows of a run of `steps` steps."""
+    """Add the kernels of a run of `steps` steps to a row."""
     kernels, launches = _kernels(setting, run)
     row["kernel_ms"], row["kernels_a_step"] = kernels / steps * 1e3, launches / steps
     row["launch_bound"] = 1.0 - row["kernel_ms"] / row["ms"]
 
 
 def _kernels(setting: Workload, run: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of all GPU kernels of a run, by the profiler, and their number; NaN where it cannot see them."""
+    """Return seconds and number of all GPU kernels of a run; NaN without a GPU."""
     if setting.device.type != "cuda":
         return math.nan, math.nan
     with suppress(RuntimeError):

@@ -28,7 +28,7 @@ def phases(setting: Workload, repetitions: int, steps: int) -> None:
     total = -(-len(indices) // setting.batch_size) * setting.epochs
     print(f"\n## Phases of one client: {total} steps of {setting.batch_size} samples\n")
     print(f"Matrix products reach {peak / 1e9:.0f} GFLOP/s at the precision of (a) and (b); (c) is in float32.\n")
-    print("| phase | contender | ms a step | samples/s | share of the peak |")
+    print("| phase | contender | ms per step | samples/s | share of the peak |")
     print("| --- | --- | --- | --- | --- |")
     ratios = []
     for role in ("private", "proxy"):
