@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedekd.data import FederatedDataModule as FederatedDataModule
     from fedekd.federation import Orchestrator as Orchestrator
     from fedekd.modules import GatedPrivateModule as GatedPrivateModule
+    from fedekd.modules import MultiExitModule as MultiExitModule
     from fedekd.modules import ProxyDistillModule as ProxyDistillModule
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FederatedDataModule": "fedekd.data",
     "GatedPrivateModule": "fedekd.modules",
+    "MultiExitModule": "fedekd.modules",
     "Orchestrator": "fedekd.federation",
     "ProxyDistillModule": "fedekd.modules",
 }
@@ -38,6 +40,7 @@ _PACKAGES = (
 __all__ = [
     "FederatedDataModule",
     "GatedPrivateModule",
+    "MultiExitModule",
     "Orchestrator",
     "ProxyDistillModule",
     "__version__",

@@ -50,6 +50,7 @@ def fail(*arguments: Any) -> Any:
     raise AssertionError("called twice")
 
 
+@pytest.mark.slow
 def test_run_cell_with_coverage_keeps_it_and_no_checkpoints(finished: tuple[Path, Row, list[Any]]) -> None:
     folder, row, [(clients, options, seed)] = finished
     assert (len(clients), options, seed) == (3, OPTIONS, 1)

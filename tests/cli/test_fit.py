@@ -178,6 +178,7 @@ def test_fit_closed_stdout_finishes_the_run(npz: Path, workdir: Path) -> None:
     assert Path("a/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_fit_full_disk_keeps_finished_rounds(
     npz: Path, workdir: Path, fit: Fit, error_line: ErrorLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

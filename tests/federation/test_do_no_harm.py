@@ -88,6 +88,7 @@ def deployed_local(run: Orchestrator) -> dict[str, Any]:
     return {f"{n}/{name}": tensor for n, each in sorted(networks.items()) for name, tensor in each.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [None, 0, 4])
 def test_deployed_local_model_equals_local_after_as_many_rounds(
     harmless: Federate, tmp_path: Path, held: int | None
@@ -208,6 +209,7 @@ class StopAfterRound(SilentObserver):
             raise StoppedError
 
 
+@pytest.mark.slow
 def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path: Path) -> None:
     parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.1, looks=2), "baseline_dir": tmp_path / "l"}
     whole = harmless(**parts)
@@ -283,6 +285,7 @@ def local_results() -> dict[tuple[Any, int], Any]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_deploys_the_model_that_delta_is_computed_with(
     harmless: Federate, local_results: dict[tuple[Any, int], Any], name: str
@@ -324,6 +327,7 @@ def test_orchestrator_without_two_models_or_samples_raises_user_error(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [None, DoNoHarm(0.8), DoNoHarm(0.5, margin=0.01), DoNoHarm(0.5, rule="better")])
 def test_resume_with_another_rule_raises_user_error(harmless: Federate, tmp_path: Path, other: Any) -> None:
     with pytest.raises(StoppedError):
@@ -339,6 +343,7 @@ def test_resume_finished_run_with_a_new_rule_raises_user_error(harmless: Federat
         harmless(output=tmp_path).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_diverged_federated_model_is_not_deployed(harmless: Federate, tmp_path: Path, task: Any) -> None:
     class Diverging(Uneven):
@@ -382,6 +387,7 @@ class PermutedProxies(FedeKD):
         return ClientUpdate.of(client, proxy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("malicious", [[0], [0, 1, 2]])
 def test_proxies_of_permuted_labels_do_not_harm_deployed_models_on_digits(
     federate: Federate, malicious: list[int]

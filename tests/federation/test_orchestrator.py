@@ -112,6 +112,7 @@ def uninterrupted(
     return whole, whole.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("events", [1, 2, 4, 7, 10, 11, 13, 16, 18, 20])
 def test_resume_after_a_stop_at_any_event_gives_equal_results(
     federate: Federate, uninterrupted: tuple[Orchestrator, dict[str, Any]], tmp_path: Path, events: int
@@ -244,6 +245,7 @@ def test_run_lost_updates_are_counted_and_warned_of(federate: Federate) -> None:
     assert 0 < len(lost) < 12
 
 
+@pytest.mark.slow
 def test_local_baseline_is_trained_once_and_then_read(federate: Federate, tmp_path: Path) -> None:
     first = federate(baseline_dir=tmp_path / "local")
     expected = first.run()
@@ -265,6 +267,7 @@ def test_local_baseline_corrupt_cache_is_trained_again(federate: Federate, tmp_p
     assert repeatable(federate(baseline_dir=tmp_path / "local").run()) == repeatable(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"seed": 1}, {"client": ClientOptions(local_epochs=2)}])
 def test_local_baseline_cache_depends_on_seed_and_options(
     federate: Federate, tmp_path: Path, other: dict[str, Any]

@@ -14,6 +14,7 @@ from .conftest import Federate
 from .test_methods import CASES, METHODS, small_client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_method_runs_on_digits(name: str, task: str, federate: Federate) -> None:
     data = FederatedDataModule("digits", num_clients=3, alpha=5.0, batch_size=128, task=task)  # type: ignore[arg-type]

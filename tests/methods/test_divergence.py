@@ -31,6 +31,7 @@ class Listener(SilentObserver):
         self.updates.append(row["comm/updates"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_method_client_that_diverged_once_takes_part_again(
     name: str, federate: Federate, monkeypatch: pytest.MonkeyPatch
@@ -54,6 +55,7 @@ def test_method_client_that_diverged_once_takes_part_again(
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), [case for case in CASES if "-" not in case[0]])
 def test_method_diverged_run_finishes(name: str, task: str, federate: Federate) -> None:
     small = small_client(name)

@@ -94,6 +94,7 @@ def federation(method: Any, rounds: int, share: int | None = None) -> tuple[Tens
     return method.server_state["model"]["theta"], optimum, clients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "rounds"), [(None, 250), (2, 700)])
 def test_feddyn_reaches_the_global_optimum(share: int | None, rounds: int) -> None:
     method = FedDyn(alpha=1.0)
@@ -103,6 +104,7 @@ def test_feddyn_reaches_the_global_optimum(share: int | None, rounds: int) -> No
     torch.testing.assert_close(method.server_state["h"]["theta"], h, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [FedAvg, lambda: FedProx(mu=1.0)])
 def test_fedavg_and_fedprox_do_not_reach_the_global_optimum(method: Any) -> None:
     theta, optimum, _ = federation(method(), 100)

@@ -116,6 +116,7 @@ def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_method_resumed_run_with_other_client_order_is_identical(
     name: str, task: str, federate: Federate, tmp_path: Path
@@ -141,6 +142,7 @@ def run_weights(federate: Federate, method: Method, **parts: Any) -> dict[str, A
     return weights(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_fedprox_mu_0_equals_fedavg(federate: Federate, task: str) -> None:
     fedavg = run_weights(federate, FedAvg(), task=task)
@@ -275,6 +277,7 @@ def mean_of_g(run: Any) -> dict[str, torch.Tensor]:
     return {name: sum(state[name] for state in states) / 3 for name in zeros}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("participation", [1.0, 0.34])
 def test_feddyn_h_is_mean_of_client_gradients(federate: Federate, participation: float) -> None:
     checked = []

@@ -79,6 +79,7 @@ def test_safekd_without_distillation_equals_local(federate: Federate) -> None:
     assert not any("teacher" in client.networks for client in ours.engine.clients.values())  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [lambda: SafeKD(1.0, 0.0), lambda: SafeKD(0.0, 1.0)])
 def test_safekd_each_term_changes_weights(method: Any, federate: Federate) -> None:
     ours, local = federate(method(), client=client()), federate(Local(), client=client())
@@ -122,6 +123,7 @@ def test_safekd_passes_options_and_epochs_to_module(federate: Federate, monkeypa
     assert [call["first_epoch"] for call in calls] == [0, 0, 0, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 def test_safekd_resumed_run_with_other_client_order_is_identical(
     participation: float, federate: Federate, tmp_path: Path
@@ -232,6 +234,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_method_trains_every_exit(method: Any, federate: Federate) -> None:
     run = federate(method(), client=client())

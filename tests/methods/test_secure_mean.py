@@ -51,6 +51,7 @@ def after_a_round(federate: Federate, name: str, **parts: Any) -> dict[str, torc
     return dict(tensors(method.server_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_supports_secure_mean_holds_for_server_state(name: str, federate: Federate) -> None:
     supported = METHODS[name]().supports_secure_mean

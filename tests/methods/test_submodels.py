@@ -86,6 +86,7 @@ def depth_of(name: str) -> int:
     return int(name.split(".")[1]) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depths", [None, 2])
 @pytest.mark.parametrize("average", ["uniform", "samples"])
 def test_depthfl_equal_depths_without_distillation_equals_fedavg(

@@ -50,6 +50,7 @@ def start(run_dir: Path, **arguments) -> Tracker:
     return Tracker([WandbRunLogger(offline=True, **arguments)], run_dir)
 
 
+@pytest.mark.slow
 def test_offline_run_has_each_round_once_with_all_names(
     tmp_path, make_row, make_summary, run_folders, read_history, read_records, capfd
 ):
