@@ -87,7 +87,7 @@ sites: $(EXTRAS)
 ## test: run the fast tests, in under 4 minutes on two cores (options: ARGS="-k metrics")
 .PHONY: test
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --doctest-modules tests fedekd experiments $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not (slow or ray or flower)" --doctest-modules tests fedekd experiments $(ARGS)
 
 ## test-all: run all tests and the notebooks, with the coverage of fedekd/ (options: ARGS="-k metrics")
 .PHONY: test-all
