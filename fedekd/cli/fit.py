@@ -42,7 +42,6 @@ def run(argv: Sequence[str]) -> int:
     baseline_dir = Path(config.baseline_dir)
     if baseline_dir.exists() and not baseline_dir.is_dir():
         raise UserError(f"--baseline_dir: expected a folder, got the file {baseline_dir}")
-    parts["data"].prepare_data()
     parts["data"].setup()
     output = resume if resume is not None else _new_folder(config.output, parts)
     try:
