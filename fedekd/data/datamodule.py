@@ -60,6 +60,10 @@ class ClientSplits:
         """
         return content_digest(images, [self.train, self.validation, self.test])
 
+    def validation_digest(self, images: ImageData) -> str:
+        """Return the SHA-256 (hex) of tuning, calibration and holdout, in order."""
+        return content_digest(images, [self.tuning, self.calibration, self.holdout])
+
 
 class FederatedDataModule(lightning.LightningDataModule):
     """Images partitioned across clients, each with training, validation and test.

@@ -2,82 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import fedekd
 from fedekd.atomic import atomic_file
-from fedekd.federation.checkpoint import digest, pack, unpack
+from fedekd.federation.baseline_key import baseline_key
+from fedekd.federation.checkpoint import pack, unpack
+from fedekd.federation.source_code import SourceUnavailableError
 from fedekd.methods import Client, Local
 
 #: Splits on which a client may compare its local model with the federated one.
 COMPARED_SPLITS = ("tuning", "holdout")
-
-#: Code that trains and scores a client: a baseline of other code is not reused.
-TRAINING_CODE = (
-    "data/batches.py",
-    "functional",
-    "methods/options.py",
-    "methods/specification.py",
-    "methods/client.py",
-    "methods/local.py",
-    "metrics/registry.py",
-    "models/build.py",
-    "modules",
-    "seeding.py",
-)
-
-
-@cache
-def _training_code() -> str:
-    root = Path(fedekd.__file__).parent
-    files = [root / part for part in TRAINING_CODE if part.endswith(".py")]
-    files += [path for part in TRAINING_CODE for path in sorted((root / part).rglob("*.py"))]
-    return digest(b"".join(path.read_bytes() for path in files))
-
-
-def _code_of(objects: Iterable[object]) -> str:
-    """Hash the files that define the classes of objects.
-
-    PyTorch is left out: its version is in the key.
-    """
-    names = sorted({type(item).__module__ for item in objects})
-    files = [getattr(sys.modules[name], "__file__", None) for name in names if not name.startswith("torch.")]
-    return digest(b"".join(Path(file).read_bytes() for file in files if file))
-
-
-def baseline_key(client: Client) -> str:
-    """Hash everything that determines a client's baseline.
-
-    These are samples, model, weights, optimizer, seed and code.
-    """
-    spec = client.spec.hash_dict()
-    spec["client"].pop("proxy_model")  # not used in local training
-    for name in ("private_model", "private_models", "exits", "depths"):  # of all clients; this client's follow
-        spec["client"].pop(name)
-    spec["client"]["private"] = client.spec.client.model_for(client.number)
-    spec["client"]["stages"] = client.spec.client.exits_for(client.number)
-    spec["client"]["depth"] = client.spec.depth(client.number)
-    network = client.networks["private"]
-    content = {
-        "data": client.splits.digest(client.images),
-        "client": client.number,
-        "spec": spec,
-        "weights": digest(pack(network.state_dict())),
-        "model": _code_of(network.modules()),
-        "optimizer": _code_of([client.spec.optimizer(network.parameters())]),
-        "code": _training_code(),
-        "torch": torch.__version__,
-    }
-    return digest(json.dumps(content, sort_keys=True, default=str).encode())
 
 
 @dataclass
@@ -104,7 +43,9 @@ class LocalBaseline:
         return min(max(rounds, 1), len(self.scores)) - 1
 
 
-def train_local_baseline(client: Client, rounds: int, folder: Path | None) -> LocalBaseline:
+def train_local_baseline(
+    client: Client, rounds: int, folder: Path | None, warn: Callable[[str], None] | None = None
+) -> LocalBaseline:
     """Train the local baseline, continuing from the cached rounds.
 
     Every finished round is cached, so that a killed run loses at most one round of one client.
@@ -113,12 +54,13 @@ def train_local_baseline(client: Client, rounds: int, folder: Path | None) -> Lo
         client: Client in its initial state; it is changed.
         rounds: Rounds of `local_epochs` each, at least 1.
         folder: Folder of the cache; None caches nothing.
+        warn: Called with the reason where a baseline has no key, and is neither read nor cached.
 
     Returns:
         Results of the requested rounds; the cache may have more.
     """
     method = Local()
-    path = None if folder is None else folder / f"{baseline_key(client)}.pt"
+    path = _path(client, folder, warn)
     baseline, state = _read(path)
     scores, losses = baseline.scores, baseline.losses
     if state is not None:
@@ -138,11 +80,22 @@ def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> 
 
     Returns whether the cache has it.
     """
-    baseline, state = _read(None if folder is None else folder / f"{baseline_key(client)}.pt")
+    baseline, state = _read(_path(client, folder))
     if state is None or len(baseline.scores) != rounds:
         return False
     client.load_state_dict(state)
     return True
+
+
+def _path(client: Client, folder: Path | None, warn: Callable[[str], None] | None = None) -> Path | None:
+    if folder is None:
+        return None
+    try:
+        return folder / f"{baseline_key(client)}.pt"
+    except SourceUnavailableError as error:
+        if warn is not None:
+            warn(f"local baselines are trained in every run, because their code cannot be compared: {error}")
+        return None
 
 
 def _read(path: Path | None) -> tuple[LocalBaseline, Any]:

@@ -70,6 +70,7 @@ class SequentialEngine:
         self.images = replace(data.images, pixels=data.images.pixels.to(device), targets=data.images.targets.to(device))
         self.splits = data.clients
         self.clients: dict[int, Client] = {}
+        self.warned = set[str]()
 
     def _new_client(self, number: int) -> Client:
         return Client(number, self.splits[number], self.images, self.spec)
@@ -98,10 +99,15 @@ class SequentialEngine:
         with self.spec.trainer.numerics():
             for number, wanted in rounds.items():
                 self.observer.phase_started(number, "local")
-                baseline = train_local_baseline(self._new_client(number), wanted, self.baseline_dir)
+                baseline = train_local_baseline(self._new_client(number), wanted, self.baseline_dir, self._warn_once)
                 baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
                 self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return baselines
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            self.observer.warn(text)
 
     def baseline_client(self, number: int, rounds: int) -> Client | None:
         """Return a client with its cached local model of `rounds` rounds, or None."""
