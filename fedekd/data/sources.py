@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import socket
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+import urllib.request
+from collections.abc import Callable
 from functools import cache, partial
+from hashlib import md5
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fedekd.atomic import atomic_file
 from fedekd.data.images import ImageData
 from fedekd.data.npz import SPLITS, Splits, one_line, pool, read_npz
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
@@ -31,6 +31,9 @@ _FAILURES = (
     ImportError,
 )
 """Errors of packages for missing, truncated or altered files and failed downloads."""
+
+_TIMEOUT = 30.0
+"""Seconds without data after which a download fails."""
 
 _SIZES = ("", "_64", "_128", "_224")
 """Suffixes of MedMNIST's flags for images of 28, 64, 128 and 224 pixels."""
@@ -151,9 +154,25 @@ def _digits(name: str, root: Path, download: bool) -> Splits:
 
 def _torchvision(class_name: str, name: str, root: Path, download: bool) -> Splits:
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     dataset = getattr(datasets, class_name)
-    train, test = (dataset(root, train=is_train, download=download) for is_train in (True, False))
+    try:
+        train, test = (dataset(root, train=is_train) for is_train in (True, False))
+    except RuntimeError:  # files are missing or corrupt
+        if not download:
+            raise
+        # Not download=True: it knows no timeout, and some versions print.
+        if hasattr(dataset, "resources"):
+            folder = root / class_name / "raw"
+            archives = [(dataset.mirrors[0] + file, folder / file, digest) for file, digest in dataset.resources]
+        else:
+            archives = [(dataset.url, root / dataset.filename, dataset.tgz_md5)]
+        for url, path, digest in archives:
+            if not check_integrity(path, digest):
+                _download(url, path, digest)
+            extract_archive(path, path.parent)
+        train, test = (dataset(root, train=is_train) for is_train in (True, False))
     return {
         "train": (np.asarray(train.data), np.asarray(train.targets)),
         "test": (np.asarray(test.data), np.asarray(test.targets)),
@@ -172,13 +191,7 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> Splits:
 def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: bool) -> Splits:
     if not download:
         raise FileNotFoundError("file not found")
-    from torchvision.datasets.utils import download_url
-
-    root.mkdir(parents=True, exist_ok=True)
-    # Moved into place after its checksum is verified: an interrupted download leaves no corrupt file.
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-        download_url(info[f"url{size}"], folder, f"{name}.npz", info[f"MD5{size}"])
-        (Path(folder) / f"{name}.npz").replace(root / f"{name}.npz")
+    _download(info[f"url{size}"], root / f"{name}.npz", info[f"MD5{size}"])
     return read_npz(root / f"{name}.npz")
 
 
@@ -221,8 +234,7 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
 
 def _from_package(name: str, source: Source, root: Path, download: bool) -> Splits:
     try:
-        with _quiet_network():
-            splits = source.load(name, root, download)
+        splits = source.load(name, root, download)
     except UserError:
         raise
     except _FAILURES as error:
@@ -236,16 +248,21 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
     return splits
 
 
-@contextmanager
-def _quiet_network(seconds: float = 30.0) -> Iterator[None]:
-    """Context manager: silence stdout and let network calls fail after `seconds`."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _download(url: str, path: Path, digest: str) -> None:
+    """Download a file, with a bar on a terminal's standard error, and verify its MD5.
+
+    An interrupted or corrupt download leaves no file.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "fedekd"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, atomic_file(path) as file:
+        size = {"total": response.length, "unit": "B", "unit_scale": True}
+        with tqdm.wrapattr(file, "write", desc=path.name, disable=None, leave=False, **size) as output:
+            checked = md5(usedforsecurity=False)
+            while block := response.read(1 << 20):
+                checked.update(block)
+                output.write(block)
+        if checked.hexdigest() != digest:
+            raise RuntimeError(f"the file of {url} does not match its MD5")
 
 
 def _hint(name: str) -> str:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
+import socket
 import struct
 import sys
+import tarfile
 from hashlib import md5
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +17,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from medmnist import INFO
 
 from fedekd.data import load_images
 from fedekd.errors import UserError
@@ -22,12 +27,15 @@ WriteNpz = Any
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No network: every address that is asked for is noted and refused."""
+    """No network: every address is recorded and refused, and the defaults of the process are unchanged."""
     asked: list[str] = []
+    stdout = sys.stdout
 
-    def refuse(request: Any, *args: Any, **kwargs: Any) -> Any:
+    def refuse(request: Any, timeout: float | None = None) -> Any:
         asked.append(getattr(request, "full_url", request))
-        print("chatter of a package")
+        assert timeout == 30
+        assert sys.stdout is stdout
+        assert socket.getdefaulttimeout() is None
         raise URLError("no network\nin a test")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
@@ -194,7 +202,7 @@ def test_failed_download_names_the_path_to_use(
     assert offline
     assert capsys.readouterr().out == ""
     assert not list(root.glob("*.npz"))
-    assert not list(root.glob(".download*"))
+    assert not [path for path in root.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "cifar100", "octmnist"])
@@ -204,11 +212,14 @@ def test_download_false_downloads_nothing(tmp_path: Path, offline: list[str], na
     assert not offline
 
 
-def test_download_with_wrong_checksum_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision.datasets.utils as utils
+class Response(BytesIO):
+    """An answer of a server, of unknown length."""
 
-    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops=3: url)
-    monkeypatch.setattr(utils, "_urlretrieve", lambda url, filename: Path(filename).write_bytes(b"half a file"))
+    length = None
+
+
+def test_download_with_wrong_checksum_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: Response(b"half a file"))
     with pytest.raises(UserError, match="the download failed"):
         load_images("octmnist", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -218,17 +229,59 @@ def test_download_is_kept_in_root(write_npz: WriteNpz, tmp_path: Path, monkeypat
     content = write_npz("source", classes=4).read_bytes()
     asked = []
 
-    def download(url: str, root: str, filename: str, md5: str) -> None:
-        asked.append(url)
-        (Path(root) / filename).write_bytes(content)
+    def download(request: Any, timeout: float) -> Response:
+        asked.append(request.full_url)
+        return Response(content)
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    monkeypatch.setattr("urllib.request.urlopen", download)
+    monkeypatch.setitem(INFO["octmnist"], "MD5_64", md5(content).hexdigest())
     root = tmp_path / "root"
     for _ in range(2):
         assert len(load_images("octmnist_64", root)) == 42
     assert len(asked) == 1
     assert "octmnist_64.npz" in asked[0]
     assert [path.name for path in root.iterdir()] == ["octmnist_64.npz"]
+
+
+def packed(folder: Path, name: str) -> bytes:
+    """Return a .tar.gz of a folder."""
+    file = BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.add(folder, arcname=name)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["cifar100", "fashionmnist"])
+def test_torchvision_archives_are_downloaded_and_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    archives = {}
+    if name == "cifar100":
+        images, labels = write_cifar100(tmp_path, monkeypatch)
+        images = images.transpose(0, 3, 1, 2)
+        archives["cifar-100-python.tar.gz"] = packed(tmp_path / "cifar-100-python", "cifar-100-python")
+        digest = md5(archives["cifar-100-python.tar.gz"]).hexdigest()
+        monkeypatch.setattr("torchvision.datasets.CIFAR100.tgz_md5", digest)
+    else:
+        images, labels = write_fashionmnist(tmp_path)
+        images = images[:, None]
+        for path in (tmp_path / "FashionMNIST/raw").iterdir():
+            archives[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
+        resources = [(file, md5(content).hexdigest()) for file, content in archives.items()]
+        monkeypatch.setattr("torchvision.datasets.FashionMNIST.resources", resources)
+    asked = []
+
+    def download(request: Any, timeout: float) -> Response:
+        asked.append(request.full_url.rpartition("/")[2])
+        return Response(archives[asked[-1]])
+
+    monkeypatch.setattr("urllib.request.urlopen", download)
+    for _ in range(2):
+        data = load_images(name, tmp_path / "new")
+        assert np.array_equal(data.pixels.numpy(), images)
+        assert data.targets.tolist() == list(labels)
+    assert sorted(asked) == sorted(archives)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ ROOT = Path(fedekd.__file__).parent
 HASHED_OTHERWISE = {
     "data": "the samples themselves are part of the key",
     "methods/base.py": "abstract hooks",
+    "atomic.py": "writes downloads, whose content is verified",
     "errors.py": "raised before training",
     "tasks.py": "two names of tasks",
 }
