@@ -8,6 +8,8 @@ from typing import Any
 
 from jsonargparse import Namespace, _typehints
 
+from fedekd.global_state import exclusive
+
 _NAME = "discard_init_args_on_class_path_change"
 
 
@@ -24,9 +26,10 @@ def own_defaults() -> Iterator[None]:
     Without it `--method SafeKD` would take the temperature of FedeKD: jsonargparse keeps arguments, defaults included,
     that both classes accept by name. Arguments given together with a class or after it apply to that class.
     """
-    before = getattr(_typehints, _NAME)
-    setattr(_typehints, _NAME, _discard_all)
-    try:
-        yield
-    finally:
-        setattr(_typehints, _NAME, before)
+    with exclusive():
+        before = getattr(_typehints, _NAME)
+        setattr(_typehints, _NAME, _discard_all)
+        try:
+            yield
+        finally:
+            setattr(_typehints, _NAME, before)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fedekd.data.images import ImageData
 from fedekd.errors import UserError
+from fedekd.global_state import exclusive
 from fedekd.seeding import derive_seed
 
 Indices = npt.NDArray[np.int64]
@@ -109,7 +110,7 @@ def dirichlet_cluster_partition(
         )
     random_state = derive_seed(seed, "partition", "kmeans") % 2**32
     # Several threads sum a cluster's centre in varying order, which changes the last bits.
-    with threadpool_limits(limits=1):
+    with exclusive(), threadpool_limits(limits=1):
         clusters = KMeans(num_clusters, n_init=1, random_state=random_state, copy_x=False).fit_predict(rows)
     return dirichlet_label_partition(clusters, num_clients, alpha, seed, min_samples)
 

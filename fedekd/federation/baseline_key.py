@@ -21,6 +21,7 @@ TRAINING_CODE = (
     "data/batches.py",
     "federation/local_baseline.py",
     "functional",
+    "global_state.py",
     "methods/options.py",
     "methods/specification.py",
     "methods/client.py",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
+from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
 
 
+@isolated_rng(0)  # a layer may draw in its forward pass
 def check_models(spec: FederationSpec, data: FederatedDataModule) -> None:
     """Run each model architecture on two images.
 

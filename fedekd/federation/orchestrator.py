@@ -25,6 +25,7 @@ from fedekd.federation.options import RoundOptions, lost_updates, participants
 from fedekd.federation.results import Progress, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
 from fedekd.federation.update_validation import UpdateValidator
+from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
 from fedekd.modules import TrainerFactory
@@ -319,7 +320,8 @@ class Orchestrator:
     def _finish(self, summary: Mapping[str, Any]) -> None:
         """Write figures, log the summary, close the loggers, write summary.json."""
         if self.folder is not None:
-            self.folder.write_figures(summary, self.progress.history, self.data)
+            with exclusive():  # matplotlib is not thread-safe
+                self.folder.write_figures(summary, self.progress.history, self.data)
             self.tracker.log_artifacts(self.folder.checkpoints.folder)
         self.tracker.log_summary(summary)
         self.tracker.close()

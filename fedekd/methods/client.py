@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
+from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import score
 from fedekd.models import eval_mode
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
-
-
-@contextmanager
-def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Context manager: restore PyTorch's global generators on exit."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 class PhaseOptions(TypedDict, total=False):
@@ -144,7 +138,7 @@ class Client:
 
         def begin_epoch(epoch: int) -> torch.Generator:
             seed = derive_seed(spec.seed, self.number, round_idx, role, first_epoch + epoch)
-            torch.manual_seed(seed)  # for layers such as dropout
+            seed_generators(seed, trainer.torch_device)  # for layers such as dropout
             return torch.Generator().manual_seed(seed)
 
         batches = TensorBatches(
@@ -162,7 +156,7 @@ class Client:
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
         module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
-        with isolated_rng(trainer.torch_device):
+        with isolated_rng(spec.seed, trainer.torch_device):  # each epoch has its own seed
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None
@@ -184,7 +178,9 @@ class Client:
         network, trainer = self.networks[role], self.spec.trainer
         indices = getattr(self.splits, split).to(self.images.pixels.device)
         outputs = []
-        with eval_mode(network), trainer.autocast() if mixed else nullcontext():
+        seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
+        autocast = trainer.autocast() if mixed else nullcontext()
+        with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast:
             for batch in indices.split(self.spec.eval_batch_size):
                 x = scale(self.images.pixels[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 outputs.append(predict(network, x, with_features))

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedekd.data import ImageData
 from fedekd.errors import UserError, require
+from fedekd.global_state import isolated_rng
 from fedekd.methods.options import ClientOptions
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.modules import TrainerFactory
@@ -139,8 +140,8 @@ class FederationSpec:
         """
         spec = self.client.proxy_model if role == "proxy" else self.client.model_for(client_id)
         option = f"client.{role}_model" + ("s" if role == "private" and self.client.private_models else "")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, client_id, role, "initial weights"))
+        seed = derive_seed(self.seed, client_id, role, "initial weights")
+        with isolated_rng(seed, self.trainer.torch_device):
             network = build_model(
                 spec,
                 in_channels=self.in_channels,

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedekd.errors import UserError
+from fedekd.global_state import isolated_rng
 from fedekd.models.build import eval_mode
 from fedekd.models.multi_exit import MultiExitNetwork
 
@@ -104,7 +105,7 @@ def exit_costs(
     like = network.head.weight
     x = image = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
     stages, heads = [], []
-    with eval_mode(network), torch.no_grad(), _countable_attention():
+    with isolated_rng(0, like.device), eval_mode(network), torch.no_grad(), _countable_attention():
         try:
             for stage, head in zip(network.stages, network.heads, strict=True):
                 x, flops = _run_counted(stage, x)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from fedekd.errors import UserError, require, require_choice
+from fedekd.global_state import exclusive, intraop_threads
 from fedekd.modules.lean_loop import build_lean_loop
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
@@ -120,14 +121,15 @@ class TrainerFactory:
 
     @contextmanager
     def numerics(self) -> Iterator[None]:
-        """Context manager: use `threads` threads and only deterministic cuDNN algorithms."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(int(self.threads))
-        try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-                yield
-        finally:
-            torch.set_num_threads(threads)
+        """Context manager: use `threads` threads and only deterministic cuDNN algorithms.
+
+        Other threads are excluded: these settings belong to the process.
+        """
+        with (
+            intraop_threads(int(self.threads)),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        ):
+            yield
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of the training precision."""
@@ -157,9 +159,10 @@ class TrainerFactory:
         if self.loop == "lean" or (self.loop == "auto" and self.torch_device.type == "cuda"):
             loop = build_lean_loop(module, batches, self.torch_device, self.precision, self.capture)
             if loop is not None:
-                loop.fit(epochs)
+                with exclusive():
+                    loop.fit(epochs)
                 return
-        with _quiet():
+        with exclusive(), _quiet():
             trainer = self.build(epochs)
             trainer.fit(module, train_dataloaders=batches)
         # Trainers form reference cycles, which only the garbage collector frees: drop large objects now.

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedekd.global_state import exclusive
 from fedekd.reporting.rows import Row, Summary, is_harm, metric_spec
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
@@ -211,12 +212,14 @@ class Display:
             self._task = self._progress.add_task(f"round 0/{rounds}", total=total_steps, work="")
             # Progress.advance would count them for the speed.
             self._progress.tasks[0].completed = done_steps
-            self._progress.start()
+            with exclusive():  # rich replaces sys.stdout, unless another run has
+                self._progress.start()
 
     def finished(self) -> None:
         """Remove the bar."""
         if self._progress is not None:
-            self._progress.stop()
+            with exclusive():
+                self._progress.stop()
 
     def round_started(self, round_idx: int) -> None:
         """Show the number of the round."""

@@ -96,12 +96,12 @@ class SequentialEngine:
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
         """Train the local baselines, with one client's networks in memory at a time."""
         baselines = {}
-        with self.spec.trainer.numerics():
-            for number, wanted in rounds.items():
-                self.observer.phase_started(number, "local")
+        for number, wanted in rounds.items():
+            self.observer.phase_started(number, "local")
+            with self.spec.trainer.numerics():
                 baseline = train_local_baseline(self._new_client(number), wanted, self.baseline_dir, self._warn_once)
-                baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
-                self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
+            baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
+            self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return baselines
 
     def _warn_once(self, text: str) -> None:
@@ -116,31 +116,34 @@ class SequentialEngine:
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """Run the participants in the order of the request."""
-        round_idx, comparison = request.round_idx, None
-        with self.spec.trainer.numerics():
-            for number in request.participants:
-                client = self.client(number)
-                self.observer.phase_started(number, "receive")
-                logs = self.method.receive(client, request.broadcast.to(number), round_idx)
-                supervised_rounds = client.supervised_rounds
-                exit_scores = client.exit_scores() if round_idx else [math.nan]
-                score = exit_scores[-1]
-                if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
-                    name = primary_metric(self.spec.task).name
-                    logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
-                if round_idx and math.isnan(score):
-                    self.observer.warn(f"round {round_idx}: client {number} has no score; its outputs are not finite")
-                self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
-                if request.comparison is not None:
-                    comparison = self._compare(client, request.comparison, final=not request.collect_updates)
-                update, tradeoff = None, None
-                if request.collect_updates:
-                    self.observer.phase_started(number, "update")
-                    update = self.method.prepare_update(client, round_idx)
-                    self.observer.phase_finished(number, "update", self.client_steps(number))
-                else:
-                    tradeoff = exit_tradeoff(client)
-                yield ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
+        for number in request.participants:
+            with self.spec.trainer.numerics():  # not around `yield`: it excludes other threads
+                result = self._run_client(number, request)
+            yield result
+
+    def _run_client(self, number: int, request: RoundRequest) -> ClientResult:
+        round_idx, client = request.round_idx, self.client(number)
+        self.observer.phase_started(number, "receive")
+        logs = self.method.receive(client, request.broadcast.to(number), round_idx)
+        supervised_rounds = client.supervised_rounds
+        exit_scores = client.exit_scores() if round_idx else [math.nan]
+        score = exit_scores[-1]
+        if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
+            name = primary_metric(self.spec.task).name
+            logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
+        if round_idx and math.isnan(score):
+            self.observer.warn(f"round {round_idx}: client {number} has no score; its outputs are not finite")
+        self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
+        update, tradeoff, comparison = None, None, None
+        if request.comparison is not None:
+            comparison = self._compare(client, request.comparison, final=not request.collect_updates)
+        if request.collect_updates:
+            self.observer.phase_started(number, "update")
+            update = self.method.prepare_update(client, round_idx)
+            self.observer.phase_finished(number, "update", self.client_steps(number))
+        else:
+            tradeoff = exit_tradeoff(client)
+        return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
         """Compare the local model with the federated one; `final` deploys one of them."""
