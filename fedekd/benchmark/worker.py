@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import yaml
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.data import ImageData, load_images
 from fedekd.early_exit.guarantee_coverage import federation_coverage
-from fedekd.federation import Orchestrator, Sequential, SilentObserver
+from fedekd.errors import UserError
+from fedekd.federation import Orchestrator, RunFolder, Sequential, SilentObserver
 
 
 @lru_cache(maxsize=1)  # cells are sorted by data set
@@ -47,7 +48,6 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
         baseline_dir: Shared folder of local baselines.
         commit: Commit of the code.
     """
-    summary_path = folder / "summary.json"
     parser = federation_parser()
     folder.mkdir(parents=True, exist_ok=True)
     values = {**cell.values, "logger": None, "baseline_dir": str(baseline_dir)}
@@ -65,7 +65,13 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
     def orchestrator(**replaced: Any) -> Orchestrator:
         return Orchestrator(**(parts() | replaced), output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
 
-    summary = json.loads(summary_path.read_text()) if summary_path.exists() else orchestrator().run()
+    run, summary = RunFolder(folder, {}), None
+    with suppress(UserError):  # a damaged summary is computed again
+        run.require_intact("summary.json")
+        summary = run.summary
+    if summary is None:
+        run.reopen()
+        summary = orchestrator().run()
     coverage = _coverage(cell, folder / "coverage.json", orchestrator)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     used = parts()["trainer"]
@@ -77,9 +83,12 @@ def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator])
     """Calibrate the exits of all clients, if requested, and store the result."""
     if cell.coverage is None:
         return None
-    if not path.exists():
-        results = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
-        with atomic_file(path) as file:
-            file.write(json.dumps([result.as_values() for result in results], indent=1).encode())
-    values: list[dict[str, Any]] = json.loads(path.read_text())
+    values: list[dict[str, Any]]
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is computed again
+        values = unseal_json(path.read_bytes())["results"]
+        return values
+    results = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
+    values = [result.as_values() for result in results]
+    with atomic_file(path) as file:
+        file.write(seal_json({"results": values}))
     return values

@@ -26,6 +26,9 @@ COMMANDS = {
     "report": ("fedekd.cli.report", "write a report of finished runs: report RUNS"),
 }
 
+#: Errors of a write that succeeds when there is more room.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 OK, INVALID_INPUT, INTERRUPTED = 0, 2, 130
 
 
@@ -93,10 +96,14 @@ def _run(argv: Sequence[str]) -> int:
 
 def _describe(error: OSError, argv: Sequence[str]) -> str:
     """Return what the system refused, and for which file."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM:
         where = f" while writing {error.filename}" if error.filename else ""
         repeat = "use fit --resume" if argv[:1] == ["fit"] else "start it again"
+        if error.errno == errno.EFBIG:
+            return f"file size limit reached{where}; finished work is kept: raise the limit (ulimit -f) and {repeat}"
         return f"no space left on the disk{where}; finished work is kept: free some space and {repeat}"
+    if error.errno == errno.EISDIR and error.filename:
+        return f"{error.filename}: expected a file, got a directory. Move it away and repeat the command"
     text = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {text}" if error.filename else text
 

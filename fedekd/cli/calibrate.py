@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -20,7 +18,7 @@ from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.data import ImageData, load_images
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
-from fedekd.early_exit.client_calibration import calibrate_client, training_indices
+from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path
 from fedekd.errors import UserError, nearest
@@ -126,8 +124,10 @@ def run(argv: Sequence[str]) -> int:
     table = client_table_path(folder)
     has_table = table.is_file() if config.client is not None else len(clients) > 1
     pairs = list(zip(selected, policies, strict=True))
-    reports = [client_exit_report(client, policy) for client, policy in pairs] if has_table else []
     console = Console()
+    reports = [client_exit_report(client, policy) for client, policy in pairs] if has_table else []
+    if has_table and config.client is not None:
+        reports += _other_reports(folder, [client for client in clients if client not in selected], console)
     for client, policy in pairs:
         path = policy_path(folder, client.number)
         if config.client is not None:
@@ -138,7 +138,8 @@ def run(argv: Sequence[str]) -> int:
         for line in (*lines, f"written to {path}"):
             console.print(line, highlight=False, soft_wrap=True)
     if has_table:
-        _write_table(table, reports, update=config.client is not None)
+        rows = [asdict(report) for report in sorted(reports, key=lambda report: report.client)]
+        write_text(table, csv_text([field.name for field in fields(ClientExitReport)], rows))
         if config.client is None:
             console.print(client_table(reports, calibrator))
         skipped = len(clients) - len(selected) if config.client is None else 0
@@ -180,23 +181,18 @@ def _warn_of_broken_family(folder: Path, number: int, console: Console) -> None:
         )
 
 
-def _write_table(path: Path, reports: Sequence[ClientExitReport], update: bool) -> None:
-    """Write the table of all clients; with `update`, keep the rows of other clients."""
-    names = [field.name for field in fields(ClientExitReport)]
-    rows = _read_table(path, names) if update else {}
-    rows |= {report.client: asdict(report) for report in reports}
-    write_text(path, csv_text(names, [rows[number] for number in sorted(rows)]))
-
-
-def _read_table(path: Path, names: Sequence[str]) -> dict[int, Mapping[str, Any]]:
-    """Read rows by client; an invalid table counts as empty."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        is_complete = all(list(row) == names and None not in row.values() for row in rows)
-        return {int(row["client"]): row for row in rows} if is_complete else {}
-    except (csv.Error, ValueError):  # ValueError includes invalid UTF-8
-        return {}
+def _other_reports(folder: Path, clients: Sequence[Client], console: Console) -> list[ClientExitReport]:
+    """Evaluate stored policies again; a damaged one has no row in the table."""
+    reports = []
+    for client in clients:
+        try:
+            policy = load_policy(folder, client.number)
+            if policy is not None:
+                policy.require(exit_network(client), client.networks.get("proxy"))
+                reports.append(client_exit_report(client, policy))
+        except UserError as error:
+            console.print(f"warning: client {client.number} has no row in the table: {error}", soft_wrap=True)
+    return reports
 
 
 def _load(path: str, like: ImageData) -> ImageData:

@@ -12,11 +12,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fedekd.cli import NO_ROOM
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.engines.performance import gc_frozen
-from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, FolderInUseError, first_difference
+from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, SUMS_FILE, FolderInUseError, first_difference
 from fedekd.reporting import Display, result_tables
 
 
@@ -32,9 +33,13 @@ def run(argv: Sequence[str]) -> int:
         if resume is None and not config.data.dataset:
             raise UserError("--data.dataset: expected a data set, got nothing. Give one, or --config digits.yaml.")
     if resume is not None:
-        config = _saved_configuration(parser, argv, resume)
+        if not any((resume / name).exists() for name in ("config.yaml", "checkpoints")):
+            raise UserError(f"--resume {resume}: there is no run ({resume / 'config.yaml'} is missing)")
         folder = RunFolder(resume, {})
-        if folder.summary is not None and not folder.is_corrupt():
+        is_complete = folder.is_complete(_warn)
+        folder.restore_config()
+        config = _saved_configuration(parser, argv, folder)
+        if is_complete:
             print(f"{resume} is finished: nothing to do")
             return 0
     parts = build_parts(parser, config)
@@ -46,8 +51,9 @@ def run(argv: Sequence[str]) -> int:
     output = resume if resume is not None else _new_folder(config.output, parts)
     try:
         return federate(parts, config, output)
-    except UserError as error:
-        if resume is None and not isinstance(error, FolderInUseError):
+    except (UserError, OSError) as error:
+        has_no_room = getattr(error, "errno", None) in NO_ROOM  # the run is resumed when there is room
+        if resume is None and not has_no_room and not isinstance(error, FolderInUseError):
             _remove_unused(output)
         raise
 
@@ -55,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
 def _remove_unused(folder: Path) -> None:
     """Remove the folder of a run that failed before its first round."""
     with suppress(OSError):
-        names = {"config.yaml", LOCK_FILE}
+        names = {"config.yaml", LOCK_FILE, SUMS_FILE}
         if {path.name for path in folder.iterdir()} <= names:
             for name in names:
                 (folder / name).unlink(missing_ok=True)
@@ -97,15 +103,21 @@ def _resumed_folder(argv: Sequence[str]) -> Path | None:
     return None if folder is None else Path(folder)
 
 
-def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], folder: Path) -> Namespace:
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFolder) -> Namespace:
     """Return the saved configuration of a run, updated by runtime options.
 
     Raises:
-        UserError: If there is no run, or another option differs from the saved value.
+        UserError: If there is no run, its configuration is damaged, or another option differs from the saved value.
     """
+    folder = run.folder
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--resume {folder}: there is no run ({path} is missing)")
+    run.require_intact("config.yaml")
     try:
         saved = parse(parser, ["--config", str(path)])
     except UserError as error:

@@ -18,6 +18,7 @@ from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import as_values, federation_parser, parse
 from fedekd.early_exit.report.page import exit_sections, finding
 from fedekd.errors import UserError
+from fedekd.federation import RunFolder
 from fedekd.reporting import read_metrics_csv
 from fedekd.reporting.document import Section, write_document
 from fedekd.reporting.run_report import Run, run_sections
@@ -109,6 +110,7 @@ def _read_run(folder: Path) -> Run:
     """
     parser = federation_parser()
     try:
+        RunFolder(folder, {}).require_intact("config.yaml", "metrics.csv", "summary.json")
         values = as_values(parser, parse(parser, ["--config", str(folder / "config.yaml")]))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         history = read_metrics_csv(folder / "metrics.csv")

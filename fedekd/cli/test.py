@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -12,8 +13,8 @@ from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.errors import UserError
-from fedekd.federation.run_folder import first_difference
-from fedekd.reporting import result_tables
+from fedekd.federation.run_folder import RunFolder, first_difference
+from fedekd.reporting import metrics_csv, result_tables
 
 #: Keys of `summary.json` that depend on the machine and the date.
 _UNREPEATABLE = ("seconds", "versions")
@@ -24,8 +25,8 @@ def run(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="orchestrator.py test",
         usage="%(prog)s RUN",
-        description="Evaluate the final checkpoint of a finished run again and compare the result with summary.json."
-        " Exit code 1 if they differ.",
+        description="Evaluate the final checkpoint of a finished run again and compare the results with summary.json"
+        " and metrics.csv. Exit code 1 if they differ.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
@@ -33,7 +34,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=str, help="Folder of a finished run.")
     if not argv:
         raise UserError("test: expected the folder of a run, as in: test runs/NAME")
-    orchestrator, _, saved = open_finished("test", Path(parse(parser, argv).run))
+    folder = Path(parse(parser, argv).run)
+    orchestrator, _, saved = open_finished("test", folder, verified=["config.yaml"])
     summary = orchestrator.evaluate_checkpoint()
     console = Console()
     for table in result_tables(summary):
@@ -43,5 +45,21 @@ def run(argv: Sequence[str]) -> int:
         key, old, new = difference
         console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True)
         return 1
+    if line := _first_different_line(folder / "metrics.csv", metrics_csv(orchestrator.progress.history)):
+        console.print(
+            f"metrics.csv differs from the checkpoint in line {line}; written again by: fit --resume {folder}",
+            soft_wrap=True,
+        )
+        return 1
+    RunFolder(folder, {}).require_intact("metrics.csv", "summary.json")
     console.print("the same as summary.json, to the last digit")
     return 0
+
+
+def _first_different_line(path: Path, expected: bytes) -> int | None:
+    """Return the number of the first line of a file that differs; None if none does."""
+    content = path.read_bytes() if path.exists() else b""
+    if content == expected:
+        return None
+    lines = zip_longest(content.splitlines(), expected.splitlines())
+    return next((number for number, (ours, theirs) in enumerate(lines, start=1) if ours != theirs), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedekd.federation import Orchestrator, RunFolder, Sequential
 
 
 def open_finished(
-    command: str, folder: Path, in_process: bool = False
+    command: str, folder: Path, in_process: bool = False, verified: Sequence[str] = ("config.yaml", "summary.json")
 ) -> tuple[Orchestrator, Namespace, dict[str, Any]]:
     """Rebuild the federation of a finished run, without its loggers.
 
@@ -22,17 +23,20 @@ def open_finished(
         command: Name of the calling command, for error messages.
         folder: Folder of the run.
         in_process: Run the clients in this process, whatever engine the run used.
+        verified: Files that must match their checksums.
 
     Returns:
         The orchestrator, the configuration and the content of `summary.json`.
 
     Raises:
-        UserError: If the folder holds no run, the run is not finished, or its data cannot be loaded.
+        UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").exists():
         raise UserError(f"{command} {folder}: there is no run (config.yaml is missing)")
-    summary = RunFolder(folder, {}).summary
-    if summary is None:
+    run = RunFolder(folder, {})
+    if run.is_finished:
+        run.require_intact(*verified)
+    if (summary := run.summary) is None:
         raise UserError(f"{folder} is not finished; go on with: fit --resume {shlex.quote(str(folder))}")
     parser = federation_parser()
     config = parse(parser, ["--config", str(folder / "config.yaml")])

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.early_exit.fingerprint import FingerprintCheck
 from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward, evaluated_exits, exit_index
 from fedekd.errors import UserError
 from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
-#: Version of the file layout; other versions are rejected.
-FORMAT = 3
+#: Version of the file layout; other versions are rejected. Since 4 the file ends with its SHA-256.
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -178,20 +178,22 @@ class ExitPolicy:
         values["versions"] = dict(self.versions)
         for name in ("thresholds", "search_bounds"):  # JSON has no infinity
             values[name] = [value if math.isfinite(value) else str(value) for value in values[name]]
-        return json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
+        return seal_json({"format": FORMAT, **values}).decode()
 
     @classmethod
     def from_json(cls, text: str) -> ExitPolicy:
         """Deserialize the text of `to_json`.
 
         Raises:
-            UserError: The text is not a valid policy, or has another version of the layout.
+            UserError: The text is not a valid policy, does not match its checksum, or has another version of the
+                layout.
         """
         try:
-            values = json.loads(text)
-            layout = values.pop("format")
+            layout = json.loads(text)["format"]
             if layout != FORMAT:
-                raise UserError(f"exit policy: expected format {FORMAT}, got {layout}. Run `calibrate` again")
+                raise UserError(f"exit policy: expected format {FORMAT}, got {layout!s:.20}. Run `calibrate` again")
+            values = unseal_json(text.encode())
+            del values["format"]
             for name in ("thresholds", "search_bounds"):
                 values[name] = [float(value) for value in values[name]]
             arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -199,7 +201,8 @@ class ExitPolicy:
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"exit policy: invalid content: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"exit policy: invalid content: {reason}. Run `calibrate` again") from error
 
     def save(self, path: Path) -> None:
         """Write the policy atomically."""
@@ -220,4 +223,4 @@ class ExitPolicy:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: exit policy: invalid content: not UTF-8 text") from error
+            raise UserError(f"{path}: exit policy: invalid content: not UTF-8 text. Run `calibrate` again") from error

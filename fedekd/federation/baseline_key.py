@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedekd.atomic import digest
 from fedekd.early_exit.fingerprint import network_fingerprint
-from fedekd.federation.checkpoint import digest
 from fedekd.federation.source_code import code_of, modules_of, package_code
 from fedekd.methods import Client
 

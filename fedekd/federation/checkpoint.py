@@ -1,18 +1,19 @@
 """Checkpoints of a run, and the serialization of states.
 
 `checkpoints/` holds `manifest-0003.json`, which names the files of round 3 with their SHA-256: one file per client and
-one for the server. A client that did not take part keeps its older file. A manifest is written after all its files are
-on disk, and the files of the previous manifest stay, so that one complete state always exists.
+one for the server. A client that did not take part keeps its older file. A manifest ends with its own SHA-256. It is
+written after all its files are on disk, and the files of the previous manifest stay, so that one complete state always
+exists.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, digest, remove_drafts, seal_json, unseal_json
 
 #: Number of manifests on disk: the newest, and one to fall back to.
 NUM_MANIFESTS = 2
+
+#: Version of the manifest's layout; the first had neither this number nor a checksum.
+FORMAT = 2
 
 #: Manifest file name; other files in the folder, such as a copy of a manifest, are ignored.
 _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
@@ -63,11 +67,6 @@ def unpack(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def digest(content: bytes) -> str:
-    """Return the SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """Complete state of a run, verified against its manifest.
@@ -94,6 +93,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._files: dict[str, dict[str, str]] | None = None  # of the last checkpoint that was loaded or saved
 
     def save(self, round_idx: int, notes: Mapping[str, Any], server: Any, clients: Iterable[tuple[int, Any]]) -> None:
         """Write a checkpoint, then remove files that no manifest needs.
@@ -104,14 +104,16 @@ class CheckpointStore:
             server: Server state of the method.
             clients: Number and state of each client that changed since the last checkpoint, consumed one at a time.
         """
-        before = [earlier for earlier in self._rounds() if earlier < round_idx]
-        files: dict[str, dict[str, str]] = dict(self._manifest(before[-1])["files"]) if before else {}
+        if self._files is None:
+            self.load()
+        files = dict(self._files or {})
         for number, state in clients:
             files[f"client-{number:03d}"] = self._write(f"client-{number:03d}", round_idx, state)
         files["server"] = self._write("server", round_idx, server)
-        manifest = {"round": round_idx, "files": files, "notes": dict(notes)}
+        manifest = {"format": FORMAT, "round": round_idx, "files": files, "notes": dict(notes)}
         with atomic_file(self._path(round_idx)) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+            file.write(seal_json(manifest))
+        self._files = files
         self._prune(round_idx)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
@@ -125,8 +127,18 @@ class CheckpointStore:
             try:
                 return self._load(round_idx), messages
             except Exception as error:  # a corrupt file may raise any exception: try the previous checkpoint
-                messages.append(f"the checkpoint of round {round_idx} is corrupt ({error})")
+                reason = " ".join(str(error).split())
+                messages.append(f"the checkpoint of round {round_idx} is corrupt ({reason})")
+        self._files = {}
         return None, messages
+
+    def notes(self) -> dict[str, Any] | None:
+        """Return the notes of the newest valid manifest, without loading its states."""
+        for round_idx in reversed(self._rounds()):
+            with suppress(OSError, ValueError):
+                notes: dict[str, Any] = self._manifest(round_idx)["notes"]
+                return notes
+        return None
 
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)
@@ -136,6 +148,7 @@ class CheckpointStore:
             if digest(content) != entry["sha256"]:
                 raise ValueError(f"{entry['file']} does not match its SHA-256")
             states[key] = unpack(content)
+        self._files = manifest["files"]
         server = states.pop("server")
         clients = {int(key.removeprefix("client-")): state for key, state in states.items()}
         return Checkpoint(manifest["round"], manifest["notes"], server, clients)
@@ -155,8 +168,22 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def _manifest(self, round_idx: int) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads(self._path(round_idx).read_text())
-        return manifest
+        """Read and verify a manifest.
+
+        Raises:
+            ValueError: If it does not match its checksum.
+        """
+        path = self._path(round_idx)
+        content = path.read_bytes()
+        try:
+            return unseal_json(content)
+        except ValueError as error:
+            with suppress(ValueError):
+                # The first layout. One changed byte cannot remove both members.
+                manifest: Any = json.loads(content)
+                if isinstance(manifest, dict) and manifest.keys() == {"round", "files", "notes"}:
+                    return manifest
+            raise ValueError(f"{path.name}: {error}") from error
 
     def _prune(self, newest: int) -> None:
         """Remove old manifests and unused files.
@@ -166,9 +193,12 @@ class CheckpointStore:
         needed_rounds = [round_idx for round_idx in self._rounds() if round_idx <= newest][-NUM_MANIFESTS:]
         for round_idx in set(self._rounds()) - set(needed_rounds):
             self._path(round_idx).unlink()
-        manifests = map(self._manifest, needed_rounds)
+        remove_drafts(self.folder)  # the folder has one writer
+        try:
+            manifests = [self._manifest(round_idx) for round_idx in needed_rounds]
+        except (OSError, ValueError):
+            return  # which files a corrupt manifest needs is unknown: keep all until it is removed
         needed = {entry["file"] for manifest in manifests for entry in manifest["files"].values()}
-        for path in self.folder.iterdir():
-            # A .tmp file is the unfinished write of a killed process: the folder has one writer.
-            if path.suffix == ".tmp" or (path.suffix == ".pt" and path.name not in needed):
+        for path in self.folder.glob("*.pt"):
+            if path.name not in needed:
                 path.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, remove_drafts, seal, unseal
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.checkpoint import pack, unpack
 from fedekd.federation.source_code import SourceUnavailableError
@@ -17,6 +17,9 @@ from fedekd.methods import Client, Local
 
 #: Splits on which a client may compare its local model with the federated one.
 COMPARED_SPLITS = ("tuning", "holdout")
+
+#: Age from which the draft of a baseline belongs to a killed process: runs share the folder.
+DRAFT_SECONDS = 3600.0
 
 
 @dataclass
@@ -60,6 +63,8 @@ def train_local_baseline(
         Results of the requested rounds; the cache may have more.
     """
     method = Local()
+    if folder is not None:
+        remove_drafts(folder, min_age=DRAFT_SECONDS)
     path = _path(client, folder, warn)
     baseline, state = _read(path)
     scores, losses = baseline.scores, baseline.losses
@@ -71,7 +76,7 @@ def train_local_baseline(
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
         if path is not None:
             with atomic_file(path) as file:
-                file.write(pack({"scores": scores, "losses": losses, "state": client.state_dict()}))
+                file.write(seal(pack({"scores": scores, "losses": losses, "state": client.state_dict()})))
     return LocalBaseline(scores[:rounds], losses[:rounds])
 
 
@@ -102,7 +107,7 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
     if path is None or not path.exists():
         return LocalBaseline([]), None
     try:
-        content = unpack(path.read_bytes())
+        content = unpack(unseal(path.read_bytes()))
         return LocalBaseline(list(content["scores"]), list(content["losses"])), content["state"]
     except Exception:  # a corrupt file counts as missing: train again and overwrite it
         return LocalBaseline([]), None

@@ -267,13 +267,13 @@ class Orchestrator:
     def _resume(self) -> None:
         """Resume from the newest valid checkpoint.
 
-        A finished run whose final checkpoint is corrupt is reopened.
+        A finished run whose final checkpoint is corrupt or missing is reopened.
         """
         messages = self._restore()
         action = f"continuing from round {self.progress.round}" if self.progress.round else "starting from round 0"
         for message in messages:
             self.observer.warn(f"{message}; {action}")
-        if messages and self.folder is not None:
+        if self.folder is not None and (messages or self.progress.round <= self.options.rounds):
             self.folder.reopen()
 
     def _restore(self) -> list[str]:

@@ -1,10 +1,15 @@
-"""Folder of a run: configuration, checkpoints, metrics, summary and figures."""
+"""Folder of a run: configuration, checkpoints, metrics, summary and figures.
+
+Every file that a command reads back is verified: states and manifests by `CheckpointStore`, the others by the checksums
+in `SHA256SUMS`. What does not match is written again from the checkpoint by `fit --resume`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, digest, remove_drafts
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
@@ -25,6 +30,13 @@ RUNTIME_OPTIONS = ("data.root", "data.download", "baseline_dir", "trainer.device
 
 #: Empty file in the run folder that is locked during a run.
 LOCK_FILE = ".lock"
+
+#: Checksums of the other files, in the format of `sha256sum`. Until the run is finished it lists `config.yaml`.
+SUMS_FILE = "SHA256SUMS"
+
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")
+
+_CONFIG, _METRICS, _SUMMARY = "config.yaml", "metrics.csv", "summary.json"
 
 
 def first_difference(
@@ -118,10 +130,13 @@ class RunFolder:
         except Timeout as error:
             raise FolderInUseError(f"{self.folder}: run folder is locked by another process") from error
         with lock:
-            if self.config and not (self.folder / "config.yaml").exists():
-                with atomic_file(self.folder / "config.yaml") as file:
-                    file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+            if self.config and self._config_damage() is not None:
+                self._write_config(self.config)
             yield
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        self._write(_CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        self._write_sums([_CONFIG])
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest valid checkpoint.
@@ -135,8 +150,8 @@ class RunFolder:
         Raises:
             UserError: If the checkpoint is of another configuration or other data.
         """
-        for unfinished in self.folder.glob(".*.tmp"):  # of a killed process: the folder has one writer
-            unfinished.unlink()
+        for folder in (self.folder, self.folder / "figures"):
+            remove_drafts(folder)  # the folder is locked
         checkpoint, messages = self.checkpoints.load()
         if checkpoint is not None:
             notes = checkpoint.notes
@@ -158,7 +173,7 @@ class RunFolder:
         notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)
         if progress.history:
-            write_metrics_csv(progress.history, self.folder / "metrics.csv")
+            write_metrics_csv(progress.history, self.folder / _METRICS)
 
     def write_figures(
         self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]], data: FederatedDataModule
@@ -172,19 +187,143 @@ class RunFolder:
             figures.save(gate, folder / "gate_weights.png")
 
     def finalize(self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
-        """Write metrics.csv, then summary.json, which marks the run as finished."""
-        write_metrics_csv(history, self.folder / "metrics.csv")
-        with atomic_file(self.folder / "summary.json") as file:
-            file.write((json.dumps(dict(summary), indent=2) + "\n").encode())
+        """Write metrics.csv, SHA256SUMS, and summary.json, the mark of a finished run."""
+        content = (json.dumps(dict(summary), indent=2) + "\n").encode()
+        write_metrics_csv(history, self.folder / _METRICS)
+        pictures = sorted(f"figures/{path.name}" for path in self.folder.glob("figures/*.png"))
+        names = [name for name in (_CONFIG, _METRICS) if (self.folder / name).exists()]
+        self._write_sums([*names, *pictures], {_SUMMARY: digest(content)})
+        self._write(_SUMMARY, content)
 
-    def is_corrupt(self) -> bool:
-        """Return whether the newest checkpoint is corrupt; False if there is none."""
-        _, messages = self.checkpoints.load()
-        return bool(messages)
+    def is_complete(self, warn: Callable[[str], None]) -> bool:
+        """Return whether the run is finished and all its files are intact.
+
+        A finished run that is damaged is reopened: its next run repeats the rounds that no checkpoint has, and writes
+        the other files again.
+
+        Args:
+            warn: Called with a message for each damaged file.
+        """
+        if not self.is_finished:
+            return False
+        damage = self._damage()
+        if damage:
+            notes = self.checkpoints.notes()
+            config_damage = self._config_damage()
+            if config_damage is not None and not (notes and notes["config"]):
+                raise UserError(f"{config_damage}. {self._way_out(_CONFIG)}")
+            with self.lock():
+                for message in damage:
+                    warn(f"{message}; repairing the run")
+                if config_damage is not None and notes:
+                    self._write_config(notes["config"])
+                self.reopen()
+        return not damage
+
+    def restore_config(self) -> None:
+        """Write a missing config.yaml again, from the newest checkpoint."""
+        notes = None if (self.folder / _CONFIG).exists() else self.checkpoints.notes()
+        if notes is not None and notes["config"]:
+            with self.lock():
+                self._write_config(notes["config"])
+
+    def require_intact(self, *names: str) -> None:
+        """Verify files of the run before they are read.
+
+        A run of a version that wrote no checksums is not verified.
+
+        Args:
+            names: Files of the folder.
+
+        Raises:
+            UserError: If a file is missing or does not match its checksum.
+        """
+        for name in names:
+            if damage := self._file_damage(name):
+                raise UserError(f"{damage}. {self._way_out(name)}")
+
+    def _way_out(self, name: str) -> str:
+        resume = f"fit --resume {shlex.quote(str(self.folder))}"
+        if name == _CONFIG and self.checkpoints.notes() is None:
+            return "Undo the change, or start a new run with --output"
+        if self.is_finished:
+            return f"Repair the run with: {resume}"
+        return f"Undo the change, or remove {name} and run: {resume}"
+
+    def _damage(self) -> list[str]:
+        """Return a message for each damaged file of a finished run."""
+        names = dict.fromkeys([_CONFIG, _METRICS, _SUMMARY, *(self._sums() or ())])
+        messages = [message for name in names if (message := self._file_damage(name))]
+        checkpoint, corrupt = self.checkpoints.load()
+        messages += [f"{self.folder}: {message}" for message in corrupt]
+        if not self.checkpoints.folder.exists():  # removed to save space, as by `benchmark`
+            return messages
+        summary = None if messages else self.summary
+        if summary is not None and (checkpoint is None or checkpoint.round <= summary["rounds"]):
+            messages.append(f"{self.folder}: the checkpoint of the last round is missing")
+        if self._sums() is None:
+            messages.append(f"{self.folder / SUMS_FILE} is missing")
+        return messages
+
+    def _file_damage(self, name: str) -> str | None:
+        """Return a message if a file is missing or does not match its checksum."""
+        if name == _CONFIG:
+            return self._config_damage()
+        path, sums = self.folder / name, self._sums()
+        if not path.exists():
+            return f"{path} is missing"
+        if sums is None or sums.get(name) == digest(path.read_bytes()):
+            return None
+        return f"{path} does not match {SUMS_FILE}"
+
+    def _config_damage(self) -> str | None:
+        """Return a message if config.yaml has not the options of the run.
+
+        Runtime options may be edited.
+        """
+        path, sums = self.folder / _CONFIG, self._sums()
+        if not path.exists():
+            has_config = self.config or (sums is not None and _CONFIG in sums)
+            return f"{path} is missing" if has_config else None
+        content = path.read_bytes()
+        if sums is None or sums.get(_CONFIG) == digest(content):
+            return None
+        notes = self.checkpoints.notes()
+        try:
+            config = yaml.safe_load(content)
+        except (yaml.YAMLError, ValueError):
+            config = None
+        if notes is None or not isinstance(config, dict):
+            return f"{path} does not match {SUMS_FILE}"
+        if (difference := first_difference(notes["config"], config, RUNTIME_OPTIONS)) is None:
+            return None
+        key, before, now = difference
+        return f"{path}: {key}: expected the saved value {before!r}, got {now!r}"
+
+    def _sums(self) -> dict[str, str] | None:
+        """Return the checksums by file name; None if there are none."""
+        path = self.folder / SUMS_FILE
+        if not path.exists():
+            return None
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+        return {match[2]: match[1] for match in map(_SUM.fullmatch, lines) if match}
+
+    def _write_sums(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+        sums = {name: digest((self.folder / name).read_bytes()) for name in names} | dict(others or {})
+        self._write(SUMS_FILE, "".join(f"{sums[name]}  {name}\n" for name in sums).encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        with atomic_file(self.folder / name) as file:
+            file.write(content)
 
     def reopen(self) -> None:
         """Mark a finished run as unfinished."""
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        (self.folder / _SUMMARY).unlink(missing_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has a summary, which is written last."""
+        return (self.folder / _SUMMARY).exists()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -193,13 +332,13 @@ class RunFolder:
         Raises:
             UserError: If `summary.json` is corrupt.
         """
-        path = self.folder / "summary.json"
-        if not path.exists():
+        if not self.is_finished:
             return None
+        path = self.folder / _SUMMARY
         try:
             summary = json.loads(path.read_text())
         except ValueError:  # JSONDecodeError, UnicodeDecodeError
             summary = None
         if not isinstance(summary, dict):
-            raise UserError(f"{path} is corrupt. Remove it and run: fit --resume {shlex.quote(str(self.folder))}")
+            raise UserError(f"{path} is corrupt. {self._way_out(_SUMMARY)}")
         return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,9 +174,9 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         UserError: The configuration is invalid, sites are missing, or their configurations differ.
     """
     output = Path(settings.output) if settings.output else None
-    if output is not None and (summary := RunFolder(output, {}).summary) is not None:
+    if output is not None and (run := RunFolder(output, {})).is_complete(_warn) and run.summary is not None:
         print(f"{output} is finished; nothing to do")
-        return summary
+        return run.summary
     parser = federation_parser()
     config = parse(parser, list(settings.options))
     parts = build_parts(parser, config)
@@ -203,6 +204,10 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         for table in result_tables(summary):
             display.console.print(table)
     return summary
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Message, RecordDict
 
+from fedekd.atomic import remove_drafts
 from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, split_client
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest
-from fedekd.federation.engines.worker import ClientWorker, WorkerSetup
+from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup
+from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.run_folder import to_json_value
 from fedekd.flower.description import describe, shared_config
 from fedekd.flower.messages import (
@@ -77,6 +79,7 @@ class Site:
         identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(images)])
         states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
+        remove_drafts(states, min_age=DRAFT_SECONDS)
         setup = WorkerSetup.build(method, images, {number: splits}, spec, folder / "local", states)
         self.number, self.images, self.splits = number, images, splits
         self.method, self.spec = method, spec
@@ -98,7 +101,7 @@ class Site:
         """Return the content of the reply to a message of the server.
 
         Raises:
-            UserError: The message type is unknown, or the requested version of the state is not on disk.
+            UserError: The message type is unknown, or the requested version of the state is damaged or not on disk.
         """
         handlers = {
             DESCRIBE: self._describe,
@@ -112,7 +115,13 @@ class Site:
             raise UserError(
                 f"site {self.number}: unknown message type {message_type!r}; {nearest(message_type, handlers)}"
             )
-        return handlers[message_type](message)
+        try:
+            return handlers[message_type](message)
+        except DamagedStateError as error:
+            raise UserError(
+                f"site {self.number}: {error}. Restore the file, or remove the newest checkpoints/manifest-*.json of"
+                " the server and start it again: it then repeats the last round."
+            ) from error
 
     def _describe(self, message: Message) -> RecordDict:
         return pack(describe(self.method, self.spec, self.images, self.splits))

@@ -6,7 +6,7 @@ not.
 
 from fedekd.reporting import figures
 from fedekd.reporting.console import Display, client_table, deployed_table, result_tables
-from fedekd.reporting.tracking import FederationLogger, Tracker, read_metrics_csv, write_metrics_csv
+from fedekd.reporting.tracking import FederationLogger, Tracker, metrics_csv, read_metrics_csv, write_metrics_csv
 
 __all__ = [
     "Display",
@@ -15,6 +15,7 @@ __all__ = [
     "client_table",
     "deployed_table",
     "figures",
+    "metrics_csv",
     "read_metrics_csv",
     "result_tables",
     "write_metrics_csv",

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+#: A file of a report that its successor removes.
+_REPORT_FILE = re.compile(r"(tables|figures)/[^/\0]+\.(csv|png)")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -71,11 +74,10 @@ def write_document(title: str, text: Sequence[str], sections: Sequence[Section],
         The files: index.html, report.md, tables/*.csv and figures/*.png.
     """
     listing = folder / "files.txt"
-    for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
-        old = folder / line
+    for line in listing.read_bytes().decode(errors="replace").splitlines() if listing.is_file() else ():
         # Only files of an older report: the user may keep others in the same folder.
-        if old.parent.name in ("tables", "figures") and old.parent.parent == folder:
-            old.unlink(missing_ok=True)
+        if _REPORT_FILE.fullmatch(line) and (folder / line).is_file():
+            (folder / line).unlink()
     pictures = {
         picture.name: folder / "figures" / f"{picture.name}.png"
         for section in sections

@@ -17,27 +17,31 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 
-def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write one row per round, atomically; equal values give equal bytes.
+def metrics_csv(history: Sequence[Row]) -> bytes:
+    """Serialize one row per round; equal values give equal bytes.
 
     The first column is `round`, followed by the names of all rows in `column_order`. Floats are written in the fewest
     digits that read back as the same float. A name that a row lacks is an empty cell.
 
     Args:
         history: Rows in the order of the rounds.
-        path: File to write.
     """
     columns = column_order({"round"}.union(*history))
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
     table.writerows([_cell(row[name]) if name in row else "" for name in columns] for row in history)
+    return text.getvalue().encode()
+
+
+def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Write the bytes of `metrics_csv` to a file, atomically."""
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(metrics_csv(history))
 
 
 def read_metrics_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the rows that `write_metrics_csv` wrote, without empty cells."""
+    """Read the rows that `metrics_csv` serialized, without empty cells."""
     with Path(path).open(newline="") as file:
         return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 

@@ -20,6 +20,9 @@ from fedekd.atomic import atomic_file
 from fedekd.errors import UserError
 from fedekd.reporting.rows import Summary
 
+#: Run ids that Weights & Biases accepts.
+_RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+
 
 class WandbRunLogger(WandbLogger):
     """WandbLogger of one run that spans many fits and may be resumed.
@@ -179,12 +182,14 @@ class WandbRunLogger(WandbLogger):
 def _run_id(run_dir: Path | None) -> str:
     """Return the run id from the environment or the run folder, or draw one.
 
-    It does not depend on the seed: two equal federations are two runs.
+    It does not depend on the seed: two equal federations are two runs. A damaged file counts as missing.
     """
     file = None if run_dir is None else run_dir / "wandb" / "run-id"
     given = os.environ.get("WANDB_RUN_ID")
-    if not given and file is not None and file.exists():
-        return file.read_text().strip()
+    if not given and file is not None and file.is_file():
+        stored = file.read_bytes().decode(errors="replace").strip()
+        if _RUN_ID.fullmatch(stored):
+            return stored
     run_id = given or secrets.token_hex(4)
     if file is not None:
         with atomic_file(file) as output:

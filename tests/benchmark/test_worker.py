@@ -54,7 +54,7 @@ def fail(*arguments: Any) -> Any:
 def test_run_cell_with_coverage_keeps_it_and_no_checkpoints(finished: tuple[Path, Row, list[Any]]) -> None:
     folder, row, [(clients, options, seed)] = finished
     assert (len(clients), options, seed) == (3, OPTIONS, 1)
-    kept = json.loads((folder / "run/coverage.json").read_text())
+    kept = json.loads((folder / "run/coverage.json").read_text())["results"]
     assert json.loads(row[COVERAGE]) == kept
     assert [(entry["target_risk"], entry["mode"], entry["draws"]) for entry in kept] == [
         *((0.1, "ltt", 5), (0.1, "empirical", 5), (0.3, "ltt", 5), (0.3, "empirical", 5)),

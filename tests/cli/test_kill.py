@@ -97,20 +97,20 @@ def undisturbed_run(
     return npz, contents(folder / "run")
 
 
-# Batches: 18 each of local baselines, proxies and private models. Files: config.yaml; 9 of local baselines (3 clients
-# x 3 rounds); 4 checkpoints of 5 files each; metrics.csv after each but the first.
+# Batches: 18 each of local baselines, proxies and private models. Files: config.yaml, SHA256SUMS; 9 of local baselines
+# (3 clients x 3 rounds); 4 checkpoints of 5 files each; metrics.csv after each but the first.
 MOMENTS = [
     "batch:5",
     "batch:20",
     "batch:33",
     "batch:46",
     "batch:53",
-    "fsync:3",
-    "fsync:12",
-    "replace:15",
-    "replaced:16",
-    "fsync:21",
-    "replaced:27",
+    "fsync:4",
+    "fsync:13",
+    "replace:16",
+    "replaced:17",
+    "fsync:22",
+    "replaced:28",
 ]
 
 
@@ -137,7 +137,7 @@ def test_wandb_has_each_round_once_after_sigkill(
     npz, _ = undisturbed_run
     logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
     arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", logger)
-    kill("fsync:26", arguments)
+    kill("fsync:27", arguments)
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
     rounds = [row["round"] for run in runs for row in read_history(run) if "round" in row]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedekd.atomic import seal_json, unseal_json
 from fedekd.early_exit import ExitPolicy, early_exit_forward, network_fingerprint
 from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork, PrivateCNN, multi_exit
@@ -77,7 +78,7 @@ def test_json_round_trip_is_lossless(thresholds, data):
         assert repr(getattr(after, name)) == repr(getattr(before, name)), name  # -0.0 and 0.0, tuples and lists
     assert after.to_json() == text
     strict = json.loads(text, parse_constant=pytest.fail)  # no Infinity or NaN: JSON has none
-    assert strict["format"] == 3
+    assert strict["format"] == 4
 
 
 def test_save_and_load_round_trip(tmp_path):
@@ -89,7 +90,8 @@ def test_save_and_load_round_trip(tmp_path):
 
 
 def changed_file(**values) -> str:
-    return json.dumps({**json.loads(policy(0.5).to_json()), **values})
+    """A policy with other values and a valid checksum."""
+    return seal_json({**unseal_json(policy(0.5).to_json().encode()), **values}).decode()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def changed_file(**values) -> str:
         (policy(0.5).to_json()[:-20], "exit policy: invalid content"),
         (changed_file(simultaneous_clients=0), "expected simultaneous_clients of at least 1, got 0"),
         (changed_file(simultaneous_clients="two"), "expected simultaneous_clients of at least 1, got 'two'"),
-        (changed_file(format=2), "expected format 3, got 2. Run `calibrate` again"),
+        (changed_file(format=2), "expected format 4, got 2. Run `calibrate` again"),
+        (changed_file(format=3), "expected format 4, got 3. Run `calibrate` again"),
+        (policy(0.5).to_json().replace("0.5", "0.4"), "does not match its SHA-256. Run `calibrate` again"),
         (changed_file(thresholds=None), "exit policy: invalid content"),
         (changed_file(thresholds=["many", "-inf"]), "exit policy: invalid content"),
         (changed_file(thresholds=["nan", "-inf"]), "got NaN"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,46 @@ def test_load_all_corrupt_returns_none_and_save_removes_them(store: CheckpointSt
     checkpoint, messages = store.load()
     assert checkpoint is not None
     assert (checkpoint.round, messages) == (1, [])
+
+
+@pytest.mark.parametrize("byte", range(0, 1000, 37))
+def test_load_manifest_with_one_flipped_bit_falls_back(store: CheckpointStore, byte: int) -> None:
+    path = store.folder / "manifest-0002.json"
+    content = bytearray(path.read_bytes())
+    content[byte % len(content)] ^= 1 << byte % 8
+    path.write_bytes(content)
+    checkpoint, [message] = store.load()
+    assert checkpoint is not None
+    assert (checkpoint.round, checkpoint.notes) == (1, {"note": 0.1})
+    assert "round 2 is corrupt" in message
+
+
+def test_load_manifest_of_the_first_layout_is_accepted(store: CheckpointStore) -> None:
+    path = store.folder / "manifest-0002.json"
+    content = json.loads(path.read_text())
+    del content["format"], content["sha256"]
+    path.write_text(json.dumps(content, indent=1))
+    checkpoint, messages = store.load()
+    assert checkpoint is not None
+    assert (checkpoint.round, messages) == (2, [])
+    path.write_text(json.dumps({**content, "format": 2}, indent=1))  # a checksum that was lost
+    checkpoint, messages = store.load()
+    assert checkpoint is not None
+    assert (checkpoint.round, len(messages)) == (1, 1)
+
+
+@pytest.mark.parametrize("damaged", ["manifest-0001.json", "manifest-0002.json"])
+def test_save_with_a_damaged_older_manifest_keeps_its_files(store: CheckpointStore, damaged: str) -> None:
+    store.load()
+    (store.folder / damaged).write_text("{")
+    before = {path.name for path in store.folder.glob("*.pt")}
+    store.save(3, {}, {"w": torch.zeros(1)}, {0: state(5)}.items())
+    checkpoint, messages = CheckpointStore(store.folder).load()
+    assert checkpoint is not None
+    assert (checkpoint.round, messages) == (3, [])
+    assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [5, 2]
+    names = {path.name for path in store.folder.glob("*.pt")}
+    assert (before < names) == (damaged == "manifest-0002.json")  # that of round 1 is no longer needed
 
 
 def test_save_many_rounds_keeps_two_checkpoints(store: CheckpointStore) -> None:

@@ -174,6 +174,21 @@ def test_site_failed_first_round_is_repeated_with_same_result(
     assert_equal_results(result, expected)
 
 
+def test_site_damaged_state_is_named_and_repeated_from_the_version_before(options: list[str], tmp_path: Path) -> None:
+    site = Site(options, 1, NUM_SITES, tmp_path)
+    run_round(site, 0, 0)
+    run_round(site, 1, 1)
+    [path] = (tmp_path / "site-001/states").glob("*/client-00001-000002.pt")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    for message_type in (ROUND, SCORE):
+        with pytest.raises(UserError, match=r"site 1: .*000002\.pt: the state .* is damaged: .*Restore") as caught:
+            site.reply(request(message_type, {"round": 2, "version": 2, "comparison": None}, {}))
+        assert "\n" not in str(caught.value)
+    run_round(site, 1, 1)
+    assert path.read_bytes() == whole
+
+
 def test_site_partition_of_other_size_raises(options: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.num_clients: expected 4 \(sites\), got 3\. Set both") as caught:
         Site(options, 0, 4, tmp_path)

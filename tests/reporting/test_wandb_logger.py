@@ -17,7 +17,7 @@ from fedekd.reporting import Tracker
 
 wandb = pytest.importorskip("wandb")
 
-from fedekd.reporting.wandb_logger import WandbRunLogger, _logged_in, _mode  # noqa: E402
+from fedekd.reporting.wandb_logger import WandbRunLogger, _logged_in, _mode, _run_id  # noqa: E402
 
 KILLED_RUN = """
 import os, signal, sys, time
@@ -203,6 +203,16 @@ def test_sweep_agent_sets_project_and_id(tmp_path, make_row, monkeypatch):
     Tracker([WandbRunLogger()], tmp_path).log_round(make_row(1))
     assert not {"id", "project"} & set(given)
     assert (tmp_path / "wandb" / "run-id").read_text() == "agent\n"  # for a resume without the agent
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../up", b"a b", b"x" * 200])
+def test_run_id_damaged_is_drawn_again(tmp_path, content):
+    run_id = _run_id(tmp_path)
+    assert _run_id(tmp_path) == run_id
+    (tmp_path / "wandb" / "run-id").write_bytes(content)
+    again = _run_id(tmp_path)
+    assert again != run_id
+    assert _run_id(tmp_path) == again
 
 
 def test_wandb_error_raises_user_error(tmp_path, make_row, monkeypatch):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, RoundRequest
-from fedekd.federation.engines.worker import StateStore, WorkerSetup, replay_events
+from fedekd.federation.engines.worker import DamagedStateError, StateStore, WorkerSetup, replay_events
 from fedekd.federation.interrupts import block_signals
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
@@ -332,6 +332,9 @@ class PoolEngine:
             raise RuntimeError("the engine is closed; the states of its clients are in the checkpoint")
         try:
             yield
+        except DamagedStateError as error:
+            self.close()
+            raise UserError(f"{error}. {RESUME}") from error
         except BaseException:
             self.close()
             raise

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedekd.atomic import atomic_file
+from fedekd.atomic import atomic_file, seal, unseal
 from fedekd.data import ClientSplits, ImageData
+from fedekd.errors import UserError
 from fedekd.federation.checkpoint import pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.federation.engines.performance import gc_frozen
@@ -27,6 +28,10 @@ from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
 #: Name of an observer's method, and its arguments.
 Event = tuple[str, tuple[Any, ...]]
+
+
+class DamagedStateError(UserError):
+    """Raised for a client state that does not match its checksum."""
 
 
 class StateStore:
@@ -43,8 +48,17 @@ class StateStore:
         self.folder = folder
 
     def read(self, number: int, version: int) -> Any:
-        """Return a state, on the CPU."""
-        return unpack(self._path(number, version).read_bytes())
+        """Return a state, on the CPU.
+
+        Raises:
+            DamagedStateError: If the file does not match its checksum.
+        """
+        path = self._path(number, version)
+        content = path.read_bytes()
+        try:
+            return unpack(unseal(content))
+        except ValueError as error:
+            raise DamagedStateError(f"{path}: the state of client {number} is damaged: {error}") from error
 
     def write(self, number: int, version: int, state: Any) -> None:
         """Write a state atomically, replacing the same version.
@@ -54,7 +68,7 @@ class StateStore:
         """
         self.folder.stat()  # raises, where `atomic_file` would create the folder again
         with atomic_file(self._path(number, version)) as file:
-            file.write(pack(state))
+            file.write(seal(pack(state)))
 
     def has(self, number: int, version: int) -> bool:
         """Return whether a version of a client's state exists."""

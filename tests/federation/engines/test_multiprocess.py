@@ -43,6 +43,18 @@ def test_multiprocess_gives_the_bytes_of_the_sequential_engine(federate: Federat
     assert not multiprocessing.active_children()
 
 
+def test_multiprocess_damaged_state_raises_one_line(federate: Federate) -> None:
+    run = federate(engine=MultiProcess(1))
+    engine: Any = run.engine
+    run.method.init_server(run.spec)
+    engine.load_client_state(1, engine.client_state(1))
+    [path] = engine._store.folder.glob("client-00001-000001.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(UserError, match=r"client 1 is damaged: .*\. Completed rounds are saved; .*--resume\.$"):
+        engine.score(1)
+
+
 class KillsProcess(FedeKD):
     """Client 1 kills its process in round 1, once."""
 

@@ -13,7 +13,7 @@ import torch
 from fedekd.federation import Orchestrator, RoundRequest
 from fedekd.federation.checkpoint import pack
 from fedekd.federation.engines import worker as worker_module
-from fedekd.federation.engines.worker import ClientWorker, Event, StateStore, WorkerSetup
+from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, Event, StateStore, WorkerSetup
 from fedekd.methods import Broadcast, StateDict
 
 from ..conftest import Federate
@@ -47,6 +47,21 @@ def test_store_write_keeps_one_file_per_version(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         store.read(1, 1)
     assert store.read(1, 11)["supervised_epochs"] == 3
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_store_read_of_a_damaged_state_names_the_file(tmp_path: Path, place: float) -> None:
+    store = StateStore(tmp_path)
+    store.write(1, 2, state(0.5))
+    [path] = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DamagedStateError, match=r"client-00001-000002\.pt: the state of client 1 is damaged: it does"):
+        store.read(1, 2)
+    path.write_bytes(pack(state(0.5)))  # of a version without checksums
+    with pytest.raises(DamagedStateError):
+        store.read(1, 2)
 
 
 def test_store_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
