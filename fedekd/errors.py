@@ -10,8 +10,25 @@ class UserError(ValueError):
     """Invalid option, configuration, data file or run folder.
 
     The text is one line: `<option>: expected <allowed>, got <value>. <what to do>.` The command line prints it and
-    exits with code 2; in a notebook it is an ordinary `ValueError`.
+    exits with code 2; in a notebook it is an ordinary `ValueError`. It may quote what a site sent: see `printable`.
     """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(item) if isinstance(item, str) else item for item in arguments))
+
+
+def printable(text: str) -> str:
+    r"""Return a text as one line without control characters, for a terminal.
+
+    White space becomes one space each; terminal escapes, other control characters, marks that change the direction of
+    writing, and lone surrogates are written as escapes.
+
+    Example:
+        >>> printable("red \x1b[31m\n  Zürich \u202e")
+        'red \\x1b[31m Zürich \\u202e'
+    """
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, nearest, printable
 
 #: Command -> (module, line of help). A command is one module with `run(argv) -> exit code`.
 COMMANDS = {
@@ -109,5 +109,5 @@ def _describe(error: OSError, argv: Sequence[str]) -> str:
 
 
 def _fail(text: str) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {printable(text)}", file=sys.stderr)
     return INVALID_INPUT

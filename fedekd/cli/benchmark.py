@@ -17,7 +17,7 @@ from fedekd.benchmark import Block, Cell, cells, method_table, parse_filter, rea
 from fedekd.benchmark.results import Row
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
-from fedekd.errors import UserError
+from fedekd.errors import UserError, printable
 from fedekd.metrics import METRICS
 from fedekd.modules import TrainerFactory
 from fedekd.reporting.document import markdown_table
@@ -93,7 +93,7 @@ class GridDisplay:
     def cell_failed(self, cell: Cell, reason: str) -> None:
         """Print the reason."""
         self.progress.advance(self.task)
-        print(f"warning: {_name(cell)} failed: {reason}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {_name(cell)} failed: {reason}"), file=sys.stderr, flush=True)
 
 
 def _name(cell: Cell) -> str:

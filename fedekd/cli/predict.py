@@ -24,7 +24,7 @@ from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
-from fedekd.errors import UserError
+from fedekd.errors import UserError, printable
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, eval_mode
@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 @torch.no_grad()

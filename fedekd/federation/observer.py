@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Protocol
 
+from fedekd.errors import printable
+
 
 class Observer(Protocol):
     """Receiver of the events of a run, such as `fedekd.reporting.Display`."""
@@ -59,7 +61,7 @@ class SilentObserver:
 
     def warn(self, text: str) -> None:
         """Print one line on standard error."""
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
     def finished(self) -> None:
         """See `Observer`."""

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedekd.errors import printable
 from fedekd.global_state import exclusive
 from fedekd.reporting.rows import Row, Summary, is_harm, metric_spec
 
@@ -244,4 +245,4 @@ class Display:
     def warn(self, text: str) -> None:
         """Print one line on standard error."""
         with suppress(BrokenPipeError):  # standard error is closed
-            print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
