@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedekd.errors import UserError, require, require_choice
 from fedekd.functional import Aggregator, active_exits
@@ -139,10 +139,15 @@ class FedeKD(ProxyMethod):
         super().receive(client, received, round_idx)
         if round_idx == 0:
             return {}
-        lambda_kd = 0.0 if self._is_untrained(client, received) else self.lambda_kd
-        module = self._private_module(client.spec, private, proxy, lambda_kd, self._active_exits(client, round_idx))
-        # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
-        teacher_outputs = client.predict("proxy", "train", module.with_features).tensors if lambda_kd else ()
+        lambda_kd, active = self.lambda_kd, self._active_exits(client, round_idx)
+        module = self._private_module(client.spec, private, proxy, lambda_kd, active)
+        teacher_outputs: tuple[Tensor, ...] = ()
+        if lambda_kd and not self._is_untrained(client, received):
+            # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
+            teacher_outputs = client.predict("proxy", "train", module.with_features).tensors
+        if lambda_kd and not (teacher_outputs and all(bool(output.isfinite().all()) for output in teacher_outputs)):
+            # Without a teacher, or with a broken one, the phase is that of the local baseline.
+            module, teacher_outputs = self._private_module(client.spec, private, proxy, 0.0, active), ()
         return client.train_supervised(module, teacher_outputs=teacher_outputs, carry_optimizer=self.carry_private)
 
     def _active_exits(self, client: Client, round_idx: int) -> list[bool] | None:

@@ -29,7 +29,8 @@ class ObjectiveModule(LightningModule):
 
     A batch is `(x, y)`: images (B, C, H, W), and class indices or real targets (B,). An optional third and fourth item
     are the teacher's outputs and features for these samples, computed in advance; without them the teacher runs at
-    every step. The teacher is in evaluation mode, gets no gradient and is not optimized.
+    every step. The teacher is in evaluation mode, gets no gradient and is not optimized. Samples for which its output
+    is not finite are not distilled.
 
     Logs per epoch `loss`, `loss/NAME` of each term and the scalars that terms record; in validation and test
     `val/loss` (the supervised loss) and `val/<metric>` with the task's primary metric (`fedekd.metrics`), and the same
@@ -124,6 +125,8 @@ class ObjectiveModule(LightningModule):
         self.samples_seen += len(x)
         teacher = self._teacher_output(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
+        if teacher is not None:
+            teacher = teacher.finite_teacher_of(student)
         losses = {term.name: term(student, teacher, y, self.record) for term in self.loss_terms}
         for name, loss in losses.items():
             self.record(f"loss/{name}", loss)

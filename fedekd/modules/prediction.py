@@ -48,6 +48,22 @@ class ModelOutput:
         features = None if self.features is None else self.features.detach()
         return ModelOutput(tuple(exit_.detach() for exit_ in self.exits), features)
 
+    def finite_teacher_of(self, student: ModelOutput) -> ModelOutput:
+        """Return the output as a teacher whose values are finite where the student's are.
+
+        A sample with NaN or infinity in any value is taught by the student's own output, which has no divergence from
+        the student and so no effect.
+        """
+        own = student.output.detach().to(self.output.dtype)
+        if own.shape != self.output.shape:  # of a user's loss that compares other outputs
+            own = torch.zeros_like(self.output)
+        finite = self.output.isfinite().flatten(1).all(dim=1, keepdim=True)
+        if self.features is None:
+            return ModelOutput((torch.where(finite, self.output, own),))
+        finite = finite & self.features.isfinite().flatten(1).all(dim=1, keepdim=True)
+        features = torch.where(finite, self.features, 0.0)
+        return ModelOutput((torch.where(finite, self.output, own),), features)
+
 
 def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
     """Run a network on a batch of images.

@@ -173,14 +173,16 @@ class MutualLoss:
         private, proxy = ModelOutput(student.exits[:-1]), ModelOutput(student.exits[-1:])
         supervised = [self.supervised(model, None, targets, record) for model in (private, proxy)]
         distilled = [
-            per_sample_distillation(self.task, learner.output, other.output.detach()).mean()
+            per_sample_distillation(self.task, learner.output, other.detach().finite_teacher_of(learner).output).mean()
             for learner, other in ((private, proxy), (proxy, private))
         ]
         for name, label_loss, teacher_loss in zip(("private", "proxy"), supervised, distilled, strict=True):
             record(f"loss/{name}_supervised", label_loss)
             record(f"loss/{name}_distilled", teacher_loss)
         if self.adaptive:
-            scale = torch.stack(supervised).sum().detach().clamp_min(1e-8)
+            # A model that diverged teaches nothing, and must not spoil the other's weight.
+            scale = torch.stack(supervised).detach()
+            scale = torch.where(scale.isfinite(), scale, 0.0).sum().clamp_min(1e-8)
             return torch.stack([a + b / scale for a, b in zip(supervised, distilled, strict=True)]).sum()
         terms = zip(self.weights, supervised, distilled, strict=True)
         return torch.stack([weight * a + (1 - weight) * b for weight, a, b in terms]).sum()
