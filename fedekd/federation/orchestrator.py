@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import shlex
 import time
@@ -24,10 +25,18 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions, lost_updates, participants
 from fedekd.federation.results import Progress, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
-from fedekd.federation.update_validation import UpdateValidator
+from fedekd.federation.server_state import AggregateValidator, is_finite
+from fedekd.federation.update_validation import (
+    Change,
+    ResultValidator,
+    UpdateValidator,
+    out_of_proportion,
+    structure_problem,
+)
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
+from fedekd.metrics import primary_metric
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
 from fedekd.reporting import Tracker
@@ -116,7 +125,9 @@ class Orchestrator:
         self.engine = engine(
             method, data, self.spec, None if baseline_dir is None else Path(baseline_dir), self.observer
         )
+        self.results = ResultValidator(self.task, data.clients)
         self.validator = UpdateValidator(self.options.max_update_norm)
+        self.aggregates = AggregateValidator(self.spec)
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output)
@@ -188,7 +199,7 @@ class Orchestrator:
             self._restore_finished()
             self._train_baselines()
             for number in range(self.num_clients):
-                self.progress.records[number].score = self.engine.score(number)
+                self.progress.records[number].score = self._require_scores(number, [self.engine.score(number)])[0]
             return summarize(self)
         finally:
             self.engine.close()
@@ -207,8 +218,12 @@ class Orchestrator:
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
             comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds())
         request = RoundRequest(numbers, broadcast, round_idx, collect_updates=not is_last, comparison=comparison)
-        updates, changed = [], []
+        updates: list[ClientUpdate] = []
+        changed: list[int] = []
         for result in self.engine.run_clients(request):
+            if reason := self.results.check(result, request, changed):
+                self._reject(reason, round_idx)
+                continue
             changed.append(result.client)
             self.progress.add_bytes_down(state_dict_bytes(broadcast.to(result.client)))
             if round_idx > 0:
@@ -223,27 +238,75 @@ class Orchestrator:
         gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory
         return changed
 
+    def _reject(self, reason: str, round_idx: int) -> None:
+        """Leave a client with an invalid result out of the round, as an absent one.
+
+        Raises:
+            UserError: In the last round, which needs all clients.
+        """
+        text = f"round {round_idx}: rejected a result: {reason}"
+        if round_idx == self.options.rounds:
+            raise UserError(f"{text}. The last round needs every client: mend that client and repeat the command.")
+        self.observer.warn(f"{text}; left out of this round")
+
     def _aggregate(self, updates: Sequence[ClientUpdate], broadcast: Broadcast, round_idx: int) -> None:
         """Aggregate the updates that arrived and are valid, ordered by client."""
-        lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
-        accepted = []
-        for update in sorted(updates, key=lambda update: update.client):
-            if update.client in lost and update.state:
-                self.observer.warn(f"round {round_idx + 1}: update of client {update.client} was lost")
-                continue
-            self.progress.add_bytes_up(state_dict_bytes(update.state))
-            if reason := self.validator.check(update.state, broadcast.to(update.client)):
-                self.observer.warn(f"round {round_idx + 1}: update of client {update.client} rejected: {reason}")
-                continue
-            accepted.append(update)
+        accepted = self._valid_updates(updates, broadcast, round_idx)
         self.progress.traffic.updates = len(accepted)
-        if len(accepted) >= self.options.quorum:
-            self.method.aggregate(accepted, round_idx)
+        if len(accepted) < self.options.quorum:
+            reason: str | None = f"{len(accepted)} updates are below the quorum of {self.options.quorum}"
         else:
-            self.observer.warn(
-                f"round {round_idx + 1}: {len(accepted)} updates are below the quorum of {self.options.quorum};"
-                " the server keeps its state"
-            )
+            reason = self._replace_server_state(accepted, round_idx)
+        if reason is not None:
+            self.observer.warn(f"round {round_idx + 1}: {reason}; the server keeps its state")
+
+    def _valid_updates(
+        self, updates: Sequence[ClientUpdate], broadcast: Broadcast, round_idx: int
+    ) -> list[ClientUpdate]:
+        """Return the updates that were not lost and are valid; warn of the others."""
+        lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
+        prefix = f"round {round_idx + 1}: update of client"
+        candidates, changes = [], []
+        for update in sorted(updates, key=lambda update: update.client):
+            sent = broadcast.to(update.client)
+            if update.client in lost and sent:
+                self.observer.warn(f"{prefix} {update.client} was lost")
+                continue
+            if not (reason := structure_problem(update.state, sent)):
+                self.progress.add_bytes_up(state_dict_bytes(update.state))
+                reason = self.validator.check(update.state, sent) or self.results.check_samples(update)
+            if reason:
+                self.observer.warn(f"{prefix} {update.client} rejected: {reason}")
+                continue
+            candidates.append(update)
+            changes.append(Change.of(update.state, sent, self._steps(update.client)))
+        reasons = out_of_proportion(changes)
+        for position, reason in reasons.items():
+            self.observer.warn(f"{prefix} {candidates[position].client} rejected: {reason}")
+        return [update for position, update in enumerate(candidates) if position not in reasons]
+
+    def _replace_server_state(self, updates: Sequence[ClientUpdate], round_idx: int) -> str | None:
+        """Aggregate updates; restore the server state if the result is not usable.
+
+        Returns:
+            The reason why the state is the previous one; None if the aggregate is valid.
+        """
+        before = copy.deepcopy(self.method.server_state)  # an aggregation may change tensors in place
+        self.method.aggregate(updates, round_idx)
+        reason = self._server_problem(round_idx + 1)
+        if reason is not None:
+            self.method.server_state = before
+        return reason
+
+    def _server_problem(self, round_idx: int) -> str | None:
+        """Return why the server state cannot be sent in a round; None if it can."""
+        numbers = self._participants(round_idx)
+        method = copy.copy(self.method)  # a broadcast that replaces the state does so in the round itself
+        return self.aggregates.check(method.server_state, method.broadcast(numbers, round_idx), numbers)
+
+    def _steps(self, number: int) -> int:
+        """Return the training steps of a client in an epoch."""
+        return -(-len(self.data.clients[number].train) // self.data.batch_size)
 
     def _participants(self, round_idx: int) -> list[int]:
         return participants(self.options, self.num_clients, self.seed, round_idx)
@@ -252,7 +315,20 @@ class Orchestrator:
         """Train the local baselines, unless the checkpoint has their scores."""
         if not self.progress.local:
             baselines = self.engine.local_baselines(self._baseline_rounds())
-            self.progress.local = {number: baseline.scores for number, baseline in sorted(baselines.items())}
+            self.progress.local = {
+                number: self._require_scores(number, baseline.scores) for number, baseline in sorted(baselines.items())
+            }
+
+    def _require_scores(self, number: int, scores: list[float]) -> list[float]:
+        """Return scores that a client reports outside of the rounds, if valid.
+
+        Raises:
+            UserError: If one is not in the range of the metric.
+        """
+        if invalid := [score for score in scores if not self.results.is_score(score)]:
+            metric = primary_metric(self.task).name
+            raise UserError(f"client {number}: expected values of {metric}, got {str(invalid[0])[:60]}")
+        return scores
 
     def _baseline_rounds(self) -> dict[int, int]:
         """Return each client's most supervised rounds; empty for Local itself."""
@@ -270,6 +346,11 @@ class Orchestrator:
         A finished run whose final checkpoint is corrupt or missing is reopened.
         """
         messages = self._restore()
+        if self.progress.round <= self.options.rounds and not is_finite(self.method.server_state):
+            self.observer.warn(
+                f"the server state of round {self.progress.round} has NaN or infinity, from an update that an earlier"
+                " version accepted; updates trained from it are rejected. Start a new run"
+            )
         action = f"continuing from round {self.progress.round}" if self.progress.round else "starting from round 0"
         for message in messages:
             self.observer.warn(f"{message}; {action}")
@@ -339,7 +420,7 @@ class Orchestrator:
         if self.folder is not None:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)
-        steps = [-(-len(splits.train) // self.data.batch_size) for splits in self.data.clients]
+        steps = [self._steps(number) for number in range(self.num_clients)]
         epochs = self.spec.client.local_epochs
         local = epochs * sum(steps[number] * rounds for number, rounds in self._baseline_rounds().items())
         total, done = local, local if self.progress.local else 0

@@ -16,6 +16,7 @@ from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff, mean_tradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.update_validation import is_log_name
 from fedekd.metrics import negative_transfer, primary_metric
 from fedekd.tasks import Task
 
@@ -190,7 +191,18 @@ class Progress:
         """Return the progress of `to_json` values that were stored as JSON."""
         records = {int(number): ClientRecord.from_json(record) for number, record in values["records"].items()}
         local = {int(number): scores for number, scores in values["local"].items()}
-        return cls(**{**values, "records": records, "local": local, "traffic": Traffic(**values["traffic"])})
+        # Earlier versions stored any name that a site logged, also those that no file can hold.
+        history = [{name: value for name, value in row.items() if _is_column(name)} for row in values["history"]]
+        for record in records.values():
+            record.logs = {name: value for name, value in record.logs.items() if is_log_name(name)}
+        parts = {"history": history, "records": records, "local": local, "traffic": Traffic(**values["traffic"])}
+        return cls(**{**values, **parts})
+
+
+def _is_column(name: str) -> bool:
+    """Return True for a log name, also with the client's number before it."""
+    client, _, rest = name.partition("/")
+    return is_log_name(rest if client.startswith("client_") else name)
 
 
 def _columns(metric: str, scores: ScoreSummary) -> dict[str, float]:

@@ -1,18 +1,179 @@
-"""Validation of client updates before they are averaged."""
+"""Validation of what an engine yields: results of clients, and their updates.
+
+An engine may run clients of other institutions. Nothing of a result is stored or averaged before it is checked here.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from fedekd.methods import StateDict
+from fedekd.data import ClientSplits
+from fedekd.do_no_harm.rule import Comparison
+from fedekd.early_exit.client_tradeoff import ExitTradeoff
+from fedekd.early_exit.cost_curves import BUDGETS
+from fedekd.federation.engines.base import ClientResult, RoundRequest
+from fedekd.methods import ClientUpdate, StateDict
+from fedekd.metrics import primary_metric
+from fedekd.tasks import Task
+
+#: Most names that a client logs per round. FedeKD logs four per exit: 133 for a ViT-H with an exit per layer.
+MAX_LOGS = 256
+
+#: Segments of letters, digits and ``_ . -``; each name is a column of metrics.csv and a key of loggers.
+_LOG_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+
+#: Largest float32: a score above it is not of a network's outputs, and could overflow in sums.
+_LARGEST_SCORE = torch.finfo(torch.float32).max
+
+#: Integers of at least this size are not exact in float64, in which averages are computed.
+_EXACT = 2**53
+
+#: A change is out of proportion above this multiple of the usual one. Largest of honest clients on digits (13 methods,
+#: Adam and SGD with momentum): 4.5 with 6 clients, 6.8 with 20 of at least 2 samples.
+PROPORTION = 20.0
+
+#: A change of this part of the message's 2-norm is usual, however little the other clients change.
+_SMALL_CHANGE = 0.2
+
+#: Largest ratio of training steps that explains a larger change: sizes of splits are the sites' own statements.
+_MAX_STEPS_RATIO = 60.0
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a float, or for an int that a float represents exactly."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < _EXACT
+
+
+def is_count(value: Any) -> bool:
+    """Return True for an int in [0, 2^53)."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def is_log_name(name: Any) -> bool:
+    """Return True for a name of at most 64 characters, as in `gate/weight_mean`."""
+    return isinstance(name, str) and _LOG_NAME.fullmatch(name) is not None
+
+
+def invalid_field(result: ClientResult) -> str | None:
+    """Check the types of a result, and the names and the number of its logs.
+
+    Returns:
+        The first invalid field with its value; None if all are valid.
+    """
+    logs, update = result.logs, result.update
+    valid = {
+        "client": is_count(result.client),
+        "score": is_number(result.score),
+        "supervised_rounds": is_count(result.supervised_rounds),
+        "logs": isinstance(logs, dict)
+        and len(logs) <= MAX_LOGS
+        and all(map(is_log_name, logs))
+        and all(map(is_number, logs.values())),
+        "tradeoff": result.tradeoff is None or _is_tradeoff(result.tradeoff),
+        "comparison": result.comparison is None or _is_comparison(result.comparison),
+        "update": update is None or (isinstance(update, ClientUpdate) and is_count(update.num_samples)),
+    }
+    name = next((name for name, is_valid in valid.items() if not is_valid), None)
+    if name is None:
+        return None
+    if name == "logs" and isinstance(logs, dict):
+        if len(logs) > MAX_LOGS:
+            return f"logs: expected at most {MAX_LOGS} names, got {len(logs):,}"
+        invalid = next(item for item in logs.items() if not (is_log_name(item[0]) and is_number(item[1])))
+        return f"logs: expected names like gate/weight_mean with numbers, got {_short(invalid)}"
+    value = getattr(update, "num_samples", update) if name == "update" else getattr(result, name)
+    return f"{name} is {_short(value)}"
+
+
+def _is_tradeoff(value: Any) -> bool:
+    """Return True for an `ExitTradeoff` of pairs and triples of numbers."""
+    return isinstance(value, ExitTradeoff) and all(
+        isinstance(rows, list)
+        and len(rows) <= most
+        and all(isinstance(row, list | tuple) and len(row) == length and all(map(is_number, row)) for row in rows)
+        for rows, length, most in ((value.exits, 2, MAX_LOGS), (value.budgets, 3, len(BUDGETS)))
+    )
+
+
+def _is_comparison(value: Any) -> bool:
+    """Return True for a `Comparison` of consistent counts."""
+    return (
+        isinstance(value, Comparison)
+        and value.deployed in ("federated", "local")
+        and all(map(is_count, (value.samples, value.worse, value.better)))
+        and value.worse + value.better <= value.samples
+        and all(map(is_number, (value.gain, value.p_value, value.level)))
+    )
+
+
+@dataclass(frozen=True)
+class ResultValidator:
+    """Rejects results that a round cannot give.
+
+    Args:
+        task: Decides the metric and its range.
+        clients: Splits of each client, in the order of the clients' numbers.
+    """
+
+    task: Task
+    clients: Sequence[ClientSplits]
+
+    def check(self, result: ClientResult, request: RoundRequest, answered: Sequence[int] = ()) -> str | None:
+        """Check a result against the request of its round.
+
+        Args:
+            result: Result from an engine.
+            request: The request.
+            answered: Clients whose result was accepted before.
+
+        Returns:
+            The reason to reject it; None if it is valid.
+        """
+        if reason := invalid_field(result):
+            return f"client {_short(result.client)}: {reason}"
+        if result.client not in request.participants or result.client in answered:
+            return f"client {result.client}: expected one result of each participant"
+        comparison, update = result.comparison, result.update
+        expected = {
+            "score": not request.round_idx or self.is_score(result.score),
+            "comparison": (comparison is None) == (request.comparison is None),
+            "tradeoff": result.tradeoff is None or not request.collect_updates,
+            "update": update is None or (request.collect_updates and update.client == result.client),
+        }
+        if comparison is not None and request.comparison is not None:
+            held = len(getattr(self.clients[result.client], request.comparison.rule.split))
+            expected["comparison"] = comparison.samples <= held
+        name = next((name for name, is_valid in expected.items() if not is_valid), None)
+        return None if name is None else f"client {result.client}: unexpected {name} {_short(getattr(result, name))}"
+
+    def is_score(self, score: Any) -> bool:
+        """Return True for NaN, or for a value in the range of the task's metric."""
+        lowest, highest = (0, 1) if primary_metric(self.task).name == "accuracy" else (-_LARGEST_SCORE, _LARGEST_SCORE)
+        return is_number(score) and (score != score or lowest <= score <= highest)
+
+    def check_samples(self, update: ClientUpdate) -> str | None:
+        """Check the number of training samples by which an update may be weighted.
+
+        Returns:
+            The reason to reject the update; None if the number is that of the client's training split.
+        """
+        held = len(self.clients[update.client].train)
+        return None if update.num_samples == held else f"num_samples: expected {held}, got {update.num_samples}"
 
 
 @dataclass(frozen=True)
 class UpdateValidator:
-    """Rejects updates of wrong structure, non-finite values or a too large norm.
+    """Rejects updates of wrong structure, values out of range, or a too large norm.
 
     Args:
         max_norm: Largest accepted 2-norm of the difference between update and message; None sets no bound.
@@ -20,8 +181,11 @@ class UpdateValidator:
 
     max_norm: float | None = None
 
-    def check(self, update: StateDict, sent: StateDict) -> str | None:
-        """Check an update.
+    def check(self, update: Any, sent: StateDict) -> str | None:
+        """Check an update; any object is accepted as input.
+
+        Integers, which count or index, must be exact in float64, and at least 0 unless the message has lower ones.
+        A `running_var` must be at least 0.
 
         Args:
             update: State dict from the client.
@@ -30,22 +194,120 @@ class UpdateValidator:
         Returns:
             The reason to reject it; None if it is valid.
         """
-        if missing := sent.keys() - update.keys():
-            return f"key {sorted(missing)[0]!r} is missing"
-        if unknown := update.keys() - sent.keys():
-            return f"key {sorted(unknown)[0]!r} was not sent to the client"
-        squared = 0.0
+        if reason := structure_problem(update, sent):
+            return reason
         for name, tensor in update.items():
-            reference = sent[name]
-            if tensor.shape != reference.shape:
-                return f"{name!r}: expected shape {tuple(reference.shape)}, got {tuple(tensor.shape)}"
-            if tensor.dtype != reference.dtype:
-                return f"{name!r}: expected {reference.dtype}, got {tensor.dtype}"
-            if tensor.is_floating_point():
-                if not bool(torch.isfinite(tensor).all()):
-                    return f"{name!r}: expected finite values, got NaN or infinity"
-                if self.max_norm is not None:
-                    squared += float((tensor.double() - reference.to(tensor.device).double()).square().sum())
-        if self.max_norm is not None and not math.sqrt(squared) <= self.max_norm:
-            return f"max_update_norm: expected a 2-norm of at most {self.max_norm:g}, got {math.sqrt(squared):.4g}"
+            if reason := _range_problem(name, tensor.detach(), sent[name]):
+                return f"{_short(name)}: {reason}"
+        if self.max_norm is not None:
+            norm = Change.of(update, sent).norm
+            if not norm <= self.max_norm:
+                return f"max_update_norm: expected a 2-norm of at most {self.max_norm:g}, got {norm:.4g}"
         return None
+
+
+def structure_problem(update: Any, sent: StateDict) -> str | None:
+    """Return why an update has another form than the message; None if it has not."""
+    if not isinstance(update, Mapping):
+        return f"expected tensors by name, got {type(update).__name__}"
+    if missing := [name for name in sent if name not in update]:
+        return f"key {_short(min(missing))} is missing"
+    if unknown := [name for name in update if not (isinstance(name, str) and name in sent)]:
+        return f"key {_short(unknown[0])} was not sent to the client"
+    for name, tensor in update.items():
+        reference = sent[name]
+        # Other subclasses of Tensor may compute anything; a fake or uninitialised one has no values.
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"{_short(name)}: expected a tensor, got {type(tensor).__name__}"
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            return f"{_short(name)}: expected a dense tensor with values, got {tensor.layout} on {tensor.device.type}"
+        if tensor.shape != reference.shape:
+            return f"{_short(name)}: expected shape {tuple(reference.shape)}, got {tuple(tensor.shape)}"
+        if tensor.dtype != reference.dtype:
+            return f"{_short(name)}: expected {reference.dtype}, got {tensor.dtype}"
+    return None
+
+
+def _range_problem(name: str, tensor: Tensor, sent: Tensor) -> str | None:
+    """Return why a tensor's values are out of range; None if they are not."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        if not bool(torch.isfinite(tensor).all()):
+            return "expected finite values, got NaN or infinity"
+        if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
+            return f"expected variances of at least 0, got {float(tensor.min()):.4g}"
+    elif tensor.numel():
+        values = tensor.to(torch.int64)
+        lowest, low, high = min(0, int(sent.min())), int(values.min()), int(values.max())
+        if low < lowest or high >= _EXACT:
+            return f"expected integers of at least {lowest} and below 2^53, got {low if low < lowest else high}"
+    return None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Difference between an update and the message to its client.
+
+    Attributes:
+        norm: 2-norm of the difference, over all real and complex tensors.
+        message_norm: 2-norm of the same tensors of the message.
+        integers: Names of the other tensors that differ, such as the counters of BatchNorm.
+        steps: Training steps of the client in an epoch, at least 1.
+    """
+
+    norm: float
+    message_norm: float
+    integers: frozenset[str]
+    steps: int = 1
+
+    @classmethod
+    def of(cls, update: StateDict, sent: StateDict, steps: int = 1) -> Change:
+        """Compute the change of a valid update, in float64."""
+        squares, message_squares, integers = 0.0, 0.0, set()
+        for name, tensor in update.items():
+            before, after = sent[name], tensor.detach().to(sent[name].device)
+            if tensor.is_floating_point() or tensor.is_complex():
+                before = before.to(torch.promote_types(before.dtype, torch.float64))
+                squares += float((after.to(before.dtype) - before).abs().square().sum())
+                message_squares += float(before.abs().square().sum())
+            elif not torch.equal(after, before):
+                integers.add(name)
+        return cls(math.sqrt(squares), math.sqrt(message_squares), frozenset(integers), max(steps, 1))
+
+
+def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
+    """Compare the changes of a round with each other.
+
+    A client is compared with the median of the others. A change grows at most in proportion to the training steps, so
+    that of another client counts as many times more as that client takes fewer steps. A change of the order of the
+    message itself is never out of proportion: the others may have nothing left to learn. Integers that most of at least
+    two others leave unchanged, such as indices, may not change. One client has no comparison.
+
+    Args:
+        changes: Change of each valid update.
+
+    Returns:
+        The reason to reject an update, by position.
+    """
+    reasons = {}
+    for position, change in enumerate(changes):
+        others = [*changes[:position], *changes[position + 1 :]]
+        if not others:
+            continue
+        usual = median(other.norm * min(max(change.steps / other.steps, 1.0), _MAX_STEPS_RATIO) for other in others)
+        limit = PROPORTION * max(usual, _SMALL_CHANGE * change.message_norm)
+        if change.norm > limit:
+            reasons[position] = (
+                f"expected a change of at most {limit:.4g} (2-norm) next to the other updates, got {change.norm:.4g}"
+            )
+        unusual = [
+            name for name in change.integers if sum(name in other.integers for other in others) < len(others) / 2
+        ]
+        if unusual and len(others) > 1:
+            reasons[position] = f"{_short(min(unusual))}: expected the integers of the message, as in the other updates"
+    return reasons
+
+
+def _short(value: object) -> str:
+    """Return a value as text of at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

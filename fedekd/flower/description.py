@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
 from fedekd.errors import UserError
 from fedekd.federation.run_folder import first_difference, to_json_value
-from fedekd.flower.messages import is_count
+from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
+from fedekd.tasks import TASKS
 
 #: The splits whose sizes are part of a description.
 SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
+
+#: Largest numbers in a description: samples of a site, classes, channels, and pixels per side. ImageNet-21k has 21,841
+#: classes.
+_MAX_SAMPLES, _MAX_CLASSES, _MAX_CHANNELS, _MAX_SIDE = 10**9, 10**5, 2**10, 2**13
 
 
 def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
@@ -107,7 +113,8 @@ class SiteData(FederatedDataModule):
         self._clients = [
             SiteSplits(
                 site,
-                **{split: torch.zeros(description["sizes"][split], dtype=torch.int64) for split in SPLITS},
+                # Expanded: memory for one index, whatever the size.
+                **{split: torch.zeros(1, dtype=torch.int64).expand(description["sizes"][split]) for split in SPLITS},
                 content=description["digest"],
             )
             for site, description in enumerate(descriptions)
@@ -126,15 +133,44 @@ def require_description(description: Mapping[str, Any]) -> None:
         UserError: Names the first missing or invalid field.
     """
     config, sizes, counts = (description.get(name) for name in ("config", "sizes", "class_counts"))
+    digest = description.get("digest")
     valid = {
         "site": is_count(description.get("site")),
         "config": isinstance(config, dict) and "fedekd" in config,
-        "sizes": isinstance(sizes, dict) and all(is_count(sizes.get(name)) for name in SPLITS),
-        "class_counts": isinstance(counts, list) and all(map(is_count, counts)),
-        "digest": isinstance(description.get("digest"), str),
+        "sizes": isinstance(sizes, dict) and all(_is_size(sizes.get(name)) for name in SPLITS),
+        "class_counts": isinstance(counts, list) and 0 < len(counts) <= _MAX_CLASSES and all(map(_is_size, counts)),
+        "digest": isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None,
     }
     if invalid := [name for name, is_valid in valid.items() if not is_valid]:
-        raise UserError(f"invalid site description: {invalid[0]} is {str(description.get(invalid[0]))[:80]!r}")
+        raise UserError(f"invalid site description: {invalid[0]} is {str(description.get(invalid[0]))[:60]!r}")
+    assert isinstance(sizes, dict)
+    assert isinstance(counts, list)
+    held = {name: sizes[name] for name in ("train", "validation", "test")}
+    parts = sum(sizes[name] for name in ("tuning", "calibration", "holdout"))
+    if sum(held.values()) != sum(counts) or parts != held["validation"] or not sizes["train"]:
+        raise UserError(f"invalid site description: sizes {str(sizes)[:120]} of {sum(counts)} samples in class_counts")
+
+
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value <= _MAX_SAMPLES
+
+
+def _require_images(config: Mapping[str, Any], site: int) -> None:
+    """Check what the server builds its networks from.
+
+    Raises:
+        UserError: If a value is not plausible.
+    """
+    size = config.get("image_size")
+    valid = {
+        "task": config.get("task") in TASKS,
+        "channels": is_count(config.get("channels")) and 1 <= config["channels"] <= _MAX_CHANNELS,
+        "image_size": isinstance(size, list)
+        and len(size) == 2
+        and all(is_count(side) and 1 <= side <= _MAX_SIDE for side in size),
+    }
+    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
+        raise UserError(f"site {site}: invalid {invalid[0]} {str(config.get(invalid[0]))[:60]!r}")
 
 
 def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -147,6 +183,7 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
         version = {"fedekd": description["config"]["fedekd"]}
         require_agreement({**description, "config": version}, {"fedekd": fedekd.__version__})
     first = descriptions[0]
+    _require_images(first["config"], first["site"])
     for description in descriptions:
         require_agreement(description, first["config"])
         classes, expected = len(description["class_counts"]), len(first["class_counts"])
@@ -171,4 +208,5 @@ def require_agreement(description: Mapping[str, Any], config: Mapping[str, Any])
             if key == "fedekd"
             else "Use the same options and configuration files at the server and at all sites."
         )
-        raise UserError(f"site {description['site']}: {key}: expected {expected}, got {actual}. {action}")
+        values = f"expected {str(expected)[:60]}, got {str(actual)[:60]}"
+        raise UserError(f"site {description['site']}: {key[:100]}: {values}. {action}")

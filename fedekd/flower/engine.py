@@ -122,9 +122,15 @@ class FlowerEngine:
             UserError: The site does not reply.
         """
         contents = {number: pack({"version": self._versions.get(number, 0)})}
-        scores = {site: float(values_of(reply)["score"]) for site, reply in self._send(SCORE, contents, None)}
+        scores: dict[int, Any] = {}
+        for site, reply in self._send(SCORE, contents, None):
+            try:
+                scores[site] = values_of(reply).get("score")
+            except UserError as error:
+                self.observer.warn(f"rejected the reply of site {site}: {error}")
         _require_replies(contents, scores, "score")
-        return scores[number]
+        score: float = scores[number]  # the orchestrator checks that it is one
+        return score
 
     def client_state(self, number: int) -> Any:
         """Return the version number of a site's state, which stays at the site."""

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,14 @@ from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest
+from fedekd.federation.update_validation import invalid_field, is_number
 from fedekd.methods import ClientUpdate, StateDict
 
 #: Names of the two records of a message. Flower's mods expect exactly one record of each kind.
 STATE, VALUES = "state", "values"
+
+#: Largest JSON text of a message in bytes, and its deepest nesting. A description has a few numbers per class.
+_MAX_TEXT, _MAX_DEPTH = 2**20, 32
 
 #: Message types. Only ROUND carries tensors in both directions; Flower's mods apply to it.
 DESCRIBE, BASELINE, SCORE, LAST_ROUND, ROUND = (
@@ -92,24 +96,46 @@ def values_of(message: Message) -> dict[str, Any]:
         UserError: The record is missing or not a JSON object.
     """
     try:
-        return parse_values(str(message.content.config_records[VALUES]["json"]))
+        text = message.content.config_records[VALUES]["json"]
     except KeyError as error:
         raise UserError(f"message without JSON values: {type(error).__name__} {error}") from error
+    return parse_values(text)
 
 
-def parse_values(text: str) -> dict[str, Any]:
-    """Parse a JSON object.
+def parse_values(text: Any) -> dict[str, Any]:
+    """Parse a JSON object that another machine sent.
 
     Raises:
-        UserError: The text is not a JSON object.
+        UserError: The text is not a JSON object, is too large or nested too deeply, or has a lone surrogate.
     """
     try:
+        if not isinstance(text, str) or len(text.encode()) > _MAX_TEXT:
+            size = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
+            raise ValueError(f"expected a text of at most {_MAX_TEXT:,} bytes, got {size}")
         values: Any = json.loads(text)
+        _require_depth(values)
+        if "\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode()  # no file and no logger can store a lone surrogate
     except (ValueError, RecursionError) as error:
-        raise UserError(f"message with invalid JSON values: {type(error).__name__} {error}") from error
+        raise UserError(f"message with invalid JSON values: {type(error).__name__} {str(error)[:200]}") from error
     if not isinstance(values, dict):
         raise UserError(f"message values: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def _require_depth(values: Any) -> None:
+    """Check the nesting level by level.
+
+    Raises:
+        ValueError: If it is deeper than any message of fedekd.
+    """
+    level = [values]
+    for _ in range(_MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
 def arrays_of(message: Message) -> ArrayRecord:
@@ -157,15 +183,17 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
         UserError: A field is missing, unknown or of the wrong type.
     """
     try:
-        _require_field_types(values)
         arguments = {name: value for name, value in values.items() if name != "num_samples"}
         nested: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
         arguments |= {name: cls(**arguments[name]) for name, cls in nested.items() if arguments.get(name) is not None}
         num_samples = values["num_samples"]
-        update = None if num_samples is None else ClientUpdate(int(arguments["client"]), state, int(num_samples))
-        return ClientResult(**arguments, update=update)
+        update = None if num_samples is None else ClientUpdate(arguments["client"], state, num_samples)
+        result = ClientResult(**arguments, update=update)
+        if reason := invalid_field(result):
+            raise ValueError(reason)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"invalid client result: {type(error).__name__} {error}") from error
+        raise UserError(f"invalid client result: {type(error).__name__} {str(error)[:200]}") from error
+    return result
 
 
 def baseline_scores(message: Message, rounds: int) -> list[float]:
@@ -176,60 +204,5 @@ def baseline_scores(message: Message, rounds: int) -> list[float]:
     """
     scores = values_of(message).get("scores")
     if not isinstance(scores, list) or len(scores) < rounds or not all(map(is_number, scores)):
-        raise UserError(f"local baseline scores: expected {rounds} numbers, got {str(scores)[:80]}")
+        raise UserError(f"local baseline scores: expected {rounds} numbers, got {str(scores)[:60]}")
     return [float(score) for score in scores]
-
-
-def _require_field_types(values: Mapping[str, Any]) -> None:
-    """Check the types that a row of metrics.csv relies on.
-
-    Raises:
-        ValueError: Names the first field of the wrong type.
-    """
-    num_samples = values["num_samples"]
-    valid = {
-        "client": is_count(values["client"]),
-        "score": is_number(values["score"]),
-        "supervised_rounds": is_count(values["supervised_rounds"]),
-        "logs": isinstance(values["logs"], dict) and all(map(is_number, values["logs"].values())),
-        "num_samples": num_samples is None or is_count(num_samples),
-        "tradeoff": values.get("tradeoff") is None or _is_tradeoff(values["tradeoff"]),
-        "comparison": values.get("comparison") is None or _is_comparison(values["comparison"]),
-    }
-    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
-        raise ValueError(f"{invalid[0]} is {str(values[invalid[0]])[:80]!r}")
-
-
-def is_number(value: Any) -> bool:
-    """Return True for a float, or for an int that a float represents exactly."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, float) or abs(value) < 2**53
-
-
-def is_count(value: Any) -> bool:
-    """Return True for an int in [0, 2^53)."""
-    return isinstance(value, int) and is_number(value) and value >= 0
-
-
-def _is_tradeoff(value: Any) -> bool:
-    """Return True for the fields of `ExitTradeoff`: lists of pairs and of triples."""
-    lengths = {"exits": 2, "budgets": 3}
-    return (
-        isinstance(value, dict)
-        and value.keys() == lengths.keys()
-        and all(
-            isinstance(value[name], list)
-            and all(isinstance(p, list) and len(p) == length and all(map(is_number, p)) for p in value[name])
-            for name, length in lengths.items()
-        )
-    )
-
-
-def _is_comparison(value: Any) -> bool:
-    """Return True for the fields of `Comparison`."""
-    names = {field.name for field in fields(Comparison)}
-    if not isinstance(value, dict) or value.keys() != names or value["deployed"] not in ("federated", "local"):
-        return False
-    counts = ("samples", "worse", "better")
-    return all(is_count(value[n]) for n in counts) and all(is_number(value[n]) for n in names - {"deployed", *counts})

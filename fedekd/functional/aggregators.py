@@ -56,8 +56,8 @@ class Mean(Aggregator):
         self.weights = weights
 
     def __call__(self, states: Sequence[Mapping[str, Tensor]], num_samples: Sequence[int]) -> dict[str, Tensor]:
-        """Compute the mean by `average_state_dicts`."""
-        return average_state_dicts(states, num_samples if self.weights == "samples" else None)
+        """Compute the mean by `average_state_dicts`; uniform if no client has samples."""
+        return average_state_dicts(states, num_samples if self.weights == "samples" and any(num_samples) else None)
 
 
 class CoordinateMedian(Aggregator):

@@ -1,12 +1,26 @@
-"""UpdateValidator accepts valid updates and names what is wrong with others."""
+"""Valid results and updates are accepted; of others the reason is named."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedekd.federation import UpdateValidator
+from fedekd.errors import UserError
+from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, UpdateValidator
+from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.update_validation import MAX_LOGS, Change, invalid_field, is_log_name, out_of_proportion
+from fedekd.functional import Mean
+from fedekd.methods import ClientUpdate, FedAvg, FedeKD, Local
+from fedekd.reporting.tracking import write_metrics_csv
+
+from .conftest import Federate, Recorder
 
 SENT = {"w": torch.zeros(2, 3), "b": torch.zeros(3), "n": torch.tensor(4)}
 
@@ -43,3 +57,333 @@ def test_check_norm_is_of_the_difference_to_the_message() -> None:
     assert reason == "max_update_norm: expected a 2-norm of at most 5.99, got 6"
     opposite = {"w": torch.full((4,), 3e38)}, {"w": torch.full((4,), -3e38)}
     assert UpdateValidator(max_norm=1.0).check(*opposite) is not None
+
+
+NORM = nn.BatchNorm2d(2).state_dict()
+OTHER_KINDS: dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "list": lambda: [0.0, 0.0, 0.0],
+    "array": lambda: torch.zeros(3).numpy(),
+    "sparse": lambda: torch.zeros(3).to_sparse(),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    "uninitialized": nn.UninitializedParameter,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_check_other_kind_of_tensor_returns_the_reason(kind: str) -> None:
+    reason = UpdateValidator(max_norm=1.0).check({**SENT, "b": OTHER_KINDS[kind]()}, SENT)
+    assert reason is not None
+    assert reason.startswith("'b': expected a ")
+
+
+@pytest.mark.parametrize("update", [None, [], list(SENT.items()), torch.zeros(3), 7, {7: torch.zeros(1)}, {None: 1}])
+def test_check_no_state_dict_returns_the_reason(update: Any) -> None:
+    assert UpdateValidator().check(update, SENT) is not None
+    assert UpdateValidator().check(update, {}) is not None
+
+
+def test_check_parameter_with_gradient_is_valid() -> None:
+    assert UpdateValidator(max_norm=9.0).check({**SENT, "b": nn.Parameter(torch.ones(3))}, SENT) is None
+
+
+def test_check_nan_of_complex_tensor_returns_the_reason() -> None:
+    sent = {"c": torch.zeros(2, dtype=torch.complex64)}
+    assert UpdateValidator().check({"c": torch.full((2,), complex(0, math.nan))}, sent) is not None
+    assert UpdateValidator(max_norm=5.1).check({"c": torch.tensor([3 + 4j, 0])}, sent) is None
+    assert UpdateValidator(max_norm=4.9).check({"c": torch.tensor([3 + 4j, 0])}, sent) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("running_var", -1e-3),
+        ("num_batches_tracked", -(2**63)),
+        ("num_batches_tracked", -1),
+        ("num_batches_tracked", 2**53),
+    ],
+)
+def test_check_buffer_out_of_range_returns_the_reason(name: str, value: float) -> None:
+    update = {**NORM, name: torch.full_like(NORM[name], value)}
+    reason = UpdateValidator().check(update, NORM)
+    assert reason is not None
+    assert reason.startswith(f"'{name}': expected ")
+    assert UpdateValidator().check({**NORM, "num_batches_tracked": torch.tensor(2**53 - 1)}, NORM) is None
+
+
+def test_check_integer_below_zero_is_valid_where_the_message_has_one() -> None:
+    sent = {"offsets": torch.tensor([-3, 2])}
+    assert UpdateValidator().check({"offsets": torch.tensor([-3, 5])}, sent) is None
+    assert UpdateValidator().check({"offsets": torch.tensor([-4, 5])}, sent) is not None
+
+
+def changes(*norms: float, steps: tuple[int, ...] = (), message_norm: float = 0.0) -> list[Change]:
+    """Changes of these norms, with one training step each by default."""
+    return [
+        Change(norm, message_norm, frozenset(), count)
+        for norm, count in zip(norms, steps or [1] * len(norms), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("norms", "rejected"),
+    [
+        ((1, 2, 3, 1e30, 2, 1), [3]),
+        ((1, 2, 3, 50, 2, 1), [3]),
+        ((1, 1, 1, 1, 1, 19), []),
+        ((1, 1e30, 1e30, 1, 1, 1), [1, 2]),
+        ((1, math.inf), [1]),
+        ((1e30,), []),
+        ((0, 1e-3, 1e-3), []),
+    ],
+)
+def test_out_of_proportion_names_the_changes_far_above_the_others(
+    norms: tuple[float, ...], rejected: list[int]
+) -> None:
+    assert list(out_of_proportion(changes(*norms))) == rejected
+
+
+def test_out_of_proportion_more_steps_explain_a_larger_change_up_to_a_limit() -> None:
+    assert not out_of_proportion(changes(1, 1, 600, steps=(2, 2, 120)))
+    assert list(out_of_proportion(changes(1, 1, 600))) == [2]
+    assert list(out_of_proportion(changes(1, 1, 1e30, steps=(2, 2, 10**9)))) == [2]
+
+
+def test_out_of_proportion_change_of_the_order_of_the_message_is_usual() -> None:
+    assert not out_of_proportion(changes(1e-9, 1e-9, 3, message_norm=1.0))
+
+
+def test_out_of_proportion_integers_that_others_keep_may_not_change() -> None:
+    honest, index = Change(1, 1, frozenset({"count"})), Change(1, 1, frozenset({"count", "index"}))
+    assert list(out_of_proportion([honest, index, honest])) == [1]
+    assert not out_of_proportion([honest, honest, honest])
+
+
+class HostileClient(FedAvg):
+    """Client 1 sends an update with every weight at `value`, in round 1."""
+
+    def __init__(self, value: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.value = value
+
+    def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
+        update = super().prepare_update(client, round_idx)
+        if (client.number, round_idx) != (1, 1):
+            return update
+        return replace(update, state={name: torch.full_like(t, self.value) for name, t in update.state.items()})
+
+
+@pytest.mark.parametrize("value", [1e30, 1e38, -1e10])
+def test_run_one_huge_update_is_rejected_and_later_ones_are_not(value: float, federate: Federate) -> None:
+    recorder = Recorder()
+    run = federate(HostileClient(value), observer=recorder, rounds=RoundOptions(rounds=3))
+    summary = run.run()
+    assert [row["comm/updates"] for row in run.progress.history] == [3, 2, 3]
+    [warning] = recorder.warnings
+    assert warning.startswith("round 2: update of client 1 rejected: expected a change of at most ")
+    assert all(math.isfinite(client["score"]) for client in summary["clients"])
+
+
+def result(**changes_: Any) -> ClientResult:
+    return replace(ClientResult(1, 0.5, 1, {"loss": 0.1}, None), **changes_)
+
+
+@pytest.mark.parametrize("name", ["loss", "gate/weight_mean", "exit_1/gate/weight_std", "a-b.c/D_9", "x" * 64])
+def test_is_log_name_accepts_segments(name: str) -> None:
+    assert is_log_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/", "a/", "/a", "a//b", "\ud800", "x" * 65, "a b", "ä", "a\n", "\x1b[1m", 7, None]
+)
+def test_is_log_name_rejects_others(name: Any) -> None:
+    assert not is_log_name(name)
+    assert invalid_field(result(logs={name: 1.0})) is not None
+
+
+@pytest.mark.parametrize(
+    "changes_",
+    [
+        {"logs": {f"n{index}": 0.0 for index in range(MAX_LOGS + 1)}},
+        {"logs": {"loss": torch.tensor(1.0)}},
+        {"logs": {"loss": "1"}},
+        {"logs": [("loss", 1.0)]},
+        {"score": None},
+        {"supervised_rounds": -1},
+        {"client": True},
+        {"update": {"w": 1}},
+        {"update": ClientUpdate(1, {}, -1)},
+    ],
+    ids=str,
+)
+def test_invalid_field_names_the_first_in_one_short_line(changes_: dict[str, Any]) -> None:
+    reason = invalid_field(result(**changes_))
+    assert reason is not None
+    assert reason.startswith(next(iter(changes_)))
+    assert len(reason) < 150
+
+
+class ChangingEngine(SequentialEngine):
+    """Replaces fields of the result of client 1 in round 1."""
+
+    fields: ClassVar[dict[str, Any]] = {}
+    round_idx = 1
+
+    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
+        for original in super().run_clients(request):
+            is_changed = (original.client, request.round_idx) == (1, self.round_idx)
+            yield replace(original, **self.fields) if is_changed else original
+
+
+def engine_with(round_idx: int = 1, **fields: Any) -> type[ChangingEngine]:
+    return type("Engine", (ChangingEngine,), {"fields": fields, "round_idx": round_idx})
+
+
+INVALID_RESULTS: dict[str, dict[str, Any]] = {
+    "surrogate": {"logs": {"\ud800": 1.0}},
+    "many names": {"logs": {f"n{index}": 1.0 for index in range(200_000)}},
+    "score": {"score": 1.5},
+    "infinite score": {"score": math.inf},
+    "other client": {"client": 0},
+    "no participant": {"client": 7},
+    "update of another": {"update": ClientUpdate(0, {}, 1)},
+    "no result": {"client": None},
+}
+
+
+@pytest.mark.parametrize("what", INVALID_RESULTS)
+def test_run_invalid_result_is_left_out_with_a_warning(what: str, federate: Federate, tmp_path: Path) -> None:
+    recorder = Recorder()
+    run = federate(Local(), engine=engine_with(**INVALID_RESULTS[what]), observer=recorder, output=tmp_path)
+    run.run()
+    [warning] = recorder.warnings
+    assert warning.startswith("round 1: rejected a result: client ")
+    assert len(warning) < 250
+    first, second = run.progress.history
+    assert [f"client_{number}/accuracy" in first for number in range(3)] == [True, False, True]
+    assert set(second) == {*first, *second}
+    assert len((tmp_path / "metrics.csv").read_text().partition("\n")[0].split(",")) < 40
+
+
+def test_run_invalid_result_in_last_round_raises_user_error(federate: Federate) -> None:
+    run = federate(Local(), engine=engine_with(2, logs={"a b": 1.0}))
+    with pytest.raises(
+        UserError, match=r"round 2: rejected a result: client 1: logs.*The last round needs every client"
+    ):
+        run.run()
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 2**53 - 1])
+def test_run_update_with_other_number_of_samples_is_rejected(num_samples: int, federate: Federate) -> None:
+    class Lying(FedAvg):
+        def prepare_update(self, client: Any, round_idx: int) -> ClientUpdate:
+            update = super().prepare_update(client, round_idx)
+            return replace(update, num_samples=num_samples) if client.number == 1 else update
+
+    recorder = Recorder()
+    run = federate(Lying(weights="samples"), observer=recorder)
+    run.run()
+    held = len(run.data.clients[1].train)
+    assert (
+        recorder.warnings[0] == f"round 1: update of client 1 rejected: num_samples: expected {held}, got {num_samples}"
+    )
+    assert [row["comm/updates"] for row in run.progress.history] == [2, 2]
+
+
+def test_mean_without_any_samples_is_uniform() -> None:
+    states = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}]
+    assert Mean("samples")(states, [0, 0])["w"].item() == 2.0
+
+
+class LyingEngine(SequentialEngine):
+    """Reports an impossible score of a local baseline."""
+
+    def local_baselines(self, rounds: Any) -> Any:
+        return {**super().local_baselines(rounds), 1: LocalBaseline([0.5, 1e308])}
+
+
+def test_run_local_score_out_of_range_raises_user_error(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"client 1: expected values of accuracy, got 1e\+308"):
+        federate(engine=LyingEngine).run()
+
+
+def test_resume_with_invalid_log_names_of_an_earlier_version(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fedekd.federation.update_validation.ResultValidator.check", lambda *arguments: None)
+        patch.setattr("fedekd.federation.run_folder.write_metrics_csv", lambda *arguments: None)
+        engine, observer = engine_with(logs={"\ud800": 1.0, "loss": 2.0}), StopsAfterRound()
+        with pytest.raises(StoppedError):
+            federate(Local(), engine=engine, observer=observer, output=tmp_path).run()
+    run = federate(Local(), output=tmp_path)
+    run.run()
+    assert run.progress.history[0]["client_1/loss"] == 2.0
+    assert "ud800" not in (tmp_path / "metrics.csv").read_text()
+
+
+class StoppedError(Exception):
+    """Raised to stop a run."""
+
+
+class StopsAfterRound(Recorder):
+    def round_finished(self, row: Any) -> None:
+        raise StoppedError
+
+
+def test_write_metrics_csv_invalid_name_is_escaped(tmp_path: Path) -> None:
+    write_metrics_csv([{"round": 1, "\ud800": 1.0}], tmp_path / "metrics.csv")
+    assert (tmp_path / "metrics.csv").read_text() == "round,\\ud800\n1,1.0\n"
+
+
+class Broken(FedeKD):
+    """Aggregates to NaN in round 1."""
+
+    def aggregate(self, updates: Any, round_idx: int) -> None:
+        super().aggregate(updates, round_idx)
+        if round_idx == 1:
+            self.server_state = {name: torch.full_like(t, math.nan) for name, t in self.server_state.items()}
+
+
+def test_resume_with_broken_server_state_of_an_earlier_version_warns_once(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = RoundOptions(rounds=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedekd.federation.server_state.AggregateValidator.check", lambda *arguments: None)
+        run = federate(Broken(), observer=StopsAfterRound(), output=tmp_path, rounds=rounds)
+        with pytest.raises(StoppedError):
+            run.run()
+    recorder = Recorder()
+    federate(Broken(), observer=recorder, output=tmp_path, rounds=rounds).run()
+    broken = [text for text in recorder.warnings if "Start a new run" in text]
+    assert broken == [recorder.warnings[0]]
+    assert broken[0].startswith("the server state of round 2 has NaN or infinity")
+
+
+def test_run_aggregate_with_nan_leaves_the_server_state(federate: Federate) -> None:
+    recorder = Recorder()
+    run = federate(Broken(), observer=recorder)
+    run.run()
+    assert recorder.warnings == ["round 2: the aggregate has NaN or infinity; the server keeps its state"]
+    assert all(bool(tensor.isfinite().all()) for tensor in run.method.server_state.values())
+
+
+def test_run_server_state_is_kept_if_the_aggregate_is_not_usable(federate: Federate) -> None:
+    class Overflowing(FedeKD):
+        """Changes its state in place, to weights whose outputs are not finite."""
+
+        def aggregate(self, updates: Any, round_idx: int) -> None:
+            if round_idx == 1:
+                for tensor in self.server_state.values():
+                    tensor.fill_(1e30)
+            else:
+                super().aggregate(updates, round_idx)
+
+    recorder = Recorder()
+    run: Orchestrator = federate(Overflowing(), observer=recorder, rounds=RoundOptions(rounds=2))
+    run.run()
+    assert recorder.warnings == ["round 2: the aggregated network gives no finite outputs; the server keeps its state"]
+    assert all(float(tensor.abs().max()) < 10 for tensor in run.method.server_state.values())

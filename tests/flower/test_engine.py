@@ -517,8 +517,8 @@ def description(site: int) -> RecordDict:
         {
             "site": site,
             "config": {"fedekd": "1"},
-            "sizes": dict.fromkeys(SPLITS, 1),
-            "class_counts": [3],
+            "sizes": {**dict.fromkeys(SPLITS, 1), "validation": 3},
+            "class_counts": [5],
             "digest": "0" * 64,
         }
     )

@@ -1,0 +1,109 @@
+"""Validation of the server state that an aggregation gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedekd.global_state import isolated_rng
+from fedekd.methods import Broadcast, FederationSpec, StateDict
+from fedekd.models import eval_mode
+from fedekd.modules import predict
+from fedekd.seeding import derive_seed
+
+#: Uniform random images, in addition to a black one, on which an aggregate is evaluated.
+_RANDOM_IMAGES = 4
+
+
+def is_finite(state: Any) -> bool:
+    """Return True if all tensors of a nested state are free of NaN and infinity."""
+    if isinstance(state, Tensor):
+        return bool(torch.isfinite(state).all())
+    if isinstance(state, Mapping):
+        return all(map(is_finite, state.values()))
+    return not isinstance(state, list | tuple) or all(map(is_finite, state))
+
+
+class AggregateValidator:
+    """Rejects aggregates that have no finite values, or give no finite outputs.
+
+    A message is evaluated by the network of its tensors' names and shapes, the proxy or a private model, with initial
+    weights in place of what is not sent. A message of no such network, or of one whose initial outputs are not finite,
+    is not evaluated.
+
+    Args:
+        spec: Specification of the networks.
+    """
+
+    def __init__(self, spec: FederationSpec) -> None:
+        self.spec = spec
+        self._networks: dict[str, nn.Module | None] = {}
+        self._images: Tensor | None = None
+
+    def check(self, server_state: Any, broadcast: Broadcast, participants: Sequence[int]) -> str | None:
+        """Check a server state and the messages that follow from it.
+
+        Args:
+            server_state: State of the method.
+            broadcast: Message of the next round.
+            participants: Clients of the next round.
+
+        Returns:
+            The reason to reject the state; None if it is valid.
+        """
+        if not is_finite(server_state):
+            return "the aggregate has NaN or infinity"
+        # Personal messages: one client per architecture, so that the time does not grow with the number of clients.
+        clients = {self.spec.architecture_key(number): number for number in reversed(participants)}
+        for number in sorted(clients.values()) if broadcast.personal else participants[:1]:
+            if not self._gives_finite_outputs(broadcast.to(number), number):
+                return "the aggregated network gives no finite outputs"
+        return None
+
+    def _gives_finite_outputs(self, message: StateDict, client: int) -> bool:
+        network = self._network_of(message, client)
+        if network is None:
+            return True
+        known = network.state_dict()
+        network.load_state_dict({**known, **{name: message[name] for name in _common(message, known)}})
+        return self._evaluates(network)
+
+    def _network_of(self, message: StateDict, client: int) -> nn.Module | None:
+        """Return the network with most of a message's tensors; None if none has any."""
+        key = self.spec.architecture_key(client)
+        if key not in self._networks:
+            networks = [self.spec.build_model(role, client) for role in ("proxy", "private")]
+            counts = [len(_common(message, network.state_dict())) for network in networks]
+            network = networks[counts.index(max(counts))]
+            self._networks[key] = network if any(counts) and self._evaluates(network) else None
+        return self._networks[key]
+
+    @torch.no_grad()
+    def _evaluates(self, network: nn.Module) -> bool:
+        """Return True if a network has finite outputs on the images."""
+        try:
+            # A user's network may draw random numbers in evaluation mode, too.
+            with isolated_rng(derive_seed("probe"), self.spec.trainer.torch_device), eval_mode(network):
+                return all(bool(output.isfinite().all()) for output in predict(network, self._probes()).exits)
+        except Exception:  # of values that the network cannot compute with, such as an index out of range
+            return False
+
+    def _probes(self) -> Tensor:
+        """Return the images, in the format in which clients feed a network."""
+        if self._images is None:
+            trainer = self.spec.trainer
+            generator = torch.Generator().manual_seed(derive_seed("probe images"))
+            shape = self.spec.in_channels, *self.spec.image_size
+            images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
+            self._images = images.to(trainer.torch_device, trainer.dtype).contiguous(
+                memory_format=trainer.memory_format
+            )
+        return self._images
+
+
+def _common(message: StateDict, state: StateDict) -> list[str]:
+    """Return the names of a message's tensors that a network has in the same shape."""
+    return [name for name, tensor in message.items() if name in state and state[name].shape == tensor.shape]
