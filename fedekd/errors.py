@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+
+#: Characters of an error; the command line adds `error: ` and stays below 400.
+LONGEST_ERROR = 390
+
+_LONGEST_VALUE = 60
+_LONGEST_LIST = 160
+_LONGEST_PATH = 120
 
 
 class UserError(ValueError):
@@ -11,10 +18,13 @@ class UserError(ValueError):
 
     The text is one line: `<option>: expected <allowed>, got <value>. <what to do>.` The command line prints it and
     exits with code 2; in a notebook it is an ordinary `ValueError`. It may quote what a site sent: see `printable`.
+
+    Args:
+        arguments: The message; the middle of a text of more than `LONGEST_ERROR` characters is cut.
     """
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(printable(item) if isinstance(item, str) else item for item in arguments))
+        super().__init__(*(shorten(item, LONGEST_ERROR) if isinstance(item, str) else item for item in arguments))
 
 
 def printable(text: str) -> str:
@@ -31,6 +41,27 @@ def printable(text: str) -> str:
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def shorten(text: str, length: int = _LONGEST_VALUE) -> str:
+    """Return a text as `printable` does, without its middle if it is too long.
+
+    Args:
+        text: Any text.
+        length: Largest number of characters of the result, at least 10.
+
+    Example:
+        >>> shorten("0123456789" * 10, 15)
+        '01234567...6789'
+    """
+    line = printable(text)
+    end = (length - 3) * 2 // 5
+    return line if len(line) <= length else f"{line[: length - 3 - end]}...{line[-end:]}"
+
+
+def shorten_path(path: object) -> str:
+    """Return a path as `shorten` does, with room for one that can be copied."""
+    return shorten(str(path), _LONGEST_PATH)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the most similar known name, or with all of them.
 
@@ -38,18 +69,40 @@ def nearest(name: str, known: Iterable[str]) -> str:
         name: The unknown name.
         known: The known names; compared without case.
 
+    Returns:
+        A sentence; a long list of names is cut.
+
     Example:
         >>> nearest("fedkd", ["FedeKD", "Local"])
-        "did you mean 'FedeKD'?"
+        "Did you mean 'FedeKD'?"
         >>> nearest("xyz", ["FedeKD", "Local"])
-        'choose from: FedeKD, Local'
+        'Choose from: FedeKD, Local.'
     """
     names = sorted(set(known))
+    similar = _similar(name, names)
+    return f"Choose from: {listed(names)}." if similar is None else f"Did you mean '{similar}'?"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in one line; of a long list, the first ones and the number of all.
+
+    Example:
+        >>> listed(["FedeKD", "Local"])
+        'FedeKD, Local'
+    """
+    names = list(names)
+    text = ", ".join(names)
+    if len(text) <= _LONGEST_LIST:
+        return text
+    start = text[:_LONGEST_LIST].rpartition(", ")[0] or shorten(names[0])
+    return f"{start}, ... ({len(names)} in all)"
+
+
+def _similar(name: str, names: Iterable[str]) -> str | None:
     lowered = {candidate.lower(): candidate for candidate in names}
-    matches = get_close_matches(name.lower(), lowered, n=1)
-    if matches:
-        return f"did you mean '{lowered[matches[0]]}'?"
-    return f"choose from: {', '.join(names)}"
+    # The time of a comparison grows with the product of the lengths.
+    matches = get_close_matches(name[:_LONGEST_LIST].lower(), lowered, n=1)
+    return lowered[matches[0]] if matches else None
 
 
 def require(condition: bool, option: str, expected: str, value: object, hint: str = "") -> None:
@@ -59,7 +112,7 @@ def require(condition: bool, option: str, expected: str, value: object, hint: st
         condition: True if the value is allowed.
         option: Name of the option, such as `method.beta`.
         expected: The allowed values.
-        value: The value given.
+        value: The value given; the middle of a long one is left out.
         hint: What to do, a sentence.
 
     Raises:
@@ -71,11 +124,19 @@ def require(condition: bool, option: str, expected: str, value: object, hint: st
         fedekd.errors.UserError: client.local_epochs: expected at least 1, got 0
     """
     if not condition:
-        raise UserError(f"{option}: expected {expected}, got {value!r}" + (f". {hint}" if hint else ""))
+        raise UserError(f"{option}: expected {expected}, got {shorten(repr(value))}" + (f". {hint}" if hint else ""))
 
 
-def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
+def require_choice(
+    option: str, value: object, choices: Iterable[str], renamed: Mapping[str, str] | None = None
+) -> None:
     """Check that a user's value is one of the choices.
+
+    Args:
+        option: Name of the option, such as `method.gate`.
+        value: The value given.
+        choices: The allowed values.
+        renamed: Former names of choices, with their names now.
 
     Raises:
         UserError: If it is not; the message has the nearest choice.
@@ -87,6 +148,8 @@ def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """
     names = list(choices)
     if value not in names:
-        match = get_close_matches(str(value).lower(), [name.lower() for name in names], n=1)
-        similar = next((name for name in names if match and name.lower() == match[0]), None)
-        require(False, option, f"one of {', '.join(names)}", value, f"Did you mean {similar!r}?" if similar else "")
+        similar = _similar(str(value), names)
+        hint = f"Did you mean '{similar}'?" if similar else ""
+        if new := (renamed or {}).get(str(value)):
+            hint = f"It was renamed to '{new}'."
+        require(False, option, f"one of {listed(names)}", value, hint)

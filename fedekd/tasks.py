@@ -25,4 +25,4 @@ def require_task(task: str) -> Task:
     for known in TASKS:
         if task == known:
             return known
-    raise UserError(f"task: unknown task {task!r}; {nearest(task, TASKS)}")
+    raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}. {nearest(task, TASKS)}")

@@ -12,9 +12,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.federation.run_folder import RUNTIME_OPTIONS
 
 #: Options that do not affect the results of a run and are not part of its key.
@@ -112,8 +113,7 @@ def parse_filter(text: str) -> dict[str, str]:
         known = ("dataset", "alpha", "seed", "method")
         if not equals:
             raise UserError(f"--filter: expected NAME=VALUE, as in dataset=digits,alpha=0.1, got {part!r}.")
-        if name not in known:
-            raise UserError(f"--filter: expected one of {', '.join(known)}, got {name!r}; {nearest(name, known)}")
+        require_choice("--filter", name, known)
         conditions[name] = value
     return conditions
 
@@ -169,7 +169,9 @@ def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
             continue
         checked |= parts_json
         try:
-            method = build_parts(parser, parser.parse_object(values))["method"]
+            with patched_jsonargparse():
+                config = parser.parse_object(values)
+            method = build_parts(parser, config)["method"]
             if cell.coverage is not None and "validation" in method.training_splits:
                 raise UserError("coverage: expected a method that does not train on validation samples")
         except UserError as error:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fedekd.errors import UserError, nearest, printable
+from fedekd.errors import LONGEST_ERROR, UserError, nearest, shorten, shorten_path
 
 #: Command -> (module, line of help). A command is one module with `run(argv) -> exit code`.
 COMMANDS = {
@@ -85,7 +85,10 @@ def _run(argv: Sequence[str]) -> int:
         print(f"fedekd {__version__}")
         return OK
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
+        raise UserError(
+            f"command: expected one of {', '.join(COMMANDS)}, got {shorten(repr(argv[0]))}."
+            f" {nearest(argv[0], COMMANDS)}"
+        )
     # OpenMP threads that spin while they wait slow down a busy machine severalfold; no measurable cost on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "" not in sys.path:
@@ -97,17 +100,17 @@ def _run(argv: Sequence[str]) -> int:
 def _describe(error: OSError, argv: Sequence[str]) -> str:
     """Return what the system refused, and for which file."""
     if error.errno in NO_ROOM:
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while writing {shorten_path(error.filename)}" if error.filename else ""
         repeat = "use fit --resume" if argv[:1] == ["fit"] else "start it again"
         if error.errno == errno.EFBIG:
             return f"file size limit reached{where}; finished work is kept: raise the limit (ulimit -f) and {repeat}"
         return f"no space left on the disk{where}; finished work is kept: free some space and {repeat}"
     if error.errno == errno.EISDIR and error.filename:
-        return f"{error.filename}: expected a file, got a directory. Move it away and repeat the command"
+        return f"{shorten_path(error.filename)}: expected a file, got a directory. Move it away and repeat the command"
     text = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {text}" if error.filename else text
+    return f"{shorten_path(error.filename)}: {text}" if error.filename else text
 
 
 def _fail(text: str) -> int:
-    print(f"error: {printable(text)}", file=sys.stderr)
+    print(f"error: {shorten(text, LONGEST_ERROR)}", file=sys.stderr)
     return INVALID_INPUT

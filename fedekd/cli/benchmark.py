@@ -17,7 +17,7 @@ from fedekd.benchmark import Block, Cell, cells, method_table, parse_filter, rea
 from fedekd.benchmark.results import Row
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
-from fedekd.errors import UserError, printable
+from fedekd.errors import UserError, printable, shorten, shorten_path
 from fedekd.metrics import METRICS
 from fedekd.modules import TrainerFactory
 from fedekd.reporting.document import markdown_table
@@ -133,20 +133,22 @@ def run(argv: Sequence[str]) -> int:
     """Run `benchmark`; the exit code is 1 if a cell failed."""
     config = parse(benchmark_parser(), argv)
     if not config.blocks:
-        raise UserError("benchmark: expected a grid, as in: benchmark --config benchmark/quick.yaml")
+        raise UserError("--blocks: expected a grid, got none. Example: benchmark --config benchmark/quick.yaml")
     if config.processes < 1:
         raise UserError(f"--processes: expected at least 1, got {config.processes}.")
     trainer = _trainer(config)
     grid = cells(config.blocks, parse_filter(config.filter))
     if not grid:
         raise UserError(
-            f"--filter: no cell of the grid matches {config.filter!r}." if config.filter else "The grid is empty."
+            f"--filter: expected a condition that a cell of the grid meets, got {shorten(repr(config.filter))}."
+            if config.filter
+            else "--blocks: expected at least one cell, got an empty list of datasets, alphas, seeds or methods."
         )
     output = Path(config.output)
     results = Path(config.results) if config.results else output / "results"
     for flag, folder in (("output", output), ("results", results)):
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--{flag}: expected a directory, got {folder}, which is a file.")
+            raise UserError(f"--{flag}: expected a directory, got the file {shorten_path(folder)}.")
     failures = []
     if config.run:
         rows = read_results(results)

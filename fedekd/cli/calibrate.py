@@ -21,7 +21,7 @@ from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibra
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -97,10 +97,7 @@ def run(argv: Sequence[str]) -> int:
     if not config.run:
         raise UserError("run: expected the folder of a run, got none. Example: calibrate runs/NAME --target_risk 0.05")
     _calibrator(config.target_risk, config.confidence, config.mode)  # validates options before the run is loaded
-    if config.score not in SCORES:
-        raise UserError(
-            f"--score: expected one of {', '.join(SCORES)}, got {config.score!r}; {nearest(config.score, SCORES)}"
-        )
+    require_choice("--score", config.score, SCORES)
     if not 0 <= config.gamma < math.inf:
         raise UserError(f"--gamma: expected a finite number of at least 0, got {config.gamma}")
     if config.familywise and config.client is not None:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.cli import NO_ROOM
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
-from fedekd.errors import UserError
+from fedekd.errors import UserError, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, SUMS_FILE, FolderInUseError, first_difference
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     # Check before a folder is created: an invalid run must leave none behind.
     baseline_dir = Path(config.baseline_dir)
     if baseline_dir.exists() and not baseline_dir.is_dir():
-        raise UserError(f"--baseline_dir: expected a folder, got the file {baseline_dir}")
+        raise UserError(f"--baseline_dir: expected a folder, got the file {shorten_path(baseline_dir)}")
     parts["data"].setup()
     output = resume if resume is not None else _new_folder(config.output, parts)
     try:
@@ -87,7 +87,8 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
 
 def _program() -> str:
     """Return the command of this program, for messages that can be copied."""
-    return "python orchestrator.py" if Path(sys.argv[0]).name == "orchestrator.py" else "fedekd"
+    programs = {"orchestrator.py": "python orchestrator.py", "__main__.py": "python -m fedekd"}
+    return programs.get(Path(sys.argv[0]).name, "fedekd")
 
 
 def _resumed_folder(argv: Sequence[str]) -> Path | None:
@@ -116,7 +117,7 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
     folder = run.folder
     path = folder / "config.yaml"
     if not path.exists():
-        raise UserError(f"--resume {folder}: there is no run ({path} is missing)")
+        raise UserError(f"--resume {shorten_path(folder)}: expected the folder of a run, got one without config.yaml")
     run.require_intact("config.yaml")
     try:
         saved = parse(parser, ["--config", str(path)])
@@ -125,12 +126,14 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
     now = parse(parser, ["--config", str(path), *argv])
     if now.output is not None:
         raise UserError(
-            f"--output {now.output}: cannot be combined with --resume {folder}; a run resumes in its own folder"
+            f"--output: expected none with --resume {shorten_path(folder)}, got {shorten(repr(now.output))}. A run"
+            " resumes in its own folder."
         )
     if difference := first_difference(as_values(parser, saved), as_values(parser, now), RUNTIME_OPTIONS):
         key, old, new = difference
         raise UserError(
-            f"--resume {folder}: {key}: expected the saved value {old!r}, got {new!r}. Start a new run to change it."
+            f"--resume {shorten_path(folder)}: {key}: expected the saved value {shorten(repr(old))}, got"
+            f" {shorten(repr(new))}. Start a new run to change it."
         )
     return now
 
@@ -150,11 +153,15 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
             folder.mkdir()
         except OSError as error:
             if not folder.is_dir():
-                raise UserError(f"--output {folder}: cannot create the folder: {error.strerror}") from error
+                raise UserError(
+                    f"--output: expected a folder that can be created, got {shorten_path(output)}. {error.strerror}"
+                ) from error
             if any(path.name != LOCK_FILE for path in folder.iterdir()):
                 is_run = (folder / "config.yaml").is_file()
-                hint = f", or resume it with fit --resume {shlex.quote(output)}" if is_run else ""
-                raise UserError(f"--output {folder}: the folder is not empty. Choose another one{hint}.") from error
+                hint = f", or resume it with fit --resume {shorten_path(shlex.quote(output))}" if is_run else ""
+                raise UserError(
+                    f"--output: expected an empty folder, got {shorten_path(output)}. Choose another one{hint}."
+                ) from error
         return folder
     stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):
@@ -165,4 +172,6 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise UserError("--output: no free name left in runs/; choose a folder")
+    raise UserError(
+        f"--output: expected a folder, got none, and no name {stem}-NUMBER is free in runs/. Choose a folder."
+    )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
-from fedekd.errors import UserError, nearest
+from fedekd.configuration.yaml_files import describe_yaml_error, load_yaml
+from fedekd.errors import UserError, nearest, shorten, shorten_path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 #: Keys whose value is a mapping of options.
 _GROUPS = {"data", "client", "trainer"}
+
+#: Largest configuration. A device such as /dev/zero has no end.
+_MAX_BYTES = 1_000_000
 
 
 def config_folders() -> list[Path]:
@@ -35,50 +40,74 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: If there is no such file.
     """
-    if Path(name).is_file():
-        return Path(name)
-    for folder in config_folders():
-        if (folder / name).is_file():
-            return folder / name
+    with suppress(OSError):  # a name that is too long
+        if Path(name).is_dir():
+            raise UserError(f"--config {name}: expected a YAML file, got a directory")
+        if Path(name).exists():
+            return Path(name)
+        for folder in config_folders():
+            if (folder / name).is_file():
+                return folder / name
     known = {
         str(path.relative_to(folder))
         for folder in config_folders()
         for path in folder.rglob("*.yaml")
         if path.is_file() and path.parent.name != "sweeps"  # those are for wandb
     }
-    raise UserError(f"--config {name}: file not found, neither here nor in configs/; {nearest(name, known)}")
+    raise UserError(
+        f"--config {shorten_path(name)}: expected a YAML file, got a name that is neither a path nor in configs/."
+        f" {nearest(name, known)}"
+    )
 
 
-def _validated(path: Path) -> Path:
-    """Return the path after checking that the file holds keys and values.
+def _argument(name: str) -> str:
+    """Return the path of a regular file, or the text of a pipe, read once.
 
     Raises:
-        UserError: If it does not; jsonargparse would not name the file.
+        UserError: If it has no keys and values; jsonargparse would not name the file.
     """
+    if not name:
+        raise UserError("--config: expected the name of a file, got nothing")
+    label = f"--config {shorten_path(name)}"
+    path = Path("/dev/stdin") if name == "-" else find_config(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{label}: expected a file that can be read. {error.strerror}") from error
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{label}: expected at most {_MAX_BYTES:,} bytes, got more")
+    try:
+        text = content.decode()
+        values = load_yaml(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: expected text in UTF-8, got {error.reason} at byte {error.start}") from error
+        raise UserError(f"{label}: expected text in UTF-8, got {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: invalid YAML: {error}") from error
+        place, cause = describe_yaml_error(error)
+        raise UserError(f"{label}{place}: invalid YAML: {cause}") from error
+    _require_groups(values, label)
+    return str(path) if path.is_file() else text
+
+
+def _require_groups(values: object, label: str) -> None:
+    """Check the types of a configuration and of its groups."""
     if values is None:
-        raise UserError(f"--config {path}: the file is empty")
+        raise UserError(f"{label}: expected keys and values, got an empty file")
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected keys and values, got {str(values)[:60]!r}")
-    for name in _GROUPS & values.keys():
+        raise UserError(f"{label}: expected keys and values, got {shorten(repr(values))}")
+    for name in sorted(_GROUPS & values.keys()):
         if not isinstance(values[name], dict | str):
-            raise UserError(f"--config {path}: {name}: expected keys and values, got {_to_yaml(values[name])}")
+            raise UserError(f"{label}: {name}: expected keys and values, got {_to_yaml(values[name])}")
     if "config" in values and not isinstance(values["config"], str):
-        raise UserError(f"--config {path}: config: expected the name of a file, got {_to_yaml(values['config'])}")
-    return path
+        raise UserError(f"{label}: config: expected the name of a file, got {_to_yaml(values['config'])}")
 
 
 def _to_yaml(value: object) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else shorten(str(value))
 
 
 def resolve_configs(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with each `--config NAME` as a path, moved to the front.
+    """Return the arguments with each `--config` checked and moved to the front.
 
     jsonargparse applies arguments in order: a configuration would overwrite the values given before it.
     """
@@ -86,12 +115,9 @@ def resolve_configs(argv: Sequence[str]) -> list[str]:
     rest = iter(argv)
     for argument in rest:
         if argument == "--config":
-            name = next(rest, None)
-            if name is None:
-                raise UserError("--config: expected the name of a file, got nothing")
-            configs += ["--config", str(_validated(find_config(name)))]
+            configs.append(f"--config={_argument(next(rest, ''))}")
         elif argument.startswith("--config="):
-            configs += ["--config", str(_validated(find_config(argument.removeprefix("--config="))))]
+            configs.append(f"--config={_argument(argument.removeprefix('--config='))}")
         else:
             others.append(argument)
     return configs + others

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from fedekd.errors import nearest
+from fedekd.errors import listed, nearest, shorten
 
 #: Former names and what replaces them. A row applies where the replacement is an option of the command.
 RENAMED = {
@@ -29,6 +29,9 @@ _COMPLEMENTS = {"delta", "do_no_harm.delta"}
 
 #: Arguments that are filled in, and by what.
 _FILLED_IN = {**dict.fromkeys(("in_channels", "image_size", "num_classes"), "data"), "params": "model"}
+
+#: Characters of a part of jsonargparse's text that is repeated in an error.
+_LONGEST_PART = 160
 
 _TYPE_NAMES = {
     "int": "a whole number",
@@ -55,9 +58,12 @@ def explain(text: str, parser: ArgumentParser) -> str:
         if match := re.search(pattern, text):
             if callable(describe):
                 return describe(match, parser)
-            groups = (" ".join(group.split()) for group in match.groups(default=""))
-            return describe.format(*groups, key=_key(match), value=text.rpartition("Given value: ")[2].strip())
-    return " ".join(text.split("Given value type:")[0].split())
+            groups = (shorten(" ".join(group.split()), _LONGEST_PART) for group in match.groups(default=""))
+            value = " ".join((re.findall(r"(?:Given|Got) value: ([^\n]*)", text) or [""])[-1].split())
+            return describe.format(*groups, key=_key(match), value=shorten(value))
+    keys = ".".join(re.findall(r'Parser key "([^"]+)":', text))
+    reason = " ".join(text.rpartition('":')[2].split("Given value type:")[0].split())
+    return f"--{keys}: {reason}" if keys else reason
 
 
 def _new_name(old: str, known: Collection[str], prefix: str = "") -> str | None:
@@ -81,9 +87,9 @@ def _unknown_option(match: re.Match[str], parser: ArgumentParser) -> str:
     group = name.rpartition(".")[0]
     siblings = [option for option in options if group and option.startswith(f"{group}.")]
     hint = nearest(name, siblings or options)
-    if not siblings and not hint.startswith("did"):
-        hint = "--help lists the options"  # all of them would be a line of a thousand characters
-    return f"--{name}: unknown option; {hint.replace(chr(39), '--', 1).replace(chr(39), '')}"
+    if not siblings and not hint.startswith("Did"):
+        hint = "--help lists the options."  # all of them would be a line of a thousand characters
+    return f"--{shorten(name)}: unknown option. {hint.replace(chr(39), '--', 1).replace(chr(39), '')}"
 
 
 def _unknown_argument(match: re.Match[str], parser: ArgumentParser) -> str:
@@ -95,40 +101,42 @@ def _unknown_argument(match: re.Match[str], parser: ArgumentParser) -> str:
     group = key.partition(".")[0]
     if message := _new_name(key, {f"{group}.{parameter}" for parameter in parameters}, "--"):
         return f"--{key}: {message}"
-    hint = nearest(name, parameters) if parameters else "it takes no arguments"
-    return f"--{key}: unknown argument of {class_path}; {hint}"
+    hint = nearest(name, parameters) if parameters else "It takes no arguments."
+    return f"--{shorten(key)}: unknown argument of {class_path}. {hint}"
 
 
 def _unknown_class(match: re.Match[str], parser: ArgumentParser) -> str:
     name, bases = match[1], _bases(match)
-    hint = "give a class path, as in package.module.Class"
+    hint = "Give a class path, as in package.module.Class."
     if bases:
         known = {subclass.__name__ for subclass in _subclasses(_import(bases[-1]))}
         if message := _new_name(name.rpartition(".")[2], known):
-            return f"--{_key(match)} {name}: {message}"
+            return f"--{_key(match)} {shorten(name)}: {message}"
         suggestion = nearest(name, known)
         # torch.nn.Module has hundreds of subclasses: no list of them all.
-        hint = suggestion if suggestion.startswith("did") or len(known) < 20 else hint
-    return f"--{_key(match)}: unknown class {name}; {hint}"
+        hint = suggestion if suggestion.startswith("Did") or len(known) < 20 else hint
+    return f"--{_key(match)}: expected the name of a class, got {shorten(repr(name))}. {hint}"
 
 
 def _invalid_class(match: re.Match[str], parser: ArgumentParser) -> str:
     class_path, reason = match.groups()
     known = {subclass.__name__ for base in _bases(match) for subclass in _subclasses(_import(base))}
     reason = _new_name(class_path.rpartition(".")[2], known) or " ".join(reason.split())
-    return f"--{_key(match)} {class_path}: {reason}"
+    return f"--{_key(match)} {shorten(class_path)}: {shorten(reason, _LONGEST_PART)}"
 
 
 def _abstract_class(match: re.Match[str], parser: ArgumentParser) -> str:
     known = sorted(subclass.__name__ for subclass in _subclasses(_import(_bases(match)[-1])))
-    return f"--{_key(match)}: the class is abstract; choose from: {', '.join(known)}"
+    return (
+        f"--{_key(match)}: expected a class with an implementation, got an abstract one. Choose from: {listed(known)}."
+    )
 
 
 def _wrong_type(match: re.Match[str], parser: ArgumentParser) -> str:
     types, value = match[1], match[2].strip()
     single = [] if types.startswith("tuple with") else re.findall(_TYPE, types)
     names = [_type_name(expected, value) for expected in single or [types]]
-    return f"--{_key(match)}: expected {' or '.join(filter(None, names))}, got {value!r}"
+    return f"--{_key(match)}: expected {' or '.join(filter(None, names))}, got {shorten(repr(value))}"
 
 
 _TYPE = r"<class '[^']+'>|collections\.abc\.Sequence|typing\.Literal\[[^\]]*\]"
@@ -175,6 +183,10 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
     (r"^Option '([^']+)' is not accepted", _unknown_option),
     (r"Group '([^']+)' does not accept option '([^']+)'", _unknown_option),
     (r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unknown_argument),
+    (
+        r"Problem with given class_path '[^']+':\s+'(\w+)' object has no attribute 'keys'",
+        "--{key}.init_args: expected keys and values, got one value of type {0}",
+    ),
     (r"Problem with given class_path '([^']+)':\s+(?!\s|Parser key)([^\n]+)", _invalid_class),
     (r"Expected an instantiatable class, but(?: \S+)? is abstract", _abstract_class),
     (r"Unable to load config '([^']+)'", "--{key}: file {0!r} not found; give keys one by one, as in --{key}.KEY"),
@@ -184,7 +196,7 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
         r".*?Given value: ([^\n]*)",
         _wrong_type,
     ),
-    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"Expected a dot import path string: ([^\n]*)", _unknown_class),
     (r"Expected a (.+?)\. Got value: (.*)", _wrong_type),
     (r"Import path does not correspond to a subclass of (\w+)", "--{key}: expected a subclass of {0}, got {value}"),
     (r"the following arguments are required: (.+)", "expected a value for: {0}"),
@@ -192,6 +204,6 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
     (r"(?s)Unexpected config: (.+)", "--config: expected keys and values, got {0:.60}"),
     (
         r"Not a valid subclass of (\w+)|argument of type '\w+' is not iterable",
-        "--{key}: expected a class path, or class_path and init_args, got {value}",
+        "--{key}: expected a class path, or keys and values, got {value}",
     ),
 ]

@@ -1,16 +1,19 @@
-"""Patch of jsonargparse 4.53: a newly chosen class has its own defaults."""
+"""Patches of jsonargparse 4.53: defaults of a chosen class, YAML, and factories."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace, _loaders_dumpers, _postponed_annotations, _typehints
+from torch import nn
 
+from fedekd.configuration.yaml_files import load_yaml
 from fedekd.global_state import exclusive
 
-_NAME = "discard_init_args_on_class_path_change"
+_return_type = _postponed_annotations.get_return_type
 
 
 def _discard_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -19,17 +22,47 @@ def _discard_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
         prev_val["init_args"] = Namespace()  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def own_defaults() -> Iterator[None]:
-    """Context manager: reset `init_args` when `class_path` changes.
+def _model_by_default(component: Any, logger: Any = None) -> Any:
+    """Return the return type of a function; `nn.Module` without an annotation.
 
-    Without it `--method SafeKD` would take the temperature of FedeKD: jsonargparse keeps arguments, defaults included,
-    that both classes accept by name. Arguments given together with a class or after it apply to that class.
+    `build_model` checks what the function returns.
+    """
+    if inspect.isfunction(component) and "return" not in component.__annotations__:
+        return nn.Module
+    return _return_type(component, logger)  # type: ignore[no-untyped-call]
+
+
+def _load_value(text: str) -> Any:
+    """Return a YAML value; `C:` and `{a, b}` are texts, as in jsonargparse."""
+    value = load_yaml(text)
+    has_no_values = isinstance(value, dict) and value and all(item is None for item in value.values())
+    return text if has_no_values and "\n" not in text else value
+
+
+_PATCHES: tuple[tuple[Any, str, Any], ...] = (
+    (_typehints, "discard_init_args_on_class_path_change", _discard_all),
+    (_loaders_dumpers, "yaml_load", _load_value),
+    (_loaders_dumpers, "loaders", {**_loaders_dumpers.loaders, "yaml": _load_value}),
+    (_postponed_annotations, "get_return_type", _model_by_default),
+)
+
+
+@contextmanager
+def patched_jsonargparse() -> Iterator[None]:
+    """Context manager: apply the patches.
+
+    - `init_args` are reset when `class_path` changes. Without it `--method SafeKD` would take the temperature of
+      FedeKD: jsonargparse keeps arguments, defaults included, that both classes accept by name. Arguments given
+      together with a class or after it apply to that class.
+    - YAML is read by `load_yaml`, in files and on the command line.
+    - A function without a return annotation is accepted as a model.
     """
     with exclusive():
-        before = getattr(_typehints, _NAME)
-        setattr(_typehints, _NAME, _discard_all)
+        before = [(module, name, getattr(module, name)) for module, name, _ in _PATCHES]
+        for module, name, value in _PATCHES:
+            setattr(module, name, value)
         try:
             yield
         finally:
-            setattr(_typehints, _NAME, before)
+            for module, name, value in before:
+                setattr(module, name, value)

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from fedekd.configuration.options import build_parts, federation_parser, parse
-from fedekd.errors import UserError
+from fedekd.errors import UserError, shorten_path
 from fedekd.federation import Orchestrator, RunFolder, Sequential
 
 
@@ -32,12 +32,17 @@ def open_finished(
         UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
     """
     if not (folder / "config.yaml").exists():
-        raise UserError(f"{command} {folder}: there is no run (config.yaml is missing)")
+        raise UserError(
+            f"{command}: expected the folder of a run, got {shorten_path(repr(str(folder)))}, which has no config.yaml."
+        )
     run = RunFolder(folder, {})
     if run.is_finished:
         run.require_intact(*verified)
     if (summary := run.summary) is None:
-        raise UserError(f"{folder} is not finished; go on with: fit --resume {shlex.quote(str(folder))}")
+        raise UserError(
+            f"{command}: expected a finished run, got {shorten_path(folder)}, which is not. Go on with: fit --resume"
+            f" {shorten_path(shlex.quote(str(folder)))}"
+        )
     parser = federation_parser()
     config = parse(parser, ["--config", str(folder / "config.yaml")])
     parts = build_parts(parser, config) | {"loggers": []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import Logger
 from fedekd.configuration.configs import resolve_configs
 from fedekd.configuration.error_messages import explain
 from fedekd.configuration.help import BriefHelp
-from fedekd.configuration.jsonargparse_patches import own_defaults
+from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
-from fedekd.errors import UserError
+from fedekd.errors import UserError, require, shorten
 from fedekd.federation import EngineConfig, RoundOptions
 from fedekd.methods import ClientOptions, Method
 from fedekd.models import PrivateCNN, ProxyCNN
@@ -149,7 +149,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         UserError: If an option or value is invalid; one line, with the most similar valid name.
     """
     try:
-        with own_defaults():
+        with patched_jsonargparse():
             config = parser.parse_args(resolve_configs(argv))
     except ArgumentError as error:
         raise UserError(explain(str(error), parser)) from error
@@ -158,21 +158,36 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 
 def _require_values(parser: ArgumentParser, config: Namespace) -> None:
-    """Reject null and non-finite numbers, which jsonargparse accepts.
+    """Reject null, non-finite numbers and integers of more than 64 bits.
 
     Raises:
-        UserError: If a value is not finite, or is null and its default is not.
+        UserError: If a number is not finite or too large, or a value is null and its default is not.
     """
     defaults = parser.get_defaults(skip_validation=True)
     for key, value in config.items():
         part, within, argument = key.partition(".init_args.")
         flag = key.replace(".init_args", "")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{flag}: expected a finite number, got {value}")
+        for name, number in _numbers(value, f"--{flag}"):
+            require(math.isfinite(number), name, "a finite number", number)
+            require(isinstance(number, float) or abs(number) < 2**63, name, "a number of 64 bits", number)
         if value is None:
             default = _class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
             if default is not None or key.startswith("do_no_harm."):
                 raise UserError(f"--{flag}: expected a value, got null")
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
+    """Yield the numbers of a value and of its parts, each with its dotted name."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _numbers(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part, name)
 
 
 @cache
@@ -215,7 +230,8 @@ def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
 def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     """Build the method, engine and loggers."""
     try:
-        built: Namespace = parser.instantiate(config)
+        with patched_jsonargparse():
+            built: Namespace = parser.instantiate(config)
     except (ValueError, TypeError, ImportError) as error:
         cause: BaseException = error
         while not isinstance(cause, UserError) and cause.__cause__ is not None:
@@ -223,8 +239,9 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         if isinstance(cause, UserError):
             raise cause from error
         named = re.search(r"Problem with given class_path '([^']+)'", str(error))
-        name = named[1] if named else f"the method {config.method.class_path} or a logger"
-        raise UserError(f"cannot build {name}: {str(cause).strip().partition(chr(10))[0]}") from error
+        name = named[1] if named else f"method {config.method.class_path} or logger"
+        reason = shorten(str(cause).strip().partition("\n")[0], 200)
+        raise UserError(f"{name}: expected arguments with which it can be built. It reports: {reason}") from error
     return built
 
 

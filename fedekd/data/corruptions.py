@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from fedekd.data.images import CHANNELS, MIN_SIZE
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.seeding import derive_seed
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -72,8 +72,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         >>> corrupt(images, "brightness", severity=1).unique()
         tensor([113], dtype=torch.uint8)
     """
-    if name not in CORRUPTIONS:
-        raise UserError(f"corruption: unknown corruption {name!r}; {nearest(name, CORRUPTIONS)}")
+    require_choice("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity: expected one of {', '.join(map(str, SEVERITIES))}, got {severity}")
     if images.dtype != torch.uint8 or images.ndim != 4:

@@ -23,7 +23,7 @@ from fedekd.data.partition import (
     split_indices,
 )
 from fedekd.data.sources import load_images
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, listed, nearest, shorten
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
 
@@ -267,8 +267,8 @@ def _partition_function(partition: str) -> PartitionFunction:
     module, _, function = partition.rpartition(".")
     if not module:
         raise UserError(
-            f"data.partition: unknown partition '{partition}'; {nearest(partition, PARTITIONS)} "
-            "(or the import path of a function)"
+            f"data.partition: expected one of {listed(PARTITIONS)}, or the import path of a function, got"
+            f" {shorten(repr(partition))}. {nearest(partition, PARTITIONS)}"
         )
     try:
         imported: Any = getattr(importlib.import_module(module), function)

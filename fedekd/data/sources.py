@@ -16,7 +16,7 @@ from fedekd.atomic import atomic_file
 from fedekd.data.images import ImageData
 from fedekd.data.npz import SPLITS, Splits, one_line, pool, read_npz
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, nearest, shorten, shorten_path
 from fedekd.tasks import Task
 
 _FAILURES = (
@@ -101,8 +101,8 @@ def load_images(
         splits = _from_package(name, source, folder, download)
     else:
         raise UserError(
-            f"data.dataset: expected a known name or the path of an .npz file, got {name!r} (file '{path}' not found); "
-            f"{_hint(name)}"
+            f"data.dataset: expected a known name or the path of an .npz file, got {shorten(repr(name))} (file"
+            f" '{shorten_path(path)}' not found). {_hint(name)}"
         )
     if source is not None:
         task = task or source.task
@@ -239,11 +239,10 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
         raise
     except _FAILURES as error:
         reason = "the download failed" if download else "data.download is false"
-        places = f"'{root / name}.npz' in MedMNIST's layout"
-        if source.by_hand:
-            places += f" or '{root}/{source.by_hand}'"
+        by_hand = f" or as '{source.by_hand}' in this folder" if source.by_hand else ""
         raise UserError(
-            f"data.dataset: cannot read {name!r} in '{root}', and {reason} ({one_line(error)}). Place it as {places}."
+            f"data.dataset: cannot read {name!r} in data.root, and {reason} ({shorten(one_line(error), 80)})."
+            f" Place it as '{shorten_path(root / name)}.npz' in MedMNIST's layout{by_hand}."
         ) from error
     return splits
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.functional import betting_p_value, paired_p_value
 from fedekd.tasks import Task
 
@@ -83,11 +83,7 @@ class DoNoHarm:
             raise UserError(f"do_no_harm.confidence: expected a number in (0, 1), got {self.confidence}")
         if not self.margin >= 0:
             raise UserError(f"do_no_harm.margin: expected at least 0, got {self.margin}")
-        if self.rule not in (rules := get_args(SelectionRule)):
-            raise UserError(
-                f"do_no_harm.rule: expected one of {', '.join(rules)}, got {self.rule!r};"
-                f" {nearest(str(self.rule), rules)}"
-            )
+        require_choice("do_no_harm.rule", self.rule, get_args(SelectionRule))
         if self.looks < 1:
             raise UserError(f"do_no_harm.looks: expected at least 1, got {self.looks}")
         if not 0 < self.clip < math.inf:

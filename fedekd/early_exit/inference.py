@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.functional import AGREEMENT, CONFIDENCES, SCORES, score_exit
 from fedekd.models import MultiExitNetwork, eval_mode
 
@@ -107,8 +107,7 @@ def early_exit_forward(
         >>> early_exit_forward(network, torch.zeros(3, 1, 2, 2), [0.0, -math.inf]).exits
         tensor([0, 0, 0])
     """
-    if score not in SCORES:
-        raise UserError(f"score: expected one of {', '.join(SCORES)}, got {score!r}; {nearest(score, SCORES)}")
+    require_choice("score", score, SCORES)
     if score == AGREEMENT and proxy is None:
         raise UserError("proxy: expected a network for the score 'agreement', got None")
     search_bounds = thresholds if search_bounds is None else search_bounds

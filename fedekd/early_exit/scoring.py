@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedekd.data import scale
 from fedekd.early_exit.calibration.exit_scores import ExitScores
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 from fedekd.functional import AGREEMENT, SCORES, score_exit, upcast_to_float32
 from fedekd.models import MultiExitNetwork, eval_mode
 
@@ -78,8 +78,7 @@ class ExitOutputs:
         Raises:
             UserError: The score is unknown or its proxy is missing, or scores are not finite.
         """
-        if score not in SCORES:
-            raise UserError(f"score: expected one of {', '.join(SCORES)}, got {score!r}; {nearest(score, SCORES)}")
+        require_choice("score", score, SCORES)
         if score == AGREEMENT and self.proxy is None:
             raise UserError(
                 "score: expected a score that needs no proxy, got 'agreement'. Train with --method FedeKD to have one"

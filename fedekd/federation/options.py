@@ -16,7 +16,7 @@ class RoundOptions:
     """Number of rounds, participation, and acceptance of updates.
 
     Args:
-        rounds: Communication rounds, at least 1.
+        rounds: Communication rounds, 1 to 1,000,000.
         participation: Fraction of the clients per round, in (0, 1], drawn for each round.
         update_loss_rate: Probability in [0, 1) that an update is lost on the way to the server (simulated fault).
         quorum: Accepted updates that a round needs, at least 1; with fewer the server keeps its state and warns.
@@ -35,7 +35,8 @@ class RoundOptions:
     def __post_init__(self) -> None:
         norm = self.max_update_norm
         expected = {
-            "rounds": ("at least 1", self.rounds >= 1),
+            # The participants of all rounds are drawn before training.
+            "rounds": ("1 to 1,000,000", 1 <= self.rounds <= 1_000_000),
             "participation": ("a fraction in (0, 1]", 0 < self.participation <= 1),
             "update_loss_rate": ("a probability in [0, 1)", 0 <= self.update_loss_rate < 1),
             "quorum": ("at least 1", self.quorum >= 1),

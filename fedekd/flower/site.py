@@ -113,7 +113,7 @@ class Site:
         message_type = message.metadata.message_type
         if message_type not in handlers:
             raise UserError(
-                f"site {self.number}: unknown message type {message_type!r}; {nearest(message_type, handlers)}"
+                f"site {self.number}: unknown message type {message_type!r}. {nearest(message_type, handlers)}"
             )
         try:
             return handlers[message_type](message)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
-from fedekd.errors import require
+import torch
+from torch import nn
+
+from fedekd.errors import UserError, require, shorten
+from fedekd.global_state import isolated_rng
 
 ModelSpec = Mapping[str, Any]
 """`class_path` and optionally `init_args`."""
@@ -16,6 +21,69 @@ _UNSUPPORTED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "it accepts sparse gradients only",
 }
+
+#: Optimizers with a fused form that runs on CPUs and gives the same result.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
+def build_optimizer(spec: ModelSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Create an optimizer, in fused form where the result is the same.
+
+    Args:
+        spec: `class_path` and optionally `init_args`.
+        parameters: The parameters to train.
+    """
+    init_args = dict(spec.get("init_args") or {})
+    module, _, name = spec["class_path"].rpartition(".")
+    optimizer_class = getattr(import_module(module), name)
+    # jsonargparse fills in defaults, so an option that was not given is None.
+    is_default = init_args.get("fused") is None
+    uses_other_form = init_args.get("foreach") or init_args.get("differentiable")
+    if is_default and optimizer_class in _FUSED and not uses_other_form:
+        init_args["fused"] = True
+    optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
+    return optimizer
+
+
+def check_optimizer(spec: ModelSpec) -> None:
+    """Build an optimizer and take one step on two small parameters.
+
+    Args:
+        spec: `class_path` and optionally `init_args`.
+
+    Raises:
+        UserError: If the optimizer rejects its arguments; the message names the argument whose default is accepted.
+    """
+    error = _failure(spec)
+    if error is None:
+        return
+    class_path, init_args = spec["class_path"], dict(spec.get("init_args") or {})
+    for name, value in init_args.items():
+        rest = {key: other for key, other in init_args.items() if key != name}
+        if _failure({"class_path": class_path, "init_args": rest}) is None:
+            option, expected, actual = f"client.optimizer.{name}", "a value that", value
+            break
+    else:
+        option, expected, actual = "client.optimizer", "arguments that", init_args
+    raise UserError(
+        f"{option}: expected {expected} {shorten(class_path)} accepts, got {shorten(repr(actual))}."
+        f" It reports: {shorten(str(error) or type(error).__name__, 160)}"
+    ) from error
+
+
+def _failure(spec: ModelSpec) -> Exception | None:
+    """Return the error of building and using an optimizer, if there is one."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((1, 1), (1,))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        with isolated_rng(0):
+            optimizer = build_optimizer(spec, parameters)
+            if not (spec.get("init_args") or {}).get("capturable"):  # needs parameters on CUDA
+                optimizer.step()
+    except Exception as error:  # a user's optimizer may raise anything
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -83,6 +151,7 @@ class ClientOptions:
             f"{package}.{name}",
             f"Choose another: {reason}.",
         )
+        check_optimizer(self.optimizer)
         require(
             depths is None or (len(depths) > 0 and min(depths) >= 1),
             "client.depths",

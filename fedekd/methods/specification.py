@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from torch import nn
 from fedekd.data import ImageData
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
-from fedekd.methods.options import ClientOptions
+from fedekd.methods.options import ClientOptions, build_optimizer
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
@@ -22,9 +21,6 @@ from fedekd.tasks import Task
 
 #: Largest image side for the CIFAR stem of a ResNet with exits: torchvision's stem reduces 32 pixels to 8.
 _CIFAR_STEM_SIZE = 64
-
-#: Optimizers with a fused form that runs on CPUs and gives the same result.
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class DataSpec(Protocol):
@@ -89,6 +85,13 @@ class FederationSpec:
             "null without exits",
             self.client.depths,
             "Set --client.exits to a number of stages.",
+        )
+        capturable = bool((self.client.optimizer.get("init_args") or {}).get("capturable"))
+        require(
+            not capturable or self.trainer.accelerator == "cuda",
+            "client.optimizer.capturable",
+            f"false with --trainer.accelerator {self.trainer.accelerator}",
+            capturable,
         )
 
     @classmethod
@@ -244,24 +247,7 @@ class FederationSpec:
         Raises:
             UserError: If the optimizer rejects its arguments.
         """
-        class_path, init_args = (
-            self.client.optimizer["class_path"],
-            dict(self.client.optimizer.get("init_args") or {}),
-        )
-        module, _, name = class_path.rpartition(".")
-        optimizer_class = getattr(importlib.import_module(module), name)
-        # jsonargparse fills in defaults, so an option that was not given is None.
-        is_default = init_args.get("fused") is None
-        uses_other_form = init_args.get("foreach") or init_args.get("differentiable")
-        if is_default and optimizer_class in _FUSED and not uses_other_form:
-            init_args["fused"] = True
-        try:
-            optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"client.optimizer: expected arguments of {class_path}, got {init_args}. PyTorch reports: {error}"
-            ) from error
-        return optimizer
+        return build_optimizer(self.client.optimizer, parameters)
 
     def hash_dict(self) -> dict[str, Any]:
         """Return the values that determine local training, for content hashes."""

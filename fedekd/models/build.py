@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, nearest, shorten
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
-
-_LONGEST_HINT = 200  # characters; torchvision.models has 200 names, too many for one line
 
 
 def build_model(
@@ -172,16 +170,14 @@ def _locate(class_path: str, flag: str) -> Callable[..., Any]:
     try:
         module = import_module(module_name or "fedekd.models")
     except (ImportError, TypeError, ValueError) as error:  # the last two: a relative path, an empty part
-        raise UserError(f"{flag}: expected an importable model, got '{class_path}'. {error}") from error
+        raise UserError(f"{flag}: expected an importable model, got {shorten(repr(class_path))}. {error}") from error
     factory = getattr(module, name, None)
     if callable(factory):
         return factory  # type: ignore[no-any-return]
     names = [known for known in dir(module) if not known.startswith("_") and callable(getattr(module, known))]
     if not module_name:
         names = [known for known in names if _is_model(getattr(module, known))]
-    hint = nearest(name, names)
-    shown = f"; {hint}" if len(hint) <= _LONGEST_HINT else ""
-    raise UserError(f"{flag}: expected a model of {module.__name__}, got '{name}'{shown}")
+    raise UserError(f"{flag}: expected a model of {module.__name__}, got {shorten(repr(name))}. {nearest(name, names)}")
 
 
 def _is_model(candidate: Any) -> bool:

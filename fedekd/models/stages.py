@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 
-from fedekd.errors import UserError, require
+from fedekd.errors import UserError, require, shorten
 from fedekd.models.build import eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN, height_and_width
 from fedekd.models.image_classifier import ImageClassifier
@@ -282,13 +282,17 @@ def _split_by_modules(network: nn.Module, split: Sequence[nn.Module]) -> StageSp
     return StageSplit([[module] for module in split], image_size=getattr(network, "image_size", 64))
 
 
+def _full_name(family: type[nn.Module]) -> str:
+    return shorten(f"{family.__module__}.{family.__qualname__}")
+
+
 def _split(network: nn.Module) -> StageSplit:
     # Exact class: a subclass may override forward, which the stages would not follow.
     splitter = STAGE_SPLITTERS.get(type(network))
     if splitter is None:
-        known = ", ".join(family.__name__ for family in STAGE_SPLITTERS)
+        known = ", ".join(f"{family.__module__.partition('.')[0]}'s {family.__name__}" for family in STAGE_SPLITTERS)
         raise UserError(
-            f"model: expected one of {known} to add exits, got {type(network).__name__}. Pass the stages of another"
-            " network as split=[...]"
+            f"model: expected one of {known} (no subclass) to add exits, got {_full_name(type(network))}. Pass the"
+            " stages of another network as split=[...]"
         )
     return splitter(network)

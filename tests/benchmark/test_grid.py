@@ -67,7 +67,7 @@ def test_parse_filter_conditions_select_cells() -> None:
     ("text", "words"),
     [
         *((text, "expected NAME=VALUE") for text in ("alpha", "alpha=0.1,0.3", "dataset=digits, x", "x,method=A")),
-        ("aplha=1", "did you mean 'alpha'"),
+        ("aplha=1", "Did you mean 'alpha'"),
     ],
 )
 def test_parse_filter_malformed_condition_raises(text: str, words: str) -> None:

@@ -169,10 +169,13 @@ def test_benchmark_killed_repeats_no_finished_run(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ([], "--config benchmark/quick.yaml"),
-        (["--config", "benchmark/quick.yaml", "--filter", "dataset=cifar"], "no cell of the grid matches"),
+        (
+            ["--config", "benchmark/quick.yaml", "--filter", "dataset=cifar"],
+            "--filter: expected a condition that a cell of the grid meets, got 'dataset=cifar'",
+        ),
         (["--config", "benchmark/quick.yaml", "--processes", "0"], "--processes: expected at least 1, got 0"),
-        (["--config", "benchmark/quick.yml"], "did you mean 'benchmark/quick.yaml'"),
-        (["--config", "benchmark/quick.yaml", "--outptu", "x"], "did you mean --output"),
+        (["--config", "benchmark/quick.yml"], "Did you mean 'benchmark/quick.yaml'"),
+        (["--config", "benchmark/quick.yaml", "--outptu", "x"], "Did you mean --output"),
         (["--config", "benchmark/quick.yaml", "--threads", "0"], "--threads: expected a whole number of at least 1"),
         (["--config", "benchmark/quick.yaml", "--accelerator", "foo"], "--accelerator"),
         (["--config", "benchmark/quick.yaml", "--precision", "foo"], "--precision"),
@@ -183,6 +186,40 @@ def test_benchmark_invalid_option_prints_one_line_error(
     options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["benchmark", *options]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+
+
+GRID = "datasets: [digits], alphas: [1], seeds: [0], methods: {A: FedAvg}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("blocks: [1]", "--blocks: expected a class path, or keys and values, got 1"),
+        ("blocks: [null]", "--blocks: expected a class path, or keys and values, got None"),
+        ("blocks: []", "--blocks: expected a grid, got none"),
+        ("blocks: null", "--blocks: expected a grid, got none"),
+        (f"blocks: [{{{GRID}, datasets: [digits]}}]", "grid.yaml, line 1: invalid YAML: 'datasets' is given twice"),
+        (f"blocks: [{{{GRID}, coverage: 3}}]", "--blocks.coverage: expected a class path, or keys and values, got 3"),
+        (f"blocks: [{{{GRID}, coverage: {{modes: [path]}}}}]", "got 'path'. It was renamed to 'ltt_joint'"),
+        (
+            f"blocks: [{{{GRID}, options: {{client.optimizer.lr: -1}}}}]",
+            "A: client.optimizer.lr: expected a value that",
+        ),
+        (
+            f"blocks: [{{{GRID.replace('[0]', '[99999999999999999999]')}}}]",
+            "--blocks.seeds: expected a number of 64 bits",
+        ),
+        (f"blocks: [{{{GRID.replace('[0]', '[]')}}}]", "--blocks: expected at least one cell"),
+    ],
+)
+def test_benchmark_invalid_grid_prints_one_line_error(
+    text: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "grid.yaml").write_text(text + "\n")
+    assert main(["benchmark", f"--config={tmp_path}/grid.yaml", f"--output={tmp_path}/grid"]) == 2
     message = capsys.readouterr().err
     assert words in message
     assert message.count("\n") == 1

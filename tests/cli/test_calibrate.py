@@ -207,13 +207,13 @@ def test_calibrate_mode_without_guarantee_prints_warning(
         (["run", "--target_risk", "much"], "target_risk"),
         (["run", "--confidence", "1"], "--confidence: expected a number in (0, 1), got 1.0"),
         (["run", "--confidence", "-0.1"], "--confidence: expected a number in (0, 1), got -0.1"),
-        (["run", "--mode", "lt"], "got 'lt'; did you mean 'ltt'"),
-        (["run", "--score", "margn"], "got 'margn'; did you mean 'margin'"),
+        (["run", "--mode", "lt"], "got 'lt'. Did you mean 'ltt'"),
+        (["run", "--score", "margn"], "got 'margn'. Did you mean 'margin'"),
         (["run", "--client", "2"], "--client: expected 0..1, got 2"),
         (["run", "--client", "-1"], "--client: expected 0..1, got -1"),
         (["run", "--client", "one"], "client"),
         (["run", "--clent", "0"], "--clent"),
-        (["elsewhere"], "calibrate elsewhere: there is no run"),
+        (["elsewhere"], "calibrate: expected the folder of a run, got 'elsewhere'"),
         (["run", "--input", "x.csv"], "--input: expected an .npz file in MedMNIST's layout, got x.csv"),
         (["run", "--input", "x.npz"], "x.npz"),
     ],
@@ -230,7 +230,7 @@ def test_calibrate_invalid_option_prints_one_line_error(
 def test_calibrate_unfinished_run_raises(here: Path, error_line: Callable[[], str]) -> None:
     Path("run/summary.json").unlink()
     assert main(["calibrate", "run"]) == 2
-    assert "run is not finished; go on with: fit --resume run" in error_line()
+    assert "expected a finished run, got run, which is not. Go on with: fit --resume run" in error_line()
     assert not Path("run/exits").exists()
 
 

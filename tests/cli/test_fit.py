@@ -125,7 +125,9 @@ def test_fit_logger_that_cannot_be_built_prints_its_reason(
     )
     monkeypatch.syspath_prepend(str(workdir))
     assert fit(npz, "--logger=my_loggers.Broken", "--logger.save_dir=logs") == 2
-    assert error_line() == "error: cannot build my_loggers.Broken: no tensorboard\n"
+    assert error_line() == (
+        "error: my_loggers.Broken: expected arguments with which it can be built. It reports: no tensorboard\n"
+    )
 
 
 def test_fit_diverged_network_is_tested_but_predicts_nothing(
@@ -205,7 +207,7 @@ def test_fit_existing_folder_is_refused_and_unchanged(
     Path("a").mkdir()
     Path("a/thesis.txt").write_text("years of work")
     assert fit(npz, "--output=a") == 2
-    assert "--output a: the folder is not empty" in error_line()
+    assert "--output: expected an empty folder, got a." in error_line()
     assert [path.name for path in Path("a").iterdir()] == ["thesis.txt"]
 
 
@@ -228,8 +230,8 @@ def test_fit_existing_folder_is_refused_and_unchanged(
         (["--data.alpha=0"], "data.alpha: expected a finite number above 0, got 0.0"),
         (["--data.num_clients=500"], "data.num_clients"),
         (["--data.num_classes=2"], "label 2"),
-        (["--data.partition=labels"], "did you mean 'label'"),
-        (["--data.dataset=fashionmist"], "did you mean 'fashionmnist'"),
+        (["--data.partition=labels"], "Did you mean 'label'"),
+        (["--data.dataset=fashionmist"], "Did you mean 'fashionmnist'"),
         (["--data.dataset=no/such.npz"], "no/such.npz"),
         (["--data.dataset=octmnist", "--data.download=false"], "octmnist.npz"),
         (["--engine=MultiProcess", "--data.num_clients=0", "--trainer.threads=auto"], "data.num_clients"),
@@ -240,10 +242,10 @@ def test_fit_existing_folder_is_refused_and_unchanged(
         (["--task=ranking"], "ranking"),
         (["--trainer.accelerator=cuda", "--trainer.device=99"], "CUDA"),
         (["--trainer.threads=0"], "threads"),
-        (["--config=digit.yaml"], "did you mean 'digits.yaml'"),
+        (["--config=digit.yaml"], "Did you mean 'digits.yaml'"),
         (["--resume=nowhere"], "nowhere"),
         (["--resume"], "--resume: expected the folder of a run"),
-        (["--output=blobs.npz/a"], "--output blobs.npz/a: cannot create the folder"),
+        (["--output=blobs.npz/a"], "--output: expected a folder that can be created, got blobs.npz/a"),
         ([f"--output={'a' * 300}"], "File name too long"),
         (["--output="], "--output: expected a folder"),
         (["--baseline_dir=/dev/null"], "--baseline_dir: expected a folder, got the file /dev/null"),

@@ -28,9 +28,23 @@ def test_main_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_main_unknown_command_or_missing_argument_returns_two(error_line: Callable[[], str]) -> None:
     assert main(["fitt"]) == 2
-    assert "did you mean 'fit'" in error_line()
+    assert "Did you mean 'fit'" in error_line()
     assert main(["test"]) == 2
     assert "test runs/NAME" in error_line()
+
+
+def test_package_runs_as_a_module() -> None:
+    ended = subprocess.run([sys.executable, "-m", "fedekd", "fitt"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("error: command: expected one of fit, ")
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "\x1b[31m", "\udcff", ""])
+def test_main_unknown_command_prints_a_short_printable_line(name: str, error_line: Callable[[], str]) -> None:
+    assert main([name]) == 2
+    text = error_line().removesuffix("\n")
+    assert len(text) < 400
+    assert text.isprintable()
 
 
 def test_main_help_does_not_import_torch() -> None:

@@ -141,7 +141,7 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
         ([], "run and --input: expected both"),
         (["one"], "run and --input: expected both"),
         (["one", "--input", "none.npz"], "--input: file 'none.npz' not found"),
-        (["elsewhere", "--input", "images.npz"], "predict elsewhere: there is no run"),
+        (["elsewhere", "--input", "images.npz"], "predict: expected the folder of a run, got 'elsewhere'"),
         (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
         (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
         (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0..0, got -1"),
@@ -204,7 +204,7 @@ def test_predict_regression_or_unfinished_run_raises(
     assert "run: expected a classification run, got the regression run grades" in error_line()
     Path("one/summary.json").unlink()
     assert main(["predict", "one", "--input", "images.npz"]) == 2
-    assert "one is not finished; go on with: fit --resume one" in error_line()
+    assert "expected a finished run, got one, which is not. Go on with: fit --resume one" in error_line()
     assert not Path("predictions.csv").exists()
 
 

@@ -125,7 +125,7 @@ def test_resume_runtime_options_may_change(finished_run: Path) -> None:
 
 def test_resume_with_output_is_refused(finished_run: Path, error_line: Callable[[], str]) -> None:
     assert main(["fit", "--resume", "a", "--output", "b"]) == 2
-    assert "--output b: cannot be combined with --resume a" in error_line()
+    assert "--output: expected none with --resume a, got 'b'" in error_line()
 
 
 def test_damaged_summary_is_named_and_written_again(finished_run: Path, error_line: Callable[[], str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +66,48 @@ def test_find_config_installed_package_ignores_other_packages_and_sweeps(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     monkeypatch.setattr("fedekd.configuration.configs._PACKAGE", tmp_path / "site/fedekd")
-    with pytest.raises(UserError, match=r"did you mean 'ours\.yaml'"):
+    with pytest.raises(UserError, match=r"Did you mean 'ours\.yaml'"):
         find_config("theirs.yaml")
+
+
+def test_config_integer_with_a_leading_zero_is_decimal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("rounds: 010\n")
+    by_file = printed_config(capsys, "--config", str(tmp_path / "mine.yaml"), "--data.dataset=digits")
+    by_option = printed_config(capsys, "--rounds=010", "--data.dataset=digits")
+    assert by_file["rounds"] == by_option["rounds"] == 10
+
+
+def test_config_pipe_is_read_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `--config <(...)` of a shell."""
+    reading, writing = os.pipe()
+    os.write(writing, b"---\nrounds: 9\ndata: {dataset: digits}\n")
+    os.close(writing)
+    assert printed_config(capsys, f"--config=/dev/fd/{reading}")["rounds"] == 9
+    os.close(reading)
+
+
+def test_config_stdin_is_read() -> None:
+    command = [sys.executable, "-m", "fedekd", "fit", "--config", "-", "--print_config"]
+    text = "{rounds: 9, data: {dataset: digits}}"
+    printed = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(printed)["rounds"] == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", "expected a YAML file, got a directory"),
+        ("/dev/zero", "expected at most 1,000,000 bytes, got more"),
+        ("/dev/null", "expected keys and values, got an empty file"),
+        ("", "expected the name of a file, got nothing"),
+        ("a\0b", r"--config a\x00b: expected a YAML file"),
+    ],
+)
+def test_config_invalid_file_prints_one_line_error(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", f"--config={name}"]) == 2
+    text = capsys.readouterr().err
+    assert words in text
+    assert text.count("\n") == 1
 
 
 @pytest.mark.slow

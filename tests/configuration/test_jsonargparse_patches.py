@@ -10,7 +10,7 @@ import pytest
 from jsonargparse import _typehints
 
 import fedekd.methods
-from fedekd.configuration.jsonargparse_patches import own_defaults
+from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.configuration.options import as_values, federation_parser, parse
 
 METHODS = [
@@ -71,7 +71,7 @@ def test_optimizers_too() -> None:
 
 def test_other_parsers_of_the_process_are_left_alone() -> None:
     before = _typehints.discard_init_args_on_class_path_change
-    with own_defaults():
+    with patched_jsonargparse():
         assert _typehints.discard_init_args_on_class_path_change is not before
     assert _typehints.discard_init_args_on_class_path_change is before
     parsed("--method=SafeKD")

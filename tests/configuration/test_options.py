@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
-from fedekd.configuration.options import as_values, federation_parser, parse
+from fedekd.configuration.options import as_values, federation_parser, parse, parts_of
+from fedekd.errors import UserError
 from fedekd.models import build_model, check_model
 
 
@@ -52,3 +56,21 @@ def test_only_what_was_chosen_of_a_model_is_kept() -> None:
     assert config.client.proxy_model.init_args.weights is None  # the parsed configuration is not changed
     # Of all other classes the defaults are kept: they decide the numbers, and a later version may change them.
     assert as_values(parser, config)["method"]["init_args"]["beta"] == 1.0
+
+
+def test_factory_without_return_annotation_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plain_factories.py").write_text(
+        "from torch import nn\n"
+        "def linear(in_channels, num_classes, width=64):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(width, num_classes))\n"
+        "def number(): return 3\n"
+    )
+    options = ["--data.dataset=digits", "--client.private_model.width=64"]
+    spec = parts_of(["--client.private_model=plain_factories.linear", *options])["client"].private_model
+    model = build_model(spec, in_channels=1, image_size=8, num_classes=10)
+    assert isinstance(model, nn.Sequential)
+    with pytest.raises(UserError, match=r"expected a torch.nn.Module from 'plain_factories.number', got a int"):
+        build_model({"class_path": "plain_factories.number"}, in_channels=1, image_size=8, num_classes=10)
+    with pytest.raises(UserError, match=r"--method: expected a subclass of Method, got plain_factories.linear"):
+        parts_of(["--data.dataset=digits", "--method=plain_factories.linear"])

@@ -234,7 +234,7 @@ def test_new_corruption_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_corrupt_invalid_option_raises_user_error() -> None:
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"corruption: unknown corruption 'jpg'; did you mean 'jpeg'\?"):
+    with pytest.raises(UserError, match=r"corruption: expected one of .*, got 'jpg'. Did you mean 'jpeg'\?"):
         corrupt(images, "jpg", 1)
     for severity in (0, 6, -1):
         with pytest.raises(UserError, match=f"severity: expected one of 1, 2, 3, 4, 5, got {severity}"):

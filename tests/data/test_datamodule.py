@@ -145,7 +145,7 @@ def test_partition_by_import_path(tiny: str, monkeypatch: pytest.MonkeyPatch) ->
         ({"fractions": (0.5, 0.2, 0.2)}, ["data.fractions"]),
         ({"client": 6}, ["data.client: expected", "got 6", "0..5"]),
         ({"client": -1}, ["data.client: expected", "got -1"]),
-        ({"partition": "lable"}, ["data.partition", "'lable'", "did you mean 'label'?"]),
+        ({"partition": "lable"}, ["data.partition", "'lable'", "Did you mean 'label'?"]),
         ({"task": "rank"}, ["task", "'rank'"]),
     ],
 )

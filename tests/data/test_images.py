@@ -80,7 +80,7 @@ ZEROS = np.zeros((6, 8, 8), np.uint8)
         ({"images": ZEROS, "targets": np.zeros(6, int)}, ["data.num_classes", "at least 2, got 1"]),
         ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 1_000_000])}, ["label 1000000", "data.num_classes"]),
         ({"images": ZEROS, "targets": np.array([0, 1, 0, 1, 0, 6])}, ["label 6", "6 samples"]),
-        ({"task": "regresion"}, ["task", "'regresion'", "did you mean 'regression'?"]),
+        ({"task": "regresion"}, ["task", "'regresion'", "Did you mean 'regression'?"]),
     ],
 )
 def test_from_arrays_invalid_data_raise_one_line(kwargs: dict[str, Any], texts: list[str]) -> None:

@@ -29,7 +29,7 @@ FEDERATIONS = 2000
             for bad in (0, 1, -0.1, math.nan)
         ],
         *[({"margin": bad}, rf"do_no_harm\.margin: expected at least 0, got {bad}") for bad in (-0.1, math.nan)],
-        ({"rule": "beter"}, r"do_no_harm\.rule: expected one of .*, got 'beter'; did you mean 'better'"),
+        ({"rule": "beter"}, r"do_no_harm\.rule: expected one of .*, got 'beter'. Did you mean 'better'"),
         *[({"looks": bad}, rf"do_no_harm\.looks: expected at least 1, got {bad}") for bad in (0, -1)],
         *[
             ({"clip": bad}, rf"do_no_harm\.clip: expected a finite number above 0, got {bad}")

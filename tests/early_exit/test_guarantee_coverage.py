@@ -64,7 +64,7 @@ def test_options_invalid_value_raises_one_line_error(values: dict[str, Any], wor
 
 
 def test_options_unknown_mode_suggests_nearest() -> None:
-    with pytest.raises(UserError, match=r"got 'emprical'; did you mean 'empirical'"):
+    with pytest.raises(UserError, match=r"got 'emprical'. Did you mean 'empirical'"):
         CoverageOptions(modes=["emprical"])
 
 

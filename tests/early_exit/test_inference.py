@@ -300,7 +300,7 @@ def test_forward_single_exit_and_empty_batch():
     [
         ({"thresholds": [0.5, -INF]}, "expected 4 of each, one per exit of the network, got 2 and 2"),
         ({"search_bounds": [0.5] * 3}, "got 4 and 3"),
-        ({"score": "max_softmx"}, "did you mean 'max_softmax'"),
+        ({"score": "max_softmx"}, "Did you mean 'max_softmax'"),
     ],
 )
 def test_forward_invalid_arguments_raise_one_line_error(arguments, words):

@@ -78,7 +78,7 @@ def test_to_scores_nan_or_unknown_score_raises():
     model.heads[1].linear.bias.data[0] = math.nan
     with pytest.raises(UserError, match="expected finite values, got NaN, first at sample 0, exit 2"):
         exit_outputs(model, *images()).to_scores()
-    with pytest.raises(UserError, match="got 'margn'; did you mean 'margin'"):
+    with pytest.raises(UserError, match=r"got 'margn'. Did you mean 'margin'"):
         exit_outputs(network(), *images()).to_scores("margn")
 
 

@@ -29,7 +29,6 @@ def optimizer(name: str, **init_args: Any) -> torch.optim.Optimizer:
         ("SGD", {"lr": 0.1}, True),
         ("Adam", {"fused": False}, False),
         ("Adam", {"foreach": True}, None),
-        ("Adam", {"differentiable": True}, None),
         ("Adagrad", {}, None),
     ],
 )
@@ -38,12 +37,32 @@ def test_spec_optimizer_is_fused_unless_another_form_is_given(name: str, init_ar
 
 
 @pytest.mark.parametrize(
-    ("name", "init_args"),
-    [("Adam", {"lr": -1.0}), ("Adam", {"rate": 0.1}), ("Adam", {"fused": True, "differentiable": True})],
+    ("name", "init_args", "words"),
+    [
+        ("Adam", {"lr": -1.0, "eps": 1e-8}, r"optimizer\.lr: expected a value that torch.optim.Adam accepts, got -1.0"),
+        ("Adam", {"betas": [2.0, 0.9]}, r"optimizer\.betas: .*got \[2.0, 0.9\]. It reports: Invalid beta parameter"),
+        ("Adam", {"rate": 0.1}, r"optimizer\.rate: .*unexpected keyword argument"),
+        ("Adam", {"fused": True, "differentiable": True}, r"optimizer\.differentiable: .*got True"),
+        ("Adam", {"differentiable": True}, r"optimizer\.differentiable: "),
+        ("SGD", {"momentum": -1.0, "lr": 0.1}, r"optimizer\.momentum: .*got -1.0. It reports: Invalid momentum value"),
+        ("SGD", {"nesterov": True}, r"optimizer\.nesterov: .*Nesterov momentum requires a momentum"),
+        ("SGD", {"weight_decay": -1.0}, r"optimizer\.weight_decay: "),
+        ("SGD", {"lr": -1.0, "momentum": -1.0}, r"optimizer: expected arguments that torch.optim.SGD accepts"),
+        ("Muon", {}, r"optimizer: .*only supports 2D parameters"),
+        ("Nope", {}, r"optimizer: .*has no attribute 'Nope'"),
+    ],
 )
-def test_spec_optimizer_invalid_arguments_raise_user_error(name: str, init_args: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"client.optimizer: expected arguments of torch.optim.Adam, got"):
-        optimizer(name, **init_args)
+def test_client_options_invalid_optimizer_argument_is_named(name: str, init_args: dict[str, Any], words: str) -> None:
+    """When the options are built, not when training begins."""
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=words):
+        ClientOptions(optimizer={"class_path": f"torch.optim.{name}", "init_args": init_args})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_spec_capturable_optimizer_on_a_cpu_raises() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.capturable: expected false with --trainer\.accelerator cpu"):
+        optimizer("Adam", capturable=True)
 
 
 @pytest.mark.parametrize(

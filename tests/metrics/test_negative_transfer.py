@@ -66,5 +66,5 @@ def test_invalid_scores_or_task_raise() -> None:
     for empty in (lambda: negative_transfer([], []), NegativeTransfer().compute):
         with pytest.raises(ValueError, match="at least one client"):
             empty()
-    with pytest.raises(UserError, match="did you mean 'regression'"):
+    with pytest.raises(UserError, match="Did you mean 'regression'"):
         NegativeTransfer(task="regresion")  # type: ignore[arg-type]

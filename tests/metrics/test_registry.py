@@ -99,7 +99,7 @@ def test_score_invalid_shapes_or_task_raise() -> None:
         score(torch.zeros(4, 1), torch.zeros(3), "regression")
     with pytest.raises(ValueError, match="accuracy: expected logits"):
         score(torch.zeros(4, 2), torch.zeros(4, 1), "classification")
-    with pytest.raises(UserError, match="did you mean 'classification'"):
+    with pytest.raises(UserError, match="Did you mean 'classification'"):
         score(torch.zeros(4, 2), torch.zeros(4), "clasification")  # type: ignore[arg-type]
 
 

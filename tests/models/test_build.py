@@ -82,8 +82,8 @@ def test_build_model_passes_arguments_of_signature():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("PrivatCNN", "did you mean 'PrivateCNN'"),
-        ("torchvision.models.resnet19", "expected a model of torchvision.models, got 'resnet19'; did you mean"),
+        ("PrivatCNN", "Did you mean 'PrivateCNN'"),
+        ("torchvision.models.resnet19", "expected a model of torchvision.models, got 'resnet19'. Did you mean"),
         ("torchvison.models.resnet18", "expected an importable model, .* No module named 'torchvison'"),
         ("..PrivateCNN", "expected an importable model"),
         ("models..PrivateCNN", "expected an importable model"),

@@ -374,9 +374,13 @@ def ends_in_softmax() -> nn.Module:
             {"exits": 5},
             "exits: expected 1 to 4 for ResNet, got 5",
         ),
-        (models.alexnet, {}, "expected one of PrivateCNN, ProxyCNN, Conv3, .*VisionTransformer.* got AlexNet.* split="),
-        (lambda: ImageClassifier(models.alexnet(num_classes=10), 10, 3), {}, "got AlexNet"),
-        (OwnForward, {}, "got OwnForward"),
+        (
+            models.alexnet,
+            {},
+            "expected one of fedekd's PrivateCNN, .*torchvision's VisionTransformer.* got .*AlexNet.* split=",
+        ),
+        (lambda: ImageClassifier(models.alexnet(num_classes=10), 10, 3), {}, "got .*AlexNet"),
+        (OwnForward, {}, "got .*OwnForward"),
         (ends_in_softmax, {"num_classes": CLASSES}, "ResNet: expected a linear layer .* got LogSoftmax"),
     ],
 )
@@ -456,3 +460,14 @@ def test_exit_head_invalid_arguments_raise_user_error(arguments, message):
 def test_multi_exit_network_invalid_heads_raise_user_error(stages, heads, message):
     with pytest.raises(UserError, match=message):
         MultiExitNetwork([nn.Identity() for _ in range(stages)], heads)
+
+
+def test_multi_exit_class_of_a_known_name_is_named_in_full() -> None:
+    class ResNet(models.ResNet):
+        pass
+
+    network = ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+    with pytest.raises(
+        UserError, match=r"torchvision's ResNet, .* \(no subclass\) .*got .*<locals>\.ResNet\. Pass the"
+    ):
+        multi_exit(network, 3)

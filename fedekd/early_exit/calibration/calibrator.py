@@ -17,7 +17,7 @@ from fedekd.early_exit.calibration.ltt import survivor_fixed_sequence
 from fedekd.early_exit.calibration.ltt_joint import ltt_joint
 from fedekd.early_exit.calibration.types import CalibrationRule, CalibrationTarget, SelectedThresholds
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.errors import UserError, nearest
+from fedekd.errors import UserError, require_choice
 
 
 class Mode(NamedTuple):
@@ -40,6 +40,9 @@ MODES: dict[str, Mode] = {
     "safekd_code": Mode(safekd_code, False),
     "empirical": Mode(empirical, False),
 }
+
+#: Former names of modes, for errors.
+_RENAMED_MODES = {"path": "ltt_joint", "released": "safekd_code", "plug_in": "empirical"}
 
 
 class SelectiveRiskCalibrator:
@@ -86,8 +89,7 @@ class SelectiveRiskCalibrator:
         for name, value in (("target_risk", target_risk), ("confidence", confidence)):
             if not 0.0 < value < 1.0:
                 raise UserError(f"{name}: expected a number in (0, 1), got {value}")
-        if mode not in MODES:
-            raise UserError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}; {nearest(mode, MODES)}")
+        require_choice("mode", mode, MODES, _RENAMED_MODES)
         self.target_risk, self.confidence, self.mode = target_risk, confidence, mode
         self.simultaneous_clients = simultaneous_clients
         #: Failure probability of one client. Rounded, because 1 - 0.9 is not 0.1 in floating point.

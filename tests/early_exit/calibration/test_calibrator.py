@@ -385,8 +385,11 @@ def test_fit_invalid_samples_raise_one_line_error(arguments, words):
 
 
 def test_calibrator_unknown_mode_or_missing_probability_raises():
-    with pytest.raises(UserError, match=r"mode: expected one of ltt, .*, got 'lt'; did you mean 'ltt'"):
+    with pytest.raises(UserError, match=r"mode: expected one of ltt, .*, got 'lt'. Did you mean 'ltt'"):
         SelectiveRiskCalibrator(0.1, mode="lt")
+    for old, new in (("path", "ltt_joint"), ("released", "safekd_code"), ("plug_in", "empirical")):
+        with pytest.raises(UserError, match=f"mode: .*got '{old}'. It was renamed to '{new}'"):
+            SelectiveRiskCalibrator(0.1, mode=old)
     with pytest.raises(UserError, match="true_class_probability: expected probabilities for mode 'safekd_code'"):
         SelectiveRiskCalibrator(0.1, mode="safekd_code").fit(**GOOD)
 

@@ -1,0 +1,49 @@
+"""Texts of errors: one line, of bounded length."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedekd.errors import LONGEST_ERROR, UserError, listed, nearest, require, require_choice, shorten
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two\n lines\tand tabs", "two lines and tabs"),
+        ("\x1b[31mred\x00 \udcff \u202e", r"\x1b[31mred\x00 \udcff \u202e"),
+        ("x" * 10_000, None),
+        ("\x1b" * LONGEST_ERROR, None),
+    ],
+)
+def test_user_error_text_is_one_short_printable_line(text: str, expected: str | None) -> None:
+    shown = str(UserError(text))
+    assert expected is None or shown == expected
+    assert len(shown) <= LONGEST_ERROR
+    assert shown.isprintable()
+    assert str(UserError(shown)) == shown
+
+
+def test_shorten_keeps_both_ends() -> None:
+    shown = shorten("start" + "x" * 100 + "end", 20)
+    assert len(shown) == 20
+    assert shown.startswith("start")
+    assert shown.endswith("end")
+
+
+def test_require_long_value_keeps_the_hint() -> None:
+    with pytest.raises(UserError, match=r"o: expected text, got 'x+\.\.\.x+'\. Shorten it\.$"):
+        require(False, "o", "text", "x" * 1000, "Shorten it.")
+
+
+def test_long_list_of_choices_is_cut() -> None:
+    names = [f"choice_{number:03d}" for number in range(100)]
+    assert listed(names).endswith(", ... (100 in all)")
+    assert len(nearest("zzz", names)) < 200
+    with pytest.raises(UserError, match=r"\(100 in all\), got 'choice_0420'. Did you mean 'choice_042'\?"):
+        require_choice("o", "choice_0420", names)
+
+
+def test_require_choice_renamed_value_names_the_new_one() -> None:
+    with pytest.raises(UserError, match=r"got 'old'. It was renamed to 'new'\."):
+        require_choice("o", "old", ["new", "bold"], {"old": "new"})
