@@ -19,6 +19,9 @@ from typing import Any, BinaryIO
 #: First bytes of the trailer of `seal`; the SHA-256 of the content follows.
 _MAGIC = b"fedekd:sha256:"
 
+#: Names of the drafts of `atomic_file`.
+DRAFTS = ".*.tmp"
+
 #: Last member of a JSON object of `seal_json`: the SHA-256 of all bytes before it.
 _JSON_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n?')
 
@@ -116,7 +119,7 @@ def remove_drafts(folder: Path, min_age: float = 0.0) -> None:
         folder: Folder; may be missing.
         min_age: Seconds since the last write. A folder with several writers needs more than the time of a write.
     """
-    for draft in folder.glob(".*.tmp"):
+    for draft in folder.glob(DRAFTS):
         with suppress(OSError):
             if time.time() - draft.stat().st_mtime >= min_age:
                 draft.unlink()

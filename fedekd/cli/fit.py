@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fedekd.atomic import DRAFTS
 from fedekd.cli import NO_ROOM
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.errors import UserError, shorten, shorten_path
@@ -34,7 +35,9 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--data.dataset: expected a data set, got nothing. Give one, or --config digits.yaml.")
     if resume is not None:
         if not any((resume / name).exists() for name in ("config.yaml", "checkpoints")):
-            raise UserError(f"--resume {resume}: there is no run ({resume / 'config.yaml'} is missing)")
+            raise UserError(
+                f"--resume {shorten_path(resume)}: expected the folder of a run, got one without config.yaml"
+            )
         folder = RunFolder(resume, {})
         is_complete = folder.is_complete(_warn)
         folder.restore_config()
@@ -156,7 +159,8 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
                 raise UserError(
                     f"--output: expected a folder that can be created, got {shorten_path(output)}. {error.strerror}"
                 ) from error
-            if any(path.name != LOCK_FILE for path in folder.iterdir()):
+            # A run that was killed before it had a configuration leaves its lock and a draft.
+            if any(path.name != LOCK_FILE and not path.match(DRAFTS) for path in folder.iterdir()):
                 is_run = (folder / "config.yaml").is_file()
                 hint = f", or resume it with fit --resume {shorten_path(shlex.quote(output))}" if is_run else ""
                 raise UserError(

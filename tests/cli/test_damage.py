@@ -254,6 +254,13 @@ def test_drafts_of_killed_processes_are_removed(finished_run: Path) -> None:
     assert not list(RUN.rglob("*.tmp"))
 
 
+def test_draft_in_a_new_folder_does_not_block_the_command(npz: Path, workdir: Path, fit: Callable[..., int]) -> None:
+    RUN.mkdir()
+    (RUN / ".config.yaml.0123abcd.tmp").write_bytes(b"seed")  # killed before the first rename
+    assert fit(npz, "--quiet", "--output=a") == 0
+    assert not list(RUN.rglob("*.tmp"))
+
+
 def test_report_with_a_damaged_list_of_files_is_written(finished_run: Path) -> None:
     assert main(["report", "a", "--output=page"]) == 0
     Path("page/tables/mine").mkdir()

@@ -1,30 +1,40 @@
-"""Runs stopped by SIGKILL, SIGINT or SIGTERM resume with the results of an undisturbed run."""
+"""Runs stopped by SIGKILL, SIGINT or SIGTERM resume with the results of an undisturbed run.
+
+`FEDEKD_KILLS=60 pytest -s tests/cli/test_kill.py -k random` kills that many runs, and prints the counts.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from fedekd.cli import main
 
-#: Code of a process that runs a command and kills itself with SIGKILL at the n-th event of a kind.
+KILLS = int(os.environ.get("FEDEKD_KILLS", "6"))
+
+#: Code of a process that runs a command and kills itself with SIGKILL at the n-th event of a kind, or after a time.
 VICTIM = """
-import os, pathlib, signal
+import os, pathlib, signal, threading
 from fedekd.cli import main
 from fedekd.data import batches
 
 kind, count = moment.split(":")
-left = int(count)
+left = float(count)
+if kind == "seconds":
+    threading.Timer(left, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 def count_down(event):
     global left
@@ -54,14 +64,14 @@ main(arguments)
 """
 
 
-def kill(moment: str, arguments: list[str]) -> None:
-    """Run a command until it kills itself, forked from a server with all imports."""
+def kill(moment: str, arguments: list[str]) -> bool:
+    """Run a command until it kills itself, forked from a server with all imports; return whether it did."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["fedekd.cli.fit", "fedekd.reporting.wandb_logger"])
     victim = context.Process(target=exec, args=(VICTIM, {"moment": moment, "arguments": arguments}))
     victim.start()
     victim.join(300)
-    assert victim.exitcode == -signal.SIGKILL
+    return victim.exitcode == -signal.SIGKILL
 
 
 def options(npz: Path, *more: str) -> list[str]:
@@ -84,6 +94,12 @@ def contents(run: Path) -> dict[str, bytes]:
     last = sorted((run / "checkpoints").glob("*-0004.pt"))
     assert len(last) == 4  # the server and three clients
     return {path.name: path.read_bytes() for path in [run / "metrics.csv", *last]}
+
+
+def repeatable(run: Path) -> dict[str, Any]:
+    """The summary without what depends on the machine."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +137,7 @@ def test_resume_after_sigkill_gives_same_files(
 ) -> None:
     npz, expected = undisturbed_run
     arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", "--logger=null")
-    kill(moment, arguments)
+    assert kill(moment, arguments)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     assert contents(tmp_path / "run") == expected
@@ -137,11 +153,45 @@ def test_wandb_has_each_round_once_after_sigkill(
     npz, _ = undisturbed_run
     logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
     arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", logger)
-    kill("fsync:27", arguments)
+    assert kill("fsync:27", arguments)
     assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
     runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
     rounds = [row["round"] for run in runs for row in read_history(run) if "round" in row]
     assert rounds == [1, 2, 3]
+
+
+#: Kinds of events, and how many a run has, from its first file to `summary.json`.
+EVENTS = {"batch": 54, "fsync": 38, "replace": 38, "replaced": 38}
+
+
+def random_moment(rng: Random) -> str:
+    kind = rng.choice([*EVENTS, "seconds"])
+    return f"seconds:{rng.uniform(0, 3):.3f}" if kind == "seconds" else f"{kind}:{rng.randint(1, EVENTS[kind])}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(36_000)
+def test_random_kills_change_no_number(
+    undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    npz, expected = undisturbed_run
+    summary = repeatable(npz.parent / "run")
+    rng, counts, different = Random(0), Counter[str](), list[str]()
+    while counts["kills"] < KILLS:
+        run, moments = tmp_path / f"run-{counts['runs']}", list[str]()
+        arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null")
+        for _ in range(rng.randint(1, 3)):  # the resumed run is killed, too
+            has_run = (run / "config.yaml").exists()
+            moments.append(random_moment(rng))
+            counts["kills"] += kill(moments[-1], ["fit", "--resume", str(run)] if has_run else arguments)
+        counts["runs"] += 1
+        code = main(["fit", "--resume", str(run)] if (run / "config.yaml").exists() else arguments)
+        if code or contents(run) != expected or repeatable(run) != summary or list(run.rglob("*.tmp")):
+            different.append(f"{moments}: exit code {code}")
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run, check=True)
+    with capsys.disabled():
+        print(f"\n{counts['kills']} kills of {counts['runs']} runs, with changed numbers: {different}")
+    assert not different
 
 
 MULTIPROCESS = ("--engine=MultiProcess", "--engine.processes=2")
