@@ -243,6 +243,24 @@ def test_file_size_limit_names_the_file_and_loses_nothing(
     assert (RUN / "metrics.csv").read_bytes() == (trained_run / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
+def test_file_size_limit_in_worker_processes_names_the_file(
+    npz: Path,
+    workdir: Path,
+    fit: Callable[..., int],
+    error_line: Callable[[], str],
+    file_size_limit: Callable[[int], None],
+) -> None:
+    engine = ("--quiet", "--engine=MultiProcess", "--engine.processes=1")
+    for size, name in ((4_000, r"fedekd-\w+/pixels"), (20_000, r"runs/local/\w+\.pt")):
+        file_size_limit(size)
+        assert fit(npz, *engine, "--output=a") == 2
+        file_size_limit(resource.RLIM_INFINITY)
+        text = error_line()
+        assert re.search(rf"file size limit reached while writing \S*{name}; finished work is kept", text), text
+        shutil.rmtree(RUN)
+
+
 def test_drafts_of_killed_processes_are_removed(finished_run: Path) -> None:
     (RUN / "summary.json").unlink()
     drafts = [RUN / ".metrics.csv.1-2.tmp", RUN / "figures/.partition.png.1-2.tmp", RUN / "checkpoints/.x.pt.1-2.tmp"]

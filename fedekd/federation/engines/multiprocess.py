@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedekd.atomic import name_in_errors
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import Engine, EngineConfig
@@ -76,7 +77,9 @@ class ProcessExecutor:
         On the CPU they share one copy.
         """
         self._folder = setup.store
-        pixels.tofile(self._folder / "pixels")
+        path = self._folder / "pixels"
+        with name_in_errors(path), path.open("wb") as file:
+            file.write(pixels.data)
         self._setup = pickle.dumps((setup, pixels.shape))
         return self.processes
 
