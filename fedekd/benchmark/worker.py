@@ -23,8 +23,10 @@ from fedekd.federation import Orchestrator, RunFolder, Sequential, SilentObserve
 
 
 @lru_cache(maxsize=1)  # cells are sorted by data set
-def _images(name: str, root: str, task: Any, num_classes: int | None, download: bool) -> ImageData:
-    return load_images(name, root, task, num_classes, download)
+def _images(
+    name: str, root: str, task: Any, num_classes: int | None, download: bool, ignore_label: int | None
+) -> ImageData:
+    return load_images(name, root, task, num_classes, download, ignore_label)
 
 
 def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
@@ -59,7 +61,8 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
     def parts() -> dict[str, Any]:
         built = build_parts(parser, config)
         data = built["data"]
-        data.adopt(_images(data.dataset, data.root, config.task, config.data.num_classes, data.download))
+        given = config.data
+        data.adopt(_images(data.dataset, data.root, config.task, given.num_classes, data.download, given.ignore_label))
         return built
 
     def orchestrator(**replaced: Any) -> Orchestrator:

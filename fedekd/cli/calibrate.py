@@ -196,7 +196,8 @@ def _load(path: str, like: ImageData) -> ImageData:
     if not path.endswith(".npz"):
         raise UserError(f"--input: expected an .npz file in MedMNIST's layout, got {path}")
     try:
-        return load_images(path, task=like.task, num_classes=like.num_classes)
+        return load_images(path, task=like.task, num_classes=like.num_classes, ignore_label=like.ignore_label)
     except UserError as error:
         message = str(error).replace("data.dataset:", "--input:", 1)
-        raise UserError(message.replace(" (data.num_classes sets it)", ", as in the run")) from error
+        # Labels are left out as in the run, which this command cannot change.
+        raise UserError(message.partition(" Leave out")[0]) from error

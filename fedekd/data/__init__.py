@@ -2,7 +2,7 @@
 
 from fedekd.data.batches import TensorBatches, scale
 from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
-from fedekd.data.datamodule import ClientSplits, FederatedDataModule, split_client
+from fedekd.data.datamodule import ClientSplits, FederatedDataModule, data_warnings, split_client
 from fedekd.data.images import ImageData
 from fedekd.data.partition import (
     PARTITIONS,
@@ -25,6 +25,7 @@ __all__ = [
     "TensorBatches",
     "corrupt",
     "cut_validation",
+    "data_warnings",
     "dirichlet_cluster_partition",
     "dirichlet_label_partition",
     "iid_partition",

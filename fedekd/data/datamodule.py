@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedekd.data.batches import TensorBatches
 from fedekd.data.images import ImageData, content_digest
+from fedekd.data.near_copies import find_near_copies, near_copy_warning
 from fedekd.data.partition import (
     PARTITIONS,
     PartitionFunction,
@@ -89,6 +90,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         num_classes: Number of classes or grades, at least 2. Default: that of the data set.
         download: Download the data set if it is not in root.
         client: Number of the client whose samples are served, from 0. Default: all clients.
+        ignore_label: Label that means "unknown", such as 255 or -1: its samples are left out of every split. Default:
+            none.
 
     Raises:
         UserError: If an argument is out of range.
@@ -115,6 +118,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         num_classes: int | None = None,
         download: bool = True,
         client: int | None = None,
+        ignore_label: int | None = None,
     ) -> None:
         super().__init__()
         lowest = {"num_clients": 1, "batch_size": 1, "eval_batch_size": 1, "min_samples": 2, "num_classes": 2}
@@ -134,7 +138,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.fractions, self.seed, self.client = fractions, seed, client
         self._task = None if task is None else require_task(task)
-        self._num_classes = num_classes
+        self._num_classes, self._ignore_label = num_classes, ignore_label
         self._partition = None if partition is None else _partition_function(partition)
         self._images: ImageData | None = None
         self._clients: list[ClientSplits] | None = None
@@ -154,7 +158,9 @@ class FederatedDataModule(lightning.LightningDataModule):
             UserError: If the data set is unknown, missing or corrupt.
         """
         if self._images is None:
-            self._images = load_images(self.dataset, self.root, self._task, self._num_classes, self.download)
+            self._images = load_images(
+                self.dataset, self.root, self._task, self._num_classes, self.download, self._ignore_label
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Load and partition the images on the first call; later calls do nothing.
@@ -203,6 +209,10 @@ class FederatedDataModule(lightning.LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes or grades."""
         return self.images.num_classes
+
+    def warnings(self) -> list[str]:
+        """Return what a user should know of the data before training, as lines."""
+        return data_warnings(self.images, self.clients)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""
@@ -259,6 +269,17 @@ def split_client(
     train, validation, test = split_indices(indices, fractions, derive_seed(seed, client, "split"))
     parts = cut_validation(validation, derive_seed(seed, client, "validation"))
     return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
+
+
+def data_warnings(images: ImageData, clients: Sequence[ClientSplits]) -> list[str]:
+    """Return what a user should know of images and splits, as lines.
+
+    Args:
+        images: The images.
+        clients: Splits of the clients; held-out images are compared with training images of the same client.
+    """
+    copies = near_copy_warning(find_near_copies(images.pixels, clients))
+    return [*images.warnings, *([] if copies is None else [copies])]
 
 
 def _partition_function(partition: str) -> PartitionFunction:

@@ -61,6 +61,7 @@ def load_images(
     task: Task | None = None,
     num_classes: int | None = None,
     download: bool = True,
+    ignore_label: int | None = None,
 ) -> ImageData:
     """Load a data set with its official splits pooled.
 
@@ -76,6 +77,7 @@ def load_images(
         num_classes: Number of classes or grades. None (default): that of the data set; the largest label + 1 for other
             files.
         download: Let packages download missing files. Default True.
+        ignore_label: Samples with this label are left out of every split. Default None.
 
     Returns:
         The images and targets, in memory.
@@ -109,7 +111,7 @@ def load_images(
         num_classes = source.num_classes if num_classes is None else num_classes
     images, labels, sizes = pool(key, splits)
     del splits  # free the arrays before the pooled copy is transposed
-    return ImageData.from_arrays(key, images, labels, task or "classification", num_classes, sizes)
+    return ImageData.from_arrays(key, images, labels, task or "classification", num_classes, sizes, ignore_label)
 
 
 @cache

@@ -417,6 +417,8 @@ class Orchestrator:
                 f"method {type(self.method).__name__} needs exits: client.private_model is split into"
                 f" {self.method.exits} stages with one exit each (set by --client.exits)"
             )
+        for line in self.data.warnings():
+            self.observer.warn(line)
         if self.folder is not None:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)

@@ -13,9 +13,9 @@ from flwr.app import Message, RecordDict
 
 from fedekd.atomic import remove_drafts
 from fedekd.configuration.options import parts_of
-from fedekd.data import ClientSplits, FederatedDataModule, split_client
+from fedekd.data import ClientSplits, FederatedDataModule, data_warnings, split_client
 from fedekd.errors import UserError, nearest
-from fedekd.federation import RoundRequest
+from fedekd.federation import RoundRequest, SilentObserver
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup
 from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.run_folder import to_json_value
@@ -124,6 +124,8 @@ class Site:
             ) from error
 
     def _describe(self, message: Message) -> RecordDict:
+        for line in data_warnings(self.images, [self.splits]):
+            SilentObserver().warn(f"site {self.number}: {line}")
         return pack(describe(self.method, self.spec, self.images, self.splits))
 
     def _baseline(self, message: Message) -> RecordDict:

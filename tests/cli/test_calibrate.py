@@ -315,19 +315,23 @@ def test_calibrate_input_replaces_held_out_splits(here: Path, capsys: pytest.Cap
     assert (policy.samples, policy.tuning_samples) == (60, 30)
 
 
+def pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "words"),
     [
         (
-            np.zeros((9, 9, 8), np.uint8),
+            pixels(9, 9, 8),
             np.arange(9) % 3,
             "--input: expected images of (1, 8, 8) (channels, height, width) as in training, got (1, 9, 8)",
         ),
-        (np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 3, "got (3, 8, 8)"),
-        (np.zeros((9, 8, 8), np.uint8), np.arange(9), "label 8"),
+        (pixels(9, 8, 8, 3), np.arange(9) % 3, "got (3, 8, 8)"),
+        (pixels(9, 8, 8), np.arange(9), "label 8"),
         (np.zeros((9, 8, 8), np.float32), np.arange(9) % 3, "float32"),
         (
-            np.zeros((1, 8, 8), np.uint8),
+            pixels(1, 8, 8),
             np.zeros(1, int),
             "expected at least 1 tuning and 1 calibration sample, got 0 and 1",
         ),

@@ -93,6 +93,35 @@ def test_fit_torchvision_classifier_by_class_path(npz: Path, workdir: Path, fit:
     assert config["client"]["private_model"]["class_path"] == model
 
 
+def test_fit_ignore_label_leaves_samples_out_of_every_split(
+    npz: Path, workdir: Path, fit: Fit, error_line: ErrorLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(npz) as file:
+        arrays = {name: file[name].astype(np.int64) if "labels" in name else file[name] for name in file}
+    for name in ("train_labels", "test_labels"):
+        arrays[name][:5] = -1
+    np.savez("unknown.npz", **arrays)
+    assert fit(Path("unknown.npz"), "--output=a") == 2
+    assert "--data.ignore_label -1" in error_line()
+    assert not Path("a").exists()
+    assert fit(Path("unknown.npz"), "--output=a", "--quiet", "--data.ignore_label", "-1") == 0
+    text = capsys.readouterr().err
+    assert text.count("10 of 120 samples of 'unknown' have the label -1 and are left out") == 1
+    rows = json.loads(Path("a/summary.json").read_text())["clients"]
+    assert 64 <= sum(row["train"] for row in rows) <= 68  # 0.6 of 110
+    assert main(["test", "a"]) == 0
+
+
+def test_fit_near_copies_warn_once(npz: Path, workdir: Path, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    with np.load(npz) as file:
+        arrays = {name: np.repeat(file[name], 10, axis=0) for name in file if "train" in name}
+    np.savez("scans.npz", **arrays)
+    assert fit(Path("scans.npz"), "--output=a", "--quiet") == 0
+    assert capsys.readouterr().err.count("near-copies") == 1
+    assert fit(npz, "--output=b", "--quiet") == 0
+    assert "near-copies" not in capsys.readouterr().err
+
+
 def test_fit_partition_function_in_working_folder(
     npz: Path, workdir: Path, fit: Fit, error_line: ErrorLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

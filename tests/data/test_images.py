@@ -16,7 +16,8 @@ def build(images: Any = None, targets: Any = None, task: Any = "classification",
     images = np.arange(6 * 8 * 9 * 3, dtype=np.uint8).reshape(6, 8, 9, 3) if images is None else images
     targets = np.array([[0], [1], [2], [0], [1], [2]], np.uint8) if targets is None else targets
     splits = kwargs.pop("splits", {"train": len(images), "val": 0, "test": 0})
-    return ImageData.from_arrays("six", images, targets, task, kwargs.pop("num_classes", None), splits)
+    num_classes = kwargs.pop("num_classes", None)
+    return ImageData.from_arrays("six", images, targets, task, num_classes, splits, **kwargs)
 
 
 def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
@@ -38,7 +39,7 @@ def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
 
 
 def test_from_arrays_grey_images_get_a_channel() -> None:
-    assert build(np.zeros((6, 8, 9), np.uint8)).pixels.shape == (6, 1, 8, 9)
+    assert build(np.arange(6 * 72, dtype=np.uint8).reshape(6, 8, 9)).pixels.shape == (6, 1, 8, 9)
 
 
 def test_regression_has_float_targets_and_one_output() -> None:
@@ -92,6 +93,89 @@ def test_from_arrays_invalid_data_raise_one_line(kwargs: dict[str, Any], texts: 
         assert "'six'" in line
     for text in texts:
         assert text in line
+
+
+UNIT = np.random.default_rng(0).random((6, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"),
+    [
+        (UNIT.round().astype(np.uint8), ["no pixel above 1", "np.rint(255.0 * images).astype(np.uint8)"]),
+        (UNIT.round().astype(bool), ["got bool", "np.rint(255.0 * images)"]),
+        (UNIT, ["got float64", "np.rint(255.0 * images)"]),
+        (np.zeros((6, 8, 8), np.uint8), ["different pixels, got 0 everywhere"]),
+        (np.full((6, 8, 8), 128, np.uint8), ["different pixels, got 128 everywhere"]),
+    ],
+    ids=["cast", "bool", "float", "black", "constant"],
+)
+def test_from_arrays_images_without_range_raise(images: Any, texts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build(images, np.arange(6) % 3)
+    for text in ["'six'", *texts]:
+        assert text in str(caught.value)
+    assert len(str(caught.value)) <= 400
+
+
+def test_from_arrays_small_range_is_reported_once() -> None:
+    [line] = build((16 * UNIT).astype(np.uint8), np.arange(6) % 3).warnings
+    assert "only the pixel values 0..15 of 0..255" in line
+    assert build().warnings == ()
+
+
+def many(*labels: int, dtype: Any = np.int64) -> dict[str, Any]:
+    """Return 300 images, of labels 0..9 and then the given ones."""
+    targets = np.arange(300) % 10
+    targets[len(targets) - len(labels) :] = labels
+    return {
+        "images": np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8),
+        "targets": targets.astype(dtype),
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "dtype"),
+    [(255, np.uint8), (255, np.int64), (65535, np.uint16), (127, np.int8), (2**31 - 1, np.int32), (-1, np.int64)],
+)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_unknown_label_raises_and_ignore_label_leaves_it_out(label: int, dtype: Any, task: Any) -> None:
+    arrays = many(label, label, dtype=dtype)
+    splits = {"train": 100, "val": 100, "test": 100}
+    with pytest.raises(UserError, match=f"got label {label}.*--data.ignore_label {label}"):
+        build(**arrays, task=task, splits=splits)
+    data = build(**arrays, task=task, splits=splits, ignore_label=label)
+    assert (data.num_classes, len(data), data.splits) == (10, 298, {"train": 100, "val": 100, "test": 98})
+    assert torch.equal(data.pixels[:, 0], torch.from_numpy(arrays["images"][:298]))
+    assert [line for line in data.warnings if f"2 of 300 samples of 'six' have the label {label}" in line]
+
+
+def test_label_255_of_256_classes_is_accepted() -> None:
+    targets = np.arange(300) % 256
+    assert build(many()["images"], targets).num_classes == 256
+    assert build(**many(255), num_classes=256).warnings == ()
+
+
+def test_label_above_num_classes_names_ignore_label() -> None:
+    with pytest.raises(UserError, match=r"got label 12.*--data.ignore_label 12"):
+        build(**many(12), num_classes=10)
+    assert len(build(**many(12), num_classes=10, ignore_label=12)) == 299
+
+
+def test_absent_classes_are_counted_in_one_line() -> None:
+    arrays = many()
+    arrays["targets"] = np.where(arrays["targets"] > 4, 10, 250)
+    data = build(**arrays)
+    assert data.num_classes == 251
+    [line] = data.warnings
+    assert "249 of 251 classes" in line
+    assert "--data.ignore_label" in line
+    assert build(**arrays, num_classes=251).warnings == ()
+    assert build(**arrays, task="regression").warnings == ()
+
+
+def test_ignore_label_of_all_samples_raises() -> None:
+    with pytest.raises(UserError, match=r"data\.ignore_label: .*other labels than 3"):
+        build(many()["images"], np.full(300, 3), ignore_label=3)
 
 
 def test_from_arrays_splits_of_other_sum_raise() -> None:

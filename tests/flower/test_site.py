@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +105,29 @@ def test_site_own_file_gives_result_of_partition(options: list[str], tmp_path: P
     from_partition = Site(options, 1, NUM_SITES, tmp_path / "a")
     from_file = Site([*options, "--data.num_classes=3"], 1, NUM_SITES, tmp_path / "b", data=str(path))
     assert_equal_results(run_round(from_partition, 0, 1), run_round(from_file, 0, 1))
+
+
+def test_site_reports_its_own_data_once_per_run(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [path, *_] = write_site_data(parts_of(options)["data"], tmp_path / "files")
+    with np.load(path) as file:
+        arrays = {name: np.repeat(file[name], 10, axis=0) for name in file if len(file[name])}
+    np.savez(
+        path,
+        **{name: np.where(array == 2, 255, array) if "labels" in name else array for name, array in arrays.items()},
+    )
+    all_options = [*options, "--data.num_classes=3"]
+    with pytest.raises(UserError, match=r"--data\.ignore_label 255"):
+        Site(all_options, 0, NUM_SITES, tmp_path / "folder", data=str(path))
+    site = Site([*all_options, "--data.ignore_label=255"], 0, NUM_SITES, tmp_path / "folder", data=str(path))
+    run_round(site, 0, 0)
+    assert "warning" not in capsys.readouterr().err
+    site.reply(request(DESCRIBE, {}))
+    text = capsys.readouterr().err
+    assert text.count("warning: site 0: ") == 2
+    assert "have the label 255" in text
+    assert "near-copies" in text
 
 
 def test_site_writes_only_into_its_folder(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
