@@ -16,10 +16,12 @@ from torch import Tensor
 from fedekd.data.batches import TensorBatches
 from fedekd.data.images import ImageData, content_digest
 from fedekd.data.near_copies import find_near_copies, near_copy_warning
+from fedekd.data.npz import one_line
 from fedekd.data.partition import (
     PARTITIONS,
     PartitionFunction,
     check_fractions,
+    checked_parts,
     cut_validation,
     split_indices,
 )
@@ -175,7 +177,9 @@ class FederatedDataModule(lightning.LightningDataModule):
             partition = self._partition or default
             seed = derive_seed(self.seed, "partition")
             try:
-                parts = list(partition(images, self.num_clients, self.alpha, seed, self.min_samples))
+                # A generator fails while it is read.
+                parts = partition(images, self.num_clients, self.alpha, seed, self.min_samples)
+                arrays = checked_parts(parts, self.num_clients, len(images))
             except UserError:
                 raise
             except Exception as error:  # from a user's function
@@ -183,10 +187,11 @@ class FederatedDataModule(lightning.LightningDataModule):
                     raise
                 raise UserError(
                     "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> list of"
-                    f" arrays, which failed with {type(error).__name__}: {error}"
+                    f" arrays, which failed with {one_line(error)}"
                 ) from error
-            _check_partition(parts, self.num_clients, len(images))
-            self._clients = [split_client(client, part, self.fractions, self.seed) for client, part in enumerate(parts)]
+            self._clients = [
+                split_client(client, part, self.fractions, self.seed) for client, part in enumerate(arrays)
+            ]
 
     @property
     def images(self) -> ImageData:
@@ -293,20 +298,8 @@ def _partition_function(partition: str) -> PartitionFunction:
         )
     try:
         imported: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"data.partition: cannot import '{partition}' ({error})") from error
+    except Exception as error:  # a user's module may raise anything
+        raise UserError(f"data.partition: cannot import '{partition}' ({one_line(error)})") from error
     if not callable(imported):
         raise UserError(f"data.partition: expected a function, got '{partition}', a {type(imported).__name__}")
     return cast(PartitionFunction, imported)
-
-
-def _check_partition(parts: list[npt.NDArray[np.int64]], num_clients: int, num_samples: int) -> None:
-    """Raise a UserError unless the parts are disjoint and within the data set."""
-    indices = np.sort(np.asarray([index for part in parts for index in np.ravel(part)], dtype=np.int64))
-    are_distinct = len(np.unique(indices)) == len(indices)
-    are_inside = len(indices) > 0 and indices[0] >= 0 and indices[-1] < num_samples
-    if len(parts) != num_clients or not (are_distinct and are_inside):
-        raise UserError(
-            f"data.partition: expected {num_clients} arrays (data.num_clients) of distinct indices in "
-            f"0..{num_samples - 1}, got {len(parts)} arrays with {len(indices)} indices"
-        )

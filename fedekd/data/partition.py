@@ -5,7 +5,8 @@ Pure functions: the same arguments and seed give the same indices. Index arrays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,49 @@ def cut_validation(validation: npt.ArrayLike, seed: int) -> tuple[Indices, Indic
     samples = np.asarray(validation, dtype=np.int64)
     n = len(samples)
     return _cut(samples, [_rounded(n / 3), _rounded(n * 2 / 3)], seed, "validation")
+
+
+def checked_parts(parts: Any, num_clients: int, num_samples: int) -> list[Indices]:
+    """Validate the result of a partition function.
+
+    Args:
+        parts: One sequence of sample indices per client.
+        num_clients: Number of clients K.
+        num_samples: Number of samples N.
+
+    Returns:
+        K index arrays, int64.
+
+    Raises:
+        UserError: If the parts are not K non-empty, disjoint sequences of integers in 0..N-1.
+    """
+    expected = f"data.partition: expected {num_clients} arrays (data.num_clients) of distinct indices in"
+    expected += f" 0..{num_samples - 1}, got"
+    if isinstance(parts, str | bytes | Mapping | Set) or not isinstance(parts, Iterable):
+        raise UserError(f"{expected} a {type(parts).__name__}")
+    arrays: list[Indices] = []
+    for client, part in enumerate(islice(parts, num_clients + 1)):
+        try:
+            array = np.asarray(part)
+        except Exception as error:  # ragged lists, objects of a user
+            raise UserError(f"{expected} a {type(part).__name__} for client {client}") from error
+        if array.ndim != 1:
+            raise UserError(f"{expected} shape {array.shape} for client {client}")
+        if len(array) and array.dtype.kind not in "iu":
+            raise UserError(f"{expected} values of type {array.dtype} for client {client}")
+        if wrong := [int(value) for value in array[(array < 0) | (array >= num_samples)][:1]]:
+            raise UserError(f"{expected} the index {wrong[0]} for client {client}")
+        arrays.append(array.astype(np.int64))
+    if len(arrays) != num_clients:
+        raise UserError(f"{expected} {'more' if len(arrays) > num_clients else len(arrays)} arrays")
+    if empty := [client for client, array in enumerate(arrays) if not len(array)]:
+        raise UserError(f"{expected} no index for client {empty[0]}")
+    values, counts = np.unique(np.concatenate(arrays), return_counts=True)
+    if counts.max() > 1:
+        repeated = values[counts.argmax()]
+        owners = [client for client, array in enumerate(arrays) if (array == repeated).any()]
+        raise UserError(f"{expected} the index {repeated} {counts.max()} times (clients {str(owners[:10])[1:-1]})")
+    return arrays
 
 
 def check_fractions(fractions: Sequence[float]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fedekd.data import FederatedDataModule
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedekd.data import ClientSplits, FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
 from fedekd.global_state import isolated_rng
@@ -12,17 +16,23 @@ from fedekd.models import check_model
 
 
 @isolated_rng(0)  # a layer may draw in its forward pass
-def check_models(spec: FederationSpec, data: FederatedDataModule) -> None:
-    """Run each model architecture on two images.
+def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
+    """Build each model architecture, and run it on two images.
+
+    Args:
+        spec: The federation.
+        clients: Splits of the clients whose models are checked.
 
     Raises:
-        UserError: If a model does not fit the images, or has BatchNorm and would train on batches of one sample.
+        UserError: If a model does not fit the images, has BatchNorm and would train on batches of one sample, or shares
+            what it trains with another one.
     """
-    smallest = min(data.clients, key=lambda splits: len(splits.train))
-    has_single = data.batch_size == 1 or len(smallest.train) == 1
+    smallest = min(clients, key=lambda splits: len(splits.train))
+    has_single = spec.batch_size == 1 or len(smallest.train) == 1
     # One client per architecture.
-    clients = {spec.architecture_key(number): number for number in reversed(range(spec.num_clients))}.values()
-    for role, number in [*(("private", number) for number in clients), ("proxy", 0)]:
+    numbers = {spec.architecture_key(splits.client): splits.client for splits in reversed(clients)}.values()
+    built: list[nn.Module] = []
+    for role, number in [*(("private", number) for number in numbers), ("proxy", clients[0].client)]:
         network = spec.build_model(role, number)
         check_model(
             network.float().cpu(),
@@ -34,9 +44,24 @@ def check_models(spec: FederationSpec, data: FederatedDataModule) -> None:
         if has_single and has_batch_norm(network):
             raise UserError(
                 f"client.{role}_model: expected no BatchNorm, which cannot train on batches of one sample, with"
-                f" data.batch_size {data.batch_size} and {len(smallest.train)} training samples of client"
+                f" data.batch_size {spec.batch_size} and {len(smallest.train)} training samples of client"
                 f" {smallest.client}. Raise data.batch_size or data.min_samples."
             )
+        built.append(network)
+        if _shares_parameters(spec.build_model(role, number), built):
+            raise UserError(
+                f"client.{role}_model: expected new parameters in every model, got parameters that two models share."
+                " Create all layers when the model is built."
+            )
+
+
+def _shares_parameters(network: nn.Module, others: Sequence[nn.Module]) -> bool:
+    """Return whether a network trains a tensor that another one also trains."""
+    first, *rest = (
+        {part.untyped_storage().data_ptr() for part in model.parameters() if part.requires_grad and part.numel()}
+        for model in (network, *others)
+    )
+    return any(first & pointers for pointers in rest)
 
 
 def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, rounds: int) -> None:

@@ -119,7 +119,7 @@ class Orchestrator:
             num_clients=self.num_clients,
             default_exits=method.exits,
         )
-        check_models(self.spec, data)
+        check_models(self.spec, data.clients)
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.options.rounds)
         self.engine = engine(

@@ -16,6 +16,7 @@ from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, data_warnings, split_client
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest, SilentObserver
+from fedekd.federation.checks import check_models
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup
 from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.run_folder import to_json_value
@@ -73,6 +74,7 @@ class Site:
             num_clients=sites,
             default_exits=method.exits,
         )
+        check_models(spec, [splits])
         folder = folder / f"site-{number:03d}"
         # One folder of states per federation. The trainer is left out: device and threads may change between runs.
         model_spec = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}

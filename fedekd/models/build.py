@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fedekd.errors import UserError, nearest, shorten
 from fedekd.models.cnn import height_and_width
@@ -64,20 +65,42 @@ def build_model(
     try:
         model = factory(**{**extra, **{name: data_args[name] for name in accepted}, **init_args})
         if isinstance(model, nn.Module) and "in_channels" not in parameters:
+            _require_plain_tensors(model)
             model = ImageClassifier(model, num_classes=num_classes, in_channels=in_channels)
-    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError) as error:
+    except UserError as error:
+        raise UserError(f"{flag} '{class_path}': {error}") from error
+    except Exception as error:  # a user's constructor may raise anything
         raise UserError(f"{flag} '{class_path}': {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{flag}: expected a torch.nn.Module from '{class_path}', got a {type(model).__name__}")
+    try:
+        _require_plain_tensors(model)
+    except UserError as error:
+        raise UserError(f"{flag} '{class_path}': {error}") from error
     return model
+
+
+def _require_plain_tensors(model: nn.Module) -> None:
+    """Check that all parameters and buffers have values that can be averaged.
+
+    Raises:
+        UserError: If one is lazy, on the meta device, or complex.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise UserError(f"expected initialised parameters, got the lazy '{name}'. Give its layer the input size")
+        if tensor.is_meta:
+            raise UserError(f"expected parameters with values, got '{name}' on the meta device")
+        if tensor.is_complex():
+            raise UserError(f"expected real parameters and buffers, got '{name}' of {tensor.dtype}")
 
 
 def check_model(
     model: nn.Module, *, in_channels: int, image_size: int | Sequence[int], num_outputs: int, flag: str = "model"
 ) -> None:
-    """Check the output shape of a model on two black images, before training.
+    """Check a model on two black images, in training mode and in evaluation mode.
 
-    Its mode and its buffers are not changed.
+    Its mode, its buffers and the random generators are not changed.
 
     Args:
         model: Model on any device, in any floating-point type.
@@ -87,48 +110,119 @@ def check_model(
         flag: Name of the option in errors.
 
     Raises:
-        UserError: If the model fails, or an output (of any exit) is not a tensor (2, num_outputs).
+        UserError: If the model fails or has nothing to train, or its output is not the same number of tensors
+            (2, num_outputs) in both modes: one tensor, or a plain list or tuple of one tensor per exit.
 
     Example:
-        >>> check_model(nn.Flatten(), in_channels=1, image_size=8, num_outputs=64)
-        >>> check_model(nn.Flatten(), in_channels=1, image_size=8, num_outputs=10)
+        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), in_channels=1, image_size=8, num_outputs=10)
+        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), in_channels=1, image_size=8, num_outputs=10)
         Traceback (most recent call last):
         ...
-        fedekd.errors.UserError: model Flatten: expected output (2, 10) for 2 images, got (2, 64)
+        fedekd.errors.UserError: model Sequential: expected output (2, 10) for 2 images, got (2, 9) in training mode
     """
     height, width = height_and_width(image_size)
-    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    backbone = getattr(model, "backbone", model)
+    name = f"{flag} {type(backbone).__name__}"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        count = sum(1 for _ in model.parameters())
+        actual = f"none of {count}: all are frozen (requires_grad is False)" if count else "a model without parameters"
+        raise UserError(f"{name}: expected at least one parameter to train, got {actual}")
+    like = next((parameter for parameter in trainable if parameter.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
-    name = type(getattr(model, "backbone", model)).__name__
+    hint = f" Set --{flag}.aux_logits false." if getattr(backbone, "aux_logits", False) else ""
+    exits = {}
+    # A forward pass in training mode changes the statistics of BatchNorm, and draws for dropout.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [like.device] if like.device.type == "cuda" else []
     try:
-        with eval_mode(model), torch.no_grad():
-            output = model(images)
-    except Exception as error:  # a user's model may raise anything
-        shape = f"{in_channels} x {height} x {width}"
+        for mode in ("training", "evaluation"):
+            try:
+                with _mode(model, mode == "training"), torch.random.fork_rng(devices=devices):
+                    output = model(images)
+            except Exception as error:  # a user's model may raise anything
+                raise UserError(
+                    f"{name}: expected to accept images of {in_channels} x {height} x {width}. It failed in {mode}"
+                    f" mode: {_one_line(error)}.{hint}"
+                ) from error
+            exits[mode] = _require_logits(output, (2, num_outputs), name, mode, hint)
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    if len(exits["training"]) != len(exits["evaluation"]):
         raise UserError(
-            f"{flag} {name}: expected to accept images of {shape}. It failed: {_one_line(error)}"
-        ) from error
-    for logits in output if isinstance(output, list | tuple) else [output]:
-        if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
-            actual = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            raise UserError(f"{flag} {name}: expected output {(2, num_outputs)} for 2 images, got {actual}")
+            f"{name}: expected as many outputs in training as in evaluation mode, got {len(exits['training'])} and"
+            f" {len(exits['evaluation'])}.{hint}"
+        )
+    if not any(logits.requires_grad for logits in exits["training"]):
+        raise UserError(f"{name}: expected outputs with a gradient in training mode, got detached ones")
+    _require_state_dict(model, name)
+
+
+def _require_logits(output: Any, shape: tuple[int, int], name: str, mode: str, hint: str) -> list[torch.Tensor]:
+    """Return the logits of each exit.
+
+    Raises:
+        UserError: If the output is neither one tensor of the shape nor a plain list or tuple of them.
+    """
+    if not isinstance(output, torch.Tensor) and (type(output) not in (list, tuple) or not output):
+        kind = "an empty one" if type(output) in (list, tuple) else f"a {type(output).__name__}"
+        hint = hint or (" Return its logits." if hasattr(output, "logits") else "")
+        raise UserError(
+            f"{name}: expected a tensor {shape} for 2 images, or a plain list or tuple with one per exit, got {kind} in"
+            f" {mode} mode.{hint}"
+        )
+    exits = [output] if isinstance(output, torch.Tensor) else list(output)
+    for logits in exits:
+        is_tensor = isinstance(logits, torch.Tensor)
+        if not is_tensor or logits.shape != shape or not logits.is_floating_point():
+            actual = f"a {type(logits).__name__}"
+            if is_tensor:
+                actual = str(tuple(logits.shape)) if logits.shape != shape else str(logits.dtype)
+            raise UserError(
+                f"{name}: expected output {shape} for 2 images, got {actual} in {mode} mode{'.' + hint if hint else ''}"
+            )
+    return exits
+
+
+def _require_state_dict(model: nn.Module, name: str) -> None:
+    """Check that a model's state consists of tensors, and can be loaded again.
+
+    Raises:
+        UserError: If it has other values, or loading it fails.
+    """
+    state = model.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{name}: expected tensors in state_dict(), got a {type(value).__name__} for '{key}'")
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # from a user's hook
+        raise UserError(f"{name}: expected to load its own state_dict(). It failed: {_one_line(error)}") from error
 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Context manager: eval mode; restores each module's previous mode on exit."""
+    with _mode(network, training=False):
+        yield
+
+
+@contextmanager
+def _mode(network: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
-    if not any(training for _, training in modes):
+    if all(before == training for _, before in modes):
         yield
         return
-    network.eval()
+    network.train(training)
     try:
         yield
     finally:
-        if modes[0][1]:
-            network.train()  # a user's network may override train()
-        for module, training in modes:
-            module.training = training
+        if modes[0][1] != training:
+            network.train(modes[0][1])  # a user's network may override train()
+        for module, before in modes:
+            module.training = before
 
 
 def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -148,7 +242,8 @@ def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _parse(spec: Any, flag: str) -> tuple[str, dict[str, Any]]:
@@ -169,8 +264,10 @@ def _locate(class_path: str, flag: str) -> Callable[..., Any]:
     module_name, _, name = class_path.rpartition(".")
     try:
         module = import_module(module_name or "fedekd.models")
-    except (ImportError, TypeError, ValueError) as error:  # the last two: a relative path, an empty part
-        raise UserError(f"{flag}: expected an importable model, got {shorten(repr(class_path))}. {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        raise UserError(
+            f"{flag}: expected an importable model, got {shorten(repr(class_path))}. {_one_line(error)}"
+        ) from error
     factory = getattr(module, name, None)
     if callable(factory):
         return factory  # type: ignore[no-any-return]

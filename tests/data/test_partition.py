@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from fedekd.data import (
     iid_partition,
     split_indices,
 )
+from fedekd.data.partition import checked_parts
 from fedekd.errors import UserError
 
 LABELS = np.repeat(np.arange(10), 60)
@@ -290,3 +293,52 @@ def test_cut_validation_is_random() -> None:
     one, other = (cut_validation(range(60), seed)[1] for seed in (0, 1))
     assert not np.array_equal(one, other)
     assert not np.array_equal(one, np.arange(20, 40))
+
+
+THIRDS = [np.arange(0, 4), np.arange(4, 8), np.arange(8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({0: THIRDS[0], 1: THIRDS[1], 2: THIRDS[2]}, "got a dict"),
+        (None, "got a NoneType"),
+        (3, "got a int"),
+        ("012", "got a str"),
+        ([0, 1, 2], r"got shape \(\) for client 0"),
+        ([*THIRDS[:2], THIRDS[2].astype(float)], "got values of type float64 for client 2"),
+        ([*THIRDS[:2], np.ones(12, bool)], "got values of type bool for client 2"),
+        ([*THIRDS[:2], [[8, 9], [10, 11]]], r"got shape \(2, 2\) for client 2"),
+        ([*THIRDS[:2], [[8, 9], [10]]], "got a list for client 2"),
+        ([*THIRDS[:2], ["8"]], "got values of type <U1 for client 2"),
+        ([*THIRDS[:2], [8, 3, 4]], r"got the index 3 2 times \(clients 0, 2\)"),
+        ([*THIRDS[:2], [8, 9, 9]], r"got the index 9 2 times \(clients 2\)"),
+        ([*THIRDS[:2], []], "got no index for client 2"),
+        ([*THIRDS[:2], [8, 12]], "got the index 12 for client 2"),
+        ([*THIRDS[:2], [8, -1]], "got the index -1 for client 2"),
+        (THIRDS[:2], "got 2 arrays"),
+        ([*THIRDS, [11]], "got more arrays"),
+        ((np.array([number]) for number in count()), "got more arrays"),
+    ],
+)
+def test_checked_parts_other_results_raise_one_line(parts: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.partition: expected 3 arrays .* in 0\.\.11, {message}$"):
+        checked_parts(parts, 3, 12)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        THIRDS,
+        tuple(part.tolist() for part in THIRDS),
+        (part for part in THIRDS),
+        np.arange(12).reshape(3, 4),
+        [torch.from_numpy(part) for part in THIRDS],
+        [part.astype(np.uint8) for part in THIRDS],
+    ],
+    ids=["arrays", "lists", "generator", "matrix", "tensors", "uint8"],
+)
+def test_checked_parts_accepts_sequences_of_integers(parts: Any) -> None:
+    checked = checked_parts(parts, 3, 12)
+    assert all(part.dtype == np.int64 for part in checked)
+    assert [part.tolist() for part in checked] == [part.tolist() for part in THIRDS]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import namedtuple
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -96,7 +97,7 @@ def test_build_model_passes_arguments_of_signature():
         ({"class_path": "ProxyCNN", "init_args": {"image_size": 9}}, "expected image_size 8 as in the data, got 9"),
         (
             {"class_path": "users.GreyNet", "init_args": {"width": 0}},
-            "'users.GreyNet': width must be at least 1",
+            "'users.GreyNet': ValueError: width must be at least 1",
         ),
         ("users.not_a_model", "expected a torch.nn.Module from .* got a int"),
         ({"init_args": {}}, "expected a class path"),
@@ -126,10 +127,12 @@ class Answer(nn.Module):
         self.output = output
 
     def forward(self, x):
-        self.norm(x)
+        nothing = 0 * self.norm(x).sum()
         if isinstance(self.output, Exception):
             raise self.output
-        return self.output
+        if isinstance(self.output, torch.Tensor):
+            return self.output + nothing
+        return [logits + nothing for logits in self.output] if type(self.output) is list else self.output
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 4), [torch.zeros(2, 4), torch.ones(2, 4)]])
@@ -152,9 +155,9 @@ def test_check_model_valid_model_is_unchanged(output):
         ({"logits": torch.zeros(2, 4)}, "got a dict"),
         (
             RuntimeError("mat1 and mat2\ncannot be multiplied"),
-            "images of 1 x 8 x 9.* It failed: mat1 and mat2 cannot be multiplied",
+            "images of 1 x 8 x 9.* It failed in training mode: RuntimeError: mat1 and mat2 cannot be multiplied",
         ),
-        (KeyError(), "images of 1 x 8 x 9.* It failed: KeyError"),
+        (KeyError(), "images of 1 x 8 x 9.* It failed in training mode: KeyError"),
     ],
 )
 def test_check_model_wrong_output_raises_one_line_user_error(output, message):
@@ -171,7 +174,7 @@ def test_build_model_errors_of_builder_become_user_error(error, monkeypatch):
         raise error
 
     monkeypatch.setitem(__import__("sys").modules, "users", SimpleNamespace(__name__="users", builder=builder))
-    with pytest.raises(UserError, match=r"'users.builder': no (memory|weights)"):
+    with pytest.raises(UserError, match=r"'users.builder': (RuntimeError|OSError): no (memory|weights)"):
         build_model("users.builder", **DATA)
 
 
@@ -180,6 +183,114 @@ def test_check_model_model_for_larger_images_raises_user_error(name, size):
     model = build_model(f"torchvision.models.{name}", in_channels=1, image_size=size, num_classes=4)
     with pytest.raises(UserError, match="expected to accept images of 1 x 28 x 28"):
         check_model(model, in_channels=1, image_size=size, num_outputs=4)
+
+
+Pair = namedtuple("Pair", ["logits", "aux"])
+
+
+class Linear(nn.Module):
+    """A linear layer whose output is transformed by a function of (module, logits)."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.layer = nn.Linear(64, 4)
+        self.dropout = nn.Dropout()
+        self.transform = transform
+
+    def forward(self, x):
+        return self.transform(self, self.dropout(self.layer(x.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda module, logits: (logits, logits) if module.training else logits, "as many outputs .* got 2 and 1"),
+        (lambda module, logits: logits if module.training else logits[:, :3], r"got \(2, 3\) in evaluation mode"),
+        (lambda module, logits: Pair(logits, logits), "got a Pair in training mode.* Return its logits"),
+        (lambda module, logits: SimpleNamespace(logits=logits), "got a SimpleNamespace.* Return its logits"),
+        (lambda module, logits: logits.max(1), "got a max in training mode"),
+        (lambda module, logits: [], "got an empty one"),
+        (lambda module, logits: logits.round().long(), "torch.int64"),
+        (lambda module, logits: logits.detach(), "outputs with a gradient"),
+        (lambda module, logits: 1 / 0, "It failed in training mode: ZeroDivisionError: division by zero"),
+        (lambda module, logits: module.layer, "got a Linear in training mode"),
+    ],
+)
+def test_check_model_other_output_than_logits_raises_one_line(transform, message):
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=f"^model Linear: .*{message}") as error:
+        check_model(Linear(transform), in_channels=1, image_size=8, num_outputs=4)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 400
+    torch.set_rng_state(state)
+
+
+def test_check_model_draws_nothing_from_global_generators():
+    model = Linear(lambda module, logits: (logits, logits))
+    state = torch.get_rng_state()
+    check_model(model, in_channels=1, image_size=8, num_outputs=4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_model_auxiliary_heads_name_the_option():
+    spec = {"class_path": "torchvision.models.googlenet", "init_args": {"aux_logits": True, "init_weights": False}}
+    model = build_model(spec, in_channels=3, image_size=32, num_classes=4)
+    with pytest.raises(UserError, match=r"Set --client\.private_model\.aux_logits false") as error:
+        check_model(model, in_channels=3, image_size=32, num_outputs=4, flag="client.private_model")
+    assert len(str(error.value)) <= 400
+
+
+class ExtraState(nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__(64, 4)
+
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False), "none of 2: all are frozen"),
+        (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 16)), nn.AdaptiveMaxPool1d(1), nn.Flatten()), "without param"),
+        (ExtraState(), "expected tensors in state_dict.*, got a dict for '_extra_state'"),
+    ],
+)
+def test_check_model_nothing_to_train_or_average_raises_one_line(model, message):
+    with pytest.raises(UserError, match=message):
+        check_model(model, in_channels=1, image_size=8, num_outputs=4)
+
+
+def complex_model(in_channels, num_classes):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    model.register_buffer("spectrum", torch.zeros(2, dtype=torch.complex64))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda in_channels, num_classes: nn.Sequential(nn.LazyLinear(num_classes)), "the lazy '0.weight'"),
+        (lambda num_classes: nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, num_classes)), "the lazy '0.weight'"),
+        (lambda in_channels, num_classes: nn.Linear(64, num_classes, device="meta"), "'weight' on the meta device"),
+        (complex_model, "'spectrum' of torch.complex64"),
+        (lambda in_channels, num_classes: [][0], "IndexError: list index out of range"),
+        (lambda in_channels, num_classes: in_channels.no_such, "AttributeError: .* no attribute 'no_such'"),
+    ],
+)
+def test_build_model_unusable_model_raises_one_line(factory, message, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "users", SimpleNamespace(__name__="users", factory=factory))
+    with pytest.raises(UserError, match=f"^model 'users.factory': .*{message}") as error:
+        build_model("users.factory", **DATA)
+    assert "\n" not in str(error.value)
 
 
 class Merging(nn.Module):
