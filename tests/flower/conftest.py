@@ -13,6 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 
+from fedekd.atomic import unseal
 from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
@@ -256,7 +257,7 @@ class Sites:
 
     def newest_state(self, number: int) -> Any:
         """Newest state of a site."""
-        return unpack(max(self.versions(number).items())[1].read_bytes())
+        return unpack(unseal(max(self.versions(number).items())[1].read_bytes()))
 
     def server(
         self,

@@ -18,6 +18,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Array, Error, Message, RecordDict
 
+from fedekd.atomic import unseal
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundRequest
 from fedekd.federation.checkpoint import unpack
@@ -165,7 +166,7 @@ def test_messages_contain_proxy_but_nothing_private(sites: Sites, tmp_path: Path
     def record_states(message: Message, reply: Reply) -> Message:
         result = reply()
         for number in range(NUM_SITES):
-            states.extend(unpack(path.read_bytes()) for path in sites.versions(number).values())
+            states.extend(unpack(unseal(path.read_bytes())) for path in sites.versions(number).values())
         return result
 
     sites.grid.intercept = record_states
@@ -234,6 +235,21 @@ def test_run_restarted_server_resumes_with_equal_result(
     assert_equal_runs(sites, server, tmp_path / "run", single_process)
     assert 0 not in [values_of(request).get("round") for request in sites.grid.requests]
     assert {request.metadata.message_type for request in sites.grid.requests} <= {DESCRIBE, ROUND, LAST_ROUND}
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/manifest-0003.json"])
+def test_serve_damaged_finished_run_is_repaired(
+    name: str, sites: Sites, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
+    settings = Settings(tuple(options), NUM_SITES, output=str(tmp_path / "run"))
+    summary = serve(sites.grid, settings)
+    metrics = (tmp_path / "run/metrics.csv").read_bytes()
+    (tmp_path / "run" / name).unlink()
+    assert figures(serve(sites.grid, settings)) == figures(summary)
+    assert "; repairing the run" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.csv").read_bytes() == metrics
+    assert serve(sites.grid, settings)["mean"] == summary["mean"]
+    assert "is finished; nothing to do" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
