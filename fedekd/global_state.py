@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _lock = threading.RLock()
 
@@ -34,6 +35,8 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         seed: Seed, a 63-bit integer.
         device: Device in use; None or a CPU seeds the generator of the CPU only.
     """
+    import torch  # here: reporting uses the lock without PyTorch
+
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):
@@ -50,6 +53,8 @@ def isolated_rng(seed: int, device: torch.device | None = None) -> Iterator[None
         seed: Seed, a 63-bit integer.
         device: Device in use; None or a CPU isolates the generator of the CPU only.
     """
+    import torch
+
     devices = [device] if device is not None and device.type == "cuda" else []
     with _lock, torch.random.fork_rng(devices=devices):
         seed_generators(seed, device)
@@ -66,6 +71,8 @@ def intraop_threads(threads: int) -> Iterator[None]:
     Args:
         threads: Number of threads, at least 1.
     """
+    import torch
+
     with _lock:
         own, shared = torch.get_num_threads(), _in_new_thread(torch.get_num_threads)
         torch.set_num_threads(threads)

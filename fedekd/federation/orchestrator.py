@@ -130,7 +130,7 @@ class Orchestrator:
         self.aggregates = AggregateValidator(self.spec)
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
-        self.tracker = Tracker(loggers, output)
+        self.tracker = Tracker(loggers, output, self.observer.warn)
         self.progress = Progress()
         self.interrupts = Interrupts()
 

@@ -20,7 +20,7 @@ import fedekd
 #: Parts of the package that decide the numbers of a run.
 RESULT_CODE = (
     *("data", "do_no_harm", "early_exit", "federation", "functional", "methods", "metrics", "models", "modules"),
-    *("seeding.py", "tasks.py"),
+    *("global_state.py", "seeding.py", "tasks.py"),
 )
 
 #: Calls that import a module; with a computed name, the module cannot be read from the source.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fedekd.atomic import atomic_file
+from fedekd.errors import UserError
 from fedekd.reporting.rows import Row, Summary, column_order
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ def _number(cell: str) -> float:
 class FederationLogger(Protocol):
     """Optional interface of a Lightning logger that continues a run after a resume."""
 
-    def bind(self, run_dir: Path) -> None:
-        """Set the run folder, before anything is logged."""
+    def bind(self, run_dir: Path | None, warn: Callable[[str], None]) -> None:
+        """Set the run folder, if any, and where warnings go, before anything is logged."""
 
     def rounds_held(self) -> int:
         """Return the last round that the logger has stored; 0 if none."""
@@ -81,61 +83,98 @@ class Tracker:
     A resumed run calls `replay` with the rows of its checkpoint. Each logger then gets the rounds that it lacks: a
     `FederationLogger` reports which rounds it has; any other starts a new file, and gets every round.
 
+    A logger that fails does not end the run: it gets a warning, and nothing more until it is closed. Only a `UserError`
+    up to the end of `replay`, before anything is trained, is raised.
+
     Args:
         loggers: Lightning loggers, such as CSVLogger, TensorBoardLogger or `WandbRunLogger`.
         run_dir: Run folder, where a `FederationLogger` stores what a resume needs; None for a run without one.
+        warn: Called with one line per failure. Default: a Python warning.
     """
 
-    def __init__(self, loggers: Sequence[Logger], run_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        loggers: Sequence[Logger],
+        run_dir: str | os.PathLike[str] | None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         self.loggers = list(loggers)
-        self._held: dict[int, int] = {}
-        self._open = True
-        for logger in self.loggers:
-            if isinstance(logger, FederationLogger) and run_dir is not None:
-                logger.bind(Path(run_dir))
+        self.warn = warn
+        self._held: dict[Logger, int] = {}
+        self._failed: set[Logger] = set()
+        self._is_started, self._is_open = False, True
+        folder = None if run_dir is None else Path(run_dir)
+        self._call_federation_loggers(lambda logger: logger.bind(folder, warn))
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Log the nested configuration of the run."""
-        for logger in self.loggers:
-            logger.log_hyperparams(dict(config))
+        self._call_each(lambda logger: logger.log_hyperparams(dict(config)))
 
     def log_round(self, row: Row) -> None:
         """Log a row, with its round as the step, to each logger that lacks it."""
-        for index, logger in enumerate(self.loggers):
-            if index not in self._held:
-                self._held[index] = logger.rounds_held() if isinstance(logger, FederationLogger) else 0
-            step = int(row["round"])
-            if step > self._held[index]:
+        step = int(row["round"])
+
+        def log(logger: Logger) -> None:
+            if step > self._rounds_held(logger):
                 logger.log_metrics(dict(row), step=step)
                 logger.save()
-                self._held[index] = step
+                self._held[logger] = step
+
+        self._call_each(log)
 
     def replay(self, history: Sequence[Row]) -> None:
-        """Log the rounds of a checkpoint to the loggers that lack them."""
+        """Start the loggers, and log the rounds of a checkpoint to those that lack them."""
+        self._call_each(self._rounds_held)
         for row in history:
             self.log_round(row)
+        self._is_started = True
 
     def log_summary(self, summary: Summary) -> None:
         """Log the summary to each `FederationLogger`."""
-        for logger in self.loggers:
-            if isinstance(logger, FederationLogger):
-                logger.log_summary(summary)
+        self._call_federation_loggers(lambda logger: logger.log_summary(summary))
 
     def log_artifacts(self, folder: str | os.PathLike[str]) -> None:
         """Log the folder of checkpoints to each `FederationLogger`."""
-        for logger in self.loggers:
-            if isinstance(logger, FederationLogger):
-                logger.log_artifacts(Path(folder))
+        self._call_federation_loggers(lambda logger: logger.log_artifacts(Path(folder)))
 
     def close(self, status: str = "success") -> None:
-        """Close every logger; a second call does nothing.
+        """Close every logger, also one that failed; a second call does nothing.
 
         Args:
             status: `success`, `failed` or `interrupted`.
         """
-        if self._open:
-            self._open = False
-            for logger in self.loggers:
-                logger.finalize(status)
-                if isinstance(logger, FederationLogger):
-                    logger.finish(status)
+        if self._is_open:
+            self._is_open, self._is_started = False, True  # an error before would hide the one that ends the run
+            self._call_each(lambda logger: logger.finalize(status), closes=True)
+            self._call_federation_loggers(lambda logger: logger.finish(status), closes=True)
+
+    def _rounds_held(self, logger: Logger) -> int:
+        if logger not in self._held:
+            self._held[logger] = logger.rounds_held() if isinstance(logger, FederationLogger) else 0
+        return self._held[logger]
+
+    def _call_federation_loggers(self, call: Callable[[FederationLogger], object], closes: bool = False) -> None:
+        self._call_each(lambda logger: call(logger) if isinstance(logger, FederationLogger) else None, closes)
+
+    def _call_each(self, call: Callable[[Logger], object], closes: bool = False) -> None:
+        """Call a function with each logger, and catch its failure."""
+        for logger in self.loggers:
+            if logger in self._failed and not closes:
+                continue
+            try:
+                call(logger)
+            except Exception as error:
+                if isinstance(error, UserError) and not self._is_started:
+                    raise
+                if logger not in self._failed:
+                    self._failed.add(logger)
+                    self.warn(
+                        f"logger: {type(logger).__name__} failed and gets nothing more of this run ({one_line(error)})."
+                        " The rounds are in metrics.csv; fit --resume logs the rest of an unfinished run."
+                    )
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+    """Return the class and the message of an error in one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

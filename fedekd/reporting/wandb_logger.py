@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import netrc
 import os
-import re
-import secrets
-import shutil
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fedekd.atomic import atomic_file
 from fedekd.errors import UserError
 from fedekd.reporting.rows import Summary
+from fedekd.reporting.tracking import one_line
+from fedekd.reporting.wandb_start import (
+    ONLINE_MODES,
+    choose_mode,
+    own_run_id,
+    remove_offline_runs,
+    require_writable_folders,
+    unreachable,
+)
 
-#: Run ids that Weights & Biases accepts.
-_RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+#: Loggers of this process with a run: `wandb.teardown` would end all of them.
+_active: WeakSet[WandbRunLogger] = WeakSet()
+_lock = threading.Lock()
 
 
 class WandbRunLogger(WandbLogger):
@@ -29,10 +36,10 @@ class WandbRunLogger(WandbLogger):
 
     `round` is the x axis of every metric, and a sweep may use any of them, such as `delta/avg`. Nothing is printed.
 
-    The run is online with credentials, else offline in files that `wandb sync` uploads later. Its id is random, stored
-    in the run folder, and unchanged after a resume. Weights & Biases cannot resume an offline run, and a killed process
-    loses unwritten rows. A resumed offline run therefore starts again: its earlier folder is removed, and the `Tracker`
-    replays the rounds. An online run continues after the last round on the server.
+    The run is online with credentials and a server that answers, else offline in files that `wandb sync` uploads later.
+    Its id is random, stored in the run folder, and unchanged after a resume. Weights & Biases cannot resume an offline
+    run, and a killed process loses unwritten rows. A resumed offline run therefore starts again: its earlier folder is
+    removed, and the `Tracker` replays the rounds. An online run continues after the last round on the server.
 
     Args:
         project: Project; None is `WANDB_PROJECT` or `fedekd`. A sweep's project takes precedence.
@@ -65,12 +72,13 @@ class WandbRunLogger(WandbLogger):
         self._log_checkpoints = log_checkpoints
         self._labels = {"entity": entity, "group": group, "job_type": job_type, "name": name, "tags": tags}
         self._run_dir: Path | None = None
+        self._warn: Callable[[str], None] = warnings.warn
         self._owns_run = False
 
-    def bind(self, run_dir: Path) -> None:
+    def bind(self, run_dir: Path | None, warn: Callable[[str], None]) -> None:
         """Store the run id in `run_dir`, and the files unless `save_dir` is given."""
-        self._run_dir = run_dir
-        if self._save_dir is None:
+        self._run_dir, self._warn = run_dir, warn
+        if self._save_dir is None and run_dir is not None:
             self._save_dir = os.fspath(run_dir)
 
     @property
@@ -84,35 +92,50 @@ class WandbRunLogger(WandbLogger):
         return self._experiment
 
     def _start(self) -> Any:
-        import wandb
-
         save_dir = Path(self._save_dir or ".")
         save_dir.mkdir(parents=True, exist_ok=True)
-        self._id = _run_id(self._run_dir)
+        self._id = own_run_id(self._run_dir)
         if self._run_dir is not None:
-            _remove_offline_runs(save_dir, self._id)
-        # A sweep agent sets project and id through the environment; arguments would only cause a warning.
-        identity = {} if os.environ.get("WANDB_SWEEP_ID") else {"project": self._project, "id": self._id}
-        mode = _mode(self._offline_wanted)
+            remove_offline_runs(save_dir, self._id)
+        with _lock:
+            _active.add(self)
         try:
-            run = wandb.init(
-                **identity,
-                **self._labels,
-                dir=os.fspath(save_dir),
-                mode=mode,
-                resume="allow",
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"logger: Weights & Biases could not start a run (WANDB_MODE={mode}): {reason}. "
-                "Log in with `wandb login`, or set WANDB_MODE=offline."
-            ) from error
+            run = self._init(save_dir)
+        except BaseException:
+            _active.discard(self)
+            raise
         # No summary="last": `delta/avg` would become {"last": x}, which a sweep does not find. No step_sync: a call
         # without `round` would get the last one, and that round would be logged twice.
         run.define_metric("*", step_metric="round", step_sync=False)
         self._owns_run = True
+        return run
+
+    def _init(self, save_dir: Path) -> Any:
+        """Start a run; offline, after a warning, where it cannot be online."""
+        import wandb
+
+        # A sweep agent sets project and id through the environment; arguments would only cause a warning.
+        arguments = {} if os.environ.get("WANDB_SWEEP_ID") else {"project": self._project, "id": self._id}
+        # create_new: runs of other threads are not this one, and `wandb.run` stays the user's.
+        settings = {"silent": True, "console": "off", "reinit": "create_new", "init_timeout": 30}
+        arguments |= {**self._labels, "dir": os.fspath(save_dir), "resume": "allow"}
+        if os.environ.get("WANDB_MODE") != "disabled":
+            require_writable_folders()  # first: W&B's service starts with its settings
+        mode, problem = choose_mode(self._offline_wanted), None
+        try:
+            problem = unreachable() if (mode or wandb.setup().settings.mode) in ONLINE_MODES else None
+            if problem is None:
+                return wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
+        except (wandb.errors.Error, ValueError) as error:
+            problem = one_line(error)
+            self._teardown(1)  # its service holds the id of the run that failed
+        try:
+            run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
+        except (wandb.errors.UsageError, ValueError) as error:  # offline, only an option can be the reason
+            raise UserError(f"logger: expected options that W&B accepts, got an error: {one_line(error)}") from error
+        self._warn(
+            f"logger: W&B is offline ({problem}). Upload the run later with `wandb sync {save_dir}/wandb/offline-run-*`"
+        )
         return run
 
     def rounds_held(self) -> int:
@@ -170,63 +193,16 @@ class WandbRunLogger(WandbLogger):
     def finish(self, status: str) -> None:
         """End the run if this logger started it, as failed unless `success`."""
         if self._owns_run:
-            import wandb
-
             run, self._owns_run = self.experiment, False
             run.finish(exit_code=0 if status == "success" else 1)
-            if run.offline and wandb.run is None:
-                # An offline `finish` returns before the file is written; this waits for it.
-                wandb.teardown(exit_code=0)
+            _active.discard(self)
+            if run.offline:
+                self._teardown(0)  # an offline `finish` returns before the file is written; this waits for it
 
+    def _teardown(self, exit_code: int) -> None:
+        """End the service of W&B, unless another run uses it."""
+        import wandb
 
-def _run_id(run_dir: Path | None) -> str:
-    """Return the run id from the environment or the run folder, or draw one.
-
-    It does not depend on the seed: two equal federations are two runs. A damaged file counts as missing.
-    """
-    file = None if run_dir is None else run_dir / "wandb" / "run-id"
-    given = os.environ.get("WANDB_RUN_ID")
-    if not given and file is not None and file.is_file():
-        stored = file.read_bytes().decode(errors="replace").strip()
-        if _RUN_ID.fullmatch(stored):
-            return stored
-    run_id = given or secrets.token_hex(4)
-    if file is not None:
-        with atomic_file(file) as output:
-            output.write(f"{run_id}\n".encode())
-    return run_id
-
-
-def _remove_offline_runs(save_dir: Path, run_id: str) -> None:
-    """Remove offline folders of this run, whose rounds will be replayed."""
-    pattern = re.compile(rf"offline-run-\d+_\d+-{re.escape(run_id)}(-\d+)?")
-    for folder in [*save_dir.glob("wandb/offline-run-*"), *save_dir.glob(".wandb/offline-run-*")]:
-        if pattern.fullmatch(folder.name):
-            # First the file that `wandb sync` reads: the service of a killed process may still write other files.
-            (folder / f"run-{run_id}.wandb").unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _mode(offline: bool | None) -> str | None:
-    """Return the mode for `wandb.init`; None uses the settings of W&B."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if offline is None:
-        return None if _logged_in() else "offline"
-    return "offline" if offline else "online"
-
-
-def _logged_in() -> bool:
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(wandb.setup().settings.base_url).netloc
-    given = os.environ.get("NETRC")
-    for file in [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        try:
-            if netrc.netrc(file.expanduser()).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+        with _lock:
+            if wandb.run is None and not set(_active) - {self}:
+                wandb.teardown(exit_code=exit_code)

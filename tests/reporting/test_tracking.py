@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedekd.atomic import atomic_file
+from fedekd.errors import UserError
 from fedekd.reporting import Tracker, read_metrics_csv, write_metrics_csv
 
 
@@ -81,7 +82,7 @@ class RecordingLogger:
 class HoldingLogger(RecordingLogger):
     """FederationLogger that has stored two rounds."""
 
-    def bind(self, run_dir):
+    def bind(self, run_dir, warn):
         self.calls.append(("bind", run_dir))
 
     def rounds_held(self):
@@ -122,6 +123,70 @@ def test_tracker_sends_each_logger_the_rounds_it_lacks(tmp_path, make_row):
         ("finalize", "success"),
         ("finish", "success"),
     ]
+
+
+class FailingLogger(HoldingLogger):
+    """HoldingLogger of which one call raises an error of two lines, or the given one."""
+
+    def __init__(self, method, error=None):
+        super().__init__()
+        self.method, self.error = method, error or OSError("no space\nleft " + 500 * "!")
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "method"):
+
+            def fail(*_, **__):
+                raise self.error
+
+            return fail
+        return super().__getattribute__(name)
+
+    def rounds_held(self):
+        return 0
+
+
+def track(tracker, tmp_path, make_row):
+    """Make every call of a run."""
+    tracker.log_config({"seed": 0})
+    tracker.replay([make_row(1)])
+    tracker.log_round(make_row(2))
+    tracker.log_artifacts(tmp_path)
+    tracker.log_summary({"mean": 1.0})
+    tracker.close()
+
+
+METHODS = ("bind", "log_hyperparams", "rounds_held", "log_metrics", "save", "log_summary", "log_artifacts")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "finalize", "finish"])
+def test_tracker_failing_logger_is_one_warning_and_the_others_continue(tmp_path, make_row, method):
+    before, failing, after, reference = RecordingLogger(), FailingLogger(method), HoldingLogger(), HoldingLogger()
+    warned = []
+    track(Tracker([before, failing, after], tmp_path, warned.append), tmp_path, make_row)
+    track(Tracker([reference], tmp_path), tmp_path, make_row)
+    assert after.calls == reference.calls
+    assert [call[0] for call in before.calls].count("log_metrics") == 2
+    [line] = warned
+    assert line.startswith("logger: FailingLogger failed and gets nothing more of this run (OSError: no space left !!")
+    assert "\n" not in line
+    assert len(line) <= 400
+    if method in METHODS:  # closed all the same: the rows until then are worth keeping
+        assert failing.calls[-2:] == [("finalize", "success"), ("finish", "success")]
+
+
+def test_tracker_user_error_is_raised_before_training_and_warned_of_later(tmp_path, make_row):
+    error = UserError("logger: expected a project, got '/'")
+    with pytest.raises(UserError, match="expected a project"):
+        Tracker([FailingLogger("rounds_held", error)], tmp_path).replay([])
+    warned = []
+    tracker = Tracker([FailingLogger("log_summary", error)], tmp_path, warned.append)
+    track(tracker, tmp_path, make_row)
+    assert len(warned) == 1
+
+
+def test_tracker_interrupt_in_a_logger_is_raised(tmp_path, make_row):
+    with pytest.raises(KeyboardInterrupt):
+        track(Tracker([FailingLogger("log_metrics", KeyboardInterrupt())], tmp_path), tmp_path, make_row)
 
 
 def test_tracker_csv_logger_has_all_rounds_after_a_resume(tmp_path, make_row):

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 
 from fedekd.errors import UserError
 from fedekd.reporting import Tracker
 
 wandb = pytest.importorskip("wandb")
 
-from fedekd.reporting.wandb_logger import WandbRunLogger, _logged_in, _mode, _run_id  # noqa: E402
+from fedekd.reporting.wandb_logger import WandbRunLogger  # noqa: E402
+from fedekd.reporting.wandb_start import choose_mode, is_logged_in, own_run_id  # noqa: E402
 
 KILLED_RUN = """
 import os, signal, sys, time
@@ -183,6 +185,7 @@ class FakeRun:
 def test_online_resume_logs_only_missing_rounds(tmp_path, make_row, monkeypatch, summary, step):
     run, given = FakeRun(summary, step), {}
     monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
+    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
     tracker = Tracker([WandbRunLogger(offline=False)], tmp_path)
     tracker.replay([make_row(1)])
     for round_idx in (2, 3, 4):
@@ -207,22 +210,79 @@ def test_sweep_agent_sets_project_and_id(tmp_path, make_row, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../up", b"a b", b"x" * 200])
 def test_run_id_damaged_is_drawn_again(tmp_path, content):
-    run_id = _run_id(tmp_path)
-    assert _run_id(tmp_path) == run_id
+    run_id = own_run_id(tmp_path)
+    assert own_run_id(tmp_path) == run_id
     (tmp_path / "wandb" / "run-id").write_bytes(content)
-    again = _run_id(tmp_path)
+    again = own_run_id(tmp_path)
     assert again != run_id
-    assert _run_id(tmp_path) == again
+    assert own_run_id(tmp_path) == again
 
 
-def test_wandb_error_raises_user_error(tmp_path, make_row, monkeypatch):
-    def refuse(**_):
-        raise wandb.errors.UsageError("api_key not configured\n(no-tty)")
+@pytest.mark.parametrize("problem", ["no network", "no login", "old key"])
+def test_run_that_cannot_be_online_is_offline_with_a_warning(tmp_path, make_row, monkeypatch, problem):
+    modes, warned = [], []
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"api_key not configured .*WANDB_MODE=offline") as raised:
-        Tracker([WandbRunLogger(offline=False)], tmp_path).log_round(make_row(1))
+    def head(url, timeout):
+        assert timeout <= 5
+        if problem == "no network":
+            raise requests.ConnectionError("no network", request=requests.Request("HEAD", url))
+
+    def init(mode, **_):
+        modes.append(mode)
+        if mode == "online":
+            raise {"no login": wandb.errors.UsageError, "old key": wandb.errors.CommError}[problem](problem)
+        return FakeRun({}, 0)
+
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = Tracker([WandbRunLogger(offline=False)], tmp_path, warned.append)
+    tracker.replay([make_row(1)])
+    assert modes == (["offline"] if problem == "no network" else ["online", "offline"])
+    assert len(warned) == 1
+    assert f"`wandb sync {tmp_path}/wandb/offline-run-*`" in warned[0]
+    assert ("no answer" if problem == "no network" else problem) in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"), [({"project": "a/b"}, {}), ({"tags": [70 * "x"]}, {}), ({}, {"WANDB_MODE": "foo"})]
+)
+def test_invalid_option_raises_user_error_before_training(tmp_path, monkeypatch, arguments, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=r"^(logger: expected options that W&B accepts|WANDB_MODE: expected one of)"
+    ) as raised:
+        Tracker([WandbRunLogger(**arguments)], tmp_path).replay([])
     assert "\n" not in str(raised.value)
+
+
+def test_unwritable_home_is_one_warning(tmp_path, make_row, make_summary, monkeypatch, capfd):
+    wandb.teardown()  # the service of an earlier test has found its folders
+    (tmp_path / "file").touch()
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))  # root may write anywhere, but not below a file
+    warned = []
+    tracker = Tracker([WandbRunLogger()], tmp_path / "run", warned.append)
+    tracker.log_config({"seed": 0})
+    tracker.replay([make_row(1)])
+    tracker.log_summary(make_summary((0.5, 0.75)))
+    tracker.close()
+    [line] = warned
+    assert "set WANDB_CACHE_DIR to another folder" in line
+    assert capfd.readouterr() == ("", "")
+
+
+def test_two_loggers_at_once_have_a_run_each(tmp_path, make_row, run_folders, read_history):
+    trackers = [start(tmp_path / name) for name in ("a", "b")]
+    for round_idx, tracker in ((1, trackers[0]), (1, trackers[1]), (2, trackers[1])):
+        tracker.log_round(make_row(round_idx))
+    trackers[0].close()
+    trackers[1].log_round(make_row(3))
+    trackers[1].close()
+    for name, rounds in (("a", (1,)), ("b", (1, 2, 3))):
+        (folder,) = run_folders(tmp_path / name)
+        assert read_history(folder) == [make_row(round_idx) for round_idx in rounds]
 
 
 def test_mode_prefers_wandb_mode_then_argument_then_credentials(monkeypatch, tmp_path):
@@ -231,18 +291,18 @@ def test_mode_prefers_wandb_mode_then_argument_then_credentials(monkeypatch, tmp
         "setup",
         lambda: SimpleNamespace(settings=SimpleNamespace(base_url="https://wandb.example.org")),
     )
-    assert (_mode(None), _mode(True), _mode(False)) == ("offline", "offline", "online")
+    assert (choose_mode(None), choose_mode(True), choose_mode(False)) == ("offline", "offline", "online")
     (tmp_path / "netrc").write_text("machine other.example.org login user password x\n")
-    assert not _logged_in()
+    assert not is_logged_in()
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password x\n")
-    assert _logged_in()
-    assert _mode(None) is None  # the settings of W&B decide
+    assert is_logged_in()
+    assert choose_mode(None) is None  # the settings of W&B decide
     (tmp_path / "netrc").write_text("not a netrc file")
-    assert _mode(None) == "offline"
+    assert choose_mode(None) == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert _mode(None) is None
+    assert choose_mode(None) is None
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert (_mode(None), _mode(False)) == ("disabled", "disabled")
+    assert (choose_mode(None), choose_mode(False)) == ("disabled", "disabled")
 
 
 def test_disabled_mode_writes_no_file(tmp_path, make_row, make_summary, monkeypatch, run_folders):
