@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
@@ -11,6 +12,9 @@ LONGEST_ERROR = 390
 _LONGEST_VALUE = 60
 _LONGEST_LIST = 160
 _LONGEST_PATH = 120
+
+#: Error numbers of a full disk, after which the same command can go on.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):

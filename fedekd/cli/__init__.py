@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fedekd.errors import LONGEST_ERROR, UserError, nearest, shorten, shorten_path
+from fedekd.errors import LONGEST_ERROR, NO_ROOM, UserError, nearest, shorten, shorten_path
 
 #: Command -> (module, line of help). A command is one module with `run(argv) -> exit code`.
 COMMANDS = {
@@ -25,9 +25,6 @@ COMMANDS = {
     "benchmark": ("fedekd.cli.benchmark", "run a grid of federations: benchmark --config benchmark/quick.yaml"),
     "report": ("fedekd.cli.report", "write a report of finished runs: report RUNS"),
 }
-
-#: Errors of a write that succeeds when there is more room.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 OK, INVALID_INPUT, INTERRUPTED = 0, 2, 130
 

@@ -13,12 +13,13 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.atomic import DRAFTS
-from fedekd.cli import NO_ROOM
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
-from fedekd.errors import UserError, shorten, shorten_path
+from fedekd.data.npz import one_line
+from fedekd.errors import LONGEST_ERROR, UserError, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.federation.engines.performance import gc_frozen
-from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, SUMS_FILE, FolderInUseError, first_difference
+from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, first_difference
 from fedekd.reporting import Display, result_tables
 
 
@@ -51,24 +52,14 @@ def run(argv: Sequence[str]) -> int:
     if baseline_dir.exists() and not baseline_dir.is_dir():
         raise UserError(f"--baseline_dir: expected a folder, got the file {shorten_path(baseline_dir)}")
     parts["data"].setup()
-    output = resume if resume is not None else _new_folder(config.output, parts)
+    output, created = (resume, False) if resume is not None else _new_folder(config.output, parts)
     try:
         return federate(parts, config, output)
-    except (UserError, OSError) as error:
-        has_no_room = getattr(error, "errno", None) in NO_ROOM  # the run is resumed when there is room
-        if resume is None and not has_no_room and not isinstance(error, FolderInUseError):
-            _remove_unused(output)
+    except BaseException:
+        if created:
+            with suppress(OSError):  # it has files: of a checkpoint, or of another process
+                output.rmdir()
         raise
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before its first round."""
-    with suppress(OSError):
-        names = {"config.yaml", LOCK_FILE, SUMS_FILE}
-        if {path.name for path in folder.iterdir()} <= names:
-            for name in names:
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
 
 
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
@@ -81,11 +72,25 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
         except Interrupted as stop:
             print(f"{stop}; go on with: {_program()} fit --resume {shlex.quote(str(output))}", file=sys.stderr)
             return 128 + stop.signal_number
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            _print_failure(error, output)
+            raise
     if not config.quiet:
         for table in result_tables(summary):
             display.console.print(table)
         display.console.print(f"written to {output}", soft_wrap=True)
     return 0
+
+
+def _print_failure(error: Exception, output: Path) -> None:
+    """Print one line on an exception of a user's code, before its traceback."""
+    place = "; ".join(getattr(error, "__notes__", ["the run"])[:1])
+    is_kept = CheckpointStore(output / "checkpoints").has_any()
+    kept = f" Completed rounds are kept: fit --resume {shlex.quote(str(output))}." if is_kept else ""
+    line = f"{place} failed with {one_line(error)}.{kept} The traceback follows."
+    print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
 
 
 def _program() -> str:
@@ -141,8 +146,11 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
     return now
 
 
-def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
+def _new_folder(output: str | None, parts: dict[str, Any]) -> tuple[Path, bool]:
     """Create the folder of a new run: `output`, or the next free name in `runs/`.
+
+    Returns:
+        The folder, and whether it was created.
 
     Raises:
         UserError: If `output` cannot be created or is not empty.
@@ -166,7 +174,8 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
                 raise UserError(
                     f"--output: expected an empty folder, got {shorten_path(output)}. Choose another one{hint}."
                 ) from error
-        return folder
+            return folder, False
+        return folder, True
     stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):
         folder = Path("runs") / f"{stem}-{number:03d}"
@@ -175,7 +184,7 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> Path:
             os.mkdir(folder)  # fails if it exists: two runs started at the same time get two folders
         except FileExistsError:
             continue
-        return folder
+        return folder, True
     raise UserError(
         f"--output: expected a folder, got none, and no name {stem}-NUMBER is free in runs/. Choose a folder."
     )

@@ -208,8 +208,10 @@ def checked_parts(parts: Any, num_clients: int, num_samples: int) -> list[Indice
     Raises:
         UserError: If the parts are not K non-empty, disjoint sequences of integers in 0..N-1.
     """
-    expected = f"data.partition: expected {num_clients} arrays (data.num_clients) of distinct indices in"
-    expected += f" 0..{num_samples - 1}, got"
+    expected = (
+        "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> "
+        f"{num_clients} arrays (data.num_clients) of distinct indices in 0..{num_samples - 1}, got"
+    )
     if isinstance(parts, str | bytes | Mapping | Set) or not isinstance(parts, Iterable):
         raise UserError(f"{expected} a {type(parts).__name__}")
     arrays: list[Indices] = []

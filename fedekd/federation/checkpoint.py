@@ -140,6 +140,10 @@ class CheckpointStore:
                 return notes
         return None
 
+    def has_any(self) -> bool:
+        """Return whether there is a checkpoint, valid or not."""
+        return bool(self._rounds())
+
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)
         states = {}

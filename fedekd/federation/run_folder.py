@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from fedekd.atomic import atomic_file, digest, remove_drafts
+from fedekd.atomic import DRAFTS, atomic_file, digest, remove_drafts
 from fedekd.data import FederatedDataModule
-from fedekd.errors import UserError
+from fedekd.errors import NO_ROOM, UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.results import Progress
 from fedekd.reporting import figures, write_metrics_csv
@@ -107,32 +108,52 @@ class RunFolder:
     """Folder of a run.
 
     Args:
-        folder: Path; created if missing.
+        folder: Path; created by `lock` if missing.
         config: Configuration of the run as JSON values, enough to repeat it.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, dict(config)
         self.checkpoints = CheckpointStore(folder / "checkpoints")
-        folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Context manager: lock the folder, and write the configuration.
 
         The lock ends with the process. Its empty file stays, since removing it would let two processes lock two files.
+        If an empty folder was locked, and an exception ends the run before its first checkpoint, all files are removed:
+        they must not block the corrected command.
 
         Raises:
             FolderInUseError: If another process has locked it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOCK_FILE
         try:
-            lock = FileLock(self.folder / LOCK_FILE).acquire(timeout=0)
+            lock = FileLock(path).acquire(timeout=0)
         except Timeout as error:
             raise FolderInUseError(f"{self.folder}: run folder is locked by another process") from error
         with lock:
+            if not path.exists():  # removed by a run that failed after this process had opened the file
+                raise FolderInUseError(f"{self.folder}: run folder was removed by another process")
+            is_new = all(child.name == LOCK_FILE or child.match(DRAFTS) for child in self.folder.iterdir())
             if self.config and self._config_damage() is not None:
                 self._write_config(self.config)
-            yield
+            try:
+                yield
+            except Exception as error:  # not `Interrupted`: that run goes on with --resume
+                is_full = isinstance(error, OSError) and error.errno in NO_ROOM
+                if is_new and not is_full and not self.checkpoints.has_any():
+                    self._clear()
+                raise
+
+    def _clear(self) -> None:
+        """Remove all files, that of the lock last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == LOCK_FILE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
         self._write(_CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())

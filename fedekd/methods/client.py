@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -16,6 +16,16 @@ from fedekd.metrics import score
 from fedekd.models import eval_mode
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
+
+
+@contextmanager
+def _named_failure(place: str) -> Iterator[None]:
+    """Context manager: add the place to an exception, often of a user's code."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(place)
+        raise
 
 
 class PhaseOptions(TypedDict, total=False):
@@ -156,7 +166,8 @@ class Client:
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
         module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
-        with isolated_rng(spec.seed, trainer.torch_device):  # each epoch has its own seed
+        # Each epoch has its own seed.
+        with isolated_rng(spec.seed, trainer.torch_device), _named_failure(f"client {self.number}: training '{role}'"):
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None
@@ -180,7 +191,8 @@ class Client:
         outputs = []
         seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
         autocast = trainer.autocast() if mixed else nullcontext()
-        with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast:
+        failure = _named_failure(f"client {self.number}: evaluating '{role}' on the {split} split")
+        with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast, failure:
             for batch in indices.split(self.spec.eval_batch_size):
                 x = scale(self.images.pixels[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 outputs.append(predict(network, x, with_features))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fedekd.errors import UserError, nearest, shorten
+from fedekd.global_state import isolated_rng
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
 
@@ -134,11 +135,10 @@ def check_model(
     exits = {}
     # A forward pass in training mode changes the statistics of BatchNorm, and draws for dropout.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [like.device] if like.device.type == "cuda" else []
     try:
         for mode in ("training", "evaluation"):
             try:
-                with _mode(model, mode == "training"), torch.random.fork_rng(devices=devices):
+                with isolated_rng(0, like.device), _mode(model, mode == "training"):
                     output = model(images)
             except Exception as error:  # a user's model may raise anything
                 raise UserError(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,7 +136,11 @@ def test_fit_partition_function_in_working_folder(
         "def fails(*arguments): {}['no such key']\n"
     )
     assert fit(npz, "--data.partition=own_partition.thirds", "--output=a", "--quiet") == 0
-    for name, words in (("two_arguments", "TypeError"), ("nothing", "TypeError"), ("fails", "KeyError: 'no such key'")):
+    for name, words in (
+        ("two_arguments", "TypeError"),
+        ("nothing", "a NoneType"),
+        ("fails", "KeyError: 'no such key'"),
+    ):
         assert fit(npz, f"--data.partition=own_partition.{name}", "--output=b") == 2
         text = error_line()
         assert "(images, num_clients, alpha, seed, min_samples)" in text
@@ -288,6 +293,127 @@ def test_fit_invalid_value_prints_one_line_and_leaves_no_folder(
     assert words in error_line()
     assert not list(workdir.rglob("summary.json"))
     assert not Path("runs").exists() or not list(Path("runs").glob("blobs*"))
+
+
+OWN_MODELS = """
+from collections import namedtuple
+import torch
+from torch import nn
+
+Pair = namedtuple("Pair", ["logits", "aux"])
+
+
+class Good(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int, fails_after: int = -1):
+        super().__init__()
+        self.layer = nn.Linear(64 * in_channels, num_classes)
+        self.fails_after = fails_after
+
+    def forward(self, x):
+        if self.training and self.fails_after >= 0:
+            self.fails_after -= 1
+            if self.fails_after < 0:
+                raise KeyError("no such key")
+        return self.layer(x.flatten(1))
+
+
+class Frozen(Good):
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__(in_channels, num_classes)
+        self.requires_grad_(False)
+
+
+class Lazy(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.layer = nn.LazyLinear(num_classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+class Auxiliary(Good):
+    def forward(self, x):
+        return Pair(super().forward(x), super().forward(x)) if self.training else super().forward(x)
+
+
+class Named(Good):
+    def forward(self, x):
+        return Pair(super().forward(x), super().forward(x))
+
+
+class Raising(Good):
+    def __init__(self, in_channels: int, num_classes: int):
+        [][1]
+"""
+
+
+@pytest.fixture
+def own_models(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own_models.py").write_text(OWN_MODELS)
+    Path("own_syntax.py").write_text("class Good(:\n")
+    monkeypatch.syspath_prepend(str(workdir))
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize("role", ["private", "proxy"])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("own_models.Frozen", "at least one parameter to train, got none of 2: all are frozen"),
+        ("own_models.Lazy", "the lazy 'layer.weight'"),
+        ("own_models.Auxiliary", "got a Pair in training mode"),
+        ("own_models.Named", "got a Pair in training mode"),
+        ("own_models.Raising", "IndexError: list index out of range"),
+        ("own_syntax.Good", "own_syntax"),
+    ],
+)
+def test_fit_unusable_model_prints_one_line_and_the_corrected_command_works(
+    model: str, words: str, role: str, npz: Path, fit: Fit, error_line: ErrorLine
+) -> None:
+    assert fit(npz, "--output=a", "--quiet", f"--client.{role}_model={model}") == 2
+    line = error_line()
+    assert words in line
+    assert f"client.{role}_model" in line
+    assert len(line) <= 400
+    assert not Path("a").exists()
+    if role == "private" and model == "own_models.Named":
+        assert fit(npz, "--output=a", "--quiet", "--client.private_model=own_models.Good") == 0
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize("folder", ["new", "empty"])
+def test_fit_exception_in_training_is_named_and_leaves_no_folder(
+    folder: str, npz: Path, fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quiet", "--output=a", "--client.private_model=own_models.Good", "--method=FedAvg"]
+    if folder == "empty":
+        Path("a").mkdir()
+    with pytest.raises(KeyError, match="no such key"):
+        fit(npz, *options, "--client.private_model.fails_after=1")
+    text = capsys.readouterr().err
+    assert text.startswith("error: client 0: training 'private' failed with KeyError: 'no such key'.")
+    assert Path("a").exists() == (folder == "empty")
+    assert fit(npz, *options) == 0
+
+
+@pytest.mark.usefixtures("own_models")
+def test_fit_exception_after_a_checkpoint_keeps_the_folder(
+    npz: Path, fit: Fit, error_line: ErrorLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise KeyError("no such key")
+
+    options = ["--quiet", "--output=a", "--client.private_model=own_models.Good", "--method=FedAvg"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Orchestrator, "_finish", fail)
+        with pytest.raises(KeyError):
+            fit(npz, *options)
+    assert "Completed rounds are kept: fit --resume a." in capsys.readouterr().err
+    assert fit(npz, *options) == 2
+    assert "resume it with fit --resume a" in error_line()
+    assert main(["fit", "--resume=a", "--quiet"]) == 0
 
 
 def test_fit_damaged_data_file_is_named(npz: Path, workdir: Path, fit: Fit, error_line: ErrorLine) -> None:

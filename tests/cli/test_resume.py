@@ -103,6 +103,23 @@ def test_locked_run_folder_is_refused_and_unchanged(
     assert main(["fit", "--resume", "a", "--quiet"]) == 0
 
 
+def test_run_folder_of_another_process_is_not_removed(npz: Path, workdir: Path, fit: Callable[..., int]) -> None:
+    def fail() -> None:
+        with RunFolder(Path("a/b"), {"seed": 0}).lock():
+            if not Path("a/b/thesis.txt").exists():
+                assert fit(npz, "--output=a/b", "--quiet") == 2
+                assert Path("a/b/config.yaml").exists()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(Path("a/b").iterdir()) == []
+    Path("a/b/thesis.txt").write_text("years of work")
+    with pytest.raises(KeyError):
+        fail()
+    assert {path.name for path in Path("a/b").iterdir()} > {".lock", "config.yaml", "thesis.txt"}
+
+
 def test_resume_changed_option_is_named(finished_run: Path, error_line: Callable[[], str]) -> None:
     remove(Path("a/summary.json"))
     assert main(["fit", "--resume", "a", "--method.beta=3"]) == 2

@@ -322,7 +322,7 @@ THIRDS = [np.arange(0, 4), np.arange(4, 8), np.arange(8, 12)]
     ],
 )
 def test_checked_parts_other_results_raise_one_line(parts: Any, message: str) -> None:
-    with pytest.raises(UserError, match=rf"^data\.partition: expected 3 arrays .* in 0\.\.11, {message}$"):
+    with pytest.raises(UserError, match=rf"^data\.partition: expected .* -> 3 arrays .* in 0\.\.11, {message}$"):
         checked_parts(parts, 3, 12)
 
 
