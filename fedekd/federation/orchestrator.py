@@ -223,6 +223,9 @@ class Orchestrator:
         for result in self.engine.run_clients(request):
             if reason := self.results.check(result, request, changed):
                 self._reject(reason, round_idx)
+                # Its state has changed as well: a resumed run must continue from there.
+                if isinstance(result.client, int) and result.client in numbers and result.client not in changed:
+                    changed.append(result.client)
                 continue
             changed.append(result.client)
             self.progress.add_bytes_down(state_dict_bytes(broadcast.to(result.client)))

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, UpdateValidator
+from fedekd.federation import (
+    ClientResult,
+    Orchestrator,
+    RoundOptions,
+    RoundRequest,
+    SequentialEngine,
+    SilentObserver,
+    UpdateValidator,
+)
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.update_validation import MAX_LOGS, Change, invalid_field, is_log_name, out_of_proportion
 from fedekd.functional import Mean
@@ -265,6 +273,21 @@ def test_run_invalid_result_is_left_out_with_a_warning(what: str, federate: Fede
     assert [f"client_{number}/accuracy" in first for number in range(3)] == [True, False, True]
     assert set(second) == {*first, *second}
     assert len((tmp_path / "metrics.csv").read_text().partition("\n")[0].split(",")) < 40
+
+
+def test_resume_after_an_invalid_result_gives_equal_results(federate: Federate, tmp_path: Path) -> None:
+    class Stop(SilentObserver):
+        def round_finished(self, row: Any) -> None:
+            raise InterruptedError
+
+    engine = engine_with(logs={"a b": 1.0})
+    whole = federate(engine=engine, observer=Recorder())
+    whole.run()
+    with pytest.raises(InterruptedError):
+        federate(engine=engine, observer=Stop(), output=tmp_path).run()
+    again = federate(engine=engine, observer=Recorder(), output=tmp_path)
+    again.run()
+    assert again.progress.history == whole.progress.history
 
 
 def test_run_invalid_result_in_last_round_raises_user_error(federate: Federate) -> None:
