@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -42,7 +43,7 @@ def load(folders: Sequence[Path]) -> pd.DataFrame:
         if frames[-1].empty and frames[-2].empty:
             raise UserError(f"{folder}: expected CSV files of `benchmark`, got none. Run `make benchmark` first.")
     frame = numeric(pd.concat(frames).fillna(""))
-    return arrange(frame[~frame.index.duplicated()], paper_keys)
+    return arrange(frame[~frame.index.duplicated()], paper_runs)
 
 
 def load_grids(folders: Sequence[Path]) -> list[pd.DataFrame]:
@@ -51,18 +52,20 @@ def load_grids(folders: Sequence[Path]) -> list[pd.DataFrame]:
     return [arrange(numeric(frame)) for frame in frames if not frame.empty]
 
 
-def arrange(frame: pd.DataFrame, keys_of: Callable[[str], frozenset[str]] | None = None) -> pd.DataFrame:
+def arrange(frame: pd.DataFrame, runs_of: Callable[[str], frozenset[tuple[str, int]]] | None = None) -> pd.DataFrame:
     """Separate configurations and add the columns of `load`.
 
     Args:
         frame: One row per run.
-        keys_of: Function from a data set to the keys of the paper's grid; by default all runs count as part of it.
+        runs_of: Function from a data set to configurations and seeds of the paper's grid; by default all runs count as
+            part of it.
     """
     frame = frame.copy()
-    if keys_of is not None:
+    if runs_of is not None:
         in_paper = frame["dataset"].isin(list(DATASETS))
-        known = frozenset().union(*(keys_of(name) for name in frame["dataset"][in_paper].unique()))
-        frame.loc[in_paper & ~frame["key"].isin(known), "dataset"] += _OTHER_OPTIONS
+        known = frozenset().union(*(runs_of(name) for name in frame["dataset"][in_paper].unique()))
+        is_known = [cell in known for cell in zip(frame["configuration"], frame["seed"], strict=True)]
+        frame.loc[in_paper & ~np.asarray(is_known, dtype=bool), "dataset"] += _OTHER_OPTIONS
     runs = ["dataset", "alpha", "method"]
     several = frame.groupby(runs)["configuration"].transform("nunique") > 1
     frame.loc[several, "method"] += " (" + frame["configuration"].str[:6] + ")"
@@ -75,11 +78,11 @@ def arrange(frame: pd.DataFrame, keys_of: Callable[[str], frozenset[str]] | None
 
 
 @cache
-def paper_keys(dataset: str) -> frozenset[str]:
-    """Return the keys of the paper's grid for a data set."""
+def paper_runs(dataset: str) -> frozenset[tuple[str, int]]:
+    """Return the configurations and seeds of the paper's grid for a data set."""
     blocks = yaml.safe_load((shipped_folder() / "benchmark/paper.yaml").read_text(encoding="utf-8"))["blocks"]
     grid = cells([Block(**block) for block in blocks], {"dataset": dataset}, shipped_folder())
-    return frozenset(cell.key for cell in grid)
+    return frozenset((cell.configuration, cell.seed) for cell in grid)
 
 
 def display_name(dataset: str) -> str:

@@ -13,13 +13,32 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
-from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
+from fedekd.configuration.options import (
+    FROM_DATA,
+    as_values,
+    build_parts,
+    class_defaults,
+    do_no_harm_rule,
+    federation_parser,
+    parse,
+)
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, require_choice
-from fedekd.federation.run_folder import RUNTIME_OPTIONS
+from fedekd.federation.run_folder import RUNTIME_OPTIONS, to_json_value
+from fedekd.federation.source_code import is_installed
 
 #: Options that do not affect the results of a run and are not part of its key.
 _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
+
+#: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
+#: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
+ADDED_OPTIONS: dict[str, Any] = {"data.ignore_label": None}
+
+#: Options that were renamed since: present name, and name in the key.
+RENAMED_OPTIONS: dict[str, str] = {}
+
+#: Options whose value is a class with arguments.
+_CLASSES = ("method", "client.private_model", "client.proxy_model", "client.optimizer")
 
 
 @dataclass(frozen=True)
@@ -55,8 +74,7 @@ class Cell:
         seed: Seed.
         method: Label of the method.
         values: Configuration of the run, as in `config.yaml`.
-        key: Hash of all options that affect the results. It is the same on every machine, and options that are added
-            to the program later do not change it.
+        key: Hash of all options that affect the results, with their defaults. It is the same on every machine.
         configuration: The same hash without the seed; cells with the same value may be averaged.
         coverage: Calibration modes whose coverage is measured when the run is finished.
     """
@@ -143,7 +161,7 @@ def cells(
                     continue
                 values = values or _configuration(parser, block, dataset, method, folder)
                 values = {**values, "data": {**values["data"], "alpha": float(alpha)}, "seed": seed}
-                key, configuration = (cell_key({**values, "seed": s}, parser, coverage) for s in (seed, 0))
+                key, configuration = (cell_key({**values, "seed": s}, coverage) for s in (seed, 0))
                 cell = Cell(dataset, float(alpha), seed, label, values, key, configuration, coverage)
                 distinct.setdefault(cell.key, cell)
     return sorted(distinct.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
@@ -197,28 +215,95 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=lambda namespace: namespace.as_dict())
 
 
-def cell_key(values: Mapping[str, Any], parser: ArgumentParser, coverage: CoverageOptions | None = None) -> str:
-    """Return a hash of `decisive_options`.
+def cell_key(values: Mapping[str, Any], coverage: CoverageOptions | None = None) -> str:
+    """Return a hash of `resolved_options`, without added options that are off.
 
     Args:
         values: Configuration of a run.
-        parser: Parser of a run's options.
         coverage: Part of the hash: a run without calibration does not finish a cell with it.
     """
-    decisive = decisive_options(values, parser)
-    if coverage is not None:
-        decisive["coverage"] = asdict(coverage)
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    options = {}
+    for name, value in resolved_options(values, coverage).items():
+        short = short_name(name)
+        if short not in ADDED_OPTIONS or to_json_value(ADDED_OPTIONS[short]) != value:
+            options[name.removesuffix(short) + RENAMED_OPTIONS.get(short, short)] = value
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def short_name(option: str) -> str:
+    """Return the last two parts of an option of `resolved_options`.
+
+    Example:
+        >>> short_name("client.private_model.PrivateCNN.width"), short_name("data.alpha"), short_name("rounds")
+        ('PrivateCNN.width', 'data.alpha', 'rounds')
+    """
+    return ".".join(option.split(".")[-2:])
+
+
+def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None = None) -> dict[str, Any]:
+    """Return all options that affect the results, defaults included.
+
+    Of the classes of installed packages, such as the optimizers of PyTorch, only the arguments that differ from their
+    defaults are listed: packages add arguments, and rows store the version of torch.
+
+    Args:
+        values: Configuration of a run.
+        coverage: Options of the calibration, if there is one.
+
+    Returns:
+        JSON values by name, as in `data.alpha`, `method` and `method.FedeKD.beta`.
+    """
+    client = {name: value for name, value in values["client"].items() if f"client.{name}" not in _CLASSES}
+    plain = {name: value for name, value in values.items() if name not in ("method", "client", "do_no_harm")}
+    options = dict(_leaves({**plain, "client": client}))
+    specs = {"method": values["method"]}
+    specs |= {name: values["client"][name.partition(".")[2]] for name in _CLASSES[1:]}
+    for index, model in enumerate(options.pop("client.private_models", None) or ()):
+        specs[f"client.private_models.{index}"] = model
+    for name, spec in specs.items():
+        options |= _class_options(name, spec)
+    rules = {"do_no_harm": do_no_harm_rule(values["do_no_harm"]), "coverage": coverage}
+    for name, rule in rules.items():
+        options |= {f"{name}.{option}": value for option, value in asdict(rule).items()} if rule is not None else {}
+    return {
+        name: to_json_value(value)
+        for name, value in options.items()
+        if not any(name == part or name.startswith(f"{part}.") for part in _NOT_IN_KEY)
+    }
+
+
+def _class_options(name: str, spec: Any) -> dict[str, Any]:
+    """Return the class path and the arguments of a class in the configuration."""
+    class_path, given = (spec, {}) if isinstance(spec, str) else (spec["class_path"], spec.get("init_args") or {})
+    class_path = class_path if "." in class_path else f"fedekd.models.{class_path}"
+    module, _, short = class_path.rpartition(".")
+    defaults = class_defaults(class_path)
+    if not module.startswith("fedekd.") and is_installed(module):
+        arguments = {
+            key: value
+            for key, value in given.items()
+            if key not in defaults or to_json_value(defaults[key]) != to_json_value(value)
+        }
+    else:
+        arguments = {key: value for key, value in {**defaults, **given}.items() if key not in FROM_DATA}
+    options: dict[str, Any] = {name: class_path}
+    for key, value in arguments.items():
+        is_class = isinstance(value, Mapping) and "class_path" in value
+        path = f"{name}.{short}.{key}"
+        options |= _class_options(path, value) if is_class else {path: value}
+    return options
 
 
 def decisive_options(values: Mapping[str, Any], parser: ArgumentParser) -> dict[str, Any]:
     """Return options that affect the results and differ from their defaults.
 
+    A report lists them.
+
     Args:
         values: Configuration of a run.
         parser: Parser of a run's options.
     """
-    chosen = {f"client.{part}": values["client"][part]["class_path"] for part in _CLASSES}
+    chosen = {name: values["client"][name.partition(".")[2]]["class_path"] for name in _CLASSES[1:]}
     defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
     return {
         name: value
@@ -229,7 +314,6 @@ def decisive_options(values: Mapping[str, Any], parser: ArgumentParser) -> dict[
     }
 
 
-_CLASSES = ("private_model", "proxy_model", "optimizer")
 _NOTHING = object()
 _known_defaults: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from fedekd.benchmark.provenance import mixture
 from fedekd.benchmark.results import numeric
 from fedekd.benchmark.table import method_table
 from fedekd.metrics import METRICS
@@ -24,10 +25,11 @@ def grid_sections(results: pd.DataFrame) -> list[Section]:
         results: Rows as `read_results` returns them.
     """
     frame = numeric(results)
-    text = (
+    text = [
         "Mean ± standard deviation over seeds. Delta is the score of a client minus the score of its local baseline; a"
         " positive Delta is better where a higher score is. Delta P10/P90 is the percentile at the harmful end."
-    )
+    ]
+    text += filter(None, [mixture(results)])
     pictures = [
         Picture(
             f"delta-{dataset}-{alpha:g}", f"{dataset}, alpha {alpha:g}: average Delta per run.", delta_by_method(runs)
@@ -43,7 +45,7 @@ def grid_sections(results: pd.DataFrame) -> list[Section]:
         runs[column.replace("delta_", "Delta ")] = [metric.difference_text(value) for metric, value in values]
     runs = runs.assign(seconds=results["seconds"], device=results["device"], commit=results["commit"])
     return [
-        Section("methods", "Methods", [text], tables={"": method_table(results)}, pictures=pictures),
+        Section("methods", "Methods", text, tables={"": method_table(results)}, pictures=pictures),
         # Not "runs": a report may also have the section of `run_sections` with that name.
         Section("grid", "Runs of the grid", tables={"": runs}, data={"grid": results}),
     ]

@@ -19,8 +19,11 @@ from fedekd.reporting.pages import write_text
 COLUMNS = (
     *("key", "configuration", "dataset", "alpha", "seed", "method", "task", "metric", "rounds", "clients"),
     *("mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "bytes_up", "bytes_down"),
-    *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads"),
+    *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads", "code", "data"),
 )
+
+#: Columns that may be empty, which stands for unknown; files of earlier versions lack the last two.
+_OPTIONAL = ("commit", "code", "data")
 
 #: Additional columns of runs with exits: accuracy and share of the FLOPs per exit, and per budget in percent.
 EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
@@ -48,11 +51,11 @@ def to_row(
     """Return a run's summary as one row; floats are read back exactly.
 
     Args:
-        key: Hash of the run's configuration.
-        configuration: The same hash without the seed.
+        key: Hash of the run's configuration and data.
+        configuration: Hash of the configuration without the seed.
         method: Label of the method.
         summary: Content of `summary.json`.
-        provenance: Commit, device, precision and threads.
+        provenance: Commit, device, precision, threads, and the digests of code and data.
         coverage: Coverage of each calibration mode and target risk, if it was measured.
     """
     delta = summary["delta"]
@@ -118,9 +121,10 @@ def _read(path: Path) -> pd.DataFrame | None:
         raise UserError(f"{path}: expected a results file of `benchmark`, in UTF-8: {error}") from error
     if "key" not in frame:
         return None
+    frame = frame.assign(**{name: "" for name in ("code", "data") if name not in frame})
     frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame if name not in COLUMNS)])
     for column in COLUMNS:
-        has_value = frame[column].notna() & (frame[column].ne("") | (column == "commit"))
+        has_value = frame[column].notna() & (frame[column].ne("") | (column in _OPTIONAL))
         _require(path, column, has_value, frame, "a value")
     for column in (*_NUMBERS, *exit_columns(frame)):
         values = frame[column].str.lower()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from fedekd.benchmark.grid import Cell
+from fedekd.benchmark.provenance import finished_rows
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import run_cell
 from fedekd.federation.engines.performance import die_with_parent
@@ -66,7 +67,8 @@ def run_grid(
         The failed cells with the reasons.
     """
     rows = read_results(results)
-    waiting = [cell for cell in grid if cell.key not in rows.index]
+    done = finished_rows(rows, grid)
+    waiting = [cell for cell in grid if cell.key not in done]
     observer.started(len(grid), len(grid) - len(waiting))
     failures: list[tuple[Cell, str]] = []
     running: dict[Future[Row], Cell] = {}
@@ -85,7 +87,7 @@ def run_grid(
                 busy |= {cell.group} - with_baseline
                 (suspects or waiting).remove(cell)
                 observer.cell_started(cell)
-                arguments = (cell, output / cell.key, trainer, output / "local", commit)
+                arguments = (cell, output, trainer, output / "local", commit)
                 running[pool.submit(run, *arguments)] = cell
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             lost: list[Cell] = []
@@ -100,7 +102,7 @@ def run_grid(
                     observer.cell_failed(*failures[-1])
                 else:
                     with_baseline.add(cell.group)
-                    rows = pd.concat([rows, pd.DataFrame([row], index=[cell.key])]).fillna("")
+                    rows = pd.concat([rows, pd.DataFrame([row], index=[row["key"]])]).fillna("")
                     write_results(results, rows)
                     observer.cell_finished(cell, row)
             if lost:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,15 @@ import yaml
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
+from fedekd.benchmark.provenance import code_digest, images_of, record_code, recorded_code, row_key
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
-from fedekd.data import ImageData, load_images
 from fedekd.early_exit.guarantee_coverage import federation_coverage
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RunFolder, Sequential, SilentObserver
 
 
-@lru_cache(maxsize=1)  # cells are sorted by data set
-def _images(
-    name: str, root: str, task: Any, num_classes: int | None, download: bool, ignore_label: int | None
-) -> ImageData:
-    return load_images(name, root, task, num_classes, download, ignore_label)
-
-
-def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
+def provenance(trainer: Mapping[str, Any], commit: str, code: str, data: str) -> dict[str, Any]:
     """Return the columns that record how a row was computed."""
     on_cuda = trainer["accelerator"] == "cuda"
     return {
@@ -37,19 +29,25 @@ def provenance(trainer: Mapping[str, Any], commit: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         "precision": trainer["precision"],
         "threads": trainer["threads"],
+        "code": code,
+        "data": data,
     }
 
 
-def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir: Path, commit: str) -> Row:
+def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir: Path, commit: str) -> Row:
     """Run or resume one federated run and return its row of results.
 
     Args:
         cell: The cell.
-        folder: The run's folder; its checkpoints are removed when the run is finished.
+        output: Folder of the runs. The run's folder in it has the key of the row, so that other data have another one;
+            its checkpoints are removed when the run is finished.
         trainer: Options that replace those of the configuration.
         baseline_dir: Shared folder of local baselines.
         commit: Commit of the code.
     """
+    images, code = images_of(cell.values), code_digest(cell.values)
+    key = row_key(cell, images.digest())
+    folder = output / key
     parser = federation_parser()
     folder.mkdir(parents=True, exist_ok=True)
     values = {**cell.values, "logger": None, "baseline_dir": str(baseline_dir)}
@@ -60,9 +58,7 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
 
     def parts() -> dict[str, Any]:
         built = build_parts(parser, config)
-        data = built["data"]
-        given = config.data
-        data.adopt(_images(data.dataset, data.root, config.task, given.num_classes, data.download, given.ignore_label))
+        built["data"].adopt(images)
         return built
 
     def orchestrator(**replaced: Any) -> Orchestrator:
@@ -73,13 +69,15 @@ def run_cell(cell: Cell, folder: Path, trainer: Mapping[str, Any], baseline_dir:
         run.require_intact("summary.json")
         summary = run.summary
     if summary is None:
+        record_code(folder, code)
         run.reopen()
         summary = orchestrator().run()
     coverage = _coverage(cell, folder / "coverage.json", orchestrator)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     used = parts()["trainer"]
     resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
-    return to_row(cell.key, cell.configuration, cell.method, summary, provenance(resolved, commit), coverage)
+    columns = provenance(resolved, commit, recorded_code(folder), images.digest())
+    return to_row(key, cell.configuration, cell.method, summary, columns, coverage)
 
 
 def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:
@@ -90,6 +88,7 @@ def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator])
     with suppress(FileNotFoundError, ValueError):  # a damaged file is computed again
         values = unseal_json(path.read_bytes())["results"]
         return values
+    record_code(path.parent, code_digest(cell.values))
     results = federation_coverage(orchestrator(engine=Sequential()).load_clients(), cell.coverage, cell.seed)
     values = [result.as_values() for result in results]
     with atomic_file(path) as file:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedekd.benchmark import Block, Cell, cells, method_table, parse_filter, read_results, require_valid, run_grid
+from fedekd.benchmark.provenance import finished_rows, mixture, others
 from fedekd.benchmark.results import Row
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
@@ -117,18 +117,6 @@ def _trainer(config: Namespace) -> dict[str, Any]:
     return options
 
 
-def _warn_of_other_precisions(finished: pd.DataFrame, precision: str) -> None:
-    """Warn of finished cells with another precision than the requested one."""
-    others = finished.loc[finished["precision"] != precision, "precision"].value_counts().sort_index()
-    if precision != "auto" and len(others):
-        counts = ", ".join(f"{count} in {other}" for other, count in others.items())
-        print(
-            f"warning: --precision is {precision}, but finished cells were run with another ({counts}). They are not"
-            " repeated; give another --results to run them again.",
-            file=sys.stderr,
-        )
-
-
 def run(argv: Sequence[str]) -> int:
     """Run `benchmark`; the exit code is 1 if a cell failed."""
     config = parse(benchmark_parser(), argv)
@@ -150,16 +138,21 @@ def run(argv: Sequence[str]) -> int:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--{flag}: expected a directory, got the file {shorten_path(folder)}.")
     failures = []
+    rows = read_results(results)
+    done = finished_rows(rows, grid)
     if config.run:
-        rows = read_results(results)
-        require_valid([cell for cell in grid if cell.key not in rows.index], trainer)
-        _warn_of_other_precisions(rows[rows["key"].isin([cell.key for cell in grid])], trainer["precision"])
+        require_valid([cell for cell in grid if cell.key not in done], trainer)
+    if text := others(rows, grid, done, trainer["precision"]):
+        print(f"warning: {text}", file=sys.stderr)
+    if config.run:
         display = GridDisplay()
         with display.progress:
             failures = run_grid(grid, output / "runs", results, config.processes, trainer, display)
     rows = read_results(results)
-    finished = rows[rows["key"].isin([cell.key for cell in grid])]
+    finished = rows.loc[list(finished_rows(rows, grid).values())]
     # rich would wrap the table.
     print(markdown_table(method_table(finished)) if len(finished) else "no cell of the grid is finished")
+    if text := mixture(finished):
+        print(f"\n{text}")
     print(f"\n{len(finished)} of {len(grid)} cells are in {results}")
     return 1 if failures else 0

@@ -31,7 +31,7 @@ from fedekd.modules.trainer_factory import usable_cores
 _TRANSIENT = ("config", "output", "resume", "quiet")
 
 #: Arguments of models whose values follow from the data.
-_FROM_DATA = {"in_channels", "image_size", "num_classes"}
+FROM_DATA = {"in_channels", "image_size", "num_classes"}
 
 #: Arguments of torchvision's models whose defaults jsonargparse cannot parse.
 _UNPARSABLE = {"inverted_residual"}
@@ -99,7 +99,7 @@ def federation_parser() -> ArgumentParser:
         parser.add_subclass_arguments(
             torch.nn.Module,
             f"client.{role}",
-            skip=_FROM_DATA | _UNPARSABLE,
+            skip=FROM_DATA | _UNPARSABLE,
             instantiate=False,
             help=f"Network: a name in fedekd.models or a class path, such as torchvision.models.resnet18. Arguments:"
             f" --client.{role}.NAME VALUE.",
@@ -171,7 +171,7 @@ def _require_values(parser: ArgumentParser, config: Namespace) -> None:
             require(math.isfinite(number), name, "a finite number", number)
             require(isinstance(number, float) or abs(number) < 2**63, name, "a number of 64 bits", number)
         if value is None:
-            default = _class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
+            default = class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
             if default is not None or key.startswith("do_no_harm."):
                 raise UserError(f"--{flag}: expected a value, got null")
 
@@ -191,7 +191,7 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
 
 
 @cache
-def _class_defaults(class_path: str) -> dict[str, Any]:
+def class_defaults(class_path: str) -> dict[str, Any]:
     """Return the defaults of a class or factory as jsonargparse parses them."""
     module, _, name = class_path.rpartition(".")
     factory = getattr(import_module(module), name)
@@ -212,7 +212,7 @@ def _without_model_defaults(config: Namespace) -> Namespace:
         spec = config.get(role)
         given = spec.pop("init_args", None) if spec else None
         if given:
-            defaults = _class_defaults(spec.class_path)
+            defaults = class_defaults(spec.class_path)
             changed = {k: v for k, v in vars(given).items() if k not in defaults or v != defaults[k]}
             if changed:
                 spec.init_args = Namespace(**changed)  # type: ignore[no-untyped-call]
@@ -245,7 +245,7 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     return built
 
 
-def _do_no_harm(value: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
+def do_no_harm_rule(value: Mapping[str, Any] | bool | None) -> DoNoHarm | None:
     """Return the rule: `true` stands for its defaults, `false` and null for none."""
     if isinstance(value, Mapping):
         return DoNoHarm(**value)
@@ -288,7 +288,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "trainer": trainer,
         "engine": built.engine,
         "rounds": rounds,
-        "do_no_harm": _do_no_harm(plain["do_no_harm"]),
+        "do_no_harm": do_no_harm_rule(plain["do_no_harm"]),
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),

@@ -103,6 +103,15 @@ def code_of(modules: Iterable[str]) -> dict[str, str]:
     return found
 
 
+@cache
+def is_installed(module: str) -> bool:
+    """Return whether a module is PyTorch's or of another installed package."""
+    spec = _locate(module)
+    file = _file(module, spec)
+    top, _, _ = module.partition(".")
+    return top == "torch" or (file is not None and _version(top, file) is not None)
+
+
 def _locate(name: str) -> ModuleSpec | None:
     """Return the spec of a module.
 

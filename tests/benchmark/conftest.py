@@ -10,7 +10,7 @@ import pytest
 
 from fedekd.benchmark.results import Row, to_row
 
-PROVENANCE = {"commit": "abc", "device": "cpu", "precision": "32-true", "threads": 1}
+PROVENANCE = {"commit": "abc", "device": "cpu", "precision": "32-true", "threads": 1, "code": "c", "data": "d"}
 
 
 def _row(key: str, method: str = "", coverage: Any = None, **changes: Any) -> Row:

@@ -11,20 +11,24 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from fedekd.benchmark import Block, Cell, cells, read_results, run_grid, write_results
+from fedekd.benchmark.provenance import code_digest, data_digest
 from fedekd.benchmark.results import COLUMNS
 from fedekd.cli import main
 
 
 def fake_row(cell: Cell) -> dict[str, str]:
     row = {**dict.fromkeys(COLUMNS, "0"), "metric": "accuracy"}
+    row |= {"configuration": cell.configuration, "seed": str(cell.seed), "data": "", "torch": torch.__version__}
     return {**row, "key": cell.key, "dataset": cell.dataset, "alpha": str(cell.alpha), "method": cell.method}
 
 
-def fake_run(cell: Cell, folder: Path, trainer: Any, baseline_dir: Path, commit: str) -> dict[str, str]:
+def fake_run(cell: Cell, output: Path, trainer: Any, baseline_dir: Path, commit: str) -> dict[str, str]:
     """Replacement of `run_cell`: records the call, and fails or dies according to the method."""
+    folder = output / cell.key
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ran").open("a") as file:
         file.write("x")
@@ -55,7 +59,7 @@ class Recorder:
 
 
 def cell(method: str, seed: int = 0) -> Cell:
-    return Cell("digits", 0.1, seed, method, {}, f"{method}-{seed}")
+    return Cell("digits", 0.1, seed, method, {}, f"{method}-{seed}", method)
 
 
 @pytest.mark.slow
@@ -96,21 +100,24 @@ def test_benchmark_command_writes_results_and_repeats_nothing(
     assert "2 cells, 2 of them finished" in capsys.readouterr().out
 
 
-def test_benchmark_finished_cells_of_another_precision_print_a_warning(
+def test_benchmark_finished_cells_that_were_made_otherwise_print_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("grid.yaml").write_text("blocks:\n- {datasets: [digits], alphas: [5.0], seeds: [0], methods: {L: Local}}\n")
     [only] = cells([Block(["digits"], [5.0], [0], {"L": {"class_path": "Local"}})])
-    write_results(Path("out/results"), pd.DataFrame([{**fake_row(only), "precision": "bf16-mixed"}]))
+    write_results(Path("out/results"), pd.DataFrame([{**fake_row(only), "precision": "bf16-mixed", "code": ""}]))
     command = ["benchmark", "--config=grid.yaml", "--output=out", "--accelerator=cpu"]
     assert main([*command, "--precision=32-true"]) == 0
-    assert (
-        "--precision is 32-true, but finished cells were run with another (1 in bf16-mixed)" in capsys.readouterr().err
-    )
-    for same in ("bf16-mixed", "auto"):
-        assert main([*command, f"--precision={same}"]) == 0
-        assert capsys.readouterr().err == ""
+    line = "warning: 1 of 1 finished cells were made otherwise than now (1 by unknown code, 1 from unknown data"
+    assert capsys.readouterr().err.startswith(f"{line}, 1 in bf16-mixed). ")
+    for options in (["--precision=bf16-mixed"], ["--precision=auto"], ["--run=false"]):
+        assert main([*command, *options]) == 0
+        assert capsys.readouterr().err.startswith(f"{line}). ")
+    finished = {"data": str(data_digest(only.values)), "code": code_digest(only.values)}
+    write_results(Path("out/results"), pd.DataFrame([{**fake_row(only), **finished}]))
+    assert main(command) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

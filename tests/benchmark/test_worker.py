@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedekd.benchmark import Block, Cell, cells, worker
+from fedekd.benchmark.provenance import code_digest, data_digest
 from fedekd.benchmark.results import COVERAGE, Row
 from fedekd.benchmark.worker import run_cell
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
@@ -42,8 +43,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Row, list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "write_figures", lambda *arguments: None)
         patch.setattr(worker, "federation_coverage", spy)
-        row = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
+        row = run_cell(small_cell(), folder / "runs", TRAINER, folder / "local", "abc")
     return folder, row, calls
+
+
+def run_folder(folder: Path) -> Path:
+    [only] = (folder / "runs").iterdir()
+    return only
 
 
 def fail(*arguments: Any) -> Any:
@@ -54,19 +60,21 @@ def fail(*arguments: Any) -> Any:
 def test_run_cell_with_coverage_keeps_it_and_no_checkpoints(finished: tuple[Path, Row, list[Any]]) -> None:
     folder, row, [(clients, options, seed)] = finished
     assert (len(clients), options, seed) == (3, OPTIONS, 1)
-    kept = json.loads((folder / "run/coverage.json").read_text())["results"]
+    kept = json.loads((run_folder(folder) / "coverage.json").read_text())["results"]
     assert json.loads(row[COVERAGE]) == kept
     assert [(entry["target_risk"], entry["mode"], entry["draws"]) for entry in kept] == [
         *((0.1, "ltt", 5), (0.1, "empirical", 5), (0.3, "ltt", 5), (0.3, "empirical", 5)),
     ]
     accuracies = [client["report"]["full_accuracy"] for client in kept[0]["clients"]]
     # Also in float32 and on the same images: the clients are those after the last round.
-    summary = json.loads((folder / "run/summary.json").read_text())
+    summary = json.loads((run_folder(folder) / "summary.json").read_text())
     assert accuracies == pytest.approx([client["score"] for client in summary["clients"]], abs=1e-6)
     assert sum(client["violations"] for entry in kept for client in entry["clients"]) > 0
-    assert (folder / "run/summary.json").is_file()
-    assert not (folder / "run/checkpoints").exists()
-    assert row["key"] == small_cell().key
+    assert (run_folder(folder) / "summary.json").is_file()
+    assert not (run_folder(folder) / "checkpoints").exists()
+    assert (row["key"], row["configuration"]) == (run_folder(folder).name, small_cell().configuration)
+    assert row["code"] == code_digest(small_cell().values)
+    assert row["data"] == data_digest(small_cell().values)
 
 
 def test_run_cell_finished_is_not_repeated(
@@ -76,10 +84,10 @@ def test_run_cell_finished_is_not_repeated(
     for name in ("run", "load_clients"):
         monkeypatch.setattr(Orchestrator, name, fail)
     monkeypatch.setattr(worker, "federation_coverage", fail)
-    again = run_cell(small_cell(), folder / "run", TRAINER, folder / "local", "abc")
+    again = run_cell(small_cell(), folder / "runs", TRAINER, folder / "local", "abc")
     assert {**again, "seconds": ""} == {**row, "seconds": ""}
     # A cell without coverage options gets no such column.
-    plain = run_cell(replace(small_cell(), coverage=None), folder / "run", TRAINER, folder / "local", "abc")
+    plain = run_cell(replace(small_cell(), coverage=None), folder / "runs", TRAINER, folder / "local", "abc")
     assert {**plain, "seconds": "", COVERAGE: row[COVERAGE]} == {**row, "seconds": ""}
     assert COVERAGE not in plain
 
@@ -98,13 +106,13 @@ def test_run_cell_killed_before_calibration_ends_with_the_same_row(
 
     monkeypatch.setattr(worker, "federation_coverage", kill)
     with pytest.raises(KeyboardInterrupt):
-        run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
-    assert (tmp_path / "run/summary.json").is_file()
-    assert (tmp_path / "run/checkpoints").is_dir()
-    assert not (tmp_path / "run/coverage.json").exists()
+        run_cell(small_cell(), tmp_path / "runs", TRAINER, folder / "local", "abc")
+    assert (run_folder(tmp_path) / "summary.json").is_file()
+    assert (run_folder(tmp_path) / "checkpoints").is_dir()
+    assert not (run_folder(tmp_path) / "coverage.json").exists()
     monkeypatch.setattr(worker, "federation_coverage", real)
     monkeypatch.setattr(Orchestrator, "run", fail)
-    late = run_cell(small_cell(), tmp_path / "run", TRAINER, folder / "local", "abc")
+    late = run_cell(small_cell(), tmp_path / "runs", TRAINER, folder / "local", "abc")
     assert late[COVERAGE] == row[COVERAGE]
     assert {**late, "seconds": ""} == {**row, "seconds": ""}
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (run_folder(tmp_path) / "checkpoints").exists()

@@ -45,7 +45,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Path:
     rows = [*helpers.example_rows(), helpers.make_row("A|B <i>", 0, 0.0, dataset="digits", alpha=0.5)]
     write_results(folder / "results", pd.DataFrame(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "paper_keys", lambda dataset: frozenset(row["key"] for row in rows))
+        known = frozenset((row["configuration"], int(row["seed"])) for row in rows)
+        patch.setattr(load, "paper_runs", lambda dataset: known)
         assert main([str(folder), "--root", str(folder / "none"), "--output", str(folder / "report")]) == 0
     return folder / "report"
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.fedekd_paper.comparisons import method_comparisons, standings
-from experiments.fedekd_paper.load import paper_keys
+from experiments.fedekd_paper.load import paper_runs
 from experiments.fedekd_paper.tables import PLANS, counts, paper_cells, table_section, verdict_sentence
 
 
@@ -77,14 +77,14 @@ def test_arrange_two_configurations_are_two_methods(helpers: Any) -> None:
     assert list(helpers.to_results(rows)["method"]) == ["FedAvg (0)", "FedAvg (abcdef)"]
 
 
-def test_paper_keys_use_the_shipped_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = paper_keys("retinamnist")
+def test_paper_runs_use_the_shipped_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = paper_runs("retinamnist")
     (tmp_path / "configs/benchmark").mkdir(parents=True)
     (tmp_path / "configs/retinamnist.yaml").write_text("data: {dataset: retinamnist}\nrounds: 99\n")
     (tmp_path / "configs/benchmark/paper.yaml").write_text("blocks: []\n")
     monkeypatch.chdir(tmp_path)
-    paper_keys.cache_clear()
-    assert paper_keys("retinamnist") == expected
+    paper_runs.cache_clear()
+    assert paper_runs("retinamnist") == expected
     assert len(expected) == 3 * 10 * 7 + 5 * 10
 
 
