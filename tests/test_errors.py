@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from fedekd.errors import LONGEST_ERROR, UserError, listed, nearest, require, require_choice, shorten
+from fedekd.cli import _fail
+from fedekd.errors import LONGEST_ERROR, UserError, listed, nearest, printable, require, require_choice, shorten
+from fedekd.federation import SilentObserver
+from fedekd.reporting import Display
 
 
 @pytest.mark.parametrize(
@@ -47,3 +52,25 @@ def test_long_list_of_choices_is_cut() -> None:
 def test_require_choice_renamed_value_names_the_new_one() -> None:
     with pytest.raises(UserError, match=r"got 'old'. It was renamed to 'new'\."):
         require_choice("o", "old", ["new", "bold"], {"old": "new"})
+
+
+HOSTILE = {
+    "escape": ("a\x1b[31mred\x1b]0;title\x07", r"a\x1b[31mred\x1b]0;title\x07"),
+    "lines": ("a\r\n\tb\u2028c\x0b\x85d", "a b c d"),
+    "direction": ("a\u202eb\u2066c\u200f", r"a\u202eb\u2066c\u200f"),
+    "surrogate": ("a\ud800", r"a\ud800"),
+    "C1": ("a\x9b2J", r"a\x9b2J"),
+    "other languages": ("Zürich 日本 ß", "Zürich 日本 ß"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_printable_escapes_what_a_terminal_would_act_on(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text, expected = HOSTILE[what]
+    assert printable(text) == expected
+    assert str(UserError(text)) == expected
+    assert str(pickle.loads(pickle.dumps(UserError(text)))) == expected
+    Display(quiet=True).warn(text)
+    SilentObserver().warn(text)
+    _fail(text)
+    assert capsys.readouterr().err.splitlines() == [f"warning: {expected}"] * 2 + [f"error: {expected}"]

@@ -19,6 +19,7 @@ from fedekd.data import ClientSplits
 from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.early_exit.cost_curves import BUDGETS
+from fedekd.errors import shorten
 from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.methods import ClientUpdate, StateDict
 from fedekd.metrics import primary_metric
@@ -309,5 +310,4 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
 
 def _short(value: object) -> str:
     """Return a value as text of at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value))

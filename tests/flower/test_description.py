@@ -22,6 +22,7 @@ from fedekd.flower.description import (
     describe,
     require_agreement,
     require_consistent_sites,
+    require_description,
     shared_config,
 )
 from fedekd.flower.messages import DESCRIBE, values_of
@@ -102,6 +103,53 @@ def test_site_data_from_descriptions_matches_data_module(
 
 def test_class_counts_absent_class_is_zero(options: list[str]) -> None:
     assert all_descriptions([*options, "--data.num_classes=7"])[0]["class_counts"][3:] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": {"train": 2**50}},
+        {"sizes": {"train": 10**9 + 1}},
+        {"sizes": {"train": 0}},
+        {"sizes": {"tuning": 1000}},
+        {"sizes": {"test": 1000}},
+        {"class_counts": []},
+        {"class_counts": [1] * (10**5 + 1)},
+        {"class_counts": [2**50]},
+        {"digest": "x"},
+        {"digest": "0" * 10**6},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_require_description_implausible_numbers_raise(change: dict[str, Any], options: list[str]) -> None:
+    description = all_descriptions(options)[0]
+    require_description(description)
+    changed = {**description, **change}
+    if isinstance(change.get("sizes"), dict):
+        changed["sizes"] = {**description["sizes"], **change["sizes"]}
+    with pytest.raises(UserError, match="invalid site description: ") as caught:
+        require_description(changed)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("task", "x"), ("channels", 2**40), ("channels", "1"), ("image_size", [8]), ("image_size", [8, 2**50])],
+)
+def test_require_consistent_sites_implausible_images_raise(name: str, value: Any, options: list[str]) -> None:
+    descriptions = all_descriptions(options)
+    for description in descriptions:
+        description["config"][name] = value
+    with pytest.raises(UserError, match=f"site 0: invalid {name} "):
+        require_consistent_sites(descriptions)
+
+
+def test_site_data_does_not_allocate_claimed_sizes(options: list[str]) -> None:
+    descriptions = all_descriptions(options)
+    descriptions[0]["sizes"]["train"] = 10**9
+    [splits, *_] = SiteData("images", 1.0, descriptions, 8, 8).clients
+    assert len(splits.train) == 10**9
+    assert splits.train.untyped_storage().nbytes() == 8
 
 
 DIFFERENT = {

@@ -41,6 +41,7 @@ from fedekd.flower.messages import (
     to_arrays,
     values_of,
 )
+from fedekd.reporting import Display
 
 from .conftest import (
     NODES,
@@ -52,6 +53,7 @@ from .conftest import (
     Run,
     ServerStoppedError,
     Sites,
+    error_reply,
     in_round,
     is_equal,
     reply_late,
@@ -509,7 +511,29 @@ INVALID_REPLIES: dict[str, tuple[Interceptor, str]] = {
     "truncated": (with_bytes(to_arrays({"a": torch.zeros(3)})["a"].data[:-2]), f"{REJECTED}array of shape"),
     "no bytes": (with_bytes(b""), f"{REJECTED}array with an unreadable header"),
     "zip": (with_bytes(b"PK\x03\x04 and no more"), f"{REJECTED}array with an unreadable header"),
+    "surrogate": (with_json('{"logs": {"\\ud800": 1.0}}'), f"{REJECTED}message with invalid JSON values: Unicode"),
+    "log name": (with_values(logs={"a b": 1.0}), f"{REJECTED}invalid client result: ValueError logs: expected names"),
+    "many logs": (with_values(logs=dict.fromkeys(map(str, range(300)), 1.0)), f"{REJECTED}invalid client result"),
 }
+
+
+def test_run_site_with_other_number_of_samples_is_not_averaged(one_round: Sites) -> None:
+    one_round.grid.intercept = in_round(1, 0, with_values(num_samples=2**53 - 1))
+    one_round.server(observer=(observer := RecordingObserver())).run()
+    [warning] = observer.warnings
+    assert re.match(r"round 1: update of client 1 rejected: num_samples: expected \d+, got 9007199254740991$", warning)
+
+
+def test_display_error_of_site_has_no_control_characters(one_round: Sites, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(message: Message, reply: Reply) -> Message:
+        return error_reply(message, OSError("\x1b[2J\x1b]0;owned\x07 \u202e txt\r"))
+
+    one_round.grid.intercept = in_round(1, 0, fail)
+    with Display(quiet=True) as display:
+        one_round.server(observer=display).run()
+    printed = capsys.readouterr().err
+    assert "site 1 failed" in printed
+    assert all(line.isprintable() for line in printed.splitlines())
 
 
 @pytest.mark.parametrize("what", INVALID_REPLIES)

@@ -145,13 +145,18 @@ def test_values_without_tensors_arrive_unchanged() -> None:
         RecordDict({VALUES: ConfigRecord({"json": "null"})}),
         RecordDict({VALUES: ConfigRecord({"json": 7})}),
         RecordDict({VALUES: ConfigRecord({"json": "[" * 100_000})}),
+        RecordDict({VALUES: ConfigRecord({"json": '{"logs": {"\\ud800": 1.0}}'})}),
+        RecordDict({VALUES: ConfigRecord({"json": '{"a": "' + "x" * 2**20 + '"}'})}),
+        RecordDict({VALUES: ConfigRecord({"json": '{"a": ' + "[" * 40 + "]" * 40 + "}"})}),
         RecordDict({VALUES: to_arrays({"json": torch.zeros(1)})}),
     ],
+    ids=range(14),
 )
 def test_values_of_invalid_record_raises_one_line(content: RecordDict) -> None:
     with pytest.raises(UserError, match="JSON") as caught:
         values_of(receive(content))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_comparison_request_round_trip_is_equal() -> None:
@@ -224,6 +229,8 @@ WRONG_TYPES = {"deployed": "x", "samples": "a", "worse": None, "better": 1, "gai
         {**VALID, "supervised_rounds": None},
         {**VALID, "logs": None},
         {**VALID, "logs": {"loss": "low"}},
+        {**VALID, "logs": {"a b": 1.0}},
+        {**VALID, "logs": {f"n{index}": 1.0 for index in range(200_000)}},
         {**VALID, "tradeoff": {"exit": []}},
         {**VALID, "tradeoff": {"exits": 5}},
         {**VALID, "tradeoff": [1]},

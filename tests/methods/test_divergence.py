@@ -10,7 +10,7 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions, SilentObserver
-from fedekd.methods import Client, ClientOptions, FedDyn, FedeKD, FedType
+from fedekd.methods import Client, ClientOptions, FedDyn, FedeKD, FedType, Local
 from fedekd.modules.losses.fedtype import ConformalModel
 
 from .conftest import Federate, weights
@@ -67,6 +67,45 @@ def test_method_diverged_run_finishes(name: str, task: str, federate: Federate) 
     )
     summary = federate(METHODS[name](), task, client=client).run()
     assert all(math.isnan(client["local"]) for client in summary["clients"])
+
+
+def break_proxy(client: Client, what: str) -> None:
+    """Make all weights of the proxy NaN, or so large that its outputs overflow."""
+    for parameter in client.networks["proxy"].parameters():
+        parameter.data.fill_({"nan": math.nan, "overflow": 1e30}[what])
+
+
+@pytest.mark.parametrize("what", ["nan", "overflow"])
+@pytest.mark.parametrize(
+    "name", ["fedekd", "fedekd-none", "fedekd-feature", "fedekd-entropy", "fml", "fedkd", "fedtype", "fedtype-fedprox"]
+)
+def test_method_broken_global_proxy_leaves_the_private_model_finite(name: str, what: str, federate: Federate) -> None:
+    run = federate(METHODS[name](), client=small_client(name))
+    run.method.init_server(run.spec)
+    client = run.engine.client(0)  # type: ignore[attr-defined]
+    break_proxy(client, what)
+    received = {key: tensor.clone() for key, tensor in client.networks["proxy"].state_dict().items()}
+    initial = {key: tensor.clone() for key, tensor in client.networks["private"].state_dict().items()}
+    run.method.receive(client, received, 1)
+    run.method.prepare_update(client, 1)
+    trained = client.networks["private"].state_dict()
+    assert all(bool(tensor.isfinite().all()) for tensor in trained.values())
+    assert not all(torch.equal(tensor, initial[key]) for key, tensor in trained.items())
+
+
+def test_fedekd_broken_teacher_trains_as_the_local_baseline(federate: Federate) -> None:
+    states = []
+    for method in (FedeKD(), Local()):
+        run = federate(method)
+        run.method.init_server(run.spec)
+        client = run.engine.client(0)  # type: ignore[attr-defined]
+        received = {}
+        if "proxy" in client.networks:
+            break_proxy(client, "nan")
+            received = dict(client.networks["proxy"].state_dict())
+        run.method.receive(client, received, 1)
+        states.append(client.networks["private"].state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
 def test_conformal_model_nonfinite_logits_gives_full_sets() -> None:

@@ -395,3 +395,18 @@ def test_module_carries_float16_loss_scale_between_fits(tmp_path: Path) -> None:
         scales.append((state["scale"], state["_growth_tracker"]))
     # Doubled after three steps; then one and two more make three again.
     assert scales == [(8.0, 1), (16.0, 2)]
+
+
+def test_finite_teacher_of_replaces_only_broken_rows() -> None:
+    student = ModelOutput((torch.randn(4, 3), torch.randn(4, 3)), torch.randn(4, 5))
+    output, features = torch.randn(4, 3), torch.randn(4, 2)
+    same = ModelOutput((output,), features).finite_teacher_of(student)
+    assert torch.equal(same.output, output)
+    assert same.features is not None
+    assert torch.equal(same.features, features)
+    output[1, 2], features[3, 0] = torch.nan, torch.inf
+    teacher = ModelOutput((output,), features).finite_teacher_of(student)
+    assert torch.equal(teacher.output[[0, 2]], output[[0, 2]])
+    assert torch.equal(teacher.output[[1, 3]], student.output[[1, 3]])
+    assert teacher.features is not None
+    assert bool(teacher.features.isfinite().all())
