@@ -20,7 +20,8 @@ class RoundOptions:
         participation: Fraction of the clients per round, in (0, 1], drawn for each round.
         update_loss_rate: Probability in [0, 1) that an update is lost on the way to the server (simulated fault).
         quorum: Accepted updates that a round needs, at least 1; with fewer the server keeps its state and warns.
-        max_update_norm: Largest accepted 2-norm of the difference between update and message; null sets no bound.
+        max_update_norm: Largest accepted 2-norm of the difference between update and message; null sets no bound, and
+            only updates out of proportion to the others of their round are rejected.
 
     Raises:
         UserError: If an option is out of range.

@@ -8,7 +8,7 @@ Threat model
   Protected against:
     - the network and unregistered sites, by Flower's TLS and SuperNode keys, which the operators must enable;
     - malformed messages: site and server parse JSON and raw arrays, never pickles, and the server rejects updates with
-      wrong keys, shapes or dtypes, non-finite values or too many bytes;
+      wrong keys, shapes or dtypes, values out of range, too many bytes, or a change out of proportion to the others';
     - with `secure=true`, an honest-but-curious server: it receives the mean of at least three updates, no single one.
   Not protected against:
     - inference from a model or from the counts and scores. `LocalDpMod` adds noise at the site; its budgets add up over

@@ -222,13 +222,22 @@ def hostile_state(
     """The names of one or two changes, and an honest update with them."""
     names, state = [], copy_of(honest)
     for mutate in draw.choices(mutators, k=draw.choice((1, 1, 1, 2))):
+        if not _is_like(state, sent):  # the next change would not find its tensors
+            break
         names.append(mutate.__name__)
         state = mutate(draw, state, sent)
-        if not isinstance(state, dict) or not all(type(tensor) is Tensor for tensor in state.values()) or not state:
-            break
-        if any(t.is_meta or t.is_sparse or t.is_nested or t.numel() > 10**7 for t in state.values()):
-            break
     return "+".join(names), state
+
+
+def _is_like(state: Any, sent: Mapping[str, Tensor]) -> bool:
+    """Return True for plain tensors of the shapes and dtypes that were sent."""
+    return (
+        isinstance(state, dict)
+        and state.keys() == sent.keys()
+        and all(type(tensor) is Tensor and not (tensor.is_nested or tensor.is_meta) for tensor in state.values())
+        and all((state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype) for name, tensor in sent.items())
+        and all(tensor.layout is torch.strided for tensor in state.values())
+    )
 
 
 def hostile_values(draw: random.Random, values: dict[str, Any]) -> dict[str, Any]:

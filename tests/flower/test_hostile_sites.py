@@ -50,7 +50,7 @@ def hostile_bytes(draw: random.Random, content: bytes) -> bytes:
 
 def hostile_text(draw: random.Random, values: Mapping[str, Any]) -> Any:
     """A JSON text with a changed note, or one that is not JSON."""
-    text = json.dumps(hostile_values(draw, dict(values)))
+    text = json.dumps(hostile_values(draw, dict(values)), default=str)
     broken = (
         lambda: text[: draw.randrange(len(text))],
         lambda: "[" * 10 ** draw.randint(1, 5),
