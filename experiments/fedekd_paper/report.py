@@ -25,6 +25,7 @@ from experiments.fedekd_paper.load import display_name
 from experiments.fedekd_paper.published import DEVIATIONS, SEEDS
 from experiments.fedekd_paper.statistics import LEVEL, MIN_PAIRS, MIN_SEEDS
 from experiments.fedekd_paper.tables import PLANS, paper_cells, table_section, verdict_sentence
+from fedekd.benchmark.provenance import mixture
 from fedekd.reporting.document import Picture, Section, spread
 
 TITLE = "FedeKD: measured and published results"
@@ -215,7 +216,10 @@ def _comparison_section(results: pd.DataFrame) -> Section:
 def _provenance_section(results: pd.DataFrame) -> Section:
     kinds = ["dataset", "commit", "fedekd", "torch", "device", "precision", "threads"]
     table = results.groupby(kinds).size().reset_index(name="runs")
-    return Section("provenance", "Provenance", tables={"": table.assign(dataset=table["dataset"].map(display_name))})
+    text = [sentence for sentence in [mixture(results)] if sentence]
+    return Section(
+        "provenance", "Provenance", text, tables={"": table.assign(dataset=table["dataset"].map(display_name))}
+    )
 
 
 def _slug(name: str) -> str:

@@ -117,9 +117,9 @@ def _locate(name: str) -> ModuleSpec | None:
 
     `importlib.util.find_spec` would import its packages.
     """
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    if isinstance(spec, ModuleSpec):
-        return spec
+    if (module := sys.modules.get(name)) is not None:
+        spec = getattr(module, "__spec__", None)
+        return spec if isinstance(spec, ModuleSpec) else None  # of a script, or made by hand: none
     parent, _, _ = name.rpartition(".")
     folders = None
     if parent:
