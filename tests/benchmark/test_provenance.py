@@ -217,7 +217,8 @@ def test_run_cell_of_replaced_data_has_another_row_and_folder(
         rows.append(run_cell(cell, tmp_path / "runs", trainer, tmp_path / "local", "abc"))
         rows[-1]["seconds"] = ""
     assert rows[0] == rows[1]
-    assert rows[0]["data"] != rows[2]["data"]
+    assert all(rows[0][name] != rows[2][name] for name in ("data", "key"))
+    assert rows[0]["configuration"] == rows[2]["configuration"]
     assert rows[2]["code"] == code_digest(cell.values) != ""
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {rows[0]["key"], rows[2]["key"]}
 
