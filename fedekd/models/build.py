@@ -119,7 +119,7 @@ def check_model(
         >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), in_channels=1, image_size=8, num_outputs=10)
         Traceback (most recent call last):
         ...
-        fedekd.errors.UserError: model Sequential: expected output (2, 10) for 2 images, got (2, 9) in training mode
+        fedekd.errors.UserError: model Sequential: expected output (2, 10) for 2 images, got (2, 9) in evaluation mode
     """
     height, width = height_and_width(image_size)
     backbone = getattr(model, "backbone", model)
@@ -131,12 +131,13 @@ def check_model(
         raise UserError(f"{name}: expected at least one parameter to train, got {actual}")
     like = next((parameter for parameter in trainable if parameter.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
-    hint = f" Set --{flag}.aux_logits false." if getattr(backbone, "aux_logits", False) else ""
+    auxiliary = f" Set --{flag}.aux_logits false." if getattr(backbone, "aux_logits", False) else ""
     exits = {}
     # A forward pass in training mode changes the statistics of BatchNorm, and draws for dropout.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        for mode in ("training", "evaluation"):
+        for mode in ("evaluation", "training"):
+            hint = auxiliary if mode == "training" else ""
             try:
                 with isolated_rng(0, like.device), _mode(model, mode == "training"):
                     output = model(images)
@@ -153,7 +154,7 @@ def check_model(
     if len(exits["training"]) != len(exits["evaluation"]):
         raise UserError(
             f"{name}: expected as many outputs in training as in evaluation mode, got {len(exits['training'])} and"
-            f" {len(exits['evaluation'])}.{hint}"
+            f" {len(exits['evaluation'])}.{auxiliary}"
         )
     if not any(logits.requires_grad for logits in exits["training"]):
         raise UserError(f"{name}: expected outputs with a gradient in training mode, got detached ones")

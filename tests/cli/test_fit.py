@@ -364,7 +364,7 @@ def own_models(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("own_models.Frozen", "at least one parameter to train, got none of 2: all are frozen"),
         ("own_models.Lazy", "the lazy 'layer.weight'"),
         ("own_models.Auxiliary", "got a Pair in training mode"),
-        ("own_models.Named", "got a Pair in training mode"),
+        ("own_models.Named", "got a Pair in evaluation mode"),
         ("own_models.Raising", "IndexError: list index out of range"),
         ("own_syntax.Good", "own_syntax"),
     ],

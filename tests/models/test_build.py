@@ -155,9 +155,9 @@ def test_check_model_valid_model_is_unchanged(output):
         ({"logits": torch.zeros(2, 4)}, "got a dict"),
         (
             RuntimeError("mat1 and mat2\ncannot be multiplied"),
-            "images of 1 x 8 x 9.* It failed in training mode: RuntimeError: mat1 and mat2 cannot be multiplied",
+            "images of 1 x 8 x 9.* It failed in evaluation mode: RuntimeError: mat1 and mat2 cannot be multiplied",
         ),
-        (KeyError(), "images of 1 x 8 x 9.* It failed in training mode: KeyError"),
+        (KeyError(), "images of 1 x 8 x 9.* It failed in evaluation mode: KeyError"),
     ],
 )
 def test_check_model_wrong_output_raises_one_line_user_error(output, message):
@@ -206,14 +206,15 @@ class Linear(nn.Module):
     [
         (lambda module, logits: (logits, logits) if module.training else logits, "as many outputs .* got 2 and 1"),
         (lambda module, logits: logits if module.training else logits[:, :3], r"got \(2, 3\) in evaluation mode"),
-        (lambda module, logits: Pair(logits, logits), "got a Pair in training mode.* Return its logits"),
+        (lambda module, logits: Pair(logits, logits) if module.training else logits, "got a Pair in training mode"),
+        (lambda module, logits: Pair(logits, logits), "got a Pair in evaluation mode.* Return its logits"),
         (lambda module, logits: SimpleNamespace(logits=logits), "got a SimpleNamespace.* Return its logits"),
-        (lambda module, logits: logits.max(1), "got a max in training mode"),
+        (lambda module, logits: logits.max(1), "got a max in evaluation mode"),
         (lambda module, logits: [], "got an empty one"),
         (lambda module, logits: logits.round().long(), "torch.int64"),
         (lambda module, logits: logits.detach(), "outputs with a gradient"),
-        (lambda module, logits: 1 / 0, "It failed in training mode: ZeroDivisionError: division by zero"),
-        (lambda module, logits: module.layer, "got a Linear in training mode"),
+        (lambda module, logits: 1 / 0, "It failed in evaluation mode: ZeroDivisionError: division by zero"),
+        (lambda module, logits: module.layer, "got a Linear in evaluation mode"),
     ],
 )
 def test_check_model_other_output_than_logits_raises_one_line(transform, message):
