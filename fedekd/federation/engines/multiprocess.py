@@ -220,11 +220,16 @@ def _serve(connection: Connection, folder: Path) -> None:
                 send("error", error)
             except (AttributeError, ImportError, pickle.UnpicklingError) as error:
                 hint = f"{error}. Classes that run in another process must be importable: move them to a module."
-                send("error", UserError(hint) if worker is None else _with_trace())
-            except Exception:
-                send("error", _with_trace())
+                send("error", UserError(hint) if worker is None else _with_trace(error))
+            except Exception as error:
+                send("error", _with_trace(error))
     gc.unfreeze()  # extension modules warn at exit about frozen objects
 
 
-def _with_trace() -> RuntimeError:
-    return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+def _with_trace(error: Exception) -> RuntimeError:
+    """Return an exception that can be sent, with the notes and the traceback."""
+    trace = "".join(traceback.format_exception(error))
+    sent = RuntimeError(f"{type(error).__name__}: {error}, in a worker process:\n{trace}")
+    for note in getattr(error, "__notes__", []):
+        sent.add_note(note)
+    return sent

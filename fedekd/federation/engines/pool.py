@@ -152,6 +152,10 @@ class WorkerPool:
                     losses[task.client] += 1
                     self._report_loss(task.client, losses[task.client], str(error))
                     waiting.appendleft(task)
+                except Exception:
+                    # The worker has answered, and is closed with the others: the interpreter waits for it at exit.
+                    self._idle.append(worker)
+                    raise
                 else:
                     self._idle.append(worker)
                     replay_events(events, self._observer)

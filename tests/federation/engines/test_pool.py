@@ -346,6 +346,8 @@ def test_pool_exception_of_a_task_is_raised(raised: Exception, expected: Excepti
     assert str(error.value).startswith(str(expected))
     assert str(raised) in str(error.value)
     assert ray.calls == [(0, 0)]  # not repeated: no worker was lost
+    pool.close()
+    assert ray.killed == [0]
 
 
 @given(
