@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -158,36 +160,49 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 
 def _require_values(parser: ArgumentParser, config: Namespace) -> None:
-    """Reject null, non-finite numbers and integers of more than 64 bits.
+    """Reject null, numbers and texts that jsonargparse accepts and no option has.
 
     Raises:
-        UserError: If a number is not finite or too large, or a value is null and its default is not.
+        UserError: If a number is not finite or has more than 64 bits, a text has a null character, or a value is null
+            and its default is not.
     """
     defaults = parser.get_defaults(skip_validation=True)
+    fields = {action.dest: _item_defaults(getattr(action, "_typehint", None)) for action in parser._actions}
     for key, value in config.items():
         part, within, argument = key.partition(".init_args.")
         flag = key.replace(".init_args", "")
-        for name, number in _numbers(value, f"--{flag}"):
-            require(math.isfinite(number), name, "a finite number", number)
-            require(isinstance(number, float) or abs(number) < 2**63, name, "a number of 64 bits", number)
+        for name, leaf in _leaves(value, f"--{flag}"):
+            if isinstance(leaf, int | float):
+                require(math.isfinite(leaf), name, "a finite number", leaf)
+                require(isinstance(leaf, float) or abs(leaf) < 2**63, name, "a number of 64 bits", leaf)
+            elif isinstance(leaf, str):
+                require("\0" not in leaf, name, "a text without null characters", leaf)
+            elif leaf is None and name.removeprefix(f"--{key}.") in fields.get(key, ()):
+                raise UserError(f"{name}: expected a value, got null")
         if value is None:
             default = class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
             if default is not None or key.startswith("do_no_harm."):
                 raise UserError(f"--{flag}: expected a value, got null")
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers of a value and of its parts, each with its dotted name."""
+def _item_defaults(typehint: Any) -> set[str]:
+    """Return the names of the fields that cannot be null in a list of dataclasses."""
+    item = next(iter(get_args(typehint)), None)
+    return {field.name for field in fields_of(item) if field.default is not None} if is_dataclass(item) else set()
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a value that have no parts, each with its dotted name."""
     if isinstance(value, Namespace):
         value = vars(value)
-    if isinstance(value, int | float):
-        yield name, value
-    elif isinstance(value, Mapping):
+    if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _numbers(part, f"{name}.{key}")
+            yield from _leaves(part, f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _numbers(part, name)
+            yield from _leaves(part, name)
+    else:
+        yield name, value
 
 
 @cache
