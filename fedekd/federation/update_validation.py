@@ -262,17 +262,23 @@ class Change:
 
     @classmethod
     def of(cls, update: StateDict, sent: StateDict, steps: int = 1) -> Change:
-        """Compute the change of a valid update, in float64."""
+        """Compute the change of a valid update, with sums in float64."""
         squares, message_squares, integers = 0.0, 0.0, set()
         for name, tensor in update.items():
             before, after = sent[name], tensor.detach().to(sent[name].device)
             if tensor.is_floating_point() or tensor.is_complex():
-                before = before.to(torch.promote_types(before.dtype, torch.float64))
-                squares += float((after.to(before.dtype) - before).abs().square().sum())
-                message_squares += float(before.abs().square().sum())
+                before = before.to(torch.promote_types(before.dtype, torch.float32))
+                squares += _square_norm(after.to(before.dtype) - before)
+                message_squares += _square_norm(before)
             elif not torch.equal(after, before):
                 integers.add(name)
         return cls(math.sqrt(squares), math.sqrt(message_squares), frozenset(integers), max(steps, 1))
+
+
+def _square_norm(tensor: Tensor) -> float:
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    norm = float(torch.linalg.vector_norm(tensor, dtype=dtype))
+    return norm * norm
 
 
 def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
