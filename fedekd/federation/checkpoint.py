@@ -182,7 +182,7 @@ class CheckpointStore:
         try:
             return unseal_json(content)
         except ValueError as error:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 # The first layout. One changed byte cannot remove both members.
                 manifest: Any = json.loads(content)
                 if isinstance(manifest, dict) and manifest.keys() == {"round", "files", "notes"}:

@@ -312,7 +312,7 @@ class RunFolder:
         notes = self.checkpoints.notes()
         try:
             config = yaml.safe_load(content)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             config = None
         if notes is None or not isinstance(config, dict):
             return f"{path} does not match {SUMS_FILE}"
@@ -358,7 +358,7 @@ class RunFolder:
         path = self.folder / _SUMMARY
         try:
             summary = json.loads(path.read_text())
-        except ValueError:  # JSONDecodeError, UnicodeDecodeError
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too many levels
             summary = None
         if not isinstance(summary, dict):
             raise UserError(f"{path} is corrupt. {self._way_out(_SUMMARY)}")

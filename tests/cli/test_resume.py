@@ -11,6 +11,7 @@ import pytest
 
 from fedekd.atomic import seal_json, unseal_json
 from fedekd.cli import main
+from fedekd.errors import UserError
 from fedekd.federation import RunFolder
 
 
@@ -118,6 +119,20 @@ def test_run_folder_of_another_process_is_not_removed(npz: Path, workdir: Path, 
     with pytest.raises(KeyError):
         fail()
     assert {path.name for path in Path("a/b").iterdir()} > {".lock", "config.yaml", "thesis.txt"}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"mean": ' + "9" * 5001 + "}"], ids=["levels", "digits"])
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "manifest"])
+def test_resume_file_of_extreme_json_is_damaged(
+    name: str, content: str, finished_run: Path, error_line: Callable[[], str]
+) -> None:
+    path = max(Path("a/checkpoints").glob("manifest-*.json")) if name == "manifest" else Path("a") / name
+    path.write_text(content)
+    assert main(["test", "a"]) == 2
+    assert len(error_line()) <= 400
+    if name == "summary.json":
+        with pytest.raises(UserError, match=r"summary\.json is corrupt"):
+            _ = RunFolder(Path("a"), {}).summary
 
 
 def test_resume_changed_option_is_named(finished_run: Path, error_line: Callable[[], str]) -> None:
