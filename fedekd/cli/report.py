@@ -87,7 +87,9 @@ def _find(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"report: expected the folder of a run, got {folder}, which does not exist.")
-        results = pd.concat([read_results(folder), read_results(folder / "results")])
+        # The CSV files in the folder of a run are not results of `benchmark`.
+        places = [folder / "results"] if (folder / "config.yaml").is_file() else [folder, folder / "results"]
+        results = pd.concat([read_results(place) for place in places])
         # The runs of a grid are in folders named by their keys, and their rows are in its results.
         below = [path.parent for path in sorted(folder.rglob("summary.json")) if path.parent.name not in results.index]
         below = [path for path in below if (path / "config.yaml").is_file()]

@@ -103,7 +103,7 @@ class ClientOptions:
             least 1; null keeps the model as it is, unless the method needs exits. A list is assigned to the clients
             round-robin, as in [3, null]. For images of up to 64 pixels a ResNet gets the usual CIFAR stem: 3x3
             convolution, stride 1, no max-pool.
-        exit_grid: Cells per side of the pooling in the exits before the last, at least 1; 1 is global average pooling.
+        exit_grid: Cells per side of the pooling in the exits before the last, 1 to 64; 1 is global average pooling.
         depths: Number of leading stages that a client holds, with their exits, at least 1; for clients with less
             compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
         lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
@@ -134,7 +134,7 @@ class ClientOptions:
             "at least 1, or null",
             self.exits,
         )
-        require(self.exit_grid >= 1, "client.exit_grid", "at least 1", self.exit_grid)
+        require(1 <= self.exit_grid <= 64, "client.exit_grid", "1 to 64", self.exit_grid)
         require(0 < self.lr_decay <= 1, "client.lr_decay", "a number in (0, 1]", self.lr_decay)
         require(
             isinstance(self.optimizer, Mapping) and "class_path" in self.optimizer,

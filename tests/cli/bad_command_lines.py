@@ -123,7 +123,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "data.fractions": ("[0,0,0]", "[-1,1,1]", "[2,1,1]"),
         "client.local_epochs": ("0", "-1"),
         "client.exits": ("0", "-1", "9", "[]", "[0]", "9223372036854775807"),
-        "client.exit_grid": ("0", "-1"),
+        "client.exit_grid": ("0", "-1", "1000", "2147483648"),
         "client.lr_decay": ("0", "-1", "1.5"),
         "client.depths": ("0", "[]", "[1, -1]", "1"),
         "client.private_models": ("[]", "[Nope]", "[3]", "[{class_path: Nope}]", "[[1]]"),

@@ -131,3 +131,8 @@ def test_report_of_too_many_runs_raises(here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fedekd.cli.report.MAX_RUNS", 2)
     with pytest.raises(ValueError, match="expected at most 2 runs, got 3"):
         report(["runs"])
+
+
+def test_report_ignores_other_csv_files_of_a_run(finished_run: Path) -> None:
+    (finished_run / "notes.csv").write_bytes(b"\xff\xfe\x00")
+    assert main(["report", str(finished_run), "--exits=false"]) == 0

@@ -72,7 +72,7 @@ def test_spec_capturable_optimizer_on_a_cpu_raises() -> None:
         ({"exits": 0}, "client.exits: expected at least 1, or null, got 0"),
         ({"exits": []}, "client.exits: expected at least 1, or null"),
         ({"exits": [3, -1]}, "client.exits: expected at least 1, or null"),
-        ({"exit_grid": 0}, "client.exit_grid: expected at least 1, got 0"),
+        ({"exit_grid": 0}, "client.exit_grid: expected 1 to 64, got 0"),
         ({"lr_decay": 0}, "client.lr_decay: expected a number in"),
         ({"lr_decay": 1.5}, "client.lr_decay: expected a number in"),
         ({"optimizer": {}}, "client.optimizer: expected class_path and init_args"),
