@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
@@ -16,7 +17,7 @@ from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundReq
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
 
-from .conftest import Federate, federation, weights
+from .conftest import Federate, Recorder, federation, weights
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
@@ -381,3 +382,18 @@ def test_orchestrator_model_that_does_not_fit_raises_before_training(federate: F
     with pytest.raises(UserError, match=r"client\.private_model"):
         federate(client=client, baseline_dir=tmp_path / "local")
     assert not (tmp_path / "local").exists()
+
+
+class FullDiskLogger(CSVLogger):
+    """CSVLogger that fails at the end of a run."""
+
+    def finalize(self, status: str) -> None:
+        raise OSError("no space left")
+
+
+def test_run_failing_logger_still_writes_the_summary(federate: Federate, tmp_path: Path) -> None:
+    observer = Recorder()
+    summary = federate(output=tmp_path / "run", loggers=[FullDiskLogger(tmp_path / "log")], observer=observer).run()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    [line] = [text for text in observer.warnings if "FullDiskLogger" in text]
+    assert "OSError: no space left" in line
