@@ -371,10 +371,9 @@ def test_orchestrator_quorum_above_clients_raises_user_error(federate: Federate)
         federate(rounds=RoundOptions(quorum=4))
 
 
-def test_run_invalid_optimizer_argument_raises_user_error(federate: Federate) -> None:
-    client = ClientOptions(optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}})
+def test_client_options_invalid_optimizer_argument_raises_user_error() -> None:
     with pytest.raises(UserError, match=r"client\.optimizer"):
-        federate(client=client).run()
+        ClientOptions(optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}})
 
 
 def test_orchestrator_model_that_does_not_fit_raises_before_training(federate: Federate, tmp_path: Path) -> None:
