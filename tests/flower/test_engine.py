@@ -526,7 +526,7 @@ def test_run_site_with_other_number_of_samples_is_not_averaged(one_round: Sites)
 
 def test_display_error_of_site_has_no_control_characters(one_round: Sites, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(message: Message, reply: Reply) -> Message:
-        return error_reply(message, OSError("\x1b[2J\x1b]0;owned\x07 \u202e txt\r"))
+        return error_reply(message, OSError("\x1b[2J\x1b]0;owned\x07 \u202e txt"))
 
     one_round.grid.intercept = in_round(1, 0, fail)
     with Display(quiet=True) as display:
