@@ -42,7 +42,19 @@ def build_optimizer(spec: ModelSpec, parameters: Iterable[nn.Parameter]) -> torc
     if is_default and optimizer_class in _FUSED and not uses_other_form:
         init_args["fused"] = True
     optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
+    if optimizer_class is torch.optim.SGD and is_default and init_args.get("momentum"):
+        optimizer.register_load_state_dict_post_hook(_unfuse_partial_momentum)
     return optimizer
+
+
+def _unfuse_partial_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the fused form if the loaded state has momentum of some parameters only.
+
+    PyTorch's fused SGD raises a TypeError there, as after FML has dropped the proxy's state.
+    """
+    for group in optimizer.param_groups:
+        if 0 < sum(parameter in optimizer.state for parameter in group["params"]) < len(group["params"]):
+            group["fused"] = False
 
 
 def check_optimizer(spec: ModelSpec) -> None:
