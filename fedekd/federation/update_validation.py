@@ -251,28 +251,29 @@ class Change:
     Attributes:
         norm: 2-norm of the difference, over all real and complex tensors.
         message_norm: 2-norm of the same tensors of the message.
-        integers: Names of the other tensors that differ, such as the counters of BatchNorm.
+        integers: By name of each other tensor, such as a counter of BatchNorm, True if it differs.
         steps: Training steps of the client in an epoch, at least 1.
     """
 
     norm: float
     message_norm: float
-    integers: frozenset[str]
+    integers: Mapping[str, bool]
     steps: int = 1
 
     @classmethod
+    @torch.no_grad()
     def of(cls, update: StateDict, sent: StateDict, steps: int = 1) -> Change:
         """Compute the change of a valid update, with sums in float64."""
-        squares, message_squares, integers = 0.0, 0.0, set()
+        squares, message_squares, integers = 0.0, 0.0, {}
         for name, tensor in update.items():
             before, after = sent[name], tensor.detach().to(sent[name].device)
             if tensor.is_floating_point() or tensor.is_complex():
                 before = before.to(torch.promote_types(before.dtype, torch.float32))
                 squares += _square_norm(after.to(before.dtype) - before)
                 message_squares += _square_norm(before)
-            elif not torch.equal(after, before):
-                integers.add(name)
-        return cls(math.sqrt(squares), math.sqrt(message_squares), frozenset(integers), max(steps, 1))
+            else:
+                integers[name] = not torch.equal(after, before)
+        return cls(math.sqrt(squares), math.sqrt(message_squares), integers, max(steps, 1))
 
 
 def _square_norm(tensor: Tensor) -> float:
@@ -286,8 +287,8 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
 
     A client is compared with the median of the others. A change grows at most in proportion to the training steps, so
     that of another client counts as many times more as that client takes fewer steps. A change of the order of the
-    message itself is never out of proportion: the others may have nothing left to learn. Integers that most of at least
-    two others leave unchanged, such as indices, may not change. One client has no comparison.
+    message itself is never out of proportion: the others may have nothing left to learn. Integers that most others keep,
+    such as indices, may not change if at least two others hold them. One client has no comparison.
 
     Args:
         changes: Change of each valid update.
@@ -306,12 +307,15 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
             reasons[position] = (
                 f"expected a change of at most {limit:.4g} (2-norm) next to the other updates, got {change.norm:.4g}"
             )
-        unusual = [
-            name for name in change.integers if sum(name in other.integers for other in others) < len(others) / 2
-        ]
-        if unusual and len(others) > 1:
+        if unusual := [name for name, differs in change.integers.items() if differs and _is_kept(name, others)]:
             reasons[position] = f"{_short(min(unusual))}: expected the integers of the message, as in the other updates"
     return reasons
+
+
+def _is_kept(name: str, changes: Sequence[Change]) -> bool:
+    """Return True if most of at least two clients that hold an integer tensor leave it unchanged."""
+    holders = [change.integers[name] for change in changes if name in change.integers]
+    return len(holders) > 1 and sum(holders) < len(holders) / 2
 
 
 def _short(value: object) -> str:

@@ -129,10 +129,7 @@ def test_check_integer_below_zero_is_valid_where_the_message_has_one() -> None:
 
 def changes(*norms: float, steps: tuple[int, ...] = (), message_norm: float = 0.0) -> list[Change]:
     """Changes of these norms, with one training step each by default."""
-    return [
-        Change(norm, message_norm, frozenset(), count)
-        for norm, count in zip(norms, steps or [1] * len(norms), strict=True)
-    ]
+    return [Change(norm, message_norm, {}, count) for norm, count in zip(norms, steps or [1] * len(norms), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -164,9 +161,17 @@ def test_out_of_proportion_change_of_the_order_of_the_message_is_usual() -> None
 
 
 def test_out_of_proportion_integers_that_others_keep_may_not_change() -> None:
-    honest, index = Change(1, 1, frozenset({"count"})), Change(1, 1, frozenset({"count", "index"}))
+    honest, index = (Change(1, 1, {"count": True, "index": differs}) for differs in (False, True))
     assert list(out_of_proportion([honest, index, honest])) == [1]
     assert not out_of_proportion([honest, honest, honest])
+
+
+def test_out_of_proportion_integers_are_compared_with_two_clients_that_hold_them() -> None:
+    small, deep = Change(1, 1, {"count": True}), Change(1, 1, {"count": True, "deep": True})
+    kept = Change(1, 1, {"count": True, "deep": False})
+    assert not out_of_proportion([small, small, small, deep, deep])
+    assert not out_of_proportion([small, small, deep, kept])
+    assert list(out_of_proportion([small, small, deep, kept, kept])) == [2]
 
 
 class HostileClient(FedAvg):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, SilentObserver
 from fedekd.functional import average_state_dicts
 from fedekd.methods import (
     CAFEDistill,
@@ -29,6 +31,7 @@ from fedekd.methods import (
     Method,
     ScaleFL,
 )
+from fedekd.models import MultiExitNetwork, multi_exit
 
 from .conftest import Federate, make_spec, weights
 
@@ -109,6 +112,27 @@ class Watched(DepthFL):
     def receive(self, client: Client, received: Mapping[str, Tensor], round_idx: int) -> dict[str, float]:
         self.received.setdefault(client.number, set()).update(received)
         return super().receive(client, received, round_idx)
+
+
+def normed(in_channels: int, image_size: Any, num_classes: int) -> MultiExitNetwork:
+    """Three stages with one BatchNorm each."""
+    stages = [
+        nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for width in (in_channels, 4, 4)
+    ]
+    stages[-1].extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)])
+    return multi_exit(nn.Sequential(*stages), num_classes, split=stages)
+
+
+def test_depthfl_counters_of_a_part_are_compared_among_its_holders(federate: Federate, npz: Path) -> None:
+    data = FederatedDataModule(str(npz), num_clients=6, alpha=10.0, batch_size=8)
+    client = options(private_model={"class_path": f"{__name__}.normed"}, depths=DEPTHS * 2)
+    warnings: list[str] = []
+    observer = SilentObserver()
+    observer.warn = warnings.append  # type: ignore[method-assign]
+    run = federate(DepthFL(), data=data, client=client, observer=observer, rounds=RoundOptions(rounds=1))
+    run.run()
+    assert warnings == []
+    assert [row["comm/updates"] for row in run.progress.history] == [6]
 
 
 def test_depthfl_clients_exchange_only_their_stages(federate: Federate) -> None:
