@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedekd.global_state import isolated_rng
-from fedekd.methods import Broadcast, FederationSpec, StateDict
+from fedekd.methods import Broadcast, ClientOptions, FederationSpec, StateDict
 from fedekd.models import eval_mode
 from fedekd.modules import predict
 from fedekd.seeding import derive_seed
@@ -32,14 +33,16 @@ class AggregateValidator:
 
     A message is evaluated by the network of its tensors' names and shapes, the proxy or a private model, with initial
     weights in place of what is not sent. A message of no such network, or of one whose initial outputs are not finite,
-    is not evaluated.
+    is not evaluated. Networks are evaluated on the CPU in float32, and so need no memory of the training device.
 
     Args:
         spec: Specification of the networks.
     """
 
     def __init__(self, spec: FederationSpec) -> None:
-        self.spec = spec
+        # The optimizer is not used, and its option `capturable` would require CUDA.
+        client = replace(spec.client, optimizer=ClientOptions().optimizer)
+        self.spec = replace(spec, client=client, trainer=replace(spec.trainer, accelerator="cpu", precision="32-true"))
         self._networks: dict[str, nn.Module | None] = {}
         self._images: Tensor | None = None
 
@@ -83,12 +86,18 @@ class AggregateValidator:
 
     @torch.no_grad()
     def _evaluates(self, network: nn.Module) -> bool:
-        """Return True if a network has finite outputs on the images."""
+        """Return True if a network has finite outputs on the images.
+
+        Raises:
+            MemoryError: If memory is missing, of which no conclusion about the network is possible; or a RuntimeError.
+        """
         try:
             # A user's network may draw random numbers in evaluation mode, too.
-            with isolated_rng(derive_seed("probe"), self.spec.trainer.torch_device), eval_mode(network):
+            with isolated_rng(derive_seed("probe")), eval_mode(network):
                 return all(bool(output.isfinite().all()) for output in predict(network, self._probes()).exits)
-        except Exception:  # of values that the network cannot compute with, such as an index out of range
+        except Exception as error:  # of values that the network cannot compute with, such as an index out of range
+            if _is_out_of_memory(error):
+                raise
             return False
 
     def _probes(self) -> Tensor:
@@ -98,10 +107,13 @@ class AggregateValidator:
             generator = torch.Generator().manual_seed(derive_seed("probe images"))
             shape = self.spec.in_channels, *self.spec.image_size
             images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
-            self._images = images.to(trainer.torch_device, trainer.dtype).contiguous(
-                memory_format=trainer.memory_format
-            )
+            self._images = images.contiguous(memory_format=trainer.memory_format)
         return self._images
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has an exception of its own for accelerators only.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _common(message: StateDict, state: StateDict) -> list[str]:

@@ -287,8 +287,8 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
 
     A client is compared with the median of the others. A change grows at most in proportion to the training steps, so
     that of another client counts as many times more as that client takes fewer steps. A change of the order of the
-    message itself is never out of proportion: the others may have nothing left to learn. Integers that most others keep,
-    such as indices, may not change if at least two others hold them. One client has no comparison.
+    message itself is never out of proportion: the others may have nothing left to learn. Integers that most others
+    keep, such as indices, may not change if at least two others hold them. One client has no comparison.
 
     Args:
         changes: Change of each valid update.

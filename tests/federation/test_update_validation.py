@@ -23,9 +23,11 @@ from fedekd.federation import (
     UpdateValidator,
 )
 from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.server_state import AggregateValidator
 from fedekd.federation.update_validation import MAX_LOGS, Change, invalid_field, is_log_name, out_of_proportion
 from fedekd.functional import Mean
-from fedekd.methods import ClientUpdate, FedAvg, FedeKD, Local
+from fedekd.methods import Broadcast, ClientUpdate, FedAvg, FedeKD, Local
+from fedekd.modules import TrainerFactory
 from fedekd.reporting.tracking import write_metrics_csv
 
 from .conftest import Federate, Recorder
@@ -415,3 +417,28 @@ def test_run_server_state_is_kept_if_the_aggregate_is_not_usable(federate: Feder
     run.run()
     assert recorder.warnings == ["round 2: the aggregated network gives no finite outputs; the server keeps its state"]
     assert all(float(tensor.abs().max()) < 10 for tensor in run.method.server_state.values())
+
+
+def test_run_probe_out_of_memory_ends_the_run(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(*arguments: Any) -> Any:
+        raise errors.pop() if errors else ValueError
+
+    monkeypatch.setattr("fedekd.federation.server_state.predict", predict)
+    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        errors = [error]
+        run = federate()
+        with pytest.raises(type(error)):
+            run.run()
+        assert not run.aggregates._networks
+
+
+def test_probe_of_another_device_and_precision_is_on_the_cpu_in_float32(federate: Federate) -> None:
+    run = federate(trainer=TrainerFactory(accelerator="cpu", precision="64-true", threads=1))
+    cuda = replace(run.spec, trainer=replace(run.spec.trainer, accelerator="cuda"))
+    run.method.init_server(run.spec)
+    message = Broadcast(run.method.server_state)
+    validator = AggregateValidator(cuda)
+    assert validator.check(run.method.server_state, message, [0]) is None
+    [network] = validator._networks.values()
+    assert network is not None
+    assert {(t.dtype, t.device.type) for t in network.parameters()} == {(torch.float32, "cpu")}
