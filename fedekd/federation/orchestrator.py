@@ -25,7 +25,7 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions, lost_updates, participants
 from fedekd.federation.results import Progress, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
-from fedekd.federation.server_state import AggregateValidator, is_finite
+from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
 from fedekd.federation.update_validation import (
     Change,
     ResultValidator,
@@ -294,7 +294,7 @@ class Orchestrator:
         Returns:
             The reason why the state is the previous one; None if the aggregate is valid.
         """
-        before = copy.deepcopy(self.method.server_state)  # an aggregation may change tensors in place
+        before = copy_state(self.method.server_state)  # an aggregation may change tensors in place
         self.method.aggregate(updates, round_idx)
         reason = self._server_problem(round_idx + 1)
         if reason is not None:
@@ -304,7 +304,8 @@ class Orchestrator:
     def _server_problem(self, round_idx: int) -> str | None:
         """Return why the server state cannot be sent in a round; None if it can."""
         numbers = self._participants(round_idx)
-        method = copy.copy(self.method)  # a broadcast that replaces the state does so in the round itself
+        method = copy.copy(self.method)
+        method.server_state = copy_state(method.server_state)  # a broadcast may change it, once in the round itself
         return self.aggregates.check(method.server_state, method.broadcast(numbers, round_idx), numbers)
 
     def _steps(self, number: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,21 @@ def is_finite(state: Any) -> bool:
     if isinstance(state, Mapping):
         return all(map(is_finite, state.values()))
     return not isinstance(state, list | tuple) or all(map(is_finite, state))
+
+
+def copy_state(state: Any) -> Any:
+    """Return a deep copy of a nested state, whose computed tensors have no graph."""
+    return copy.deepcopy(state, {id(tensor): tensor.detach().clone() for tensor in _computed(state)})
+
+
+def _computed(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors that have a graph, which `copy.deepcopy` refuses."""
+    if isinstance(state, Tensor):
+        if not state.is_leaf:
+            yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _computed(value)
 
 
 class AggregateValidator:

@@ -23,7 +23,7 @@ from fedekd.federation import (
     UpdateValidator,
 )
 from fedekd.federation.local_baseline import LocalBaseline
-from fedekd.federation.server_state import AggregateValidator
+from fedekd.federation.server_state import AggregateValidator, is_finite
 from fedekd.federation.update_validation import MAX_LOGS, Change, invalid_field, is_log_name, out_of_proportion
 from fedekd.functional import Mean
 from fedekd.methods import Broadcast, ClientUpdate, FedAvg, FedeKD, Local
@@ -442,3 +442,35 @@ def test_probe_of_another_device_and_precision_is_on_the_cpu_in_float32(federate
     [network] = validator._networks.values()
     assert network is not None
     assert {(t.dtype, t.device.type) for t in network.parameters()} == {(torch.float32, "cpu")}
+
+
+class Scaled(FedeKD):
+    """Scales the proxy by a trained number, and counts rounds in the server state."""
+
+    def init_server(self, spec: Any) -> None:
+        super().init_server(spec)
+        self.server_state = {"model": self.server_state, "round": torch.tensor(0), "nested": [torch.zeros(1)]}
+
+    def broadcast(self, participants: Any, round_idx: int) -> Broadcast:
+        self.server_state["round"] += 1
+        return Broadcast(self.server_state["model"])
+
+    def aggregate(self, updates: Any, round_idx: int) -> None:
+        scale = nn.Parameter(torch.tensor(1.0))
+        model = self.merge([u.state for u in updates], [u.num_samples for u in updates])
+        model = {name: tensor * scale for name, tensor in model.items()}
+        if round_idx == 1:
+            model = {name: tensor * math.nan for name, tensor in model.items()}
+            self.server_state["nested"][0] += 1
+        self.server_state["model"] = model
+
+
+def test_run_server_state_with_a_graph_is_restored_and_probed_on_a_copy(federate: Federate) -> None:
+    recorder = Recorder()
+    run = federate(Scaled(), observer=recorder, rounds=RoundOptions(rounds=3))
+    run.run()
+    assert recorder.warnings == ["round 2: the aggregate has NaN or infinity; the server keeps its state"]
+    state = run.method.server_state
+    assert int(state["round"]) == 4  # one message each in rounds 0 to 3
+    assert state["nested"] == [torch.zeros(1)]
+    assert is_finite(state)
