@@ -192,6 +192,20 @@ def test_baseline_key_depends_on_attributes_that_a_model_reads_from_a_file(
     assert (new_key({"own/__init__.py": "", "own/model.py": code}) == before) == (content == "1.0")
 
 
+def test_baseline_key_depends_on_a_function_that_a_file_configures(new_key: Callable[..., str], tmp_path: Path) -> None:
+    def key(slope: float, body: str) -> str:
+        settings = tmp_path / "slope.txt"
+        settings.write_text(str(slope))
+        line = f"slope = float(open({str(settings)!r}).read())\n        self.act = {body}"
+        code = "from functools import partial\n" + MODEL.replace(
+            "super().__init__()", f"super().__init__()\n        {line}"
+        )
+        return new_key({"own/__init__.py": "", "own/model.py": code})
+
+    for body in ("partial(torch.nn.functional.leaky_relu, negative_slope=slope)", "lambda x: slope * x"):
+        assert key(0.1, body) == key(0.1, body) != key(0.9, body)
+
+
 def test_baseline_key_of_an_edited_file_is_that_of_the_loaded_code(
     new_key: Callable[..., str], federate: Federate, tmp_path: Path
 ) -> None:
