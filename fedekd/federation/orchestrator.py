@@ -32,6 +32,7 @@ from fedekd.federation.update_validation import (
     UpdateValidator,
     out_of_proportion,
     structure_problem,
+    with_plain_logs,
 )
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
@@ -209,6 +210,9 @@ class Orchestrator:
 
         Returns:
             The clients whose state changed: the participants that answered.
+
+        Raises:
+            UserError: If no result is valid, as after a mistake in the method, or one is not in the last round.
         """
         is_last = round_idx == self.options.rounds
         self.observer.round_started(round_idx)
@@ -220,9 +224,13 @@ class Orchestrator:
         request = RoundRequest(numbers, broadcast, round_idx, collect_updates=not is_last, comparison=comparison)
         updates: list[ClientUpdate] = []
         changed: list[int] = []
-        for result in self.engine.run_clients(request):
+        rejected: list[str] = []
+        answers = 0
+        for result in map(with_plain_logs, self.engine.run_clients(request)):
+            answers += 1
             if reason := self.results.check(result, request, changed):
                 self._reject(reason, round_idx)
+                rejected.append(reason)
                 # Its state has changed as well: a resumed run must continue from there.
                 if isinstance(result.client, int) and result.client in numbers and result.client not in changed:
                     changed.append(result.client)
@@ -233,6 +241,8 @@ class Orchestrator:
                 self.progress.add_result(result)
             if result.update is not None:
                 updates.append(result.update)
+        if rejected and len(rejected) == answers:
+            raise UserError(f"round {round_idx}: rejected all results; {rejected[-1]}. Correct what the method returns")
         if round_idx > 0 and self.progress.records:  # empty until a client has answered
             self.progress.add_row(round_idx, self.task)
         if not is_last:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,17 @@ MAX_LOGS = 256
 
 #: Segments of letters, digits and ``_ . -``; each name is a column of metrics.csv and a key of loggers.
 _LOG_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+
+#: Allowed values of the fields of a result.
+_EXPECTED = {
+    "client": "the number of a client",
+    "score": "a number",
+    "supervised_rounds": "a count",
+    "logs": "a dict of numbers by name",
+    "tradeoff": "pairs and triples of numbers",
+    "comparison": "consistent counts",
+    "update": "a ClientUpdate with a number of samples",
+}
 
 #: Largest float32: a score above it is not of a network's outputs, and could overflow in sums.
 _LARGEST_SCORE = torch.finfo(torch.float32).max
@@ -90,10 +102,30 @@ def invalid_field(result: ClientResult) -> str | None:
     if name == "logs" and isinstance(logs, dict):
         if len(logs) > MAX_LOGS:
             return f"logs: expected at most {MAX_LOGS} names, got {len(logs):,}"
-        invalid = next(item for item in logs.items() if not (is_log_name(item[0]) and is_number(item[1])))
-        return f"logs: expected names like gate/weight_mean with numbers, got {_short(invalid)}"
-    value = getattr(update, "num_samples", update) if name == "update" else getattr(result, name)
-    return f"{name} is {_short(value)}"
+        log = next(log for log, value in logs.items() if not (is_log_name(log) and is_number(value)))
+        if is_log_name(log):
+            return f"logs: expected a number as {_short(log)}, got {_short(logs[log])}"
+        return f"logs: expected names of letters, digits and _ . - /, got {_short(log)}"
+    invalid = getattr(update, "num_samples", update) if name == "update" else getattr(result, name)
+    return f"{name}: expected {_EXPECTED[name]}, got {_short(invalid)}"
+
+
+def with_plain_logs(result: Any) -> Any:
+    """Return a result whose logged NumPy scalars and tensors of one value are floats; any object is accepted."""
+    logs = getattr(result, "logs", None)
+    if not (isinstance(result, ClientResult) and isinstance(logs, dict) and any(map(_is_scalar, logs.values()))):
+        return result
+    return replace(
+        result, logs={name: float(value.item()) if _is_scalar(value) else value for name, value in logs.items()}
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    """Return True for a real NumPy scalar or a real tensor without dimensions."""
+    if type(value) in (Tensor, nn.Parameter):
+        is_plain = value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+        return is_plain and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, np.floating | np.integer)
 
 
 def _is_tradeoff(value: Any) -> bool:

@@ -19,7 +19,7 @@ from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest
-from fedekd.federation.update_validation import invalid_field, is_number
+from fedekd.federation.update_validation import invalid_field, is_number, with_plain_logs
 from fedekd.methods import ClientUpdate, StateDict
 
 #: Names of the two records of a message. Flower's mods expect exactly one record of each kind.
@@ -172,6 +172,7 @@ def comparison_request_from_json(values: Mapping[str, Any] | None) -> Comparison
 
 def client_result_to_json(result: ClientResult) -> dict[str, Any]:
     """Convert a client's result to JSON values, without the tensors of its update."""
+    result = with_plain_logs(result)
     num_samples = None if result.update is None else result.update.num_samples
     return {**{name: value for name, value in asdict(result).items() if name != "update"}, "num_samples": num_samples}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,14 @@ from fedekd.federation import (
 )
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.server_state import AggregateValidator, is_finite
-from fedekd.federation.update_validation import MAX_LOGS, Change, invalid_field, is_log_name, out_of_proportion
+from fedekd.federation.update_validation import (
+    MAX_LOGS,
+    Change,
+    invalid_field,
+    is_log_name,
+    out_of_proportion,
+    with_plain_logs,
+)
 from fedekd.functional import Mean
 from fedekd.methods import Broadcast, ClientUpdate, FedAvg, FedeKD, Local
 from fedekd.modules import TrainerFactory
@@ -474,3 +482,54 @@ def test_run_server_state_with_a_graph_is_restored_and_probed_on_a_copy(federate
     assert int(state["round"]) == 4  # one message each in rounds 0 to 3
     assert state["nested"] == [torch.zeros(1)]
     assert is_finite(state)
+
+
+class Logging(FedAvg):
+    """Logs one value."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        self.log = {name: value}
+
+    def receive(self, client: Any, received: Any, round_idx: int) -> dict[str, float]:
+        super().receive(client, received, round_idx)
+        return self.log
+
+
+def test_run_all_results_invalid_raises_user_error_in_the_first_round(federate: Federate) -> None:
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"^round 0: rejected all results; client 2: logs: expected .*'train loss'"):
+        federate(Logging("train loss", 0.5), observer=recorder).run()
+    assert len(recorder.warnings) == 3
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5, requires_grad=True), torch.tensor(0.5).half()]
+)
+def test_run_logged_scalar_of_numpy_or_torch_becomes_a_float(value: Any, federate: Federate) -> None:
+    run = federate(Logging("loss", value), rounds=RoundOptions(rounds=1))
+    run.run()
+    logged = run.progress.history[0]["client_1/loss"]
+    assert (type(logged), logged) == (float, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ({"train loss": 0.5}, "logs: expected names of letters, digits and _ . - /, got 'train loss'"),
+        ({"loss": "0.5"}, "logs: expected a number as 'loss', got '0.5'"),
+        ([("loss", 0.5)], "logs: expected a dict of numbers by name, got [('loss', 0.5)]"),
+    ],
+)
+def test_invalid_field_of_logs_gives_the_name_and_the_rule(log: Any, words: str) -> None:
+    reason = invalid_field(result(logs=log))
+    assert reason is not None
+    assert reason.startswith(words)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1j), torch.zeros(2), torch.zeros((), device="meta"), np.str_("1"), None]
+)
+def test_plain_logs_other_values_stay_and_are_invalid(value: Any) -> None:
+    assert invalid_field(with_plain_logs(result(logs={"loss": value}))) is not None
+    assert with_plain_logs(value) is value
