@@ -156,8 +156,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
-        self._write(_CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
-        self._write_sums([_CONFIG])
+        content = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        sums = self._sums() if self.is_finished else {}
+        self._write(_CONFIG, content)
+        if sums is not None:  # a finished run of a version that wrote none is not verified
+            self._write_sums([], sums | {_CONFIG: digest(content)})
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest valid checkpoint.
@@ -219,11 +222,14 @@ class RunFolder:
     def is_complete(self, warn: Callable[[str], None]) -> bool:
         """Return whether the run is finished and all its files are intact.
 
-        A finished run that is damaged is reopened: its next run repeats the rounds that no checkpoint has, and writes
-        the other files again.
+        The next run of a damaged one repeats the rounds that no checkpoint has, and writes the other files again. Until
+        then the summary is kept, since data or options may prevent that run.
 
         Args:
             warn: Called with a message for each damaged file.
+
+        Raises:
+            UserError: If a damaged run has no checkpoints to repair it from.
         """
         if not self.is_finished:
             return False
@@ -233,12 +239,16 @@ class RunFolder:
             config_damage = self._config_damage()
             if config_damage is not None and not (notes and notes["config"]):
                 raise UserError(f"{config_damage}. {self._way_out(_CONFIG)}")
+            if not self.checkpoints.has_any():
+                raise UserError(
+                    f"{damage[0]}, and the run has no checkpoints to repair it from. Undo the change; or remove"
+                    f" {_SUMMARY}, and fit --resume {shlex.quote(str(self.folder))} repeats all rounds"
+                )
             with self.lock():
                 for message in damage:
                     warn(f"{message}; repairing the run")
                 if config_damage is not None and notes:
                     self._write_config(notes["config"])
-                self.reopen()
         return not damage
 
     def restore_config(self) -> None:
@@ -268,7 +278,8 @@ class RunFolder:
         if name == _CONFIG and self.checkpoints.notes() is None:
             return "Undo the change, or start a new run with --output"
         if self.is_finished:
-            return f"Repair the run with: {resume}"
+            has_checkpoints = self.checkpoints.has_any()
+            return f"Repair the run with: {resume}" if has_checkpoints else "Undo the change, or start a new run"
         return f"Undo the change, or remove {name} and run: {resume}"
 
     def _damage(self) -> list[str]:
@@ -277,7 +288,7 @@ class RunFolder:
         messages = [message for name in names if (message := self._file_damage(name))]
         checkpoint, corrupt = self.checkpoints.load()
         messages += [f"{self.folder}: {message}" for message in corrupt]
-        if not self.checkpoints.folder.exists():  # removed to save space, as by `benchmark`
+        if not self.checkpoints.has_any():  # removed to save space, as by `benchmark`
             return messages
         summary = None if messages else self.summary
         if summary is not None and (checkpoint is None or checkpoint.round <= summary["rounds"]):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fedekd.cli import main
+from fedekd.errors import UserError
 from fedekd.federation import RunFolder
 
 RUN = Path("a")
@@ -174,6 +175,38 @@ def test_config_of_a_finished_run_without_checkpoints_is_refused(
     assert main(["fit", "--resume", "a"]) == 2
     assert "a/config.yaml does not match SHA256SUMS. Undo the change" in error_line()
     assert (RUN / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "summary.json", "figures/delta.png"])
+def test_damaged_file_without_checkpoints_is_refused_and_the_summary_kept(
+    name: str, finished_run: Path, error_line: Callable[[], str]
+) -> None:
+    shutil.rmtree(RUN / "checkpoints")
+    if name.startswith("figures"):
+        (RUN / "SHA256SUMS").write_text((RUN / "SHA256SUMS").read_text() + f"{'0' * 64}  {name}\n")
+    else:
+        (RUN / name).write_bytes((RUN / name).read_bytes() + b"\n")
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    assert main(["fit", "--resume", "a"]) == 2
+    line = error_line()
+    assert f"a/{name} " in line
+    assert "has no checkpoints" in line
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml"])
+@pytest.mark.parametrize("option", ["--data.dataset=elsewhere.npz", "--seed=5", ""])
+def test_repair_that_is_not_taken_up_keeps_the_summary(
+    option: str, name: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not option:  # the data set is on another machine
+        monkeypatch.setattr("fedekd.data.FederatedDataModule.setup", lambda *_: (_ for _ in ()).throw(UserError("no")))
+    before = (RUN / "summary.json").read_bytes()
+    (RUN / name).unlink()
+    assert main(["fit", "--resume", "a", *option.split()]) == 2
+    assert (RUN / "summary.json").read_bytes() == before
+    if name == "config.yaml":  # restored from the checkpoint
+        RunFolder(RUN, {}).require_intact("config.yaml", "metrics.csv", "summary.json")
 
 
 PLACES = ["summary.json", "metrics.csv", "config.yaml", "SHA256SUMS", ".lock", "checkpoints/manifest-0003.json"]
