@@ -12,14 +12,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fedekd.atomic import DRAFTS
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.data.npz import one_line
 from fedekd.errors import LONGEST_ERROR, UserError, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.federation.engines.performance import gc_frozen
-from fedekd.federation.run_folder import LOCK_FILE, RUNTIME_OPTIONS, first_difference
+from fedekd.federation.run_folder import RUNTIME_OPTIONS, first_difference, has_run
 from fedekd.reporting import Display, result_tables
 
 
@@ -167,8 +166,7 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> tuple[Path, bool]:
                 raise UserError(
                     f"--output: expected a folder that can be created, got {shorten_path(output)}. {error.strerror}"
                 ) from error
-            # A run that was killed before it had a configuration leaves its lock and a draft.
-            if any(path.name != LOCK_FILE and not path.match(DRAFTS) for path in folder.iterdir()):
+            if has_run(folder):
                 is_run = (folder / "config.yaml").is_file()
                 hint = f", or resume it with fit --resume {shorten_path(shlex.quote(output))}" if is_run else ""
                 raise UserError(

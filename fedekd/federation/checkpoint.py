@@ -32,6 +32,8 @@ FORMAT = 2
 #: Manifest file name; other files in the folder, such as a copy of a manifest, are ignored.
 _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
 
+_STATE = re.compile(r"(?:client-[0-9]{3,}|server)-[0-9]{4,}\.pt")
+
 
 def _canonical(state: Any) -> Any:
     """Return a nested state on the CPU, with one object for equal strings.
@@ -143,6 +145,15 @@ class CheckpointStore:
     def has_any(self) -> bool:
         """Return whether there is a checkpoint, valid or not."""
         return bool(self._rounds())
+
+    def clear(self) -> None:
+        """Remove the states of a first checkpoint that has no manifest."""
+        remove_drafts(self.folder)
+        for path in self.folder.glob("*.pt"):
+            if _STATE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # missing, or with other files
+            self.folder.rmdir()
 
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)

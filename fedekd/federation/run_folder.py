@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +37,8 @@ SUMS_FILE = "SHA256SUMS"
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 _CONFIG, _METRICS, _SUMMARY = "config.yaml", "metrics.csv", "summary.json"
+
+_FILES = {_CONFIG, _METRICS, _SUMMARY, SUMS_FILE, "checkpoints", "figures"}
 
 
 def first_difference(
@@ -100,6 +101,15 @@ def to_json_value(value: Any) -> Any:
     return {"class": type(value).__qualname__, **to_json_value(attributes)}
 
 
+def has_run(folder: Path) -> bool:
+    """Return whether a folder has files of a run, or other files that no run has locked.
+
+    A run that failed before its first checkpoint leaves its lock and what others wrote there: baselines, logs.
+    """
+    names = {child.name for child in folder.iterdir() if not child.match(DRAFTS)}
+    return bool(names & _FILES) or (bool(names) and LOCK_FILE not in names)
+
+
 class FolderInUseError(UserError):
     """Raised when another process has locked a run folder."""
 
@@ -121,8 +131,8 @@ class RunFolder:
         """Context manager: lock the folder, and write the configuration.
 
         The lock ends with the process. Its empty file stays, since removing it would let two processes lock two files.
-        If an empty folder was locked, and an exception ends the run before its first checkpoint, all files are removed:
-        they must not block the corrected command.
+        If a folder without a run was locked, and an exception ends the run before its first checkpoint, the files of
+        the run are removed: they must not block the corrected command. Other files stay, with that of the lock.
 
         Raises:
             FolderInUseError: If another process has locked it.
@@ -136,7 +146,7 @@ class RunFolder:
         with lock:
             if not path.exists():  # removed by a run that failed after this process had opened the file
                 raise FolderInUseError(f"{self.folder}: run folder was removed by another process")
-            is_new = all(child.name == LOCK_FILE or child.match(DRAFTS) for child in self.folder.iterdir())
+            is_new = not has_run(self.folder)
             if self.config and self._config_damage() is not None:
                 self._write_config(self.config)
             try:
@@ -148,12 +158,13 @@ class RunFolder:
                 raise
 
     def _clear(self) -> None:
-        """Remove all files, that of the lock last."""
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == LOCK_FILE):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        """Remove the files of a run without a checkpoint; that of the lock last, if no other is left."""
+        self.checkpoints.clear()
+        remove_drafts(self.folder)
+        for name in (_CONFIG, SUMS_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        if all(child.name == LOCK_FILE for child in self.folder.iterdir()):
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
         content = yaml.safe_dump(dict(config), sort_keys=False).encode()

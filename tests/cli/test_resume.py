@@ -118,7 +118,26 @@ def test_run_folder_of_another_process_is_not_removed(npz: Path, workdir: Path, 
     Path("a/b/thesis.txt").write_text("years of work")
     with pytest.raises(KeyError):
         fail()
-    assert {path.name for path in Path("a/b").iterdir()} > {".lock", "config.yaml", "thesis.txt"}
+    assert {path.name for path in Path("a/b").iterdir()} == {".lock", "thesis.txt"}
+
+
+def test_run_that_failed_removes_only_its_files_and_can_be_repeated(
+    npz: Path, workdir: Path, fit: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        Path("a/local").mkdir(parents=True, exist_ok=True)
+        Path("a/local/baseline.pt").write_bytes(b"hours")
+        Path("a/logger.csv").write_text("rows")
+        raise UserError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedekd.federation.Orchestrator._train_baselines", fail)
+        for _ in range(2):
+            assert fit(npz, "--output=a", "--baseline_dir=a/local", "--quiet") == 2
+            files = {str(path) for path in Path("a").rglob("*") if path.is_file()}
+            assert files == {"a/.lock", "a/local/baseline.pt", "a/logger.csv"}
+    assert fit(npz, "--output=a", "--baseline_dir=a/local", "--quiet") == 0
+    assert Path("a/local/baseline.pt").read_bytes() == b"hours"
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"mean": ' + "9" * 5001 + "}"], ids=["levels", "digits"])
