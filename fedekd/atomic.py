@@ -5,6 +5,7 @@ A write is atomic also if the process is killed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,8 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedekd.errors import NO_ROOM
+
 #: First bytes of the trailer of `seal`; the SHA-256 of the content follows.
 _MAGIC = b"fedekd:sha256:"
+
+#: Errors of `write` and `fsync`, which name no file.
+_WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.ESTALE)
 
 #: Names of the drafts of `atomic_file`.
 DRAFTS = ".*.tmp"
@@ -70,12 +76,17 @@ def unseal_json(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def name_in_errors(path: str | os.PathLike[str], *drafts: Path) -> Iterator[None]:
-    """Context manager: name a file in system errors that name none or a draft."""
+    """Context manager: name a file in errors of its writes, which name none or a draft.
+
+    Other errors, as of a network that is read meanwhile, stay as they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None or error.filename in map(str, drafts):
-            error.filename, error.filename2 = os.fspath(path), None
+        is_unnamed = error.filename is None and error.errno in _WRITE_ERRORS
+        if is_unnamed or error.filename in map(str, drafts):
+            error.filename = os.fspath(path)
+            del error.filename2  # None would be printed
         raise
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from hashlib import md5
 from pathlib import Path
@@ -167,12 +168,15 @@ def _torchvision(class_name: str, name: str, root: Path, download: bool) -> Spli
         # Not download=True: it knows no timeout, and some versions print.
         if hasattr(dataset, "resources"):
             folder = root / class_name / "raw"
-            archives = [(dataset.mirrors[0] + file, folder / file, digest) for file, digest in dataset.resources]
+            archives = [
+                ([mirror + file for mirror in dataset.mirrors], folder / file, digest)
+                for file, digest in dataset.resources
+            ]
         else:
-            archives = [(dataset.url, root / dataset.filename, dataset.tgz_md5)]
-        for url, path, digest in archives:
+            archives = [([dataset.url], root / dataset.filename, dataset.tgz_md5)]
+        for urls, path, digest in archives:
             if not check_integrity(path, digest):
-                _download(url, path, digest)
+                _download(urls, path, digest)
             extract_archive(path, path.parent)
         train, test = (dataset(root, train=is_train) for is_train in (True, False))
     return {
@@ -193,7 +197,7 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> Splits:
 def _medmnist(info: dict[str, Any], size: str, name: str, root: Path, download: bool) -> Splits:
     if not download:
         raise FileNotFoundError("file not found")
-    _download(info[f"url{size}"], root / f"{name}.npz", info[f"MD5{size}"])
+    _download([info[f"url{size}"]], root / f"{name}.npz", info[f"MD5{size}"])
     return read_npz(root / f"{name}.npz")
 
 
@@ -249,7 +253,19 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
     return splits
 
 
-def _download(url: str, path: Path, digest: str) -> None:
+def _download(urls: Sequence[str], path: Path, digest: str) -> None:
+    """Download a file from the first address that has it, and verify its MD5.
+
+    Raises:
+        Exception: The error of the last address, if all fail.
+    """
+    for url in urls[:-1]:
+        with suppress(*_FAILURES):
+            return _download_from(url, path, digest)
+    return _download_from(urls[-1], path, digest)
+
+
+def _download_from(url: str, path: Path, digest: str) -> None:
     """Download a file, with a bar on a terminal's standard error, and verify its MD5.
 
     An interrupted or corrupt download leaves no file.

@@ -284,6 +284,25 @@ def test_torchvision_archives_are_downloaded_and_extracted(
     assert capfd.readouterr() == ("", "")
 
 
+def test_download_tries_each_mirror_and_names_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stalled(Response):
+        def read(self, *_: Any) -> bytes:
+            raise TimeoutError("The read operation timed out")
+
+    asked = []
+
+    def download(request: Any, timeout: float) -> Response:
+        asked.append(request.full_url)
+        return Stalled()
+
+    monkeypatch.setattr("urllib.request.urlopen", download)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", ["http://one/", "http://two/"])
+    with pytest.raises(UserError, match=r"the download failed \(TimeoutError: The read operation timed out\)"):
+        load_images("fashionmnist", tmp_path / "new")
+    assert [url.rpartition("/")[0] for url in asked] == ["http://one", "http://two"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
