@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from hashlib import sha256
 from importlib import metadata
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -137,6 +141,39 @@ def _file(name: str, spec: ModuleSpec | None) -> Path | None:
     return None if origin is None or (spec is not None and not spec.has_location) else Path(origin)
 
 
+def _process_start() -> float:
+    """Return the start of this process, in seconds since the epoch; else 0."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        # A tick later, since it is rounded down: Python reads a script later than that.
+        ticks = int(fields[19]) + 1
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):  # not Linux
+        return 0.0
+
+
+_PROCESS_STARTED = _process_start()
+
+
+class _ImportTimes(MetaPathFinder):
+    """Finder that finds nothing, and notes when a module is about to be loaded.
+
+    Attributes:
+        times: Seconds since the epoch by module name. A module that is not listed was loaded before this one.
+    """
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> None:
+        """Note the time of an import, or of `importlib.reload`."""
+        if fullname not in sys.modules or target is not None:
+            self.times[fullname] = time.time()
+
+
+_imports_seen = _ImportTimes()
+sys.meta_path.insert(0, _imports_seen)
+
 #: By module name: the spec (of a script, the module) with which it was loaded, and its file's content then.
 _loaded: dict[str, tuple[object, bytes]] = {}
 
@@ -147,17 +184,20 @@ def _content(name: str, file: Path) -> bytes:
     A file may be edited while the process, such as a notebook, continues with the code that it has loaded.
 
     Raises:
-        SourceUnavailableError: If the file cannot be read.
+        SourceUnavailableError: If the file cannot be read, or may have changed since the module was loaded.
     """
     module = sys.modules.get(name)
     loaded_as = getattr(module, "__spec__", None) or module
     if loaded_as is not None and name in _loaded and _loaded[name][0] is loaded_as:
         return _loaded[name][1]
     try:
-        content = file.read_bytes()
+        content, status = file.read_bytes(), file.stat()
     except OSError as error:
         raise SourceUnavailableError(f"the file of module {name} cannot be read") from error
     if loaded_as is not None:
+        # A move or a copy can keep the time of the last write, but not the other one.
+        if max(status.st_mtime, status.st_ctime) > _imports_seen.times.get(name, _PROCESS_STARTED):
+            raise SourceUnavailableError(f"the file of module {name} may have changed since it was imported")
         _loaded[name] = loaded_as, content
     return content
 

@@ -6,8 +6,10 @@ import ast
 import importlib
 import json
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import fedekd
 from fedekd.data import FederatedDataModule
 from fedekd.federation import baseline_key as key_module
+from fedekd.federation import source_code
 from fedekd.federation.baseline_key import TRAINING_CODE, baseline_key
 from fedekd.federation.local_baseline import restore_local_baseline, train_local_baseline
 from fedekd.federation.source_code import RESULT_CODE, SourceUnavailableError, code_of
@@ -107,6 +110,19 @@ def new_key(federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return key_of(federate(Local(), client=client))
 
     return key
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], types.ModuleType]:
+    """A function that imports a module of the test's folder; it is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load_module(name: str) -> types.ModuleType:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        del sys.modules[name]
+        return importlib.import_module(name)
+
+    return load_module
 
 
 def client_of(orchestrator: Any) -> Client:
@@ -217,26 +233,62 @@ def test_baseline_key_of_an_edited_file_is_that_of_the_loaded_code(
     assert key_of(federate(Local(), client=options)) != before
 
 
+def test_code_of_a_file_edited_after_its_import_is_not_known(
+    tmp_path: Path, load: Callable[[str], types.ModuleType]
+) -> None:
+    (tmp_path / "edited.py").write_text("WIDTH = 8\n")
+    module = load("edited")
+    (tmp_path / "edited.py").write_text("WIDTH = 16\n")
+    for _ in range(2):
+        with pytest.raises(SourceUnavailableError, match="module edited may have changed since it was imported"):
+            code_of(["edited"])
+    importlib.reload(module)
+    assert "edited" in code_of(["edited"])
+
+
+@pytest.mark.parametrize(("seconds", "known"), [(60.0, True), (-60.0, False)])
+def test_code_of_a_module_imported_before_fedekd_is_known_if_older_than_the_process(
+    seconds: float,
+    known: bool,
+    tmp_path: Path,
+    load: Callable[[str], types.ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 0 <= time.time() - source_code._PROCESS_STARTED < 86400
+    monkeypatch.setattr(source_code, "_PROCESS_STARTED", time.time() + seconds)
+    (tmp_path / "early.py").touch()
+    load("early")
+    monkeypatch.delitem(source_code._imports_seen.times, "early")
+    with nullcontext() if known else pytest.raises(SourceUnavailableError, match="may have changed"):
+        assert "early" in code_of(["early"])
+
+
 @pytest.mark.parametrize(
     "source",
     [None, f"import importlib\n\ndef load(name):\n    return importlib.import_module(name)\n{MODEL}"],
     ids=["no file", "computed import"],
 )
 def test_baseline_of_unknown_code_is_trained_again_and_said(
-    source: str | None, federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str | None,
+    federate: Federate,
+    tmp_path: Path,
+    load: Callable[[str], types.ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = types.ModuleType("unseen")
-    exec(MODEL if source is None else source, module.__dict__)
-    monkeypatch.setitem(sys.modules, "unseen", module)
-    if source is not None:
+    if source is None:
+        exec(MODEL, module.__dict__)
+    else:
         (tmp_path / "unseen.py").write_text(source)
-        module.__file__ = str(tmp_path / "unseen.py")
+        module = load("unseen")
+    monkeypatch.setitem(sys.modules, "unseen", module)
     options = ClientOptions(local_epochs=1, private_model={"class_path": "unseen.Net"})
     recorder = Recorder()
     run = federate(client=options, baseline_dir=tmp_path / "local", observer=recorder)
     run.run()
     [warning] = recorder.warnings
-    assert warning.startswith("local baselines are trained in every run, because their code cannot be compared: module")
+    prefix = "local baselines are trained in every run, because their code cannot be compared: module unseen"
+    assert warning.startswith(prefix)
     assert not (tmp_path / "local").exists()
     assert not restore_local_baseline(run.engine._new_client(0), 2, tmp_path / "local")  # type: ignore[attr-defined]
 
