@@ -51,18 +51,29 @@ class ModelOutput:
     def finite_teacher_of(self, student: ModelOutput) -> ModelOutput:
         """Return the output as a teacher whose values are finite where the student's are.
 
-        A sample with NaN or infinity in any value is taught by the student's own output, which has no divergence from
-        the student and so no effect.
+        A sample with NaN or infinity in an exit or in the features gets the student's own output there, which has no
+        divergence from the student and so no effect.
+
+        Args:
+            student: Output for the same samples; each exit replaces the teacher's, or the last one if it has fewer.
         """
-        own = student.output.detach().to(self.output.dtype)
-        if own.shape != self.output.shape:  # of a user's loss that compares other outputs
-            own = torch.zeros_like(self.output)
-        finite = self.output.isfinite().flatten(1).all(dim=1, keepdim=True)
-        if self.features is None:
-            return ModelOutput((torch.where(finite, self.output, own),))
-        finite = finite & self.features.isfinite().flatten(1).all(dim=1, keepdim=True)
-        features = torch.where(finite, self.features, 0.0)
-        return ModelOutput((torch.where(finite, self.output, own),), features)
+        finite_features, features = None, self.features
+        if features is not None:
+            finite_features = features.isfinite().flatten(1).all(dim=1, keepdim=True)
+            features = torch.where(finite_features, features, 0.0)
+        is_paired = len(student.exits) == len(self.exits)
+        own = student.exits if is_paired else (student.output,) * len(self.exits)
+        exits = [_finite(*pair, finite_features) for pair in zip(self.exits, own, strict=True)]
+        return ModelOutput(tuple(exits), features)
+
+
+def _finite(output: Tensor, own: Tensor, finite_features: Tensor | None) -> Tensor:
+    """Return an exit's output (B, C), with other values for samples that are not finite."""
+    own = own.detach().to(output.dtype)
+    if own.shape != output.shape:  # of a user's loss that compares other outputs
+        own = torch.zeros_like(output)
+    finite = output.isfinite().flatten(1).all(dim=1, keepdim=True)
+    return torch.where(finite if finite_features is None else finite & finite_features, output, own)
 
 
 def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:

@@ -397,6 +397,21 @@ def test_module_carries_float16_loss_scale_between_fits(tmp_path: Path) -> None:
     assert scales == [(8.0, 1), (16.0, 2)]
 
 
+def test_finite_teacher_of_several_exits_replaces_rows_of_each() -> None:
+    student = ModelOutput(tuple(torch.randn(4, 3) for _ in range(3)))
+    exits = tuple(torch.randn(4, 3) for _ in range(3))
+    same = ModelOutput(exits).finite_teacher_of(student).exits
+    assert all(torch.equal(one, other) for one, other in zip(same, exits, strict=True))
+    exits[0][2, 1] = torch.nan
+    first, second, last = ModelOutput(exits).finite_teacher_of(student).exits
+    assert torch.equal(first[[0, 1, 3]], exits[0][[0, 1, 3]])
+    assert torch.equal(first[2], student.exits[0][2])
+    assert torch.equal(second, exits[1])
+    assert torch.equal(last, exits[2])
+    of_one = ModelOutput(exits).finite_teacher_of(ModelOutput(student.exits[-1:])).exits
+    assert torch.equal(of_one[0][2], student.exits[-1][2])
+
+
 def test_finite_teacher_of_replaces_only_broken_rows() -> None:
     student = ModelOutput((torch.randn(4, 3), torch.randn(4, 3)), torch.randn(4, 5))
     output, features = torch.randn(4, 3), torch.randn(4, 2)
