@@ -22,6 +22,7 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.early_exit.cost_curves import BUDGETS
 from fedekd.errors import shorten
 from fedekd.federation.engines.base import ClientResult, RoundRequest
+from fedekd.functional import at_least_float32
 from fedekd.methods import ClientUpdate, StateDict
 from fedekd.metrics import primary_metric
 from fedekd.tasks import Task
@@ -264,13 +265,14 @@ def structure_problem(update: Any, sent: StateDict) -> str | None:
 def _range_problem(name: str, tensor: Tensor, sent: Tensor) -> str | None:
     """Return why a tensor's values are out of range; None if they are not."""
     if tensor.is_floating_point() or tensor.is_complex():
+        tensor = at_least_float32(tensor)
         if not bool(torch.isfinite(tensor).all()):
             return "expected finite values, got NaN or infinity"
         if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
             return f"expected variances of at least 0, got {float(tensor.min()):.4g}"
-    elif tensor.numel():
-        values = tensor.to(torch.int64)
-        lowest, low, high = min(0, int(sent.min())), int(values.min()), int(values.max())
+    elif not torch.equal(tensor.to(sent.device), sent):  # a seed or a hash that is sent may be larger
+        values = tensor.to(torch.int64)  # which has the functions that unsigned types have not
+        lowest, low, high = min(0, int(sent.to(torch.int64).min())), int(values.min()), int(values.max())
         if low < lowest or high >= _EXACT:
             return f"expected integers of at least {lowest} and below 2^53, got {low if low < lowest else high}"
     return None
@@ -300,7 +302,7 @@ class Change:
         for name, tensor in update.items():
             before, after = sent[name], tensor.detach().to(sent[name].device)
             if tensor.is_floating_point() or tensor.is_complex():
-                before = before.to(torch.promote_types(before.dtype, torch.float32))
+                before = at_least_float32(before)
                 squares += _square_norm(after.to(before.dtype) - before)
                 message_squares += _square_norm(before)
             else:

@@ -37,7 +37,7 @@ from fedekd.functional.energies import (
 from fedekd.functional.exit_scheduling import active_exits, cosine_similarities, mixing_weights, student_budget
 from fedekd.functional.gate import trust_weights
 from fedekd.functional.paired_tests import betting_p_value, paired_p_value
-from fedekd.functional.precision import upcast_to_float32
+from fedekd.functional.precision import at_least_float32, upcast_to_float32
 from fedekd.functional.simplex import project_to_simplex
 from fedekd.functional.submodels import average_submodels, submodel_state_dict
 
@@ -51,6 +51,7 @@ __all__ = [
     "TrimmedMean",
     "active_exits",
     "agreement_confidence",
+    "at_least_float32",
     "average_state_dicts",
     "average_submodels",
     "betting_p_value",

@@ -91,4 +91,7 @@ def _normalize(weights: Sequence[float], count: int) -> list[float]:
 
 def _average(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     first = terms[0][1]
+    is_integer = not (first.is_floating_point() or first.is_complex())
+    if is_integer and all(torch.equal(tensor.to(first.device), first) for _, tensor in terms[1:]):
+        return first.detach().clone()  # a seed or a hash may be too large for float64
     return cast_like(reduce(torch.add, (share * to_float64(tensor, first) for share, tensor in terms)), first)

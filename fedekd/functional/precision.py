@@ -1,4 +1,4 @@
-"""Conversion of half-precision tensors to float32."""
+"""Conversion of tensors of low precision to float32."""
 
 from __future__ import annotations
 
@@ -19,3 +19,19 @@ def upcast_to_float32(t: Tensor) -> Tensor:
         torch.float64
     """
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Convert float16, bfloat16 and the types of 8 bits to float32; keep other dtypes.
+
+    complex32 becomes complex64. Types of 8 bits, which PyTorch does not promote, have no arithmetic.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.float8_e5m2)).dtype
+        torch.float32
+        >>> at_least_float32(torch.zeros(1, dtype=torch.int64)).dtype
+        torch.int64
+    """
+    if t.dtype == torch.complex32:
+        return t.to(torch.complex64)
+    return t.float() if t.is_floating_point() and t.itemsize < torch.float32.itemsize else t

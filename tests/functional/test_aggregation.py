@@ -141,3 +141,11 @@ def test_average_state_dicts_invalid_weights_raise_value_error(weights: list[flo
 def test_average_state_dicts_without_states_raises_value_error() -> None:
     with pytest.raises(ValueError, match="state_dicts: expected at least one"):
         average_state_dicts([])
+
+
+@pytest.mark.parametrize("value", [2**53 + 1, 2**63 - 1])
+def test_average_equal_large_integers_is_that_integer(value: int) -> None:
+    states = [{"seed": torch.tensor([value])} for _ in range(3)]
+    average = average_state_dicts(states, weights=[1, 2, 4])["seed"]
+    assert average.item() == value
+    assert average is not states[0]["seed"]
