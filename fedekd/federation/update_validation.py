@@ -337,7 +337,7 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
             continue
         usual = median(other.norm * min(max(change.steps / other.steps, 1.0), _MAX_STEPS_RATIO) for other in others)
         limit = PROPORTION * max(usual, _SMALL_CHANGE * change.message_norm)
-        if change.norm > limit:
+        if limit and change.norm > limit:  # 0: nothing to compare with, as after messages of zeros
             reasons[position] = (
                 f"expected a change of at most {limit:.4g} (2-norm) next to the other updates, got {change.norm:.4g}"
             )

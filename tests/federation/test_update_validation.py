@@ -137,6 +137,27 @@ def test_check_integer_below_zero_is_valid_where_the_message_has_one() -> None:
     assert UpdateValidator().check({"offsets": torch.tensor([-4, 5])}, sent) is not None
 
 
+@pytest.mark.parametrize("value", [2**53, 2**63 - 1])
+def test_check_large_integer_is_valid_if_unchanged(value: int) -> None:
+    sent = {"seed": torch.tensor([value, 3])}
+    assert UpdateValidator().check({"seed": sent["seed"].clone()}, sent) is None
+    assert UpdateValidator().check({"seed": torch.tensor([value, 2])}, sent) is not None
+
+
+RARE_TYPES = [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", RARE_TYPES, ids=str)
+def test_check_rare_type_is_compared(dtype: torch.dtype) -> None:
+    sent, update = ({"t": torch.tensor([value, 0]).to(dtype)} for value in (0, 1))
+    assert UpdateValidator(max_norm=1.5).check(update, sent) is None
+    change = Change.of(update, sent)
+    assert (change.norm, change.integers) == ((1.0, {}) if dtype.is_floating_point else (0.0, {"t": True}))
+    assert is_finite(sent)
+    if dtype.is_floating_point:
+        assert UpdateValidator().check({"t": torch.tensor([math.nan, 0]).to(dtype)}, sent) is not None
+
+
 def changes(*norms: float, steps: tuple[int, ...] = (), message_norm: float = 0.0) -> list[Change]:
     """Changes of these norms, with one training step each by default."""
     return [Change(norm, message_norm, {}, count) for norm, count in zip(norms, steps or [1] * len(norms), strict=True)]
@@ -152,6 +173,7 @@ def changes(*norms: float, steps: tuple[int, ...] = (), message_norm: float = 0.
         ((1, math.inf), [1]),
         ((1e30,), []),
         ((0, 1e-3, 1e-3), []),
+        ((0, 0, 1), []),
     ],
 )
 def test_out_of_proportion_names_the_changes_far_above_the_others(
@@ -168,6 +190,10 @@ def test_out_of_proportion_more_steps_explain_a_larger_change_up_to_a_limit() ->
 
 def test_out_of_proportion_change_of_the_order_of_the_message_is_usual() -> None:
     assert not out_of_proportion(changes(1e-9, 1e-9, 3, message_norm=1.0))
+
+
+def test_out_of_proportion_first_change_of_a_message_that_is_not_zero_has_a_limit() -> None:
+    assert list(out_of_proportion(changes(0, 0, 5, message_norm=1.0))) == [2]
 
 
 def test_out_of_proportion_integers_that_others_keep_may_not_change() -> None:
