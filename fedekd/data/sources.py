@@ -247,7 +247,7 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
         reason = "the download failed" if download else "data.download is false"
         by_hand = f" or as '{source.by_hand}' in this folder" if source.by_hand else ""
         raise UserError(
-            f"data.dataset: cannot read {name!r} in data.root, and {reason} ({shorten(one_line(error), 80)})."
+            f"data.dataset: cannot read {name!r} in data.root, and {reason} ({shorten(one_line(error), 115)})."
             f" Place it as '{shorten_path(root / name)}.npz' in MedMNIST's layout{by_hand}."
         ) from error
     return splits

@@ -192,8 +192,10 @@ class ResultValidator:
 
     def is_score(self, score: Any) -> bool:
         """Return True for NaN, or for a value in the range of the task's metric."""
-        lowest, highest = (0, 1) if primary_metric(self.task).name == "accuracy" else (-_LARGEST_SCORE, _LARGEST_SCORE)
-        return is_number(score) and (score != score or lowest <= score <= highest)
+        if not is_number(score):
+            return False
+        lowest, highest = primary_metric(self.task).range
+        return math.isnan(score) or (lowest <= score <= highest and abs(score) <= _LARGEST_SCORE)
 
     def check_samples(self, update: ClientUpdate) -> str | None:
         """Check the number of training samples by which an update may be weighted.

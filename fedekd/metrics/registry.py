@@ -33,6 +33,7 @@ class MetricSpec:
         torchmetric: Constructor of the same metric as a `torchmetrics.Metric`, which modules update batch by batch.
         unit: Unit of the value; empty for a ratio, `target` for the unit of the targets.
         format: Format of a printed value, as in `format(value, ".4f")`.
+        range: Lowest and highest possible value; a site's score outside of it is rejected.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MetricSpec:
     torchmetric: Callable[[], Metric]
     unit: str = ""
     format: str = ".4f"
+    range: tuple[float, float] = (-math.inf, math.inf)
 
     def text(self, value: float) -> str:
         """Return a value as it is printed."""
@@ -126,6 +128,7 @@ METRICS: dict[str, MetricSpec] = {
             accuracy,
             higher_is_better=True,
             torchmetric=partial(MulticlassAccuracy, num_classes=None, average="micro"),
+            range=(0.0, 1.0),
         ),
         MetricSpec(
             "rmse",
@@ -136,6 +139,7 @@ METRICS: dict[str, MetricSpec] = {
             torchmetric=partial(MeanSquaredError, squared=False),
             unit="target",
             format=".4g",
+            range=(0.0, math.inf),
         ),
     )
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedekd.atomic import seal_json, unseal_json
 from fedekd.cli import main
 from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit import ExitPolicy
@@ -179,9 +179,9 @@ def test_predict_policy_of_other_network_raises(here: Path, error_line: Callable
     assert main(["predict", "two", "--input", "images.npz", "--client", "1"]) == 2
     assert "exit policy: expected the network" in error_line()
     assert not Path("predictions.csv").exists()
-    values = json.loads(Path("one/exits/client-000.json").read_text())
+    values = unseal_json(Path("one/exits/client-000.json").read_bytes())
     values |= {name: [values[name][0], *values[name]] for name in ("thresholds", "search_bounds", "certified")}
-    Path("one/exits/client-000.json").write_text(json.dumps(values))
+    Path("one/exits/client-000.json").write_bytes(seal_json(values))
     assert main(["predict", "one", "--input", "images.npz"]) == 2
     assert "exit policy: expected a network with 3 exits, got 2" in error_line()
 

@@ -105,7 +105,7 @@ def test_explain_invalid_option_is_one_line(options: list[str], expected: str, p
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--method=ProxyMethod", "got an abstract one. Choose from: CAFEDistill, "),
+        ("--method=ProxyMethod", "got an abstract one. Choose from: "),
         ("--trainer.precision=bf15", "expected one of 'auto', '32-true'"),
         ("--logger=WandbRunLoger", "expected the name of a class, got 'WandbRunLoger'. Did you mean 'Wandb"),
     ],
