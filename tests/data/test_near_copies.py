@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedekd.data import FederatedDataModule, ImageData, data_warnings
-from fedekd.data.near_copies import MAX_SHARE, find_near_copies, near_copy_warning
+from fedekd.data.near_copies import MAX_SHARE, MIN_COPIES, find_near_copies, near_copy_warning
 
 
 def scans(patients: int, per_patient: int, size: int = 28) -> npt.NDArray[np.uint8]:
@@ -76,3 +80,43 @@ def test_few_held_out_images_and_tiny_clients_are_compared() -> None:
     data = module(scans(12, 1, size=8), num_clients=1)
     [row] = find_near_copies(data.images.pixels, data.clients, max_checked=1)
     assert (row.client, row.checked) == (0, 1)
+
+
+@pytest.mark.parametrize(("per_patient", "warns"), [(10, True), (1, False)])
+def test_copies_at_many_small_clients_are_reported_together(per_patient: int, warns: bool) -> None:
+    images = np.repeat(scans(3000 // per_patient, 1, size=8), per_patient, axis=0)
+    everyone = torch.arange(3000).view(150, 20)  # a patient is at one client
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    clients = [
+        SimpleNamespace(client=number, train=part[:12], validation=part[12:16], test=part[16:])
+        for number, part in enumerate(everyone[:, order])
+    ]
+    found = find_near_copies(torch.from_numpy(images)[:, None], clients)  # type: ignore[arg-type]
+    assert max(row.checked for row in found) < MIN_COPIES
+    line = near_copy_warning(found)
+    assert (line is not None) == warns
+    if line is not None:
+        assert ", ...)" in line
+        assert len(line) <= 400
+
+
+def test_compared_images_are_thinned_before_they_are_copied() -> None:
+    pixels = torch.zeros(40, 3, 280, 280, dtype=torch.uint8)
+    splits = SimpleNamespace(client=0, train=torch.arange(30), validation=torch.arange(30, 40), test=torch.arange(0))
+    with LargestTensor() as largest:
+        find_near_copies(pixels, [splits])  # type: ignore[list-item]
+    assert largest.bytes < pixels.numel() // 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Size of the largest new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result._base is None and not result.is_inference():
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
