@@ -128,7 +128,7 @@ class Orchestrator:
         )
         self.results = ResultValidator(self.task, data.clients)
         self.validator = UpdateValidator(self.options.max_update_norm)
-        self.aggregates = AggregateValidator(self.spec)
+        self.aggregates = AggregateValidator(self.spec, self.observer.warn)
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output, self.observer.warn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,19 +49,21 @@ class AggregateValidator:
     """Rejects aggregates that have no finite values, or give no finite outputs.
 
     A message is evaluated by the network of its tensors' names and shapes, the proxy or a private model, with initial
-    weights in place of what is not sent. A message of no such network, or of one whose initial outputs are not finite,
-    is not evaluated. Networks are evaluated on the CPU in float32, and so need no memory of the training device.
+    weights in place of what is not sent. A message of no such network is not evaluated, and no image for which the
+    initial outputs are not finite; if there is no other, the observer is warned. Networks are evaluated
+    on the CPU in float32, and so need no memory of the training device.
 
     Args:
         spec: Specification of the networks.
+        warn: Receives warnings.
     """
 
-    def __init__(self, spec: FederationSpec) -> None:
+    def __init__(self, spec: FederationSpec, warn: Callable[[str], None] = lambda text: None) -> None:
         # The optimizer is not used, and its option `capturable` would require CUDA.
         client = replace(spec.client, optimizer=ClientOptions().optimizer)
         self.spec = replace(spec, client=client, trainer=replace(spec.trainer, accelerator="cpu", precision="32-true"))
-        self._networks: dict[str, nn.Module | None] = {}
-        self._images: Tensor | None = None
+        self.warn, self._has_warned = warn, False
+        self._networks: dict[str, tuple[nn.Module, Tensor] | None] = {}
 
     def check(self, server_state: Any, broadcast: Broadcast, participants: Sequence[int]) -> str | None:
         """Check a server state and the messages that follow from it.
@@ -84,26 +86,41 @@ class AggregateValidator:
         return None
 
     def _gives_finite_outputs(self, message: StateDict, client: int) -> bool:
-        network = self._network_of(message, client)
-        if network is None:
+        probe = self._probe_of(message, client)
+        if probe is None:
             return True
+        network, images = probe
         known = network.state_dict()
         network.load_state_dict({**known, **{name: message[name] for name in _common(message, known)}})
-        return self._evaluates(network)
+        return bool(self._are_finite(network, images).all())
 
-    def _network_of(self, message: StateDict, client: int) -> nn.Module | None:
-        """Return the network with most of a message's tensors; None if none has any."""
+    def _probe_of(self, message: StateDict, client: int) -> tuple[nn.Module, Tensor] | None:
+        """Return the network with most of a message's tensors and its images, or None."""
         key = self.spec.architecture_key(client)
         if key not in self._networks:
             networks = [self.spec.build_model(role, client) for role in ("proxy", "private")]
             counts = [len(_common(message, network.state_dict())) for network in networks]
             network = networks[counts.index(max(counts))]
-            self._networks[key] = network if any(counts) and self._evaluates(network) else None
+            self._networks[key] = self._with_images(network) if any(counts) else None
         return self._networks[key]
 
+    def _with_images(self, network: nn.Module) -> tuple[nn.Module, Tensor] | None:
+        """Return a network with the images of finite initial outputs; None without any."""
+        images = self._probes()
+        images = images[self._are_finite(network, images)]
+        if len(images) and bool(self._are_finite(network, images).all()):
+            return network, images
+        if not self._has_warned:  # one line for all architectures
+            self._has_warned = True
+            self.warn(
+                f"{type(network).__name__}: expected finite outputs of the initial network for random images, got none."
+                " Aggregates are accepted without a check of their outputs"
+            )
+        return None
+
     @torch.no_grad()
-    def _evaluates(self, network: nn.Module) -> bool:
-        """Return True if a network has finite outputs on the images.
+    def _are_finite(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Return True for each image, shape (B,), for which a network has finite outputs.
 
         Raises:
             MemoryError: If memory is missing, of which no conclusion about the network is possible; or a RuntimeError.
@@ -111,21 +128,19 @@ class AggregateValidator:
         try:
             # A user's network may draw random numbers in evaluation mode, too.
             with isolated_rng(derive_seed("probe")), eval_mode(network):
-                return all(bool(output.isfinite().all()) for output in predict(network, self._probes()).exits)
+                exits = predict(network, images).exits
+                return torch.stack([exit_.isfinite().reshape(len(images), -1).all(dim=1) for exit_ in exits]).all(dim=0)
         except Exception as error:  # of values that the network cannot compute with, such as an index out of range
             if _is_out_of_memory(error):
                 raise
-            return False
+            return torch.zeros(len(images), dtype=torch.bool)
 
     def _probes(self) -> Tensor:
         """Return the images, in the format in which clients feed a network."""
-        if self._images is None:
-            trainer = self.spec.trainer
-            generator = torch.Generator().manual_seed(derive_seed("probe images"))
-            shape = self.spec.in_channels, *self.spec.image_size
-            images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
-            self._images = images.contiguous(memory_format=trainer.memory_format)
-        return self._images
+        generator = torch.Generator().manual_seed(derive_seed("probe images"))
+        shape = self.spec.in_channels, *self.spec.image_size
+        images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
+        return images.contiguous(memory_format=self.spec.trainer.memory_format)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -112,7 +112,10 @@ def invalid_field(result: ClientResult) -> str | None:
 
 
 def with_plain_logs(result: Any) -> Any:
-    """Return a result whose logged NumPy scalars and tensors of one value are floats; any object is accepted."""
+    """Return a result whose logged scalars are floats; any object is accepted.
+
+    NumPy scalars and tensors of one value are converted.
+    """
     logs = getattr(result, "logs", None)
     if not (isinstance(result, ClientResult) and isinstance(logs, dict) and any(map(_is_scalar, logs.values()))):
         return result
@@ -349,7 +352,7 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
 
 
 def _is_kept(name: str, changes: Sequence[Change]) -> bool:
-    """Return True if most of at least two clients that hold an integer tensor leave it unchanged."""
+    """Return True if most of at least two holders of an integer tensor keep it."""
     holders = [change.integers[name] for change in changes if name in change.integers]
     return len(holders) > 1 and sum(holders) < len(holders) / 2
 

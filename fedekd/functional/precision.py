@@ -22,7 +22,7 @@ def upcast_to_float32(t: Tensor) -> Tensor:
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Convert float16, bfloat16 and the types of 8 bits to float32; keep other dtypes.
+    """Convert float16, bfloat16 and types of 8 bits to float32; keep other dtypes.
 
     complex32 becomes complex64. Types of 8 bits, which PyTorch does not promote, have no arithmetic.
 

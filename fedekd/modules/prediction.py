@@ -68,7 +68,7 @@ class ModelOutput:
 
 
 def _finite(output: Tensor, own: Tensor, finite_features: Tensor | None) -> Tensor:
-    """Return an exit's output (B, C), with other values for samples that are not finite."""
+    """Return an exit's output (B, C), with `own` for samples that are not finite."""
     own = own.detach().to(output.dtype)
     if own.shape != output.shape:  # of a user's loss that compares other outputs
         own = torch.zeros_like(output)

@@ -34,7 +34,7 @@ from fedekd.federation.update_validation import (
     with_plain_logs,
 )
 from fedekd.functional import Mean
-from fedekd.methods import Broadcast, ClientUpdate, FedAvg, FedeKD, Local
+from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local
 from fedekd.modules import TrainerFactory
 from fedekd.reporting.tracking import write_metrics_csv
 
@@ -473,8 +473,9 @@ def test_probe_of_another_device_and_precision_is_on_the_cpu_in_float32(federate
     message = Broadcast(run.method.server_state)
     validator = AggregateValidator(cuda)
     assert validator.check(run.method.server_state, message, [0]) is None
-    [network] = validator._networks.values()
-    assert network is not None
+    [probe] = validator._networks.values()
+    assert probe is not None
+    network, _ = probe
     assert {(t.dtype, t.device.type) for t in network.parameters()} == {(torch.float32, "cpu")}
 
 
@@ -559,3 +560,31 @@ def test_invalid_field_of_logs_gives_the_name_and_the_rule(log: Any, words: str)
 def test_plain_logs_other_values_stay_and_are_invalid(value: Any) -> None:
     assert invalid_field(with_plain_logs(result(logs={"loss": value}))) is not None
     assert with_plain_logs(value) is value
+
+
+class Normalising(nn.Module):
+    """Divides each image by its largest value: a black one has no finite outputs."""
+
+    def __init__(self, in_channels: int = 1, image_size: Any = 8, num_classes: int = 3, black: float = 0.0) -> None:
+        super().__init__()
+        self.head, self.black = nn.Linear(64, num_classes), black
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head((x / (x.amax(dim=(1, 2, 3), keepdim=True) * self.black)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("black", [1.0, 0.0])
+def test_probe_initial_outputs_not_finite_drops_only_these_images(black: float, federate: Federate) -> None:
+    model = {"class_path": f"{__name__}.Normalising", "init_args": {"black": black}}
+    recorder = Recorder()
+    run = federate(FedAvg(), client=ClientOptions(private_model=model), observer=recorder)
+    run.method.init_server(run.spec)
+    broken = {name: torch.full_like(t, 1e38) for name, t in run.method.server_state["model"].items()}
+    reasons = [run.aggregates.check(broken, Broadcast(broken), [client]) for client in (0, 1, 2)]
+    if black:
+        assert (reasons, recorder.warnings) == (["the aggregated network gives no finite outputs"] * 3, [])
+    else:
+        assert reasons == [None] * 3
+        [warning] = recorder.warnings
+        assert warning.startswith("Normalising: ")
