@@ -73,7 +73,9 @@ def load_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count_values(node, {})
+        _count_values(node, {}, loader)
+        if isinstance(node, yaml.MappingNode):
+            _check_options(node)
         return loader.construct_document(node)
     except ValueError as error:  # PyYAML's float pattern accepts `._`
         raise yaml.YAMLError(str(error)) from error
@@ -103,12 +105,13 @@ def _check_events(text: str) -> None:
             raise _error(f"tag {tag} is not supported", event)
 
 
-def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+def _count_values(node: yaml.Node, counts: dict[int, int], loader: yaml.Loader) -> int:
     """Check the keys of a node and return its number of values, aliases expanded.
 
     Args:
         node: A node; the same object for each of its aliases.
         counts: Numbers of nodes by identity; 0 while the parts of a node are counted.
+        loader: Converts keys to values.
     """
     if id(node) in counts:
         if counts[id(node)] == 0:
@@ -117,26 +120,33 @@ def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
     counts[id(node)] = 0
     total = 1
     if isinstance(node, yaml.MappingNode):
-        _check_keys(node)
-        total += sum(_count_values(value, counts) for _, value in node.value)
+        _check_keys(node, loader)
+        total += sum(_count_values(value, counts, loader) for _, value in node.value)
     elif isinstance(node, yaml.SequenceNode):
-        total += sum(_count_values(item, counts) for item in node.value)
+        total += sum(_count_values(item, counts, loader) for item in node.value)
     if total > MAX_VALUES:
         raise _error(f"more than {MAX_VALUES:,} values after aliases are expanded", node)
     counts[id(node)] = total
     return total
 
 
-def _check_keys(mapping: yaml.MappingNode) -> None:
-    """Reject a key that is given twice, and one that is not text."""
-    lines: dict[str, int] = {}
+def _check_keys(mapping: yaml.MappingNode, loader: yaml.Loader) -> None:
+    """Reject a key that is given twice."""
+    lines: dict[Any, int] = {}
+    for key, _ in mapping.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _error("the key is not text or a number", key)
+        value = key.value if key.tag == f"{_PREFIX}merge" else loader.construct_object(key)  # 1 and 01 are one key
+        if value in lines:
+            raise _error(f"{key.value!r} is given twice, first in line {lines[value]}", key)
+        lines[value] = key.start_mark.line + 1
+
+
+def _check_options(mapping: yaml.MappingNode) -> None:
+    """Reject names of options that are not text; mappings in values may have other keys."""
     for key, _ in mapping.value:
         if key.tag not in (f"{_PREFIX}str", f"{_PREFIX}merge"):
-            shown = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
-            raise _error(f"the key{shown} is not text", key)
-        if key.value in lines:
-            raise _error(f"{key.value!r} is given twice, first in line {lines[key.value]}", key)
-        lines[key.value] = key.start_mark.line + 1
+            raise _error(f"the key {key.value} is not text", key)
 
 
 def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:

@@ -35,6 +35,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("!!int 3", 3),
         ("\ufeffa: 1", {"a": 1}),
         ("a: &x {b: 1}\nc: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 2}}),
+        ("w: {0: 0.5, 1: 2.0}", {"w": {0: 0.5, 1: 2.0}}),
         ("", None),
     ],
 )
@@ -57,7 +58,9 @@ def test_load_yaml_scalar_has_one_value(text: str, value: Any) -> None:
         ("a: !!python/object:os.system x", 1, "tag tag:yaml.org,2002:python/object:os.system is not supported"),
         ("a: !!set {x}", 1, "tag tag:yaml.org,2002:set is not supported"),
         ("3: 1", 1, "the key 3 is not text"),
-        ("? [a]\n: 1", 1, "the key is not text"),
+        ("? [a]\n: 1", 1, "the key is not text or a number"),
+        ("w:\n  0: 1\n  0: 2\n", 3, "'0' is given twice, first in line 2"),
+        ("w:\n  1: 1\n  01: 2\n", 3, "'01' is given twice, first in line 2"),
         ("a: *b", 1, "found undefined alias"),
     ],
 )
