@@ -76,9 +76,9 @@ def unseal_json(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def name_in_errors(path: str | os.PathLike[str], *drafts: Path) -> Iterator[None]:
-    """Context manager: name a file in errors of its writes, which name none or a draft.
+    """Context manager: name a file in errors of its writes, or of a draft.
 
-    Other errors, as of a network that is read meanwhile, stay as they are.
+    Other errors, as of a network that is read meanwhile, stay unchanged.
     """
     try:
         yield

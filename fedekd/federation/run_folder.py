@@ -102,7 +102,7 @@ def to_json_value(value: Any) -> Any:
 
 
 def has_run(folder: Path) -> bool:
-    """Return whether a folder has files of a run, or other files that no run has locked.
+    """Return whether a folder has files of a run, or files without a lock.
 
     A run that failed before its first checkpoint leaves its lock and what others wrote there: baselines, logs.
     """
@@ -158,7 +158,10 @@ class RunFolder:
                 raise
 
     def _clear(self) -> None:
-        """Remove the files of a run without a checkpoint; that of the lock last, if no other is left."""
+        """Remove the files of a run that has no checkpoint.
+
+        The file of the lock is removed last, if no other is left.
+        """
         self.checkpoints.clear()
         remove_drafts(self.folder)
         for name in (_CONFIG, SUMS_FILE):

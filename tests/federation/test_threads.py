@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import signal
 import socket
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, SilentObserver
+from fedekd.federation.source_code import SourceUnavailableError
 from fedekd.global_state import exclusive, isolated_rng
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local, Method, SafeKD
 from fedekd.modules import TrainerFactory
@@ -222,3 +224,46 @@ def test_exclusive_is_held_by_one_thread_and_reentrant() -> None:
         assert not entered.wait(0.05)
     thread.join()
     assert entered.is_set()
+
+
+def test_observer_is_called_outside_of_the_lock(
+    dropout_model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observer that waits for another thread, which starts a phase of its own, ends."""
+    free: dict[str, bool] = {}  # by event: true if the lock was free each time
+
+    def try_lock(lock: Any, name: str) -> None:
+        acquired = lock.acquire(timeout=0.2)
+        free[name] = free.get(name, True) and acquired
+        if acquired:
+            lock.release()
+
+    class Waiting(SilentObserver):
+        def _wait(self, name: str) -> None:
+            thread = threading.Thread(target=try_lock, args=(exclusive(), name))
+            thread.start()
+            thread.join()
+
+        def phase_started(self, client: int, phase: str) -> None:
+            self._wait(f"started {phase}")
+
+        def phase_finished(self, client: int, phase: str, steps: int) -> None:
+            self._wait(f"finished {phase}")
+
+        def warn(self, text: str) -> None:
+            self._wait("warn")
+
+    monkeypatch.setattr("fedekd.methods.Client.exit_scores", lambda *_: [math.nan])
+
+    def no_key(client: Any) -> str:
+        raise SourceUnavailableError("a notebook cell")
+
+    monkeypatch.setattr("fedekd.federation.local_baseline.baseline_key", no_key)
+    digits_run(FedeKD(), dropout_model, observer=Waiting(), baseline_dir=tmp_path).run()
+    assert free == dict.fromkeys(
+        [
+            *(f"{event} {phase}" for phase in ("local", "receive", "update") for event in ("started", "finished")),
+            "warn",
+        ],
+        True,
+    )

@@ -98,8 +98,12 @@ class SequentialEngine:
         baselines = {}
         for number, wanted in rounds.items():
             self.observer.phase_started(number, "local")
+            warnings: list[str] = []
             with self.spec.trainer.numerics():
-                baseline = train_local_baseline(self._new_client(number), wanted, self.baseline_dir, self._warn_once)
+                client = self._new_client(number)
+                baseline = train_local_baseline(client, wanted, self.baseline_dir, warnings.append)
+            for text in warnings:
+                self._warn_once(text)
             baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
             self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return baselines
@@ -117,16 +121,18 @@ class SequentialEngine:
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """Run the participants in the order of the request."""
         for number in request.participants:
-            with self.spec.trainer.numerics():  # not around `yield`: it excludes other threads
-                result = self._run_client(number, request)
-            yield result
+            yield self._run_client(number, request)
 
     def _run_client(self, number: int, request: RoundRequest) -> ClientResult:
-        round_idx, client = request.round_idx, self.client(number)
+        # The observer is called between the phases: `numerics` excludes other threads, for which it may wait.
+        numerics, round_idx = self.spec.trainer.numerics, request.round_idx
+        with numerics():
+            client = self.client(number)
         self.observer.phase_started(number, "receive")
-        logs = self.method.receive(client, request.broadcast.to(number), round_idx)
-        supervised_rounds = client.supervised_rounds
-        exit_scores = client.exit_scores() if round_idx else [math.nan]
+        with numerics():
+            logs = self.method.receive(client, request.broadcast.to(number), round_idx)
+            supervised_rounds = client.supervised_rounds
+            exit_scores = client.exit_scores() if round_idx else [math.nan]
         score = exit_scores[-1]
         if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
             name = primary_metric(self.spec.task).name
@@ -136,13 +142,16 @@ class SequentialEngine:
         self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
         update, tradeoff, comparison = None, None, None
         if request.comparison is not None:
-            comparison = self._compare(client, request.comparison, final=not request.collect_updates)
+            with numerics():
+                comparison = self._compare(client, request.comparison, final=not request.collect_updates)
         if request.collect_updates:
             self.observer.phase_started(number, "update")
-            update = self.method.prepare_update(client, round_idx)
+            with numerics():
+                update = self.method.prepare_update(client, round_idx)
             self.observer.phase_finished(number, "update", self.client_steps(number))
         else:
-            tradeoff = exit_tradeoff(client)
+            with numerics():
+                tradeoff = exit_tradeoff(client)
         return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:

@@ -24,6 +24,7 @@ from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
 #: Name of an observer's method, and its arguments.
@@ -174,7 +175,7 @@ class ClientWorker:
     def __init__(
         self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8], forward: Callable[[Event], None] | None = None
     ) -> None:
-        with warnings.catch_warnings():
+        with exclusive(), warnings.catch_warnings():  # the filters belong to the process
             warnings.simplefilter("ignore", UserWarning)  # PyTorch warns of the read-only view; nothing writes to it
             images = replace(setup.images, pixels=torch.from_numpy(pixels))
         self.events: list[Event] = []
