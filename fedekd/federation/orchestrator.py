@@ -413,15 +413,17 @@ class Orchestrator:
             self.observer.round_finished(self.progress.history[-1])
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
-        """Write figures, log the summary, close the loggers, write summary.json."""
+        """Write figures and summary.json, then log the summary and close the loggers.
+
+        The rounds are logged before. An upload that stalls, or a kill while it does, leaves a finished run.
+        """
         if self.folder is not None:
             with exclusive():  # matplotlib is not thread-safe
                 self.folder.write_figures(summary, self.progress.history, self.data)
+            self.folder.finalize(summary, self.progress.history)
             self.tracker.log_artifacts(self.folder.checkpoints.folder)
         self.tracker.log_summary(summary)
         self.tracker.close()
-        if self.folder is not None:
-            self.folder.finalize(summary, self.progress.history)
         self.observer.finished()
 
     def _start_logging(self) -> None:

@@ -13,7 +13,15 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
+from fedekd.federation import (
+    ClientResult,
+    Orchestrator,
+    RoundOptions,
+    RoundRequest,
+    RunFolder,
+    SequentialEngine,
+    SilentObserver,
+)
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
 
@@ -396,3 +404,15 @@ def test_run_failing_logger_still_writes_the_summary(federate: Federate, tmp_pat
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     [line] = [text for text in observer.warnings if "FullDiskLogger" in text]
     assert "OSError: no space left" in line
+
+
+def test_run_writes_the_summary_before_loggers_are_closed(federate: Federate, tmp_path: Path) -> None:
+    class StalledLogger(CSVLogger):
+        def finalize(self, status: str) -> None:
+            assert RunFolder(tmp_path / "run", {}).is_complete(pytest.fail)
+            raise KeyboardInterrupt
+
+    rounds = tmp_path / "log/lightning_logs/version_0/metrics.csv"
+    with pytest.raises(KeyboardInterrupt):
+        federate(output=tmp_path / "run", loggers=[StalledLogger(tmp_path / "log")]).run()
+    assert len(rounds.read_text().splitlines()) == 3  # the header and a row per round

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedekd.federation import Orchestrator, RoundRequest
 from fedekd.federation.checkpoint import pack
 from fedekd.federation.engines import worker as worker_module
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, Event, StateStore, WorkerSetup
+from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, StateDict
 
 from ..conftest import Federate
@@ -152,3 +154,20 @@ def test_task_after_a_failed_one_starts_from_the_stored_state(federate: Federate
         _, events = getattr(worker, task)(1, *arguments)
         assert is_phases(events, *expected), task
     assert pack(worker.store.read(1, 0)) == pack(before)
+
+
+def test_worker_changes_warning_filters_under_the_lock(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_numpy, is_free = torch.from_numpy, list[bool]()
+
+    def observed(array: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            is_free.append(pool.submit(lock.acquire, blocking=False).result())  # type: ignore[attr-defined]
+        return from_numpy(array)
+
+    lock = exclusive()
+    run = federate()
+    monkeypatch.setattr(worker_module.torch, "from_numpy", observed)
+    make_worker(run, tmp_path / "store")
+    assert is_free == [False]
