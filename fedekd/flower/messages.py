@@ -198,7 +198,7 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
 
 
 def baseline_scores(message: Message, rounds: int) -> list[float]:
-    """Read the local baseline's scores, one per round.
+    """Read the local baseline's scores, one per round; later ones are left out.
 
     Raises:
         UserError: They are not numbers, or fewer than the rounds.
@@ -206,4 +206,4 @@ def baseline_scores(message: Message, rounds: int) -> list[float]:
     scores = values_of(message).get("scores")
     if not isinstance(scores, list) or len(scores) < rounds or not all(map(is_number, scores)):
         raise UserError(f"local baseline scores: expected {rounds} numbers, got {str(scores)[:60]}")
-    return [float(score) for score in scores]
+    return [float(score) for score in scores[:rounds]]

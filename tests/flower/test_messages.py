@@ -25,6 +25,7 @@ from fedekd.flower.messages import (
     STATE,
     VALUES,
     arrays_of,
+    baseline_scores,
     client_result_from_json,
     client_result_to_json,
     comparison_request_from_json,
@@ -245,3 +246,10 @@ def test_client_result_invalid_values_raise_one_line(values: Mapping[str, Any]) 
     with pytest.raises(UserError, match="invalid client result") as caught:
         client_result_from_json(values, {})
     assert "\n" not in str(caught.value)
+
+
+def test_baseline_scores_of_more_rounds_are_cut() -> None:
+    message = receive(pack({"scores": [0.1, 0.2, 0.3]}))
+    assert baseline_scores(message, 2) == [0.1, 0.2]
+    with pytest.raises(UserError, match="expected 4 numbers"):
+        baseline_scores(message, 4)
