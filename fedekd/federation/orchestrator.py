@@ -341,7 +341,7 @@ class Orchestrator:
         """
         if invalid := [score for score in scores if not self.results.is_score(score)]:
             metric = primary_metric(self.task).name
-            raise UserError(f"client {number}: expected values of {metric}, got {str(invalid[0])[:60]}")
+            raise UserError(f"client {number}: score: expected a value of {metric}, got {str(invalid[0])[:60]}")
         return scores
 
     def _baseline_rounds(self) -> dict[int, int]:

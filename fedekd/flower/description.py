@@ -13,7 +13,7 @@ import torch
 
 import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, ImageData
-from fedekd.errors import UserError
+from fedekd.errors import UserError, listed, require
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
@@ -25,6 +25,9 @@ SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
 #: Largest numbers in a description: samples of a site, classes, channels, and pixels per side. ImageNet-21k has 21,841
 #: classes.
 _MAX_SAMPLES, _MAX_CLASSES, _MAX_CHANNELS, _MAX_SIDE = 10**9, 10**5, 2**10, 2**13
+
+#: What to do about a description that `describe` cannot give.
+_CORRECT = "Check the data and the version of fedekd at the site"
 
 
 def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
@@ -138,21 +141,31 @@ def require_description(description: Mapping[str, Any]) -> None:
     """
     config, sizes, counts = (description.get(name) for name in ("config", "sizes", "class_counts"))
     digest = description.get("digest")
-    valid = {
-        "site": is_count(description.get("site")),
-        "config": isinstance(config, dict) and "fedekd" in config,
-        "sizes": isinstance(sizes, dict) and all(_is_size(sizes.get(name)) for name in SPLITS),
-        "class_counts": isinstance(counts, list) and 0 < len(counts) <= _MAX_CLASSES and all(map(_is_size, counts)),
-        "digest": isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None,
+    expected = {
+        "site": ("a number", is_count(description.get("site"))),
+        "config": ("options with the version of fedekd", isinstance(config, dict) and "fedekd" in config),
+        "sizes": (
+            f"at most {_MAX_SAMPLES:,} samples of each split",
+            isinstance(sizes, dict) and all(_is_size(sizes.get(name)) for name in SPLITS),
+        ),
+        "class_counts": (
+            f"counts of 1 to {_MAX_CLASSES:,} classes",
+            isinstance(counts, list) and 0 < len(counts) <= _MAX_CLASSES and all(map(_is_size, counts)),
+        ),
+        "digest": (
+            "64 hexadecimal digits",
+            isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None,
+        ),
     }
-    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
-        raise UserError(f"invalid site description: {invalid[0]} is {str(description.get(invalid[0]))[:60]!r}")
+    for name, (allowed, is_valid) in expected.items():
+        require(is_valid, name, allowed, description.get(name), _CORRECT)
     assert isinstance(sizes, dict)
     assert isinstance(counts, list)
     held = {name: sizes[name] for name in ("train", "validation", "test")}
     parts = sum(sizes[name] for name in ("tuning", "calibration", "holdout"))
-    if sum(held.values()) != sum(counts) or parts != held["validation"] or not sizes["train"]:
-        raise UserError(f"invalid site description: sizes {str(sizes)[:120]} of {sum(counts)} samples in class_counts")
+    is_consistent = sum(held.values()) == sum(counts) and parts == held["validation"]
+    require(is_consistent, "sizes", f"splits of {sum(counts):,} samples, and parts of validation", sizes, _CORRECT)
+    require(sizes["train"] > 0, "sizes", "at least 1 training sample", sizes["train"], _CORRECT)
 
 
 def _is_size(value: Any) -> bool:
@@ -166,15 +179,21 @@ def _require_images(config: Mapping[str, Any], site: int) -> None:
         UserError: If a value is not plausible.
     """
     size = config.get("image_size")
-    valid = {
-        "task": config.get("task") in TASKS,
-        "channels": is_count(config.get("channels")) and 1 <= config["channels"] <= _MAX_CHANNELS,
-        "image_size": isinstance(size, list)
-        and len(size) == 2
-        and all(is_count(side) and 1 <= side <= _MAX_SIDE for side in size),
+    expected = {
+        "task": (f"one of {listed(TASKS)}", config.get("task") in TASKS),
+        "channels": (
+            f"1 to {_MAX_CHANNELS:,}",
+            is_count(config.get("channels")) and 1 <= config["channels"] <= _MAX_CHANNELS,
+        ),
+        "image_size": (
+            f"two sides of 1 to {_MAX_SIDE:,}",
+            isinstance(size, list)
+            and len(size) == 2
+            and all(is_count(side) and 1 <= side <= _MAX_SIDE for side in size),
+        ),
     }
-    if invalid := [name for name, is_valid in valid.items() if not is_valid]:
-        raise UserError(f"site {site}: invalid {invalid[0]} {str(config.get(invalid[0]))[:60]!r}")
+    for name, (allowed, is_valid) in expected.items():
+        require(is_valid, f"site {site}: {name}", allowed, config.get(name), _CORRECT)
 
 
 def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:

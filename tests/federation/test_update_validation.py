@@ -369,7 +369,7 @@ class LyingEngine(SequentialEngine):
 
 
 def test_run_local_score_out_of_range_raises_user_error(federate: Federate) -> None:
-    with pytest.raises(UserError, match=r"client 1: expected values of accuracy, got 1e\+308"):
+    with pytest.raises(UserError, match=r"client 1: score: expected a value of accuracy, got 1e\+308"):
         federate(engine=LyingEngine).run()
 
 

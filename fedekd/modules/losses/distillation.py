@@ -180,7 +180,7 @@ class MutualLoss:
             record(f"loss/{name}_supervised", label_loss)
             record(f"loss/{name}_distilled", teacher_loss)
         if self.adaptive:
-            # A model that diverged teaches nothing, and must not spoil the other's weight.
+            # The loss of a model that diverged must not make the weight of the other infinite.
             scale = torch.stack(supervised).detach()
             scale = torch.where(scale.isfinite(), scale, 0.0).sum().clamp_min(1e-8)
             return torch.stack([a + b / scale for a, b in zip(supervised, distilled, strict=True)]).sum()
