@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,11 @@ class LocalBaseline:
 
 
 def train_local_baseline(
-    client: Client, rounds: int, folder: Path | None, warn: Callable[[str], None] | None = None
+    client: Client,
+    rounds: int,
+    folder: Path | None,
+    warn: Callable[[str], None] | None = None,
+    memory: MutableMapping[int, bytes] | None = None,
 ) -> LocalBaseline:
     """Train the local baseline, continuing from the cached rounds.
 
@@ -57,7 +61,8 @@ def train_local_baseline(
         client: Client in its initial state; it is changed.
         rounds: Rounds of `local_epochs` each, at least 1.
         folder: Folder of the cache; None caches nothing.
-        warn: Called with the reason where a baseline has no key, and is neither read nor cached.
+        warn: Called with the reason where a baseline has no key, and is neither read nor cached in the folder.
+        memory: By client, baselines that are not cached in the folder, such as those without a key; None keeps none.
 
     Returns:
         Results of the requested rounds; the cache may have more.
@@ -66,7 +71,8 @@ def train_local_baseline(
     if folder is not None:
         remove_drafts(folder, min_age=DRAFT_SECONDS)
     path = _path(client, folder, warn)
-    baseline, state = _read(path)
+    kept = None if memory is None or path is not None else memory.get(client.number)
+    baseline, state = _read(path) if kept is None else _unpacked(kept)
     scores, losses = baseline.scores, baseline.losses
     if state is not None:
         client.load_state_dict(state)
@@ -74,9 +80,14 @@ def train_local_baseline(
         method.receive(client, {}, round_idx)
         scores.append(client.score())
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
+        if path is None and memory is None:
+            continue
+        packed = pack({"scores": scores, "losses": losses, "state": client.state_dict()})
         if path is not None:
             with atomic_file(path) as file:
-                file.write(seal(pack({"scores": scores, "losses": losses, "state": client.state_dict()})))
+                file.write(seal(packed))
+        elif memory is not None:
+            memory[client.number] = packed
     return LocalBaseline(scores[:rounds], losses[:rounds])
 
 
@@ -107,7 +118,11 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
     if path is None or not path.exists():
         return LocalBaseline([]), None
     try:
-        content = unpack(unseal(path.read_bytes()))
-        return LocalBaseline(list(content["scores"]), list(content["losses"])), content["state"]
+        return _unpacked(unseal(path.read_bytes()))
     except Exception:  # a corrupt file counts as missing: train again and overwrite it
         return LocalBaseline([]), None
+
+
+def _unpacked(packed: bytes) -> tuple[LocalBaseline, Any]:
+    content = unpack(packed)
+    return LocalBaseline(list(content["scores"]), list(content["losses"])), content["state"]

@@ -19,12 +19,22 @@ import fedekd.methods
 from fedekd.data import FederatedDataModule, scale
 from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
+from fedekd.federation import (
+    MultiProcess,
+    Orchestrator,
+    RoundOptions,
+    RoundRequest,
+    SequentialEngine,
+    SilentObserver,
+    local_baseline,
+)
+from fedekd.federation.baseline_key import baseline_key
+from fedekd.federation.source_code import SourceUnavailableError
 from fedekd.functional import betting_p_value
 from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType, Local, Method
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 
-from .conftest import Federate, weights
+from .conftest import Federate, Recorder, weights
 
 HALF, NEVER = DoNoHarm(confidence=0.5), DoNoHarm(confidence=0.999999999)
 
@@ -357,14 +367,29 @@ def test_diverged_federated_model_is_not_deployed(harmless: Federate, tmp_path: 
     assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])
 
 
+def no_key(client: Any) -> str:
+    raise SourceUnavailableError("module __main__ has no file")
+
+
+@pytest.mark.parametrize("key", [baseline_key, no_key])
 def test_comparison_reads_the_cached_baseline(
-    harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: Any, harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = []
+    recorder, rule = Recorder(), DoNoHarm(confidence=0.999999999, looks=2)
+    trained: list[int] = []
     receive = Local.receive
-    monkeypatch.setattr(Local, "receive", lambda *given: trained.append(given[1].number) or receive(*given))
-    harmless(baseline_dir=tmp_path, do_no_harm=NEVER).run()
+
+    def count(method: Local, client: Any, *given: Any) -> Any:
+        trained.append(client.number)
+        return receive(method, client, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_baseline, "baseline_key", key)
+        patch.setattr(Local, "receive", count)
+        summary = harmless(baseline_dir=tmp_path / key.__name__, do_no_harm=rule, observer=recorder).run()
     assert sorted(trained) == [0, 0, 1, 1, 2, 2]
+    assert len([line for line in recorder.warnings if "trained in every run" in line]) == (key is no_key)
+    assert harmless(baseline_dir=tmp_path, do_no_harm=rule).run()["clients"] == summary["clients"]
     assert all(len(torch.load(path, weights_only=False)["scores"]) == 2 for path in tmp_path.glob("*.pt"))
 
 

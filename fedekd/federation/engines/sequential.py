@@ -71,6 +71,7 @@ class SequentialEngine:
         self.splits = data.clients
         self.clients: dict[int, Client] = {}
         self.warned = set[str]()
+        self.compared: dict[int, bytes] = {}  # local baselines without a key, for the comparisons
 
     def _new_client(self, number: int) -> Client:
         return Client(number, self.splits[number], self.images, self.spec)
@@ -101,7 +102,8 @@ class SequentialEngine:
             warnings: list[str] = []
             with self.spec.trainer.numerics():
                 client = self._new_client(number)
-                baseline = train_local_baseline(client, wanted, self.baseline_dir, warnings.append)
+                memory = None if self.baseline_dir is None else self.compared
+                baseline = train_local_baseline(client, wanted, self.baseline_dir, warnings.append, memory)
             for text in warnings:
                 self._warn_once(text)
             baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
@@ -158,7 +160,7 @@ class SequentialEngine:
         """Compare the local model with the federated one; `final` deploys one of them."""
         rounds, split = min(max(client.supervised_rounds, 1), request.rounds[client.number]), request.rule.split
         local = self._new_client(client.number)
-        baseline = train_local_baseline(local, rounds, self.baseline_dir)
+        baseline = train_local_baseline(local, rounds, self.baseline_dir, memory=self.compared)
         losses = baseline.losses_after(rounds, split), client.losses(split).cpu()
         comparison = request.rule.compare(*losses, self.spec.task)
         if final and comparison.deployed == "local":
