@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 
-#: Characters of an error; the command line adds `error: ` and stays below 400.
+#: Characters of an error or a warning; the command line adds `error: ` and stays below 400.
 LONGEST_ERROR = 390
 
 _LONGEST_VALUE = 60
@@ -64,6 +66,23 @@ def shorten(text: str, length: int = _LONGEST_VALUE) -> str:
 def shorten_path(path: object) -> str:
     """Return a path as `shorten` does, with room for one that can be copied."""
     return shorten(str(path), _LONGEST_PATH)
+
+
+def describe_error(error: BaseException, length: int = 200) -> str:
+    r"""Return the class and the text of an exception as `shorten` does.
+
+    Example:
+        >>> describe_error(ValueError("two\nlines")), describe_error(EOFError())
+        ('ValueError: two lines', 'EOFError')
+    """
+    text, name = str(error), type(error).__name__
+    return shorten(f"{name}: {text}" if text else name, length)
+
+
+def print_warning(text: str) -> None:
+    """Print a warning on standard error, as one line of bounded length."""
+    with suppress(BrokenPipeError):  # standard error is closed
+        print(f"warning: {shorten(text, LONGEST_ERROR)}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

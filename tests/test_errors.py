@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from unittest.mock import MagicMock
 
 import pytest
 
 from fedekd.cli import _fail
-from fedekd.errors import LONGEST_ERROR, UserError, listed, nearest, printable, require, require_choice, shorten
+from fedekd.cli.benchmark import GridDisplay
+from fedekd.errors import (
+    LONGEST_ERROR,
+    UserError,
+    describe_error,
+    listed,
+    nearest,
+    print_warning,
+    printable,
+    require,
+    require_choice,
+    shorten,
+)
 from fedekd.federation import SilentObserver
 from fedekd.reporting import Display
 
@@ -74,3 +88,35 @@ def test_printable_escapes_what_a_terminal_would_act_on(what: str, capsys: pytes
     SilentObserver().warn(text)
     _fail(text)
     assert capsys.readouterr().err.splitlines() == [f"warning: {expected}"] * 2 + [f"error: {expected}"]
+
+
+WARNINGS: dict[str, Callable[[str], object]] = {
+    "display": lambda text: Display(quiet=True).warn(text),
+    "observer": lambda text: SilentObserver().warn(text),
+    "benchmark": lambda text: GridDisplay.cell_failed(MagicMock(), MagicMock(alpha=1.0), text),
+    "other commands": print_warning,
+}
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "\x1b" * 1000, "[31m \ud800" + "y" * 1000])
+@pytest.mark.parametrize("warn", WARNINGS)
+def test_warning_is_one_short_printable_line(warn: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    WARNINGS[warn](text)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert line.isprintable()
+    assert len(line) <= 400
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("two\n lines \x1b[31m"), r"ValueError: two lines \x1b[31m"),
+        (ValueError(), "ValueError"),
+        (KeyError("k"), "KeyError: 'k'"),
+    ],
+)
+def test_describe_error_is_one_printable_line(error: Exception, expected: str) -> None:
+    assert describe_error(error) == expected
+    assert len(describe_error(ValueError("x" * 10_000))) == 200
+    assert len(describe_error(ValueError("x" * 10_000), 80)) == 80

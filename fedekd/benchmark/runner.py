@@ -15,6 +15,7 @@ from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.provenance import finished_rows
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import run_cell
+from fedekd.errors import describe_error
 from fedekd.federation.engines.performance import die_with_parent
 from fedekd.reporting.pages import current_commit
 
@@ -98,7 +99,7 @@ def run_grid(
                 except BrokenProcessPool:
                     lost.append(cell)
                 except Exception as error:  # one bad cell must not stop the grid
-                    failures.append((cell, " ".join(f"{type(error).__name__}: {error}".split())))
+                    failures.append((cell, describe_error(error, 1000)))
                     observer.cell_failed(*failures[-1])
                 else:
                     with_baseline.add(cell.group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from fedekd.benchmark.provenance import finished_rows, mixture, others
 from fedekd.benchmark.results import Row
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
-from fedekd.errors import UserError, printable, shorten, shorten_path
+from fedekd.errors import UserError, print_warning, shorten, shorten_path
 from fedekd.metrics import METRICS
 from fedekd.modules import TrainerFactory
 from fedekd.reporting.document import markdown_table
@@ -93,7 +92,7 @@ class GridDisplay:
     def cell_failed(self, cell: Cell, reason: str) -> None:
         """Print the reason."""
         self.progress.advance(self.task)
-        print(printable(f"warning: {_name(cell)} failed: {reason}"), file=sys.stderr, flush=True)
+        print_warning(f"{_name(cell)} failed: {reason}")
 
 
 def _name(cell: Cell) -> str:
@@ -143,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
     if config.run:
         require_valid([cell for cell in grid if cell.key not in done], trainer)
     if text := others(rows, grid, done, trainer["precision"]):
-        print(f"warning: {text}", file=sys.stderr)
+        print_warning(text)
     if config.run:
         display = GridDisplay()
         with display.progress:

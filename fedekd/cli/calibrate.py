@@ -21,7 +21,7 @@ from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibra
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path
-from fedekd.errors import UserError, require_choice
+from fedekd.errors import UserError, print_warning, require_choice
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -188,7 +188,7 @@ def _other_reports(folder: Path, clients: Sequence[Client], console: Console) ->
                 policy.require(exit_network(client), client.networks.get("proxy"))
                 reports.append(client_exit_report(client, policy))
         except UserError as error:
-            console.print(f"warning: client {client.number} has no row in the table: {error}", soft_wrap=True)
+            print_warning(f"client {client.number} has no row in the table: {error}")
     return reports
 
 

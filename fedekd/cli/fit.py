@@ -13,8 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
-from fedekd.data.npz import one_line
-from fedekd.errors import LONGEST_ERROR, UserError, shorten, shorten_path
+from fedekd.errors import LONGEST_ERROR, UserError, describe_error, print_warning, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.federation.engines.performance import gc_frozen
@@ -39,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
                 f"--resume {shorten_path(resume)}: expected the folder of a run, got one without config.yaml"
             )
         folder = RunFolder(resume, {})
-        is_complete = folder.is_complete(_warn)
+        is_complete = folder.is_complete(print_warning)
         folder.restore_config()
         config = _saved_configuration(parser, argv, folder)
         if is_complete:
@@ -88,7 +87,7 @@ def _print_failure(error: Exception, output: Path) -> None:
     place = "; ".join(getattr(error, "__notes__", ["the run"])[:1])
     is_kept = CheckpointStore(output / "checkpoints").has_any()
     kept = f" Completed rounds are kept: fit --resume {shlex.quote(str(output))}." if is_kept else ""
-    line = f"{place} failed with {one_line(error)}.{kept} The traceback follows."
+    line = f"{place} failed with {describe_error(error)}.{kept} The traceback follows."
     print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
 
 
@@ -109,10 +108,6 @@ def _resumed_folder(argv: Sequence[str]) -> Path | None:
                 raise UserError("--resume: expected the folder of a run, got nothing")
             folder = argv[index + 1]
     return None if folder is None else Path(folder)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFolder) -> Namespace:

@@ -24,7 +24,7 @@ from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
-from fedekd.errors import UserError, printable
+from fedekd.errors import UserError, print_warning
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, eval_mode
@@ -82,12 +82,12 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"run: expected a classification run, got the regression run {config.run}")
     policy = load_policy(Path(config.run), client.number)
     if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
-        _warn(
+        print_warning(
             f"client {client.number} has no exit policy, all images take the last exit; for early exits run: calibrate"
             f" {config.run}"
         )
     if policy is not None and policy.has_no_guarantee:
-        _warn(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
     rows = list(_predictions(client, policy, images))
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
@@ -99,10 +99,6 @@ def run(argv: Sequence[str]) -> int:
     shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
     print(f"{len(rows)} images ({shares}), written to {output}")
     return 0
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from torch import Tensor
 from fedekd.data.batches import TensorBatches
 from fedekd.data.images import ImageData, content_digest
 from fedekd.data.near_copies import find_near_copies, near_copy_warning
-from fedekd.data.npz import one_line
 from fedekd.data.partition import (
     PARTITIONS,
     PartitionFunction,
@@ -26,7 +25,7 @@ from fedekd.data.partition import (
     split_indices,
 )
 from fedekd.data.sources import load_images
-from fedekd.errors import UserError, listed, nearest, shorten
+from fedekd.errors import UserError, describe_error, listed, nearest, shorten
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
 
@@ -187,7 +186,7 @@ class FederatedDataModule(lightning.LightningDataModule):
                     raise
                 raise UserError(
                     "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> list of"
-                    f" arrays, which failed with {one_line(error)}"
+                    f" arrays, which failed with {describe_error(error)}"
                 ) from error
             self._clients = [
                 split_client(client, part, self.fractions, self.seed) for client, part in enumerate(arrays)
@@ -299,7 +298,7 @@ def _partition_function(partition: str) -> PartitionFunction:
     try:
         imported: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # a user's module may raise anything
-        raise UserError(f"data.partition: cannot import '{partition}' ({one_line(error)})") from error
+        raise UserError(f"data.partition: cannot import '{partition}' ({describe_error(error)})") from error
     if not callable(imported):
         raise UserError(f"data.partition: expected a function, got '{partition}', a {type(imported).__name__}")
     return cast(PartitionFunction, imported)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error
 
 Splits = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """(images, labels) of each official split."""
@@ -36,8 +36,8 @@ def read_npz(path: Path) -> Splits:
             arrays = {key: np.asarray(file[key]) for split in SPLITS for key in _keys(split) if key in file}
     except Exception as error:  # zipfile, zlib and numpy raise various errors for a corrupt archive
         raise UserError(
-            f"data.dataset: '{path}' cannot be read ({one_line(error)}): truncated, corrupt or not an .npz file of "
-            "plain arrays. Replace the file."
+            f"data.dataset: '{path}' cannot be read ({describe_error(error)}): truncated, corrupt or not an .npz file"
+            " of plain arrays. Replace the file."
         ) from error
     splits: Splits = {}
     for split in SPLITS:
@@ -77,12 +77,6 @@ def pool(name: str, splits: Splits) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
     filled = [splits[split] for split in SPLITS if split in splits and len(splits[split][0])]
     images, labels = (_joined(name, list(parts)) for parts in zip(*filled, strict=True))
     return images, labels, {split: len(splits[split][0]) if split in splits else 0 for split in SPLITS}
-
-
-def one_line(error: BaseException) -> str:
-    """Return the type and text of an exception in one line, shortened."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 def _joined(name: str, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -15,9 +15,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.atomic import atomic_file
 from fedekd.data.images import ImageData
-from fedekd.data.npz import SPLITS, Splits, one_line, pool, read_npz
+from fedekd.data.npz import SPLITS, Splits, pool, read_npz
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
-from fedekd.errors import UserError, nearest, shorten, shorten_path
+from fedekd.errors import UserError, describe_error, nearest, shorten, shorten_path
 from fedekd.tasks import Task
 
 _FAILURES = (
@@ -211,7 +211,8 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
         from medimeta import MedIMeta
     except ImportError as error:
         raise UserError(
-            f"data.dataset: {name!r} needs the package medimeta ({one_line(error)}); pip install 'fedekd[medimeta]'"
+            f"data.dataset: {name!r} needs the package medimeta ({describe_error(error)});"
+            " pip install 'fedekd[medimeta]'"
         ) from error
     data_path = str(folders[0])
     info = MedIMeta.get_info_dict(data_path, dataset_id)
@@ -247,7 +248,7 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
         reason = "the download failed" if download else "data.download is false"
         by_hand = f" or as '{source.by_hand}' in this folder" if source.by_hand else ""
         raise UserError(
-            f"data.dataset: cannot read {name!r} in data.root, and {reason} ({shorten(one_line(error), 115)})."
+            f"data.dataset: cannot read {name!r} in data.root, and {reason} ({describe_error(error, 115)})."
             f" Place it as '{shorten_path(root / name)}.npz' in MedMNIST's layout{by_hand}."
         ) from error
     return splits

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedekd.data.npz import Splits, one_line
-from fedekd.errors import UserError
+from fedekd.data.npz import Splits
+from fedekd.errors import UserError, describe_error
 
 NUM_CLASSES = 200
 IMAGE_SIZE = 64
@@ -89,7 +89,7 @@ def _pixels(path: Path) -> npt.NDArray[np.uint8]:
         with Image.open(path, formats=["JPEG"]) as image:
             pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow raises various errors for a corrupt file
-        raise _damaged(f"'{path}': cannot be read ({one_line(error)})") from error
+        raise _damaged(f"'{path}': cannot be read ({describe_error(error)})") from error
     height, width, _ = pixels.shape
     if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
         raise _damaged(f"'{path}': expected {IMAGE_SIZE}x{IMAGE_SIZE} pixels, got {height}x{width}")
@@ -101,7 +101,7 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(f"'{path}': cannot be read ({one_line(error)})") from error
+        raise _damaged(f"'{path}': cannot be read ({describe_error(error)})") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

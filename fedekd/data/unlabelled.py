@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedekd.data.images import checked_images
-from fedekd.data.npz import SPLITS, one_line
-from fedekd.errors import UserError
+from fedekd.data.npz import SPLITS
+from fedekd.errors import UserError, describe_error
 
 _IMAGES, _SPLIT_IMAGES = "images", tuple(f"{split}_images" for split in SPLITS)
 
@@ -36,7 +36,7 @@ def read_images(path: Path) -> Tensor:
             arrays = [np.asarray(file[name]) for name in names]
     except Exception as error:  # zipfile, zlib and numpy raise various errors for a corrupt archive
         raise UserError(
-            f"'{path}' cannot be read ({one_line(error)}); expected an .npz file of plain arrays"
+            f"'{path}' cannot be read ({describe_error(error)}); expected an .npz file of plain arrays"
         ) from error
     if not arrays:
         raise UserError(f"'{path}': expected an array {_IMAGES} or any of {', '.join(_SPLIT_IMAGES)}, got none")

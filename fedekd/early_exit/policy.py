@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.early_exit.fingerprint import FingerprintCheck
 from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward, evaluated_exits, exit_index
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error
 from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
@@ -201,7 +201,7 @@ class ExitPolicy:
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())
+            reason = describe_error(error)
             raise UserError(f"exit policy: invalid content: {reason}. Run `calibrate` again") from error
 
     def save(self, path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedekd.atomic import atomic_file, digest, remove_drafts, seal_json, unseal_json
+from fedekd.errors import describe_error
 
 #: Number of manifests on disk: the newest, and one to fall back to.
 NUM_MANIFESTS = 2
@@ -129,8 +130,7 @@ class CheckpointStore:
             try:
                 return self._load(round_idx), messages
             except Exception as error:  # a corrupt file may raise any exception: try the previous checkpoint
-                reason = " ".join(str(error).split())
-                messages.append(f"the checkpoint of round {round_idx} is corrupt ({reason})")
+                messages.append(f"the checkpoint of round {round_idx} is corrupt ({describe_error(error)})")
         self._files = {}
         return None, messages
 

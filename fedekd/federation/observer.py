@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Protocol
 
-from fedekd.errors import printable
+from fedekd.errors import print_warning
 
 
 class Observer(Protocol):
@@ -61,7 +60,7 @@ class SilentObserver:
 
     def warn(self, text: str) -> None:
         """Print one line on standard error."""
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        print_warning(text)
 
     def finished(self) -> None:
         """See `Observer`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedekd.configuration.options import build_parts, federation_parser, parse
-from fedekd.errors import UserError
+from fedekd.errors import UserError, print_warning
 from fedekd.federation import Orchestrator, RoundOptions, RunFolder
 from fedekd.federation.options import participants
 from fedekd.flower.description import SiteData, require_agreement, require_consistent_sites, shared_config
@@ -174,7 +173,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         UserError: The configuration is invalid, sites are missing, or their configurations differ.
     """
     output = Path(settings.output) if settings.output else None
-    if output is not None and (run := RunFolder(output, {})).is_complete(_warn) and run.summary is not None:
+    if output is not None and (run := RunFolder(output, {})).is_complete(print_warning) and run.summary is not None:
         print(f"{output} is finished; nothing to do")
         return run.summary
     parser = federation_parser()
@@ -204,10 +203,6 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         for table in result_tables(summary):
             display.console.print(table)
     return summary
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error
 from fedekd.federation import ClientResult, RoundRequest
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
@@ -26,7 +26,6 @@ from fedekd.flower.messages import (
     comparison_request_to_json,
     error_reason,
     from_arrays,
-    one_line,
     pack,
     parse_values,
     payload_bytes,
@@ -201,7 +200,7 @@ class FlowerEngine:
         except UserError:
             raise
         except Exception as error:  # Flower's workflow does not validate replies and may fail in any way
-            self.observer.warn(one_line(f"secure aggregation failed: {type(error).__name__} {error}"))
+            self.observer.warn(f"secure aggregation failed: {describe_error(error)}")
             return
         for site, text in replies.items():
             try:

@@ -149,11 +149,6 @@ def error_reason(reply: Message) -> str:
     return lines[-1][:500] if lines else "no reason given"
 
 
-def one_line(text: str) -> str:
-    """Collapse white space and cut to 500 characters, for a log line."""
-    return " ".join(text.split())[:500]
-
-
 def comparison_request_to_json(request: ComparisonRequest | None) -> dict[str, Any] | None:
     """Convert a comparison request to JSON values."""
     if request is None:

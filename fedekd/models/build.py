@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fedekd.errors import UserError, nearest, shorten
+from fedekd.errors import UserError, describe_error, nearest, shorten
 from fedekd.global_state import isolated_rng
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
@@ -71,7 +71,7 @@ def build_model(
     except UserError as error:
         raise UserError(f"{flag} '{class_path}': {error}") from error
     except Exception as error:  # a user's constructor may raise anything
-        raise UserError(f"{flag} '{class_path}': {_one_line(error)}") from error
+        raise UserError(f"{flag} '{class_path}': {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{flag}: expected a torch.nn.Module from '{class_path}', got a {type(model).__name__}")
     try:
@@ -144,7 +144,7 @@ def check_model(
             except Exception as error:  # a user's model may raise anything
                 raise UserError(
                     f"{name}: expected to accept images of {in_channels} x {height} x {width}. It failed in {mode}"
-                    f" mode: {_one_line(error)}.{hint}"
+                    f" mode: {describe_error(error)}.{hint}"
                 ) from error
             exits[mode] = _require_logits(output, (2, num_outputs), name, mode, hint)
     finally:
@@ -200,7 +200,7 @@ def _require_state_dict(model: nn.Module, name: str) -> None:
     try:
         model.load_state_dict(state)
     except Exception as error:  # from a user's hook
-        raise UserError(f"{name}: expected to load its own state_dict(). It failed: {_one_line(error)}") from error
+        raise UserError(f"{name}: expected to load its own state_dict(). It failed: {describe_error(error)}") from error
 
 
 @contextmanager
@@ -242,11 +242,6 @@ def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -
     return extra.get(family, {})
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
 def _parse(spec: Any, flag: str) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
@@ -267,7 +262,7 @@ def _locate(class_path: str, flag: str) -> Callable[..., Any]:
         module = import_module(module_name or "fedekd.models")
     except Exception as error:  # a user's module may raise anything
         raise UserError(
-            f"{flag}: expected an importable model, got {shorten(repr(class_path))}. {_one_line(error)}"
+            f"{flag}: expected an importable model, got {shorten(repr(class_path))}. {describe_error(error)}"
         ) from error
     factory = getattr(module, name, None)
     if callable(factory):

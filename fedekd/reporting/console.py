@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fedekd.errors import printable
+from fedekd.errors import print_warning
 from fedekd.global_state import exclusive
 from fedekd.reporting.rows import Row, Summary, is_harm, metric_spec
 
@@ -244,5 +243,4 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Print one line on standard error."""
-        with suppress(BrokenPipeError):  # standard error is closed
-            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+        print_warning(text)

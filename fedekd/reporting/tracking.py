@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fedekd.atomic import atomic_file
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error
 from fedekd.reporting.rows import Row, Summary, column_order
 
 if TYPE_CHECKING:
@@ -169,12 +169,7 @@ class Tracker:
                 if logger not in self._failed:
                     self._failed.add(logger)
                     self.warn(
-                        f"logger: {type(logger).__name__} failed and gets nothing more of this run ({one_line(error)})."
-                        " The rounds are in metrics.csv; fit --resume logs the rest of an unfinished run."
+                        f"logger: {type(logger).__name__} failed and gets nothing more of this run"
+                        f" ({describe_error(error)}). The rounds are in metrics.csv;"
+                        " fit --resume logs the rest of an unfinished run."
                     )
-
-
-def one_line(error: Exception, limit: int = 200) -> str:
-    """Return the class and the message of an error in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

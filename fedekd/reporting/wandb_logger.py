@@ -14,9 +14,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error
 from fedekd.reporting.rows import Summary
-from fedekd.reporting.tracking import one_line
 from fedekd.reporting.wandb_start import (
     ONLINE_MODES,
     choose_mode,
@@ -127,12 +126,14 @@ class WandbRunLogger(WandbLogger):
             if problem is None:
                 return wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
         except (wandb.errors.Error, ValueError) as error:
-            problem = one_line(error)
+            problem = describe_error(error)
             self._teardown(1)  # its service holds the id of the run that failed
         try:
             run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
         except (wandb.errors.UsageError, ValueError) as error:  # offline, only an option can be the reason
-            raise UserError(f"logger: expected options that W&B accepts, got an error: {one_line(error)}") from error
+            raise UserError(
+                f"logger: expected options that W&B accepts, got an error: {describe_error(error)}"
+            ) from error
         self._warn(
             f"logger: W&B is offline ({problem}). Upload the run later with `wandb sync {save_dir}/wandb/offline-run-*`"
         )

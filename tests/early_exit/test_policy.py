@@ -102,7 +102,7 @@ def changed_file(**values) -> str:
         ("5", "exit policy: invalid content"),
         ("null", "exit policy: invalid content"),
         ("[1]", "exit policy: invalid content"),
-        ("{}", "exit policy: invalid content: 'format'"),
+        ("{}", "exit policy: invalid content: KeyError: 'format'"),
         (policy(0.5).to_json()[:-20], "exit policy: invalid content"),
         (changed_file(simultaneous_clients=0), "expected simultaneous_clients of at least 1, got 0"),
         (changed_file(simultaneous_clients="two"), "expected simultaneous_clients of at least 1, got 'two'"),

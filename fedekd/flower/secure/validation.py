@@ -11,7 +11,8 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.serverapp import Grid
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
-from fedekd.flower.messages import error_reason, one_line, parse_values, read_array
+from fedekd.errors import describe_error
+from fedekd.flower.messages import error_reason, parse_values, read_array
 
 
 class ValidatingGrid:
@@ -71,7 +72,7 @@ class ValidatingGrid:
             if stage == Stage.COLLECT_MASKED_VECTORS:
                 parse_values(reply.content.config_records["fitres.metrics"]["values"])
         except Exception as error:  # the content is arbitrary, and so are the errors of reading it
-            return one_line(f"unreadable content in stage {stage}: {type(error).__name__} {error}")
+            return f"unreadable content in stage {stage}: {describe_error(error)}"
         return None if is_valid else f"unexpected content in stage {stage}"
 
     def _has_keys(self, node: int, request: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
