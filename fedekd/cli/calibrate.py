@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
@@ -20,7 +22,7 @@ from fedekd.data import ImageData, load_images
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
-from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path
+from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
 from fedekd.errors import UserError, print_warning, require_choice
 from fedekd.functional import SCORES
 from fedekd.methods import Client
@@ -137,6 +139,8 @@ def run(argv: Sequence[str]) -> int:
     if has_table:
         rows = [asdict(report) for report in sorted(reports, key=lambda report: report.client)]
         write_text(table, csv_text([field.name for field in fields(ClientExitReport)], rows))
+        with atomic_file(report_path(folder)) as file:
+            file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
         if config.client is None:
             console.print(client_table(reports, calibrator))
         skipped = len(clients) - len(selected) if config.client is None else 0
@@ -179,17 +183,29 @@ def _warn_of_broken_family(folder: Path, number: int, console: Console) -> None:
 
 
 def _other_reports(folder: Path, clients: Sequence[Client], console: Console) -> list[ClientExitReport]:
-    """Evaluate stored policies again; a damaged one has no row in the table."""
+    """Return the stored rows; evaluate policies that have none or were changed.
+
+    A damaged policy has no row in the table.
+    """
+    stored: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # missing or changed: evaluate again
+        stored = unseal_json(report_path(folder).read_bytes())
     reports = []
     for client in clients:
         try:
             policy = load_policy(folder, client.number)
-            if policy is not None:
-                policy.require(exit_network(client), client.networks.get("proxy"))
-                reports.append(client_exit_report(client, policy))
+            if policy is None:
+                continue
+            policy.require(exit_network(client), client.networks.get("proxy"))
+            row = stored.get(_report_key(folder, client.number))
+            reports.append(client_exit_report(client, policy) if row is None else ClientExitReport(**row))
         except UserError as error:
             print_warning(f"client {client.number} has no row in the table: {error}")
     return reports
+
+
+def _report_key(folder: Path, number: int) -> str:
+    return f"{number} {digest(policy_path(folder, number).read_bytes())}"
 
 
 def _load(path: str, like: ImageData) -> ImageData:

@@ -17,6 +17,11 @@ def client_table_path(run: Path) -> Path:
     return run / "exits" / "clients.csv"
 
 
+def report_path(run: Path) -> Path:
+    """Return the path of the rows of the table, with a checksum."""
+    return run / "exits" / "clients.json"
+
+
 def load_policy(run: Path, client: int) -> ExitPolicy | None:
     """Load one client's policy; None if the run was not calibrated.
 

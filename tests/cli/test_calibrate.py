@@ -7,13 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fedekd.cli import main
+from fedekd.cli import calibrate, main
 from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.client_report import client_exit_report
 from fedekd.federation import Orchestrator
 from fedekd.methods import Client
 
@@ -66,7 +68,7 @@ def test_calibrate_writes_and_prints_a_policy_per_client(
     assert main(["calibrate", "run", "--target_risk", "0.2", "--confidence", "0.8"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    files = sorted(path.name for path in Path("run/exits").glob("*.json"))
+    files = sorted(path.name for path in Path("run/exits").glob("client-*.json"))
     assert files == ["client-000.json", "client-001.json"]
     clients = Path("run/exits/clients.csv").read_text().splitlines()
     assert clients[0].startswith("client,model,exits,open_exits,early_share,saved,certified_risk,test_risk,accuracy")
@@ -88,7 +90,7 @@ def test_calibrate_writes_and_prints_a_policy_per_client(
 
 
 def test_calibrate_single_client_updates_table_and_warns_of_broken_family(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows() -> list[dict[str, str]]:
         with Path("run/exits/clients.csv").open(newline="") as file:
@@ -109,19 +111,26 @@ def test_calibrate_single_client_updates_table_and_warns_of_broken_family(
     assert "--familywise" not in capsys.readouterr().out
     assert rows() == after
     table, policy = Path("run/exits/clients.csv"), Path("run/exits/client-001.json")
-    whole = table.read_bytes()
-    for damaged in (
-        b"",
-        b"\xff\xfe",
-        b"client\n1\n",
-        whole[:-40],
-        whole + b"x" * 7,
-        whole.replace(b"\n0,", b"\nzero,"),
-    ):
-        table.write_bytes(damaged)
+    stored = Path("run/exits/clients.json")
+    evaluated: list[int] = []
+
+    def count(client: Any, policy: ExitPolicy) -> Any:
+        evaluated.append(client.number)
+        return client_exit_report(client, policy)
+
+    monkeypatch.setattr(calibrate, "client_exit_report", count)
+    whole = stored.read_bytes()
+    for content in (whole, b"", b"\xff\xfe", whole[:-40], whole.replace(b'"exits": 2', b'"exits": 3')):
+        stored.write_bytes(content)
+        table.write_bytes(b"client\n1\n")
         policy.write_text(policy.read_text().replace('"simultaneous_clients": 1', '"simultaneous_clients": "two"'))
+        evaluated.clear()
         assert main(["calibrate", "run", "--client", "1", "--target_risk", "0.4"]) == 0
-        assert rows() == after  # the row of client 0 is computed from its policy
+        assert rows() == after
+        assert evaluated == ([1] if content == whole else [1, 0])
+        assert stored.read_bytes() == whole
+    assert main(["calibrate", "run", "--client", "0", "--target_risk", "0.4"]) == 0
+    assert [row["certified_risk"] for row in rows()] == ["0.4", "0.4"]
 
 
 def test_calibrate_method_that_trains_on_validation_raises(
