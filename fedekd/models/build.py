@@ -85,15 +85,13 @@ def _require_plain_tensors(model: nn.Module) -> None:
     """Check that all parameters and buffers have values that can be averaged.
 
     Raises:
-        UserError: If one is lazy, on the meta device, or complex.
+        UserError: If one is lazy, or on the meta device.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise UserError(f"expected initialised parameters, got the lazy '{name}'. Give its layer the input size")
         if tensor.is_meta:
             raise UserError(f"expected parameters with values, got '{name}' on the meta device")
-        if tensor.is_complex():
-            raise UserError(f"expected real parameters and buffers, got '{name}' of {tensor.dtype}")
 
 
 def check_model(
