@@ -298,7 +298,10 @@ def _partition_function(partition: str) -> PartitionFunction:
     try:
         imported: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # a user's module may raise anything
-        raise UserError(f"data.partition: cannot import '{partition}' ({describe_error(error)})") from error
+        raise UserError(
+            f"data.partition: expected a function that can be imported, got {shorten(repr(partition))}."
+            f" {describe_error(error)}"
+        ) from error
     if not callable(imported):
         raise UserError(f"data.partition: expected a function, got '{partition}', a {type(imported).__name__}")
     return cast(PartitionFunction, imported)

@@ -96,7 +96,9 @@ class ImageData:
                 f" {ignore_label} and are left out"
             )
             if not kept.any():
-                raise UserError(f"data.ignore_label: {name!r}: expected samples with other labels than {ignore_label}")
+                raise UserError(
+                    f"data.ignore_label: {name!r}: expected samples with other labels than {ignore_label}, got none"
+                )
             parts = np.split(kept, np.cumsum(list(splits.values()))[:-1])
             splits = {split: int(part.sum()) for split, part in zip(splits, parts, strict=True)}
             if not kept.all():

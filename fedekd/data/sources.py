@@ -165,7 +165,7 @@ def _torchvision(class_name: str, name: str, root: Path, download: bool) -> Spli
     except RuntimeError:  # files are missing or corrupt
         if not download:
             raise
-        # Not download=True: it knows no timeout, and some versions print.
+        # Not download=True: it has no timeout, and some versions print.
         if hasattr(dataset, "resources"):
             folder = root / class_name / "raw"
             archives = [

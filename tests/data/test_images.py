@@ -174,7 +174,7 @@ def test_absent_classes_are_counted_in_one_line() -> None:
 
 
 def test_ignore_label_of_all_samples_raises() -> None:
-    with pytest.raises(UserError, match=r"data\.ignore_label: .*other labels than 3"):
+    with pytest.raises(UserError, match=r"data\.ignore_label: .*other labels than 3, got none"):
         build(many()["images"], np.full(300, 3), ignore_label=3)
 
 
