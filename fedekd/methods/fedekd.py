@@ -140,14 +140,16 @@ class FedeKD(ProxyMethod):
         if round_idx == 0:
             return {}
         lambda_kd, active = self.lambda_kd, self._active_exits(client, round_idx)
+        if lambda_kd and self._is_untrained(client, received):
+            lambda_kd = 0.0  # without a teacher the phase is that of the local baseline
         module = self._private_module(client.spec, private, proxy, lambda_kd, active)
         teacher_outputs: tuple[Tensor, ...] = ()
-        if lambda_kd and not self._is_untrained(client, received):
+        if lambda_kd:
             # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
             teacher_outputs = client.predict("proxy", "train", module.with_features).tensors
-        if lambda_kd and not (teacher_outputs and all(bool(output.isfinite().all()) for output in teacher_outputs)):
-            # Without a teacher, or with a broken one, the phase is that of the local baseline.
-            module, teacher_outputs = self._private_module(client.spec, private, proxy, 0.0, active), ()
+            if not (teacher_outputs and all(bool(output.isfinite().all()) for output in teacher_outputs)):
+                # A broken teacher counts as none.
+                module, teacher_outputs = self._private_module(client.spec, private, proxy, 0.0, active), ()
         return client.train_supervised(module, teacher_outputs=teacher_outputs, carry_optimizer=self.carry_private)
 
     def _active_exits(self, client: Client, round_idx: int) -> list[bool] | None:
