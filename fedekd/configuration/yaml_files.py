@@ -143,7 +143,10 @@ def _check_keys(mapping: yaml.MappingNode, loader: yaml.Loader) -> None:
 
 
 def _check_options(mapping: yaml.MappingNode) -> None:
-    """Reject names of options that are not text; mappings in values may have other keys."""
+    """Reject names of options that are not text.
+
+    Mappings in values may have other keys.
+    """
     for key, _ in mapping.value:
         if key.tag not in (f"{_PREFIX}str", f"{_PREFIX}merge"):
             raise _error(f"the key {key.value} is not text", key)
