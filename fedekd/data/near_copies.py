@@ -1,6 +1,6 @@
 """Held-out images that are near-copies of training images.
 
-The bounds are checked by `tests/data/test_near_copies.py` on digits and on random scans of several per patient (seed 0).
+`tests/data/test_near_copies.py` checks the bounds on digits and on random scans, several per patient (seed 0).
 """
 
 from __future__ import annotations
