@@ -212,7 +212,7 @@ class Orchestrator:
             The clients whose state changed: the participants that answered.
 
         Raises:
-            UserError: If no result is valid, as after a mistake in the method, or one is not in the last round.
+            UserError: If several results are all invalid, as after a mistake in the method, or one is in the last round.
         """
         is_last = round_idx == self.options.rounds
         self.observer.round_started(round_idx)
@@ -241,7 +241,7 @@ class Orchestrator:
                 self.progress.add_result(result)
             if result.update is not None:
                 updates.append(result.update)
-        if rejected and len(rejected) == answers:
+        if len(rejected) == answers > 1:  # a single site must not end the run
             raise UserError(f"round {round_idx}: rejected all results; {rejected[-1]}. Correct what the method returns")
         if round_idx > 0 and self.progress.records:  # empty until a client has answered
             self.progress.add_row(round_idx, self.task)

@@ -530,6 +530,13 @@ def test_run_all_results_invalid_raises_user_error_in_the_first_round(federate: 
     assert len(recorder.warnings) == 3
 
 
+def test_run_only_result_of_a_round_invalid_is_a_warning(federate: Federate) -> None:
+    recorder = Recorder()
+    rounds = RoundOptions(rounds=2, participation=0.4)  # client 1 in round 0
+    federate(engine=engine_with(0, logs={"a b": 1.0}), observer=recorder, rounds=rounds).run()
+    assert recorder.warnings[0].startswith("round 0: rejected a result: client 1: logs")
+
+
 @pytest.mark.parametrize(
     "value", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5, requires_grad=True), torch.tensor(0.5).half()]
 )
