@@ -212,7 +212,7 @@ class Orchestrator:
             The clients whose state changed: the participants that answered.
 
         Raises:
-            UserError: If several results are all invalid, as after a mistake in the method, or one is in the last round.
+            UserError: If several results are all invalid, as by a mistake in the method, or one is in the last round.
         """
         is_last = round_idx == self.options.rounds
         self.observer.round_started(round_idx)
