@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +60,8 @@ def is_integer(tensor: Tensor) -> bool:
 def one_value(draw: random.Random, state: State, sent: Mapping[str, Tensor]) -> State:
     """One extreme value in one tensor."""
     name = any_name(draw, state, lambda tensor: tensor.is_floating_point() and tensor.numel() > 0)
-    state[name].view(-1)[draw.randrange(state[name].numel())] = draw.choice(EXTREMES)
+    place = np.unravel_index(draw.randrange(state[name].numel()), state[name].shape)  # of any memory layout
+    state[name][tuple(map(int, place))] = draw.choice(EXTREMES)
     return state
 
 
