@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,12 +341,12 @@ def options(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def single_process(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def single_process(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run of the same federation without Flower."""
     folder = tmp_path_factory.mktemp("single-process")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "write_figures", lambda *arguments: None)
-        yield run_in_process(options, folder)
+        return run_in_process(options, folder)
 
 
 @pytest.fixture
