@@ -21,7 +21,7 @@ class Images(Dataset[Any]):
     """Images of a client, scaled one by one."""
 
     def __init__(self, setting: Workload, indices: Tensor) -> None:
-        self.images, self.targets = setting.data.images.pixels, setting.data.images.targets  # on the host
+        self.images, self.targets = setting.data.samples.inputs, setting.data.samples.targets  # on the host
         self.indices = indices.cpu()
 
     def __len__(self) -> int:

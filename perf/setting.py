@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedekd.data import FederatedDataModule, ImageData, load_images
+from fedekd.data import FederatedDataModule, Samples, load_samples
 from fedekd.errors import UserError
 from fedekd.methods import Client, ClientOptions, FederationSpec, Method
 from fedekd.modules import TrainerFactory
@@ -68,7 +68,7 @@ class Workload:
     def client(self, method: Method, indices: Tensor) -> Client:
         """Return a client that trains on the samples `indices`."""
         method.init_server(self.spec)
-        images = replace(self.data.images, pixels=self.images, targets=self.targets)
+        images = replace(self.data.samples, inputs=self.images, targets=self.targets)
         client = Client(0, replace(self.data.clients[0], train=indices), images, self.spec)
         method.init_client(client)
         return client
@@ -86,16 +86,16 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
         seed: Seed of the random images, the partition and the models.
     """
     try:
-        whole, source = load_images("fashionmnist", root, download=False), "FashionMNIST"
-        images, targets = whole.pixels[:samples], whole.targets[:samples]
+        whole, source = load_samples("fashionmnist", root, download=False), "FashionMNIST"
+        images, targets = whole.inputs[:samples], whole.targets[:samples]
     except UserError:
         source = "random images of FashionMNIST's shape"
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 256, (samples, 1, 28, 28), dtype=torch.uint8, generator=generator)
         targets = torch.randint(0, 10, (samples,), generator=generator)
     data = FederatedDataModule("fashionmnist", num_clients=6, alpha=0.1, seed=seed)
-    data.adopt(ImageData("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
+    data.adopt(Samples("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
     data.setup()
     spec = FederationSpec.from_parts(data, ClientOptions(), trainer, rounds=1, seed=seed, num_clients=6)
     device = spec.trainer.torch_device
-    return Workload(data, spec, data.images.pixels.to(device), data.images.targets.to(device), source)
+    return Workload(data, spec, data.samples.inputs.to(device), data.samples.targets.to(device), source)

@@ -39,10 +39,10 @@ def write_site_data(data: FederatedDataModule, folder: Path) -> list[Path]:
     Returns:
         The paths of the files, one per site.
     """
-    images, paths = data.images, []
+    images, paths = data.samples, []
     for splits in data.clients:
         indices = np.sort(np.concatenate([part.numpy() for part in (splits.train, splits.validation, splits.test)]))
-        pixels = images.pixels[indices].permute(0, 2, 3, 1).numpy()
+        pixels = images.inputs[indices].permute(0, 2, 3, 1).numpy()
         arrays = {
             "train_images": pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
             "train_labels": images.labels[indices].numpy()[:, None],

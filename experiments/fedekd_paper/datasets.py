@@ -8,7 +8,7 @@ import pandas as pd
 
 from experiments.fedekd_paper.load import display_name
 from experiments.fedekd_paper.published import DATASETS
-from fedekd.data import load_images
+from fedekd.data import load_samples
 from fedekd.errors import UserError
 
 #: Task, classes, image size, channels, and samples of the official splits.
@@ -38,7 +38,7 @@ def dataset_table(root: str, others: Sequence[str] = ()) -> pd.DataFrame:
     for name in dict.fromkeys((*DATASETS, *others)):
         loaded, per_class, reason = None, "", ""
         try:
-            data = load_images(name, root, download=False)
+            data = load_samples(name, root, download=False)
         except UserError as error:
             reason = str(error)
         else:

@@ -16,7 +16,7 @@ import torch
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
-from fedekd.data import ImageData, load_images
+from fedekd.data import Samples, load_samples
 from fedekd.errors import UserError
 from fedekd.federation.source_code import SourceUnavailableError, code_of, package_code
 
@@ -24,44 +24,44 @@ from fedekd.federation.source_code import SourceUnavailableError, code_of, packa
 MIXED = "mixed"
 
 
-#: Options of the data on which the images depend.
-_IMAGE_OPTIONS = tuple(signature(load_images).parameters)
+#: Options of the data on which the samples depend.
+_DATA_OPTIONS = tuple(signature(load_samples).parameters)
 
 
 @lru_cache(maxsize=1)  # cells are sorted by data set
-def load_cell_images(**options: Any) -> ImageData:
-    """Load the images of a cell; the last ones are kept."""
-    return load_images(**options)
+def load_cell_samples(**options: Any) -> Samples:
+    """Load the samples of a cell; the last ones are kept."""
+    return load_samples(**options)
 
 
-def images_of(values: Mapping[str, Any]) -> ImageData:
-    """Load the images of a run from its configuration.
+def samples_of(values: Mapping[str, Any]) -> Samples:
+    """Load the samples of a run from its configuration.
 
     Raises:
         UserError: If they cannot be loaded.
     """
-    return load_cell_images(**_image_options(values))
+    return load_cell_samples(**_data_options(values))
 
 
 def data_digest(values: Mapping[str, Any]) -> str | None:
-    """Return the digest of the images and targets; None if they are not here.
+    """Return the digest of the samples; None if they are not here.
 
     Nothing is downloaded, and a data set is read once.
     """
     try:
-        return _digest(**{**_image_options(values), "download": False})
+        return _digest(**{**_data_options(values), "download": False})
     except UserError:
         return None
 
 
 @lru_cache
 def _digest(**options: Any) -> str:
-    return load_images(**options).digest()
+    return load_samples(**options).digest()
 
 
-def _image_options(values: Mapping[str, Any]) -> dict[str, Any]:
+def _data_options(values: Mapping[str, Any]) -> dict[str, Any]:
     options = {**values["data"], "name": values["data"]["dataset"], "task": values["task"]}
-    return {name: options[name] for name in _IMAGE_OPTIONS}
+    return {name: options[name] for name in _DATA_OPTIONS}
 
 
 def row_key(cell: Cell, data: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
-from fedekd.benchmark.provenance import code_digest, images_of, record_code, recorded_code, row_key
+from fedekd.benchmark.provenance import code_digest, record_code, recorded_code, row_key, samples_of
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.early_exit.guarantee_coverage import federation_coverage
@@ -45,8 +45,8 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
         baseline_dir: Shared folder of local baselines.
         commit: Commit of the code.
     """
-    images, code = images_of(cell.values), code_digest(cell.values)
-    key = row_key(cell, images.digest())
+    samples, code = samples_of(cell.values), code_digest(cell.values)
+    key = row_key(cell, samples.digest())
     folder = output / key
     parser = federation_parser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
 
     def parts() -> dict[str, Any]:
         built = build_parts(parser, config)
-        built["data"].adopt(images)
+        built["data"].adopt(samples)
         return built
 
     def orchestrator(**replaced: Any) -> Orchestrator:
@@ -76,7 +76,7 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     used = parts()["trainer"]
     resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
-    columns = provenance(resolved, commit, recorded_code(folder), images.digest())
+    columns = provenance(resolved, commit, recorded_code(folder), samples.digest())
     return to_row(key, cell.configuration, cell.method, summary, columns, coverage)
 
 

@@ -18,7 +18,7 @@ from fedekd.cli.calibrate_output import client_table, exit_table, remarks
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
-from fedekd.data import ImageData, load_images
+from fedekd.data import Samples, load_samples
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
@@ -107,7 +107,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(config.run)
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
     clients = orchestrator.load_clients()
-    held_out = None if config.input is None else _load(config.input, clients[0].images)
+    held_out = None if config.input is None else _load(config.input, clients[0].samples)
     trained_on = torch.cat([training_indices(client) for client in clients])
     rule = orchestrator.do_no_harm
     compared_on = [] if rule is None else [getattr(client.splits, rule.split) for client in clients]
@@ -208,11 +208,11 @@ def _report_key(folder: Path, number: int) -> str:
     return f"{number} {digest(policy_path(folder, number).read_bytes())}"
 
 
-def _load(path: str, like: ImageData) -> ImageData:
+def _load(path: str, like: Samples) -> Samples:
     if not path.endswith(".npz"):
         raise UserError(f"--input: expected an .npz file in MedMNIST's layout, got {path}")
     try:
-        return load_images(path, task=like.task, num_classes=like.num_classes, ignore_label=like.ignore_label)
+        return load_samples(path, task=like.task, num_classes=like.num_classes, ignore_label=like.ignore_label)
     except UserError as error:
         message = str(error).replace("data.dataset:", "--input:", 1)
         # Labels are left out as in the run, which this command cannot change.

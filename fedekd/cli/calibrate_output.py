@@ -75,7 +75,7 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
         guaranteed = " and ".join(name for name, mode in MODES.items() if mode.has_guarantee)
         lines.append(f"warning: mode {policy.mode} has no guarantee; {guaranteed} have one")
     if trained_on is not None:
-        pixels, splits = client.images.pixels, client.splits
+        pixels, splits = client.samples.inputs, client.splits
         held_out = pixels[cat([splits.tuning, splits.calibration])]
         if shared := count_shared_images(held_out, pixels[trained_on]):
             lines.append(
@@ -90,7 +90,7 @@ def _bound(risk: float | None) -> str:
 
 
 def _costs(client: Client) -> ExitCosts:
-    return image_costs(exit_network(client), client.images, client.networks.get("proxy"))
+    return image_costs(exit_network(client), client.samples, client.networks.get("proxy"))
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -47,7 +47,7 @@ def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
     for folder in folders:
         for name, client in _clients(folder, config.client, with_baseline=folder == folders[0]).items():
             clients[f"{name} ({folder})" if name in clients else name] = client
-    device = next(iter(clients.values())).images.pixels.device
+    device = next(iter(clients.values())).samples.inputs.device
     provenance = {
         "runs": ", ".join(map(str, folders)),
         "commit": current_commit(),

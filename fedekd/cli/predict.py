@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
     if config.client is None and len(clients) > 1:
         raise UserError(f"--client: expected 0..{len(clients) - 1}, got none")
     [client] = select_clients(clients, config.client or 0)
-    shape = tuple(client.images.pixels.shape[1:])
+    shape = tuple(client.samples.inputs.shape[1:])
     if images.shape[1:] != shape:
         raise UserError(f"--input: expected images of {shape} (channels, height, width), got {tuple(images.shape[1:])}")
     if client.spec.task == "regression":

@@ -3,7 +3,6 @@
 from fedekd.data.batches import TensorBatches, scale
 from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from fedekd.data.datamodule import ClientSplits, FederatedDataModule, data_warnings, split_client
-from fedekd.data.images import ImageData
 from fedekd.data.partition import (
     PARTITIONS,
     cut_validation,
@@ -12,7 +11,8 @@ from fedekd.data.partition import (
     iid_partition,
     split_indices,
 )
-from fedekd.data.sources import load_images
+from fedekd.data.samples import Samples
+from fedekd.data.sources import load_samples
 
 __all__ = [
     "CORRUPTIONS",
@@ -21,7 +21,7 @@ __all__ = [
     "ClientSplits",
     "Corruption",
     "FederatedDataModule",
-    "ImageData",
+    "Samples",
     "TensorBatches",
     "corrupt",
     "cut_validation",
@@ -29,7 +29,7 @@ __all__ = [
     "dirichlet_cluster_partition",
     "dirichlet_label_partition",
     "iid_partition",
-    "load_images",
+    "load_samples",
     "scale",
     "split_client",
     "split_indices",

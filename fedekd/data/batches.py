@@ -55,7 +55,7 @@ class TensorBatches:
         min_batch: int = 1,
         channels_last: bool = False,
     ) -> None:
-        self.images, self.targets = images, targets
+        self.inputs, self.targets = images, targets
         self.indices = indices.to(images.device)
         self.batch_size, self.generator, self.extras = batch_size, generator, extras
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -86,5 +86,5 @@ class TensorBatches:
     def take(self, positions: Tensor) -> tuple[Any, ...]:
         """Return the batch of the samples at `positions` within `indices`."""
         samples = self.indices[positions]
-        x = scale(self.images[samples]).contiguous(memory_format=self.memory_format)
+        x = scale(self.inputs[samples]).contiguous(memory_format=self.memory_format)
         return (x, self.targets[samples], *(extra[positions] for extra in self.extras))

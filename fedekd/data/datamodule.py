@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedekd.data.batches import TensorBatches
-from fedekd.data.images import ImageData, content_digest
 from fedekd.data.near_copies import find_near_copies, near_copy_warning
 from fedekd.data.partition import (
     PARTITIONS,
@@ -24,7 +23,8 @@ from fedekd.data.partition import (
     cut_validation,
     split_indices,
 )
-from fedekd.data.sources import load_images
+from fedekd.data.samples import Samples, content_digest
+from fedekd.data.sources import load_samples
 from fedekd.errors import UserError, describe_error, listed, nearest, shorten
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
@@ -55,16 +55,16 @@ class ClientSplits:
     def __len__(self) -> int:
         return len(self.train) + len(self.validation) + len(self.test)
 
-    def digest(self, images: ImageData) -> str:
+    def digest(self, samples: Samples) -> str:
         """Return the SHA-256 (hex) of the pixels and targets of all splits, in order.
 
         Independent of the positions of the samples in the data set: a cache key for results of this client's data.
         """
-        return content_digest(images, [self.train, self.validation, self.test])
+        return content_digest(samples, [self.train, self.validation, self.test])
 
-    def validation_digest(self, images: ImageData) -> str:
+    def validation_digest(self, samples: Samples) -> str:
         """Return the SHA-256 (hex) of tuning, calibration and holdout, in order."""
-        return content_digest(images, [self.tuning, self.calibration, self.holdout])
+        return content_digest(samples, [self.tuning, self.calibration, self.holdout])
 
 
 class FederatedDataModule(lightning.LightningDataModule):
@@ -99,7 +99,7 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     Example:
         >>> data = FederatedDataModule("digits", num_clients=3, alpha=0.5)
-        >>> data.images.pixels.shape, len(data.clients)
+        >>> data.samples.inputs.shape, len(data.clients)
         (torch.Size([1797, 1, 8, 8]), 3)
     """
 
@@ -141,16 +141,16 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._task = None if task is None else require_task(task)
         self._num_classes, self._ignore_label = num_classes, ignore_label
         self._partition = None if partition is None else _partition_function(partition)
-        self._images: ImageData | None = None
+        self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
 
     def __str__(self) -> str:
         # Lightning's __str__ would load the data, and fail because TensorBatches is not a DataLoader.
         return f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
 
-    def adopt(self, images: ImageData) -> None:
+    def adopt(self, samples: Samples) -> None:
         """Use images that are already in memory instead of loading them."""
-        self._images = images
+        self._samples = samples
 
     def prepare_data(self) -> None:
         """Load the images; download them if needed and allowed.
@@ -158,8 +158,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         Raises:
             UserError: If the data set is unknown, missing or corrupt.
         """
-        if self._images is None:
-            self._images = load_images(
+        if self._samples is None:
+            self._samples = load_samples(
                 self.dataset, self.root, self._task, self._num_classes, self.download, self._ignore_label
             )
 
@@ -170,15 +170,15 @@ class FederatedDataModule(lightning.LightningDataModule):
             UserError: If the data cannot be loaded, or the partition is impossible.
         """
         self.prepare_data()
-        images = cast(ImageData, self._images)
+        samples = cast(Samples, self._samples)
         if self._clients is None:
-            default = PARTITIONS["label" if images.task == "classification" else "cluster"]
+            default = PARTITIONS["label" if samples.task == "classification" else "cluster"]
             partition = self._partition or default
             seed = derive_seed(self.seed, "partition")
             try:
                 # A generator fails while it is read.
-                parts = partition(images, self.num_clients, self.alpha, seed, self.min_samples)
-                arrays = checked_parts(parts, self.num_clients, len(images))
+                parts = partition(samples, self.num_clients, self.alpha, seed, self.min_samples)
+                arrays = checked_parts(parts, self.num_clients, len(samples))
             except UserError:
                 raise
             except Exception as error:  # from a user's function
@@ -193,10 +193,10 @@ class FederatedDataModule(lightning.LightningDataModule):
             ]
 
     @property
-    def images(self) -> ImageData:
+    def samples(self) -> Samples:
         """All images and targets, loaded on first use."""
         self.setup()
-        return cast(ImageData, self._images)
+        return cast(Samples, self._samples)
 
     @property
     def clients(self) -> list[ClientSplits]:
@@ -207,20 +207,20 @@ class FederatedDataModule(lightning.LightningDataModule):
     @property
     def task(self) -> Task:
         """`classification` or `regression`."""
-        return self.images.task
+        return self.samples.task
 
     @property
     def num_classes(self) -> int:
         """Number of classes or grades."""
-        return self.images.num_classes
+        return self.samples.num_classes
 
     def warnings(self) -> list[str]:
         """Return what a user should know of the data before training, as lines."""
-        return data_warnings(self.images, self.clients)
+        return data_warnings(self.samples, self.clients)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""
-        labels = self.images.labels
+        labels = self.samples.labels
         counts = [
             torch.bincount(labels[torch.cat([part.train, part.validation, part.test])], minlength=self.num_classes)
             for part in self.clients
@@ -250,7 +250,7 @@ class FederatedDataModule(lightning.LightningDataModule):
     ) -> TensorBatches:
         clients = self.clients if self.client is None else [self.clients[self.client]]
         indices = torch.cat([split(splits) for splits in clients])
-        return TensorBatches(self.images.pixels, self.images.targets, indices, size, generator=generator)
+        return TensorBatches(self.samples.inputs, self.samples.targets, indices, size, generator=generator)
 
 
 def split_client(
@@ -275,15 +275,15 @@ def split_client(
     return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
 
 
-def data_warnings(images: ImageData, clients: Sequence[ClientSplits]) -> list[str]:
-    """Return what a user should know of images and splits, as lines.
+def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str]:
+    """Return what a user should know of samples and splits, as lines.
 
     Args:
-        images: The images.
+        samples: The samples.
         clients: Splits of the clients; held-out images are compared with training images of the same client.
     """
-    copies = near_copy_warning(find_near_copies(images.pixels, clients))
-    return [*images.warnings, *([] if copies is None else [copies])]
+    copies = near_copy_warning(find_near_copies(samples.inputs, clients))
+    return [*samples.warnings, *([] if copies is None else [copies])]
 
 
 def _partition_function(partition: str) -> PartitionFunction:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.data.images import ImageData
+from fedekd.data.samples import Samples
 from fedekd.errors import UserError
 from fedekd.global_state import exclusive
 from fedekd.seeding import derive_seed
 
 Indices = npt.NDArray[np.int64]
-PartitionFunction = Callable[[ImageData, int, float, int, int], list[Indices]]
+PartitionFunction = Callable[[Samples, int, float, int, int], list[Indices]]
 """(images, num_clients, alpha, seed, min_samples) -> one index array per client."""
 
 MAX_DRAWS = 10_000
@@ -303,17 +303,17 @@ def _rounded(size: float) -> int:
     return int(np.floor(size + 0.5 + 1e-9))
 
 
-def _by_label(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
+def _by_label(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     return dirichlet_label_partition(images.labels.numpy(), num_clients, alpha, seed, min_samples)
 
 
-def _by_cluster(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
+def _by_cluster(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     # Unscaled pixels: scaling to [-1, 1] would need a copy and changes no cluster.
-    pixels = images.pixels.numpy()
+    pixels = images.inputs.numpy()
     return dirichlet_cluster_partition(pixels, num_clients, alpha, seed, min_samples=min_samples)
 
 
-def _iid(images: ImageData, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
+def _iid(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     return iid_partition(len(images), num_clients, seed, min_samples)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.atomic import atomic_file
-from fedekd.data.images import ImageData
 from fedekd.data.npz import SPLITS, Splits, pool, read_npz
+from fedekd.data.samples import Samples
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
 from fedekd.errors import UserError, describe_error, nearest, shorten, shorten_path
 from fedekd.tasks import Task
@@ -56,14 +56,14 @@ class Source(NamedTuple):
     by_hand: str = ""
 
 
-def load_images(
+def load_samples(
     name: str,
     root: str | Path = "data",
     task: Task | None = None,
     num_classes: int | None = None,
     download: bool = True,
     ignore_label: int | None = None,
-) -> ImageData:
+) -> Samples:
     """Load a data set with its official splits pooled.
 
     Args:
@@ -87,8 +87,8 @@ def load_images(
         UserError: If the name is unknown, or the data are missing, corrupt or not as described.
 
     Example:
-        >>> digits = load_images("digits")
-        >>> digits.pixels.shape, digits.num_classes, digits.task
+        >>> digits = load_samples("digits")
+        >>> digits.inputs.shape, digits.num_classes, digits.task
         (torch.Size([1797, 1, 8, 8]), 10, 'classification')
     """
     folder = Path(root).expanduser()
@@ -112,7 +112,7 @@ def load_images(
         num_classes = source.num_classes if num_classes is None else num_classes
     images, labels, sizes = pool(key, splits)
     del splits  # free the arrays before the pooled copy is transposed
-    return ImageData.from_arrays(key, images, labels, task or "classification", num_classes, sizes, ignore_label)
+    return Samples.from_arrays(key, images, labels, task or "classification", num_classes, sizes, ignore_label)
 
 
 @cache

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedekd.data.images import checked_images
 from fedekd.data.npz import SPLITS
+from fedekd.data.samples import checked_images
 from fedekd.errors import UserError, describe_error
 
 _IMAGES, _SPLIT_IMAGES = "images", tuple(f"{split}_images" for split in SPLITS)

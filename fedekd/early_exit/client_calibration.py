@@ -8,7 +8,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import ImageData
+from fedekd.data import Samples
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
@@ -54,16 +54,16 @@ def training_indices(client: Client) -> Tensor:
     return torch.cat([getattr(client.splits, split) for split in client.training_splits])
 
 
-def image_costs(network: MultiExitNetwork, images: ImageData, proxy: nn.Module | None = None) -> ExitCosts:
+def image_costs(network: MultiExitNetwork, samples: Samples, proxy: nn.Module | None = None) -> ExitCosts:
     """Count the FLOPs per image of a data set in the network and in the proxy."""
-    return exit_costs(network, (images.in_channels, *images.image_size), proxy)
+    return exit_costs(network, (samples.in_channels, *samples.image_size), proxy)
 
 
 def calibrate_client(
     client: Client,
     calibrator: SelectiveRiskCalibrator,
     score: str = "max_softmax",
-    held_out: ImageData | None = None,
+    held_out: Samples | None = None,
     trained_on: Tensor | None = None,
     gamma: float = 1.0,
 ) -> ExitPolicy:
@@ -93,7 +93,7 @@ def calibrate_client(
         tuning, calibration = (split_outputs(client, split) for split in ("tuning", "calibration"))
     else:
         _require_unseen(client, held_out, training_indices(client) if trained_on is None else trained_on)
-        outputs = exit_outputs(network, held_out.pixels, held_out.labels, proxy=proxy)
+        outputs = exit_outputs(network, held_out.inputs, held_out.labels, proxy=proxy)
         # Shuffled, because a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.spec.seed, client.number, "held out"))
         order = torch.randperm(len(outputs), generator=generator)
@@ -104,7 +104,7 @@ def calibrate_client(
             f"client {client.number}: expected at least 1 tuning and 1 calibration sample, got {len(tuning)} and"
             f" {len(calibration)}. {remedy}"
         )
-    costs = image_costs(network, client.images, proxy)
+    costs = image_costs(network, client.samples, proxy)
     return fit_policy(calibrator, network, costs, tuning, calibration, score, gamma, proxy)
 
 
@@ -143,11 +143,11 @@ def fit_policy(
 def split_outputs(client: Client, split: str) -> ExitOutputs:
     """Compute the outputs of all exits on one of a client's splits."""
     network = exit_network(client)
-    indices = getattr(client.splits, split).to(client.images.pixels.device)
+    indices = getattr(client.splits, split).to(client.samples.inputs.device)
     if not len(indices):
         classes = client.spec.num_outputs
         return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
-    images, labels = client.images.pixels[indices], client.images.labels[indices]
+    images, labels = client.samples.inputs[indices], client.samples.labels[indices]
     return exit_outputs(network, images, labels, proxy=client.networks.get("proxy"))
 
 
@@ -166,19 +166,19 @@ def _digest(image: Tensor) -> bytes:
     return blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
-def _require_unseen(client: Client, held_out: ImageData, trained_on: Tensor) -> None:
-    pixels = client.images.pixels
-    if held_out.pixels.shape[1:] != pixels.shape[1:]:
+def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> None:
+    pixels = client.samples.inputs
+    if held_out.inputs.shape[1:] != pixels.shape[1:]:
         raise UserError(
             f"--input: expected images of {tuple(pixels.shape[1:])} (channels, height, width) as in training, got"
-            f" {tuple(held_out.pixels.shape[1:])}"
+            f" {tuple(held_out.inputs.shape[1:])}"
         )
-    if shared := count_shared_images(held_out.pixels, pixels[trained_on.to(pixels.device)]):
+    if shared := count_shared_images(held_out.inputs, pixels[trained_on.to(pixels.device)]):
         raise UserError(
             f"--input: expected unseen images, got {shared} of {len(held_out)} with which the network was trained or"
             " selected. A guarantee from them would be invalid"
         )
-    if repeats := len(held_out) - len({_digest(image) for image in held_out.pixels}):
+    if repeats := len(held_out) - len({_digest(image) for image in held_out.inputs}):
         raise UserError(
             f"--input: expected independent images, got {repeats} of {len(held_out)} that repeat another one pixel by"
             " pixel. Remove the copies"

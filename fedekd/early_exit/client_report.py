@@ -69,7 +69,7 @@ class ClientExitReport:
 
 def client_exit_report(client: Client, policy: ExitPolicy) -> ClientExitReport:
     """Evaluate a client's policy on its test split."""
-    costs = image_costs(exit_network(client), client.images, client.networks.get("proxy"))
+    costs = image_costs(exit_network(client), client.samples, client.networks.get("proxy"))
     metrics = evaluate_policy(policy, split_outputs(client, "test"), costs)
     return ClientExitReport(
         client=client.number,

@@ -58,7 +58,7 @@ def exit_tradeoff(client: Client) -> ExitTradeoff | None:
         whole = spec.build_model("private", "server")
         assert isinstance(whole, MultiExitNetwork)
         held_share = costs.full / exit_costs(whole, shape).full
-    targets = client.images.targets[client.splits.test.to(client.images.targets.device)]
+    targets = client.samples.targets[client.splits.test.to(client.samples.targets.device)]
     correct = torch.stack([logits.argmax(dim=1) == targets for logits in test_output.exits], dim=1).cpu().numpy()
     tuning_scores, test_scores = _scores(client.predict("private", "validation")), _scores(test_output)
     points = budget_points(tuning_scores, test_scores, correct, costs, [budget / held_share for budget in BUDGETS])

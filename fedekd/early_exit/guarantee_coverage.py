@@ -133,7 +133,7 @@ def federation_coverage(clients: Sequence[Client], options: CoverageOptions, see
     if not all(bool(part.logits.isfinite().all()) for part in joined):
         return []
     populations = [part.to_scores() for part in joined]
-    costs = image_costs(exit_network(clients[0]), clients[0].images)
+    costs = image_costs(exit_network(clients[0]), clients[0].samples)
 
     results = []
     for calibrator in options.calibrators():

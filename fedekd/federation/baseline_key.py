@@ -57,8 +57,8 @@ def baseline_key(client: Client) -> str:
     attributes, settings = reader.attributes(), reader.read(optimizer.defaults)
     names = modules_of([*network.modules(), optimizer]) | factories | reader.modules
     content = {
-        "data": client.splits.digest(client.images),
-        "validation": client.splits.validation_digest(client.images),
+        "data": client.splits.digest(client.samples),
+        "validation": client.splits.validation_digest(client.samples),
         "client": client.number,
         "spec": spec,
         "network": network_fingerprint(network),

@@ -457,5 +457,5 @@ class Orchestrator:
             "rounds": to_json_value(self.options),
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
             "spec": to_json_value(self.spec.hash_dict()),
-            "data": [splits.digest(self.data.images) for splits in self.data.clients],
+            "data": [splits.digest(self.data.samples) for splits in self.data.clients],
         }

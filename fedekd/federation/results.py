@@ -236,7 +236,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
             clients[-1] |= {name: None if value != value else value for name, value in asdict(comparison).items()}
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
-        "dataset": run.data.images.name,
+        "dataset": run.data.samples.name,
         "alpha": run.data.alpha,
         "seed": run.seed,
         "method": type(run.method).__name__,

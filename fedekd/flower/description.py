@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 import fedekd
-from fedekd.data import ClientSplits, FederatedDataModule, ImageData
+from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.errors import UserError, listed, require
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
@@ -55,16 +55,16 @@ def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
     }
 
 
-def describe(method: Method, spec: FederationSpec, images: ImageData, splits: ClientSplits) -> dict[str, Any]:
+def describe(method: Method, spec: FederationSpec, samples: Samples, splits: ClientSplits) -> dict[str, Any]:
     """Return a site's description, as JSON values."""
     indices = torch.cat([splits.train, splits.validation, splits.test])
-    counts = torch.bincount(images.labels[indices], minlength=images.num_classes)
+    counts = torch.bincount(samples.labels[indices], minlength=samples.num_classes)
     return {
         "site": splits.client,
         "config": shared_config(method, spec),
         "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
         "class_counts": counts.tolist(),
-        "digest": splits.digest(images),
+        "digest": splits.digest(samples),
     }
 
 
@@ -78,8 +78,8 @@ class SiteSplits(ClientSplits):
 
     content: str = ""
 
-    def digest(self, images: ImageData) -> str:
-        """Return the digest from the site's description; `images` is not used."""
+    def digest(self, samples: Samples) -> str:
+        """Return the digest from the site's description; `samples` is not used."""
         return self.content
 
 
@@ -105,7 +105,7 @@ class SiteData(FederatedDataModule):
         super().__init__(name, len(descriptions), alpha, batch_size=batch_size, eval_batch_size=eval_batch_size)
         config = descriptions[0]["config"]
         height, width = config["image_size"]
-        self._images = ImageData(
+        self._samples = Samples(
             name,
             torch.empty(0, config["channels"], height, width, dtype=torch.uint8),
             torch.empty(0, dtype=torch.float32 if config["task"] == "regression" else torch.int64),

@@ -64,7 +64,7 @@ class Site:
         parts = _parts_of((*options, *data_options, "--logger=null"))
         module: FederatedDataModule = parts["data"]
         splits = self._splits(module, number, sites, data)
-        method, images = parts["method"], module.images
+        method, samples = parts["method"], module.samples
         spec = FederationSpec.from_parts(
             module,
             parts["client"],
@@ -78,19 +78,19 @@ class Site:
         folder = folder / f"site-{number:03d}"
         # One folder of states per federation. The trainer is left out: device and threads may change between runs.
         model_spec = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
-        identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(images)])
+        identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(samples)])
         states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
         remove_drafts(states, min_age=DRAFT_SECONDS)
-        setup = WorkerSetup.build(method, images, {number: splits}, spec, folder / "local", states)
-        self.number, self.images, self.splits = number, images, splits
+        setup = WorkerSetup.build(method, samples, {number: splits}, spec, folder / "local", states)
+        self.number, self.samples, self.splits = number, samples, splits
         self.method, self.spec = method, spec
-        self.worker = ClientWorker(setup, np.ascontiguousarray(images.pixels.numpy()))
+        self.worker = ClientWorker(setup, np.ascontiguousarray(samples.inputs.numpy()))
 
     @staticmethod
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
         if data is not None:
-            indices = np.arange(len(module.images), dtype=np.int64)
+            indices = np.arange(len(module.samples), dtype=np.int64)
             return split_client(number, indices, module.fractions, module.seed)
         if module.num_clients != sites:
             raise UserError(
@@ -126,9 +126,9 @@ class Site:
             ) from error
 
     def _describe(self, message: Message) -> RecordDict:
-        for line in data_warnings(self.images, [self.splits]):
+        for line in data_warnings(self.samples, [self.splits]):
             SilentObserver().warn(f"site {self.number}: {line}")
-        return pack(describe(self.method, self.spec, self.images, self.splits))
+        return pack(describe(self.method, self.spec, self.samples, self.splits))
 
     def _baseline(self, message: Message) -> RecordDict:
         baseline, _ = self.worker.local_baseline(self.number, int(values_of(message)["rounds"]))

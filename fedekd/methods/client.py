@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import ClientSplits, ImageData, TensorBatches, scale
+from fedekd.data import ClientSplits, Samples, TensorBatches, scale
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import score
@@ -57,7 +57,7 @@ class Client:
     Args:
         number: Number of the client, from 0.
         splits: Indices of the client's samples.
-        images: The data set on the training device, shared by all clients of a process.
+        samples: The data set on the training device, shared by all clients of a process.
         spec: How networks are built and trained.
 
     Attributes:
@@ -71,8 +71,8 @@ class Client:
 
     training_splits: tuple[str, ...] = ("train",)
 
-    def __init__(self, number: int, splits: ClientSplits, images: ImageData, spec: FederationSpec) -> None:
-        self.number, self.splits, self.images, self.spec = number, splits, images, spec
+    def __init__(self, number: int, splits: ClientSplits, samples: Samples, spec: FederationSpec) -> None:
+        self.number, self.splits, self.samples, self.spec = number, splits, samples, spec
         self.networks: dict[str, nn.Module] = {"private": spec.build_model("private", number)}
         self.optimizer_states: dict[str, dict[str, Any]] = {}
         self.loss_scales: dict[str, dict[str, Any]] = {}
@@ -152,8 +152,8 @@ class Client:
             return torch.Generator().manual_seed(seed)
 
         batches = TensorBatches(
-            self.images.pixels,
-            self.images.targets,
+            self.samples.inputs,
+            self.samples.targets,
             self.splits.train,
             spec.batch_size,
             generator=begin_epoch,
@@ -187,17 +187,17 @@ class Client:
             mixed: Use the mixed precision of training, if any; False uses the precision of the weights.
         """
         network, trainer = self.networks[role], self.spec.trainer
-        indices = getattr(self.splits, split).to(self.images.pixels.device)
+        indices = getattr(self.splits, split).to(self.samples.inputs.device)
         outputs = []
         seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
         autocast = trainer.autocast() if mixed else nullcontext()
         failure = _named_failure(f"client {self.number}: evaluating '{role}' on the {split} split")
         with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast, failure:
             for batch in indices.split(self.spec.eval_batch_size):
-                x = scale(self.images.pixels[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
+                x = scale(self.samples.inputs[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
                 outputs.append(predict(network, x, with_features))
         if not outputs:
-            empty = torch.empty(0, self.spec.num_outputs, device=self.images.pixels.device)
+            empty = torch.empty(0, self.spec.num_outputs, device=self.samples.inputs.device)
             return ModelOutput((empty,) * getattr(network, "num_exits", 1))
         exits = tuple(torch.cat(logits) for logits in zip(*(output.exits for output in outputs), strict=True))
         features = None
@@ -211,7 +211,7 @@ class Client:
 
     def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
         """Return the primary metric at each exit; a plain network has one."""
-        targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
+        targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
         return [score(output, targets, self.spec.task) for output in self.predict(role, split).exits]
 
     def losses(self, split: str, role: str = "private") -> Tensor:
@@ -224,7 +224,7 @@ class Client:
             Losses of the split's samples in order, float64, shape (n,).
         """
         output = self.predict(role, split, mixed=False).output
-        targets = self.images.targets[getattr(self.splits, split).to(self.images.targets.device)]
+        targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
         finite = output.isfinite().all(dim=1)
         if self.spec.task == "regression":
             return torch.where(finite, (output.double().squeeze(1) - targets.double()).square(), torch.inf)

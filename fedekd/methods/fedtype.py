@@ -80,7 +80,7 @@ class FedType(ProxyMethod):
         """Train the private model for one epoch on CE + mean_i eta_i l_i."""
         seed = derive_seed(client.spec.seed, client.number, round_idx, "sets", epoch)
         generator = torch.Generator().manual_seed(seed)
-        labels = client.images.targets[client.splits.validation.to(client.images.targets.device)]
+        labels = client.samples.targets[client.splits.validation.to(client.samples.targets.device)]
         models = {
             role: ConformalModel.calibrate(
                 client.predict(role, "validation").output, labels, self.alpha, lam, generator

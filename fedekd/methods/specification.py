@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fedekd.data import ImageData
+from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
 from fedekd.methods.options import ClientOptions, build_optimizer
@@ -30,7 +30,7 @@ class DataSpec(Protocol):
     eval_batch_size: int
 
     @property
-    def images(self) -> ImageData:
+    def samples(self) -> Samples:
         """The images; only their shape, classes and task are read."""
         ...
 
@@ -117,14 +117,14 @@ class FederationSpec:
             num_clients: Number of clients.
             default_exits: `Method.exits`: exits of the private model if `client.exits` is null.
         """
-        images = data.images
+        samples = data.samples
         if default_exits is not None and client.exits is None:
             client = replace(client, exits=default_exits)
         return cls(
-            task=images.task,
-            in_channels=images.in_channels,
-            image_size=images.image_size,
-            num_outputs=images.num_outputs,
+            task=samples.task,
+            in_channels=samples.in_channels,
+            image_size=samples.image_size,
+            num_outputs=samples.num_outputs,
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
             seed=seed,

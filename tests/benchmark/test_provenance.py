@@ -213,7 +213,7 @@ def test_run_cell_of_replaced_data_has_another_row_and_folder(
     rows = []
     for seed in (0, 0, 1):
         write_blobs(path, seed=seed)
-        provenance.load_cell_images.cache_clear()
+        provenance.load_cell_samples.cache_clear()
         rows.append(run_cell(cell, tmp_path / "runs", trainer, tmp_path / "local", "abc"))
         rows[-1]["seconds"] = ""
     assert rows[0] == rows[1]

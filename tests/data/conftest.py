@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedekd.data import ImageData
+from fedekd.data import Samples
 
 WriteNpz = Callable[..., Path]
 
@@ -39,10 +39,10 @@ def write_npz(tmp_path: Path) -> WriteNpz:
 
 
 @pytest.fixture
-def blobs() -> ImageData:
+def blobs() -> Samples:
     """120 images of three grades; the brightness of an image tells one of two clusters."""
     rng = np.random.default_rng(1)
     bright = np.arange(120) % 2
     images = (rng.integers(0, 40, (120, 8, 8)) + 200 * bright[:, None, None]).astype(np.uint8)
     labels = np.arange(120) % 3
-    return ImageData.from_arrays("blobs", images, labels, "regression", 3, {"train": 120, "val": 0, "test": 0})
+    return Samples.from_arrays("blobs", images, labels, "regression", 3, {"train": 120, "val": 0, "test": 0})

@@ -47,7 +47,7 @@ def test_class_counts_equal_bincount(tiny: str) -> None:
     assert counts.shape == (4, 5)
     assert counts.sum(0).tolist() == [101, 100, 99, 0, 0]
     for k in range(4):
-        assert counts[k].tolist() == torch.bincount(data.images.labels[indices_of(data, k)], minlength=5).tolist()
+        assert counts[k].tolist() == torch.bincount(data.samples.labels[indices_of(data, k)], minlength=5).tolist()
 
 
 def test_setup_loads_and_partitions_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +55,9 @@ def test_setup_loads_and_partitions_once(tiny: str, monkeypatch: pytest.MonkeyPa
     data.prepare_data()
     Path(tiny).unlink()
     data.setup("fit")
-    images, clients = data.images, data.clients
+    images, clients = data.samples, data.clients
     data.setup("test")
-    assert data.images is images
+    assert data.samples is images
     assert data.clients is clients
     assert (data.task, data.num_classes) == ("classification", 3)
 
@@ -106,7 +106,7 @@ def test_arguments_reach_the_partition(tiny: str) -> None:
     data = FederatedDataModule(tiny, num_clients=3, alpha=0.2, min_samples=40, seed=5)
     from fedekd.seeding import derive_seed
 
-    expected = dirichlet_label_partition(data.images.labels, 3, 0.2, derive_seed(5, "partition"), 40)
+    expected = dirichlet_label_partition(data.samples.labels, 3, 0.2, derive_seed(5, "partition"), 40)
     for k in range(3):
         assert indices_of(data, k).sort().values.tolist() == expected[k].tolist()
 
@@ -169,7 +169,7 @@ def test_dataloaders_serve_all_clients_or_one(tiny: str) -> None:
     assert max(len(y) for _, y in pooled.train_dataloader()) == 16
     one, two = (torch.cat([y for _, y in pooled.train_dataloader()]) for _ in range(2))
     assert torch.equal(one, two)
-    assert not torch.equal(one, pooled.images.targets[pooled.train_dataloader().indices])
+    assert not torch.equal(one, pooled.samples.targets[pooled.train_dataloader().indices])
 
 
 def test_regression_batches_are_float(tiny: str) -> None:
@@ -183,12 +183,12 @@ def test_client_digest_depends_on_contents_only(write_npz: WriteNpz) -> None:
     path = str(write_npz("one", sizes=(90, 0, 30)))
     data = FederatedDataModule(path, num_clients=2, partition="iid")
     again = FederatedDataModule(path, num_clients=2, partition="iid")
-    digests = [own.digest(data.images) for own in data.clients]
-    assert digests == [own.digest(again.images) for own in again.clients]
+    digests = [own.digest(data.samples) for own in data.clients]
+    assert digests == [own.digest(again.samples) for own in again.clients]
     assert digests[0] != digests[1]
-    again.images.pixels[again.clients[0].test[0], 0, 0, 0] += 1
-    assert again.clients[0].digest(again.images) != digests[0]
-    assert again.clients[1].digest(again.images) == digests[1]
+    again.samples.inputs[again.clients[0].test[0], 0, 0, 0] += 1
+    assert again.clients[0].digest(again.samples) != digests[0]
+    assert again.clients[1].digest(again.samples) == digests[1]
 
 
 class Linear(lightning.LightningModule):
@@ -217,7 +217,7 @@ def test_lightning_trainer_accepts_datamodule(tiny: str) -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, data)
-    labels = data.images.labels[data.clients[1].train]
+    labels = data.samples.labels[data.clients[1].train]
     assert torch.equal(torch.cat(module.seen).sort().values, torch.cat([labels, labels]).sort().values)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedekd.data import FederatedDataModule, ImageData, data_warnings
+from fedekd.data import FederatedDataModule, Samples, data_warnings
 from fedekd.data.near_copies import MAX_SHARE, MIN_COPIES, find_near_copies, near_copy_warning
 
 
@@ -31,7 +31,7 @@ def module(images: npt.NDArray[np.uint8], num_clients: int = 2) -> FederatedData
     """Return random labels, partitioned iid."""
     labels = np.random.default_rng(1).integers(0, 2, len(images))
     data = FederatedDataModule("scans", num_clients=num_clients, partition="iid")
-    data.adopt(ImageData.from_arrays("scans", images, labels, "classification", 2, {"train": len(images)}))
+    data.adopt(Samples.from_arrays("scans", images, labels, "classification", 2, {"train": len(images)}))
     return data
 
 
@@ -43,7 +43,7 @@ def test_scans_of_one_patient_in_two_splits_are_reported_once(size: int) -> None
     assert "clients 0, 1" in line
     assert "one split" in line
     assert len(line) <= 400
-    assert all(row.copies > 0.4 * row.checked for row in find_near_copies(data.images.pixels, data.clients))
+    assert all(row.copies > 0.4 * row.checked for row in find_near_copies(data.samples.inputs, data.clients))
 
 
 def test_one_image_per_patient_is_silent() -> None:
@@ -57,14 +57,14 @@ def test_only_the_client_with_copies_is_named() -> None:
         order = part[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
         for name, indices in zip(("train", "validation", "test"), order.split([180, 60, 60]), strict=True):
             object.__setattr__(splits, name, indices)
-    [line] = data_warnings(data.images, data.clients)
+    [line] = data_warnings(data.samples, data.clients)
     assert "(clients 0)" in line
 
 
 @pytest.mark.parametrize(("alpha", "num_clients"), [(0.1, 6), (100.0, 1)])
 def test_digits_are_silent(alpha: float, num_clients: int) -> None:
     data = FederatedDataModule("digits", num_clients=num_clients, alpha=alpha)
-    found = find_near_copies(data.images.pixels, data.clients)
+    found = find_near_copies(data.samples.inputs, data.clients)
     assert sum(row.copies for row in found) < 0.2 * MAX_SHARE * sum(row.checked for row in found)
     assert near_copy_warning(found) is None
 
@@ -72,13 +72,13 @@ def test_digits_are_silent(alpha: float, num_clients: int) -> None:
 @pytest.mark.parametrize("per_patient", [1, 2, 50])
 def test_exact_copies_are_found_in_groups_of_any_size(per_patient: int) -> None:
     data = module(np.repeat(scans(200 // per_patient, 1), per_patient, axis=0), num_clients=1)
-    copies = near_copy_warning(find_near_copies(data.images.pixels, data.clients))
+    copies = near_copy_warning(find_near_copies(data.samples.inputs, data.clients))
     assert (copies is not None) == (per_patient > 1)
 
 
 def test_few_held_out_images_and_tiny_clients_are_compared() -> None:
     data = module(scans(12, 1, size=8), num_clients=1)
-    [row] = find_near_copies(data.images.pixels, data.clients, max_checked=1)
+    [row] = find_near_copies(data.samples.inputs, data.clients, max_checked=1)
     assert (row.client, row.checked) == (0, 1)
 
 

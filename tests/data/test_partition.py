@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedekd.data import (
     PARTITIONS,
-    ImageData,
+    Samples,
     cut_validation,
     dirichlet_cluster_partition,
     dirichlet_label_partition,
@@ -169,13 +169,13 @@ def test_cluster_partition_does_not_modify_features() -> None:
     assert np.array_equal(features, before)
 
 
-def test_partitions_by_name_equal_functions(blobs: ImageData) -> None:
+def test_partitions_by_name_equal_functions(blobs: Samples) -> None:
     for function in PARTITIONS.values():
         assert_partition(function(blobs, 3, 1.0, 0, 10), 120, 3)
     by_label = PARTITIONS["label"](blobs, 3, 0.3, 0, 10)
     by_hand = dirichlet_label_partition(blobs.labels, 3, 0.3, 0, 10)
     assert all(np.array_equal(a, b) for a, b in zip(by_label, by_hand, strict=True))
-    scaled = blobs.pixels.numpy() / 127.5 - 1
+    scaled = blobs.inputs.numpy() / 127.5 - 1
     by_cluster = PARTITIONS["cluster"](blobs, 3, 0.3, 0, 10)
     by_hand = dirichlet_cluster_partition(scaled, 3, 0.3, 0)
     assert all(np.array_equal(a, b) for a, b in zip(by_cluster, by_hand, strict=True))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from medmnist import INFO
 
-from fedekd.data import load_images
+from fedekd.data import load_samples
 from fedekd.errors import UserError
 
 WriteNpz = Any
@@ -60,35 +60,35 @@ def write_fashionmnist(root: Path) -> tuple[Any, Any]:
 
 
 def test_digits_are_scaled_to_full_range() -> None:
-    digits = load_images("digits", download=False)
-    assert digits.pixels.shape == (1797, 1, 8, 8)
+    digits = load_samples("digits", download=False)
+    assert digits.inputs.shape == (1797, 1, 8, 8)
     assert digits.splits == {"train": 1797, "val": 0, "test": 0}
     assert (digits.name, digits.task, digits.num_classes) == ("digits", "classification", 10)
     assert torch.bincount(digits.targets).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    levels = sorted(set(digits.pixels.flatten().tolist()))
+    levels = sorted(set(digits.inputs.flatten().tolist()))
     assert levels == [round(level * 255 / 16) for level in range(17)]
 
 
 def test_path_defaults_to_classification(write_npz: WriteNpz) -> None:
-    data = load_images(str(write_npz("mine", classes=4, shape=(8, 10, 3))))
+    data = load_samples(str(write_npz("mine", classes=4, shape=(8, 10, 3))))
     assert (data.name, data.task, data.num_classes) == ("mine", "classification", 4)
-    assert data.pixels.shape == (42, 3, 8, 10)
+    assert data.inputs.shape == (42, 3, 8, 10)
     assert data.splits == {"train": 30, "val": 0, "test": 12}
 
 
 def test_task_and_num_classes_override_defaults(write_npz: WriteNpz) -> None:
-    data = load_images(str(write_npz("mine")), task="regression", num_classes=7)
+    data = load_samples(str(write_npz("mine")), task="regression", num_classes=7)
     assert (data.task, data.num_classes, data.targets.dtype) == ("regression", 7, torch.float32)
-    known = load_images(str(write_npz("retinamnist")), task="classification", num_classes=3)
+    known = load_samples(str(write_npz("retinamnist")), task="classification", num_classes=3)
     assert (known.task, known.num_classes) == ("classification", 3)
 
 
 def test_name_is_first_searched_in_root(write_npz: WriteNpz, tmp_path: Path, offline: list[str]) -> None:
     write_npz("digits")
-    assert len(load_images("digits", tmp_path)) == 42
-    assert len(load_images("digits", tmp_path / "elsewhere")) == 1797
+    assert len(load_samples("digits", tmp_path)) == 42
+    assert len(load_samples("digits", tmp_path / "elsewhere")) == 1797
     write_npz("anything")
-    assert load_images("anything", str(tmp_path)).num_classes == 3
+    assert load_samples("anything", str(tmp_path)).num_classes == 3
     assert not offline
 
 
@@ -111,23 +111,23 @@ def test_known_name_has_task_and_classes(
     write_npz: WriteNpz, tmp_path: Path, name: str, task: str, num_classes: int
 ) -> None:
     path = write_npz(name, classes=2)
-    for data in (load_images(name, tmp_path, download=False), load_images(str(path))):
+    for data in (load_samples(name, tmp_path, download=False), load_samples(str(path))):
         assert (data.name, data.task, data.num_classes) == (name, task, num_classes)
 
 
 def test_label_outside_known_classes_raises(write_npz: WriteNpz, tmp_path: Path) -> None:
     write_npz("retinamnist", classes=6)
     with pytest.raises(UserError, match=r"'retinamnist': expected labels 0\.\.4 for 5 classes, got label 5"):
-        load_images("retinamnist", tmp_path)
-    assert load_images("retinamnist", tmp_path, num_classes=6).num_classes == 6
+        load_samples("retinamnist", tmp_path)
+    assert load_samples("retinamnist", tmp_path, num_classes=6).num_classes == 6
 
 
 def test_fashionmnist_through_torchvision(
     tmp_path: Path, offline: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, labels = write_fashionmnist(tmp_path)
-    data = load_images("fashionmnist", tmp_path)
-    assert np.array_equal(data.pixels.numpy()[:, 0], images)
+    data = load_samples("fashionmnist", tmp_path)
+    assert np.array_equal(data.inputs.numpy()[:, 0], images)
     assert data.targets.tolist() == labels.tolist()
     assert data.splits == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 10)
@@ -162,8 +162,8 @@ def test_cifar100_through_torchvision(
     tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, labels = write_cifar100(tmp_path, monkeypatch)
-    data = load_images("cifar100", tmp_path)
-    assert np.array_equal(data.pixels.numpy().transpose(0, 2, 3, 1), images)
+    data = load_samples("cifar100", tmp_path)
+    assert np.array_equal(data.inputs.numpy().transpose(0, 2, 3, 1), images)
     assert data.targets.tolist() == labels
     assert data.splits == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 100)
@@ -176,7 +176,7 @@ def test_corrupt_cifar100_raises(tmp_path: Path, offline: list[str], monkeypatch
     path = tmp_path / "cifar-100-python/test"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cannot read 'cifar100' in .* or as 'cifar-100-python/\*'"):
-        load_images("cifar100", tmp_path)
+        load_samples("cifar100", tmp_path)
 
 
 def test_corrupt_fashionmnist_raises(tmp_path: Path, offline: list[str]) -> None:
@@ -184,7 +184,7 @@ def test_corrupt_fashionmnist_raises(tmp_path: Path, offline: list[str]) -> None
     path = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read 'fashionmnist' in"):
-        load_images("fashionmnist", tmp_path)
+        load_samples("fashionmnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "cifar100", "octmnist", "retinamnist_64"])
@@ -193,7 +193,7 @@ def test_failed_download_names_the_path_to_use(
 ) -> None:
     root = tmp_path / "new"
     with pytest.raises(UserError) as caught:
-        load_images(name, root)
+        load_samples(name, root)
     line = str(caught.value)
     assert "\n" not in line
     assert f"'{name}'" in line
@@ -208,7 +208,7 @@ def test_failed_download_names_the_path_to_use(
 @pytest.mark.parametrize("name", ["fashionmnist", "cifar10", "cifar100", "octmnist"])
 def test_download_false_downloads_nothing(tmp_path: Path, offline: list[str], name: str) -> None:
     with pytest.raises(UserError, match=r"data\.download is false"):
-        load_images(name, tmp_path, download=False)
+        load_samples(name, tmp_path, download=False)
     assert not offline
 
 
@@ -221,7 +221,7 @@ class Response(BytesIO):
 def test_download_with_wrong_checksum_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: Response(b"half a file"))
     with pytest.raises(UserError, match="the download failed"):
-        load_images("octmnist", tmp_path)
+        load_samples("octmnist", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +237,7 @@ def test_download_is_kept_in_root(write_npz: WriteNpz, tmp_path: Path, monkeypat
     monkeypatch.setitem(INFO["octmnist"], "MD5_64", md5(content).hexdigest())
     root = tmp_path / "root"
     for _ in range(2):
-        assert len(load_images("octmnist_64", root)) == 42
+        assert len(load_samples("octmnist_64", root)) == 42
     assert len(asked) == 1
     assert "octmnist_64.npz" in asked[0]
     assert [path.name for path in root.iterdir()] == ["octmnist_64.npz"]
@@ -277,8 +277,8 @@ def test_torchvision_archives_are_downloaded_and_extracted(
 
     monkeypatch.setattr("urllib.request.urlopen", download)
     for _ in range(2):
-        data = load_images(name, tmp_path / "new")
-        assert np.array_equal(data.pixels.numpy(), images)
+        data = load_samples(name, tmp_path / "new")
+        assert np.array_equal(data.inputs.numpy(), images)
         assert data.targets.tolist() == list(labels)
     assert sorted(asked) == sorted(archives)
     assert capfd.readouterr() == ("", "")
@@ -298,7 +298,7 @@ def test_download_tries_each_mirror_and_names_the_network(tmp_path: Path, monkey
     monkeypatch.setattr("urllib.request.urlopen", download)
     monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", ["http://one/", "http://two/"])
     with pytest.raises(UserError, match=r"the download failed \(TimeoutError: The read operation timed out\)"):
-        load_images("fashionmnist", tmp_path / "new")
+        load_samples("fashionmnist", tmp_path / "new")
     assert [url.rpartition("/")[0] for url in asked] == ["http://one", "http://two"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -318,7 +318,7 @@ def test_download_tries_each_mirror_and_names_the_network(tmp_path: Path, monkey
 )
 def test_unsupported_name_raises_one_line(tmp_path: Path, offline: list[str], name: str, texts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load_images(name, tmp_path)
+        load_samples(name, tmp_path)
     assert "\n" not in str(caught.value)
     for text in ("data.dataset", *texts):
         assert text in str(caught.value)
@@ -361,9 +361,9 @@ def test_diabetic_retinopathy_through_medimeta(tmp_path: Path, monkeypatch: pyte
     fake_medimeta(monkeypatch, [CLARITY, GRADES])
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "info.yaml").touch()
-    data = load_images("diabetic_retinopathy", tmp_path)
-    assert data.pixels.shape == (9, 3, 16, 16)
-    assert data.pixels[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    data = load_samples("diabetic_retinopathy", tmp_path)
+    assert data.inputs.shape == (9, 3, 16, 16)
+    assert data.inputs[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
     assert data.targets.tolist() == [0, 2, 4, 1, 3, 1, 3, 0, 2]
     assert data.splits == {"train": 5, "val": 0, "test": 4}
     assert (data.task, data.num_classes) == ("regression", 5)
@@ -374,17 +374,17 @@ def test_medimeta_without_graded_task_lists_tasks(tmp_path: Path, monkeypatch: p
     (tmp_path / "dr_regular").mkdir()
     (tmp_path / "dr_regular/info.yaml").touch()
     with pytest.raises(UserError, match=r"grades 0\.\.4, such as 'DR level', got the tasks 'Clarity'"):
-        load_images("diabetic_retinopathy", tmp_path)
+        load_samples("diabetic_retinopathy", tmp_path)
 
 
 def test_medimeta_package_or_data_missing_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"zenodo.*MedIMeta/dr_regular"):
-        load_images("diabetic_retinopathy", tmp_path)
+        load_samples("diabetic_retinopathy", tmp_path)
     monkeypatch.setitem(sys.modules, "medimeta", None)
     (tmp_path / "dr_regular").mkdir()
     (tmp_path / "dr_regular/info.yaml").touch()
     with pytest.raises(UserError, match=r"pip install 'fedekd\[medimeta\]'"):
-        load_images("diabetic_retinopathy", tmp_path)
+        load_samples("diabetic_retinopathy", tmp_path)
 
 
 def shared_root(file: str) -> Path:
@@ -406,7 +406,7 @@ def shared_root(file: str) -> Path:
     ],
 )
 def test_real_data_have_known_counts(name: str, file: str, splits: tuple[int, int, int], counts: list[int]) -> None:
-    data = load_images(name, shared_root(file), download=False)
+    data = load_samples(name, shared_root(file), download=False)
     assert tuple(data.splits.values()) == splits
     assert len(data) == sum(splits)
     assert torch.bincount(data.labels).tolist() == counts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedekd.data import load_images
+from fedekd.data import load_samples
 from fedekd.data.tiny_imagenet import read_tiny_imagenet
 from fedekd.errors import UserError
 
@@ -74,9 +74,9 @@ def test_read_pixels_equal_file_and_grey_becomes_rgb(tmp_path: Path) -> None:
 def test_load_by_name(tmp_path: Path) -> None:
     wnids = tuple(f"n{(7 * number) % 200:08d}" for number in range(200))
     write_folder(tmp_path / "tiny-imagenet-200", wnids, train=1)
-    data = load_images("tinyimagenet", tmp_path, download=False)
+    data = load_samples("tinyimagenet", tmp_path, download=False)
     assert (data.name, data.task, data.num_classes) == ("tinyimagenet", "classification", 200)
-    assert data.pixels.shape == (400, 3, 64, 64)
+    assert data.inputs.shape == (400, 3, 64, 64)
     assert data.splits == {"train": 200, "val": 0, "test": 200}
     assert data.targets.tolist() == [*range(200), *reversed(range(200))]
 
@@ -84,18 +84,18 @@ def test_load_by_name(tmp_path: Path) -> None:
 def test_load_needs_at_most_twice_the_memory_of_the_images(tmp_path: Path) -> None:
     wnids = tuple(f"n{number:08d}" for number in range(200))
     write_folder(tmp_path / "tiny-imagenet-200", wnids, train=2)
-    load_images("tinyimagenet", tmp_path)  # what is imported meanwhile is not to be counted
+    load_samples("tinyimagenet", tmp_path)  # what is imported meanwhile is not to be counted
     tracemalloc.start()
-    data = load_images("tinyimagenet", tmp_path)
+    data = load_samples("tinyimagenet", tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2.3 * data.pixels.nbytes
+    assert peak < 2.3 * data.inputs.nbytes
 
 
 @pytest.mark.parametrize("download", [True, False])
 def test_missing_folder_raises(tmp_path: Path, download: bool) -> None:
     with pytest.raises(UserError) as caught:
-        load_images("tinyimagenet", tmp_path, download=download)
+        load_samples("tinyimagenet", tmp_path, download=download)
     line = str(caught.value)
     assert "\n" not in line
     assert "by hand from http://cs231n.stanford.edu/tiny-imagenet-200.zip" in line
@@ -191,4 +191,4 @@ def test_empty_validation_raises(tmp_path: Path) -> None:
 def test_load_corrupt_folder_names_the_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "tiny-imagenet-200")
     with pytest.raises(UserError, match=r"^data\.dataset: '.*/wnids\.txt': expected 200 classes, got 3\. Unzip"):
-        load_images("tinyimagenet", folder.parent)
+        load_samples("tinyimagenet", folder.parent)

@@ -86,18 +86,18 @@ def test_predict_exit_counts_equal_calibration_counts(client):
     policy = calibrate_client(client, SelectiveRiskCalibrator(0.3, 0.7))
     assert policy.exit_counts[0] > 0
     chosen = client.splits.calibration
-    outputs = exit_outputs(client.networks["private"], client.images.pixels[chosen], client.images.labels[chosen])
+    outputs = exit_outputs(client.networks["private"], client.samples.inputs[chosen], client.samples.labels[chosen])
 
     _, exits = policy.predict(
-        client.networks["private"], network_input(client.networks["private"], client.images.pixels[chosen])
+        client.networks["private"], network_input(client.networks["private"], client.samples.inputs[chosen])
     )
     counted = np.bincount(policy.assign(outputs.to_scores().scores), minlength=2)
     assert tuple(counted) == policy.exit_counts == tuple(np.bincount(exits.numpy(), minlength=2))
 
 
 def held_out(client, indices):
-    images = client.images
-    return replace(images, pixels=images.pixels[indices], targets=images.targets[indices], splits={"all": len(indices)})
+    images = client.samples
+    return replace(images, inputs=images.inputs[indices], targets=images.targets[indices], splits={"all": len(indices)})
 
 
 def test_calibrate_client_held_out_images_replace_both_splits(client):
@@ -117,7 +117,7 @@ def test_calibrate_client_training_images_raise(client):
 
 def test_calibrate_client_other_image_shape_raises(client):
     data = held_out(client, client.splits.test)
-    other = replace(data, pixels=data.pixels[..., :7])
+    other = replace(data, inputs=data.inputs[..., :7])
     with pytest.raises(UserError, match=r"expected images of \(1, 8, 8\) .* as in training, got \(1, 8, 7\)"):
         calibrate_client(client, SelectiveRiskCalibrator(0.1), held_out=other)
 
@@ -205,7 +205,7 @@ def test_mean_saved_is_mean_over_calibration_samples():
 
 
 def test_image_costs_one_entry_per_exit(client):
-    costs = image_costs(client.networks["private"], client.images)
+    costs = image_costs(client.networks["private"], client.samples)
     assert costs.full > 0
     assert len(costs.stages) == len(costs.heads) == 2
 
@@ -223,7 +223,7 @@ def test_calibrate_client_empty_tuning_split_raises(client):
         networks=client.networks,
         deployed_model=client.deployed_model,
         deployed_role=client.deployed_role,
-        images=client.images,
+        images=client.samples,
         training_splits=client.training_splits,
         spec=client.spec,
         splits=replace(client.splits, tuning=client.splits.test[:0]),

@@ -109,8 +109,8 @@ def population_of(client: Any) -> ExitScores:
     """Concatenate all samples of a client that training does not use."""
     parts = []
     for split in (client.splits.tuning, client.splits.calibration, client.splits.holdout, client.splits.test):
-        images = client.images
-        parts.append(exit_outputs(client.networks["private"], images.pixels[split], images.labels[split]).to_scores())
+        images = client.samples
+        parts.append(exit_outputs(client.networks["private"], images.inputs[split], images.labels[split]).to_scores())
     return ExitScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
@@ -126,7 +126,7 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
     for client, population in zip(clients, populations, strict=True):
         untouched = len(client.splits.validation) + len(client.splits.test)
         assert len(population) == untouched == len(client.splits) - len(client.splits.train)
-    costs = image_costs(clients[0].networks["private"], clients[0].images)
+    costs = image_costs(clients[0].networks["private"], clients[0].samples)
     calibration, tuning = ([len(getattr(c.splits, name)) for c in clients] for name in ("calibration", "tuning"))
     assert calibration != tuning
     for each in results:

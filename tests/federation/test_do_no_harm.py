@@ -126,10 +126,10 @@ def test_deployed_local_model_equals_local_after_as_many_rounds(
 
 def right(client: Any, network: Any, split: str) -> list[bool]:
     """Correctness of a network per image."""
-    images, found = client.images, []
+    images, found = client.samples, []
     for index in getattr(client.splits, split):
         with torch.no_grad():
-            output = network.eval()(scale(images.pixels[index][None]))
+            output = network.eval()(scale(images.inputs[index][None]))
         found.append(bool(output.argmax() == images.targets[index]))
     return found
 
@@ -198,7 +198,7 @@ def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> Non
         for engine in engines:
             client = engine.clients[number]
             output = client.predict("private", "holdout").output.double().squeeze(1)
-            errors.append((output - client.images.targets[client.splits.holdout].double()) ** 2)
+            errors.append((output - client.samples.targets[client.splits.holdout].double()) ** 2)
         gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
         assert client_summary["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
         assert client_summary["deployed"] == ("federated" if client_summary["p_value"] <= 0.9 else "local")

@@ -56,9 +56,9 @@ def literal(client: Any) -> dict[str, Any]:
         places[split] = []
         for index in getattr(client.splits, split):
             with torch.no_grad():
-                exits = network(scale(client.images.pixels[index][None]))
+                exits = network(scale(client.samples.inputs[index][None]))
             scores = [float(logits.softmax(1).max()) for logits in exits]
-            right = [bool(logits.argmax() == client.images.targets[index]) for logits in exits]
+            right = [bool(logits.argmax() == client.samples.targets[index]) for logits in exits]
             places[split].append((scores, right))
 
     def leaves(scores: list[float], threshold: float) -> int:

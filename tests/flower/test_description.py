@@ -35,7 +35,7 @@ pytestmark = pytest.mark.flower
 def all_descriptions(options: list[str]) -> list[dict[str, Any]]:
     """The descriptions of all sites, as they arrive from JSON."""
     method, data, spec = build(options)
-    return list(json.loads(json.dumps([describe(method, spec, data.images, splits) for splits in data.clients])))
+    return list(json.loads(json.dumps([describe(method, spec, data.samples, splits) for splits in data.clients])))
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -68,9 +68,9 @@ def test_description_reply_contains_counts_but_no_pixels_or_indices(sites: Sites
 def test_description_changed_pixel_changes_only_digest(options: list[str]) -> None:
     method, data, spec = build(options)
     splits = data.clients[0]
-    before = describe(method, spec, data.images, splits)
-    data.images.pixels[splits.test[0], 0, 0, 0] += 1
-    after = describe(method, spec, data.images, splits)
+    before = describe(method, spec, data.samples, splits)
+    data.samples.inputs[splits.test[0], 0, 0, 0] += 1
+    after = describe(method, spec, data.samples, splits)
     assert before.pop("digest") != after.pop("digest")
     assert before == after
 
@@ -88,15 +88,15 @@ def test_site_data_from_descriptions_matches_data_module(
     site_data.setup()
     assert site_data.task == data.task == task
     for name in ("num_classes", "in_channels", "image_size", "num_outputs", "task"):
-        assert getattr(site_data.images, name) == getattr(data.images, name), name
-    assert site_data.images.targets.dtype == data.images.targets.dtype
-    assert len(site_data.images) == 0
+        assert getattr(site_data.samples, name) == getattr(data.samples, name), name
+    assert site_data.samples.targets.dtype == data.samples.targets.dtype
+    assert len(site_data.samples) == 0
     assert (site_data.num_clients, site_data.alpha, site_data.num_classes) == (NUM_SITES, 1.0, 4)
     np.testing.assert_array_equal(site_data.class_counts(), data.class_counts())
     assert site_data.class_counts().dtype == data.class_counts().dtype
     for site, client in zip(site_data.clients, data.clients, strict=True):
         assert (site.client, len(site)) == (client.client, len(client))
-        assert site.digest(site_data.images) == client.digest(data.images)
+        assert site.digest(site_data.samples) == client.digest(data.samples)
         assert {s: len(getattr(site, s)) for s in SPLITS} == {s: len(getattr(client, s)) for s in SPLITS}
         assert not any(getattr(site, split).any() for split in SPLITS)
 

@@ -91,13 +91,13 @@ def test_site_own_file_has_splits_of_partition(
         site = Site(all_options, number, NUM_SITES, tmp_path / "folder", data=str(path))
         client = data.clients[number]
         assert site.splits.client == site.number == number
-        assert len(site.images) == len(client) < 90
-        assert site.splits.digest(site.images) == client.digest(data.images)
+        assert len(site.samples) == len(client) < 90
+        assert site.splits.digest(site.samples) == client.digest(data.samples)
         for split in SPLITS:
             indices, expected = getattr(site.splits, split), getattr(client, split)
-            assert torch.equal(site.images.pixels[indices], data.images.pixels[expected]), split
-            assert torch.equal(site.images.targets[indices], data.images.targets[expected]), split
-        assert site.images.num_classes == 4
+            assert torch.equal(site.samples.inputs[indices], data.samples.inputs[expected]), split
+            assert torch.equal(site.samples.targets[indices], data.samples.targets[expected]), split
+        assert site.samples.num_classes == 4
 
 
 def test_site_own_file_gives_result_of_partition(options: list[str], tmp_path: Path) -> None:

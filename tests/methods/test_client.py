@@ -21,7 +21,7 @@ from .conftest import make_spec
 def client(blobs: FederatedDataModule) -> Client:
     """Client whose private model has dropout and BatchNorm."""
     spec = make_spec(client=ClientOptions(local_epochs=3))
-    client = Client(1, blobs.clients[1], blobs.images, spec)
+    client = Client(1, blobs.clients[1], blobs.samples, spec)
     torch.manual_seed(0)
     client.networks["private"] = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3)
@@ -75,7 +75,7 @@ def test_client_predict_keeps_order_of_split(client: Client) -> None:
     output = client.predict("private", "train").output
 
     with torch.no_grad():
-        expected = network(scale(client.images.pixels[client.splits.train]))
+        expected = network(scale(client.samples.inputs[client.splits.train]))
     torch.testing.assert_close(output, expected)
 
 
@@ -85,10 +85,10 @@ def test_client_losses_use_precision_of_weights(client: Client) -> None:
     client.networks["private"] = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     plain = client.predict("private", "test", mixed=False).output
     with torch.no_grad():
-        assert torch.equal(plain, client.networks["private"](scale(client.images.pixels[client.splits.test])))
+        assert torch.equal(plain, client.networks["private"](scale(client.samples.inputs[client.splits.test])))
     assert not torch.equal(plain, client.predict("private", "test").output.float())
     # Nearly a tie: only one of the two precisions predicts class 1.
-    targets = client.images.targets[client.splits.test]
+    targets = client.samples.targets[client.splits.test]
     layer = client.networks["private"][1]
     with torch.no_grad():
         layer.weight.zero_()

@@ -84,7 +84,7 @@ class EvaluatedNetwork:
         if network.num_exits == 1:
             raise UserError(f"client {client.number}: expected a network with at least 2 exits, got one with 1 exit")
         splits = {split: split_outputs(client, split) for split in HELD_OUT}
-        costs = image_costs(network, client.images)
+        costs = image_costs(network, client.samples)
         return cls(name, network, costs, splits, accuracy_cost_curve(splits["test"], costs))
 
     @property
@@ -192,8 +192,8 @@ def make_exit_report(
     """
     options = options or ReportOptions()
     client = next(iter(clients.values()))
-    digest = client.splits.digest(client.images)
-    if not all(other.splits.digest(other.images) == digest for other in clients.values()):
+    digest = client.splits.digest(client.samples)
+    if not all(other.splits.digest(other.samples) == digest for other in clients.values()):
         raise UserError(f"report: expected runs whose client {client.number} has the same images, got different images")
     require_unused_validation(client)
     on_step("outputs of all exits")
@@ -205,7 +205,7 @@ def make_exit_report(
         policies.append(_policy_result(client, network, target_risk, options))
     on_step("reliability")
     return ExitReport(
-        dataset=client.images.name,
+        dataset=client.samples.name,
         client=client.number,
         networks=networks,
         policies=policies,
@@ -226,8 +226,8 @@ def _policy_result(
         # Shuffled, because splits are sorted by index in the data set and hence possibly by class.
         test = client.splits.test
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.spec.seed))
-        indices = test[order[: options.batches * max(BATCH_SIZES)]].to(client.images.pixels.device)
-        images = network_input(network.network, client.images.pixels[indices])
+        indices = test[order[: options.batches * max(BATCH_SIZES)]].to(client.samples.inputs.device)
+        images = network_input(network.network, client.samples.inputs[indices])
         latency = measure_latency(network.network, policy, images, batches=options.batches)
     return PolicyResult(policy, evaluate_policy(policy, network.test, network.costs), latency)
 
@@ -272,7 +272,7 @@ def _corruptions(
         # Evenly spaced over the split, which is sorted by index in the data set and hence possibly by class.
         count = min(len(indices), options.corrupted)
         chosen = indices[torch.linspace(0, len(indices) - 1, count, dtype=torch.float64).round().long()]
-        return LabelledImages(client.images.pixels[chosen], client.images.labels[chosen])
+        return LabelledImages(client.samples.inputs[chosen], client.samples.labels[chosen])
 
     policy = network.calibrate(options.target_risk, options.confidence)
     parts = (spread(getattr(client.splits, split)) for split in ("tuning", "calibration", "test"))

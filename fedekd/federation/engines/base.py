@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from fedekd.data import ClientSplits, FederatedDataModule, ImageData
+from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.local_baseline import LocalBaseline
@@ -126,7 +126,7 @@ class PartitionedData(Protocol):
     """Images and their partition: a FederatedDataModule, or a worker's part of it."""
 
     @property
-    def images(self) -> ImageData:
+    def samples(self) -> Samples:
         """All images and targets."""
         ...
 

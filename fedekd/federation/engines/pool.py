@@ -345,10 +345,10 @@ class PoolEngine:
 
     def _started(self) -> WorkerPool:
         if self._pool is None:
-            images, clients = self._data.images, list(self._data.clients)
+            samples, clients = self._data.samples, list(self._data.clients)
             baseline_dir = None if self._baseline_dir is None else self._baseline_dir.resolve()
-            setup = WorkerSetup.build(self._method, images, clients, self._spec, baseline_dir, self._store.folder)
-            workers = self.executor.open(setup, np.ascontiguousarray(images.pixels.cpu().numpy()))
+            setup = WorkerSetup.build(self._method, samples, clients, self._spec, baseline_dir, self._store.folder)
+            workers = self.executor.open(setup, np.ascontiguousarray(samples.inputs.cpu().numpy()))
             self._pool = WorkerPool(self.executor, workers, self._timeout, self._retries, self.observer)
         return self._pool
 

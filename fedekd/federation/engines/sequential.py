@@ -67,14 +67,16 @@ class SequentialEngine:
         self.method, self.spec, self.baseline_dir = method, spec, baseline_dir
         self.observer = observer or SilentObserver()
         device = spec.trainer.torch_device
-        self.images = replace(data.images, pixels=data.images.pixels.to(device), targets=data.images.targets.to(device))
+        self.samples = replace(
+            data.samples, inputs=data.samples.inputs.to(device), targets=data.samples.targets.to(device)
+        )
         self.splits = data.clients
         self.clients: dict[int, Client] = {}
         self.warned = set[str]()
         self.compared: dict[int, bytes] = {}  # local baselines without a key, for the comparisons
 
     def _new_client(self, number: int) -> Client:
-        return Client(number, self.splits[number], self.images, self.spec)
+        return Client(number, self.splits[number], self.samples, self.spec)
 
     def client(self, number: int) -> Client:
         """Return a client, built at first use."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fedekd.atomic import atomic_file, seal, unseal
-from fedekd.data import ClientSplits, ImageData
+from fedekd.data import ClientSplits, Samples
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
@@ -124,7 +124,7 @@ class WorkerSetup:
 
     Attributes:
         method: The method without its server state.
-        images: The data set without its pixels.
+        samples: The data set without its pixels.
         clients: Splits of each client that may run on the worker, by client number.
         spec: Specification of networks and training.
         baseline_dir: Folder of the local baselines; None stores none.
@@ -132,7 +132,7 @@ class WorkerSetup:
     """
 
     method: Method
-    images: ImageData
+    samples: Samples
     clients: Sequence[ClientSplits] | Mapping[int, ClientSplits]
     spec: FederationSpec
     baseline_dir: Path | None
@@ -142,7 +142,7 @@ class WorkerSetup:
     def build(
         cls,
         method: Method,
-        images: ImageData,
+        samples: Samples,
         clients: Sequence[ClientSplits] | Mapping[int, ClientSplits],
         spec: FederationSpec,
         baseline_dir: Path | None,
@@ -151,13 +151,13 @@ class WorkerSetup:
         """Build a setup from a whole method and a whole data set."""
         method = copy.copy(method)
         method.server_state = {}
-        no_pixels = torch.empty(0, *images.pixels.shape[1:], dtype=torch.uint8)
-        return cls(method, replace(images, pixels=no_pixels), clients, spec, baseline_dir, store)
+        no_pixels = torch.empty(0, *samples.inputs.shape[1:], dtype=torch.uint8)
+        return cls(method, replace(samples, inputs=no_pixels), clients, spec, baseline_dir, store)
 
 
 @dataclass(frozen=True)
 class _Data:
-    images: ImageData
+    samples: Samples
     clients: Sequence[ClientSplits] | Mapping[int, ClientSplits]
 
 
@@ -177,11 +177,11 @@ class ClientWorker:
     ) -> None:
         with exclusive(), warnings.catch_warnings():  # the filters belong to the process
             warnings.simplefilter("ignore", UserWarning)  # PyTorch warns of the read-only view; nothing writes to it
-            images = replace(setup.images, pixels=torch.from_numpy(pixels))
+            samples = replace(setup.samples, inputs=torch.from_numpy(pixels))
         self.events: list[Event] = []
         self.store = StateStore(setup.store)
         observer = EventForwarder(forward or self.events.append)
-        data = _Data(images, setup.clients)
+        data = _Data(samples, setup.clients)
         self.engine = SequentialEngine(setup.method, data, setup.spec, setup.baseline_dir, observer)
 
     def ready(self) -> bool:

@@ -44,8 +44,8 @@ def test_corruptions_use_images_spread_over_each_split(client: Any, monkeypatch:
     for part, split in zip(received, splits, strict=True):
         assert len(part.images) == 15
         # The first and the last are there, and no two neighbours lie far apart.
-        assert torch.equal(part.images[0], client.images.pixels[split[0]])
-        assert torch.equal(part.images[-1], client.images.pixels[split[-1]])
+        assert torch.equal(part.images[0], client.samples.inputs[split[0]])
+        assert torch.equal(part.images[-1], client.samples.inputs[split[-1]])
 
 
 def test_policies_equal_calibrate_client(client: Any) -> None:

@@ -97,8 +97,8 @@ def make_worker(run: Orchestrator, folder: Path) -> ClientWorker:
     """Worker with all clients of a federation, and their states in a new folder."""
     run.method.init_server(run.spec)
     folder.mkdir()
-    setup = WorkerSetup.build(run.method, run.data.images, list(run.data.clients), run.spec, None, folder)
-    return ClientWorker(setup, np.ascontiguousarray(run.data.images.pixels.numpy()))
+    setup = WorkerSetup.build(run.method, run.data.samples, list(run.data.clients), run.spec, None, folder)
+    return ClientWorker(setup, np.ascontiguousarray(run.data.samples.inputs.numpy()))
 
 
 def fail_halfway(worker: ClientWorker, version: int, shared: StateDict) -> None:

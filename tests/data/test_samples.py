@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 import torch
 
-from fedekd.data import ImageData
-from fedekd.data.images import content_digest
+from fedekd.data import Samples
+from fedekd.data.samples import content_digest
 from fedekd.errors import UserError
 
 
-def build(images: Any = None, targets: Any = None, task: Any = "classification", **kwargs: Any) -> ImageData:
+def build(images: Any = None, targets: Any = None, task: Any = "classification", **kwargs: Any) -> Samples:
     images = np.arange(6 * 8 * 9 * 3, dtype=np.uint8).reshape(6, 8, 9, 3) if images is None else images
     targets = np.array([[0], [1], [2], [0], [1], [2]], np.uint8) if targets is None else targets
     splits = kwargs.pop("splits", {"train": len(images), "val": 0, "test": 0})
     num_classes = kwargs.pop("num_classes", None)
-    return ImageData.from_arrays("six", images, targets, task, num_classes, splits, **kwargs)
+    return Samples.from_arrays("six", images, targets, task, num_classes, splits, **kwargs)
 
 
 def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
     data = build(images)
-    assert data.pixels.dtype == torch.uint8
-    assert data.pixels.is_contiguous()
-    assert data.pixels.shape == (6, 3, 8, 9)
-    assert data.pixels[4, 2, 5, 7] == images[4, 5, 7, 2]
+    assert data.inputs.dtype == torch.uint8
+    assert data.inputs.is_contiguous()
+    assert data.inputs.shape == (6, 3, 8, 9)
+    assert data.inputs[4, 2, 5, 7] == images[4, 5, 7, 2]
     assert (data.in_channels, data.image_size, data.num_classes, data.num_outputs, len(data)) == (
         3,
         (8, 9),
@@ -39,7 +39,7 @@ def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
 
 
 def test_from_arrays_grey_images_get_a_channel() -> None:
-    assert build(np.arange(6 * 72, dtype=np.uint8).reshape(6, 8, 9)).pixels.shape == (6, 1, 8, 9)
+    assert build(np.arange(6 * 72, dtype=np.uint8).reshape(6, 8, 9)).inputs.shape == (6, 1, 8, 9)
 
 
 def test_regression_has_float_targets_and_one_output() -> None:
@@ -145,7 +145,7 @@ def test_unknown_label_raises_and_ignore_label_leaves_it_out(label: int, dtype: 
         build(**arrays, task=task, splits=splits)
     data = build(**arrays, task=task, splits=splits, ignore_label=label)
     assert (data.num_classes, len(data), data.splits) == (10, 298, {"train": 100, "val": 100, "test": 98})
-    assert torch.equal(data.pixels[:, 0], torch.from_numpy(arrays["images"][:298]))
+    assert torch.equal(data.inputs[:, 0], torch.from_numpy(arrays["images"][:298]))
     assert [line for line in data.warnings if f"2 of 300 samples of 'six' have the label {label}" in line]
 
 
@@ -186,15 +186,15 @@ def test_from_arrays_splits_of_other_sum_raise() -> None:
 def test_digest_depends_on_contents_not_name() -> None:
     data = build()
     assert data.digest() == build().digest() == replace(data, name="other").digest()
-    other_pixels, other_target = data.pixels.clone(), data.targets.clone()
+    other_pixels, other_target = data.inputs.clone(), data.targets.clone()
     other_pixels[5, 0, 0, 0] += 1
     other_target[5] = 0
     others = [
-        replace(data, pixels=other_pixels),
+        replace(data, inputs=other_pixels),
         replace(data, targets=other_target),
         replace(data, task="regression"),
         replace(data, num_classes=4),
-        replace(data, pixels=data.pixels.reshape(6, 3, 9, 8)),
+        replace(data, inputs=data.inputs.reshape(6, 3, 9, 8)),
     ]
     assert len({data.digest(), *(other.digest() for other in others)}) == 6
 

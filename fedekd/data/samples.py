@@ -29,12 +29,12 @@ _TO_UINT8 = "Convert images of range 0..1 with np.rint(255.0 * images).astype(np
 
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class Samples:
     """Images of a data set, official splits pooled, with one target per image.
 
     Args:
         name: Name of the data set.
-        pixels: Values 0..255, uint8, shape (N, C, H, W), contiguous.
+        inputs: Pixels 0..255, uint8, shape (N, C, H, W), contiguous.
         targets: Classes, int64, or in regression grades, float32; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades; labels are 0..num_classes-1.
@@ -44,7 +44,7 @@ class ImageData:
     """
 
     name: str
-    pixels: Tensor
+    inputs: Tensor
     targets: Tensor
     task: Task
     num_classes: int
@@ -62,7 +62,7 @@ class ImageData:
         num_classes: int | None,
         splits: dict[str, int],
         ignore_label: int | None = None,
-    ) -> ImageData:
+    ) -> Samples:
         """Validate the arrays of a data file and convert them to tensors.
 
         Args:
@@ -123,7 +123,7 @@ class ImageData:
         warnings += _pixel_warnings(name, pixels)
         return cls(
             name=name,
-            pixels=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            inputs=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
             targets=torch.from_numpy(labels if task == "classification" else labels.astype(np.float32)),
             task=task,
             num_classes=num_classes,
@@ -133,17 +133,17 @@ class ImageData:
         )
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.inputs)
 
     @property
     def in_channels(self) -> int:
         """Number of channels."""
-        return self.pixels.shape[1]
+        return self.inputs.shape[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.pixels.shape[2], self.pixels.shape[3]
+        return self.inputs.shape[2], self.inputs.shape[3]
 
     @property
     def labels(self) -> Tensor:
@@ -164,19 +164,19 @@ class ImageData:
         return content_digest(self, [torch.arange(len(self))])
 
 
-def content_digest(data: ImageData, groups: list[Tensor]) -> str:
+def content_digest(data: Samples, groups: list[Tensor]) -> str:
     """Return the SHA-256 (hex) of the task and of groups of samples, in order.
 
     Args:
         data: The images and targets.
         groups: Index tensors, int64; the sizes of the groups enter the digest.
     """
-    digest = sha256(f"{data.task} {data.num_classes} {tuple(data.pixels.shape[1:])}".encode())
+    digest = sha256(f"{data.task} {data.num_classes} {tuple(data.inputs.shape[1:])}".encode())
     for group in groups:
         digest.update(f" {len(group)} ".encode())
         # In parts: a copy of a large data set would double its memory.
         for part in torch.split(group, 4096):
-            digest.update(data.pixels[part].cpu().numpy().tobytes())
+            digest.update(data.inputs[part].cpu().numpy().tobytes())
             digest.update(data.targets[part].cpu().numpy().tobytes())
     return digest.hexdigest()
 
