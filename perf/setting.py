@@ -94,7 +94,7 @@ def make_setting(trainer: TrainerFactory, root: str, samples: int, seed: int = 0
         images = torch.randint(0, 256, (samples, 1, 28, 28), dtype=torch.uint8, generator=generator)
         targets = torch.randint(0, 10, (samples,), generator=generator)
     data = FederatedDataModule("fashionmnist", num_clients=6, alpha=0.1, seed=seed)
-    data.adopt(Samples("fashionmnist", images.contiguous(), targets, "classification", 10, {"train": samples}))
+    data.adopt(Samples("fashionmnist", images.contiguous(), targets, "classification", 10))
     data.setup()
     spec = FederationSpec.from_parts(data, ClientOptions(), trainer, rounds=1, seed=seed, num_clients=6)
     device = spec.trainer.torch_device

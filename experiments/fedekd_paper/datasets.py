@@ -42,9 +42,9 @@ def dataset_table(root: str, others: Sequence[str] = ()) -> pd.DataFrame:
         except UserError as error:
             reason = str(error)
         else:
-            splits = tuple(size for size in data.splits.values() if size)
-            size = f"{data.image_size[0]}x{data.image_size[1]}"
-            loaded = (data.task, data.num_classes, size, data.in_channels, splits)
+            splits = tuple(size for size in data.split_sizes.values() if size)
+            channels, height, width = data.input_shape
+            loaded = (data.task, data.num_classes, f"{height}x{width}", channels, splits)
             per_class = " ".join(map(str, data.labels.bincount(minlength=data.num_classes).tolist()))
         paper = _PUBLISHED.get(name)
         verdict = "agrees" if loaded == paper else "differs"

@@ -32,7 +32,24 @@ _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
-ADDED_OPTIONS: dict[str, Any] = {"data.ignore_label": None}
+ADDED_OPTIONS: dict[str, Any] = {
+    "data.categorical_columns": None,
+    "data.categories": None,
+    "data.classes": None,
+    "data.group_column": None,
+    "data.ignore_label": None,
+    "data.ignored_columns": None,
+    "data.image_size": None,
+    "data.memory_limit": 4.0,
+    "data.num_workers": 2,
+    "data.site_column": None,
+    "data.sites": None,
+    "data.skip_unreadable": False,
+    "data.splits": "random",
+    "data.target_column": None,
+    "data.transform": None,
+    "data.value_range": None,
+}
 
 #: Options that were renamed since: present name, and name in the key.
 RENAMED_OPTIONS: dict[str, str] = {}

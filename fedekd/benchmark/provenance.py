@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,12 @@ import torch
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
 from fedekd.data import Samples, load_samples
+from fedekd.data.sources import DATA_OPTIONS
 from fedekd.errors import UserError
 from fedekd.federation.source_code import SourceUnavailableError, code_of, package_code
 
 #: `code` of a row whose run was continued by other code.
 MIXED = "mixed"
-
-
-#: Options of the data on which the samples depend.
-_DATA_OPTIONS = tuple(signature(load_samples).parameters)
-
-
-@lru_cache(maxsize=1)  # cells are sorted by data set
-def load_cell_samples(**options: Any) -> Samples:
-    """Load the samples of a cell; the last ones are kept."""
-    return load_samples(**options)
 
 
 def samples_of(values: Mapping[str, Any]) -> Samples:
@@ -40,7 +30,17 @@ def samples_of(values: Mapping[str, Any]) -> Samples:
     Raises:
         UserError: If they cannot be loaded.
     """
-    return load_cell_samples(**_data_options(values))
+    return load_cell_samples(_data_options(values))
+
+
+@lru_cache(maxsize=1)  # cells are sorted by data set
+def load_cell_samples(options: str) -> Samples:
+    """Load the samples of a cell; the last ones are kept.
+
+    Args:
+        options: Arguments of `load_samples` as JSON.
+    """
+    return load_samples(**json.loads(options))
 
 
 def data_digest(values: Mapping[str, Any]) -> str | None:
@@ -49,19 +49,21 @@ def data_digest(values: Mapping[str, Any]) -> str | None:
     Nothing is downloaded, and a data set is read once.
     """
     try:
-        return _digest(**{**_data_options(values), "download": False})
+        return _digest(_data_options(values, download=False))
     except UserError:
         return None
 
 
 @lru_cache
-def _digest(**options: Any) -> str:
-    return load_samples(**options).digest()
+def _digest(options: str) -> str:
+    return load_samples(**json.loads(options)).digest()
 
 
-def _data_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    options = {**values["data"], "name": values["data"]["dataset"], "task": values["task"]}
-    return {name: options[name] for name in _DATA_OPTIONS}
+def _data_options(values: Mapping[str, Any], **changed: Any) -> str:
+    """Return the arguments of `load_samples` as JSON."""
+    options = {**values["data"], "task": values["task"]}
+    given = {name: options[name] for name in DATA_OPTIONS if name in options}
+    return json.dumps({**given, "name": options["dataset"], **changed}, sort_keys=True)
 
 
 def row_key(cell: Cell, data: str) -> str:

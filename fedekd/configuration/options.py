@@ -21,6 +21,7 @@ from fedekd.configuration.error_messages import explain
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.data import FederatedDataModule
+from fedekd.data.datamodule import PARTITION_OPTIONS
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError, require, shorten
 from fedekd.federation import EngineConfig, RoundOptions
@@ -239,6 +240,8 @@ def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(
         parser.dump(_without_model_defaults(config), skip_validation=True, skip_unset=False)
     )
+    if values["data"]["sites"] is not None or values["data"]["site_column"] is not None:
+        values["data"] = {key: value for key, value in values["data"].items() if key not in PARTITION_OPTIONS}
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
 
 
@@ -288,17 +291,18 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """
     plain = as_values(parser, config)
     built = _instantiate(parser, config)
+    options = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
+    data = FederatedDataModule(**options, seed=config.seed, task=config.task)
     if plain["trainer"]["threads"] == "auto":
-        plain["trainer"]["threads"] = built.engine.threads(usable_cores(), plain["data"]["num_clients"])
+        plain["trainer"]["threads"] = built.engine.threads(usable_cores(), data.num_clients)
     trainer = TrainerFactory(**plain["trainer"]).resolve()
     for name in plain["trainer"]:
         config.trainer[name] = getattr(trainer, name)
     rounds = RoundOptions(**{name: plain[name] for name in RoundOptions.__dataclass_fields__})
-    data = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
     loggers = built.logger
     return {
         "method": built.method,
-        "data": FederatedDataModule(**data, seed=config.seed, task=config.task),
+        "data": data,
         "client": ClientOptions(**plain["client"]),
         "trainer": trainer,
         "engine": built.engine,

@@ -1,10 +1,11 @@
-"""Data module: a data set partitioned across clients."""
+"""Data module: the samples of each client and their splits."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, cast
 
 import lightning
@@ -17,17 +18,23 @@ from fedekd.data.batches import TensorBatches
 from fedekd.data.near_copies import find_near_copies, near_copy_warning
 from fedekd.data.partition import (
     PARTITIONS,
+    Indices,
     PartitionFunction,
     check_fractions,
     checked_parts,
     cut_validation,
+    partition_groups,
     split_indices,
 )
+from fedekd.data.raw import SPLITS
 from fedekd.data.samples import Samples, content_digest
-from fedekd.data.sources import load_samples
-from fedekd.errors import UserError, describe_error, listed, nearest, shorten
+from fedekd.data.sources import DATA_OPTIONS, load_samples
+from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
+
+PARTITION_OPTIONS = {"num_clients": 6, "alpha": 0.1, "partition": None, "min_samples": 10}
+"""Options of a partition, which sites do not have, and their defaults."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,9 @@ class ClientSplits:
         tuning: Samples for thresholds and choices.
         calibration: Samples for exits and conformal sets.
         holdout: Samples for the do-no-harm comparison.
+        name: Name of the site that is the client; None for a client of a partition.
+        target_shift: Added to the outputs in the unit of the targets, after `target_scale`; real-valued targets only.
+        target_scale: Factor from the outputs of networks to the unit of the targets; real-valued targets only.
     """
 
     client: int
@@ -51,6 +61,14 @@ class ClientSplits:
     tuning: Tensor
     calibration: Tensor
     holdout: Tensor
+    name: str | None = field(default=None, kw_only=True)
+    target_shift: float = field(default=0.0, kw_only=True)
+    target_scale: float = field(default=1.0, kw_only=True)
+
+    @property
+    def title(self) -> str:
+        """Name of the client in messages and tables: that of its site, or its number."""
+        return str(self.client) if self.name is None else self.name
 
     def __len__(self) -> int:
         return len(self.train) + len(self.validation) + len(self.test)
@@ -68,24 +86,28 @@ class ClientSplits:
 
 
 class FederatedDataModule(lightning.LightningDataModule):
-    """Images partitioned across clients, each with training, validation and test.
+    """Samples of each client, with training, validation and test.
 
-    The data loaders serve the samples of all clients, or of one client, to a Lightning Trainer.
+    Clients are the sites of the data, or parts of one data set. The data loaders serve the samples of all clients, or
+    of one client, to a Lightning Trainer.
 
     Args:
         dataset: Name of a data set (digits, fashionmnist, cifar10, cifar100, tinyimagenet, diabetic_retinopathy, or a
-            2D flag of MedMNIST such as retinamnist or organamnist_64), or path of an .npz file in MedMNIST's layout.
-        num_clients: Number of clients, at least 1.
-        alpha: Concentration of the Dirichlet partition, above 0. Smaller values give more different clients.
+            2D flag of MedMNIST such as retinamnist or organamnist_64), or path of a file or folder. Default: the data
+            are in sites.
+        num_clients: Number of clients of a partition, at least 1. Not used with sites.
+        alpha: Concentration of the Dirichlet partition, above 0. Smaller values give more different clients. Not used
+            with sites.
         partition: label (Dirichlet over classes), cluster (Dirichlet over k-means clusters of the images), iid, or the
             import path of a function (images, num_clients, alpha, seed, min_samples) -> index arrays. Default: label
-            for classification, cluster for regression.
+            for classification, cluster for regression. Not used with sites.
         root: Folder of the data files; a name is first searched as ROOT/NAME.npz.
         batch_size: Samples per training batch, at least 1.
         eval_batch_size: Samples per evaluation batch, at least 1; affects outputs only in the last bits. 64 to 128 is
             fastest on CPUs.
         fractions: Fractions of training, validation and test per client; they sum to 1, only validation may be 0.
-        min_samples: Smallest number of samples per client, at least 2; the partition is redrawn until it holds.
+        min_samples: Smallest number of samples per client of a partition, at least 2; the partition is redrawn until
+            it holds. Counts groups where there are groups.
         seed: Seed of the partition, splits and order of batches.
         task: classification or regression. Default: the task of the data set.
         num_classes: Number of classes or grades, at least 2. Default: that of the data set.
@@ -93,6 +115,25 @@ class FederatedDataModule(lightning.LightningDataModule):
         client: Number of the client whose samples are served, from 0. Default: all clients.
         ignore_label: Label that means "unknown", such as 255 or -1: its samples are left out of every split. Default:
             none.
+        sites: Folder with a file or subfolder per site, or a mapping from names of sites to paths. Each site is a
+            client. Default: dataset is partitioned.
+        site_column: Column or array of dataset with the name of each sample's site. Each site is a client. Default:
+            dataset is partitioned.
+        group_column: Column or array with the group of each sample, such as the patient. No group is in two splits or
+            at two clients of a partition. Default: each sample is a group.
+        splits: random (by fractions) or given: training, validation and test as in the data.
+        classes: Names of the classes in the order of their numbers. Default: those in the data, sorted.
+        target_column: Column of a manifest or table with the target. Default: label.
+        image_size: Height and width, or one number, to which images are resized. Default: unchanged.
+        value_range: Lowest and highest value of 16-bit and float images, which are scaled to [-1, 1]. Default: 0 and
+            65535, or 0 and 1.
+        skip_unreadable: Leave out images that cannot be read, and count them. Default: they are errors.
+        categorical_columns: Columns of a table whose numbers are categories. Text columns are categories in any case.
+        ignored_columns: Columns of a table that are no features.
+        categories: Categories of each categorical column. Default: those in the data.
+        memory_limit: Images of more than this many GiB are read from their files in every epoch instead of once.
+        num_workers: Processes that read images from files during training and evaluation.
+        transform: Augmentation of training samples: a transform of torchvision.transforms.v2 by class_path, or a list.
 
     Raises:
         UserError: If an argument is out of range.
@@ -105,7 +146,7 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str,
+        dataset: str | None = None,
         num_clients: int = 6,
         alpha: float = 0.1,
         partition: str | None = None,
@@ -120,81 +161,129 @@ class FederatedDataModule(lightning.LightningDataModule):
         download: bool = True,
         client: int | None = None,
         ignore_label: int | None = None,
+        sites: str | dict[str, Any] | None = None,
+        site_column: str | None = None,
+        group_column: str | None = None,
+        splits: str = "random",
+        classes: list[str] | None = None,
+        target_column: str | None = None,
+        image_size: int | list[int] | None = None,
+        value_range: list[float] | None = None,
+        skip_unreadable: bool = False,
+        categorical_columns: list[str] | None = None,
+        ignored_columns: list[str] | None = None,
+        categories: dict[str, list[Any]] | None = None,
+        memory_limit: float = 4.0,
+        num_workers: int = 2,
+        transform: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        values = dict(locals())
         lowest = {"num_clients": 1, "batch_size": 1, "eval_batch_size": 1, "min_samples": 2, "num_classes": 2}
-        values = locals()
         for argument, minimum in lowest.items():
             if values[argument] is not None and values[argument] < minimum:
                 raise UserError(f"data.{argument}: expected at least {minimum}, got {values[argument]}")
         if not (alpha > 0 and np.isfinite(alpha)):
             raise UserError(f"data.alpha: expected a finite number above 0, got {alpha}")
-        if client is not None and not 0 <= client < num_clients:
+        self.has_sites = sites is not None or site_column is not None
+        if self.has_sites:
+            _refuse_partition(values)
+        elif client is not None and not 0 <= client < num_clients:
             raise UserError(
                 f"data.client: expected 0..{num_clients - 1} (data.num_clients is {num_clients}), got {client}"
             )
+        if sites is not None and site_column is not None:
+            raise UserError(f"data.site_column: expected null with data.sites, got {site_column!r}")
         check_fractions(fractions)
+        require_choice("data.splits", splits, ("random", "given"))
         self.dataset, self.root, self.download = dataset, root, download
-        self.num_clients, self.alpha, self.min_samples = num_clients, alpha, min_samples
+        self.alpha, self.min_samples = alpha, min_samples
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.fractions, self.seed, self.client = fractions, seed, client
-        self._task = None if task is None else require_task(task)
-        self._num_classes, self._ignore_label = num_classes, ignore_label
+        self.fractions, self.seed, self.client, self.splits = fractions, seed, client, splits
+        self.num_workers, self.transform = num_workers, transform
+        self._num_clients = num_clients
+        self._source = {name: values[name] for name in DATA_OPTIONS if name in values} | {"name": dataset}
+        if task is not None:
+            require_task(task)
         self._partition = None if partition is None else _partition_function(partition)
         self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
 
     def __str__(self) -> str:
         # Lightning's __str__ would load the data, and fail because TensorBatches is not a DataLoader.
-        return f"FederatedDataModule(dataset={self.dataset!r}, num_clients={self.num_clients}, seed={self.seed})"
+        source = f"sites={self._source['sites']!r}" if self.dataset is None else f"dataset={self.dataset!r}"
+        clients = "" if self.has_sites else f", num_clients={self._num_clients}"
+        return f"FederatedDataModule({source}{clients}, seed={self.seed})"
 
     def adopt(self, samples: Samples) -> None:
-        """Use images that are already in memory instead of loading them."""
+        """Use samples that are already in memory instead of loading them."""
         self._samples = samples
 
     def prepare_data(self) -> None:
-        """Load the images; download them if needed and allowed.
+        """Load the samples; download them if needed and allowed.
 
         Raises:
             UserError: If the data set is unknown, missing or corrupt.
         """
         if self._samples is None:
-            self._samples = load_samples(
-                self.dataset, self.root, self._task, self._num_classes, self.download, self._ignore_label
-            )
+            self._samples = load_samples(**self._source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and partition the images on the first call; later calls do nothing.
+        """Load, assign and split the samples on the first call.
 
         Raises:
-            UserError: If the data cannot be loaded, or the partition is impossible.
+            UserError: If the data cannot be loaded, or the partition or a split is impossible.
         """
         self.prepare_data()
         samples = cast(Samples, self._samples)
         if self._clients is None:
-            default = PARTITIONS["label" if samples.task == "classification" else "cluster"]
-            partition = self._partition or default
-            seed = derive_seed(self.seed, "partition")
-            try:
-                # A generator fails while it is read.
-                parts = partition(samples, self.num_clients, self.alpha, seed, self.min_samples)
-                arrays = checked_parts(parts, self.num_clients, len(samples))
-            except UserError:
-                raise
-            except Exception as error:  # from a user's function
-                if partition in PARTITIONS.values():
-                    raise
-                raise UserError(
-                    "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> list of"
-                    f" arrays, which failed with {describe_error(error)}"
-                ) from error
+            parts = self._parts_of_sites(samples) if self.has_sites else self._parts_of_partition(samples)
             self._clients = [
-                split_client(client, part, self.fractions, self.seed) for client, part in enumerate(arrays)
+                split_client(client, part, samples, self.fractions, self.seed, self.splits, name)
+                for client, (name, part) in enumerate(parts)
             ]
+
+    def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
+        """Return the name and the samples of each site."""
+        assert samples.site is not None
+        site = samples.site.numpy()
+        parts: list[tuple[str | None, Indices]] = [
+            (name, np.flatnonzero(site == number)) for number, name in enumerate(samples.site_names)
+        ]
+        if self.client is not None and not 0 <= self.client < len(parts):
+            raise UserError(f"data.client: expected 0..{len(parts) - 1} ({len(parts)} sites), got {self.client}")
+        return parts
+
+    def _parts_of_partition(self, samples: Samples) -> list[tuple[str | None, Indices]]:
+        """Return the samples of each client of the partition."""
+        default = PARTITIONS["label" if samples.task == "classification" and samples.num_classes else "cluster"]
+        partition = self._partition or default
+        arguments = self._num_clients, self.alpha, derive_seed(self.seed, "partition"), self.min_samples
+        try:
+            if samples.group is not None:
+                parts = partition_groups(partition, samples, *arguments)
+            else:
+                # A generator fails while it is read.
+                parts = checked_parts(partition(samples, *arguments), self._num_clients, len(samples))
+        except UserError:
+            raise
+        except Exception as error:  # from a user's function
+            if partition in PARTITIONS.values():
+                raise
+            raise UserError(
+                "data.partition: expected a function (images, num_clients, alpha, seed, min_samples) -> list of"
+                f" arrays, which failed with {describe_error(error)}"
+            ) from error
+        return [(None, part) for part in parts]
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients; the data are loaded if they are sites."""
+        return len(self.clients) if self.has_sites else self._num_clients
 
     @property
     def samples(self) -> Samples:
-        """All images and targets, loaded on first use."""
+        """All samples, loaded on first use."""
         self.setup()
         return cast(Samples, self._samples)
 
@@ -254,25 +343,85 @@ class FederatedDataModule(lightning.LightningDataModule):
 
 
 def split_client(
-    client: int, indices: npt.NDArray[np.int64], fractions: tuple[float, float, float], seed: int
+    client: int,
+    indices: Indices,
+    samples: Samples,
+    fractions: tuple[float, float, float],
+    seed: int,
+    splits: str = "random",
+    name: str | None = None,
 ) -> ClientSplits:
     """Split a client's samples into training, validation with its thirds, and test.
 
     Args:
         client: Number of the client; it enters the seeds of the splits.
         indices: Samples of the client, shape (n,).
+        samples: The data set, with groups and given splits.
         fractions: Fractions of training, validation and test.
         seed: Seed of the data module.
+        splits: `random`, or `given` for those in the data.
+        name: Name of the site, if the client is one.
 
     Returns:
         The splits of the client.
 
     Raises:
-        UserError: As `split_indices`.
+        UserError: If the client has too few samples, or lacks a given split, or a group is in two given splits.
     """
-    train, validation, test = split_indices(indices, fractions, derive_seed(seed, client, "split"))
-    parts = cut_validation(validation, derive_seed(seed, client, "validation"))
-    return ClientSplits(client, *(torch.from_numpy(part) for part in (train, validation, test, *parts)))
+    where = f"client {client}" if name is None else f"site {name!r}"
+    groups = None if samples.group is None else samples.group.numpy()
+    if splits == "given":
+        train, validation, test = _given_splits(where, indices, samples, groups)
+    else:
+        try:
+            train, validation, test = split_indices(
+                indices, fractions, derive_seed(seed, client, "split"), None if groups is None else groups[indices]
+            )
+        except UserError as error:
+            if name is None:
+                raise
+            raise UserError(f"{where}: {error}") from error
+    thirds = cut_validation(
+        validation, derive_seed(seed, client, "validation"), None if groups is None else groups[validation]
+    )
+    parts = [torch.from_numpy(part) for part in (train, validation, test, *thirds)]
+    return ClientSplits(client, *parts, name=name)
+
+
+def _given_splits(
+    where: str, indices: Indices, samples: Samples, groups: npt.NDArray[np.int64] | None
+) -> tuple[Indices, Indices, Indices]:
+    """Return the given training, validation and test samples of a client."""
+    if samples.split is None:
+        raise UserError("data.splits: expected random, because the data have no splits, got given")
+    split = samples.split.numpy()[indices]
+    train, validation, test = (indices[split == number] for number in range(len(SPLITS)))
+    for part, title in ((train, "train"), (test, "test")):
+        if not len(part):
+            raise UserError(f"data.splits: {where}: expected samples in the split {title}, got none. Use random splits")
+    if groups is not None:
+        for one, other in combinations((train, validation, test), 2):
+            if shared := np.intersect1d(groups[one], groups[other]).tolist():
+                row = int(one[groups[one] == shared[0]][0])
+                raise UserError(
+                    f"data.splits: {where}: expected each group in one split, got {len(shared)} groups in two, such as"
+                    f" that of sample {row}. Use random splits"
+                )
+    return train, validation, test
+
+
+def _refuse_partition(values: Mapping[str, Any]) -> None:
+    """Check that no option of a partition is given with sites.
+
+    Raises:
+        UserError: Names the first option that is not the default.
+    """
+    for name, default in PARTITION_OPTIONS.items():
+        if values[name] != default:
+            raise UserError(
+                f"data.{name}: expected no value with data.{'sites' if values['sites'] else 'site_column'}, whose sites"
+                f" are the clients, got {values[name]}. Omit it"
+            )
 
 
 def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str]:

@@ -137,61 +137,87 @@ def iid_partition(num_samples: int, num_clients: int, seed: int, min_samples: in
 
 
 def split_indices(
-    indices: npt.ArrayLike, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0
+    indices: npt.ArrayLike,
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    seed: int = 0,
+    groups: npt.ArrayLike | None = None,
 ) -> tuple[Indices, Indices, Indices]:
     """Split a client's samples at random into training, validation and test.
 
-    The sizes follow the rounded cumulative fractions; training and test have at least one sample each.
+    The sizes follow the rounded cumulative fractions; training and test have at least one sample each. With groups, no
+    group is in two splits, and the sizes are the nearest that whole groups in random order allow.
 
     Args:
         indices: Samples of the client, shape (n,), n at least 2.
         fractions: Fractions of training, validation and test; they sum to 1, only validation may be 0. Default
             (0.6, 0.2, 0.2).
         seed: Seed of the permutation. Default 0.
+        groups: Group of each sample, shape (n,), at least 2 different ones. Default: each sample is a group.
 
     Returns:
         Training, validation and test, a partition of `indices`.
 
     Raises:
-        UserError: If the fractions are invalid, or there are fewer than 2 samples.
+        UserError: If the fractions are invalid, or there are fewer than 2 samples or groups.
 
     Example:
         >>> [len(part) for part in split_indices(range(10))]
         [6, 2, 2]
+        >>> [part.tolist() for part in split_indices(range(6), groups=[0, 0, 1, 1, 2, 2])]
+        [[4, 5], [0, 1], [2, 3]]
     """
     check_fractions(fractions)
     samples = np.asarray(indices, dtype=np.int64)
-    n = len(samples)
-    if n < 2:
+    units = _units(samples, groups)
+    if len(units) < 2:
+        what = "samples" if groups is None else "groups"
         raise UserError(
-            f"data.min_samples: expected clients with at least 2 samples, to train and test, got a client with {n}"
+            f"data.min_samples: expected clients with at least 2 {what}, to train and test, got a client with"
+            f" {len(units)}"
         )
-    first, second = (_rounded(n * fraction) for fraction in np.cumsum(fractions)[:2])
-    first = min(max(first, 1), n - 1)
-    second = min(max(second, first), n - 1)
-    return _cut(samples, [first, second], seed, "split")
+    return _cut(units, [float(share) for share in np.cumsum(fractions)[:2]], seed, "split", keep_ends=True)
 
 
-def cut_validation(validation: npt.ArrayLike, seed: int) -> tuple[Indices, Indices, Indices]:
+def cut_validation(
+    validation: npt.ArrayLike, seed: int, groups: npt.ArrayLike | None = None
+) -> tuple[Indices, Indices, Indices]:
     """Split a client's validation samples at random into thirds.
 
     Tuning: thresholds and choices. Calibration: exits and conformal sets. Holdout: do-no-harm. With fewer than 3
-    samples some parts are empty.
+    samples or groups some parts are empty.
 
     Args:
         validation: Validation samples of the client, shape (n,).
         seed: Seed of the permutation.
+        groups: Group of each sample, shape (n,); no group is in two parts. Default: each sample is a group.
 
     Returns:
-        Tuning, calibration and holdout, a partition of `validation`; sizes differ by at most 1.
+        Tuning, calibration and holdout, a partition of `validation`; without groups the sizes differ by at most 1.
 
     Example:
         >>> [len(part) for part in cut_validation(range(11), seed=0)]
         [4, 3, 4]
     """
-    samples = np.asarray(validation, dtype=np.int64)
-    n = len(samples)
-    return _cut(samples, [_rounded(n / 3), _rounded(n * 2 / 3)], seed, "validation")
+    return _cut(_units(np.asarray(validation, dtype=np.int64), groups), [1 / 3, 2 / 3], seed, "validation")
+
+
+def partition_groups(partition: PartitionFunction, samples: Samples, *arguments: Any) -> list[Indices]:
+    """Partition whole groups across clients.
+
+    Each group is assigned like its first sample; the smallest number of samples of a client counts groups.
+
+    Args:
+        partition: A function like those in `PARTITIONS`.
+        samples: The samples, with groups.
+        *arguments: Number of clients, alpha, seed and smallest number of samples.
+
+    Returns:
+        One index array per client.
+    """
+    groups = np.asarray(samples.group)
+    _, first, number = np.unique(groups, return_index=True, return_inverse=True)
+    parts = checked_parts(partition(samples.take(first), *arguments), arguments[0], len(first))
+    return [np.flatnonzero(np.isin(number, part)) for part in parts]
 
 
 def checked_parts(parts: Any, num_clients: int, num_samples: int) -> list[Indices]:
@@ -292,10 +318,39 @@ def _draw_cuts(
     )
 
 
-def _cut(samples: Indices, cuts: list[int], seed: int, purpose: str) -> tuple[Indices, Indices, Indices]:
-    shuffled = np.random.default_rng(derive_seed(seed, purpose)).permutation(samples)
-    first, second, third = (np.sort(part) for part in np.split(shuffled, cuts))
-    return first, second, third
+def _units(samples: Indices, groups: npt.ArrayLike | None) -> list[Indices]:
+    """Return the samples of each group, in the order of their first samples."""
+    if groups is None:
+        return list(samples[:, None])
+    _, first, number, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    units = np.split(samples[np.argsort(number, kind="stable")], np.cumsum(sizes)[:-1])
+    return [units[group] for group in np.argsort(first)]
+
+
+def _cut(
+    units: list[Indices], shares: list[float], seed: int, purpose: str, keep_ends: bool = False
+) -> tuple[Indices, Indices, Indices]:
+    """Cut units in random order into three parts at cumulative shares of the samples.
+
+    Args:
+        units: Samples of each unit.
+        shares: Cumulative shares of the first and of the first two parts.
+        seed: Seed of the order.
+        purpose: Enters the seed.
+        keep_ends: Give the first and the last part at least one unit.
+    """
+    order = np.random.default_rng(derive_seed(seed, purpose)).permutation(len(units))
+    ends = np.cumsum([0, *(len(units[unit]) for unit in order)])
+    first, second = (int(np.abs(ends - _rounded(share * ends[-1])).argmin()) for share in shares)
+    if keep_ends:
+        first = min(max(first, 1), len(units) - 1)
+        second = min(max(second, first), len(units) - 1)
+    parts = (order[:first], order[first:second], order[second:])
+    one, two, three = (
+        np.sort(np.concatenate([units[unit] for unit in part])) if len(part) else np.empty(0, np.int64)
+        for part in parts
+    )
+    return one, two, three
 
 
 def _rounded(size: float) -> int:

@@ -1,8 +1,8 @@
-"""A labelled image data set in memory."""
+"""Samples of a federation: inputs, targets, sites, groups and splits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedekd.data.raw import SPLITS
 from fedekd.errors import UserError
 from fedekd.tasks import Task, require_task
 
@@ -30,15 +31,19 @@ _TO_UINT8 = "Convert images of range 0..1 with np.rint(255.0 * images).astype(np
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images of a data set, official splits pooled, with one target per image.
+    """N samples of a federation, in memory: one input and one target each.
 
     Args:
         name: Name of the data set.
-        inputs: Pixels 0..255, uint8, shape (N, C, H, W), contiguous.
-        targets: Classes, int64, or in regression grades, float32; shape (N,).
+        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous.
+        targets: Classes, int64, or in regression real numbers, float32; shape (N,).
         task: `classification` or `regression`.
-        num_classes: Number of classes or grades; labels are 0..num_classes-1.
-        splits: Sizes of the official splits, in the order in which they are pooled.
+        num_classes: Number of classes or grades, whose labels are 0..num_classes-1; 0 if the targets are real numbers.
+        class_names: Names of the classes or grades. Default: their numbers.
+        split: Given split of each sample, index into `SPLITS`, int64, shape (N,); None without given splits.
+        site: Site of each sample, index into `site_names`, int64, shape (N,); None without sites.
+        site_names: Names of the sites.
+        group: Number of the group of each sample, such as a patient, int64, shape (N,); None without groups.
         ignore_label: Label whose samples were left out. Default None.
         warnings: What a user should know of the data; one line each.
     """
@@ -48,9 +53,17 @@ class Samples:
     targets: Tensor
     task: Task
     num_classes: int
-    splits: dict[str, int]
+    class_names: tuple[str, ...] = ()
+    split: Tensor | None = None
+    site: Tensor | None = None
+    site_names: tuple[str, ...] = ()
+    group: Tensor | None = None
     ignore_label: int | None = None
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(map(str, range(self.num_classes))))
 
     @classmethod
     def from_arrays(
@@ -60,19 +73,20 @@ class Samples:
         targets: npt.NDArray[Any],
         task: Task,
         num_classes: int | None,
-        splits: dict[str, int],
         ignore_label: int | None = None,
+        **fields: Any,
     ) -> Samples:
         """Validate the arrays of a data file and convert them to tensors.
 
         Args:
             name: Name of the data set.
             images: uint8, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, at least 8 x 8 pixels.
-            targets: Whole numbers, shape (N,) or, as in MedMNIST, (N, 1).
+            targets: Numbers, shape (N,) or, as in MedMNIST, (N, 1); in classification whole numbers.
             task: `classification` or `regression`.
-            num_classes: Number of classes or grades; None for the largest label + 1.
-            splits: Sizes of the official splits, in the order in which they are pooled; they sum to N.
-            ignore_label: Samples with this label are left out of every split. Default None.
+            num_classes: Number of classes or grades; None for the largest label + 1, or 0 for regression targets that
+                are not whole numbers.
+            ignore_label: Samples with this label are left out. Default None.
+            **fields: Other fields of `Samples`; tensors have shape (N,).
 
         Raises:
             UserError: If the arrays are not as described above, if no pixel is above 1 or all are equal, or if the
@@ -80,17 +94,15 @@ class Samples:
         """
         require_task(task)
         pixels = checked_images(name, images)
-        labels = _checked_labels(name, targets)
-        if len(pixels) != len(labels):
+        values = _checked_targets(name, targets, task == "regression" and num_classes is None)
+        if len(pixels) != len(values):
             raise UserError(
                 f"data.dataset: {name!r}: expected one label per image, got {len(pixels)} images and "
-                f"{len(labels)} labels"
+                f"{len(values)} labels"
             )
-        if sum(splits.values()) != len(pixels):
-            raise ValueError(f"splits {splits} do not sum to {len(pixels)} images")
-        warnings = []
+        warnings = list(fields.pop("warnings", ()))
         if ignore_label is not None:
-            kept = labels != ignore_label
+            kept = values != ignore_label
             warnings.append(
                 f"data.ignore_label: {len(kept) - kept.sum()} of {len(kept)} samples of {name!r} have the label"
                 f" {ignore_label} and are left out"
@@ -99,61 +111,59 @@ class Samples:
                 raise UserError(
                     f"data.ignore_label: {name!r}: expected samples with other labels than {ignore_label}, got none"
                 )
-            parts = np.split(kept, np.cumsum(list(splits.values()))[:-1])
-            splits = {split: int(part.sum()) for split, part in zip(splits, parts, strict=True)}
             if not kept.all():
-                pixels, labels = pixels[kept], labels[kept]
-        inferred = num_classes is None
-        num_classes = _num_classes(name, labels, targets.dtype) if num_classes is None else num_classes
-        if num_classes < 2:
-            raise UserError(f"data.num_classes: {name!r}: expected at least 2, got {num_classes}")
-        lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < 0 or highest >= num_classes:
-            wrong = lowest if lowest < 0 else highest
-            raise UserError(
-                f"data.dataset: {name!r}: expected labels 0..{num_classes - 1} for {num_classes} classes, got label "
-                f"{wrong}. Correct the labels or data.num_classes. {_LEAVE_OUT} {wrong}."
-            )
-        present = len(np.unique(labels))
-        if inferred and task == "classification" and present < num_classes:
-            warnings.append(
-                f"data.dataset: {name!r}: {num_classes - present} of {num_classes} classes (labels 0..{highest}) have"
-                f" no sample. Number the labels from 0 without gaps, or leave one out by --data.ignore_label"
-            )
+                pixels, values = pixels[kept], values[kept]
+                mask = torch.from_numpy(kept)
+                fields |= {key: value[mask] for key, value in fields.items() if isinstance(value, Tensor)}
+        if values.dtype.kind == "f":
+            num_classes = 0
+        else:
+            num_classes, gaps = _checked_classes(name, values, targets.dtype, task, num_classes)
+            warnings += gaps
         warnings += _pixel_warnings(name, pixels)
         return cls(
             name=name,
             inputs=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
-            targets=torch.from_numpy(labels if task == "classification" else labels.astype(np.float32)),
+            targets=torch.from_numpy(values if task == "classification" else values.astype(np.float32)),
             task=task,
             num_classes=num_classes,
-            splits=dict(splits),
             ignore_label=ignore_label,
             warnings=tuple(warnings),
+            **fields,
         )
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     @property
-    def in_channels(self) -> int:
-        """Number of channels."""
-        return self.inputs.shape[1]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.inputs.shape[2], self.inputs.shape[3]
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image, or number of features."""
+        return tuple(self.inputs.shape[1:])
 
     @property
     def labels(self) -> Tensor:
-        """Classes, or in regression grades, as int64, shape (N,)."""
-        return self.targets.to(torch.int64)
+        """Classes or grades, int64, shape (N,); zeros for real-valued targets."""
+        return self.targets.to(torch.int64) if self.num_classes else torch.zeros_like(self.targets, dtype=torch.int64)
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """Samples in each given split; all are in the first if none are given."""
+        split = torch.zeros(len(self), dtype=torch.int64) if self.split is None else self.split
+        return dict(zip(SPLITS, torch.bincount(split, minlength=len(SPLITS)).tolist(), strict=True))
 
     @property
     def num_outputs(self) -> int:
         """Number of network outputs: one per class; 1 in regression."""
         return self.num_classes if self.task == "classification" else 1
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Samples:
+        """Return the samples at `indices`, shape (n,)."""
+        parts = {
+            name: getattr(self, name)[torch.from_numpy(indices)]
+            for name in ("inputs", "targets", "split", "site", "group")
+            if getattr(self, name) is not None
+        }
+        return replace(self, **parts)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of task, shape, pixels and targets, not of the name."""
@@ -249,17 +259,47 @@ def _num_classes(name: str, labels: npt.NDArray[np.int64], dtype: np.dtype[Any])
     return highest + 1
 
 
-def _checked_labels(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Validate labels and return them as int64 of shape (N,)."""
+def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) -> npt.NDArray[Any]:
+    """Return valid targets, shape (N,): int64, or float64 if not all are whole."""
     if targets.ndim == 2 and targets.shape[1] == 1:
         targets = targets[:, 0]
     if targets.ndim != 1:
         raise UserError(
             f"data.dataset: labels of {name!r}: expected one label per image, shape (N,) or (N, 1), got {targets.shape}"
         )
+    allowed = "finite numbers" if may_be_real else "whole numbers"
     if targets.dtype.kind not in "biuf":
-        raise UserError(f"data.dataset: labels of {name!r}: expected whole numbers, got {targets.dtype}")
+        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {targets.dtype}")
     whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
-    if not whole.all():
-        raise UserError(f"data.dataset: labels of {name!r}: expected whole numbers, got {targets[~whole][0]}")
-    return targets.astype(np.int64)
+    valid = np.isfinite(targets) if may_be_real else whole
+    if not valid.all():
+        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {targets[~valid][0]}")
+    return targets.astype(np.int64 if whole.all() else np.float64)
+
+
+def _checked_classes(
+    name: str, labels: npt.NDArray[np.int64], dtype: np.dtype[Any], task: Task, num_classes: int | None
+) -> tuple[int, list[str]]:
+    """Return the number of classes, and warnings.
+
+    Raises:
+        UserError: If a label is not in 0..num_classes-1.
+    """
+    inferred = num_classes is None
+    num_classes = _num_classes(name, labels, dtype) if num_classes is None else num_classes
+    if num_classes < 2:
+        raise UserError(f"data.num_classes: {name!r}: expected at least 2, got {num_classes}")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(
+            f"data.dataset: {name!r}: expected labels 0..{num_classes - 1} for {num_classes} classes, got label "
+            f"{wrong}. Correct the labels or data.num_classes. {_LEAVE_OUT} {wrong}."
+        )
+    present = len(np.unique(labels))
+    if not (inferred and task == "classification" and present < num_classes):
+        return num_classes, []
+    return num_classes, [
+        f"data.dataset: {name!r}: {num_classes - present} of {num_classes} classes (labels 0..{highest}) have"
+        f" no sample. Number the labels from 0 without gaps, or leave one out by --data.ignore_label"
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, replace
 from functools import cache, partial
 from hashlib import md5
 from pathlib import Path
@@ -14,8 +15,12 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.atomic import atomic_file
-from fedekd.data.npz import SPLITS, Splits, pool, read_npz
+from fedekd.data.assemble import assemble
+from fedekd.data.formats import format_of, read_path
+from fedekd.data.formats.npz import Splits, pool, read_npz
+from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
 from fedekd.data.samples import Samples
+from fedekd.data.sites import find_sites
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
 from fedekd.errors import UserError, describe_error, nearest, shorten, shorten_path
 from fedekd.tasks import Task
@@ -40,38 +45,46 @@ _SIZES = ("", "_64", "_128", "_224")
 """Suffixes of MedMNIST's flags for images of 28, 64, 128 and 224 pixels."""
 
 
+DATA_OPTIONS = (
+    *("root", "task", "num_classes", "download", "ignore_label", "sites"),
+    *(field.name for field in fields(ReadOptions) if field.name not in ("task", "num_classes", "ignore_label")),
+)
+"""Arguments of a data module that decide which samples are loaded, in addition to `dataset`."""
+
+
 class Source(NamedTuple):
     """One row of `SOURCES`.
 
     Attributes:
         task: Task of the data set.
         num_classes: Number of classes or grades.
-        load: `(name, root, download) -> splits`; may raise the errors of `_FAILURES`.
+        load: `(name, root, download) -> splits or samples`; may raise the errors of `_FAILURES`.
         by_hand: Where under the root the package looks for files that were placed by hand.
     """
 
     task: Task
     num_classes: int
-    load: Callable[[str, Path, bool], Splits]
+    load: Callable[[str, Path, bool], Splits | RawSamples]
     by_hand: str = ""
 
 
 def load_samples(
-    name: str,
+    name: str | None = None,
     root: str | Path = "data",
     task: Task | None = None,
     num_classes: int | None = None,
     download: bool = True,
     ignore_label: int | None = None,
+    sites: str | Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Samples:
-    """Load a data set with its official splits pooled.
+    """Load a data set or the sites of a federation, with given splits pooled.
 
     Args:
-        name: Path of an .npz file in MedMNIST's layout (`{train,val,test}_{images,labels}`, splits may be missing or
-            empty), or a name. A name is first searched as ROOT/NAME.npz, then loaded by a package: `digits`
-            (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), each 2D flag of MedMNIST
-            (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta), `tinyimagenet` (the folder
-            `tiny-imagenet-200`, unzipped by hand).
+        name: Path of a file or folder in one of `FORMATS`, or a name. A name is first searched as ROOT/NAME.npz, then
+            loaded by a package: `digits` (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), each
+            2D flag of MedMNIST (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta),
+            `tinyimagenet` (the folder `tiny-imagenet-200`, unzipped by hand). None with `sites`.
         root: Folder of the data files. Default `data`.
         task: `classification` or `regression`. None (default): the task of the data set; `classification` for other
             files.
@@ -79,9 +92,12 @@ def load_samples(
             files.
         download: Let packages download missing files. Default True.
         ignore_label: Samples with this label are left out of every split. Default None.
+        sites: A folder with a file or subfolder per site, or a mapping from names of sites to paths; see `find_sites`.
+            Default None.
+        **options: Other fields of `ReadOptions`.
 
     Returns:
-        The images and targets, in memory.
+        The samples, in memory.
 
     Raises:
         UserError: If the name is unknown, or the data are missing, corrupt or not as described.
@@ -91,28 +107,60 @@ def load_samples(
         >>> digits.inputs.shape, digits.num_classes, digits.task
         (torch.Size([1797, 1, 8, 8]), 10, 'classification')
     """
+    options |= {"task": task, "num_classes": num_classes, "ignore_label": ignore_label}
+    read = ReadOptions(**options)
+    if (name is None) == (sites is None):
+        raise UserError(
+            "data.dataset: expected a data set or data.sites, got "
+            + ("neither" if name is None else f"{shorten(repr(name))} and data.sites. Omit one")
+        )
+    if sites is not None:
+        found = find_sites(sites)
+        return assemble(
+            sites if isinstance(sites, str) else "sites",
+            {site: _read_site(site, source, read) for site, source in found.items()},
+            read,
+        )
+    assert name is not None
     folder = Path(root).expanduser()
-    is_path = name.endswith(".npz")
-    path = Path(name).expanduser() if is_path else folder / f"{name}.npz"
+    path = Path(name).expanduser()
+    is_path = path.suffix == ".npz" or (path.exists() and format_of(path) is not None)
+    if not is_path:
+        path = folder / f"{name}.npz"
     key = path.stem
     source = SOURCES.get(key) or _medmnist_sources().get(key)
     if source is None and not is_path and key in _refused():
         raise UserError(f"data.dataset: {name!r} is not supported: {_refused()[key]}")
     if is_path or path.is_file():
-        splits = read_npz(path)
+        raw = read_path(path, read)
     elif source is not None:
-        splits = _from_package(name, source, folder, download)
+        raw = _from_package(name, source, folder, download)
     else:
         raise UserError(
             f"data.dataset: expected a known name or the path of an .npz file, got {shorten(repr(name))} (file"
             f" '{shorten_path(path)}' not found). {_hint(name)}"
         )
     if source is not None:
-        task = task or source.task
-        num_classes = source.num_classes if num_classes is None else num_classes
-    images, labels, sizes = pool(key, splits)
-    del splits  # free the arrays before the pooled copy is transposed
-    return Samples.from_arrays(key, images, labels, task or "classification", num_classes, sizes, ignore_label)
+        read = replace(
+            read,
+            task=task or source.task,
+            num_classes=source.num_classes if num_classes is None and read.classes is None else num_classes,
+        )
+    return assemble(key, {None: raw}, read)
+
+
+def _read_site(site: str, source: Any, options: ReadOptions) -> RawSamples:
+    """Read the samples of one site.
+
+    Raises:
+        UserError: As `read_path`, with the name of the site.
+    """
+    if not isinstance(source, str | Path):
+        raise UserError(f"data.sites: {site!r}: expected a path, got {shorten(repr(source))}")
+    try:
+        return read_path(Path(source).expanduser(), options)
+    except UserError as error:
+        raise UserError(f"site {site!r}: {error}") from error
 
 
 @cache
@@ -239,7 +287,7 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
     return splits
 
 
-def _from_package(name: str, source: Source, root: Path, download: bool) -> Splits:
+def _from_package(name: str, source: Source, root: Path, download: bool) -> RawSamples:
     try:
         splits = source.load(name, root, download)
     except UserError:
@@ -251,7 +299,7 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> Spli
             f"data.dataset: cannot read {name!r} in data.root, and {reason} ({describe_error(error, 115)})."
             f" Place it as '{shorten_path(root / name)}.npz' in MedMNIST's layout{by_hand}."
         ) from error
-    return splits
+    return splits if isinstance(splits, RawSamples) else pool(name, splits)
 
 
 def _download(urls: Sequence[str], path: Path, digest: str) -> None:

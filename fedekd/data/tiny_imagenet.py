@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedekd.data.npz import Splits
+from fedekd.data.formats.npz import Splits
 from fedekd.errors import UserError, describe_error
 
 NUM_CLASSES = 200

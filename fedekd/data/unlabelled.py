@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedekd.data.npz import SPLITS
+from fedekd.data.raw import SPLITS
 from fedekd.data.samples import checked_images
 from fedekd.errors import UserError, describe_error
 

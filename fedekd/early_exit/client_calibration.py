@@ -56,7 +56,7 @@ def training_indices(client: Client) -> Tensor:
 
 def image_costs(network: MultiExitNetwork, samples: Samples, proxy: nn.Module | None = None) -> ExitCosts:
     """Count the FLOPs per image of a data set in the network and in the proxy."""
-    return exit_costs(network, (samples.in_channels, *samples.image_size), proxy)
+    return exit_costs(network, samples.input_shape, proxy)
 
 
 def calibrate_client(

@@ -51,7 +51,7 @@ def exit_tradeoff(client: Client) -> ExitTradeoff | None:
     if not isinstance(network, MultiExitNetwork) or spec.task == "regression":
         return None
     test_output = client.predict("private", "test")
-    shape = spec.in_channels, *spec.image_size
+    shape = spec.input_shape
     costs = exit_costs(network, shape)
     held_share = 1.0
     if spec.depth(client.number) is not None:

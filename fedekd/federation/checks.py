@@ -36,8 +36,7 @@ def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
         network = spec.build_model(role, number)
         check_model(
             network.float().cpu(),
-            in_channels=spec.in_channels,
-            image_size=spec.image_size,
+            input_shape=spec.input_shape,
             num_outputs=spec.num_outputs,
             flag=f"client.{role}_model",
         )

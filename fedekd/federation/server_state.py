@@ -138,7 +138,7 @@ class AggregateValidator:
     def _probes(self) -> Tensor:
         """Return the images, in the format in which clients feed a network."""
         generator = torch.Generator().manual_seed(derive_seed("probe images"))
-        shape = self.spec.in_channels, *self.spec.image_size
+        shape = self.spec.input_shape
         images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
         return images.contiguous(memory_format=self.spec.trainer.memory_format)
 

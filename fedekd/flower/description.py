@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from fedekd.tasks import TASKS
 #: The splits whose sizes are part of a description.
 SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
 
-#: Largest numbers in a description: samples of a site, classes, channels, and pixels per side. ImageNet-21k has 21,841
-#: classes.
-_MAX_SAMPLES, _MAX_CLASSES, _MAX_CHANNELS, _MAX_SIDE = 10**9, 10**5, 2**10, 2**13
+#: Largest numbers in a description: samples of a site, classes, features, channels, and pixels per side. ImageNet-21k
+#: has 21,841 classes.
+_MAX_SAMPLES, _MAX_CLASSES, _MAX_FEATURES, _MAX_CHANNELS, _MAX_SIDE = 10**9, 10**5, 10**6, 2**10, 2**13
 
 #: What to do about a description that `describe` cannot give.
 _CORRECT = "Check the data and the version of fedekd at the site"
@@ -41,8 +41,7 @@ def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
     return {
         "fedekd": fedekd.__version__,
         "task": spec.task,
-        "channels": spec.in_channels,
-        "image_size": list(spec.image_size),
+        "input_shape": list(spec.input_shape),
         "classes": spec.num_outputs,
         "seed": spec.seed,
         "rounds": spec.rounds,
@@ -76,7 +75,7 @@ class SiteSplits(ClientSplits):
         content: The digest of the samples, from the site's description.
     """
 
-    content: str = ""
+    content: str = field(default="", kw_only=True)
 
     def digest(self, samples: Samples) -> str:
         """Return the digest from the site's description; `samples` is not used."""
@@ -104,20 +103,18 @@ class SiteData(FederatedDataModule):
     ) -> None:
         super().__init__(name, len(descriptions), alpha, batch_size=batch_size, eval_batch_size=eval_batch_size)
         config = descriptions[0]["config"]
-        height, width = config["image_size"]
         self._samples = Samples(
             name,
-            torch.empty(0, config["channels"], height, width, dtype=torch.uint8),
+            torch.empty(0, *config["input_shape"], dtype=torch.uint8),
             torch.empty(0, dtype=torch.float32 if config["task"] == "regression" else torch.int64),
             config["task"],
             len(descriptions[0]["class_counts"]),
-            {},
         )
         self._clients = [
             SiteSplits(
                 site,
                 # Expanded: memory for one index, whatever the size.
-                **{split: torch.zeros(1, dtype=torch.int64).expand(description["sizes"][split]) for split in SPLITS},
+                *(torch.zeros(1, dtype=torch.int64).expand(description["sizes"][split]) for split in SPLITS),
                 content=description["digest"],
             )
             for site, description in enumerate(descriptions)
@@ -172,25 +169,22 @@ def _is_size(value: Any) -> bool:
     return is_count(value) and value <= _MAX_SAMPLES
 
 
-def _require_images(config: Mapping[str, Any], site: int) -> None:
+def _require_inputs(config: Mapping[str, Any], site: int) -> None:
     """Check what the server builds its networks from.
 
     Raises:
         UserError: If a value is not plausible.
     """
-    size = config.get("image_size")
+    shape = config.get("input_shape")
+    largest = {1: (_MAX_FEATURES,), 3: (_MAX_CHANNELS, _MAX_SIDE, _MAX_SIDE)}
+    is_shape = (
+        isinstance(shape, list)
+        and len(shape) in largest
+        and all(is_count(size) and 1 <= size <= most for size, most in zip(shape, largest[len(shape)], strict=True))
+    )
     expected = {
         "task": (f"one of {listed(TASKS)}", config.get("task") in TASKS),
-        "channels": (
-            f"1 to {_MAX_CHANNELS:,}",
-            is_count(config.get("channels")) and 1 <= config["channels"] <= _MAX_CHANNELS,
-        ),
-        "image_size": (
-            f"two sides of 1 to {_MAX_SIDE:,}",
-            isinstance(size, list)
-            and len(size) == 2
-            and all(is_count(side) and 1 <= side <= _MAX_SIDE for side in size),
-        ),
+        "input_shape": (f"a number of features, or channels, height and width up to {largest[3]}", is_shape),
     }
     for name, (allowed, is_valid) in expected.items():
         require(is_valid, f"site {site}: {name}", allowed, config.get(name), _CORRECT)
@@ -206,7 +200,7 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
         version = {"fedekd": description["config"]["fedekd"]}
         require_agreement({**description, "config": version}, {"fedekd": fedekd.__version__})
     first = descriptions[0]
-    _require_images(first["config"], first["site"])
+    _require_inputs(first["config"], first["site"])
     for description in descriptions:
         require_agreement(description, first["config"])
         classes, expected = len(description["class_counts"]), len(first["class_counts"])

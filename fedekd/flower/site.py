@@ -91,7 +91,7 @@ class Site:
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
         if data is not None:
             indices = np.arange(len(module.samples), dtype=np.int64)
-            return split_client(number, indices, module.fractions, module.seed)
+            return split_client(number, indices, module.samples, module.fractions, module.seed, module.splits)
         if module.num_clients != sites:
             raise UserError(
                 f"data.num_clients: expected {sites} (sites), got {module.num_clients}."

@@ -43,8 +43,7 @@ class FederationSpec:
 
     Attributes:
         task: `classification` or `regression`.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
+        input_shape: Channels, height and width of an image, or number of features.
         num_outputs: Number of classes; 1 for regression.
         batch_size: Samples per training batch.
         eval_batch_size: Samples per evaluation batch.
@@ -59,8 +58,7 @@ class FederationSpec:
     """
 
     task: Task
-    in_channels: int
-    image_size: tuple[int, int]
+    input_shape: tuple[int, ...]
     num_outputs: int
     batch_size: int
     eval_batch_size: int
@@ -122,8 +120,7 @@ class FederationSpec:
             client = replace(client, exits=default_exits)
         return cls(
             task=samples.task,
-            in_channels=samples.in_channels,
-            image_size=samples.image_size,
+            input_shape=samples.input_shape,
             num_outputs=samples.num_outputs,
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
@@ -147,8 +144,7 @@ class FederationSpec:
         with isolated_rng(seed, self.trainer.torch_device):
             network = build_model(
                 spec,
-                in_channels=self.in_channels,
-                image_size=self.image_size,
+                input_shape=self.input_shape,
                 num_classes=self.num_outputs,
                 flag=option,
             )
@@ -166,7 +162,7 @@ class FederationSpec:
                 self.num_outputs,
                 options.exits_for(client_id),
                 grid=options.exit_grid,
-                cifar_stem=max(self.image_size) <= _CIFAR_STEM_SIZE,
+                cifar_stem=max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE,
             )
         except UserError as error:
             raise UserError(f"client.exits {options.exits}: {error}") from error

@@ -21,22 +21,21 @@ from fedekd.models.image_classifier import ImageClassifier
 def build_model(
     spec: Any,
     *,
-    in_channels: int,
-    image_size: int | Sequence[int],
+    input_shape: Sequence[int],
     num_classes: int,
     flag: str = "model",
 ) -> nn.Module:
-    """Build a model for images of the given channels and size.
+    """Build a model for images or features of the given shape.
 
-    `in_channels`, `image_size` and `num_classes` are passed if the model's signature has them; a function with
-    `**kwargs`, as in torchvision, gets `num_classes`. A model without `in_channels` is wrapped in `ImageClassifier`.
-    Initial weights come from torch's global generator; seed it before the call.
+    For images `in_channels`, `image_size` and `num_classes` are passed if the model's signature has them; a function
+    with `**kwargs`, as in torchvision, gets `num_classes`. A model without `in_channels` is wrapped in
+    `ImageClassifier`. For features `in_features` and `num_classes` are passed. Initial weights come from torch's global
+    generator; seed it before the call.
 
     Args:
         spec: A class path (`torchvision.models.resnet18`) or the bare name of a model of `fedekd.models`;
             or a mapping or object with `class_path` and optionally `init_args`.
-        in_channels: Channels of an image.
-        image_size: Height and width of an image; a single number is a square.
+        input_shape: Channels, height and width of an image, or number of features.
         num_classes: Number of classes; 1 for regression.
         flag: Name of the option in errors.
 
@@ -47,13 +46,18 @@ def build_model(
         UserError: If there is no such model, its arguments are invalid, or `init_args` contradict the data.
 
     Example:
-        >>> model = build_model("ProxyCNN", in_channels=1, image_size=28, num_classes=10)
+        >>> model = build_model("ProxyCNN", input_shape=(1, 28, 28), num_classes=10)
         >>> type(model).__name__, model.head.out_features
         ('ProxyCNN', 10)
     """
     class_path, init_args = _parse(spec, flag)
     factory = _locate(class_path, flag)
-    data_args = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+    is_image = len(input_shape) == 3
+    data_args: dict[str, Any] = {"num_classes": num_classes}
+    if is_image:
+        data_args |= {"in_channels": input_shape[0], "image_size": tuple(input_shape[1:])}
+    else:
+        data_args |= {"in_features": input_shape[0]}
     for name in data_args.keys() & init_args.keys():
         if not _same(name, init_args[name], data_args[name]):
             raise UserError(f"{flag}: expected {name} {data_args[name]} as in the data, got {init_args[name]}. Omit it")
@@ -62,12 +66,12 @@ def build_model(
     extra: dict[str, Any] = {}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepted |= {"num_classes"}
-        extra = _torchvision_arguments(factory, height_and_width(image_size))
+        extra = _torchvision_arguments(factory, (input_shape[1], input_shape[2])) if is_image else {}
     try:
         model = factory(**{**extra, **{name: data_args[name] for name in accepted}, **init_args})
-        if isinstance(model, nn.Module) and "in_channels" not in parameters:
+        if isinstance(model, nn.Module) and is_image and "in_channels" not in parameters:
             _require_plain_tensors(model)
-            model = ImageClassifier(model, num_classes=num_classes, in_channels=in_channels)
+            model = ImageClassifier(model, num_classes=num_classes, in_channels=input_shape[0])
     except UserError as error:
         raise UserError(f"{flag} '{class_path}': {error}") from error
     except Exception as error:  # a user's constructor may raise anything
@@ -94,17 +98,14 @@ def _require_plain_tensors(model: nn.Module) -> None:
             raise UserError(f"expected parameters with values, got '{name}' on the meta device")
 
 
-def check_model(
-    model: nn.Module, *, in_channels: int, image_size: int | Sequence[int], num_outputs: int, flag: str = "model"
-) -> None:
-    """Check a model on two black images, in training mode and in evaluation mode.
+def check_model(model: nn.Module, *, input_shape: Sequence[int], num_outputs: int, flag: str = "model") -> None:
+    """Check a model on two samples of zeros, in training and in evaluation mode.
 
     Its mode, its buffers and the random generators are not changed.
 
     Args:
         model: Model on any device, in any floating-point type.
-        in_channels: Channels of an image.
-        image_size: Height and width of an image; a single number is a square.
+        input_shape: Channels, height and width of an image, or number of features.
         num_outputs: Number of classes; 1 for regression.
         flag: Name of the option in errors.
 
@@ -113,13 +114,12 @@ def check_model(
             (2, num_outputs) in both modes: one tensor, or a plain list or tuple of one tensor per exit.
 
     Example:
-        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), in_channels=1, image_size=8, num_outputs=10)
-        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), in_channels=1, image_size=8, num_outputs=10)
+        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), input_shape=(1, 8, 8), num_outputs=10)
+        >>> check_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), input_shape=(1, 8, 8), num_outputs=10)
         Traceback (most recent call last):
         ...
-        fedekd.errors.UserError: model Sequential: expected output (2, 10) for 2 images, got (2, 9) in evaluation mode
+        fedekd.errors.UserError: model Sequential: expected output (2, 10) for 2 samples, got (2, 9) in evaluation mode
     """
-    height, width = height_and_width(image_size)
     backbone = getattr(model, "backbone", model)
     name = f"{flag} {type(backbone).__name__}"
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -128,7 +128,7 @@ def check_model(
         actual = f"none of {count}: all are frozen (requires_grad is False)" if count else "a model without parameters"
         raise UserError(f"{name}: expected at least one parameter to train, got {actual}")
     like = next((parameter for parameter in trainable if parameter.is_floating_point()), torch.empty(0))
-    images = torch.zeros(2, in_channels, height, width, device=like.device, dtype=like.dtype)
+    inputs = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
     auxiliary = f" Set --{flag}.aux_logits false." if getattr(backbone, "aux_logits", False) else ""
     exits = {}
     # A forward pass in training mode changes the statistics of BatchNorm, and draws for dropout.
@@ -138,11 +138,11 @@ def check_model(
             hint = auxiliary if mode == "training" else ""
             try:
                 with isolated_rng(0, like.device), _mode(model, mode == "training"):
-                    output = model(images)
+                    output = model(inputs)
             except Exception as error:  # a user's model may raise anything
+                what = f"images of {' x '.join(map(str, input_shape))}" if len(input_shape) == 3 else "features"
                 raise UserError(
-                    f"{name}: expected to accept images of {in_channels} x {height} x {width}. It failed in {mode}"
-                    f" mode: {describe_error(error)}.{hint}"
+                    f"{name}: expected to accept {what}. It failed in {mode} mode: {describe_error(error)}.{hint}"
                 ) from error
             exits[mode] = _require_logits(output, (2, num_outputs), name, mode, hint)
     finally:
@@ -169,8 +169,8 @@ def _require_logits(output: Any, shape: tuple[int, int], name: str, mode: str, h
         kind = "an empty one" if type(output) in (list, tuple) else f"a {type(output).__name__}"
         hint = hint or (" Return its logits." if hasattr(output, "logits") else "")
         raise UserError(
-            f"{name}: expected a tensor {shape} for 2 images, or a plain list or tuple with one per exit, got {kind} in"
-            f" {mode} mode.{hint}"
+            f"{name}: expected a tensor {shape} for 2 samples, or a plain list or tuple with one per exit, got {kind}"
+            f" in {mode} mode.{hint}"
         )
     exits = [output] if isinstance(output, torch.Tensor) else list(output)
     for logits in exits:
@@ -180,7 +180,8 @@ def _require_logits(output: Any, shape: tuple[int, int], name: str, mode: str, h
             if is_tensor:
                 actual = str(tuple(logits.shape)) if logits.shape != shape else str(logits.dtype)
             raise UserError(
-                f"{name}: expected output {shape} for 2 images, got {actual} in {mode} mode{'.' + hint if hint else ''}"
+                f"{name}: expected output {shape} for 2 samples, got {actual} in {mode} mode"
+                f"{'.' + hint if hint else ''}"
             )
     return exits
 

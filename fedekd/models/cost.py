@@ -80,9 +80,7 @@ class ExitCosts:
         return [cost / self.full for cost in self.flops_at_exits(evaluated, uses_proxy)]
 
 
-def exit_costs(
-    network: MultiExitNetwork, image_shape: tuple[int, int, int], proxy: nn.Module | None = None
-) -> ExitCosts:
+def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, ...], proxy: nn.Module | None = None) -> ExitCosts:
     """Count the FLOPs of every stage and head on one image.
 
     Convolutions, matrix products and attention count; norms, activations and pools do not. The network runs once in

@@ -41,8 +41,8 @@ def test_one_model_of_each_of_torchvisions_families(name: str, size: int) -> Non
     config = parse(parser, [*argv, "--client.private_model.progress=false"])
     spec = as_values(parser, config)["client"]["private_model"]
     assert spec == {"class_path": f"torchvision.models.{name}", "init_args": {"progress": False}}
-    model = build_model(spec, in_channels=1, image_size=size, num_classes=4)
-    check_model(model, in_channels=1, image_size=size, num_outputs=4)
+    model = build_model(spec, input_shape=(1, size, size), num_classes=4)
+    check_model(model, input_shape=(1, size, size), num_outputs=4)
     assert model(torch.zeros(2, 1, size, size)).shape == (2, 4)  # training: no auxiliary outputs
     assert as_values(parser, parse(parser, argv))["client"]["private_model"] == {"class_path": spec["class_path"]}
 
@@ -68,9 +68,9 @@ def test_factory_without_return_annotation_is_a_model(tmp_path: Path, monkeypatc
     )
     options = ["--data.dataset=digits", "--client.private_model.width=64"]
     spec = parts_of(["--client.private_model=plain_factories.linear", *options])["client"].private_model
-    model = build_model(spec, in_channels=1, image_size=8, num_classes=10)
+    model = build_model(spec, input_shape=(1, 8, 8), num_classes=10)
     assert isinstance(model, nn.Sequential)
     with pytest.raises(UserError, match=r"expected a torch.nn.Module from 'plain_factories.number', got a int"):
-        build_model({"class_path": "plain_factories.number"}, in_channels=1, image_size=8, num_classes=10)
+        build_model({"class_path": "plain_factories.number"}, input_shape=(1, 8, 8), num_classes=10)
     with pytest.raises(UserError, match=r"--method: expected a subclass of Method, got plain_factories.linear"):
         parts_of(["--data.dataset=digits", "--method=plain_factories.linear"])

@@ -45,4 +45,4 @@ def blobs() -> Samples:
     bright = np.arange(120) % 2
     images = (rng.integers(0, 40, (120, 8, 8)) + 200 * bright[:, None, None]).astype(np.uint8)
     labels = np.arange(120) % 3
-    return Samples.from_arrays("blobs", images, labels, "regression", 3, {"train": 120, "val": 0, "test": 0})
+    return Samples.from_arrays("blobs", images, labels, "regression", 3)

@@ -31,7 +31,7 @@ def module(images: npt.NDArray[np.uint8], num_clients: int = 2) -> FederatedData
     """Return random labels, partitioned iid."""
     labels = np.random.default_rng(1).integers(0, 2, len(images))
     data = FederatedDataModule("scans", num_clients=num_clients, partition="iid")
-    data.adopt(Samples.from_arrays("scans", images, labels, "classification", 2, {"train": len(images)}))
+    data.adopt(Samples.from_arrays("scans", images, labels, "classification", 2))
     return data
 
 

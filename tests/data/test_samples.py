@@ -15,9 +15,8 @@ from fedekd.errors import UserError
 def build(images: Any = None, targets: Any = None, task: Any = "classification", **kwargs: Any) -> Samples:
     images = np.arange(6 * 8 * 9 * 3, dtype=np.uint8).reshape(6, 8, 9, 3) if images is None else images
     targets = np.array([[0], [1], [2], [0], [1], [2]], np.uint8) if targets is None else targets
-    splits = kwargs.pop("splits", {"train": len(images), "val": 0, "test": 0})
     num_classes = kwargs.pop("num_classes", None)
-    return Samples.from_arrays("six", images, targets, task, num_classes, splits, **kwargs)
+    return Samples.from_arrays("six", images, targets, task, num_classes, **kwargs)
 
 
 def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
@@ -27,13 +26,7 @@ def test_from_arrays_moves_channels_first_and_flattens_labels() -> None:
     assert data.inputs.is_contiguous()
     assert data.inputs.shape == (6, 3, 8, 9)
     assert data.inputs[4, 2, 5, 7] == images[4, 5, 7, 2]
-    assert (data.in_channels, data.image_size, data.num_classes, data.num_outputs, len(data)) == (
-        3,
-        (8, 9),
-        3,
-        3,
-        6,
-    )
+    assert (data.input_shape, data.num_classes, data.num_outputs, len(data)) == ((3, 8, 9), 3, 3, 6)
     assert data.targets.dtype == torch.int64
     assert data.targets.tolist() == data.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
@@ -140,11 +133,11 @@ def many(*labels: int, dtype: Any = np.int64) -> dict[str, Any]:
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_unknown_label_raises_and_ignore_label_leaves_it_out(label: int, dtype: Any, task: Any) -> None:
     arrays = many(label, label, dtype=dtype)
-    splits = {"train": 100, "val": 100, "test": 100}
+    split = torch.arange(3).repeat_interleave(100)
     with pytest.raises(UserError, match=f"got label {label}.*--data.ignore_label {label}"):
-        build(**arrays, task=task, splits=splits)
-    data = build(**arrays, task=task, splits=splits, ignore_label=label)
-    assert (data.num_classes, len(data), data.splits) == (10, 298, {"train": 100, "val": 100, "test": 98})
+        build(**arrays, task=task, split=split)
+    data = build(**arrays, task=task, split=split, ignore_label=label)
+    assert (data.num_classes, len(data), data.split_sizes) == (10, 298, {"train": 100, "val": 100, "test": 98})
     assert torch.equal(data.inputs[:, 0], torch.from_numpy(arrays["images"][:298]))
     assert [line for line in data.warnings if f"2 of 300 samples of 'six' have the label {label}" in line]
 
@@ -176,11 +169,6 @@ def test_absent_classes_are_counted_in_one_line() -> None:
 def test_ignore_label_of_all_samples_raises() -> None:
     with pytest.raises(UserError, match=r"data\.ignore_label: .*other labels than 3, got none"):
         build(many()["images"], np.full(300, 3), ignore_label=3)
-
-
-def test_from_arrays_splits_of_other_sum_raise() -> None:
-    with pytest.raises(ValueError, match="do not sum to 6"):
-        build(splits={"train": 5})
 
 
 def test_digest_depends_on_contents_not_name() -> None:

@@ -62,7 +62,7 @@ def write_fashionmnist(root: Path) -> tuple[Any, Any]:
 def test_digits_are_scaled_to_full_range() -> None:
     digits = load_samples("digits", download=False)
     assert digits.inputs.shape == (1797, 1, 8, 8)
-    assert digits.splits == {"train": 1797, "val": 0, "test": 0}
+    assert digits.split_sizes == {"train": 1797, "val": 0, "test": 0}
     assert (digits.name, digits.task, digits.num_classes) == ("digits", "classification", 10)
     assert torch.bincount(digits.targets).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     levels = sorted(set(digits.inputs.flatten().tolist()))
@@ -73,7 +73,7 @@ def test_path_defaults_to_classification(write_npz: WriteNpz) -> None:
     data = load_samples(str(write_npz("mine", classes=4, shape=(8, 10, 3))))
     assert (data.name, data.task, data.num_classes) == ("mine", "classification", 4)
     assert data.inputs.shape == (42, 3, 8, 10)
-    assert data.splits == {"train": 30, "val": 0, "test": 12}
+    assert data.split_sizes == {"train": 30, "val": 0, "test": 12}
 
 
 def test_task_and_num_classes_override_defaults(write_npz: WriteNpz) -> None:
@@ -129,7 +129,7 @@ def test_fashionmnist_through_torchvision(
     data = load_samples("fashionmnist", tmp_path)
     assert np.array_equal(data.inputs.numpy()[:, 0], images)
     assert data.targets.tolist() == labels.tolist()
-    assert data.splits == {"train": 5, "val": 0, "test": 2}
+    assert data.split_sizes == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 10)
     assert not offline
     assert capsys.readouterr().out == ""
@@ -165,7 +165,7 @@ def test_cifar100_through_torchvision(
     data = load_samples("cifar100", tmp_path)
     assert np.array_equal(data.inputs.numpy().transpose(0, 2, 3, 1), images)
     assert data.targets.tolist() == labels
-    assert data.splits == {"train": 5, "val": 0, "test": 2}
+    assert data.split_sizes == {"train": 5, "val": 0, "test": 2}
     assert (data.task, data.num_classes) == ("classification", 100)
     assert not offline
     assert capsys.readouterr().out == ""
@@ -365,7 +365,7 @@ def test_diabetic_retinopathy_through_medimeta(tmp_path: Path, monkeypatch: pyte
     assert data.inputs.shape == (9, 3, 16, 16)
     assert data.inputs[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
     assert data.targets.tolist() == [0, 2, 4, 1, 3, 1, 3, 0, 2]
-    assert data.splits == {"train": 5, "val": 0, "test": 4}
+    assert data.split_sizes == {"train": 5, "val": 0, "test": 4}
     assert (data.task, data.num_classes) == ("regression", 5)
 
 
@@ -407,7 +407,7 @@ def shared_root(file: str) -> Path:
 )
 def test_real_data_have_known_counts(name: str, file: str, splits: tuple[int, int, int], counts: list[int]) -> None:
     data = load_samples(name, shared_root(file), download=False)
-    assert tuple(data.splits.values()) == splits
+    assert tuple(data.split_sizes.values()) == splits
     assert len(data) == sum(splits)
     assert torch.bincount(data.labels).tolist() == counts
     assert data.task == ("regression" if name == "retinamnist" else "classification")

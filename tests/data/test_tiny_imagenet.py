@@ -77,7 +77,7 @@ def test_load_by_name(tmp_path: Path) -> None:
     data = load_samples("tinyimagenet", tmp_path, download=False)
     assert (data.name, data.task, data.num_classes) == ("tinyimagenet", "classification", 200)
     assert data.inputs.shape == (400, 3, 64, 64)
-    assert data.splits == {"train": 200, "val": 0, "test": 200}
+    assert data.split_sizes == {"train": 200, "val": 0, "test": 200}
     assert data.targets.tolist() == [*range(200), *reversed(range(200))]
 
 

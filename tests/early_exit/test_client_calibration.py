@@ -97,7 +97,7 @@ def test_predict_exit_counts_equal_calibration_counts(client):
 
 def held_out(client, indices):
     images = client.samples
-    return replace(images, inputs=images.inputs[indices], targets=images.targets[indices], splits={"all": len(indices)})
+    return replace(images, inputs=images.inputs[indices], targets=images.targets[indices])
 
 
 def test_calibrate_client_held_out_images_replace_both_splits(client):
@@ -223,7 +223,7 @@ def test_calibrate_client_empty_tuning_split_raises(client):
         networks=client.networks,
         deployed_model=client.deployed_model,
         deployed_role=client.deployed_role,
-        images=client.samples,
+        samples=client.samples,
         training_splits=client.training_splits,
         spec=client.spec,
         splits=replace(client.splits, tuning=client.splits.test[:0]),

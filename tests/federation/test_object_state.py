@@ -126,8 +126,10 @@ def test_state_that_is_not_readable_raises(value: Any) -> None:
     ],
 )
 def test_state_of_known_networks_is_readable(model: str) -> None:
+    size = 224 if "vit" in model else 32
+
     def build() -> nn.Module:
-        return build_model(model, in_channels=3, image_size=32 if "vit" not in model else 224, num_classes=4)
+        return build_model(model, input_shape=(3, size, size), num_classes=4)
 
     readers = [StateReader(build()), StateReader(build())]
     assert readers[0].attributes() == readers[1].attributes()

@@ -87,7 +87,7 @@ def test_site_data_from_descriptions_matches_data_module(
     site_data.prepare_data()
     site_data.setup()
     assert site_data.task == data.task == task
-    for name in ("num_classes", "in_channels", "image_size", "num_outputs", "task"):
+    for name in ("num_classes", "input_shape", "num_outputs", "task"):
         assert getattr(site_data.samples, name) == getattr(data.samples, name), name
     assert site_data.samples.targets.dtype == data.samples.targets.dtype
     assert len(site_data.samples) == 0
@@ -134,7 +134,13 @@ def test_require_description_implausible_numbers_raise(change: dict[str, Any], o
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("task", "x"), ("channels", 2**40), ("channels", "1"), ("image_size", [8]), ("image_size", [8, 2**50])],
+    [
+        ("task", "x"),
+        ("input_shape", [2**40]),
+        ("input_shape", ["1", 8, 8]),
+        ("input_shape", [1, 8]),
+        ("input_shape", [1, 8, 2**50]),
+    ],
 )
 def test_require_consistent_sites_implausible_images_raise(name: str, value: Any, options: list[str]) -> None:
     descriptions = all_descriptions(options)
@@ -200,7 +206,7 @@ def test_require_agreement_other_channels_raises(
 ) -> None:
     method, _, spec = build(options)
     path = write_blobs(tmp_path / "colour.npz", channels=3)
-    with pytest.raises(UserError, match="site 0: channels: expected 1, got 3"):
+    with pytest.raises(UserError, match=r"site 0: input_shape.0: expected 1, got 3"):
         require_agreement(all_descriptions([*options, f"--data.dataset={path}"])[0], shared_config(method, spec))
 
 

@@ -40,8 +40,7 @@ def make_spec(**values: Any) -> FederationSpec:
     """Create a small specification; keyword arguments replace values."""
     defaults: dict[str, Any] = {
         "task": "classification",
-        "in_channels": 1,
-        "image_size": (8, 8),
+        "input_shape": (1, 8, 8),
         "num_outputs": 3,
         "batch_size": 8,
         "eval_batch_size": 16,

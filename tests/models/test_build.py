@@ -13,7 +13,7 @@ from fedekd.federation.update_validation import UpdateValidator
 from fedekd.functional import average_state_dicts
 from fedekd.models import ImageClassifier, PrivateCNN, ProxyCNN, build_model, check_model, eval_mode, num_parameters
 
-DATA = {"in_channels": 1, "image_size": 8, "num_classes": 4}
+DATA = {"input_shape": (1, 8, 8), "num_classes": 4}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_build_model_initial_weights_follow_global_seed():
 
 
 def test_build_model_torchvision_model_is_wrapped():
-    model = build_model("torchvision.models.resnet18", in_channels=1, image_size=32, num_classes=7)
+    model = build_model("torchvision.models.resnet18", input_shape=(1, 32, 32), num_classes=7)
     assert isinstance(model, ImageClassifier)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     assert num_parameters(model) == 11_180_103  # torchvision's 11,689,512 for 1000 classes, less 993 * 513
@@ -96,7 +96,10 @@ def test_build_model_passes_arguments_of_signature():
             {"class_path": "ProxyCNN", "init_args": {"num_classes": 5}},
             "expected num_classes 4 as in the data, got 5",
         ),
-        ({"class_path": "ProxyCNN", "init_args": {"image_size": 9}}, "expected image_size 8 as in the data, got 9"),
+        (
+            {"class_path": "ProxyCNN", "init_args": {"image_size": 9}},
+            "expected image_size \\(8, 8\\) as in the data, got 9",
+        ),
         (
             {"class_path": "users.GreyNet", "init_args": {"width": 0}},
             "'users.GreyNet': ValueError: width must be at least 1",
@@ -115,8 +118,8 @@ def test_build_model_invalid_specification_raises_one_line_user_error(spec, mess
 
 
 def test_build_model_too_small_images_raise_user_error():
-    with pytest.raises(UserError, match="'ProxyCNN': image_size: expected at least 8, got 4"):
-        build_model("ProxyCNN", in_channels=1, image_size=4, num_classes=10)
+    with pytest.raises(UserError, match=r"'ProxyCNN': image_size: expected at least 8, got \(4, 4\)"):
+        build_model("ProxyCNN", input_shape=(1, 4, 4), num_classes=10)
     assert isinstance(build_model(ProxyCNN.__module__ + ".ProxyCNN", **DATA), ProxyCNN)
 
 
@@ -142,7 +145,7 @@ def test_check_model_valid_model_is_unchanged(output):
     model = Answer(output).double()
     model.norm.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    check_model(model, in_channels=1, image_size=(8, 9), num_outputs=4)
+    check_model(model, input_shape=(1, 8, 9), num_outputs=4)
     assert (model.training, model.norm.training) == (True, False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -150,7 +153,7 @@ def test_check_model_valid_model_is_unchanged(output):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (torch.zeros(2, 5), r"expected output \(2, 4\) for 2 images, got \(2, 5\)"),
+        (torch.zeros(2, 5), r"expected output \(2, 4\) for 2 samples, got \(2, 5\)"),
         (torch.zeros(2), r"got \(2,\)"),
         ([torch.zeros(2, 4), torch.zeros(2, 3)], r"got \(2, 3\)"),
         ((torch.zeros(2, 4), None), "got a NoneType"),
@@ -165,7 +168,7 @@ def test_check_model_valid_model_is_unchanged(output):
 def test_check_model_wrong_output_raises_one_line_user_error(output, message):
     model = Answer(output)
     with pytest.raises(UserError, match=f"^client.private_model Answer: .*{message}") as error:
-        check_model(model, in_channels=1, image_size=(8, 9), num_outputs=4, flag="client.private_model")
+        check_model(model, input_shape=(1, 8, 9), num_outputs=4, flag="client.private_model")
     assert "\n" not in str(error.value)
     assert model.training
 
@@ -182,9 +185,9 @@ def test_build_model_errors_of_builder_become_user_error(error, monkeypatch):
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("inception_v3", 28)])
 def test_check_model_model_for_larger_images_raises_user_error(name, size):
-    model = build_model(f"torchvision.models.{name}", in_channels=1, image_size=size, num_classes=4)
+    model = build_model(f"torchvision.models.{name}", input_shape=(1, size, size), num_classes=4)
     with pytest.raises(UserError, match="expected to accept images of 1 x 28 x 28"):
-        check_model(model, in_channels=1, image_size=size, num_outputs=4)
+        check_model(model, input_shape=(1, size, size), num_outputs=4)
 
 
 Pair = namedtuple("Pair", ["logits", "aux"])
@@ -222,7 +225,7 @@ class Linear(nn.Module):
 def test_check_model_other_output_than_logits_raises_one_line(transform, message):
     state = torch.get_rng_state()
     with pytest.raises(UserError, match=f"^model Linear: .*{message}") as error:
-        check_model(Linear(transform), in_channels=1, image_size=8, num_outputs=4)
+        check_model(Linear(transform), input_shape=(1, 8, 8), num_outputs=4)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 400
     torch.set_rng_state(state)
@@ -231,15 +234,15 @@ def test_check_model_other_output_than_logits_raises_one_line(transform, message
 def test_check_model_draws_nothing_from_global_generators():
     model = Linear(lambda module, logits: (logits, logits))
     state = torch.get_rng_state()
-    check_model(model, in_channels=1, image_size=8, num_outputs=4)
+    check_model(model, input_shape=(1, 8, 8), num_outputs=4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_check_model_auxiliary_heads_name_the_option():
     spec = {"class_path": "torchvision.models.googlenet", "init_args": {"aux_logits": True, "init_weights": False}}
-    model = build_model(spec, in_channels=3, image_size=32, num_classes=4)
+    model = build_model(spec, input_shape=(3, 32, 32), num_classes=4)
     with pytest.raises(UserError, match=r"Set --client\.private_model\.aux_logits false") as error:
-        check_model(model, in_channels=3, image_size=32, num_outputs=4, flag="client.private_model")
+        check_model(model, input_shape=(3, 32, 32), num_outputs=4, flag="client.private_model")
     assert len(str(error.value)) <= 400
 
 
@@ -269,7 +272,7 @@ class ExtraState(nn.Linear):
 )
 def test_check_model_nothing_to_train_or_average_raises_one_line(model, message):
     with pytest.raises(UserError, match=message):
-        check_model(model, in_channels=1, image_size=8, num_outputs=4)
+        check_model(model, input_shape=(1, 8, 8), num_outputs=4)
 
 
 @pytest.mark.parametrize(

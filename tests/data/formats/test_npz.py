@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedekd.data.npz import pool, read_npz
+from fedekd.data.formats.npz import pool, read_npz
 from fedekd.errors import UserError
 
 WriteNpz = Any
@@ -15,11 +15,13 @@ WriteNpz = Any
 
 def test_pool_keeps_order_of_splits(write_npz: WriteNpz) -> None:
     path = write_npz(sizes=(3, 2, 4))
-    images, labels, sizes = pool("tiny", read_npz(path))
+    raw = pool("tiny", read_npz(path))
     with np.load(path) as file:
-        assert np.array_equal(images, np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")]))
-    assert labels[:, 0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]
-    assert sizes == {"train": 3, "val": 2, "test": 4}
+        assert np.array_equal(
+            raw.inputs, np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")])
+        )
+    assert raw.targets[:, 0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]
+    assert np.bincount(raw.split, minlength=3).tolist() == [3, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -33,11 +35,10 @@ def test_pool_keeps_order_of_splits(write_npz: WriteNpz) -> None:
     ids=["empty", "missing", "bare", "other-shape"],
 )
 def test_pool_accepts_empty_and_missing_splits(write_npz: WriteNpz, replaced: dict[str, Any]) -> None:
-    images, labels, sizes = pool("tiny", read_npz(write_npz(**replaced)))
-    assert images.dtype == np.uint8
-    assert len(images) == len(labels) == sum(sizes.values())
-    assert list(sizes) == ["train", "val", "test"]
-    assert sizes["val"] == 0
+    raw = pool("tiny", read_npz(write_npz(**replaced)))
+    assert raw.inputs.dtype == np.uint8
+    assert len(raw.inputs) == len(raw.targets) == len(raw.split)
+    assert 1 not in raw.split
 
 
 @pytest.mark.parametrize(
@@ -103,12 +104,12 @@ def test_altered_byte_raises_or_reads_the_same(write_npz: WriteNpz) -> None:
         altered[position] ^= int(rng.integers(1, 256))
         path.write_bytes(altered)
         try:
-            images, labels, _ = pool("tiny", read_npz(path))
+            raw = pool("tiny", read_npz(path))
         except UserError:
             refused += 1
         else:  # a field that tells nothing, such as a date, or the name of a split that may be missing
-            assert np.array_equal(images, whole[0][: len(images)]) or np.array_equal(images, whole[0][2:])
-            assert len(labels) == len(images)
+            assert any(np.array_equal(raw.inputs, part) for part in (whole.inputs[: len(raw)], whole.inputs[2:]))
+            assert len(raw.inputs) == len(raw.targets)
     assert refused > 100
 
 

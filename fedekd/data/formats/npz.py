@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedekd.data.raw import SPLITS, RawSamples
 from fedekd.errors import UserError, describe_error
 
 Splits = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """(images, labels) of each official split."""
-
-SPLITS = ("train", "val", "test")
-"""Names of the splits, in the order in which they are pooled."""
 
 
 def read_npz(path: Path) -> Splits:
@@ -58,8 +56,8 @@ def read_npz(path: Path) -> Splits:
     return splits
 
 
-def pool(name: str, splits: Splits) -> tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, int]]:
-    """Concatenate the splits and return images, labels and the size of each split.
+def pool(name: str, splits: Splits) -> RawSamples:
+    """Concatenate the splits.
 
     Args:
         name: Name of the data set, for error messages.
@@ -74,9 +72,10 @@ def pool(name: str, splits: Splits) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
                 f"data.dataset: {name!r}: expected one label per image, got {len(images)} {split} images and "
                 f"{len(labels)} {split} labels"
             )
-    filled = [splits[split] for split in SPLITS if split in splits and len(splits[split][0])]
-    images, labels = (_joined(name, list(parts)) for parts in zip(*filled, strict=True))
-    return images, labels, {split: len(splits[split][0]) if split in splits else 0 for split in SPLITS}
+    filled = {split: splits[split] for split in SPLITS if split in splits and len(splits[split][0])}
+    images, labels = (_joined(name, list(parts)) for parts in zip(*filled.values(), strict=True))
+    given = [np.full(len(pair[1]), SPLITS.index(split), np.int8) for split, pair in filled.items()]
+    return RawSamples(images, labels, split=np.concatenate(given))
 
 
 def _joined(name: str, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:

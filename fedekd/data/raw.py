@@ -1,0 +1,74 @@
+"""Samples of one source, before classes are numbered and sites are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedekd.tasks import Task
+
+SPLITS = ("train", "val", "test")
+"""Names of given splits, in the order in which they are pooled."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options that decide what is read; documented in `FederatedDataModule`."""
+
+    task: Task | None = None
+    num_classes: int | None = None
+    classes: Sequence[str] | None = None
+    ignore_label: int | None = None
+    site_column: str | None = None
+    group_column: str | None = None
+    target_column: str | None = None
+    image_size: int | Sequence[int] | None = None
+    value_range: Sequence[float] | None = None
+    skip_unreadable: bool = False
+    categorical_columns: Sequence[str] | None = None
+    ignored_columns: Sequence[str] | None = None
+    categories: Mapping[str, Sequence[Any]] | None = None
+    memory_limit: float = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class RawSamples:
+    """N samples of one source.
+
+    Args:
+        inputs: Images, shape (N, H, W) or (N, H, W, C).
+        targets: Labels, shape (N,) or (N, 1): numbers, or names of classes.
+        class_names: Names of the classes 0, 1, ... if `targets` are their numbers and the source names them.
+        site: Name of the site of each sample, shape (N,), if there is a site column.
+        group: Group of each sample, such as a patient, shape (N,), if there is a group column.
+        split: Given split of each sample, index into `SPLITS`, shape (N,), if there is one.
+        warnings: What a user should know of the source; one line each.
+    """
+
+    inputs: Any
+    targets: Array
+    class_names: tuple[str, ...] | None = None
+    site: Array | None = None
+    group: Array | None = None
+    split: npt.NDArray[np.int8] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def kept(self, mask: npt.NDArray[np.bool_]) -> RawSamples:
+        """Return the samples at which `mask`, shape (N,), is true."""
+        if mask.all():
+            return self
+        parts = {
+            name: value[mask]
+            for name in ("inputs", "targets", "site", "group", "split")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **parts)

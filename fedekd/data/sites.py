@@ -1,0 +1,72 @@
+"""Sites of a federation: their names, and the file or folder of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedekd.data.formats import format_of
+from fedekd.errors import UserError, shorten, shorten_path
+
+_LONGEST_NAME = 60
+
+#: Names in logs and files: no `/`, which separates the parts of a logged name, and nothing that is not printed.
+_NAME = re.compile(r"[^\W_](?:[\w .()+-]*[\w.()+-])?")
+
+
+def find_sites(sites: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source of each site by name, in order.
+
+    Args:
+        sites: A folder, of which each file or subfolder of a known format is a site with the name of the file without
+            its suffix, sorted by name; or a mapping from names to sources.
+
+    Raises:
+        UserError: If there is no such folder, it has no site, or a name is invalid or occurs twice.
+    """
+    found = dict(sites) if isinstance(sites, Mapping) else _in_folder(Path(sites).expanduser())
+    seen: dict[str, str] = {}
+    for name in found:
+        require_site_name(name)
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"data.sites: expected different names, got {other!r} and {name!r}")
+    if not found:
+        raise UserError(f"data.sites: expected at least one site, got {shorten(repr(sites))}")
+    return found
+
+
+def require_site_name(name: Any) -> str:
+    """Validate the name of a site and return it.
+
+    Raises:
+        UserError: If it is empty, longer than 60 characters, or has other characters than letters, digits, spaces and
+            `_.()+-`.
+    """
+    if not (isinstance(name, str) and len(name) <= _LONGEST_NAME and _NAME.fullmatch(name)):
+        raise UserError(
+            f"data.sites: expected a name of at most {_LONGEST_NAME} letters, digits, spaces and _.()+- that begins"
+            f" with a letter or digit, got {shorten(repr(name))}"
+        )
+    return name
+
+
+def _in_folder(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(
+            f"data.sites: expected a folder with a file or subfolder per site, got '{shorten_path(folder)}'"
+        )
+    found: dict[str, Any] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or format_of(path) is None:
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if name in found:
+            raise UserError(f"data.sites: expected one site of each name, got '{found[name].name}' and '{path.name}'")
+        found[name] = path
+    if not found:
+        raise UserError(
+            f"data.sites: expected a file or subfolder per site in a known format, got none in '{shorten_path(folder)}'"
+        )
+    return found
