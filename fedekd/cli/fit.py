@@ -26,12 +26,12 @@ def run(argv: Sequence[str]) -> int:
     parser = federation_parser()
     resume = _resumed_folder(argv)
     if resume is None:
-        # A configuration may hold nothing but `resume`.
-        parser.set_defaults({"data.dataset": ""})
         config = parse(parser, argv)
         resume = None if config.resume is None else Path(config.resume)
-        if resume is None and not config.data.dataset:
-            raise UserError("--data.dataset: expected a data set, got nothing. Give one, or --config digits.yaml.")
+        if resume is None and not config.data.dataset and not config.data.sites:
+            raise UserError(
+                "--data.dataset: expected a data set or --data.sites, got nothing. Give one, or --config digits.yaml."
+            )
     if resume is not None:
         if not any((resume / name).exists() for name in ("config.yaml", "checkpoints")):
             raise UserError(
@@ -169,7 +169,7 @@ def _new_folder(output: str | None, parts: dict[str, Any]) -> tuple[Path, bool]:
                 ) from error
             return folder, False
         return folder, True
-    stem = f"{Path(parts['data'].dataset).stem}-{type(parts['method']).__name__.lower()}"
+    stem = f"{parts['data'].samples.name}-{type(parts['method']).__name__.lower()}"
     for number in range(1, 100_000):
         folder = Path("runs") / f"{stem}-{number:03d}"
         try:

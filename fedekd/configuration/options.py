@@ -235,11 +235,20 @@ def _without_model_defaults(config: Namespace) -> Namespace:
     return config
 
 
-def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Return a configuration as plain values, the content of `config.yaml`."""
+def _all_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return all options as plain values."""
     values: dict[str, Any] = yaml.safe_load(
         parser.dump(_without_model_defaults(config), skip_validation=True, skip_unset=False)
     )
+    return values
+
+
+def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return a configuration as plain values, the content of `config.yaml`.
+
+    Options of a partition are left out where sites are the clients.
+    """
+    values = _all_values(parser, config)
     if values["data"]["sites"] is not None or values["data"]["site_column"] is not None:
         values["data"] = {key: value for key, value in values["data"].items() if key not in PARTITION_OPTIONS}
     return {key: value for key, value in values.items() if key not in _TRANSIENT}
@@ -289,7 +298,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     Raises:
         UserError: If a value is out of range, or a part cannot be built.
     """
-    plain = as_values(parser, config)
+    plain = _all_values(parser, config)
     built = _instantiate(parser, config)
     options = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
     data = FederatedDataModule(**options, seed=config.seed, task=config.task)

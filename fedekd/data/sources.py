@@ -117,7 +117,7 @@ def load_samples(
     if sites is not None:
         found = find_sites(sites)
         return assemble(
-            sites if isinstance(sites, str) else "sites",
+            Path(sites).expanduser().resolve().name if isinstance(sites, str) else "sites",
             {site: _read_site(site, source, read) for site, source in found.items()},
             read,
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedekd.data import FederatedDataModule, dirichlet_label_partition
+from fedekd.data import FederatedDataModule, Samples, dirichlet_label_partition
 from fedekd.errors import UserError
 
 WriteNpz = Any
@@ -236,3 +236,47 @@ def test_jsonargparse_builds_datamodule(tiny: str) -> None:
     help_text = parser.format_help()
     assert "Concentration of the Dirichlet partition" in help_text
     assert "a 2D flag of MedMNIST" in " ".join(help_text.split())
+
+
+def grouped(groups: Any, split: Any = None, **options: Any) -> FederatedDataModule:
+    """Return 12 images of three patients per site and two sites."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    fields = {"group": torch.as_tensor(groups), "split": None if split is None else torch.as_tensor(split)}
+    site = torch.arange(24) // 12
+    data = FederatedDataModule("patients", site_column="site", **options)
+    data.adopt(
+        Samples.from_arrays(
+            "patients", images, np.arange(24) % 2, "classification", 2, site=site, site_names=("x", "y"), **fields
+        )
+    )
+    return data
+
+
+def test_groups_are_in_one_split_of_a_site() -> None:
+    groups = np.arange(24) // 3
+    for splits in grouped(groups).clients:
+        parts = [splits.train, splits.tuning, splits.calibration, splits.holdout, splits.test]
+        assert sum(len(set(groups[part].tolist())) for part in parts) == 4
+        assert len(splits) == 12
+
+
+def test_given_splits_are_kept() -> None:
+    split = np.tile([0, 0, 1, 2, 0, 1], 4)
+    for number, splits in enumerate(grouped(np.arange(24), split, splits="given").clients):
+        for name, code in (("train", 0), ("validation", 1), ("test", 2)):
+            expected = [index for index in range(12 * number, 12 * number + 12) if split[index] == code]
+            assert getattr(splits, name).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "split", "text"),
+    [
+        (np.arange(24), None, "data.splits: expected random, because the data have no splits, got given"),
+        (np.arange(24), np.repeat([0, 2, 1], [20, 3, 1]), "site 'x': expected samples in the split test, got none"),
+        (np.arange(24), np.repeat([2, 0], [12, 12]), "site 'x': expected samples in the split train, got none"),
+        (np.arange(24) // 3, np.tile([0, 2], 12), "site 'x': expected each group in one split, got 4 groups in two"),
+    ],
+)
+def test_given_splits_that_do_not_fit_raise(groups: Any, split: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        grouped(groups, split, splits="given").setup()

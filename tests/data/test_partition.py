@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedekd.data import (
     iid_partition,
     split_indices,
 )
-from fedekd.data.partition import checked_parts
+from fedekd.data.partition import checked_parts, partition_groups
 from fedekd.errors import UserError
 
 LABELS = np.repeat(np.arange(10), 60)
@@ -342,3 +343,46 @@ def test_checked_parts_accepts_sequences_of_integers(parts: Any) -> None:
     checked = checked_parts(parts, 3, 12)
     assert all(part.dtype == np.int64 for part in checked)
     assert [part.tolist() for part in checked] == [part.tolist() for part in THIRDS]
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=40), seed=st.integers(0, 99))
+def test_split_indices_keeps_groups_together(sizes: list[int], seed: int) -> None:
+    groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    indices = np.arange(len(groups)) * 3 + 5
+    parts = split_indices(indices, seed=seed, groups=groups)
+    assert sorted(np.concatenate(parts).tolist()) == indices.tolist()
+    owners = [set(groups[(part - 5) // 3].tolist()) for part in parts]
+    assert sum(map(len, owners)) == len(sizes)
+    assert owners[0]
+    assert owners[2]
+    ends = np.cumsum([len(part) for part in parts])
+    for end, share in zip(ends, (0.6, 0.8), strict=False):
+        assert abs(end - share * len(groups)) <= max(sizes) + 1
+
+
+def test_groups_of_one_sample_give_the_split_without_groups() -> None:
+    for n in (2, 7, 100):
+        plain, grouped = split_indices(range(n), seed=3), split_indices(range(n), seed=3, groups=np.arange(n) + 9)
+        assert [part.tolist() for part in plain] == [part.tolist() for part in grouped]
+
+
+def test_cut_validation_keeps_groups_together() -> None:
+    groups = np.arange(60) // 4
+    parts = cut_validation(np.arange(60), seed=0, groups=groups)
+    assert [len(part) for part in parts] == [20, 20, 20]
+    assert sum(len(set(groups[part].tolist())) for part in parts) == 15
+
+
+def test_split_indices_of_one_group_raises() -> None:
+    with pytest.raises(UserError, match="at least 2 groups, to train and test, got a client with 1"):
+        split_indices(range(10), groups=[7] * 10)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_partition_groups_assigns_whole_groups(blobs: Samples, partition: str) -> None:
+    group = torch.arange(120) // 3
+    parts = partition_groups(PARTITIONS[partition], replace(blobs, group=group), 3, 5.0, 0, 5)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(120))
+    owners = [set(group[torch.from_numpy(part)].tolist()) for part in parts]
+    assert sum(map(len, owners)) == 40
+    assert min(map(len, owners)) >= 5

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedekd.data import Samples
+from fedekd.data.assemble import assemble
+from fedekd.data.raw import RawSamples, ReadOptions
+from fedekd.errors import UserError
+
+
+def raw(targets: Sequence[Any], shape: tuple[int, ...] = (8, 8), **fields: Any) -> RawSamples:
+    images = np.random.default_rng(0).integers(0, 256, (len(targets), *shape), dtype=np.uint8)
+    arrays = {name: np.asarray(fields.pop(name), dtype=object) for name in ("site", "group") if name in fields}
+    return RawSamples(images, np.asarray(targets), **arrays, **fields)
+
+
+def joined(*parts: RawSamples, **options: Any) -> Samples:
+    names = [None] if len(parts) == 1 else [f"site {index}" for index in range(len(parts))]
+    return assemble("data", dict(zip(names, parts, strict=True)), ReadOptions(**options))
+
+
+def test_names_of_classes_are_numbered_over_all_sites() -> None:
+    samples = joined(raw(["no", "maybe", "no"]), raw(["yes", "no"]))
+    assert samples.class_names == ("maybe", "no", "yes")
+    assert samples.targets.tolist() == [1, 0, 1, 2, 1]
+    assert samples.site.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_class_names_of_sources_are_joined_by_name() -> None:
+    first, second = raw([0, 1, 1], class_names=("cat", "dog")), raw([0, 1, 0], class_names=("dog", "emu"))
+    samples = joined(first, second)
+    assert samples.class_names == ("cat", "dog", "emu")
+    assert samples.targets.tolist() == [0, 1, 1, 1, 2, 1]
+
+
+def test_names_that_are_numbers_are_sorted_by_value() -> None:
+    samples = joined(raw(["10", "9", "2", "2"]))
+    assert samples.class_names == ("2", "9", "10")
+    assert samples.targets.tolist() == [2, 1, 0, 0]
+    assert joined(raw(["2", "0", "2", "0"]), num_classes=4).targets.tolist() == [2, 0, 2, 0]
+
+
+def test_declared_classes_give_the_order_and_names() -> None:
+    samples = joined(raw(["b", "a", "b"]), classes=["b", "a", "c"])
+    assert (samples.targets.tolist(), samples.num_classes) == ([0, 1, 0], 3)
+    for targets in ([0, 2, 0], ["0", "2", "0"]):
+        samples = joined(raw(targets), classes=["b", "a", "c"])
+        assert (samples.targets.tolist(), samples.class_names) == ([0, 2, 0], ("b", "a", "c"))
+
+
+def test_numbers_get_their_digits_as_names() -> None:
+    assert joined(raw([0, 2, 1])).class_names == ("0", "1", "2")
+
+
+def test_real_valued_targets_have_no_classes() -> None:
+    samples = joined(raw([0.5, 2.0, 1.0]), task="regression")
+    assert (samples.num_classes, samples.class_names) == (0, ())
+    assert samples.targets.tolist() == [0.5, 2.0, 1.0]
+    assert samples.labels.tolist() == [0, 0, 0]
+
+
+def test_groups_of_two_sites_are_different() -> None:
+    samples = joined(raw([0, 1, 0], group=["p1", "p2", "p1"]), raw([0, 1], group=["p1", "p1"]), group_column="patient")
+    assert samples.group.tolist() == [0, 1, 0, 2, 2]
+
+
+def test_site_column_names_sites() -> None:
+    samples = joined(raw([0, 1, 0], site=["x", "a", "x"]), site_column="hospital")
+    assert (samples.site_names, samples.site.tolist()) == (("a", "x"), [1, 0, 1])
+
+
+def test_splits_are_kept_if_all_sources_have_them() -> None:
+    given = raw([0, 1, 0], split=np.array([0, 2, 1], np.int8))
+    assert joined(given, given).split.tolist() == [0, 2, 1, 0, 2, 1]
+    assert joined(given, raw([0, 1])).split is None
+
+
+def test_ignore_label_leaves_out_the_fields_of_its_samples() -> None:
+    part = raw([0, 1, 9, 0], group=["a", "b", "c", "d"], split=np.array([0, 1, 2, 0], np.int8))
+    samples = joined(part, group_column="patient", ignore_label=9)
+    assert (len(samples), samples.group.tolist(), samples.split.tolist()) == (3, [0, 1, 3], [0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "text"),
+    [
+        ([raw([0, 1]), raw([0, 1], (9, 8))], {}, r"data.sites: .*\(8, 8\) as in 'site 0', got \(9, 8\) in 'site 1'"),
+        ([raw(["a", "x"])], {"classes": ["a", "b"]}, "data.classes: .*one of a, b, got the class 'x'"),
+        ([raw(["a", "b"])], {"num_classes": 3}, "data.num_classes: .*expected 2, the number of classes, got 3"),
+        ([raw([0, 1])], {"classes": ["a", "b"], "num_classes": 3}, r"data.num_classes: expected 2 \(data.classes\)"),
+        ([raw(["a", ""])], {}, "expected a class for every sample, got none in row 2"),
+        ([raw([0.4, 1.0])], {}, "expected whole numbers, got 0.4"),
+        ([raw([[1, 0], [0, 1]])], {}, "expected one label per image"),
+        ([raw([0, 1])], {"site_column": "x"}, "data.site_column: expected a column or array of the data, got 'x'"),
+        ([raw([0, 1]), raw([1, 0])], {"group_column": "x"}, "data.group_column: .* of site 'site 0', got 'x'"),
+        ([raw([0, 1], site=["a/b", "c"])], {"site_column": "x"}, "expected a name of at most 60 letters"),
+        ([raw(["a", "b"])], {"task": "regression"}, "expected finite numbers, got <U1"),
+    ],
+)
+def test_assemble_invalid_sources_raise(parts: list[RawSamples], options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        joined(*parts, **options)
