@@ -62,7 +62,8 @@ def run(argv: Sequence[str]) -> int:
 
 def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
     """Run the federation to its end or to a signal and return the exit code."""
-    with Display(quiet=config.quiet) as display:
+    labels = [splits.label for splits in parts["data"].clients]
+    with Display(quiet=config.quiet, clients=labels) as display:
         orchestrator = Orchestrator(**parts, output=output, baseline_dir=Path(config.baseline_dir), observer=display)
         try:
             with gc_frozen():

@@ -45,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
         key, old, new = difference
         console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True)
         return 1
-    if line := _first_different_line(folder / "metrics.csv", metrics_csv(orchestrator.progress.history)):
+    progress = orchestrator.progress
+    if line := _first_different_line(folder / "metrics.csv", metrics_csv(progress.history, progress.names)):
         console.print(
             f"metrics.csv differs from the checkpoint in line {line}; written again by: fit --resume {folder}",
             soft_wrap=True,

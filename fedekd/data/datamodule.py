@@ -70,6 +70,11 @@ class ClientSplits:
         """Name of the client in messages and tables: that of its site, or its number."""
         return str(self.client) if self.name is None else self.name
 
+    @property
+    def label(self) -> str:
+        """Client in sentences: `client 3`, or `site 'cleveland'`."""
+        return client_label(self.client, self.name)
+
     def __len__(self) -> int:
         return len(self.train) + len(self.validation) + len(self.test)
 
@@ -342,6 +347,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         return TensorBatches(self.samples.inputs, self.samples.targets, indices, size, generator=generator)
 
 
+def client_label(client: int, name: str | None) -> str:
+    """Return a client in sentences: `client 3`, or `site 'cleveland'`."""
+    return f"client {client}" if name is None else f"site {name!r}"
+
+
 def split_client(
     client: int,
     indices: Indices,
@@ -368,7 +378,7 @@ def split_client(
     Raises:
         UserError: If the client has too few samples, or lacks a given split, or a group is in two given splits.
     """
-    where = f"client {client}" if name is None else f"site {name!r}"
+    where = client_label(client, name)
     groups = None if samples.group is None else samples.group.numpy()
     if splits == "given":
         train, validation, test = _given_splits(where, indices, samples, groups)

@@ -132,7 +132,8 @@ class Orchestrator:
         output = None if output is None else Path(output)
         self.folder = RunFolder(output, config or {}) if output is not None else None
         self.tracker = Tracker(loggers, output, self.observer.warn)
-        self.progress = Progress()
+        self.names = [splits.name for splits in data.clients if splits.name is not None]
+        self.progress = Progress(names=self.names)
         self.interrupts = Interrupts()
 
     def run(self) -> dict[str, Any]:
@@ -458,4 +459,5 @@ class Orchestrator:
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
             "spec": to_json_value(self.spec.hash_dict()),
             "data": [splits.digest(self.data.samples) for splits in self.data.clients],
+            **({"sites": self.names} if self.names else {}),
         }

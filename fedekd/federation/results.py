@@ -12,12 +12,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
 import fedekd
+from fedekd.data import Samples
 from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff, mean_tradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.update_validation import is_log_name
 from fedekd.metrics import negative_transfer, primary_metric
+from fedekd.reporting.rows import client_prefix
 from fedekd.tasks import Task
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class Progress:
         bytes_down: Total.
         seconds: Total, over stops and resumes.
         local: Scores of the local baseline per round, by client; empty if the method is Local itself.
+        names: Names of the sites that are the clients, in the order of their numbers; empty without sites.
     """
 
     round: int = 0
@@ -102,6 +105,7 @@ class Progress:
     bytes_down: int = 0
     seconds: float = 0.0
     local: dict[int, list[float]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
     def add_result(self, result: ClientResult) -> None:
         """Replace the record of a client, except a comparison that the round lacks."""
@@ -167,7 +171,8 @@ class Progress:
                 comparison = asdict(record.comparison)
                 columns["deployed/federated"] = float(comparison.pop("deployed") == "federated")
                 columns |= {f"deployed/{name}": value for name, value in comparison.items()}
-            row |= {f"client_{number}/{name}": value for name, value in columns.items()}
+            prefix = client_prefix(number, self.names[number] if self.names else None)
+            row |= {f"{prefix}{name}": value for name, value in columns.items()}
         if any(record.comparison is not None for record in self.records.values()):
             columns = {"federated": self.share_federated(), **_columns(metric, self.scores(task, deployed=True))}
             row |= {f"deployed/{name}": value for name, value in columns.items()}
@@ -200,7 +205,7 @@ class Progress:
 
 
 def _is_column(name: str) -> bool:
-    """Return True for a log name, also with the client's number before it."""
+    """Return True for a log name, also with the client's prefix before it."""
     client, _, rest = name.partition("/")
     return is_log_name(rest if client.startswith("client_") else name)
 
@@ -223,6 +228,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         clients.append(
             {
                 "client": number,
+                **({} if splits.name is None else {"name": splits.name}),
                 "train": len(splits.train),
                 "test": len(splits.test),
                 "classes": [label for label, count in enumerate(counts[number]) if count],
@@ -237,12 +243,13 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.samples.name,
-        "alpha": run.data.alpha,
+        **({} if run.data.has_sites else {"alpha": run.data.alpha}),
         "seed": run.seed,
         "method": type(run.method).__name__,
         "task": run.task,
         "metric": primary_metric(run.task).name,
         "rounds": run.options.rounds,
+        **_class_names(run.data.samples),
         "mean": scores.mean,
         "worst": scores.worst,
         "local_mean": sum(local for _, local, _ in scores.clients.values()) / len(clients),
@@ -259,6 +266,12 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
             **{package: version(package) for package in ("lightning", "numpy", "torch")},
         },
     }
+
+
+def _class_names(samples: Samples) -> dict[str, list[str]]:
+    """Return the names of the classes; empty if they are numbers."""
+    names = list(samples.class_names)
+    return {} if names == [str(label) for label in range(len(names))] else {"class_names": names}
 
 
 def _deployed(run: Orchestrator) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fedekd.errors import NO_ROOM, UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.results import Progress
 from fedekd.reporting import figures, write_metrics_csv
+from fedekd.reporting.rows import client_titles
 
 #: Options that do not affect results and may change on resume.
 RUNTIME_OPTIONS = ("data.root", "data.download", "baseline_dir", "trainer.device", "logger", "engine")
@@ -211,23 +212,25 @@ class RunFolder:
         notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)
         if progress.history:
-            write_metrics_csv(progress.history, self.folder / _METRICS)
+            write_metrics_csv(progress.history, self.folder / _METRICS, progress.names)
 
     def write_figures(
         self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]], data: FederatedDataModule
     ) -> None:
         """Write the figures of a finished run."""
         folder = self.folder / "figures"
-        figures.save(figures.partition(data.class_counts()), folder / "partition.png")
+        names = client_titles(summary) if data.has_sites else None
+        table = figures.partition(data.class_counts(), summary.get("class_names"), names)
+        figures.save(table, folder / "partition.png")
         figures.save(figures.delta_per_client(summary), folder / "delta_per_client.png")
         figures.save(figures.score_per_round(history, summary), folder / f"{summary['metric']}_per_round.png")
-        if (gate := figures.gate_weights(history)) is not None:
+        if (gate := figures.gate_weights(history, summary)) is not None:
             figures.save(gate, folder / "gate_weights.png")
 
     def finalize(self, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv, SHA256SUMS, and summary.json, the mark of a finished run."""
         content = (json.dumps(dict(summary), indent=2) + "\n").encode()
-        write_metrics_csv(history, self.folder / _METRICS)
+        write_metrics_csv(history, self.folder / _METRICS, client_titles(summary))
         pictures = sorted(f"figures/{path.name}" for path in self.folder.glob("figures/*.png"))
         names = [name for name in (_CONFIG, _METRICS) if (self.folder / name).exists()]
         self._write_sums([*names, *pictures], {_SUMMARY: digest(content)})

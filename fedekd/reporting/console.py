@@ -22,7 +22,7 @@ from rich.text import Text
 
 from fedekd.errors import print_warning
 from fedekd.global_state import exclusive
-from fedekd.reporting.rows import Row, Summary, is_harm, metric_spec
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
@@ -42,9 +42,11 @@ def client_table(summary: Summary) -> Table:
         Samples, score of the local baseline, score of the method and Delta of each client; harm is red.
     """
     metric, clients, delta = metric_spec(summary["metric"]), summary["clients"], summary["delta"]
+    names = summary.get("class_names")
     with_classes = any("classes" in client for client in clients)
     table = Table(title=f"{summary['method']} on {summary['dataset']}, {metric.title}")
-    for heading in ("client", "train", "test"):
+    _add_client_column(table, summary)
+    for heading in ("train", "test"):
         table.add_column(heading, justify="right")
     if with_classes:
         table.add_column("classes", overflow="fold")
@@ -52,13 +54,15 @@ def client_table(summary: Summary) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
 
     def add(name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text) -> None:
-        table.add_row(name, *samples, *([classes] if with_classes else []), local, method, change)
+        # Text, since a bracket in the name of a class is no markup.
+        table.add_row(name, *samples, *([Text(classes)] if with_classes else []), local, method, change)
 
     for client in clients:
+        labels = client.get("classes", [])
         add(
-            str(client["client"]),
+            client_title(client),
             (str(client["train"]), str(client["test"])),
-            _ranges(client.get("classes", [])),
+            _ranges([names[label] for label in labels] if names else labels),
             metric.text(client["local"]),
             metric.text(client["score"]),
             _delta_text(client["delta"], summary),
@@ -81,7 +85,8 @@ def deployed_table(summary: Summary) -> Table:
     by_class, tail = summary["task"] == "classification", metric_spec(summary["metric"]).tail
     guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}"
     table = Table(title=f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}")
-    for heading in ("client", "compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):
+    _add_client_column(table, summary)
+    for heading in ("compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):
         table.add_column(heading, justify="right")
     for heading in ("Delta before", "after"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -89,19 +94,25 @@ def deployed_table(summary: Summary) -> Table:
     for client in summary["clients"]:
         if "deployed" not in client:  # the client took part in no round
             table.add_row(
-                str(client["client"]), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2
+                client_title(client), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2
             )
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
         deployed_delta = client["delta"] if client["deployed"] == "federated" else 0.0
         changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
-        table.add_row(str(client["client"]), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
+        table.add_row(client_title(client), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
     for name, key in (("mean", "avg"), ("worst", "worst"), (tail.upper(), tail)):
         table.add_row(name, *blank, _delta_text(delta[key], summary), _delta_text(after[key], summary))
     return table
+
+
+def _add_client_column(table: Table, summary: Summary) -> None:
+    """Add the column of the clients: numbers, or the names of sites."""
+    has_names = any("name" in client for client in summary["clients"])
+    table.add_column("site" if has_names else "client", justify="left" if has_names else "right", overflow="fold")
 
 
 def _delta_text(value: float, summary: Summary) -> Text:
@@ -166,9 +177,13 @@ class Display:
     Args:
         console: Console to write to; None is standard output.
         quiet: Print warnings only.
+        clients: Each client in words, such as `client 0` or `site 'cleveland'`. Default: their numbers.
     """
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, console: Console | None = None, *, quiet: bool = False, clients: Sequence[str] | None = None
+    ) -> None:
+        self.clients = clients
         self.console = console if console is not None else _LastingConsole()
         self.quiet, self.rounds = quiet, 0
         self._progress: Progress | None = None
@@ -229,7 +244,8 @@ class Display:
     def phase_started(self, client: int, phase: str) -> None:
         """Show the client and its phase."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, work=f"client {client}: {phase}")
+            label = f"client {client}" if self.clients is None else self.clients[client]
+            self._progress.update(self._task, work=f"{label}: {phase}")
 
     def phase_finished(self, client: int, phase: str, steps: int) -> None:
         """Advance by the steps of the phase."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedekd.atomic import atomic_file
-from fedekd.reporting.rows import Row, Summary, client_series, is_harm, metric_spec
+from fedekd.reporting.rows import Row, Summary, client_series, client_title, client_titles, is_harm, metric_spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +22,21 @@ CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E0
 MARKERS = "os^Dv<>P"
 
 
-def partition(counts: ArrayLike, class_names: Sequence[str] | None = None) -> Figure:
+def partition(
+    counts: ArrayLike, class_names: Sequence[str] | None = None, client_names: Sequence[str] | None = None
+) -> Figure:
     """Draw the number of samples per client and class.
 
     Args:
         counts: Samples, integers, shape (clients, classes).
         class_names: Labels of the columns; None is 0, 1, ...
+        client_names: Labels of the rows; None is 0, 1, ...
 
     Returns:
         Heat map that grows with clients and classes, with the total per client on the right.
 
     Raises:
-        ValueError: If `counts` is not two-dimensional, or `class_names` does not match it.
+        ValueError: If `counts` is not two-dimensional, or the names do not match it.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
@@ -42,14 +45,14 @@ def partition(counts: ArrayLike, class_names: Sequence[str] | None = None) -> Fi
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"counts: expected shape (clients, classes), both at least 1, got {table.shape}")
     clients, classes = table.shape
-    names = [str(label) for label in range(classes)] if class_names is None else [str(name) for name in class_names]
-    if len(names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
+    names = _names("class_names", classes, class_names)
+    rows = _names("client_names", clients, client_names)
 
     cell_width = 0.2 + 0.085 * max(2, len(str(table.max())))
     slanted = max(map(len, names)) * 0.085 > cell_width
     axes_height = clients * (0.3 if clients <= 20 else 0.21)
-    figure, axes = _figure(max(4.0, classes * cell_width + 2.2), axes_height + (1.9 if slanted else 1.3))
+    margin = 2.2 if client_names is None else 2.2 + 0.075 * max(0, max(map(len, rows)) - 3)
+    figure, axes = _figure(max(1.8 + margin, classes * cell_width + margin), axes_height + (1.9 if slanted else 1.3))
     # The square root makes small counts, which decide the skew of a client, differ visibly from 0.
     norm = PowerNorm(0.5, vmin=0, vmax=max(1, int(table.max())))
     axes.imshow(table, cmap=colormaps["Blues"], norm=norm, aspect="auto")
@@ -58,7 +61,7 @@ def partition(counts: ArrayLike, class_names: Sequence[str] | None = None) -> Fi
         colour = "white" if norm(count) > 0.6 else (BLACK if count else GREY)
         axes.text(class_, client, str(count), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(classes), names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
-    axes.set_yticks(range(clients), [str(client) for client in range(clients)])
+    axes.set_yticks(range(clients), rows)
     # A tall table has the names at both ends.
     axes.tick_params(length=0, labelsize=8, labeltop=clients > 20 and not slanted)
     axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
@@ -69,7 +72,7 @@ def partition(counts: ArrayLike, class_names: Sequence[str] | None = None) -> Fi
     totals.set_yticks(range(clients), [str(total) for total in table.sum(axis=1)])
     totals.tick_params(length=0, labelsize=8)
     totals.set_ylabel("total")
-    axes.set(title="Samples per client and class", xlabel="class", ylabel="client")
+    axes.set(title="Samples per client and class", xlabel="class", ylabel=_client_label(client_names))
     return figure
 
 
@@ -95,11 +98,20 @@ def delta_per_client(summary: Summary) -> Figure:
     average = axes.axhline(delta["avg"], color=BLACK, linewidth=1.4, linestyle="--")
     worst = axes.axhline(delta["worst"], color=BLACK, linewidth=1.4, linestyle=":")
     step = -(-len(clients) // 50)
-    axes.set_xticks(positions[::step], [str(client["client"]) for client in clients][::step], fontsize=8)
+    names = client_titles(summary)
+    has_names = any("name" in client for client in clients)
+    slanted = has_names and max(map(len, names)) * 0.085 > 0.32
+    axes.set_xticks(
+        positions[::step],
+        names[::step],
+        fontsize=8,
+        rotation=45 if slanted else 0,
+        ha="right" if slanted else "center",
+    )
     axes.set_xlim(-0.8, len(clients) - 0.2)
     axes.set(
         title=f"Delta per client: {summary['method']} minus local baseline, {summary['dataset']}",
-        xlabel="client",
+        xlabel=_client_label(names if has_names else None),
         ylabel=f"Delta of {_axis_label(metric)}",
     )
     labels = [f"average {delta['avg']:+.4f}", f"worst {delta['worst']:+.4f}"]
@@ -119,7 +131,7 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     metric = summary["metric"]
     title = metric_spec(metric).title
     figure, axes = _figure(6.8, 4.4)
-    series = client_series(history, metric)
+    series = client_series(history, metric, client_titles(summary))
     for rounds, values in series.values() if len(series) > 1 else ():
         axes.plot(rounds, values, color=BLUE, alpha=0.3, linewidth=1.0, marker=".", markersize=4, label="one client")
     mean = [(int(row["round"]), row[f"{metric}/mean"]) for row in history if f"{metric}/mean" in row]
@@ -136,7 +148,7 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     return figure
 
 
-def gate_weights(history: Sequence[Row]) -> Figure | None:
+def gate_weights(history: Sequence[Row], summary: Summary | None = None) -> Figure | None:
     """Draw the mean trust weight of the proxy per client and round (Eq. 3).
 
     The gate ranks samples within a batch, so that the mean is about 1/2 for any proxy. The band of one standard
@@ -146,11 +158,14 @@ def gate_weights(history: Sequence[Row]) -> Figure | None:
 
     Args:
         history: Rows of the rounds.
+        summary: Content of `summary.json`, with the names of sites. Default: clients have numbers.
 
     Returns:
         The figure; None if the method has no gate.
     """
-    series = client_series(history, "gate/weight_mean")
+    clients = () if summary is None else summary["clients"]
+    series = client_series(history, "gate/weight_mean", [client_title(client) for client in clients])
+    named = {str(client["name"]) for client in clients if "name" in client}
     mean = [(int(row["round"]), row["gate/weight_mean"]) for row in history if "gate/weight_mean" in row]
     gated = [row for row in history if {"gate/weight_mean", "gate/weight_std"} <= row.keys()]
     if not series and not mean:
@@ -168,7 +183,7 @@ def gate_weights(history: Sequence[Row]) -> Figure | None:
                 "marker": MARKERS[index],
                 "linewidth": 1.4,
             }
-            label = f"client {client}"
+            label = client if client in named else f"client {client}"
         else:
             style, label = {"color": BLUE, "alpha": 0.3, "marker": ".", "linewidth": 1.0}, "one client"
         axes.plot(rounds, values, markersize=4, label=label, **style)
@@ -202,6 +217,23 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _names(argument: str, count: int, names: Sequence[str] | None) -> list[str]:
+    """Return labels as text: the names, or 0, 1, ...
+
+    Raises:
+        ValueError: If the number of names is another one.
+    """
+    if names is not None and len(names) != count:
+        raise ValueError(f"{argument}: expected {count} names, got {len(names)}")
+    # A pair of dollar signs would be drawn as a formula.
+    return [str(name).replace("$", r"\$") for name in (range(count) if names is None else names)]
+
+
+def _client_label(names: Sequence[str] | None) -> str:
+    """Return the title of an axis of clients."""
+    return "client" if names is None else "site"
 
 
 def _axis_label(metric: str) -> str:

@@ -3,60 +3,97 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from fedekd.metrics import MetricSpec
 
 Row: TypeAlias = Mapping[str, float]
-"""Metrics of one round: `round` (1, 2, ...) and names such as `delta/avg` or `client_3/delta`."""
+"""Metrics of one round: `round` (1, 2, ...) and names such as `delta/avg`, `client_3/delta` or `client_NAME/delta`."""
 
 Summary: TypeAlias = Mapping[str, Any]
 """Content of `summary.json`."""
 
-_CLIENT = re.compile(r"client_(\d+)/(.+)")
+_CLIENT = re.compile(r"client_([^/]+)/(.+)", re.DOTALL)
 _NUMBER = re.compile(r"(\d+)")
 
 
-def client_series(history: Iterable[Row], name: str) -> dict[int, tuple[list[int], list[float]]]:
+def client_prefix(client: int, name: str | None = None) -> str:
+    """Return what precedes the logged names of a client.
+
+    Args:
+        client: Number of the client.
+        name: Name of the site that is the client, without `/`; None for a client of a partition.
+
+    Example:
+        >>> client_prefix(3), client_prefix(3, "Long Beach")
+        ('client_3/', 'client_Long Beach/')
+    """
+    return f"client_{client if name is None else name}/"
+
+
+def client_title(client: Mapping[str, Any]) -> str:
+    """Return the name of the site of a client in a summary, or else its number."""
+    return str(client.get("name", client["client"]))
+
+
+def client_titles(summary: Summary) -> list[str]:
+    """Return the titles of all clients of a summary, in the order of their numbers."""
+    return [client_title(client) for client in summary["clients"]]
+
+
+def client_series(
+    history: Iterable[Row], name: str, clients: Sequence[str] = ()
+) -> dict[str, tuple[list[int], list[float]]]:
     """Collect the values of `client_K/NAME` over the rounds.
 
     Args:
         history: Rows of the rounds; a client may be missing from some.
         name: Quantity, such as `delta` or `gate/weight_mean`.
+        clients: Titles of the clients in order. Default: numbers ascending.
 
     Returns:
-        By client, ascending: the rounds in which it has a value, and the values.
+        By title of the client, in order: the rounds in which it has a value, and the values.
 
     Example:
         >>> client_series([{"round": 1, "client_3/delta": 0.5}, {"round": 2, "client_0/delta": 0.1}], "delta")
-        {0: ([2], [0.1]), 3: ([1], [0.5])}
+        {'0': ([2], [0.1]), '3': ([1], [0.5])}
     """
-    series: dict[int, tuple[list[int], list[float]]] = {}
+    series: dict[str, tuple[list[int], list[float]]] = {}
     for row in history:
         for key, value in row.items():
             match = _CLIENT.fullmatch(key)
             if match is not None and match[2] == name:
-                rounds, values = series.setdefault(int(match[1]), ([], []))
+                rounds, values = series.setdefault(match[1], ([], []))
                 rounds.append(int(row["round"]))
                 values.append(float(value))
-    return dict(sorted(series.items()))
+    columns = {f"{client_prefix(0, title)}{name}": title for title in series}
+    return {columns[column]: series[columns[column]] for column in column_order(columns, clients)}
 
 
-def column_order(names: Iterable[str]) -> list[str]:
+def column_order(names: Iterable[str], clients: Sequence[str] = ()) -> list[str]:
     """Sort column names: `round`, those of the federation, those of the clients.
+
+    Args:
+        names: Names of columns.
+        clients: Titles of the clients in order. Default: numbers ascending.
 
     Example:
         >>> column_order(["client_10/delta", "delta/avg", "round", "client_2/delta"])
         ['round', 'delta/avg', 'client_2/delta', 'client_10/delta']
+        >>> column_order(["client_b/delta", "client_a/delta"], ["b", "a"])
+        ['client_b/delta', 'client_a/delta']
     """
+    number = {title: str(index) for index, title in enumerate(clients)}
 
     def rank(name: str) -> tuple[bool, bool, list[tuple[int, str]], str]:
+        client = _CLIENT.fullmatch(name)
+        ranked = name if client is None else f"client_{number.get(client[1], client[1])}/{client[2]}"
         # Splitting at digits gives text and numbers in turn, so that text is never compared with a number.
-        parts = _NUMBER.split(name)
+        parts = _NUMBER.split(ranked)
         natural = [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
-        return name != "round", _CLIENT.fullmatch(name) is not None, natural, name
+        return name != "round", client is not None, natural, name
 
     return sorted(set(names), key=rank)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 
-def metrics_csv(history: Sequence[Row]) -> bytes:
+def metrics_csv(history: Sequence[Row], clients: Sequence[str] = ()) -> bytes:
     """Serialize one row per round; equal values give equal bytes.
 
     The first column is `round`, followed by the names of all rows in `column_order`. Floats are written in the fewest
@@ -27,8 +27,9 @@ def metrics_csv(history: Sequence[Row]) -> bytes:
 
     Args:
         history: Rows in the order of the rounds.
+        clients: Titles of the clients in order. Default: numbers ascending.
     """
-    columns = column_order({"round"}.union(*history))
+    columns = column_order({"round"}.union(*history), clients)
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
@@ -36,15 +37,15 @@ def metrics_csv(history: Sequence[Row]) -> bytes:
     return text.getvalue().encode(errors="backslashreplace")  # a name of an earlier version may be a lone surrogate
 
 
-def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str]) -> None:
+def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str], clients: Sequence[str] = ()) -> None:
     """Write the bytes of `metrics_csv` to a file, atomically."""
     with atomic_file(path) as file:
-        file.write(metrics_csv(history))
+        file.write(metrics_csv(history, clients))
 
 
 def read_metrics_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     """Read the rows that `metrics_csv` serialized, without empty cells."""
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedekd.reporting.rows import client_series, column_order, is_harm
+from fedekd.reporting.rows import client_prefix, client_series, column_order, is_harm
 
 
 def test_column_order_starts_with_round_and_sorts_clients_by_number():
@@ -40,7 +40,17 @@ def test_client_series_matches_whole_names_and_keeps_gaps():
         {"round": 2, "client_10/gate/weight_mean": 0.2},
         {"round": 3, "client_2/gate/weight_mean": 0.3},
     ]
-    assert client_series(history, "gate/weight_mean") == {2: ([1, 3], [0.1, 0.3]), 10: ([2], [0.2])}
+    assert client_series(history, "gate/weight_mean") == {"2": ([1, 3], [0.1, 0.3]), "10": ([2], [0.2])}
+
+
+def test_client_names_of_sites_sort_by_number_of_the_client():
+    clients = ["Zürich (CH) no. 1", "3", "Long Beach"]
+    columns = [f"{client_prefix(number, name)}delta" for number, name in enumerate(clients)]
+    assert columns[0] == "client_Zürich (CH) no. 1/delta"
+    assert column_order(["delta/avg", *reversed(columns)], clients) == ["delta/avg", *columns]
+    history = [{"round": 1, columns[2]: 0.1}, {"round": 2, columns[2]: 0.2, columns[0]: 0.3}]
+    series = client_series(history, "delta", clients)
+    assert list(series.items()) == [("Zürich (CH) no. 1", ([2], [0.3])), ("Long Beach", ([1, 2], [0.1, 0.2]))]
 
 
 def test_is_harm_depends_on_the_direction_of_the_metric():
