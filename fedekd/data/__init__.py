@@ -1,6 +1,6 @@
 """Data sets, their partition across clients, batches and corruptions."""
 
-from fedekd.data.batches import TensorBatches, scale
+from fedekd.data.batches import TensorBatches, in_memory_format, scale
 from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from fedekd.data.datamodule import ClientSplits, FederatedDataModule, data_warnings, split_client
 from fedekd.data.partition import (
@@ -29,6 +29,7 @@ __all__ = [
     "dirichlet_cluster_partition",
     "dirichlet_label_partition",
     "iid_partition",
+    "in_memory_format",
     "load_samples",
     "scale",
     "split_client",

@@ -9,24 +9,29 @@ import torch
 from torch import Tensor
 
 
-def scale(images: Tensor) -> Tensor:
-    """Return pixels as float32 in [-1, 1].
+def scale(inputs: Tensor) -> Tensor:
+    """Return inputs of a network as floating-point numbers.
 
     Args:
-        images: Pixels 0..255, uint8, any shape.
+        inputs: Pixels 0..255, uint8, any shape, which become float32 in [-1, 1]; float inputs are returned unchanged.
 
     Example:
         >>> scale(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.,  1.])
     """
-    return images.float().div_(127.5).sub_(1.0)
+    return inputs if inputs.is_floating_point() else inputs.float().div_(127.5).sub_(1.0)
+
+
+def in_memory_format(inputs: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return images (B, C, H, W) in a memory format; features (B, F) unchanged."""
+    return inputs.contiguous(memory_format=memory_format) if inputs.ndim == 4 else inputs
 
 
 class TensorBatches:
     """Iterable of batches `(x, y, *extras)` that a Trainer takes as a DataLoader.
 
     Args:
-        images: All images, uint8, shape (N, C, H, W). Scaled to float32 in [-1, 1] per batch.
+        inputs: Images, shape (N, C, H, W), or features, float32, shape (N, F). `scale` is applied per batch.
         targets: All targets, shape (N,).
         indices: Samples to iterate over, int64, shape (n,).
         batch_size: Samples per batch, at least 1; the last batch has the remaining samples.
@@ -45,7 +50,7 @@ class TensorBatches:
 
     def __init__(
         self,
-        images: Tensor,
+        inputs: Tensor,
         targets: Tensor,
         indices: Tensor,
         batch_size: int,
@@ -55,8 +60,8 @@ class TensorBatches:
         min_batch: int = 1,
         channels_last: bool = False,
     ) -> None:
-        self.inputs, self.targets = images, targets
-        self.indices = indices.to(images.device)
+        self.inputs, self.targets = inputs, targets
+        self.indices = indices.to(inputs.device)
         self.batch_size, self.generator, self.extras = batch_size, generator, extras
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         remainder = len(indices) % batch_size
@@ -86,5 +91,5 @@ class TensorBatches:
     def take(self, positions: Tensor) -> tuple[Any, ...]:
         """Return the batch of the samples at `positions` within `indices`."""
         samples = self.indices[positions]
-        x = scale(self.inputs[samples]).contiguous(memory_format=self.memory_format)
+        x = in_memory_format(scale(self.inputs[samples]), self.memory_format)
         return (x, self.targets[samples], *(extra[positions] for extra in self.extras))

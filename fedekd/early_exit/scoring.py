@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import scale
+from fedekd.data import in_memory_format, scale
 from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.errors import UserError, require_choice
 from fedekd.functional import AGREEMENT, SCORES, score_exit, upcast_to_float32
@@ -124,7 +124,7 @@ def exit_outputs(
 
 
 def network_input(network: nn.Module, images: Tensor) -> Tensor:
-    """Scale pixels 0..255 to [-1, 1], in the network's dtype, channels last."""
+    """Return scaled inputs in the network's dtype; images are channels last."""
     like = next(network.parameters())
     x = scale(images.to(like.device)).to(like.dtype)
-    return x.contiguous(memory_format=torch.channels_last)
+    return in_memory_format(x, torch.channels_last)

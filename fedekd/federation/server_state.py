@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedekd.data import in_memory_format
 from fedekd.functional import at_least_float32
 from fedekd.global_state import isolated_rng
 from fedekd.methods import Broadcast, ClientOptions, FederationSpec, StateDict
@@ -140,7 +141,7 @@ class AggregateValidator:
         generator = torch.Generator().manual_seed(derive_seed("probe images"))
         shape = self.spec.input_shape
         images = torch.cat([torch.rand(_RANDOM_IMAGES, *shape, generator=generator), torch.zeros(1, *shape)])
-        return images.contiguous(memory_format=self.spec.trainer.memory_format)
+        return in_memory_format(images, self.spec.trainer.memory_format)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

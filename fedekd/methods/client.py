@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import ClientSplits, Samples, TensorBatches, scale
+from fedekd.data import ClientSplits, Samples, TensorBatches, in_memory_format, scale
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import score
@@ -78,6 +78,26 @@ class Client:
         self.loss_scales: dict[str, dict[str, Any]] = {}
         self.method_state: dict[str, Any] = {}
         self.supervised_epochs = 0
+
+    @property
+    def training_targets(self) -> Tensor:
+        """Targets in the unit of the networks' outputs, shape (N,).
+
+        Real-valued targets are standardised by the client's training targets; classes and grades are unchanged.
+        """
+        if self.samples.num_classes:
+            return self.samples.targets
+        return (self.samples.targets - self.splits.target_shift) / self.splits.target_scale
+
+    def in_target_unit(self, outputs: Tensor) -> Tensor:
+        """Return outputs of a network in the unit of the targets, where that differs.
+
+        Args:
+            outputs: Logits, grades, or standardised values, any shape; only the values change, and become float64.
+        """
+        if self.samples.num_classes:
+            return outputs
+        return outputs.double() * self.splits.target_scale + self.splits.target_shift
 
     @property
     def supervised_rounds(self) -> int:
@@ -153,7 +173,7 @@ class Client:
 
         batches = TensorBatches(
             self.samples.inputs,
-            self.samples.targets,
+            self.training_targets,
             self.splits.train,
             spec.batch_size,
             generator=begin_epoch,
@@ -180,6 +200,8 @@ class Client:
     def predict(self, role: str, split: str, with_features: bool = False, *, mixed: bool = True) -> ModelOutput:
         """Return a network's outputs for all samples of a split, in order.
 
+        Real values are standardised; see `in_target_unit`.
+
         Args:
             role: Network.
             split: `train`, `validation`, `tuning`, `calibration`, `holdout` or `test`.
@@ -194,7 +216,7 @@ class Client:
         failure = _named_failure(f"client {self.number}: evaluating '{role}' on the {split} split")
         with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast, failure:
             for batch in indices.split(self.spec.eval_batch_size):
-                x = scale(self.samples.inputs[batch]).to(trainer.dtype).contiguous(memory_format=trainer.memory_format)
+                x = in_memory_format(scale(self.samples.inputs[batch]).to(trainer.dtype), trainer.memory_format)
                 outputs.append(predict(network, x, with_features))
         if not outputs:
             empty = torch.empty(0, self.spec.num_outputs, device=self.samples.inputs.device)
@@ -212,7 +234,9 @@ class Client:
     def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
         """Return the primary metric at each exit; a plain network has one."""
         targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
-        return [score(output, targets, self.spec.task) for output in self.predict(role, split).exits]
+        return [
+            score(self.in_target_unit(output), targets, self.spec.task) for output in self.predict(role, split).exits
+        ]
 
     def losses(self, split: str, role: str = "private") -> Tensor:
         """Return the loss per sample: 0 or 1 for classes, squared error for regression.
@@ -223,7 +247,7 @@ class Client:
         Returns:
             Losses of the split's samples in order, float64, shape (n,).
         """
-        output = self.predict(role, split, mixed=False).output
+        output = self.in_target_unit(self.predict(role, split, mixed=False).output)
         targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
         finite = output.isfinite().all(dim=1)
         if self.spec.task == "regression":

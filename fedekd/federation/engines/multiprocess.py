@@ -71,7 +71,7 @@ class ProcessExecutor:
     def state_folder(self) -> None:
         """See `Executor`."""
 
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
+    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
         """Write the pixels to a file that all processes map.
 
         On the CPU they share one copy.
@@ -80,7 +80,7 @@ class ProcessExecutor:
         path = self._folder / "pixels"
         with name_in_errors(path), path.open("wb") as file:
             file.write(pixels.data)
-        self._setup = pickle.dumps((setup, pixels.shape))
+        self._setup = pickle.dumps((setup, pixels.shape, pixels.dtype.str))
         return self.processes
 
     def share(self, content: Any) -> Any:
@@ -207,8 +207,8 @@ def _serve(connection: Connection, folder: Path) -> None:
             message = receive()
             try:
                 if worker is None:
-                    setup, shape = pickle.loads(message)
-                    pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=shape))
+                    setup, shape, dtype = pickle.loads(message)
+                    pixels = np.asarray(np.memmap(folder / "pixels", dtype, "r", shape=shape))
                     worker = ClientWorker(setup, pixels, forward=lambda event: send("event", event))
                     gc.collect()
                     gc.freeze()  # as `gc_frozen`, for the life of the process

@@ -48,7 +48,7 @@ class Executor(Protocol):
         """Return a folder visible to all workers; None is this machine's temporary one."""
         ...
 
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
+    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
         """Store the arguments of `ClientWorker`, and return the number of workers."""
         ...
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from fedekd.data import FederatedDataModule
@@ -107,7 +106,7 @@ class RayExecutor:
         return None
 
     @block_signals()
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8]) -> int:
+    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
         """See `Executor`."""
         actors = self._count_actors()
         self._setup = self._ray.put(setup), self._ray.put(pixels)  # one copy per machine

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -151,8 +150,9 @@ class WorkerSetup:
         """Build a setup from a whole method and a whole data set."""
         method = copy.copy(method)
         method.server_state = {}
-        no_pixels = torch.empty(0, *samples.inputs.shape[1:], dtype=torch.uint8)
-        return cls(method, replace(samples, inputs=no_pixels), clients, spec, baseline_dir, store)
+        return cls(
+            method, replace(samples, inputs=samples.inputs[:0].cpu().clone()), clients, spec, baseline_dir, store
+        )
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ class ClientWorker:
 
     Args:
         setup: Method, splits, specification and folders.
-        pixels: All images, (N, C, H, W), uint8; a read-only view of the machine's copy.
+        pixels: Inputs of all samples, (N, C, H, W) or (N, F); a read-only view of the machine's copy.
         forward: Called with each event as it happens; None returns them with the result of the task.
     """
 
     def __init__(
-        self, setup: WorkerSetup, pixels: npt.NDArray[np.uint8], forward: Callable[[Event], None] | None = None
+        self, setup: WorkerSetup, pixels: npt.NDArray[Any], forward: Callable[[Event], None] | None = None
     ) -> None:
         with exclusive(), warnings.catch_warnings():  # the filters belong to the process
             warnings.simplefilter("ignore", UserWarning)  # PyTorch warns of the read-only view; nothing writes to it
