@@ -11,11 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedekd.data.raw import RawSamples, ReadOptions
+from fedekd.data.formats.image_files import with_channels
+from fedekd.data.pixels import to_pixels, widened
+from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
 from fedekd.data.samples import Samples
 from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, listed, shorten
 from fedekd.tasks import Task
+
+SPLIT_COLUMN = "split"
+"""Value of `data.site_column` that makes the given splits the sites."""
+
+_IGNORED = "\0ignored"  # in place of the name of a class
 
 
 def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadOptions) -> Samples:
@@ -31,18 +38,22 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     """
     task: Task = options.task or "classification"
     parts = list(sources.values())
+    inputs, value_range = _inputs(sources, options)
     site, site_names = _sites(sources, options)
     targets, class_names = _targets(name, parts, task, options)
     names = class_names or tuple(options.classes or ())
     num_classes = len(names) if names else options.num_classes
     split = None if any(part.split is None for part in parts) else np.concatenate([part.split for part in parts])
+    if options.site_column == SPLIT_COLUMN:
+        split = None
     samples = Samples.from_arrays(
         name,
-        _inputs(sources),
+        inputs,
         targets,
         task,
         num_classes,
         options.ignore_label,
+        value_range,
         split=_tensor(split),
         site=_tensor(site),
         site_names=site_names,
@@ -52,16 +63,35 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     return replace(samples, class_names=names) if names else samples
 
 
-def _inputs(sources: Mapping[str | None, RawSamples]) -> Any:
-    arrays = [part.inputs for part in sources.values()]
-    first = arrays[0]
-    for site, array in zip(sources, arrays, strict=True):
-        if array.shape[1:] != first.shape[1:]:
+def _inputs(sources: Mapping[str | None, RawSamples], options: ReadOptions) -> tuple[Any, Sequence[float] | None]:
+    """Return the images of all sources, and the range of their values.
+
+    Grey images are repeated in three channels if other sources have colour images.
+    """
+    parts = [part.inputs for part in sources.values()]
+    if len(parts) == 1:
+        return parts[0], options.value_range
+    parts = [part[..., None] if len(part.shape) == 3 else part for part in parts]
+    if {part.shape[-1] for part in parts if len(part.shape) == 4} == {1, 3}:
+        parts = [with_channels(part, 3) for part in parts]
+    names, first = list(sources), parts[0]
+    for site, part in zip(sources, parts, strict=True):
+        if part.shape[1:] != first.shape[1:]:
             raise UserError(
-                f"data.sites: expected images of one size, {first.shape[1:]} as in {next(iter(sources))!r}, got"
-                f" {array.shape[1:]} in {site!r}. Set --data.image_size"
+                f"data.sites: expected images of one size, {_size(first)} as in {names[0]!r}, got"
+                f" {_size(part)} in {site!r}. Set --data.image_size"
             )
-    return first if len(arrays) == 1 else np.concatenate(arrays)
+    if len({part.dtype for part in parts}) == 1:
+        return np.concatenate(parts), options.value_range
+    # Values of different types mean the same only after conversion.
+    pixels = [to_pixels(str(site), part, options.value_range)[0] for site, part in zip(sources, parts, strict=True)]
+    return np.concatenate([widened(part) for part in pixels]), (-1.0, 1.0)
+
+
+def _size(images: Any) -> str:
+    """Return height, width and, for colour, channels, or the number of features."""
+    shape = images.shape[1:]
+    return str(shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape)
 
 
 def _sites(
@@ -75,6 +105,9 @@ def _sites(
     if options.site_column is None:
         return None, ()
     [part] = parts
+    if options.site_column == SPLIT_COLUMN and part.site is None and part.split is not None:
+        present, number = np.unique(part.split, return_inverse=True)
+        return number.astype(np.int64), tuple(SPLITS[index] for index in present)
     if part.site is None:
         raise UserError(f"data.site_column: expected a column or array of the data, got {options.site_column!r}")
     names, site = np.unique(part.site.astype(str), return_inverse=True)
@@ -113,11 +146,13 @@ def _targets(
                 f"data.num_classes: expected {len(options.classes)} (data.classes), got {options.num_classes}"
             )
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), ()
-    texts = np.concatenate([_names(name, part, array) for part, array in zip(parts, arrays, strict=True)])
-    present = _sorted_names({*texts.tolist(), *(name for part in parts for name in part.class_names or ())})
+    texts = np.concatenate([_names(name, part, array, options) for part, array in zip(parts, arrays, strict=True)])
+    present = _present(parts, texts)
     classes = tuple(options.classes or _numbers(options.num_classes, present) or present)
     named = _numbers(len(classes), present) or classes  # numbers of declared classes
     number = {class_name: index for index, class_name in enumerate(named)}
+    if options.ignore_label is not None:
+        number.setdefault(_IGNORED, options.ignore_label)
     if unknown := [text for text in _sorted_names(set(texts.tolist())) if text not in number]:
         raise UserError(
             f"data.classes: {name!r}: expected one of {listed(classes)}, got the class {shorten(repr(unknown[0]))}"
@@ -129,10 +164,26 @@ def _targets(
     return np.asarray([number[text] for text in texts.tolist()]), classes
 
 
-def _names(name: str, part: RawSamples, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _present(parts: Sequence[RawSamples], texts: npt.NDArray[Any]) -> list[str]:
+    """Return the names of the classes: in the common order of sources, or sorted."""
+    given = {part.class_names for part in parts}
+    if len(given) == 1 and (names := given.pop()):
+        return list(names)
+    return _sorted_names({*texts.tolist(), *(name for names in given for name in names or ())} - {_IGNORED})
+
+
+def _names(name: str, part: RawSamples, targets: npt.NDArray[Any], options: ReadOptions) -> npt.NDArray[Any]:
     """Return the name of the class of each sample."""
     if part.class_names is not None:
-        return np.asarray(part.class_names, dtype=object)[targets.astype(np.int64)]
+        numbers = np.arange(len(part.class_names))
+        is_number = np.isin(targets, numbers)
+        if (wrong := targets[~is_number & (targets != options.ignore_label)]).size:
+            raise UserError(
+                f"data.dataset: labels of {name!r}: expected 0..{len(numbers) - 1} for {len(numbers)} class names, got"
+                f" {wrong[0]}. Leave out an unknown label by --data.ignore_label"
+            )
+        names = np.asarray([*part.class_names, _IGNORED], dtype=object)
+        return np.asarray(names[np.where(is_number, targets, -1).astype(np.int64)])
     texts = [_text(value) for value in targets.tolist()]
     if missing := [index for index, text in enumerate(texts) if not text]:
         raise UserError(f"data.dataset: {name!r}: expected a class for every sample, got none in row {missing[0] + 1}")
@@ -160,6 +211,7 @@ def _sorted_names(names: set[str]) -> list[str]:
 
 
 def _column(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return targets of shape (N, 1) as shape (N,)."""
     return targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from fedekd.data.samples import CHANNELS, MIN_SIZE
+from fedekd.data.pixels import CHANNELS, MIN_SIZE
 from fedekd.errors import UserError, require_choice
 from fedekd.seeding import derive_seed
 

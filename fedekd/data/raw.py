@@ -14,6 +14,9 @@ from fedekd.tasks import Task
 SPLITS = ("train", "val", "test")
 """Names of given splits, in the order in which they are pooled."""
 
+SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+"""Index into `SPLITS` by the names, in small letters, that data have for splits."""
+
 Array = npt.NDArray[Any]
 
 
@@ -42,7 +45,7 @@ class RawSamples:
     """N samples of one source.
 
     Args:
-        inputs: Images, shape (N, H, W) or (N, H, W, C).
+        inputs: Images, shape (N, H, W) or (N, H, W, C): an array of the values in the file, or `ImageFiles`.
         targets: Labels, shape (N,) or (N, 1): numbers, or names of classes.
         class_names: Names of the classes 0, 1, ... if `targets` are their numbers and the source names them.
         site: Name of the site of each sample, shape (N,), if there is a site column.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -12,21 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedekd.data.pixels import byte_warnings, checked_images, to_pixels
 from fedekd.data.raw import SPLITS
 from fedekd.errors import UserError
 from fedekd.tasks import Task, require_task
-
-CHANNELS = (1, 3, 4)
-MIN_SIZE = 8
-
-#: Pixel values of a data set that span less are reported: scaled to [-1, 1] they are almost constant.
-_SMALL_SPAN = 32
 
 #: Labels that usually mean "unknown", in addition to the largest value of the array's type.
 _UNKNOWN_LABELS = (255, 65535)
 
 _LEAVE_OUT = "Leave out an unknown label by --data.ignore_label"
-_TO_UINT8 = "Convert images of range 0..1 with np.rint(255.0 * images).astype(np.uint8)."
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +69,21 @@ class Samples:
         task: Task,
         num_classes: int | None,
         ignore_label: int | None = None,
+        value_range: Sequence[float] | None = None,
         **fields: Any,
     ) -> Samples:
         """Validate the arrays of a data file and convert them to tensors.
 
         Args:
             name: Name of the data set.
-            images: uint8, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels, at least 8 x 8 pixels.
+            images: uint8, or 16-bit or float values in `value_range`, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4
+                channels, at least 8 x 8 pixels.
             targets: Numbers, shape (N,) or, as in MedMNIST, (N, 1); in classification whole numbers.
             task: `classification` or `regression`.
             num_classes: Number of classes or grades; None for the largest label + 1, or 0 for regression targets that
                 are not whole numbers.
             ignore_label: Samples with this label are left out. Default None.
+            value_range: Lowest and highest value of 16-bit and float images; see `to_pixels`. Default None.
             **fields: Other fields of `Samples`; tensors have shape (N,).
 
         Raises:
@@ -93,7 +91,7 @@ class Samples:
                 largest label seems to mean "unknown" and `num_classes` is None.
         """
         require_task(task)
-        pixels = checked_images(name, images)
+        pixels, range_warnings = to_pixels(name, checked_images(name, images), value_range)
         values = _checked_targets(name, targets, task == "regression" and num_classes is None)
         if len(pixels) != len(values):
             raise UserError(
@@ -120,7 +118,7 @@ class Samples:
         else:
             num_classes, gaps = _checked_classes(name, values, targets.dtype, task, num_classes)
             warnings += gaps
-        warnings += _pixel_warnings(name, pixels)
+        warnings += [*range_warnings, *byte_warnings(name, pixels)]
         return cls(
             name=name,
             inputs=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
@@ -191,53 +189,6 @@ def content_digest(data: Samples, groups: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def checked_images(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Validate images and return them with shape (N, H, W, C)."""
-    if images.dtype != np.uint8:
-        kind = f"{images.dtype}"
-        if np.issubdtype(images.dtype, np.floating) and np.isnan(images).any():
-            kind += " with NaN pixels"
-        is_unit = images.dtype == bool or (
-            images.dtype.kind == "f" and images.size and 0 <= images.min() <= images.max() <= 1
-        )
-        hint = f". {_TO_UINT8}" if is_unit else ""
-        raise UserError(f"data.dataset: images of {name!r}: expected uint8, pixels 0..255, got {kind}{hint}")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or (len(images) and images.shape[-1] not in CHANNELS):
-        shape = images.shape if images.ndim != 4 or images.shape[-1] != 1 else images.shape[:-1]
-        raise UserError(
-            f"data.dataset: images of {name!r}: expected shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels C, "
-            f"got {shape}"
-        )
-    if not len(images):
-        raise UserError(f"data.dataset: {name!r}: expected at least one image, got none")
-    height, width = images.shape[1:3]
-    if min(height, width) < MIN_SIZE:
-        raise UserError(
-            f"data.dataset: images of {name!r}: expected at least {MIN_SIZE}x{MIN_SIZE} pixels, got {height}x{width}"
-        )
-    if images.max() == 1:
-        raise UserError(
-            f"data.dataset: images of {name!r}: expected uint8, pixels 0..255, got no pixel above 1. {_TO_UINT8}"
-        )
-    return images
-
-
-def _pixel_warnings(name: str, pixels: npt.NDArray[np.uint8]) -> list[str]:
-    """Check the range of all pixels of a data set.
-
-    Raises:
-        UserError: If all pixels are equal.
-    """
-    lowest, highest = int(pixels.min()), int(pixels.max())
-    if lowest == highest:
-        raise UserError(f"data.dataset: images of {name!r}: expected different pixels, got {highest} everywhere")
-    if highest - lowest >= _SMALL_SPAN:
-        return []
-    return [f"data.dataset: images of {name!r} use only the pixel values {lowest}..{highest} of 0..255; rescale them"]
-
-
 def _num_classes(name: str, labels: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> int:
     """Return the largest label + 1.
 
@@ -265,7 +216,9 @@ def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) ->
         targets = targets[:, 0]
     if targets.ndim != 1:
         raise UserError(
-            f"data.dataset: labels of {name!r}: expected one label per image, shape (N,) or (N, 1), got {targets.shape}"
+            f"data.dataset: labels of {name!r}: expected one label per image, shape (N,) or (N, 1), got"
+            f" {targets.shape}. Convert one-hot labels with labels.argmax(axis=1); several labels per sample"
+            " are not supported"
         )
     allowed = "finite numbers" if may_be_real else "whole numbers"
     if targets.dtype.kind not in "biuf":
@@ -273,7 +226,9 @@ def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) ->
     whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
     valid = np.isfinite(targets) if may_be_real else whole
     if not valid.all():
-        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {targets[~valid][0]}")
+        value = targets[~valid][0]
+        hint = "" if may_be_real or not np.isfinite(value) else ". For real-valued targets set --data.task regression"
+        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {value}{hint}")
     return targets.astype(np.int64 if whole.all() else np.float64)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedekd.data import Samples
+from fedekd.data import Samples, scale
 from fedekd.data.samples import content_digest
 from fedekd.errors import UserError
 
@@ -52,17 +52,22 @@ ZEROS = np.zeros((6, 8, 8), np.uint8)
 @pytest.mark.parametrize(
     ("kwargs", "texts"),
     [
-        ({"images": np.full((6, 8, 8), np.nan)}, ["float64 with NaN pixels", "uint8"]),
-        ({"images": np.zeros((6, 8, 8), np.float32)}, ["got float32", "uint8"]),
-        ({"images": np.zeros((6, 8, 8), np.int64)}, ["got int64", "uint8"]),
+        ({"images": np.full((6, 8, 8), np.nan)}, ["data.value_range", "float64 values in 0..1, got a NaN"]),
+        (
+            {"images": np.full((6, 8, 8), 1.5, np.float32)},
+            ["values in 0..1, got 1.5. Set --data.value_range [LOW, HIGH]"],
+        ),
+        ({"images": np.full((6, 8, 8), -3, np.int16), "value_range": (0, 4095)}, ["int16 values in 0..4095, got -3"]),
+        ({"images": np.zeros((6, 8, 8), np.int64)}, ["uint16 or float, got int64. Set --data.value_range"]),
+        ({"images": np.zeros((6, 8, 8), complex)}, ["uint16 or float, got complex128"]),
         ({"images": np.zeros((6, 8, 8, 2), np.uint8)}, ["(6, 8, 8, 2)", "1, 3 or 4 channels"]),
         ({"images": np.zeros((6, 3, 28, 28), np.uint8)}, ["(6, 3, 28, 28)", "(N, H, W, C)"]),
         ({"images": np.zeros((6, 64), np.uint8)}, ["(6, 64)", "(N, H, W)"]),
         ({"images": np.zeros((6, 7, 28), np.uint8)}, ["7x28", "at least 8x8"]),
         ({"images": np.zeros((0, 8, 8), np.uint8), "targets": np.zeros(0, int)}, ["expected at least one image"]),
         ({"images": ZEROS, "targets": np.zeros(5, int)}, ["6 images", "5 labels"]),
-        ({"images": ZEROS, "targets": np.zeros((6, 14), int)}, ["(6, 14)", "one label per image"]),
-        ({"images": ZEROS, "targets": np.array([0, 1, 1.5, 0, 0, 0])}, ["got 1.5", "whole numbers"]),
+        ({"images": ZEROS, "targets": np.zeros((6, 14), int)}, ["(6, 14)", "one label per image", "argmax(axis=1)"]),
+        ({"images": ZEROS, "targets": np.array([0, 1, 0.4, 0, 0, 0])}, ["got 0.4", "whole", "--data.task regression"]),
         ({"images": ZEROS, "targets": np.array([0, np.nan, 1, 0, 0, 0])}, ["got nan", "whole numbers"]),
         ({"images": ZEROS, "targets": np.array([0, np.inf, 1, 0, 0, 0])}, ["got inf", "whole numbers"]),
         ({"images": ZEROS, "targets": np.array(list("abcabc"))}, ["<U1", "whole numbers"]),
@@ -95,8 +100,8 @@ UNIT = np.random.default_rng(0).random((6, 8, 8))
     ("images", "texts"),
     [
         (UNIT.round().astype(np.uint8), ["no pixel above 1", "np.rint(255.0 * images).astype(np.uint8)"]),
-        (UNIT.round().astype(bool), ["got bool", "np.rint(255.0 * images)"]),
-        (UNIT, ["got float64", "np.rint(255.0 * images)"]),
+        (np.zeros((6, 8, 8), bool), ["different pixels, got 0 everywhere"]),
+        (np.zeros((6, 8, 8), np.float32), ["different pixels, got -1.0 everywhere"]),
         (np.zeros((6, 8, 8), np.uint8), ["different pixels, got 0 everywhere"]),
         (np.full((6, 8, 8), 128, np.uint8), ["different pixels, got 128 everywhere"]),
     ],
@@ -114,6 +119,37 @@ def test_from_arrays_small_range_is_reported_once() -> None:
     [line] = build((16 * UNIT).astype(np.uint8), np.arange(6) % 3).warnings
     assert "only the pixel values 0..15 of 0..255" in line
     assert build().warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("images", "value_range"),
+    [
+        (UNIT, None),
+        (UNIT.astype(np.float32) * 100 - 50, (-50, 50)),
+        ((UNIT * 65535).astype(np.uint16), None),
+        ((UNIT * 4095).astype(np.int16), (0, 4095)),
+    ],
+    ids=["float64", "float32", "uint16", "int16"],
+)
+def test_from_arrays_scales_wide_values_to_minus_one_and_one(images: Any, value_range: Any) -> None:
+    images.flat[:2] = value_range or ((0, 1) if images.dtype.kind == "f" else (0, 65535))
+    data = build(images, value_range=value_range)
+    assert data.inputs.dtype == torch.float32
+    assert (data.inputs.min(), data.inputs.max()) == (-1, 1)
+    assert data.inputs.flatten()[:2].tolist() == [-1, 1]
+    np.testing.assert_allclose(data.inputs[:, 0].flatten()[2:], 2 * UNIT.flatten()[2:] - 1, atol=1e-3)
+    assert data.warnings == ()
+    assert torch.equal(scale(data.inputs), data.inputs)
+
+
+def test_from_arrays_bool_images_are_black_and_white() -> None:
+    assert build(UNIT.round().astype(bool)).inputs.unique().tolist() == [0, 255]
+
+
+def test_from_arrays_small_share_of_the_range_is_reported_once() -> None:
+    [line] = build((UNIT * 4095).astype(np.uint16)).warnings
+    assert "use only the values 0..40" in line
+    assert "of 0..65535. Set --data.value_range [LOW, HIGH]" in line
 
 
 def many(*labels: int, dtype: Any = np.int64) -> dict[str, Any]:
