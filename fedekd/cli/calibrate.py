@@ -23,7 +23,7 @@ from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibra
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
-from fedekd.errors import UserError, print_warning, require_choice
+from fedekd.errors import UserError, listed, print_warning, require_choice, shorten
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -74,7 +74,10 @@ def calibrate_parser() -> ArgumentParser:
         help="Score agreement only: weight of the disagreement of exit and proxy, at least 0.",
     )
     parser.add_argument(
-        "--client", type=int | None, default=None, help="Index of a single client (default: all clients)."
+        "--client",
+        type=str | None,
+        default=None,
+        help="Number of a single client, or name of its site (default: all clients).",
     )
     parser.add_argument(
         "--familywise",
@@ -137,29 +140,42 @@ def run(argv: Sequence[str]) -> int:
         for line in (*lines, f"written to {path}"):
             console.print(line, highlight=False, soft_wrap=True)
     if has_table:
-        rows = [asdict(report) for report in sorted(reports, key=lambda report: report.client)]
-        write_text(table, csv_text([field.name for field in fields(ClientExitReport)], rows))
+        rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
+        columns = [field.name for field in fields(ClientExitReport)]
+        write_text(table, csv_text(list(rows[0]) if rows else columns, rows))
         with atomic_file(report_path(folder)) as file:
             file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
         if config.client is None:
-            console.print(client_table(reports, calibrator))
+            console.print(client_table(reports, calibrator, [client.splits.title for client in clients]))
         skipped = len(clients) - len(selected) if config.client is None else 0
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", highlight=False, soft_wrap=True)
     return 0
 
 
-def select_clients(clients: Sequence[Client], number: int | None) -> Sequence[Client]:
-    """Return all clients, or the one with the given index.
+def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Client]:
+    """Return all clients, or the one with the given number or name of a site.
+
+    Args:
+        clients: All clients.
+        chosen: Name of a site, else a number from 0. A site whose name is a number comes first.
 
     Raises:
-        UserError: There is no client with this index.
+        UserError: There is no such client.
     """
-    if number is None:
+    if chosen is None:
         return clients
-    if not 0 <= number < len(clients):
-        raise UserError(f"--client: expected 0..{len(clients) - 1}, got {number}")
-    return [clients[number]]
+    named = [client for client in clients if client.splits.name == chosen]
+    numbered = [client for client in clients if str(client.number) == chosen]
+    if not named and not numbered:
+        raise UserError(f"--client: expected {client_choices(clients)}, got {shorten(chosen)}")
+    return named or numbered
+
+
+def client_choices(clients: Sequence[Client]) -> str:
+    """Return the numbers of the clients, and the names of sites, in one line."""
+    names = [client.splits.name for client in clients if client.splits.name is not None]
+    return f"0..{len(clients) - 1}" + (f" or one of {listed(names)}" if names else "")
 
 
 def _calibrator(target_risk: float, confidence: float, mode: str, clients: int = 1) -> SelectiveRiskCalibrator:
@@ -198,10 +214,19 @@ def _other_reports(folder: Path, clients: Sequence[Client], console: Console) ->
                 continue
             policy.require(exit_network(client), client.networks.get("proxy"))
             row = stored.get(_report_key(folder, client.number))
+            if row is not None:
+                row.pop("site", None)
             reports.append(client_exit_report(client, policy) if row is None else ClientExitReport(**row))
         except UserError as error:
-            print_warning(f"client {client.number} has no row in the table: {error}")
+            print_warning(f"{client.splits.label} has no row in the table: {error}")
     return reports
+
+
+def _row(report: ClientExitReport, clients: Sequence[Client]) -> dict[str, Any]:
+    """Return the row of a client in the table, with the name of its site."""
+    name = clients[report.client].splits.name
+    values = asdict(report)
+    return values if name is None else {"client": values.pop("client"), "site": name, **values}
 
 
 def _report_key(folder: Path, number: int) -> str:

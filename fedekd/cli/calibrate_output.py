@@ -18,7 +18,7 @@ from fedekd.models import ExitCosts
 def exit_table(policy: ExitPolicy, client: Client) -> Table:
     """Format a policy exit by exit."""
     title = (
-        f"client {client.number}: target risk {policy.target_risk:g}, confidence {policy.confidence:g}, {policy.mode},"
+        f"{client.splits.label}: target risk {policy.target_risk:g}, confidence {policy.confidence:g}, {policy.mode},"
         f" {policy.score}"
     )
     rows = []
@@ -33,8 +33,16 @@ def exit_table(policy: ExitPolicy, client: Client) -> Table:
     return _table(title, headings, rows)
 
 
-def client_table(reports: Sequence[ClientExitReport], calibrator: SelectiveRiskCalibrator) -> Table:
-    """Format the results of all clients on their test splits."""
+def client_table(
+    reports: Sequence[ClientExitReport], calibrator: SelectiveRiskCalibrator, titles: Sequence[str]
+) -> Table:
+    """Format the results of all clients on their test splits.
+
+    Args:
+        reports: Results of clients.
+        calibrator: How their exits were calibrated.
+        titles: Name or number of every client.
+    """
     scope = "for all clients at once" if calibrator.simultaneous_clients > 1 else "per client"
     title = (
         f"error rates of early exits: target risk {calibrator.target_risk:g}, confidence"
@@ -46,7 +54,7 @@ def client_table(reports: Sequence[ClientExitReport], calibrator: SelectiveRiskC
     )
     rows = (
         (
-            str(report.client),
+            titles[report.client],
             f"{report.open_exits} of {report.exits - 1}",
             f"{report.early_share:.1%}",
             f"{report.saved:.1%}",

@@ -61,11 +61,11 @@ def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
         return make_exit_report(clients, options, provenance, lambda step: status.update(f"{step} ..."))
 
 
-def _clients(folder: Path, number: int, with_baseline: bool) -> dict[str, Client]:
+def _clients(folder: Path, chosen: str, with_baseline: bool) -> dict[str, Client]:
     """One client with the federated model, and with the local baseline."""
     orchestrator, _, summary = open_finished("report", folder, in_process=True)
-    [client] = select_clients(orchestrator.load_clients(), number)
+    [client] = select_clients(orchestrator.load_clients(), chosen)
     client.use_local_model(None)  # report the federated model, whichever model do_no_harm deployed
     clients = {str(summary["method"]): client}
-    baseline = orchestrator.baseline_clients()[number] if with_baseline else None
+    baseline = orchestrator.baseline_clients()[client.number] if with_baseline else None
     return clients if baseline is None else clients | {"Local": baseline}

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fedekd.atomic import atomic_file
-from fedekd.cli.calibrate import select_clients
+from fedekd.cli.calibrate import client_choices, select_clients
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
@@ -53,7 +53,10 @@ def predict_parser() -> ArgumentParser:
         help="CSV file with the columns image, label, exit and score.",
     )
     parser.add_argument(
-        "--client", type=int | None, default=None, help="Index of the client; optional for a run with one client."
+        "--client",
+        type=str | None,
+        default=None,
+        help="Number of the client, or name of its site; optional for a run with one client.",
     )
     return parser
 
@@ -73,8 +76,8 @@ def run(argv: Sequence[str]) -> int:
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:
-        raise UserError(f"--client: expected 0..{len(clients) - 1}, got none")
-    [client] = select_clients(clients, config.client or 0)
+        raise UserError(f"--client: expected {client_choices(clients)}, got none")
+    [client] = select_clients(clients, "0" if config.client is None else config.client)
     shape = tuple(client.samples.inputs.shape[1:])
     if images.shape[1:] != shape:
         raise UserError(f"--input: expected images of {shape} (channels, height, width), got {tuple(images.shape[1:])}")
@@ -83,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
     policy = load_policy(Path(config.run), client.number)
     if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
         print_warning(
-            f"client {client.number} has no exit policy, all images take the last exit; for early exits run: calibrate"
+            f"{client.splits.label} has no exit policy, all images take the last exit; for early exits run: calibrate"
             f" {config.run}"
         )
     if policy is not None and policy.has_no_guarantee:
@@ -120,7 +123,7 @@ def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> I
             exits = torch.full((len(x),), len(outputs) - 1)
         if non_finite := int((~logits.isfinite().all(dim=1)).sum()):
             raise UserError(
-                f"client {client.number}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} images."
+                f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} images."
                 " The training of its network diverged"
             )
         for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):

@@ -48,7 +48,9 @@ def report_parser() -> ArgumentParser:
         help="Calibrate the exits of the first run and compare them with those of the other runs, which must have the"
         " same data (default: if the first run has exits).",
     )
-    parser.add_argument("--client", type=int, default=0, help="Client whose exits are calibrated.")
+    parser.add_argument(
+        "--client", type=str, default="0", help="Number of the client, or name of the site, whose exits are calibrated."
+    )
     parser.add_argument("--draws", type=int, default=200, help="Number of calibrations per mode.")
     return parser
 
@@ -117,13 +119,17 @@ def _read_run(folder: Path) -> Run:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         history = read_metrics_csv(folder / "metrics.csv")
         settings = {name.replace(".init_args", ""): value for name, value in decisive_options(values, parser).items()}
-        partition = values["data"].get("partition") or "Dirichlet"
+        partition = str(values["data"].get("partition") or "Dirichlet")
+        if "alpha" not in summary:
+            partition = ""  # sites
+        elif partition != "iid":
+            partition += f", alpha {summary['alpha']:g}"
         name = shlex.quote(str(folder))
         return Run(
             name=str(folder),
             command=f"fedekd fit --config {name}/config.yaml --output {name}-repeat",
             settings=settings,
-            partition=partition if partition == "iid" else f"{partition}, alpha {summary['alpha']:g}",
+            partition=partition,
             summary=summary,
             history=history,
         )

@@ -29,7 +29,7 @@ def exit_network(client: Client) -> MultiExitNetwork:
     network = client.deployed_model
     if not isinstance(network, MultiExitNetwork):
         raise UserError(
-            f"{client.deployed_role} model of client {client.number}: expected a network with exits, got a"
+            f"{client.deployed_role} model of {client.splits.label}: expected a network with exits, got a"
             f" {type(network).__name__} without exits. Train with --method SafeKD, or with --client.exits 3 and any"
             " other method"
         )
@@ -44,7 +44,7 @@ def require_unused_validation(client: Client) -> None:
     """
     if "validation" in client.training_splits:
         raise UserError(
-            f"client {client.number}: expected a method that does not train on validation samples, because a"
+            f"{client.splits.label}: expected a method that does not train on validation samples, because a"
             " guarantee needs unseen samples. Give other labelled images: calibrate --input"
         )
 
@@ -101,7 +101,7 @@ def calibrate_client(
     if not len(tuning) or not len(calibration):
         remedy = "Change data.fractions or data.min_samples" if held_out is None else "Give more images in --input"
         raise UserError(
-            f"client {client.number}: expected at least 1 tuning and 1 calibration sample, got {len(tuning)} and"
+            f"{client.splits.label}: expected at least 1 tuning and 1 calibration sample, got {len(tuning)} and"
             f" {len(calibration)}. {remedy}"
         )
     costs = image_costs(network, client.samples, proxy)

@@ -43,8 +43,8 @@ def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
         if has_single and has_batch_norm(network):
             raise UserError(
                 f"client.{role}_model: expected no BatchNorm, which cannot train on batches of one sample, with"
-                f" data.batch_size {spec.batch_size} and {len(smallest.train)} training samples of client"
-                f" {smallest.client}. Raise data.batch_size or data.min_samples."
+                f" data.batch_size {spec.batch_size} and {len(smallest.train)} training samples of {smallest.label}."
+                f" Raise data.batch_size{'' if smallest.name else ' or data.min_samples'}."
             )
         built.append(network)
         if _shares_parameters(spec.build_model(role, number), built):
@@ -84,6 +84,6 @@ def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, 
     for splits in data.clients:
         if not len(getattr(splits, rule.split)):
             raise UserError(
-                f"do_no_harm: client {splits.client} has no sample in the {rule.split} split, on which models are"
-                " compared. Raise data.min_samples or the second of data.fractions."
+                f"do_no_harm: {splits.label} has no sample in the {rule.split} split, on which models are compared."
+                f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )

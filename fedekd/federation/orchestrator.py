@@ -279,24 +279,25 @@ class Orchestrator:
     ) -> list[ClientUpdate]:
         """Return the updates that were not lost and are valid; warn of the others."""
         lost = lost_updates(self.options, self.num_clients, self.seed, round_idx)
-        prefix = f"round {round_idx + 1}: update of client"
+        prefix = f"round {round_idx + 1}: update of"
+        labels = [splits.label for splits in self.data.clients]
         candidates, changes = [], []
         for update in sorted(updates, key=lambda update: update.client):
             sent = broadcast.to(update.client)
             if update.client in lost and sent:
-                self.observer.warn(f"{prefix} {update.client} was lost")
+                self.observer.warn(f"{prefix} {labels[update.client]} was lost")
                 continue
             if not (reason := structure_problem(update.state, sent)):
                 self.progress.add_bytes_up(state_dict_bytes(update.state))
                 reason = self.validator.check(update.state, sent) or self.results.check_samples(update)
             if reason:
-                self.observer.warn(f"{prefix} {update.client} rejected: {reason}")
+                self.observer.warn(f"{prefix} {labels[update.client]} rejected: {reason}")
                 continue
             candidates.append(update)
             changes.append(Change.of(update.state, sent, self._steps(update.client)))
         reasons = out_of_proportion(changes)
         for position, reason in reasons.items():
-            self.observer.warn(f"{prefix} {candidates[position].client} rejected: {reason}")
+            self.observer.warn(f"{prefix} {labels[candidates[position].client]} rejected: {reason}")
         return [update for position, update in enumerate(candidates) if position not in reasons]
 
     def _replace_server_state(self, updates: Sequence[ClientUpdate], round_idx: int) -> str | None:
@@ -342,7 +343,8 @@ class Orchestrator:
         """
         if invalid := [score for score in scores if not self.results.is_score(score)]:
             metric = primary_metric(self.task).name
-            raise UserError(f"client {number}: score: expected a value of {metric}, got {str(invalid[0])[:60]}")
+            label = self.data.clients[number].label
+            raise UserError(f"{label}: score: expected a value of {metric}, got {str(invalid[0])[:60]}")
         return scores
 
     def _baseline_rounds(self) -> dict[int, int]:

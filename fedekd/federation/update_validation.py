@@ -177,9 +177,9 @@ class ResultValidator:
             The reason to reject it; None if it is valid.
         """
         if reason := invalid_field(result):
-            return f"client {_short(result.client)}: {reason}"
+            return f"{self._label(result.client)}: {reason}"
         if result.client not in request.participants or result.client in answered:
-            return f"client {result.client}: expected one result of each participant"
+            return f"{self._label(result.client)}: expected one result of each participant"
         comparison, update = result.comparison, result.update
         expected = {
             "score": not request.round_idx or self.is_score(result.score),
@@ -191,7 +191,14 @@ class ResultValidator:
             held = len(getattr(self.clients[result.client], request.comparison.rule.split))
             expected["comparison"] = comparison.samples <= held
         name = next((name for name, is_valid in expected.items() if not is_valid), None)
-        return None if name is None else f"client {result.client}: unexpected {name} {_short(getattr(result, name))}"
+        if name is None:
+            return None
+        return f"{self._label(result.client)}: unexpected {name} {_short(getattr(result, name))}"
+
+    def _label(self, client: Any) -> str:
+        """Return a client in words; its number may be any object."""
+        is_client = is_count(client) and client < len(self.clients)
+        return self.clients[client].label if is_client else f"client {_short(client)}"
 
     def is_score(self, score: Any) -> bool:
         """Return True for NaN, or for a value in the range of the task's metric."""

@@ -187,7 +187,8 @@ class Client:
         module.loss_scale = self.loss_scales.get(role, {})
         module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
         # Each epoch has its own seed.
-        with isolated_rng(spec.seed, trainer.torch_device), _named_failure(f"client {self.number}: training '{role}'"):
+        failure = _named_failure(f"{self.splits.label}: training '{role}'")
+        with isolated_rng(spec.seed, trainer.torch_device), failure:
             trainer.fit(module, batches, epochs)
         if carry_optimizer:
             assert module.optimizer_state is not None
@@ -213,7 +214,7 @@ class Client:
         outputs = []
         seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
         autocast = trainer.autocast() if mixed else nullcontext()
-        failure = _named_failure(f"client {self.number}: evaluating '{role}' on the {split} split")
+        failure = _named_failure(f"{self.splits.label}: evaluating '{role}' on the {split} split")
         with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast, failure:
             for batch in indices.split(self.spec.eval_batch_size):
                 x = in_memory_format(scale(self.samples.inputs[batch]).to(trainer.dtype), trainer.memory_format)

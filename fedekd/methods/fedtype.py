@@ -58,7 +58,7 @@ class FedType(ProxyMethod):
         require(
             len(client.splits.validation) > 0,
             "data.fractions",
-            f"validation samples for method FedType on client {client.number}",
+            f"validation samples for method FedType on {client.splits.label}",
             0,
             "Raise data.min_samples or the second of data.fractions.",
         )

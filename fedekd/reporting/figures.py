@@ -72,7 +72,8 @@ def partition(
     totals.set_yticks(range(clients), [str(total) for total in table.sum(axis=1)])
     totals.tick_params(length=0, labelsize=8)
     totals.set_ylabel("total")
-    axes.set(title="Samples per client and class", xlabel="class", ylabel=_client_label(client_names))
+    row = _client_label(client_names)
+    axes.set(title=f"Samples per {row} and class", xlabel="class", ylabel=row)
     return figure
 
 
@@ -100,7 +101,7 @@ def delta_per_client(summary: Summary) -> Figure:
     step = -(-len(clients) // 50)
     names = client_titles(summary)
     has_names = any("name" in client for client in clients)
-    slanted = has_names and max(map(len, names)) * 0.085 > 0.32
+    slanted = has_names and max(map(len, names)) * 0.085 > max(0.32, 4.2 / len(clients))
     axes.set_xticks(
         positions[::step],
         names[::step],
@@ -110,7 +111,7 @@ def delta_per_client(summary: Summary) -> Figure:
     )
     axes.set_xlim(-0.8, len(clients) - 0.2)
     axes.set(
-        title=f"Delta per client: {summary['method']} minus local baseline, {summary['dataset']}",
+        title=f"Delta per {_client_label(names if has_names else None)}: {summary['method']} minus local baseline, {summary['dataset']}",
         xlabel=_client_label(names if has_names else None),
         ylabel=f"Delta of {_axis_label(metric)}",
     )

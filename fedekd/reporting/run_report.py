@@ -11,7 +11,7 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary, is_harm
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -25,7 +25,7 @@ class Run:
         name: Folder, as printed.
         command: Command that repeats the run.
         settings: Options that differ from their defaults, by dotted name.
-        partition: How clients were made from the data.
+        partition: How clients were made from the data; empty if they are its sites.
         summary: Content of `summary.json`.
         history: Rows of `metrics.csv`.
     """
@@ -59,7 +59,8 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     for run in runs:
         summary, metric = run.summary, METRICS[run.summary["metric"]]
         delta = summary["delta"]
-        row = {"run": run.name, "method": summary["method"], "data": summary["dataset"], "partition": run.partition}
+        row = {"run": run.name, "method": summary["method"], "data": summary["dataset"]}
+        row |= {"partition": run.partition} if any(other.partition for other in runs) else {}
         row |= {"clients": len(summary["clients"]), "rounds": summary["rounds"], "seed": summary["seed"]}
         row |= {f"mean {metric.title}": metric.text(summary["mean"]), "local": metric.text(summary["local_mean"])}
         row |= {f"Delta {name}": metric.difference_text(delta[name]) for name in ("avg", "worst", metric.tail)}
@@ -81,7 +82,7 @@ def client_table(summary: Summary) -> pd.DataFrame:
     rows = []
     for client in summary["clients"]:
         classes = [labels[label] if labels else str(label) for label in client["classes"]]
-        row = {"client": client.get("site", client["client"]), "classes": ", ".join(classes)}
+        row = {"site" if "name" in client else "client": client_title(client), "classes": ", ".join(classes)}
         row |= {"train": client["train"], "test": client["test"]}
         row |= {"local": metric.text(client["local"]), metric.title: metric.text(client["score"])}
         row["Delta"] = metric.difference_text(client["delta"])
@@ -140,7 +141,7 @@ def _run_section(name: str, run: Run) -> Section:
         Picture(f"{name}-delta", f"{run.name}: Delta per client.", delta_per_client(summary)),
         Picture(f"{name}-rounds", f"{run.name}: {metric.title} per round.", score_per_round(run.history, summary)),
     ]
-    if (gate := gate_weights(run.history)) is not None:
+    if (gate := gate_weights(run.history, summary)) is not None:
         pictures.append(Picture(f"{name}-gate", f"{run.name}: trust weight of the gate per round.", gate))
     title = f"{summary['method']} on {summary['dataset']} ({run.name})"
     return Section(name, title, text, tables=tables, pictures=pictures, data={f"{name}-clients": clients})

@@ -175,7 +175,8 @@ class WandbRunLogger(WandbLogger):
             scores |= {f"deployed/{metric}/mean": deployed["mean"], "deployed/federated": deployed["federated"]}
             deltas |= {f"deployed/delta/{name}": value for name, value in deployed["delta"].items()}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
-        names = ["client", "train", "test", "local", "score", "delta"]
+        sites = ["name"] if any("name" in client for client in summary["clients"]) else []
+        names = ["client", *sites, "train", "test", "local", "score", "delta"]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
         self.experiment.summary.update({**scores, **deltas, **costs, "clients": table})
 

@@ -82,7 +82,7 @@ class EvaluatedNetwork:
         """
         network = exit_network(client)
         if network.num_exits == 1:
-            raise UserError(f"client {client.number}: expected a network with at least 2 exits, got one with 1 exit")
+            raise UserError(f"{client.splits.label}: expected a network with at least 2 exits, got one with 1 exit")
         splits = {split: split_outputs(client, split) for split in HELD_OUT}
         costs = image_costs(network, client.samples)
         return cls(name, network, costs, splits, accuracy_cost_curve(splits["test"], costs))
@@ -151,7 +151,7 @@ class ExitReport:
 
     Attributes:
         dataset: Name of the data set.
-        client: Client index.
+        client: Client in words, such as `client 0` or `site 'cleveland'`.
         networks: The network of the report first, then the networks it is compared with.
         policies: Calibrated policies of the first network.
         validity: Results of repeated calibrations, by target risk and rule.
@@ -162,7 +162,7 @@ class ExitReport:
     """
 
     dataset: str
-    client: int
+    client: str
     networks: Sequence[EvaluatedNetwork]
     policies: Sequence[PolicyResult]
     validity: Sequence[Validity]
@@ -194,7 +194,7 @@ def make_exit_report(
     client = next(iter(clients.values()))
     digest = client.splits.digest(client.samples)
     if not all(other.splits.digest(other.samples) == digest for other in clients.values()):
-        raise UserError(f"report: expected runs whose client {client.number} has the same images, got different images")
+        raise UserError(f"report: expected runs whose {client.splits.label} has the same images, got different images")
     require_unused_validation(client)
     on_step("outputs of all exits")
     networks = [EvaluatedNetwork.from_client(each, name) for name, each in clients.items()]
@@ -206,7 +206,7 @@ def make_exit_report(
     on_step("reliability")
     return ExitReport(
         dataset=client.samples.name,
-        client=client.number,
+        client=client.splits.label,
         networks=networks,
         policies=policies,
         reliabilities=_reliabilities(network, options),

@@ -111,11 +111,19 @@ class WorkerPool:
         timeout: Seconds after which a task is dropped and its worker replaced; None waits without limit.
         retries: How often the task of a client is repeated because its worker was lost.
         observer: Called with the events of a task when the task is finished, and with warnings.
+        labels: Each client in words, such as `site 'cleveland'`. Default: `client 0` etc.
     """
 
     def __init__(
-        self, executor: Executor, workers: int, timeout: float | None, retries: int, observer: Observer
+        self,
+        executor: Executor,
+        workers: int,
+        timeout: float | None,
+        retries: int,
+        observer: Observer,
+        labels: Sequence[str] | None = None,
     ) -> None:
+        self._labels = labels
         self._executor, self._timeout, self._retries, self._observer = executor, timeout, retries, observer
         self._starting: dict[Any, Any] = {}  # by pending call: worker
         self._idle: list[Any] = []
@@ -161,7 +169,7 @@ class WorkerPool:
                     replay_events(events, self._observer)
                     yield task, result
             for task in self._drop_overdue():
-                reason = f"client {task.client} exceeded engine.timeout, {self._timeout:g} s"
+                reason = f"{self._label(task.client)} exceeded engine.timeout, {self._timeout:g} s"
                 if not may_be_late:
                     raise UserError(f"{reason}. The last round needs every client: raise it. {RESUME}")
                 self._observer.warn(f"{reason}, and is missing from this round")
@@ -202,9 +210,12 @@ class WorkerPool:
     def _report_loss(self, client: int, losses: int, reason: str) -> None:
         if losses > self._retries:
             raise UserError(
-                f"client {client}: {losses} workers lost ({reason}), expected at most {self._retries}. {RESUME}"
+                f"{self._label(client)}: {losses} workers lost ({reason}), expected at most {self._retries}. {RESUME}"
             )
-        self._observer.warn(f"the worker of client {client} was lost ({reason}); another worker repeats its task")
+        self._observer.warn(f"the worker of {self._label(client)} was lost ({reason}); another worker repeats its task")
+
+    def _label(self, client: int) -> str:
+        return f"client {client}" if self._labels is None else self._labels[client]
 
     def _drop_overdue(self) -> list[Task]:
         """Remove tasks that exceeded the timeout, and replace their workers."""
@@ -349,7 +360,8 @@ class PoolEngine:
             baseline_dir = None if self._baseline_dir is None else self._baseline_dir.resolve()
             setup = WorkerSetup.build(self._method, samples, clients, self._spec, baseline_dir, self._store.folder)
             workers = self.executor.open(setup, np.ascontiguousarray(samples.inputs.cpu().numpy()))
-            self._pool = WorkerPool(self.executor, workers, self._timeout, self._retries, self.observer)
+            labels = [splits.label for splits in clients]
+            self._pool = WorkerPool(self.executor, workers, self._timeout, self._retries, self.observer, labels)
         return self._pool
 
     @cached_property

@@ -142,7 +142,7 @@ class SequentialEngine:
             name = primary_metric(self.spec.task).name
             logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
         if round_idx and math.isnan(score):
-            self.observer.warn(f"round {round_idx}: client {number} has no score; its outputs are not finite")
+            self.observer.warn(f"round {round_idx}: {client.splits.label} has no score; its outputs are not finite")
         self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
         update, tradeoff, comparison = None, None, None
         if request.comparison is not None:
