@@ -101,6 +101,7 @@ def delta_per_client(summary: Summary) -> Figure:
     step = -(-len(clients) // 50)
     names = client_titles(summary)
     has_names = any("name" in client for client in clients)
+    row = _client_label(names if has_names else None)
     slanted = has_names and max(map(len, names)) * 0.085 > max(0.32, 4.2 / len(clients))
     axes.set_xticks(
         positions[::step],
@@ -111,8 +112,8 @@ def delta_per_client(summary: Summary) -> Figure:
     )
     axes.set_xlim(-0.8, len(clients) - 0.2)
     axes.set(
-        title=f"Delta per {_client_label(names if has_names else None)}: {summary['method']} minus local baseline, {summary['dataset']}",
-        xlabel=_client_label(names if has_names else None),
+        title=f"Delta per {row}: {summary['method']} minus local baseline, {summary['dataset']}",
+        xlabel=row,
         ylabel=f"Delta of {_axis_label(metric)}",
     )
     labels = [f"average {delta['avg']:+.4f}", f"worst {delta['worst']:+.4f}"]

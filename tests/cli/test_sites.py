@@ -41,6 +41,11 @@ def write_sites(folder: Path, write_blobs: Callable[..., Path]) -> Path:
     return folder
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="session")
 def site_run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[..., Path], fit_sites: FitSites) -> Path:
     """A finished run of three sites, with its figures; no test changes it."""
@@ -52,7 +57,7 @@ def site_run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[...
 
 
 def test_fit_sites_names_columns_rows_and_no_partition(site_run: Path) -> None:
-    header = next(csv.reader((site_run / "metrics.csv").open(encoding="utf-8", newline="")))
+    [header] = read_rows(site_run / "metrics.csv")
     clients = list(dict.fromkeys(name.split("/")[0] for name in header if name.startswith("client_")))
     assert clients == [f"client_{name}" for name in NAMES]
     summary = json.loads((site_run / "summary.json").read_text())
@@ -74,7 +79,7 @@ def test_report_of_sites_shows_names_of_sites_and_classes(site_run: Path, tmp_pa
     assert "partition" not in text
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert ">Zürich (CH) no. 1<" in page
-    rows = list(csv.DictReader((tmp_path / "report/tables/run1-clients.csv").open(encoding="utf-8", newline="")))
+    rows = read_rows(tmp_path / "report/tables/run1-clients.csv")
     assert [row["site"] for row in rows] == NAMES
 
 
@@ -128,7 +133,7 @@ def test_calibrate_and_predict_accept_the_name_of_a_site(
     assert names[1] in capsys.readouterr().out
     assert main(["calibrate", "run", "--target_risk=0.9", "--confidence=0.5", "--client=1"]) == 0
     assert "site '1': target risk" in capsys.readouterr().out  # the name comes before the number
-    rows = list(csv.DictReader(Path("run/exits/clients.csv").open(encoding="utf-8", newline="")))
+    rows = read_rows(Path("run/exits/clients.csv"))
     assert [(row["client"], row["site"]) for row in rows] == [("0", names[0]), ("1", names[1])]
     np.savez("images.npz", images=np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8))
     assert main(["predict", "run", "--input=images.npz", "--client=0", "--output=number.csv"]) == 0

@@ -70,8 +70,8 @@ def exit_sections(report: ExitReport) -> list[Section]:
     first, *others = report.networks
     compared = f", compared with {', '.join(network.name for network in others)}" if others else ""
     text = (
-        f"{report.client[0].upper()}{report.client[1:]} of {first.name}{compared}: a network with {first.network.num_exits} exits and"
-        f" {first.costs.full:,} FLOPs per image without early exits."
+        f"{report.client[0].upper()}{report.client[1:]} of {first.name}{compared}: a network with"
+        f" {first.network.num_exits} exits and {first.costs.full:,} FLOPs per image without early exits."
     )
     sections = [
         Section(
