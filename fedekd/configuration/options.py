@@ -34,7 +34,7 @@ from fedekd.modules.trainer_factory import usable_cores
 _TRANSIENT = ("config", "output", "resume", "quiet")
 
 #: Arguments of models whose values follow from the data.
-FROM_DATA = {"in_channels", "image_size", "num_classes"}
+FROM_DATA = {"in_channels", "image_size", "in_features", "num_classes"}
 
 #: Arguments of torchvision's models whose defaults jsonargparse cannot parse.
 _UNPARSABLE = {"inverted_residual"}

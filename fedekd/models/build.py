@@ -53,6 +53,8 @@ def build_model(
     class_path, init_args = _parse(spec, flag)
     factory = _locate(class_path, flag)
     is_image = len(input_shape) == 3
+    parameters = inspect.signature(factory).parameters
+    _require_kind(factory, parameters, is_image, flag)
     data_args: dict[str, Any] = {"num_classes": num_classes}
     if is_image:
         data_args |= {"in_channels": input_shape[0], "image_size": tuple(input_shape[1:])}
@@ -61,7 +63,6 @@ def build_model(
     for name in data_args.keys() & init_args.keys():
         if not _same(name, init_args[name], data_args[name]):
             raise UserError(f"{flag}: expected {name} {data_args[name]} as in the data, got {init_args[name]}. Omit it")
-    parameters = inspect.signature(factory).parameters
     accepted = data_args.keys() & parameters.keys()
     extra: dict[str, Any] = {}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -83,6 +84,23 @@ def build_model(
     except UserError as error:
         raise UserError(f"{flag} '{class_path}': {error}") from error
     return model
+
+
+def _require_kind(factory: Callable[..., Any], parameters: Mapping[str, Any], is_image: bool, flag: str) -> None:
+    """Check that a model is not one of images for a table, or the reverse.
+
+    Raises:
+        UserError: If it is; the message has the models to choose.
+    """
+    module = getattr(factory, "__module__", None) or ""
+    of_images = "in_channels" in parameters or module.partition(".")[0] == "torchvision"
+    of_features = "in_features" in parameters and not of_images
+    if of_features if is_image else of_images:
+        kinds = ("images", "a table", "PrivateCNN", "ProxyCNN") if is_image else ("a table", "images", "MLP", "MLP")
+        raise UserError(
+            f"{flag}: expected a model for {kinds[0]}, got {getattr(factory, '__name__', factory)}, a model for"
+            f" {kinds[1]}. Set --client.private_model {kinds[2]} --client.proxy_model {kinds[3]}"
+        )
 
 
 def _require_plain_tensors(model: nn.Module) -> None:
@@ -277,7 +295,7 @@ def _is_model(candidate: Any) -> bool:
         return False
     parameters = inspect.signature(candidate).parameters.items()
     required = {name for name, parameter in parameters if parameter.default is parameter.empty}
-    return required <= {"in_channels", "image_size", "num_classes"}  # a layer requires more than these
+    return required <= {"in_channels", "image_size", "in_features", "num_classes"}  # a layer requires more than these
 
 
 def _same(name: str, value: Any, data_value: Any) -> bool:

@@ -14,6 +14,7 @@ from fedekd.errors import UserError, require, shorten
 from fedekd.models.build import eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN, height_and_width
 from fedekd.models.image_classifier import ImageClassifier
+from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ClassToken, ExitHead, Layout, MultiExitNetwork
 
 _LAYOUTS: dict[int, Layout] = {4: "nchw", 3: "tokens", 2: "flat"}  # by number of dimensions
@@ -71,6 +72,7 @@ def multi_exit(
     | torchvision's `ResNet`, `ConvNeXt`, `SwinTransformer` (v1, v2) | their four stages, the stem in the first |
     | torchvision's `VisionTransformer` | equal groups of blocks, 4 by default |
     | `ImageClassifier` | those of its backbone |
+    | `MLP` | one per hidden layer |
 
     Args:
         backbone: A network of a class in the table (not of a subclass); any network with `split`. A `MultiExitNetwork`
@@ -223,6 +225,12 @@ def _split_cnn(network: PrivateCNN | ProxyCNN) -> StageSplit:
     return StageSplit(stages)
 
 
+def _split_mlp(network: MLP) -> StageSplit:
+    stages: Stages = [[layer] for layer in network.layers]
+    stages[-1].append(network.head)
+    return StageSplit(stages)
+
+
 def _split_conv3(network: Conv3) -> StageSplit:
     layers = [*network.convolutions]
     return StageSplit([layers[:3], layers[3:6], [*layers[6:], network.pool, network.head]])
@@ -269,6 +277,7 @@ STAGE_SPLITTERS: dict[type[nn.Module], Callable[[Any], StageSplit]] = {
     PrivateCNN: _split_cnn,
     ProxyCNN: _split_cnn,
     Conv3: _split_conv3,
+    MLP: _split_mlp,
     ResNet: _split_resnet,
     ConvNeXt: _split_convnext,
     SwinTransformer: _split_swin,
