@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedekd.data.columns import Column, is_table, join_tables
 from fedekd.data.formats.image_files import with_channels
 from fedekd.data.pixels import to_pixels, widened
-from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
+from fedekd.data.raw import SPLITS, RawSamples, ReadOptions, sorted_texts, text_of
 from fedekd.data.samples import Samples
 from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, listed, shorten
@@ -38,7 +39,13 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     """
     task: Task = options.task or "classification"
     parts = list(sources.values())
-    inputs, value_range = _inputs(sources, options)
+    columns: tuple[Column, ...] = ()
+    warnings = [line for part in parts for line in part.warnings]
+    if is_table(sources):
+        inputs, columns, notes = join_tables(sources, options)
+        value_range, warnings = None, [*warnings, *notes]
+    else:
+        inputs, value_range = _inputs(sources, options)
     site, site_names = _sites(sources, options)
     targets, class_names = _targets(name, parts, task, options)
     names = class_names or tuple(options.classes or ())
@@ -58,7 +65,8 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
         site=_tensor(site),
         site_names=site_names,
         group=_tensor(_groups(sources, options)),
-        warnings=tuple(line for part in parts for line in part.warnings),
+        columns=columns,
+        warnings=tuple(warnings),
     )
     return replace(samples, class_names=names) if names else samples
 
@@ -153,7 +161,7 @@ def _targets(
     number = {class_name: index for index, class_name in enumerate(named)}
     if options.ignore_label is not None:
         number.setdefault(_IGNORED, options.ignore_label)
-    if unknown := [text for text in _sorted_names(set(texts.tolist())) if text not in number]:
+    if unknown := [text for text in sorted_texts(set(texts.tolist())) if text not in number]:
         raise UserError(
             f"data.classes: {name!r}: expected one of {listed(classes)}, got the class {shorten(repr(unknown[0]))}"
         )
@@ -169,7 +177,7 @@ def _present(parts: Sequence[RawSamples], texts: npt.NDArray[Any]) -> list[str]:
     given = {part.class_names for part in parts}
     if len(given) == 1 and (names := given.pop()):
         return list(names)
-    return _sorted_names({*texts.tolist(), *(name for names in given for name in names or ())} - {_IGNORED})
+    return sorted_texts({*texts.tolist(), *(name for names in given for name in names or ())} - {_IGNORED})
 
 
 def _names(name: str, part: RawSamples, targets: npt.NDArray[Any], options: ReadOptions) -> npt.NDArray[Any]:
@@ -184,30 +192,16 @@ def _names(name: str, part: RawSamples, targets: npt.NDArray[Any], options: Read
             )
         names = np.asarray([*part.class_names, _IGNORED], dtype=object)
         return np.asarray(names[np.where(is_number, targets, -1).astype(np.int64)])
-    texts = [_text(value) for value in targets.tolist()]
+    texts = [text_of(value) for value in targets.tolist()]
     if missing := [index for index, text in enumerate(texts) if not text]:
         raise UserError(f"data.dataset: {name!r}: expected a class for every sample, got none in row {missing[0] + 1}")
     return np.asarray(texts, dtype=object)
-
-
-def _text(value: Any) -> str:
-    """Return the name of a class: `3` for 3 and 3.0, empty for a missing value."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
 
 
 def _numbers(num_classes: int | None, names: Sequence[str]) -> tuple[str, ...] | None:
     """Return 0..num_classes-1 as names if all names are among them."""
     numbers = tuple(map(str, range(num_classes or 0)))
     return numbers if set(names) <= set(numbers) else None
-
-
-def _sorted_names(names: set[str]) -> list[str]:
-    """Return names sorted by number if all are whole numbers, else by letters."""
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else str)
 
 
 def _column(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -29,6 +29,7 @@ from fedekd.data.partition import (
 from fedekd.data.raw import SPLITS
 from fedekd.data.samples import Samples, content_digest
 from fedekd.data.sources import DATA_OPTIONS, load_samples
+from fedekd.data.tables import prepare
 from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
@@ -213,6 +214,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._partition = None if partition is None else _partition_function(partition)
         self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
+        self._transformers: list[Any] = []
 
     def __str__(self) -> str:
         # Lightning's __str__ would load the data, and fail because TensorBatches is not a DataLoader.
@@ -243,10 +245,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         samples = cast(Samples, self._samples)
         if self._clients is None:
             parts = self._parts_of_sites(samples) if self.has_sites else self._parts_of_partition(samples)
-            self._clients = [
+            splits = [
                 split_client(client, part, samples, self.fractions, self.seed, self.splits, name)
                 for client, (name, part) in enumerate(parts)
             ]
+            self._samples, self._clients, self._transformers = prepare(samples, splits)
 
     def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
         """Return the name and the samples of each site."""
@@ -305,7 +308,7 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes or grades."""
+        """Number of classes or grades; 0 for real-valued targets."""
         return self.samples.num_classes
 
     def warnings(self) -> list[str]:
@@ -319,7 +322,7 @@ class FederatedDataModule(lightning.LightningDataModule):
             torch.bincount(labels[torch.cat([part.train, part.validation, part.test])], minlength=self.num_classes)
             for part in self.clients
         ]
-        return np.asarray(torch.stack(counts).numpy())
+        return np.asarray(torch.stack(counts).numpy())[:, : self.num_classes]
 
     def train_dataloader(self) -> TensorBatches:
         """Return training batches `(x, y)`, x in [-1, 1], in a new seeded order per pass."""
@@ -441,7 +444,8 @@ def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str
         samples: The samples.
         clients: Splits of the clients; held-out images are compared with training images of the same client.
     """
-    copies = near_copy_warning(find_near_copies(samples.inputs, clients))
+    is_image = samples.inputs.ndim == 4
+    copies = near_copy_warning(find_near_copies(samples.inputs, clients)) if is_image else None
     return [*samples.warnings, *([] if copies is None else [copies])]
 
 

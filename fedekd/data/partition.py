@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedekd.data.samples import Samples
+from fedekd.data.tables import standardised
 from fedekd.errors import UserError
 from fedekd.global_state import exclusive
 from fedekd.seeding import derive_seed
@@ -364,8 +365,8 @@ def _by_label(images: Samples, num_clients: int, alpha: float, seed: int, min_sa
 
 def _by_cluster(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     # Unscaled pixels: scaling to [-1, 1] would need a copy and changes no cluster.
-    pixels = images.inputs.numpy()
-    return dirichlet_cluster_partition(pixels, num_clients, alpha, seed, min_samples=min_samples)
+    inputs = standardised(images).inputs.numpy()
+    return dirichlet_cluster_partition(inputs, num_clients, alpha, seed, min_samples=min_samples)
 
 
 def _iid(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:

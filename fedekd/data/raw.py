@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class ReadOptions:
     ignored_columns: Sequence[str] | None = None
     categories: Mapping[str, Sequence[Any]] | None = None
     memory_limit: float = 4.0
+    splits: str = "random"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ class RawSamples:
     """N samples of one source.
 
     Args:
-        inputs: Images, shape (N, H, W) or (N, H, W, C): an array of the values in the file, or `ImageFiles`.
+        inputs: Images, shape (N, H, W) or (N, H, W, C): an array of the values in the file, or `ImageFiles`; or a data
+            frame of N rows.
         targets: Labels, shape (N,) or (N, 1): numbers, or names of classes.
         class_names: Names of the classes 0, 1, ... if `targets` are their numbers and the source names them.
         site: Name of the site of each sample, shape (N,), if there is a site column.
@@ -75,3 +77,18 @@ class RawSamples:
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **parts)
+
+
+def text_of(value: Any) -> str:
+    """Return the name of a class or category: `3` for 3 and 3.0, empty if missing."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def sorted_texts(texts: Iterable[str]) -> list[str]:
+    """Return names sorted by number if all are whole numbers, else by letters."""
+    names = list(texts)
+    return sorted(names, key=int if all(name.isdecimal() for name in names) else str)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedekd.data.columns import Column
 from fedekd.data.pixels import byte_warnings, checked_images, to_pixels
 from fedekd.data.raw import SPLITS
 from fedekd.errors import UserError
@@ -30,7 +31,9 @@ class Samples:
 
     Args:
         name: Name of the data set.
-        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous.
+        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous. Of a table: features,
+            float32, shape (N, F); before preprocessing its values, float64, shape (N, columns), with indices of
+            categories and NaN for missing values.
         targets: Classes, int64, or in regression real numbers, float32; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades, whose labels are 0..num_classes-1; 0 if the targets are real numbers.
@@ -40,6 +43,7 @@ class Samples:
         site_names: Names of the sites.
         group: Number of the group of each sample, such as a patient, int64, shape (N,); None without groups.
         ignore_label: Label whose samples were left out. Default None.
+        columns: Feature columns of a table; empty for images.
         warnings: What a user should know of the data; one line each.
     """
 
@@ -54,6 +58,7 @@ class Samples:
     site_names: tuple[str, ...] = ()
     group: Tensor | None = None
     ignore_label: int | None = None
+    columns: tuple[Column, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,11 +82,11 @@ class Samples:
         Args:
             name: Name of the data set.
             images: uint8, or 16-bit or float values in `value_range`, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4
-                channels, at least 8 x 8 pixels.
+                channels, at least 8 x 8 pixels. With the field `columns`: values of a table, shape (N, columns).
             targets: Numbers, shape (N,) or, as in MedMNIST, (N, 1); in classification whole numbers.
             task: `classification` or `regression`.
             num_classes: Number of classes or grades; None for the largest label + 1, or 0 for regression targets that
-                are not whole numbers.
+                are not whole numbers or of a table.
             ignore_label: Samples with this label are left out. Default None.
             value_range: Lowest and highest value of 16-bit and float images; see `to_pixels`. Default None.
             **fields: Other fields of `Samples`; tensors have shape (N,).
@@ -91,7 +96,10 @@ class Samples:
                 largest label seems to mean "unknown" and `num_classes` is None.
         """
         require_task(task)
-        pixels, range_warnings = to_pixels(name, checked_images(name, images), value_range)
+        is_table = bool(fields.get("columns"))
+        pixels, range_warnings = (
+            (images, []) if is_table else to_pixels(name, checked_images(name, images), value_range)
+        )
         values = _checked_targets(name, targets, task == "regression" and num_classes is None)
         if len(pixels) != len(values):
             raise UserError(
@@ -113,15 +121,15 @@ class Samples:
                 pixels, values = pixels[kept], values[kept]
                 mask = torch.from_numpy(kept)
                 fields |= {key: value[mask] for key, value in fields.items() if isinstance(value, Tensor)}
-        if values.dtype.kind == "f":
+        if values.dtype.kind == "f" or (is_table and task == "regression" and num_classes is None):
             num_classes = 0
         else:
             num_classes, gaps = _checked_classes(name, values, targets.dtype, task, num_classes)
             warnings += gaps
-        warnings += [*range_warnings, *byte_warnings(name, pixels)]
+        warnings += [*range_warnings, *([] if is_table else byte_warnings(name, pixels))]
         return cls(
             name=name,
-            inputs=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            inputs=torch.from_numpy(np.ascontiguousarray(pixels if is_table else pixels.transpose(0, 3, 1, 2))),
             targets=torch.from_numpy(values if task == "classification" else values.astype(np.float32)),
             task=task,
             num_classes=num_classes,
@@ -137,6 +145,12 @@ class Samples:
     def input_shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image, or number of features."""
         return tuple(self.inputs.shape[1:])
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of a table's features after preprocessing, as `age` or `sex=1`."""
+        numeric = [column.name for column in self.columns if column.kind == "numeric"]
+        return (*numeric, *(f"{column.name}={text}" for column in self.columns for text in column.categories))
 
     @property
     def labels(self) -> Tensor:

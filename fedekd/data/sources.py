@@ -124,7 +124,7 @@ def load_samples(
     assert name is not None
     folder = Path(root).expanduser()
     path = Path(name).expanduser()
-    is_path = path.suffix == ".npz" or (path.exists() and format_of(path) is not None)
+    is_path = format_of(path) is not None and (path.exists() or path.suffix != "")
     if not is_path:
         path = folder / f"{name}.npz"
     key = path.stem

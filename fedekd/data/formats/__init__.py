@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedekd.data.formats.npz import pool, read_npz
+from fedekd.data.formats.table import is_table_file, read_table
 from fedekd.data.raw import RawSamples, ReadOptions
 from fedekd.errors import UserError, shorten_path
 
@@ -31,6 +32,7 @@ def _read_npz(path: Path, options: ReadOptions) -> RawSamples:
 
 FORMATS = {
     "npz": Format("an .npz file in MedMNIST's layout", lambda path: path.suffix == ".npz", _read_npz),
+    "table": Format("a table in a .csv or .parquet file", is_table_file, read_table),
 }
 """Formats by name; the first that matches a path is used."""
 

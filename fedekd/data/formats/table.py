@@ -1,0 +1,344 @@
+"""Tables: CSV and Parquet files with a target column and feature columns."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fedekd.data.columns import Column
+from fedekd.data.raw import SPLITS, Array, RawSamples, ReadOptions, text_of
+from fedekd.errors import UserError, describe_error, listed, nearest, shorten, shorten_path
+from fedekd.global_state import exclusive
+
+#: Texts that mean a missing value. UCI's tables have `?`.
+MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A")
+
+#: Column of given splits.
+SPLIT_COLUMN = "split"
+
+_SPLIT_NAMES = {**{name: index for index, name in enumerate(SPLITS)}, "validation": SPLITS.index("val")}
+
+#: Before pandas 3.1 the default differs from Parquet's numbers in the last bit.
+_EXACT_NUMBERS: dict[str, Any] = (
+    {"float_precision": "round_trip"} if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
+)
+
+#: Larger numbers have no variance in float64.
+_LARGEST_NUMBER = 1e100
+
+
+def is_table_file(path: Path) -> bool:
+    """Return True for a Parquet file, and for a CSV file without a column `path`."""
+    return path.suffix == ".parquet" or (path.suffix == ".csv" and "path" not in csv_header(path))
+
+
+def csv_header(path: Path) -> list[str]:
+    """Return the names of a CSV file's columns; none if it cannot be read."""
+    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8-sig", newline="") as file:
+        return [name.strip() for name in next(csv.reader(file, skipinitialspace=True), [])]
+    return []
+
+
+def read_table(path: Path, options: ReadOptions) -> RawSamples:
+    """Read a table.
+
+    Text, booleans and `options.categorical_columns` are categories, all other columns numbers. A column that is site,
+    group, split or target, or ignored, is no feature.
+
+    Args:
+        path: A .csv or .parquet file with one row per sample.
+        options: Names of columns, and declared categories.
+
+    Returns:
+        Samples whose inputs are a data frame of float64 columns, NaN where missing, and of columns with texts or None.
+
+    Raises:
+        UserError: If the file cannot be read, a column is missing, or a value is invalid.
+    """
+    frame, where = read_frame(path), _where(path)
+    target = options.target_column or "label"
+    _require_options(path, frame, options, target)
+    split = _split(where, frame, options)
+    roles = {target, options.site_column, options.group_column, *(options.ignored_columns or ())}
+    names = [name for name in frame.columns if name not in roles and (name != SPLIT_COLUMN or split is None)]
+    if not names:
+        raise UserError(f"{where}: expected at least one feature column, got none")
+    features = {name: _feature(where, frame[name], options) for name in names}
+    # pandas would make texts of objects a type of their own.
+    features = {name: pd.Series(values, dtype=values.dtype) for name, values in features.items()}
+    return RawSamples(
+        inputs=pd.DataFrame(features, columns=names),
+        targets=_targets(where, frame[target], options.task == "regression"),
+        site=_names(where, frame, options.site_column, "a site"),
+        group=_names(where, frame, options.group_column, "a group"),
+        split=split,
+    )
+
+
+def read_features(path: Path, columns: Sequence[Column]) -> npt.NDArray[np.float64]:
+    """Read the feature columns of a table without targets, in any order.
+
+    Args:
+        path: A .csv or .parquet file; other columns are ignored.
+        columns: The columns of the training data.
+
+    Returns:
+        Values as in `Samples.inputs` before preprocessing, shape (N, columns).
+
+    Raises:
+        UserError: If the file cannot be read, or a column is missing or has an invalid value.
+    """
+    frame, where = read_frame(path), _where(path)
+    if missing := [column.name for column in columns if column.name not in frame]:
+        raise UserError(
+            f"{where}: expected the columns of the training data, got none named {listed(missing)}."
+            f" {nearest(missing[0], frame.columns)}"
+        )
+    values = []
+    for column in columns:
+        categories = {column.name: column.categories} if column.kind == "categorical" else None
+        part = _feature(where, frame[column.name], ReadOptions(categories=categories))
+        if column.kind == "numeric" and part.dtype == object:
+            row = next(row for row, text in enumerate(part) if text is not None)
+            raise _text_error(where, column.name, part[row], row)
+        values.append(column.code(part) if column.kind == "categorical" else part)
+    return np.stack(values, axis=1)
+
+
+def read_frame(path: Path) -> Any:
+    """Read a CSV or Parquet file as a data frame with stripped names of columns.
+
+    Raises:
+        UserError: If it is missing, cannot be read, has no rows, or has a column without a name or a name twice.
+    """
+    where = _where(path)
+    if not path.is_file():
+        raise UserError(f"{where}: expected a .csv or .parquet file, got no file")
+    try:
+        frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    except UserError:
+        raise
+    except Exception as error:  # pandas and pyarrow raise various errors for a corrupt file
+        raise UserError(
+            f"{where} cannot be read: {describe_error(error)}. Expected comma-separated text in UTF-8, or Parquet"
+        ) from error
+    names = [str(name).strip() for name in frame.columns]
+    if "" in names:
+        raise UserError(
+            f"{where}: expected a name for every column, got none for column {names.index('') + 1}. Leave out the index"
+            " of a data frame by to_csv(index=False)"
+        )
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: expected different names of columns, got {repeated[0]!r} twice")
+    if not len(frame):
+        raise UserError(f"{where}: expected at least one row, got none")
+    return frame.set_axis(names, axis=1)
+
+
+def _read_csv(path: Path) -> Any:
+    # The filters belong to the process; pandas only warns of rows that are longer than the header.
+    with exclusive(), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.read_csv(
+            path,
+            header=0,
+            names=_renamed(csv_header(path)),
+            index_col=False,
+            skipinitialspace=True,
+            keep_default_na=False,
+            na_values=list(MISSING),
+            **_EXACT_NUMBERS,
+            low_memory=False,  # one type per column
+            encoding="utf-8-sig",
+        ).set_axis(csv_header(path), axis=1)
+
+
+def _renamed(header: Sequence[str]) -> list[int]:
+    # pandas accepts no name twice; `read_frame` reports it.
+    return list(range(len(header)))
+
+
+def _read_parquet(path: Path) -> Any:
+    try:
+        import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{_where(path)}: expected the package pyarrow to read Parquet, got none. pip install 'fedekd[parquet]'"
+        ) from error
+    return pd.read_parquet(path, engine="pyarrow").reset_index(drop=True)
+
+
+def _where(path: Path) -> str:
+    return f"data.dataset: '{shorten_path(path)}'"
+
+
+def _require_options(path: Path, frame: Any, options: ReadOptions, target: str) -> None:
+    """Check that all columns that the options name are in the table.
+
+    Raises:
+        UserError: Names the first that is not, with the nearest name.
+    """
+    named: list[tuple[str, Iterable[str]]] = [
+        ("target_column", [target]),
+        ("site_column", [options.site_column] if options.site_column else []),
+        ("group_column", [options.group_column] if options.group_column else []),
+        ("categorical_columns", options.categorical_columns or ()),
+        ("ignored_columns", options.ignored_columns or ()),
+        ("categories", options.categories or ()),
+    ]
+    for option, names in named:
+        for name in names:
+            if name not in frame:
+                raise UserError(
+                    f"data.{option}: expected a column of '{shorten_path(path)}', got {shorten(repr(name))}."
+                    f" {nearest(name, frame.columns)}"
+                )
+
+
+def _split(where: str, frame: Any, options: ReadOptions) -> npt.NDArray[np.int8] | None:
+    """Return the given split of each row; None if the table has none.
+
+    Raises:
+        UserError: If splits are required, and a value is not the name of one.
+    """
+    if SPLIT_COLUMN not in frame:
+        return None
+    texts = [(text or "").lower() for text in _texts(frame[SPLIT_COLUMN])]
+    wrong = [row for row, text in enumerate(texts) if text not in _SPLIT_NAMES]
+    if wrong and options.splits != "given":
+        return None  # a feature of that name
+    if wrong:
+        raise UserError(
+            f"{where}: column {SPLIT_COLUMN!r}: expected train, val or test, got {shorten(repr(texts[wrong[0]]))} in"
+            f" row {wrong[0] + 1}"
+        )
+    return np.asarray([_SPLIT_NAMES[text] for text in texts], dtype=np.int8)
+
+
+def _names(where: str, frame: Any, name: str | None, kind: str) -> Array | None:
+    """Return a column of names; None if no column is given."""
+    if name is None:
+        return None
+    texts = np.asarray(_texts(frame[name]), dtype=object)
+    _require_complete(where, name, [text is None for text in texts], kind)
+    return texts
+
+
+def _targets(where: str, series: Any, is_regression: bool) -> Array:
+    """Return targets as numbers, or as texts if they are names of classes.
+
+    Raises:
+        UserError: If a target is missing, or text in regression.
+    """
+    values = _plain(series)
+    _require_complete(where, str(series.name), [value is None for value in values], "a target")
+    if series.dtype.kind in "biuf":
+        return np.asarray(series.to_numpy(dtype=np.float64 if series.dtype.kind == "f" else np.int64))
+    numbers = [_number(value) for value in values]
+    if None not in numbers:
+        return np.asarray(numbers, dtype=np.float64)
+    if is_regression:
+        row = numbers.index(None)
+        raise _text_error(where, str(series.name), values[row], row, "Correct it, or set --task classification")
+    return np.asarray(_texts(series), dtype=object)
+
+
+def _require_complete(where: str, name: str, missing: Sequence[bool], kind: str) -> None:
+    if any(missing):
+        raise UserError(
+            f"{where}: column {name!r}: expected {kind} in every row, got none in row {list(missing).index(True) + 1}"
+            f" ({sum(missing)} rows in all). Fill it in, or leave out the rows"
+        )
+
+
+def _feature(where: str, series: Any, options: ReadOptions) -> Array:
+    """Return a column as float64 with NaN, or as texts and None.
+
+    Raises:
+        UserError: If a value is infinite, text among numbers, a date, or an unknown category.
+    """
+    name, categories = str(series.name), (options.categories or {}).get(series.name)
+    if series.dtype.kind in "mM":
+        raise UserError(
+            f"{where}: column {name!r}: expected numbers, text or booleans, got dates. Leave it out by"
+            " --data.ignored_columns"
+        )
+    if categories is not None or series.name in (options.categorical_columns or ()):
+        return _categories(where, name, _texts(series), categories)
+    if series.dtype.kind == "b" or isinstance(series.dtype, pd.CategoricalDtype):
+        return _categories(where, name, _texts(series), None)
+    if series.dtype.kind in "iuf":
+        return _finite(where, name, series.to_numpy(dtype=np.float64, na_value=np.nan))
+    values = _plain(series)
+    numbers = [math.nan if value is None else _number(value) for value in values]
+    texts = [row for row, number in enumerate(numbers) if number is None]
+    if not texts:
+        return _finite(where, name, np.asarray(numbers, dtype=np.float64))
+    present = sum(value is not None for value in values)
+    if len(texts) < present / 2:
+        raise _text_error(where, name, values[texts[0]], texts[0])
+    return np.asarray(_texts(series), dtype=object)
+
+
+def _categories(where: str, name: str, texts: list[str | None], categories: Iterable[Any] | None) -> Array:
+    if categories is not None:
+        known = {None, *(text_of(value) for value in categories)}
+        if unknown := [row for row, text in enumerate(texts) if text not in known]:
+            raise UserError(
+                f"{where}: column {name!r}: expected one of {listed(text for text in known if text)}, got"
+                f" {shorten(repr(texts[unknown[0]]))} in row {unknown[0] + 1}. Correct it or --data.categories"
+            )
+    return np.asarray(texts, dtype=object)
+
+
+def _finite(where: str, name: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if len(wrong := np.flatnonzero(np.abs(values) > _LARGEST_NUMBER)):
+        raise UserError(
+            f"{where}: column {name!r}: expected finite numbers up to {_LARGEST_NUMBER:g}, got {values[wrong[0]]:g} in"
+            f" row {wrong[0] + 1}. Leave it empty if it is missing"
+        )
+    return values
+
+
+def _text_error(
+    where: str,
+    name: str,
+    value: Any,
+    row: int,
+    hint: str = "Correct it, or add the column to --data.categorical_columns",
+) -> UserError:
+    return UserError(f"{where}: column {name!r}: expected numbers, got {shorten(repr(value))} in row {row + 1}. {hint}")
+
+
+def _plain(series: Any) -> list[Any]:
+    """Return the values of a column, texts stripped, None where missing."""
+    values = [value.strip() if isinstance(value, str) else value for value in series.astype(object).tolist()]
+    missing = series.isna().tolist()
+    return [
+        None if gone or (isinstance(value, str) and value in MISSING) else value
+        for value, gone in zip(values, missing, strict=True)
+    ]
+
+
+def _texts(series: Any) -> list[str | None]:
+    """Return the values of a column as texts, None where missing."""
+    return [None if value is None else text_of(value) for value in _plain(series)]
+
+
+def _number(value: Any) -> float | None:
+    """Return a value as a number; None if it is text or a boolean."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
