@@ -76,7 +76,7 @@ def join_tables(
 
 
 def _texts(parts: Mapping[str | None, Array], column: Column) -> list[Array]:
-    """Return the values of each source; an empty categorical column is read as numbers."""
+    """Return the values of each source; numbers of an empty column become None."""
     if column.kind == "numeric":
         return list(parts.values())
     return [part if part.dtype == object else np.full(len(part), None, object) for part in parts.values()]

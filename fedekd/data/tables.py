@@ -65,7 +65,7 @@ def is_unprepared_table(samples: Samples) -> bool:
 
 
 def standardised(samples: Samples) -> Samples:
-    """Return a table without missing values, fitted on all its rows; images unchanged."""
+    """Return a table without missing values, fitted on all rows; images as is."""
     if not is_unprepared_table(samples):
         return samples
     values = samples.inputs.numpy()

@@ -169,7 +169,7 @@ def _renamed(header: Sequence[str]) -> list[int]:
 
 def _read_parquet(path: Path) -> Any:
     try:
-        import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]  # noqa: F401
+        import pyarrow  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"{_where(path)}: expected the package pyarrow to read Parquet, got none. pip install 'fedekd[parquet]'"
