@@ -53,6 +53,7 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     split = None if any(part.split is None for part in parts) else np.concatenate([part.split for part in parts])
     if options.site_column == SPLIT_COLUMN:
         split = None
+    group, group_names = _groups(sources, options)
     samples = Samples.from_arrays(
         name,
         inputs,
@@ -64,7 +65,8 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
         split=_tensor(split),
         site=_tensor(site),
         site_names=site_names,
-        group=_tensor(_groups(sources, options)),
+        group=_tensor(group),
+        group_names=group_names,
         columns=columns,
         warnings=tuple(warnings),
     )
@@ -122,19 +124,22 @@ def _sites(
     return site.astype(np.int64), tuple(require_site_name(str(name)) for name in names)
 
 
-def _groups(sources: Mapping[str | None, RawSamples], options: ReadOptions) -> npt.NDArray[np.int64] | None:
-    """Return the group of each sample; groups of two sources differ."""
+def _groups(
+    sources: Mapping[str | None, RawSamples], options: ReadOptions
+) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return the group of each sample, and the names; groups of two sources differ."""
     if options.group_column is None:
-        return None
-    numbers, first = [], 0
+        return None, ()
+    numbers: list[npt.NDArray[np.int64]] = []
+    names: list[str] = []
     for site, part in sources.items():
         if part.group is None:
             where = "the data" if site is None else f"site {site!r}"
             raise UserError(f"data.group_column: expected a column or array of {where}, got {options.group_column!r}")
         values, number = np.unique(part.group.astype(str), return_inverse=True)
-        numbers.append(number.astype(np.int64) + first)
-        first += len(values)
-    return np.concatenate(numbers)
+        numbers.append(number.astype(np.int64) + len(names))
+        names += values.tolist()
+    return np.concatenate(numbers), tuple(names)
 
 
 def _targets(

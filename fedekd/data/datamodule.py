@@ -28,6 +28,7 @@ from fedekd.data.partition import (
 )
 from fedekd.data.raw import SPLITS
 from fedekd.data.samples import Samples, content_digest
+from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
 from fedekd.data.tables import prepare
 from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten
@@ -313,7 +314,12 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def warnings(self) -> list[str]:
         """Return what a user should know of the data before training, as lines."""
-        return data_warnings(self.samples, self.clients)
+        lines = data_warnings(self.samples, self.clients)
+        if not self.has_sites:
+            return lines
+        counts = self.class_counts() if self.task == "classification" else np.zeros((len(self.clients), 0))
+        tests = [len(splits.test) for splits in self.clients]
+        return lines + site_warnings(self.samples.site_names, counts, self.samples.class_names, tests)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""
@@ -415,10 +421,10 @@ def _given_splits(
     if groups is not None:
         for one, other in combinations((train, validation, test), 2):
             if shared := np.intersect1d(groups[one], groups[other]).tolist():
-                row = int(one[groups[one] == shared[0]][0])
+                name = samples.group_names[shared[0]] if samples.group_names else str(shared[0])
                 raise UserError(
                     f"data.splits: {where}: expected each group in one split, got {len(shared)} groups in two, such as"
-                    f" that of sample {row}. Use random splits"
+                    f" {shorten(repr(name))}. Use random splits"
                 )
     return train, validation, test
 
@@ -444,8 +450,9 @@ def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str
         samples: The samples.
         clients: Splits of the clients; held-out images are compared with training images of the same client.
     """
-    is_image = samples.inputs.ndim == 4
-    copies = near_copy_warning(find_near_copies(samples.inputs, clients)) if is_image else None
+    copies = None
+    if samples.inputs.ndim == 4:  # images
+        copies = near_copy_warning(find_near_copies(samples.inputs, clients), clients, samples.group is not None)
     return [*samples.warnings, *([] if copies is None else [copies])]
 
 

@@ -75,8 +75,17 @@ def find_near_copies(
     return rows
 
 
-def near_copy_warning(found: Iterable[NearCopies]) -> str | None:
-    """Return one line on the clients with many near-copies; None without any."""
+def near_copy_warning(
+    found: Iterable[NearCopies], clients: Iterable[ClientSplits] = (), has_groups: bool = False
+) -> str | None:
+    """Return one line on the clients with many near-copies; None without any.
+
+    Args:
+        found: Near-copies of each client.
+        clients: The clients, which may be sites with names. Default: clients have numbers.
+        has_groups: No group is in two splits already.
+    """
+    sites = {splits.client: repr(splits.name) for splits in clients if splits.name is not None}
     found = list(found)
     many = [row for row in found if _has_many(row.copies, row.checked)]
     if not many:  # with some hundred clients only a few images of each are compared
@@ -84,12 +93,16 @@ def near_copy_warning(found: Iterable[NearCopies]) -> str | None:
             return None
         many = found
     copies, checked = sum(row.copies for row in many), sum(row.checked for row in many)
-    named = [str(row.client) for row in many if row.copies]
+    named = [sites.get(row.client, str(row.client)) for row in many if row.copies]
     names = ", ".join(named[:10]) + (", ..." if len(named) > 10 else "")
     return (
         f"data.dataset: {copies} of {checked} compared validation and test images are near-copies of training images of"
-        f" the same client (clients {names}); their scores are too high. Keep all images of a patient in one split:"
-        " remove the copies, or give one image per patient"
+        f" the same client ({'sites' if sites else 'clients'} {names}); their scores are too high. "
+        + (
+            "They are in different groups: remove the copies, or correct the groups"
+            if has_groups
+            else "Keep all images of a patient in one split by --data.group_column, or remove the copies"
+        )
     )
 
 

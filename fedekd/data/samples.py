@@ -42,6 +42,7 @@ class Samples:
         site: Site of each sample, index into `site_names`, int64, shape (N,); None without sites.
         site_names: Names of the sites.
         group: Number of the group of each sample, such as a patient, int64, shape (N,); None without groups.
+        group_names: Names of the groups in the data; two sites may have the same name for different groups.
         ignore_label: Label whose samples were left out. Default None.
         columns: Feature columns of a table; empty for images.
         warnings: What a user should know of the data; one line each.
@@ -57,6 +58,7 @@ class Samples:
     site: Tensor | None = None
     site_names: tuple[str, ...] = ()
     group: Tensor | None = None
+    group_names: tuple[str, ...] = ()
     ignore_label: int | None = None
     columns: tuple[Column, ...] = ()
     warnings: tuple[str, ...] = ()
