@@ -37,7 +37,7 @@ def site_warnings(
     lines = []
     if missing.any():
         lacking = [
-            f"{names[site]!r} ({listed(shorten(class_names[label], _LONGEST_CLASS) for label in np.flatnonzero(row))})"
+            f"{names[site]!r} ({listed(shorten(class_names[label], _LONGEST_CLASS) for label in np.flatnonzero(row).tolist())})"
             for site, row in enumerate(missing)
             if row.any()
         ]
@@ -45,7 +45,5 @@ def site_warnings(
             f"data.sites: {len(lacking)} of {len(names)} sites lack classes that others have: {listed(lacking)}"
         )
     if few := [f"{name!r} ({size})" for name, size in zip(names, test_sizes, strict=True) if size < FEW_SAMPLES]:
-        lines.append(
-            f"data.sites: fewer than {FEW_SAMPLES} test samples, so that scores are imprecise: {listed(few)}"
-        )
+        lines.append(f"data.sites: fewer than {FEW_SAMPLES} test samples, so that scores are imprecise: {listed(few)}")
     return lines

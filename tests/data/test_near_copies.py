@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedekd.data import FederatedDataModule, Samples, data_warnings
-from fedekd.data.near_copies import MAX_SHARE, MIN_COPIES, find_near_copies, near_copy_warning
+from fedekd.data.near_copies import MAX_SHARE, MIN_COPIES, NearCopies, find_near_copies, near_copy_warning
 
 
 def scans(patients: int, per_patient: int, size: int = 28) -> npt.NDArray[np.uint8]:
@@ -98,6 +98,14 @@ def test_copies_at_many_small_clients_are_reported_together(per_patient: int, wa
     if line is not None:
         assert ", ...)" in line
         assert len(line) <= 400
+
+
+def test_near_copy_warning_with_groups_does_not_advise_them():
+    clients: list[Any] = [SimpleNamespace(client=4, name="Zürich")]
+    advice = {has: near_copy_warning([NearCopies(4, 9, 10)], clients, has) or "" for has in (False, True)}
+    assert all("(sites 'Zürich')" in line for line in advice.values())
+    assert "--data.group_column" in advice[False]
+    assert "--data.group_column" not in advice[True]
 
 
 def test_compared_images_are_thinned_before_they_are_copied() -> None:
