@@ -18,7 +18,7 @@ _LONGEST_CLASS = 24
 def site_warnings(
     names: Sequence[str], class_counts: npt.ArrayLike, class_names: Sequence[str], test_sizes: Sequence[int]
 ) -> list[str]:
-    """Return a line on sites without some classes, and one on sites with few test samples.
+    """Return a line on missing classes of sites, and one on few test samples.
 
     Args:
         names: Names of the sites.
@@ -36,11 +36,11 @@ def site_warnings(
     missing = (counts == 0) & (counts.sum(axis=0) > 0)
     lines = []
     if missing.any():
-        lacking = [
-            f"{names[site]!r} ({listed(shorten(class_names[label], _LONGEST_CLASS) for label in np.flatnonzero(row).tolist())})"
-            for site, row in enumerate(missing)
-            if row.any()
-        ]
+        lacking = []
+        for site in np.flatnonzero(missing.any(axis=1)).tolist():
+            labels = np.flatnonzero(missing[site]).tolist()
+            classes = listed(shorten(class_names[label], _LONGEST_CLASS) for label in labels)
+            lacking.append(f"{names[site]!r} ({classes})")
         lines.append(
             f"data.sites: {len(lacking)} of {len(names)} sites lack classes that others have: {listed(lacking)}"
         )
