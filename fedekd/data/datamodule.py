@@ -99,9 +99,9 @@ class FederatedDataModule(lightning.LightningDataModule):
     of one client, to a Lightning Trainer.
 
     Args:
-        dataset: Name of a data set (digits, fashionmnist, cifar10, cifar100, tinyimagenet, diabetic_retinopathy, or a
-            2D flag of MedMNIST such as retinamnist or organamnist_64), or path of a file or folder. Default: the data
-            are in sites.
+        dataset: Name of a data set (digits, heart_disease, fashionmnist, cifar10, cifar100, tinyimagenet,
+            diabetic_retinopathy, or a 2D flag of MedMNIST such as retinamnist or organamnist_64), or path of a file or
+            folder. Default: the data are in sites.
         num_clients: Number of clients of a partition, at least 1. Not used with sites.
         alpha: Concentration of the Dirichlet partition, above 0. Smaller values give more different clients. Not used
             with sites.

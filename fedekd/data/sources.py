@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from functools import cache, partial
 from hashlib import md5
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,15 +58,31 @@ class Source(NamedTuple):
 
     Attributes:
         task: Task of the data set.
-        num_classes: Number of classes or grades.
-        load: `(name, root, download) -> splits or samples`; may raise the errors of `_FAILURES`.
+        num_classes: Number of classes or grades; None if it follows from the data.
+        load: `(name, root, download) -> splits or samples`, which may raise the errors of `_FAILURES`; or a file of the
+            package.
         by_hand: Where under the root the package looks for files that were placed by hand.
+        options: Fields of `ReadOptions` for a file of the package.
     """
 
     task: Task
-    num_classes: int
-    load: Callable[[str, Path, bool], Splits | RawSamples]
+    num_classes: int | None
+    load: Callable[[str, Path, bool], Splits | RawSamples] | Path
     by_hand: str = ""
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def complete(self, read: ReadOptions) -> ReadOptions:
+        """Return options with task and number of classes, if none are given."""
+        inferred = read.num_classes is None and read.classes is None
+        return replace(
+            read,
+            task=read.task or self.task,
+            num_classes=self.num_classes if inferred else read.num_classes,
+        )
+
+    def with_columns(self, read: ReadOptions) -> ReadOptions:
+        """Return options with `options` where none are given."""
+        return replace(read, **{name: value for name, value in self.options.items() if getattr(read, name) is None})
 
 
 def load_samples(
@@ -84,7 +101,8 @@ def load_samples(
         name: Path of a file or folder in one of `FORMATS`, or a name. A name is first searched as ROOT/NAME.npz, then
             loaded by a package: `digits` (scikit-learn), `fashionmnist`, `cifar10` and `cifar100` (torchvision), each
             2D flag of MedMNIST (`retinamnist`, `organamnist_64`, ...), `diabetic_retinopathy` (MedIMeta),
-            `tinyimagenet` (the folder `tiny-imagenet-200`, unzipped by hand). None with `sites`.
+            `tinyimagenet` (the folder `tiny-imagenet-200`, unzipped by hand), `heart_disease` (a table of this
+            package). None with `sites`.
         root: Folder of the data files. Default `data`.
         task: `classification` or `regression`. None (default): the task of the data set; `classification` for other
             files.
@@ -131,20 +149,19 @@ def load_samples(
     source = SOURCES.get(key) or _medmnist_sources().get(key)
     if source is None and not is_path and key in _refused():
         raise UserError(f"data.dataset: {name!r} is not supported: {_refused()[key]}")
+    if source is not None:
+        read = source.complete(read)
     if is_path or path.is_file():
         raw = read_path(path, read)
+    elif source is not None and isinstance(source.load, Path):
+        read = source.with_columns(read)
+        raw = read_path(source.load, read)
     elif source is not None:
         raw = _from_package(name, source, folder, download)
     else:
         raise UserError(
             f"data.dataset: expected a known name or the path of an .npz file, got {shorten(repr(name))} (file"
             f" '{shorten_path(path)}' not found). {_hint(name)}"
-        )
-    if source is not None:
-        read = replace(
-            read,
-            task=task or source.task,
-            num_classes=source.num_classes if num_classes is None and read.classes is None else num_classes,
         )
     return assemble(key, {None: raw}, read)
 
@@ -288,6 +305,7 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
 
 
 def _from_package(name: str, source: Source, root: Path, download: bool) -> RawSamples:
+    assert not isinstance(source.load, Path)
     try:
         splits = source.load(name, root, download)
     except UserError:
@@ -337,6 +355,8 @@ def _hint(name: str) -> str:
     return nearest(name, [*SOURCES, *known])
 
 
+_FILES = Path(__file__).resolve().parent / "files"
+
 SOURCES = {
     "digits": Source("classification", 10, _digits),
     "fashionmnist": Source("classification", 10, partial(_torchvision, "FashionMNIST"), "FashionMNIST/raw/*-ubyte"),
@@ -344,5 +364,15 @@ SOURCES = {
     "cifar100": Source("classification", 100, partial(_torchvision, "CIFAR100"), "cifar-100-python/*"),
     "tinyimagenet": Source("classification", NUM_CLASSES, _tiny_imagenet, "tiny-imagenet-200/*"),
     "diabetic_retinopathy": Source("regression", 5, _medimeta, "MedIMeta/dr_regular/*"),
+    "heart_disease": Source(
+        "classification",
+        None,
+        _FILES / "heart_disease.csv",
+        options={
+            "target_column": "disease",
+            "categorical_columns": ("sex", "cp", "fbs", "restecg", "exang", "slope", "thal"),
+            "ignored_columns": ("site",),
+        },
+    ),
 }
 """Known names in addition to MedMNIST's flags. A new data set is one function and one row."""

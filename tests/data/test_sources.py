@@ -309,7 +309,7 @@ def test_download_tries_each_mirror_and_names_the_network(tmp_path: Path, monkey
         ("cifra10", ["got 'cifra10'", "cifra10.npz", "Did you mean 'cifar10'?"]),
         ("tiny-imagenet", ["Did you mean 'tinyimagenet'?"]),
         ("organmnist", ["Did you mean 'organ"]),
-        ("zzz", ["Choose from: bloodmnist, ", "(17 in all)"]),
+        ("zzz", ["Choose from: bloodmnist, ", "(18 in all)"]),
         ("chestmnist", ["'chestmnist' is not supported", "multi-label"]),
         ("chestmnist_128", ["multi-label"]),
         ("nodulemnist3d", ["'nodulemnist3d' is not supported", "volumes"]),

@@ -1,0 +1,1 @@
+"""Data sets whose sites are real hospitals or regions."""
