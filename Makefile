@@ -63,13 +63,13 @@ PYTHON_GPU ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 	$(PYTHON_GPU) -m perf.gpu $(ARGS)
 
-# Ray and Flower are large and optional; without them their tests are skipped.
+# Ray, Flower and Hugging Face datasets are optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf]'
 	touch $@
 
-## extras: install Ray and Flower, for clusters and for real sites
+## extras: install Ray, Flower and Hugging Face datasets, for clusters, real sites and hf:NAME
 .PHONY: extras
 extras: $(EXTRAS)
 
@@ -94,10 +94,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
-## test-extras: run the tests of Ray and Flower
+## test-extras: run the tests of Ray, Flower and Hugging Face datasets
 .PHONY: test-extras
 test-extras: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf" tests $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint

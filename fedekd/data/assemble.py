@@ -14,14 +14,11 @@ from torch import Tensor
 from fedekd.data.columns import Column, is_table, join_tables
 from fedekd.data.formats.image_files import with_channels
 from fedekd.data.pixels import to_pixels, widened
-from fedekd.data.raw import SPLITS, RawSamples, ReadOptions, sorted_texts, text_of
-from fedekd.data.samples import Samples
+from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, sorted_texts, text_of
+from fedekd.data.samples import Samples, one_column
 from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, listed, shorten
 from fedekd.tasks import Task
-
-SPLIT_COLUMN = "split"
-"""Value of `data.site_column` that makes the given splits the sites."""
 
 _IGNORED = "\0ignored"  # in place of the name of a class
 
@@ -149,7 +146,7 @@ def _targets(
 
     Targets are names if a source has names of classes or targets that are text, or `data.classes` is given.
     """
-    arrays = [_column(part.targets) for part in parts]
+    arrays = [one_column(name, part.targets) for part in parts]
     is_named = task == "classification" and any(
         part.class_names or array.dtype.kind in "OUS" for part, array in zip(parts, arrays, strict=True)
     )
@@ -207,11 +204,6 @@ def _numbers(num_classes: int | None, names: Sequence[str]) -> tuple[str, ...] |
     """Return 0..num_classes-1 as names if all names are among them."""
     numbers = tuple(map(str, range(num_classes or 0)))
     return numbers if set(names) <= set(numbers) else None
-
-
-def _column(targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return targets of shape (N, 1) as shape (N,)."""
-    return targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
 
 
 def _tensor(array: npt.NDArray[Any] | None) -> Tensor | None:

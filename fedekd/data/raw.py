@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ SPLITS = ("train", "val", "test")
 
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 """Index into `SPLITS` by the names, in small letters, that data have for splits."""
+
+SPLIT_COLUMN = "split"
+"""Name of the column or array of given splits; as `data.site_column` it makes the splits the sites."""
 
 Array = npt.NDArray[Any]
 
@@ -92,3 +95,17 @@ def sorted_texts(texts: Iterable[str]) -> list[str]:
     """Return names sorted by number if all are whole numbers, else by letters."""
     names = list(texts)
     return sorted(names, key=int if all(name.isdecimal() for name in names) else str)
+
+
+class Unlabelled(NamedTuple):
+    """Images without labels.
+
+    Attributes:
+        inputs: As in `RawSamples`.
+        names: Name of the file of each image; None where there are no files.
+        warnings: What a user should know of the images; one line each.
+    """
+
+    inputs: Any
+    names: list[str] | None
+    warnings: tuple[str, ...]

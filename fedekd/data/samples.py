@@ -16,7 +16,7 @@ from torch import Tensor
 from fedekd.data.columns import Column
 from fedekd.data.pixels import byte_warnings, checked_images, to_pixels
 from fedekd.data.raw import SPLITS
-from fedekd.errors import UserError
+from fedekd.errors import UserError, shorten
 from fedekd.tasks import Task, require_task
 
 #: Labels that usually mean "unknown", in addition to the largest value of the array's type.
@@ -226,8 +226,12 @@ def _num_classes(name: str, labels: npt.NDArray[np.int64], dtype: np.dtype[Any])
     return highest + 1
 
 
-def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) -> npt.NDArray[Any]:
-    """Return valid targets, shape (N,): int64, or float64 if not all are whole."""
+def one_column(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return targets of shape (N, 1) as shape (N,).
+
+    Raises:
+        UserError: If there are several columns, such as one-hot labels.
+    """
     if targets.ndim == 2 and targets.shape[1] == 1:
         targets = targets[:, 0]
     if targets.ndim != 1:
@@ -236,9 +240,15 @@ def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) ->
             f" {targets.shape}. Convert one-hot labels with labels.argmax(axis=1); several labels per sample"
             " are not supported"
         )
+    return targets
+
+
+def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) -> npt.NDArray[Any]:
+    """Return valid targets, shape (N,): int64, or float64 if not all are whole."""
+    targets = one_column(name, targets)
     allowed = "finite numbers" if may_be_real else "whole numbers"
     if targets.dtype.kind not in "biuf":
-        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {targets.dtype}")
+        raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {_kind(targets)}")
     whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
     valid = np.isfinite(targets) if may_be_real else whole
     if not valid.all():
@@ -246,6 +256,10 @@ def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) ->
         hint = "" if may_be_real or not np.isfinite(value) else ". For real-valued targets set --data.task regression"
         raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {value}{hint}")
     return targets.astype(np.int64 if whole.all() else np.float64)
+
+
+def _kind(targets: npt.NDArray[Any]) -> str:
+    return shorten(repr(targets[0])) if targets.dtype == object and len(targets) else str(targets.dtype)
 
 
 def _checked_classes(

@@ -142,11 +142,11 @@ def load_samples(
     assert name is not None
     folder = Path(root).expanduser()
     path = Path(name).expanduser()
-    is_path = format_of(path) is not None and (path.exists() or path.suffix != "")
+    is_path = format_of(path) is not None
     if not is_path:
         path = folder / f"{name}.npz"
     key = path.stem
-    source = SOURCES.get(key) or _medmnist_sources().get(key)
+    source = (SOURCES.get(key) or _medmnist_sources().get(key)) if path.suffix == ".npz" else None
     if source is None and not is_path and key in _refused():
         raise UserError(f"data.dataset: {name!r} is not supported: {_refused()[key]}")
     if source is not None:
@@ -156,11 +156,13 @@ def load_samples(
     elif source is not None and isinstance(source.load, Path):
         read = source.with_columns(read)
         raw = read_path(source.load, read)
+    elif source is None and Path(name).expanduser().exists():
+        raw = read_path(Path(name).expanduser(), read)  # raises the error for an unknown format
     elif source is not None:
-        raw = _from_package(name, source, folder, download)
+        raw = _from_package(name, source, folder, download, read)
     else:
         raise UserError(
-            f"data.dataset: expected a known name or the path of an .npz file, got {shorten(repr(name))} (file"
+            f"data.dataset: expected a known name or the path of a file or folder, got {shorten(repr(name))} (file"
             f" '{shorten_path(path)}' not found). {_hint(name)}"
         )
     return assemble(key, {None: raw}, read)
@@ -304,7 +306,7 @@ def _medimeta(name: str, root: Path, download: bool) -> Splits:
     return splits
 
 
-def _from_package(name: str, source: Source, root: Path, download: bool) -> RawSamples:
+def _from_package(name: str, source: Source, root: Path, download: bool, options: ReadOptions) -> RawSamples:
     assert not isinstance(source.load, Path)
     try:
         splits = source.load(name, root, download)
@@ -317,7 +319,7 @@ def _from_package(name: str, source: Source, root: Path, download: bool) -> RawS
             f"data.dataset: cannot read {name!r} in data.root, and {reason} ({describe_error(error, 115)})."
             f" Place it as '{shorten_path(root / name)}.npz' in MedMNIST's layout{by_hand}."
         ) from error
-    return splits if isinstance(splits, RawSamples) else pool(name, splits)
+    return splits if isinstance(splits, RawSamples) else pool(name, splits, options)
 
 
 def _download(urls: Sequence[str], path: Path, digest: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedekd.data.formats.npz import pool, read_npz
+from fedekd.data.formats.hugging_face import is_hugging_face, read_hugging_face, read_unlabelled_hugging_face
+from fedekd.data.formats.image_folder import is_image_folder, read_image_folder, read_unlabelled_folder
+from fedekd.data.formats.manifest import is_manifest, read_manifest, read_unlabelled_manifest
+from fedekd.data.formats.npz import read_arrays, read_unlabelled_arrays
 from fedekd.data.formats.table import is_table_file, read_table
-from fedekd.data.raw import RawSamples, ReadOptions
+from fedekd.data.formats.volumes import is_volume, refuse_volume
+from fedekd.data.raw import RawSamples, ReadOptions, Unlabelled
 from fedekd.errors import UserError, shorten_path
 
 
@@ -16,23 +20,29 @@ class Format(NamedTuple):
     """One row of `FORMATS`.
 
     Attributes:
-        title: What it is, for error messages.
+        title: What it is, for error messages; empty for what is refused.
         matches: Whether a path, which may not exist, has this format.
         read: Returns the samples of a file or folder.
+        read_unlabelled: Returns the images of a file or folder whose labels may be missing. None: it has no images.
     """
 
     title: str
     matches: Callable[[Path], bool]
     read: Callable[[Path, ReadOptions], RawSamples]
-
-
-def _read_npz(path: Path, options: ReadOptions) -> RawSamples:
-    return pool(path.stem, read_npz(path))
+    read_unlabelled: Callable[[Path, ReadOptions], Unlabelled] | None = None
 
 
 FORMATS = {
-    "npz": Format("an .npz file in MedMNIST's layout", lambda path: path.suffix == ".npz", _read_npz),
+    "npz": Format("an .npz file", lambda path: path.suffix == ".npz", read_arrays, read_unlabelled_arrays),
+    "hugging_face": Format(
+        "hf:NAME of a Hugging Face dataset", is_hugging_face, read_hugging_face, read_unlabelled_hugging_face
+    ),
+    "image_folder": Format(
+        "a folder with images in a subfolder per class", is_image_folder, read_image_folder, read_unlabelled_folder
+    ),
+    "manifest": Format("a CSV file with a column path", is_manifest, read_manifest, read_unlabelled_manifest),
     "table": Format("a table in a .csv or .parquet file", is_table_file, read_table),
+    "volume": Format("", is_volume, refuse_volume, refuse_volume),
 }
 """Formats by name; the first that matches a path is used."""
 
@@ -50,6 +60,23 @@ def read_path(path: Path, options: ReadOptions) -> RawSamples:
     """
     row = format_of(path)
     if row is None:
-        known = ", ".join(row.title for row in FORMATS.values())
-        raise UserError(f"data.dataset: expected {known}, got '{shorten_path(path)}'")
+        raise _unknown(path, FORMATS.values())
     return row.read(path, options)
+
+
+def read_unlabelled(path: Path, options: ReadOptions) -> Unlabelled:
+    """Read the images of a file or folder in any known format that has images.
+
+    Raises:
+        UserError: If its format is unknown, or it is missing, corrupt or not as the options describe.
+    """
+    row = format_of(path)
+    if row is None or row.read_unlabelled is None:
+        raise _unknown(path, (row for row in FORMATS.values() if row.read_unlabelled is not None))
+    return row.read_unlabelled(path, options)
+
+
+def _unknown(path: Path, rows: Iterable[Format]) -> UserError:
+    known = "; ".join(row.title for row in rows if row.title)
+    found = "" if path.exists() else ", which does not exist"
+    return UserError(f"data.dataset: expected {known}, got '{shorten_path(path)}'{found}")

@@ -115,7 +115,7 @@ class ImageFiles:
     def take(self, indices: Array) -> ImageFiles:
         """Return the images at `indices`, or where a mask of N is true."""
         chosen = np.arange(len(self))[indices].tolist()
-        return replace(self, files=[self.files[i] for i in chosen], names=[self.names[i] for i in chosen])
+        return replace(self, files=_chosen(self.files, chosen), names=_chosen(self.names, chosen))
 
     def load(self, skip_unreadable: bool = False) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Read all images with threads, with a bar on a terminal's standard error.
@@ -169,7 +169,7 @@ def read_images(files: Sequence[Any], names: Sequence[str], options: ReadOptions
         UserError: If an image cannot be read, or sizes or types differ.
     """
     size = size_of(options.image_size)
-    headers: list[_Header | None] = _parallel(
+    headers: list[_Header | None] = in_parallel(
         lambda index: _header_or_none(files[index], names[index], options.skip_unreadable), len(files)
     )
     is_read = np.asarray([header is not None for header in headers])
@@ -179,8 +179,8 @@ def read_images(files: Sequence[Any], names: Sequence[str], options: ReadOptions
     _require_one_kind(kept, found, names, size is None)
     first = found[0]
     images = ImageFiles(
-        [files[index] for index in kept],
-        [names[index] for index in kept],
+        _chosen(files, kept),
+        _chosen(names, kept),
         size or (first.height, first.width),
         1 if all(header.is_grey for header in found) else 3,
         first.kind,
@@ -231,6 +231,34 @@ def files_in(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name)
+
+
+def _chosen(items: Any, indices: Sequence[int]) -> Any:
+    """Return the items at indices; those of a dataset are not read."""
+    return items.select(indices) if hasattr(items, "select") else [items[index] for index in indices]
+
+
+def in_parallel(function: Callable[[int], _T], count: int, title: str | None = None) -> list[_T]:
+    """Return the results of a function of 0..count-1, computed by threads.
+
+    Args:
+        function: Called with each index.
+        count: Number of calls.
+        title: Title of a bar on a terminal's standard error. Default: no bar.
+    """
+    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    results: list[_T] = []
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=count, desc=title, disable=None if title else True, leave=False) as bar,
+    ):
+        try:
+            for part in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
+                results += part
+                bar.update(len(part))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return results
 
 
 @contextmanager
@@ -370,24 +398,7 @@ def _checked(read: Callable[[int], bool], count: int, skip_unreadable: bool) -> 
                 return False
             raise
 
-    return np.asarray(_parallel(attempt, count, "images"), dtype=bool)
-
-
-def _parallel(function: Callable[[int], _T], count: int, title: str | None = None) -> list[_T]:
-    """Return the results of 0..count-1, by threads; a bar if it has a title."""
-    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    results: list[_T] = []
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=count, desc=title, disable=None if title else True, leave=False) as bar,
-    ):
-        try:
-            for part in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
-                results += part
-                bar.update(len(part))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return results
+    return np.asarray(in_parallel(attempt, count, "images"), dtype=bool)
 
 
 def _text(size: Sequence[Any]) -> str:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fedekd.data import load_samples
 from fedekd.data.formats.npz import pool, read_npz
 from fedekd.errors import UserError
 
@@ -122,3 +124,115 @@ def test_other_file_format_raises(tmp_path: Path) -> None:
     path.write_text("no archive")
     with pytest.raises(UserError, match="cannot be read"):
         read_npz(path)
+
+
+def flat(tmp_path: Path, **replaced: Any) -> str:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "images": rng.integers(0, 256, (12, 9, 8), np.uint8),
+        "labels": np.arange(12) % 3,
+        "split": np.array(["train", "val", "test"]).repeat(4),
+        "hospital": np.array(["b", "a"] * 6),
+        "patient": np.arange(12) // 2 + 100,
+        **replaced,
+    }
+    np.savez(tmp_path / "flat.npz", **{key: value for key, value in arrays.items() if value is not None})
+    return str(tmp_path / "flat.npz")
+
+
+def test_flat_arrays_have_sites_groups_splits_and_class_names(tmp_path: Path) -> None:
+    names = np.array(["zebra", "ant", "bee"])
+    path = flat(tmp_path, class_names=names, targets=np.arange(12)[:, None] % 3, labels=None)
+    data = load_samples(path, site_column="hospital", group_column="patient")
+    assert (data.inputs.shape, data.class_names, data.site_names) == ((12, 1, 9, 8), tuple(names), ("a", "b"))
+    assert data.targets.tolist() == [0, 1, 2] * 4
+    assert data.site is not None
+    assert data.group is not None
+    assert data.split is not None
+    assert data.site.tolist() == [1, 0] * 6
+    assert data.group.tolist() == [i // 2 for i in range(12)]
+    assert data.split.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_medmnist_layout_has_sites_and_groups_per_split(write_npz: WriteNpz) -> None:
+    extra = {f"{split}_ward": np.arange(size) % 2 for split, size in (("train", 30), ("test", 12))}
+    data = load_samples(str(write_npz(**extra)), site_column="ward", group_column="ward")
+    assert data.site_names == ("0", "1")
+    assert data.site is not None
+    assert data.site.tolist() == [0, 1] * 21
+
+
+@pytest.mark.parametrize(
+    ("replaced", "options", "words"),
+    [
+        ({}, {"site_column": "ward"}, r"data\.site_column: expected an array of 'flat\.npz'.*got 'ward'"),
+        ({}, {"group_column": "patients"}, r"Did you mean 'patient'"),
+        (
+            {"labels": None},
+            {},
+            r"data\.target_column: 'flat\.npz': expected an array labels or targets, got images, split",
+        ),
+        ({"labels": np.arange(11)}, {}, r"array 'labels', shape \(12,\), got \(11,\)"),
+        ({"labels": np.eye(12, 3)}, {}, r"got \(12, 3\)\. Convert one-hot labels with labels\.argmax"),
+        ({"labels": np.eye(12, 3), "class_names": np.array(["a", "b", "c"])}, {}, r"got \(12, 3\)\. Convert one-hot"),
+        ({"labels": np.arange(12) % 3 + 0.4}, {}, r"whole numbers, got 0\.4"),
+        (
+            {"labels": np.arange(12) % 3 + 0.4, "class_names": np.array(["a", "b", "c"])},
+            {},
+            r"expected 0\.\.2 .*got 0\.4",
+        ),
+        ({"class_names": np.array(["a", "b"])}, {}, r"expected 0\.\.1 for 2 class names, got 2"),
+        ({"hospital": np.array(["a"])}, {"site_column": "hospital"}, r"'hospital', shape \(12,\), got \(1,\)"),
+        ({"split": np.array(["train", "x"]).repeat(6)}, {}, r"expected train, val or test .*got 'x' in row 7"),
+        ({"images": np.random.default_rng(0).random((12, 9, 8)) * 9}, {}, r"data\.value_range: .*in 0\.\.1, got 8\.9"),
+    ],
+)
+def test_flat_arrays_invalid_raise_one_line(
+    tmp_path: Path, replaced: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_samples(flat(tmp_path, **replaced), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_label_of_named_classes_is_left_out(tmp_path: Path) -> None:
+    labels = np.array([0, 1, 2, 255] * 3)
+    path = flat(tmp_path, labels=labels, class_names=np.array(["a", "b", "c"]))
+    with pytest.raises(UserError, match=r"got 255\. Leave out .*--data\.ignore_label"):
+        load_samples(path)
+    assert load_samples(path, ignore_label=255).targets.tolist() == [0, 1, 2] * 3
+
+
+def test_real_targets_are_read_for_regression(tmp_path: Path) -> None:
+    data = load_samples(flat(tmp_path, labels=np.arange(12) + 0.25), task="regression")
+    assert (data.num_classes, data.targets.tolist()) == (0, [i + 0.25 for i in range(12)])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64, bool])
+def test_images_are_resized_like_files(tmp_path: Path, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.random((12, 18, 16)) if dtype in (np.float32, np.float64) else rng.integers(0, 256, (12, 18, 16))
+    images = images > 99 if dtype is bool else images.astype(dtype)
+    data = load_samples(flat(tmp_path, images=images), image_size=[9, 8])
+    assert data.inputs.shape == (12, 1, 9, 8)
+    for index in range(12):
+        value = images[index]
+        image = Image.fromarray(value.astype(np.uint8) * 255 if dtype is bool else value.astype(np.float32))
+        if dtype is np.uint8:
+            image = Image.fromarray(value)
+        expected = np.asarray(image.resize((8, 9), Image.Resampling.BILINEAR))
+        if dtype == np.uint16:
+            expected = np.rint(expected) / np.float32(65535) * 2 - 1
+        if dtype in (np.float32, np.float64):
+            expected = expected * 2 - 1
+        np.testing.assert_allclose(data.inputs[index, 0], expected, atol=1e-6)
+
+
+def test_splits_of_two_sizes_are_resized_to_one(write_npz: WriteNpz) -> None:
+    large = np.random.default_rng(0).integers(0, 256, (12, 20, 20), np.uint8)
+    data = load_samples(str(write_npz(test_images=large)), image_size=10)
+    assert data.inputs.shape == (42, 1, 10, 10)
+
+
+def test_known_data_set_is_resized() -> None:
+    assert load_samples("digits", image_size=12).inputs.shape == (1797, 1, 12, 12)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedekd.data import load_samples
+from fedekd.data.formats import read_unlabelled
+from fedekd.data.raw import ReadOptions
+from fedekd.errors import UserError
+
+Written = Any
+
+
+def test_folder_with_splits_has_images_classes_and_splits(written: Written) -> None:
+    data = load_samples(written.source("folder"))
+    np.testing.assert_array_equal(data.inputs[:, 0], written.images)
+    assert data.targets.tolist() == written.labels.tolist()
+    assert data.class_names == ("ant", "bee", "cat")
+    assert data.split is not None
+    assert data.split.tolist() == written.split.tolist()
+    assert (data.name, data.warnings) == ("folder", ())
+
+
+def test_folder_without_splits_reads_nested_and_no_hidden_files(written: Written) -> None:
+    folder = written.folder / "folder" / "train"
+    (folder / "ant" / "deep").mkdir()
+    shutil.copy(folder / "bee" / "0003.png", folder / "ant" / "deep" / "x.PNG")
+    for hidden in ("ant/.x.png", ".cache/ant/x.png"):
+        (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (folder / hidden).write_text("no image")
+    (folder / "ant" / "notes.txt").touch()
+    data = load_samples(str(folder))
+    expected = [*written.images[:3], written.images[3], *written.images[3:9]]
+    np.testing.assert_array_equal(data.inputs[:, 0], expected)
+    assert data.split is None
+    [line] = data.warnings
+    assert "1 files that are no images are ignored, such as 'notes.txt'" in line
+
+
+def test_folders_called_like_splits_are_classes_without_train(tmp_path: Path) -> None:
+    for name in ("test", "control"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / name / "0.png")
+    data = load_samples(str(tmp_path))
+    assert (data.class_names, data.split) == (("control", "test"), None)
+
+
+@pytest.mark.parametrize("place", ["x.png", "train/x.png"])
+def test_image_outside_a_class_folder_raises(written: Written, place: str) -> None:
+    shutil.copy(written.folder / "folder/train/ant/0000.png", written.folder / "folder" / place)
+    with pytest.raises(UserError, match=rf"expected images in a subfolder per class, .*got '{place}'"):
+        load_samples(written.source("folder"))
+    found = read_unlabelled(written.folder / "folder", ReadOptions())
+    assert len(found.inputs) == 25
+    assert place in (found.names or [])
+
+
+def test_folder_of_no_known_format_raises(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").touch()
+    with pytest.raises(UserError, match=r"expected an \.npz file; .*; a folder with images .*got '.*a'"):
+        load_samples(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.DCM", "a.mha", "a.nrrd"])
+def test_volumes_are_refused_with_what_is_supported(tmp_path: Path, name: str) -> None:
+    (tmp_path / "scans" / "ill").mkdir(parents=True)
+    (tmp_path / "scans" / "ill" / name).touch()
+    for source in (tmp_path / "scans", tmp_path / "scans" / "ill" / name):
+        with pytest.raises(UserError, match=rf"{name}'; volumes .* not supported\. Write 2D slices as PNG"):
+            load_samples(str(source))
+    with pytest.raises(UserError, match=r"site 'scans': .*volumes"):
+        load_samples(sites=str(tmp_path))
+
+
+def test_grey_and_colour_sites_are_joined_in_three_channels(tmp_path: Path) -> None:
+    grey, colour = np.arange(64, dtype=np.uint8).reshape(8, 8), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    for site, image in (("a", colour), ("b", grey)):
+        for label in "01":
+            (tmp_path / site / label).mkdir(parents=True)
+            Image.fromarray(image).save(tmp_path / site / label / "0.png")
+    deep = np.stack([grey, grey]).astype(np.uint16) * 1040
+    np.savez(tmp_path / "c.npz", images=deep, labels=[0, 1])
+    data = load_samples(sites={name: str(tmp_path / name) for name in ("a", "b")})
+    assert data.inputs.shape == (4, 3, 8, 8)
+    np.testing.assert_array_equal(data.inputs[2], np.repeat(grey[None], 3, 0))
+    mixed = load_samples(sites={name: str(tmp_path / name) for name in ("b", "c.npz")})
+    np.testing.assert_array_equal(mixed.inputs[0, 0], grey.astype(np.float32) / np.float32(127.5) - 1)
+    np.testing.assert_allclose(mixed.inputs[2, 0], deep[0] / 65535 * 2 - 1, atol=1e-6)
+
+
+def test_sites_of_two_sizes_raise_with_both_names(tmp_path: Path) -> None:
+    for site, size in (("a", 8), ("b", 9)):
+        for label in "01":
+            (tmp_path / site / label).mkdir(parents=True)
+            Image.fromarray(np.arange(size * 8, dtype=np.uint8).reshape(size, 8)).save(
+                tmp_path / site / label / "0.png"
+            )
+    with pytest.raises(UserError, match=r"\(8, 8\) as in 'a', got \(9, 8\) in 'b'. Set --data.image_size"):
+        load_samples(sites=str(tmp_path))
+    assert load_samples(sites=str(tmp_path), image_size=8).inputs.shape == (4, 1, 8, 8)
