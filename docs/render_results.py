@@ -174,6 +174,34 @@ def gate() -> str:
     return markdown(["data set, alpha", "Delta", "shuffled − none", "gate − shuffled", "seeds"], rows)
 
 
+# ---------------------------------------------------------------- natural sites
+
+
+def natural_sites(federation: str) -> str:
+    """Scores and Delta of each site, and of the mean and the worst of a run's sites."""
+    frame = pd.read_csv(RESULTS / "natural_sites.csv")
+    frame = frame[frame["federation"] == federation]
+    methods = sorted(frame["method"].unique())
+    rows = []
+    for metric, of_metric in frame.groupby("metric", sort=False):
+        worst = min if METRICS[metric].higher_is_better else max
+        for site, of_site in of_metric.groupby("site", sort=False):
+            wide = of_site.pivot(index="seed", columns="method", values=["score", "local", "delta"])
+            scores = [wide["local"][methods[0]], *(wide["score"][method] for method in methods)]
+            defined = f"{scores[0].notna().sum()}"
+            cells = [spread(values.dropna(), False) for values in scores]
+            deltas = [spread(wide["delta"][method].dropna(), True) for method in methods]
+            rows.append([site, metric, *cells, *deltas, defined])
+        for title, combine in (("mean of sites", fmean), ("worst site", worst)):
+            deltas = []
+            for method in methods:
+                of_method = of_metric[of_metric["method"] == method].dropna(subset="delta")
+                deltas.append(spread(of_method.groupby("seed")["delta"].agg(combine), True))
+            rows.append([f"*{title}*", metric, *[""] * (len(methods) + 1), *deltas, str(frame["seed"].nunique())])
+    heads = ["site", "metric", "Local", *methods, *(f"Delta {method}" for method in methods), "seeds"]
+    return markdown(heads, rows)
+
+
 # ---------------------------------------------------------------- the published tables
 
 
@@ -471,7 +499,7 @@ def factors(grid: str) -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_methods, best_static, do_no_harm, savings,
-    coverage, factors,
+    coverage, factors, natural_sites,
 )  # fmt: skip
 
 

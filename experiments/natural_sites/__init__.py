@@ -1,1 +1,1 @@
-"""Data sets whose sites are real hospitals or regions."""
+"""Federations whose clients are real sites: hospitals, regions, image domains."""

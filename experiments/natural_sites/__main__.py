@@ -1,0 +1,109 @@
+"""Run methods on natural sites and store the scores of each site.
+
+Run `python -m experiments.natural_sites heart_disease --seeds 20`. The other federations read files that are not
+included; `--root` names their folder. Finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from fedekd.atomic import atomic_file
+from fedekd.cli import main as fedekd
+
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "natural_sites.csv"
+
+METRICS = ("accuracy", "balanced_accuracy", "auroc")
+METHODS = {"FedAvg": ["--method=FedAvg"], "FedeKD": ["--method=FedeKD"]}
+
+_IMAGES = ["--rounds=5", "--client.local_epochs=2", "--client.optimizer.lr=1e-3"]
+_TABLE = ["--config=heart_disease.yaml", "--data.dataset={root}/tcga_brca.csv", "--data.site_column=region"]
+
+#: Options of each federation; `{root}` is replaced by the folder of its files.
+FEDERATIONS = {
+    "heart_disease": ["--config=heart_disease.yaml"],
+    "digits3": ["--data.dataset={root}/digits3/digits3_16.npz", "--data.site_column=split", *_IMAGES],
+    "pacs": ["--data.sites={root}/pacs_32", *_IMAGES],
+    "tcga_brca": [*_TABLE, "--data.target_column=event"],
+}
+
+
+def run(name: str, method: str, seed: int, root: str, output: Path) -> Path:
+    """Run one method on one federation, unless the run is finished, and return its folder."""
+    folder = output / f"{name}-{method.lower()}-{seed:02d}"
+    if (folder / "summary.json").is_file():
+        return folder
+    if (folder / "config.yaml").is_file():
+        arguments = ["--resume", str(folder)]
+    else:
+        options = [option.format(root=root) for option in FEDERATIONS[name]]
+        fixed = [f"--seed={seed}", f"--output={folder}", f"--baseline_dir={output / 'local'}", "--logger=null"]
+        arguments = [*options, *METHODS[method], f"--metrics=[{','.join(METRICS)}]", *fixed]
+    if code := fedekd(["fit", "--quiet", *arguments]):
+        sys.exit(code)
+    return folder
+
+
+def rows_of(folder: Path, name: str, method: str, seed: int) -> list[dict[str, object]]:
+    """Return one row per site and metric of a finished run, after the last round."""
+    last = pd.read_csv(folder / "metrics.csv").iloc[-1]
+    sites = [column.split("/")[0] for column in last.index if column.endswith(f"/{METRICS[0]}") and "client_" in column]
+    rows = []
+    for site in sites:
+        for metric in METRICS:
+            is_primary = metric == METRICS[0]
+            local, delta = ("local", "delta") if is_primary else (f"local/{metric}", f"delta/{metric}")
+            rows.append(
+                {
+                    "federation": name,
+                    "method": method,
+                    "seed": seed,
+                    "site": site.removeprefix("client_"),
+                    "metric": metric,
+                    "score": last[f"{site}/{metric}"],
+                    "local": last[f"{site}/{local}"],
+                    "delta": last[f"{site}/{delta}"],
+                }
+            )
+    return rows
+
+
+def store(rows: list[dict[str, object]], path: Path) -> None:
+    """Replace the rows of the same federation, method and seed in the results."""
+    frame = pd.DataFrame(rows)
+    key = ["federation", "method", "seed"]
+    if path.is_file():
+        known = pd.read_csv(path)
+        replaced = known.set_index(key).index.isin(frame.set_index(key).index)
+        frame = pd.concat([known[~replaced], frame])
+    frame = frame.sort_values([*key, "site", "metric"], kind="stable")
+    with atomic_file(path) as file:
+        file.write(frame.to_csv(index=False).encode())
+
+
+def main() -> None:
+    """Run the federations of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.natural_sites", description=__doc__)
+    parser.add_argument("federations", nargs="+", choices=FEDERATIONS)
+    parser.add_argument("--seeds", type=int, default=4, help="Number of seeds, from 0 (default 4).")
+    parser.add_argument("--root", default="data/sites", help="Folder of the files (default data/sites).")
+    parser.add_argument("--output", type=Path, default=Path("runs/natural_sites"), help="Folder of the runs.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to which the scores are written.")
+    arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for name in arguments.federations:
+        for seed in range(arguments.seeds):
+            for method in METHODS:
+                folder = run(name, method, seed, arguments.root, arguments.output)
+                rows = rows_of(folder, name, method, seed)
+                store([row | {"commit": commit} for row in rows], arguments.results)
+                print(f"{name}, seed {seed}, {method}: {folder}")
+
+
+if __name__ == "__main__":
+    main()
