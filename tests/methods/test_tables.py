@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import isabstract
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from fedekd.modules import TrainerFactory
 METHODS = [
     name
     for name in methods.__all__
-    if isinstance(kind := getattr(methods, name), type) and issubclass(kind, Method) and kind is not Method
+    if isinstance(kind := getattr(methods, name), type) and issubclass(kind, Method) and not isabstract(kind)
 ]
 CLASSIFICATION_ONLY = {"FedType", "SafeKD", "CAFEDistill", "DepthFL", "ScaleFL"}
 
