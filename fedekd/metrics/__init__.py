@@ -3,6 +3,15 @@
 from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
 from fedekd.metrics.registry import METRICS, MetricSpec, build_metrics, primary_metric, score
+from fedekd.metrics.selection import (
+    column_names,
+    compute_metrics,
+    computed_metrics,
+    is_undefined,
+    metric_keys,
+    missing_classes,
+    select_metrics,
+)
 
 __all__ = [
     "METRICS",
@@ -10,9 +19,16 @@ __all__ = [
     "NegativeTransfer",
     "ReliabilityBin",
     "build_metrics",
+    "column_names",
+    "compute_metrics",
+    "computed_metrics",
     "expected_calibration_error",
+    "is_undefined",
+    "metric_keys",
+    "missing_classes",
     "negative_transfer",
     "primary_metric",
     "reliability",
     "score",
+    "select_metrics",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from fedekd.metrics.registry import primary_metric
+from fedekd.metrics.registry import MetricSpec, primary_metric
 from fedekd.tasks import Task, require_task
 
 
@@ -18,12 +18,13 @@ def negative_transfer(
     method_scores: Tensor | Sequence[float],
     local_scores: Tensor | Sequence[float],
     task: Task = "classification",
+    metric: MetricSpec | None = None,
 ) -> dict[str, Tensor]:
     r"""Summarize Delta, the gain over the local baseline, over K clients.
 
     $$\Delta_k = \mathrm{score}_k^{method} - \mathrm{score}_k^{local}$$
 
-    The direction of the task's primary metric decides which sign is harm. Classification (accuracy, larger is
+    The direction of the metric decides which sign is harm. Classification (accuracy, larger is
     better): the worst client has the smallest Delta and the tail is the 10th percentile, `p10`. Regression (RMSE,
     smaller is better): the worst client has the largest Delta and the tail is the 90th percentile, `p90`.
     Percentiles interpolate linearly, as `numpy.percentile`. A missing score (NaN) makes every summary NaN.
@@ -32,6 +33,7 @@ def negative_transfer(
         method_scores: Score of each client under the method, shape (K,), K at least 1.
         local_scores: Score of the same clients' local baselines, shape (K,).
         task: `classification` or `regression`.
+        metric: Metric of the scores, which decides the direction. Default: the task's primary metric.
 
     Returns:
         `avg`, `worst` and `p10` or `p90`, scalars, and `client`, the K values of Delta; float64, in the unit of the
@@ -49,7 +51,7 @@ def negative_transfer(
         >>> {name: delta[name].tolist() for name in ("avg", "worst", "client")}
         {'avg': 0.0, 'worst': -0.25, 'client': [0.25, -0.25]}
     """
-    metric = primary_metric(task)
+    metric = primary_metric(task) if metric is None else metric
     method, local = _as_scores(method_scores, local_scores)
     if method.numel() == 0:
         raise ValueError("negative_transfer: expected the scores of at least one client, got none")

@@ -1,7 +1,7 @@
 """Registry of metrics: function, direction, unit and format of each.
 
 No other package names a metric. The primary metric of a task is the score of a client's test split
-(FedeKD Section 4.2: accuracy for classification, RMSE for regression).
+(FedeKD Section 4.2: accuracy for classification, RMSE for regression), unless a run chooses another one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional import mean_squared_error
 
+from fedekd.metrics.classification import accuracy, auroc, balanced_accuracy, ece, macro_f1, recall
+from fedekd.metrics.regression import mae, quadratic_kappa, r2, rmse
 from fedekd.tasks import Task, require_task
 
 
@@ -28,23 +28,29 @@ class MetricSpec:
         name: Key in logs, CSV files and `summary.json`.
         title: Name in tables and figures.
         task: The task whose outputs the metric scores.
-        function: `(outputs, targets) -> float` over a whole split; NaN where the metric is undefined.
+        function: `(outputs, targets, num_classes)` of a whole split to a value, or to one value per class; NaN where
+            the metric is undefined.
         higher_is_better: Direction: True if a larger value is better.
-        torchmetric: Constructor of the same metric as a `torchmetrics.Metric`, which modules update batch by batch.
+        torchmetric: Constructor of the same metric as a `torchmetrics.Metric`, which modules update batch by batch;
+            the first row of a task needs one.
         unit: Unit of the value; empty for a ratio, `target` for the unit of the targets.
         format: Format of a printed value, as in `format(value, ".4f")`.
         range: Lowest and highest possible value; a site's score outside of it is rejected.
+        is_per_class: True if there is one value per class, whose keys are `NAME/0`, `NAME/1`, ...
+        needs_grades: True if the targets must be grades 0..C-1.
     """
 
     name: str
     title: str
     task: Task
-    function: Callable[[Tensor, Tensor], float]
+    function: Callable[[Tensor, Tensor, int], float | Sequence[float]]
     higher_is_better: bool
-    torchmetric: Callable[[], Metric]
+    torchmetric: Callable[[], Metric] | None = None
     unit: str = ""
     format: str = ".4f"
     range: tuple[float, float] = (-math.inf, math.inf)
+    is_per_class: bool = False
+    needs_grades: bool = False
 
     def text(self, value: float) -> str:
         """Return a value as it is printed."""
@@ -55,10 +61,29 @@ class MetricSpec:
         return format(value, f"+{self.format}")
 
     def worst(self, values: Sequence[float]) -> float:
-        """Return the worst of the values; NaN if one of them is NaN."""
-        if any(math.isnan(value) for value in values):
+        """Return the worst of the values; NaN if there is none or one of them is NaN."""
+        if not values or any(math.isnan(value) for value in values):
             return math.nan
         return min(values) if self.higher_is_better else max(values)
+
+    def keys(self, num_classes: int) -> list[str]:
+        """Return the keys of the metric's values: its name, or one per class."""
+        return [f"{self.name}/{label}" for label in range(num_classes)] if self.is_per_class else [self.name]
+
+    def values(self, outputs: Tensor, targets: Tensor, num_classes: int) -> dict[str, float]:
+        """Compute the metric of a whole split.
+
+        Args:
+            outputs: Logits, shape (N, C); for regression shape (N, 1) or (N,).
+            targets: Labels, shape (N,); for regression real numbers, shape (N,) or (N, 1).
+            num_classes: Number of classes or grades; 0 for real-valued targets.
+
+        Returns:
+            The values by key.
+        """
+        value = self.function(outputs, targets, num_classes)
+        values = [value] if isinstance(value, float) else value
+        return dict(zip(self.keys(num_classes), values, strict=True))
 
     @property
     def tail_percent(self) -> int:
@@ -69,52 +94,6 @@ class MetricSpec:
     def tail(self) -> str:
         """Name of that percentile in summaries and logs: `p10` or `p90`."""
         return f"p{self.tail_percent}"
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    r"""Accuracy $\frac1N \sum_i 1[\hat y_i = y_i]$, in float64.
-
-    Args:
-        logits: Shape (N, C).
-        labels: Class indices, shape (N,).
-
-    Returns:
-        A value in [0, 1]; NaN if there are no samples or a logit is not finite.
-
-    Raises:
-        ValueError: If the shapes do not match.
-    """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"accuracy: expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-    if not torch.isfinite(logits).all():
-        return math.nan  # argmax of NaN is class 0
-    # torchmetrics divides in float32: 0.9338 would be 0.9337999820709229 in summary.json.
-    return (logits.argmax(dim=1) == labels).to(torch.float64).mean().item()
-
-
-def rmse(outputs: Tensor, targets: Tensor) -> float:
-    r"""Root mean squared error $\sqrt{\frac1N \sum_i (\hat y_i - y_i)^2}$, in float64.
-
-    Args:
-        outputs: Shape (N, 1) or (N,).
-        targets: Real numbers, shape (N,) or (N, 1).
-
-    Returns:
-        A value of at least 0 in the unit of the targets; NaN if there are no samples or an output is not finite.
-
-    Raises:
-        ValueError: If the shapes do not match.
-    """
-    n = len(outputs)
-    for name, tensor in (("outputs", outputs), ("targets", targets)):
-        if tensor.shape not in {(n,), (n, 1)}:
-            raise ValueError(f"RMSE: expected {name} of shape ({n},) or ({n}, 1), got {tuple(tensor.shape)}")
-    if n == 0 or not torch.isfinite(outputs).all():
-        return math.nan
-    predicted, expected = outputs.to(torch.float64).flatten(), targets.to(torch.float64).flatten()
-    return mean_squared_error(predicted, expected, squared=False).item()
 
 
 #: Metrics by name; the first row of a task is its primary metric. A new metric is one function and one row.
@@ -131,6 +110,13 @@ METRICS: dict[str, MetricSpec] = {
             range=(0.0, 1.0),
         ),
         MetricSpec(
+            "balanced_accuracy", "balanced accuracy", "classification", balanced_accuracy, True, range=(0.0, 1.0)
+        ),
+        MetricSpec("macro_f1", "macro F1", "classification", macro_f1, True, range=(0.0, 1.0)),
+        MetricSpec("auroc", "AUROC", "classification", auroc, True, range=(0.0, 1.0)),
+        MetricSpec("recall", "recall", "classification", recall, True, range=(0.0, 1.0), is_per_class=True),
+        MetricSpec("ece", "expected calibration error", "classification", ece, False, range=(0.0, 1.0)),
+        MetricSpec(
             "rmse",
             "RMSE",
             "regression",
@@ -141,12 +127,23 @@ METRICS: dict[str, MetricSpec] = {
             format=".4g",
             range=(0.0, math.inf),
         ),
+        MetricSpec("mae", "MAE", "regression", mae, False, unit="target", format=".4g", range=(0.0, math.inf)),
+        MetricSpec("r2", "R2", "regression", r2, True, range=(-math.inf, 1.0)),
+        MetricSpec(
+            "quadratic_kappa",
+            "quadratic kappa",
+            "regression",
+            quadratic_kappa,
+            True,
+            range=(-1.0, 1.0),
+            needs_grades=True,
+        ),
     )
 }
 
 
 def primary_metric(task: Task) -> MetricSpec:
-    """Return the metric by which clients are scored and Delta is computed.
+    """Return the metric by which clients are scored and Delta is computed by default.
 
     Args:
         task: `classification` or `regression`.
@@ -179,6 +176,7 @@ def build_metrics(task: Task) -> MetricCollection:
         ['rmse']
     """
     metric = primary_metric(task)
+    assert metric.torchmetric is not None, f"METRICS: {metric.name}: the first row of a task needs a torchmetric"
     return MetricCollection({metric.name: metric.torchmetric()})
 
 
@@ -203,4 +201,6 @@ def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
         >>> score(torch.tensor([[1.0], [7.0]]), torch.tensor([0.0, 0.0]), "regression")
         5.0
     """
-    return primary_metric(task).function(outputs.detach(), targets.detach())
+    metric = primary_metric(task)
+    num_classes = outputs.shape[1] if outputs.ndim > 1 and metric.task == "classification" else 0
+    return metric.values(outputs.detach(), targets.detach(), num_classes)[metric.name]
