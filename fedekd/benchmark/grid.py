@@ -33,6 +33,7 @@ _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
 ADDED_OPTIONS: dict[str, Any] = {
+    "client.class_weights": None,
     "data.categorical_columns": None,
     "data.categories": None,
     "data.classes": None,
@@ -49,6 +50,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.target_column": None,
     "data.transform": None,
     "data.value_range": None,
+    "metrics": None,
 }
 
 #: Options that were renamed since: present name, and name in the key.

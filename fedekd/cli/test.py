@@ -35,10 +35,10 @@ def run(argv: Sequence[str]) -> int:
     if not argv:
         raise UserError("test: expected the folder of a run, as in: test runs/NAME")
     folder = Path(parse(parser, argv).run)
-    orchestrator, _, saved = open_finished("test", folder, verified=["config.yaml"])
+    orchestrator, config, saved = open_finished("test", folder, verified=["config.yaml"])
     summary = orchestrator.evaluate_checkpoint()
     console = Console()
-    for table in result_tables(summary):
+    for table in result_tables(summary, config.metrics):
         console.print(table)
     before, now = ({k: v for k, v in content.items() if k not in _UNREPEATABLE} for content in (saved, summary))
     if difference := first_difference(before, now):

@@ -26,9 +26,11 @@ from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError, require, shorten
 from fedekd.federation import EngineConfig, RoundOptions
 from fedekd.methods import ClientOptions, Method
+from fedekd.metrics import METRICS
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
+from fedekd.tasks import TASKS
 
 #: Options of one invocation, which are not written to `config.yaml`.
 _TRANSIENT = ("config", "output", "resume", "quiet")
@@ -126,6 +128,17 @@ def federation_parser() -> ArgumentParser:
         default=None,
         help="Clients deploy the federated model only if their holdout samples show that it is not worse than their"
         " local model: true, or arguments such as --do_no_harm.confidence 0.9 (default: they always deploy it).",
+    )
+    parser.add_argument_group("Metrics").add_argument(
+        "--metrics",
+        type=list[str] | None,
+        default=None,
+        help="Metrics that are reported. The first is the score, by which Delta is computed. "
+        + " ".join(
+            f"{task.capitalize()}: {', '.join(row.name for row in METRICS.values() if row.task == task)}."
+            for task in TASKS
+        )
+        + " (default: all of the task).",
     )
     parser.add_argument_group("Logging").add_argument(
         "--logger", type=Logger | list[Logger] | None, default=None, help="Lightning loggers, by class path."
@@ -317,6 +330,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "engine": built.engine,
         "rounds": rounds,
         "do_no_harm": do_no_harm_rule(plain["do_no_harm"]),
+        "metrics": plain["metrics"],
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),

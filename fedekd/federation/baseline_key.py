@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any
 
-import lightning
 import torch
 
 from fedekd.atomic import digest
@@ -24,7 +24,7 @@ TRAINING_CODE = (
     "methods/specification.py",
     "methods/client.py",
     "methods/local.py",
-    "metrics/registry.py",
+    "metrics",
     "models",
     "modules",
     "seeding.py",
@@ -66,7 +66,7 @@ def baseline_key(client: Client) -> str:
         "optimizer": settings,
         "objects": code_of(name for name in names if not _is_own(name)),
         "code": package_code(TRAINING_CODE),
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        "versions": {name: version(name) for name in ("torch", "lightning", "torchmetrics", "scikit-learn")},
         "numerics": numerics(client.spec.trainer.torch_device),
     }
     return digest(json.dumps(content, sort_keys=True, default=reader.read).encode())

@@ -27,16 +27,23 @@ class LocalBaseline:
     """Results of local training after each round.
 
     Attributes:
-        scores: Test score; entry i is after i + 1 rounds of `local_epochs` each.
+        scores: Primary metric on the test split; entry i is after i + 1 rounds of `local_epochs` each. An engine may
+            leave it empty and return all metrics.
         losses: Loss per sample of the splits `tuning` and `holdout`, see `Client.losses`. They stay on the client.
+        metrics: All metrics on the test split by key; empty in results of earlier versions.
     """
 
     scores: list[float]
     losses: list[dict[str, Tensor]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
 
     def after(self, rounds: int) -> float:
         """Return the score after a number of rounds, clipped to those trained."""
         return self.scores[self._index(rounds)]
+
+    def metrics_after(self, rounds: int) -> dict[str, float]:
+        """Return all metrics after a number of rounds, clipped likewise."""
+        return self.metrics[self._index(rounds)] if self.metrics else {}
 
     def losses_after(self, rounds: int, split: str) -> Tensor:
         """Return the losses (n,) on a split after a number of rounds, clipped likewise."""
@@ -73,22 +80,23 @@ def train_local_baseline(
     path = _path(client, folder, warn)
     kept = None if memory is None or path is not None else memory.get(client.number)
     baseline, state = _read(path) if kept is None else _unpacked(kept)
-    scores, losses = baseline.scores, baseline.losses
+    metrics, losses = baseline.metrics, baseline.losses
     if state is not None:
         client.load_state_dict(state)
-    for round_idx in range(len(scores) + 1, rounds + 1):
+    for round_idx in range(len(metrics) + 1, rounds + 1):
         method.receive(client, {}, round_idx)
-        scores.append(client.score())
+        metrics.append(client.evaluate()[1])
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
         if path is None and memory is None:
             continue
-        packed = pack({"scores": scores, "losses": losses, "state": client.state_dict()})
+        packed = pack({"metrics": metrics, "losses": losses, "state": client.state_dict()})
         if path is not None:
             with atomic_file(path) as file:
                 file.write(seal(packed))
         elif memory is not None:
             memory[client.number] = packed
-    return LocalBaseline(scores[:rounds], losses[:rounds])
+    name = client.spec.primary.name  # not part of the key: one baseline serves every choice of metrics
+    return LocalBaseline([values[name] for values in metrics[:rounds]], losses[:rounds], metrics[:rounds])
 
 
 def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> bool:
@@ -97,7 +105,7 @@ def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> 
     Returns whether the cache has it.
     """
     baseline, state = _read(_path(client, folder))
-    if state is None or len(baseline.scores) != rounds:
+    if state is None or len(baseline.metrics) != rounds:
         return False
     client.load_state_dict(state)
     return True
@@ -124,5 +132,6 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
 
 
 def _unpacked(packed: bytes) -> tuple[LocalBaseline, Any]:
+    """Return a stored baseline without `scores`, and the client's state."""
     content = unpack(packed)
-    return LocalBaseline(list(content["scores"]), list(content["losses"])), content["state"]
+    return LocalBaseline([], list(content["losses"]), list(content["metrics"])), content["state"]

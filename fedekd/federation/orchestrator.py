@@ -23,13 +23,14 @@ from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions, lost_updates, participants
-from fedekd.federation.results import Progress, summarize
+from fedekd.federation.results import Progress, ReportedMetrics, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
 from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
 from fedekd.federation.update_validation import (
     Change,
     ResultValidator,
     UpdateValidator,
+    is_value,
     out_of_proportion,
     structure_problem,
     with_plain_logs,
@@ -37,7 +38,7 @@ from fedekd.federation.update_validation import (
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
-from fedekd.metrics import primary_metric
+from fedekd.metrics import computed_metrics, metric_keys
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
 from fedekd.reporting import Tracker
@@ -73,6 +74,8 @@ class Orchestrator:
         config: Configuration of the run; saved with the results and compared on resume.
         engine: Where clients run, such as `Sequential()` (the default), `MultiProcess(2)` or any engine factory.
         do_no_harm: Rule by which a client deploys the federated model; None deploys it always.
+        metrics: Names of the reported metrics. The first is the score, by which Delta is computed. Default: those of
+            the task.
 
     Raises:
         UserError: If the parts do not fit together, the data cannot be loaded, or the device is missing.
@@ -93,6 +96,7 @@ class Orchestrator:
         config: Mapping[str, Any] | None = None,
         engine: EngineConfig | EngineFactory | None = None,
         do_no_harm: DoNoHarm | None = None,
+        metrics: Sequence[str] | None = None,
     ) -> None:
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
         self.do_no_harm = do_no_harm
@@ -119,14 +123,19 @@ class Orchestrator:
             seed=seed,
             num_clients=self.num_clients,
             default_exits=method.exits,
+            metrics=metrics,
         )
+        self.metrics = ReportedMetrics(metrics, data.samples)
         check_models(self.spec, data.clients)
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.options.rounds)
         self.engine = engine(
             method, data, self.spec, None if baseline_dir is None else Path(baseline_dir), self.observer
         )
-        self.results = ResultValidator(self.task, data.clients)
+        computed = computed_metrics(self.task, data.samples.num_classes)
+        self.results = ResultValidator(
+            metric_keys(computed, data.samples.num_classes), self.metrics.primary, data.clients
+        )
         self.validator = UpdateValidator(self.options.max_update_norm)
         self.aggregates = AggregateValidator(self.spec, self.observer.warn)
         output = None if output is None else Path(output)
@@ -201,7 +210,10 @@ class Orchestrator:
             self._restore_finished()
             self._train_baselines()
             for number in range(self.num_clients):
-                self.progress.records[number].score = self._require_scores(number, [self.engine.score(number)])[0]
+                metrics = self._require_metrics(number, self.engine.evaluate(number))
+                record = self.progress.records[number]
+                record.score = metrics[self.metrics.primary.name]
+                record.metrics = metrics if record.metrics else {}
             return summarize(self)
         finally:
             self.engine.close()
@@ -245,7 +257,7 @@ class Orchestrator:
         if len(rejected) == answers > 1:  # a single site must not end the run
             raise UserError(f"round {round_idx}: rejected all results; {rejected[-1]}. Correct what the method returns")
         if round_idx > 0 and self.progress.records:  # empty until a client has answered
-            self.progress.add_row(round_idx, self.task)
+            self.progress.add_row(round_idx, self.metrics)
         if not is_last:
             self._aggregate(updates, broadcast, round_idx)
         self.progress.round = round_idx + 1
@@ -330,22 +342,27 @@ class Orchestrator:
     def _train_baselines(self) -> None:
         """Train the local baselines, unless the checkpoint has their scores."""
         if not self.progress.local:
-            baselines = self.engine.local_baselines(self._baseline_rounds())
-            self.progress.local = {
-                number: self._require_scores(number, baseline.scores) for number, baseline in sorted(baselines.items())
-            }
+            for number, baseline in sorted(self.engine.local_baselines(self._baseline_rounds()).items()):
+                name = self.metrics.primary.name
+                if baseline.metrics:
+                    metrics = [self._require_metrics(number, values) for values in baseline.metrics]
+                    self.progress.local_metrics[number] = metrics
+                    self.progress.local[number] = [values[name] for values in metrics]
+                else:  # an engine of a user may report scores only
+                    self.progress.local[number] = baseline.scores
+                    if invalid := [score for score in baseline.scores if not is_value(self.metrics.primary, score)]:
+                        label = self.data.clients[number].label
+                        raise UserError(f"{label}: score: expected a value of {name}, got {str(invalid[0])[:60]}")
 
-    def _require_scores(self, number: int, scores: list[float]) -> list[float]:
-        """Return scores that a client reports outside of the rounds, if valid.
+    def _require_metrics(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Return metrics that a client reports outside of the rounds, if valid.
 
         Raises:
-            UserError: If one is not in the range of the metric.
+            UserError: If one is not in the range of its metric.
         """
-        if invalid := [score for score in scores if not self.results.is_score(score)]:
-            metric = primary_metric(self.task).name
-            label = self.data.clients[number].label
-            raise UserError(f"{label}: score: expected a value of {metric}, got {str(invalid[0])[:60]}")
-        return scores
+        if problem := self.results.metrics_problem(metrics):
+            raise UserError(f"{self.data.clients[number].label}: {problem}")
+        return metrics
 
     def _baseline_rounds(self) -> dict[int, int]:
         """Return each client's most supervised rounds; empty for Local itself."""
@@ -460,6 +477,7 @@ class Orchestrator:
             "rounds": to_json_value(self.options),
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
             "spec": to_json_value(self.spec.hash_dict()),
+            "metric": self.metrics.primary.name,
             "data": [splits.digest(self.data.samples) for splits in self.data.clients],
             **({"sites": self.names} if self.names else {}),
         }

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +19,15 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff, mean_tradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.update_validation import is_log_name
-from fedekd.metrics import negative_transfer, primary_metric
+from fedekd.metrics import (
+    MetricSpec,
+    column_names,
+    is_undefined,
+    metric_keys,
+    missing_classes,
+    negative_transfer,
+    select_metrics,
+)
 from fedekd.reporting.rows import client_prefix
 from fedekd.tasks import Task
 
@@ -39,6 +48,7 @@ class ClientRecord:
         logs: Scalars of the method.
         tradeoff: Accuracy against cost of a network with exits, after the last round.
         comparison: Latest do-no-harm comparison.
+        metrics: All metrics of that scoring by key; empty in records of earlier versions.
     """
 
     score: float
@@ -46,6 +56,7 @@ class ClientRecord:
     logs: dict[str, float]
     tradeoff: ExitTradeoff | None = None
     comparison: Comparison | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -53,6 +64,33 @@ class ClientRecord:
         types: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
         parts = {name: kind(**values[name]) for name, kind in types.items() if values.get(name) is not None}
         return cls(**{**values, **parts})
+
+
+class ReportedMetrics:
+    """Metrics that a run reports.
+
+    Args:
+        names: Option `metrics`; None for all of the task.
+        samples: Task, and names of the classes.
+
+    Attributes:
+        rows: The metrics, the primary one first.
+        others: By key of each value of the others: the name of its columns, and the metric.
+
+    Raises:
+        UserError: If a name is not a metric of these samples.
+    """
+
+    def __init__(self, names: Sequence[str] | None, samples: Samples) -> None:
+        self.rows = select_metrics(names, samples.task, samples.num_classes)
+        columns = column_names(self.rows[1:], samples.class_names)
+        keys = metric_keys(self.rows[1:], samples.num_classes)
+        self.others = {key: (columns[key], row) for key, row in keys.items()}
+
+    @property
+    def primary(self) -> MetricSpec:
+        """Metric of the score, by which Delta is computed."""
+        return self.rows[0]
 
 
 @dataclass
@@ -66,17 +104,24 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """Scores of all clients that have one, and Delta.
+    """One metric of all clients that have a score, and its Delta.
+
+    The figures over clients leave out those whose test split has no value of the metric, for example because it lacks
+    a class. NaN of the method alone makes them NaN, and so does a metric that no client has.
 
     Attributes:
         clients: Score, local baseline's score and Delta, by client number.
+        counted: Number of clients in the figures below.
         mean: Mean score.
-        worst: Worst score; NaN if a client has none.
+        local_mean: Mean score of the local baselines.
+        worst: Worst score.
         delta: `avg`, `worst` and the tail of Delta.
     """
 
     clients: dict[int, tuple[float, float, float]]
+    counted: int
     mean: float
+    local_mean: float
     worst: float
     delta: dict[str, float]
 
@@ -94,6 +139,8 @@ class Progress:
         bytes_down: Total.
         seconds: Total, over stops and resumes.
         local: Scores of the local baseline per round, by client; empty if the method is Local itself.
+        local_metrics: All metrics of the local baseline per round, by client; empty if the method is Local itself, and
+            in runs of earlier versions.
         names: Names of the sites that are the clients, in the order of their numbers; empty without sites.
     """
 
@@ -105,6 +152,7 @@ class Progress:
     bytes_down: int = 0
     seconds: float = 0.0
     local: dict[int, list[float]] = field(default_factory=dict)
+    local_metrics: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
     def add_result(self, result: ClientResult) -> None:
@@ -112,7 +160,7 @@ class Progress:
         before = self.records.get(result.client)
         comparison = result.comparison or (before.comparison if before else None)
         self.records[result.client] = ClientRecord(
-            result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison
+            result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison, result.metrics
         )
 
     def add_bytes_down(self, size: int) -> None:
@@ -130,33 +178,71 @@ class Progress:
         record = self.records[number]
         return LocalBaseline(self.local[number]).after(record.supervised_rounds) if self.local else record.score
 
-    def scores(self, task: Task, deployed: bool = False) -> ScoreSummary:
+    @property
+    def has_metrics(self) -> bool:
+        """True unless the run was begun by an earlier version, or by an engine that reports scores only."""
+        return bool(self.local_metrics or not self.local) and any(record.metrics for record in self.records.values())
+
+    def local_values(self, number: int) -> dict[str, float]:
+        """Return all metrics of the local baseline after the client's supervised rounds."""
+        record = self.records[number]
+        if not self.local:
+            return record.metrics
+        return LocalBaseline([], metrics=self.local_metrics.get(number, [])).metrics_after(record.supervised_rounds)
+
+    def scores(self, metric: MetricSpec, key: str | None = None, deployed: bool = False) -> ScoreSummary:
         """Compute Delta of all clients that have a score.
 
         Args:
-            task: Decides the metric and its direction.
+            metric: Metric, which decides the direction.
+            key: Key of another value than the score, such as `recall/0`; None is the score of the primary metric.
             deployed: Count the local baseline's score for clients that deploy their local model. A client without a
                 comparison deploys the federated one.
         """
         numbers = sorted(self.records)
-        local = [self.local_score(number) for number in numbers]
+        if key is None:
+            local = [self.local_score(number) for number in numbers]
+            scores = [self.records[number].score for number in numbers]
+        else:
+            local = [self.local_values(number).get(key, math.nan) for number in numbers]
+            scores = [self.records[number].metrics.get(key, math.nan) for number in numbers]
         scores = [
-            baseline if deployed and not self._deploys_federated(number) else self.records[number].score
-            for number, baseline in zip(numbers, local, strict=True)
+            baseline if deployed and not self._deploys_federated(number) else score
+            for number, baseline, score in zip(numbers, local, scores, strict=True)
         ]
-        delta = negative_transfer(scores, local, task)
-        by_client = zip(scores, local, delta.pop("client").tolist(), strict=True)
+        counted = [
+            (score, baseline)
+            for number, baseline, score in zip(numbers, local, scores, strict=True)
+            if not self._is_undefined(number, metric, key or metric.name)
+        ]
+        own, others = [score for score, _ in counted], [baseline for _, baseline in counted]
+        of_clients = negative_transfer(scores, local, metric=metric)["client"].tolist()
+        nan = {name: math.nan for name in ("avg", "worst", metric.tail)}
+        delta = negative_transfer(own, others, metric=metric) if counted else nan
         return ScoreSummary(
-            clients=dict(zip(numbers, by_client, strict=True)),
-            mean=sum(scores) / len(scores),
-            worst=primary_metric(task).worst(scores),
-            delta={name: float(value) for name, value in delta.items()},
+            clients=dict(zip(numbers, zip(scores, local, of_clients, strict=True), strict=True)),
+            counted=len(counted),
+            mean=sum(own) / len(own) if counted else math.nan,
+            local_mean=sum(others) / len(others) if counted else math.nan,
+            worst=metric.worst(own),
+            delta={name: float(delta[name]) for name in nan},
         )
 
-    def add_row(self, round_idx: int, task: Task) -> None:
+    def missing_classes(self, number: int, task: Task) -> list[int]:
+        """Return the classes that a client's test split lacks, as far as its metrics show it."""
+        return missing_classes(task, self.records[number].metrics, self.local_values(number))
+
+    def _is_undefined(self, number: int, metric: MetricSpec, key: str) -> bool:
+        return is_undefined(key, metric.task, self.records[number].metrics, self.local_values(number))
+
+    def add_row(self, round_idx: int, reported: ReportedMetrics) -> None:
         """Append the metrics row of a finished round, and reset the traffic."""
-        metric, scores = primary_metric(task).name, self.scores(task)
+        primary = reported.primary
+        metric, scores = primary.name, self.scores(primary)
+        others = self.other_scores(reported)
         row: dict[str, float] = {"round": round_idx, **_columns(metric, scores)}
+        for name, summary in others.items():
+            row |= _columns(name, summary, f"delta/{name}")
         logs = [self.records[number].logs for number in scores.clients]
         exit_names = dict.fromkeys(name for log in logs for name in log if name.startswith("exit"))
         for name in (*GATE_NAMES, *exit_names):
@@ -171,13 +257,21 @@ class Progress:
                 comparison = asdict(record.comparison)
                 columns["deployed/federated"] = float(comparison.pop("deployed") == "federated")
                 columns |= {f"deployed/{name}": value for name, value in comparison.items()}
+            for name, summary in others.items():
+                columns |= dict(zip((name, f"local/{name}", f"delta/{name}"), summary.clients[number], strict=True))
             prefix = client_prefix(number, self.names[number] if self.names else None)
             row |= {f"{prefix}{name}": value for name, value in columns.items()}
         if any(record.comparison is not None for record in self.records.values()):
-            columns = {"federated": self.share_federated(), **_columns(metric, self.scores(task, deployed=True))}
+            columns = {"federated": self.share_federated(), **_columns(metric, self.scores(primary, deployed=True))}
             row |= {f"deployed/{name}": value for name, value in columns.items()}
         self.history.append(row)
         self.traffic = Traffic()
+
+    def other_scores(self, reported: ReportedMetrics) -> dict[str, ScoreSummary]:
+        """Return the scores of the reported metrics other than the primary one, by the names of their columns."""
+        if not self.has_metrics:
+            return {}
+        return {name: self.scores(metric, key) for key, (name, metric) in reported.others.items()}
 
     def share_federated(self) -> float:
         """Return the share of clients that deploy the federated model."""
@@ -195,12 +289,21 @@ class Progress:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the progress of `to_json` values that were stored as JSON."""
         records = {int(number): ClientRecord.from_json(record) for number, record in values["records"].items()}
-        local = {int(number): scores for number, scores in values["local"].items()}
+        local, local_metrics = (
+            {int(number): scores for number, scores in values.get(name, {}).items()}
+            for name in ("local", "local_metrics")
+        )
         # Earlier versions stored any name that a site logged, also those that no file can hold.
         history = [{name: value for name, value in row.items() if _is_column(name)} for row in values["history"]]
         for record in records.values():
             record.logs = {name: value for name, value in record.logs.items() if is_log_name(name)}
-        parts = {"history": history, "records": records, "local": local, "traffic": Traffic(**values["traffic"])}
+        parts = {
+            "history": history,
+            "records": records,
+            "local": local,
+            "local_metrics": local_metrics,
+            "traffic": Traffic(**values["traffic"]),
+        }
         return cls(**{**values, **parts})
 
 
@@ -210,9 +313,9 @@ def _is_column(name: str) -> bool:
     return is_log_name(rest if client.startswith("client_") else name)
 
 
-def _columns(metric: str, scores: ScoreSummary) -> dict[str, float]:
+def _columns(metric: str, scores: ScoreSummary, delta: str = "delta") -> dict[str, float]:
     means = {f"{metric}/mean": scores.mean, f"{metric}/worst": scores.worst}
-    return means | {f"delta/{name}": value for name, value in scores.delta.items()}
+    return means | {f"{delta}/{name}": value for name, value in scores.delta.items()}
 
 
 def summarize(run: Orchestrator) -> dict[str, Any]:
@@ -220,7 +323,8 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
 
     All values except `seconds` and `versions` are repeatable.
     """
-    scores, records = run.progress.scores(run.task), run.progress.records
+    primary, records = run.metrics.primary, run.progress.records
+    scores, others = run.progress.scores(primary), run.progress.other_scores(run.metrics)
     counts = run.data.class_counts()
     clients: list[dict[str, Any]] = []
     for number, (score, local, delta) in scores.clients.items():
@@ -235,11 +339,12 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
                 "local": local,
                 "score": score,
                 "delta": delta,
+                **_other_values(number, others),
+                **_missing(run, number),
             }
         )
         if run.do_no_harm is not None and comparison is not None:
-            # NaN, where nothing was tested, is no JSON value.
-            clients[-1] |= {name: None if value != value else value for name, value in asdict(comparison).items()}
+            clients[-1] |= {name: _or_none(value) for name, value in asdict(comparison).items()}
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.samples.name,
@@ -247,13 +352,14 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
         "seed": run.seed,
         "method": type(run.method).__name__,
         "task": run.task,
-        "metric": primary_metric(run.task).name,
+        "metric": primary.name,
         "rounds": run.options.rounds,
         **_class_names(run.data.samples),
         "mean": scores.mean,
         "worst": scores.worst,
-        "local_mean": sum(local for _, local, _ in scores.clients.values()) / len(clients),
+        "local_mean": scores.local_mean,
         "delta": scores.delta,
+        **_other_summaries(others),
         "clients": clients,
         **_deployed(run),
         **(mean_tradeoff(tradeoffs) if any(len(tradeoff.exits) > 1 for tradeoff in tradeoffs) else {}),
@@ -268,6 +374,41 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
     }
 
 
+def _or_none(value: Any) -> Any:
+    """Return None for NaN, which is no JSON value."""
+    return None if value != value else value
+
+
+def _other_summaries(others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
+    """Return the figures over clients of the other metrics; `clients` is how many have a value."""
+    figures = {
+        name: {
+            "mean": _or_none(scores.mean),
+            "worst": _or_none(scores.worst),
+            "local_mean": _or_none(scores.local_mean),
+            "delta": {part: _or_none(value) for part, value in scores.delta.items()},
+            "clients": scores.counted,
+        }
+        for name, scores in others.items()
+    }
+    return {"metrics": figures} if figures else {}
+
+
+def _other_values(number: int, others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
+    """Return the values of the other metrics of a client."""
+    values = {
+        name: dict(zip(("score", "local", "delta"), map(_or_none, scores.clients[number]), strict=True))
+        for name, scores in others.items()
+    }
+    return {"metrics": values} if values else {}
+
+
+def _missing(run: Orchestrator, number: int) -> dict[str, list[str]]:
+    """Return the names of the classes that a client's test split lacks."""
+    labels = run.progress.missing_classes(number, run.task) if run.progress.has_metrics else []
+    return {"missing_in_test": [run.data.samples.class_names[label] for label in labels]} if labels else {}
+
+
 def _class_names(samples: Samples) -> dict[str, list[str]]:
     """Return the names of the classes; empty if they are numbers."""
     names = list(samples.class_names)
@@ -278,7 +419,7 @@ def _deployed(run: Orchestrator) -> dict[str, Any]:
     """Return scores and Delta of the deployed models; empty without do-no-harm."""
     if run.do_no_harm is None:
         return {}
-    scores = run.progress.scores(run.task, deployed=True)
+    scores = run.progress.scores(run.metrics.primary, deployed=True)
     return {
         "deployed": {
             "rule": asdict(run.do_no_harm),

@@ -24,8 +24,7 @@ from fedekd.errors import shorten
 from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.functional import at_least_float32
 from fedekd.methods import ClientUpdate, StateDict
-from fedekd.metrics import primary_metric
-from fedekd.tasks import Task
+from fedekd.metrics import MetricSpec
 
 #: Most names that a client logs per round. FedeKD logs four per exit: 133 for a ViT-H with an exit per layer.
 MAX_LOGS = 256
@@ -41,6 +40,7 @@ _EXPECTED = {
     "logs": "a dict of numbers by name",
     "tradeoff": "pairs and triples of numbers",
     "comparison": "consistent counts",
+    "metrics": "a dict of numbers by name",
     "update": "a ClientUpdate with a number of samples",
 }
 
@@ -95,6 +95,9 @@ def invalid_field(result: ClientResult) -> str | None:
         and all(map(is_number, logs.values())),
         "tradeoff": result.tradeoff is None or _is_tradeoff(result.tradeoff),
         "comparison": result.comparison is None or _is_comparison(result.comparison),
+        "metrics": isinstance(result.metrics, dict)
+        and all(map(is_log_name, result.metrics))
+        and all(map(is_number, result.metrics.values())),
         "update": update is None or (isinstance(update, ClientUpdate) and is_count(update.num_samples)),
     }
     name = next((name for name, is_valid in valid.items() if not is_valid), None)
@@ -153,16 +156,26 @@ def _is_comparison(value: Any) -> bool:
     )
 
 
+def is_value(metric: MetricSpec, value: Any) -> bool:
+    """Return True for NaN, or for a value in the range of a metric."""
+    if not is_number(value):
+        return False
+    lowest, highest = metric.range
+    return math.isnan(value) or (lowest <= value <= highest and abs(value) <= _LARGEST_SCORE)
+
+
 @dataclass(frozen=True)
 class ResultValidator:
     """Rejects results that a round cannot give.
 
     Args:
-        task: Decides the metric and its range.
+        metrics: Metric of each value that a client reports, by key; decides the range.
+        primary: Metric of the score.
         clients: Splits of each client, in the order of the clients' numbers.
     """
 
-    task: Task
+    metrics: Mapping[str, MetricSpec]
+    primary: MetricSpec
     clients: Sequence[ClientSplits]
 
     def check(self, result: ClientResult, request: RoundRequest, answered: Sequence[int] = ()) -> str | None:
@@ -182,7 +195,8 @@ class ResultValidator:
             return f"{self._label(result.client)}: expected one result of each participant"
         comparison, update = result.comparison, result.update
         expected = {
-            "score": not request.round_idx or self.is_score(result.score),
+            "score": not request.round_idx or is_value(self.primary, result.score),
+            "metrics": not request.round_idx or self._fits(result),
             "comparison": (comparison is None) == (request.comparison is None),
             "tradeoff": result.tradeoff is None or not request.collect_updates,
             "update": update is None or (request.collect_updates and update.client == result.client),
@@ -200,12 +214,32 @@ class ResultValidator:
         is_client = is_count(client) and client < len(self.clients)
         return self.clients[client].label if is_client else f"client {_short(client)}"
 
-    def is_score(self, score: Any) -> bool:
-        """Return True for NaN, or for a value in the range of the task's metric."""
-        if not is_number(score):
-            return False
-        lowest, highest = primary_metric(self.task).range
-        return math.isnan(score) or (lowest <= score <= highest and abs(score) <= _LARGEST_SCORE)
+    def metrics_problem(self, metrics: Any) -> str | None:
+        """Check all metrics of a client.
+
+        Args:
+            metrics: Values by key; any object is accepted.
+
+        Returns:
+            Why they are not valid; None if they are.
+        """
+        if not isinstance(metrics, Mapping) or metrics.keys() != self.metrics.keys():
+            return f"expected metrics {', '.join(self.metrics)[:60]}, got {_short(metrics)}"
+        for key, value in metrics.items():
+            if not is_value(self.metrics[key], value):
+                return f"score: expected a value of {key}, got {_short(value)}"
+        return None
+
+    def _fits(self, result: ClientResult) -> bool:
+        """Return True for valid metrics with the score among them.
+
+        An engine of a user may leave them out.
+        """
+        if not result.metrics:
+            return True
+        value = result.metrics.get(self.primary.name)
+        same = value == result.score or (value != value and result.score != result.score)
+        return same and self.metrics_problem(result.metrics) is None
 
     def check_samples(self, update: ClientUpdate) -> str | None:
         """Check the number of training samples by which an update may be weighted.

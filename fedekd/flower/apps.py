@@ -200,7 +200,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
             method.init_server(orchestrator.spec)  # check now what is sent, before the sites train their baselines
             secure.require_supported(method.broadcast(first, 0))
         summary = orchestrator.run()
-        for table in result_tables(summary):
+        for table in result_tables(summary, config.metrics):
             display.console.print(table)
     return summary
 

@@ -47,6 +47,8 @@ def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
         "rounds": spec.rounds,
         "local_epochs": client.local_epochs,
         "lr_decay": client.lr_decay,
+        "class_weights": client.class_weights,
+        "metric": spec.primary.name,
         "batch_size": spec.batch_size,
         "optimizer": to_json_value(client.optimizer),
         "method": {type(method).__name__: to_json_value(settings)},

@@ -21,7 +21,7 @@ from fedekd.flower.messages import (
     ROUND,
     SCORE,
     arrays_of,
-    baseline_scores,
+    baseline_metrics,
     client_result_from_json,
     comparison_request_to_json,
     error_reason,
@@ -68,7 +68,7 @@ class FlowerEngine:
         self._versions: dict[int, int] = {}
 
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
-        """Train the local baseline at each site; the sites send its scores only.
+        """Train the local baseline at each site; the sites send its metrics only.
 
         Raises:
             UserError: A site does not return valid scores.
@@ -77,7 +77,7 @@ class FlowerEngine:
         baselines = {}
         for site, reply in self._send(BASELINE, contents, None):
             try:
-                baselines[site] = LocalBaseline(baseline_scores(reply, rounds[site]))
+                baselines[site] = LocalBaseline([], metrics=baseline_metrics(reply, rounds[site]))
             except UserError as error:
                 self.observer.warn(f"rejected the reply of site {site}: {error}")
         _require_replies(rounds, baselines, "local baseline")
@@ -114,22 +114,22 @@ class FlowerEngine:
                 raise UserError(f"{reason}. The last round needs every site: start the sites and repeat the command.")
             self.observer.warn(f"{reason}; left out of this round")
 
-    def score(self, number: int) -> float:
-        """Return the test score of a site's current model.
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Return all metrics of a site's current model on its test split.
 
         Raises:
             UserError: The site does not reply.
         """
         contents = {number: pack({"version": self._versions.get(number, 0)})}
-        scores: dict[int, Any] = {}
+        replies: dict[int, Any] = {}
         for site, reply in self._send(SCORE, contents, None):
             try:
-                scores[site] = values_of(reply).get("score")
+                replies[site] = values_of(reply).get("metrics")
             except UserError as error:
                 self.observer.warn(f"rejected the reply of site {site}: {error}")
-        _require_replies(contents, scores, "score")
-        score: float = scores[number]  # the orchestrator checks that it is one
-        return score
+        _require_replies(contents, replies, "score")
+        metrics: dict[str, float] = replies[number]  # the orchestrator checks them
+        return metrics
 
     def client_state(self, number: int) -> Any:
         """Return the version number of a site's state, which stays at the site."""

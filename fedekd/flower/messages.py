@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -183,6 +183,7 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
         nested: dict[str, Any] = {"tradeoff": ExitTradeoff, "comparison": Comparison}
         arguments |= {name: cls(**arguments[name]) for name, cls in nested.items() if arguments.get(name) is not None}
         num_samples = values["num_samples"]
+        arguments["metrics"]  # required of a site
         update = None if num_samples is None else ClientUpdate(arguments["client"], state, num_samples)
         result = ClientResult(**arguments, update=update)
         if reason := invalid_field(result):
@@ -192,13 +193,21 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
     return result
 
 
-def baseline_scores(message: Message, rounds: int) -> list[float]:
-    """Read the local baseline's scores, one per round; later ones are left out.
+def by_key(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return the metrics of the local baseline as one list of rounds per key, which is shorter as JSON."""
+    return {key: [values[key] for values in metrics] for key in (metrics[0] if metrics else ())}
+
+
+def baseline_metrics(message: Message, rounds: int) -> list[dict[str, float]]:
+    """Read the local baseline's metrics, one mapping per round; later rounds are left out.
 
     Raises:
         UserError: They are not numbers, or fewer than the rounds.
     """
-    scores = values_of(message).get("scores")
-    if not isinstance(scores, list) or len(scores) < rounds or not all(map(is_number, scores)):
-        raise UserError(f"local baseline scores: expected {rounds} numbers, got {str(scores)[:60]}")
-    return [float(score) for score in scores[:rounds]]
+    metrics = values_of(message).get("metrics")
+    if not isinstance(metrics, dict) or not metrics:
+        raise UserError(f"local baseline: expected metrics by name, got {str(metrics)[:60]}")
+    for key, values in metrics.items():
+        if not isinstance(values, list) or len(values) < rounds or not all(map(is_number, values)):
+            raise UserError(f"local baseline: {key[:60]}: expected {rounds} numbers, got {str(values)[:60]}")
+    return [{key: float(values[index]) for key, values in metrics.items()} for index in range(rounds)]

@@ -28,6 +28,7 @@ from fedekd.flower.messages import (
     ROUND,
     SCORE,
     arrays_of,
+    by_key,
     client_result_to_json,
     comparison_request_from_json,
     from_arrays,
@@ -73,6 +74,7 @@ class Site:
             seed=parts["seed"],
             num_clients=sites,
             default_exits=method.exits,
+            metrics=parts["metrics"],
         )
         check_models(spec, [splits])
         folder = folder / f"site-{number:03d}"
@@ -132,13 +134,13 @@ class Site:
 
     def _baseline(self, message: Message) -> RecordDict:
         baseline, _ = self.worker.local_baseline(self.number, int(values_of(message)["rounds"]))
-        return pack({"scores": list(baseline.scores)})
+        return pack({"metrics": by_key(baseline.metrics)})
 
     def _score(self, message: Message) -> RecordDict:
         version = int(values_of(message)["version"])
         self._require_version(version)
-        score, _ = self.worker.score(self.number, version)
-        return pack({"score": score})
+        metrics, _ = self.worker.evaluate(self.number, version)
+        return pack({"metrics": metrics})
 
     def _round(self, message: Message) -> RecordDict:
         values, collect_updates = values_of(message), message.metadata.message_type == ROUND

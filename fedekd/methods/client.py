@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedekd.data import ClientSplits, Samples, TensorBatches, in_memory_format, scale
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
-from fedekd.metrics import score
+from fedekd.metrics import compute_metrics, score
 from fedekd.models import eval_mode
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
@@ -100,6 +100,20 @@ class Client:
         return outputs.double() * self.splits.target_scale + self.splits.target_shift
 
     @property
+    def class_weights(self) -> Tensor | None:
+        """Weight of each class in the supervised loss, shape (C,); None weights all samples equally."""
+        if self.spec.client.class_weights is None:
+            return None
+        targets = self.samples.targets
+        counts = torch.bincount(
+            targets[self.splits.train.to(targets.device)], minlength=self.samples.num_classes
+        ).double()
+        present = counts > 0
+        # 0 for a class without training samples: no sample has this weight.
+        weights = torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
+        return weights.to(self.spec.trainer.dtype)
+
+    @property
     def supervised_rounds(self) -> int:
         """Completed supervised rounds; Delta compares with as many of the local baseline."""
         return self.supervised_epochs // self.spec.client.local_epochs
@@ -181,6 +195,7 @@ class Client:
             min_batch=2 if has_batch_norm(module.network) else 1,
             channels_last=trainer.channels_last,
         )
+        module.set_class_weights(self.class_weights)
         if carry_optimizer:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
@@ -229,15 +244,26 @@ class Client:
         return ModelOutput(exits, features)
 
     def score(self, split: str = "test", role: str = "private") -> float:
-        """Return the primary metric of a network's last exit on a split."""
-        return self.exit_scores(split, role)[-1]
+        """Return the task's primary metric of a network's last exit on a split."""
+        return score(*self._outputs_and_targets(split, role)[-1], self.spec.task)
 
-    def exit_scores(self, split: str = "test", role: str = "private") -> list[float]:
-        """Return the primary metric at each exit; a plain network has one."""
+    def evaluate(self, split: str = "test", role: str = "private") -> tuple[list[float], dict[str, float]]:
+        """Score a network on a split.
+
+        Returns:
+            The primary metric of the run at each exit; a plain network has one. All metrics of the last exit by key, as
+            `fedekd.metrics.compute_metrics`.
+        """
+        *earlier, last = self._outputs_and_targets(split, role)
+        metric, num_classes = self.spec.primary, self.samples.num_classes
+        values = compute_metrics(*last, self.spec.task, num_classes)
+        exit_scores = [metric.values(*pair, num_classes)[metric.name] for pair in earlier]
+        return [*exit_scores, values[metric.name]], values
+
+    def _outputs_and_targets(self, split: str, role: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs of each exit and the targets, in the unit of the targets."""
         targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
-        return [
-            score(self.in_target_unit(output), targets, self.spec.task) for output in self.predict(role, split).exits
-        ]
+        return [(self.in_target_unit(output), targets) for output in self.predict(role, split).exits]
 
     def losses(self, split: str, role: str = "private") -> Tensor:
         """Return the loss per sample: 0 or 1 for classes, squared error for regression.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedekd.errors import UserError, require, shorten
+from fedekd.errors import UserError, require, require_choice, shorten
 from fedekd.global_state import isolated_rng
 
 ModelSpec = Mapping[str, Any]
@@ -119,6 +119,9 @@ class ClientOptions:
         depths: Number of leading stages that a client holds, with their exits, at least 1; for clients with less
             compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
         lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
+        class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
+            n training samples in class c and k classes among them, also in the local baseline; null weights all
+            samples equally.
 
     Raises:
         UserError: If a value is out of range.
@@ -135,6 +138,7 @@ class ClientOptions:
     lr_decay: float = 1.0
     depths: int | Sequence[int] | None = None
     private_models: Sequence[str | ModelSpec] | None = None
+    class_weights: str | None = None
 
     def __post_init__(self) -> None:
         exits = [self.exits] if isinstance(self.exits, int) else self.exits
@@ -147,6 +151,8 @@ class ClientOptions:
             self.exits,
         )
         require(1 <= self.exit_grid <= 64, "client.exit_grid", "1 to 64", self.exit_grid)
+        if self.class_weights is not None:
+            require_choice("client.class_weights", self.class_weights, ("balanced",))
         require(0 < self.lr_decay <= 1, "client.lr_decay", "a number in (0, 1]", self.lr_decay)
         require(
             isinstance(self.optimizer, Mapping) and "class_path" in self.optimizer,

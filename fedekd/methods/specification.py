@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
 from fedekd.methods.options import ClientOptions, build_optimizer
+from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
@@ -52,6 +53,7 @@ class FederationSpec:
         trainer: Device, precision and threads, resolved for this machine.
         num_clients: Number of clients.
         rounds: Number of rounds.
+        metric: Name of the primary metric of the run; empty for that of the task.
 
     Raises:
         UserError: If the numbers of models and of clients differ, or `client.depths` is given without exits.
@@ -67,6 +69,7 @@ class FederationSpec:
     trainer: TrainerFactory
     num_clients: int
     rounds: int
+    metric: str = ""
 
     def __post_init__(self) -> None:
         models = self.client.private_model
@@ -83,6 +86,12 @@ class FederationSpec:
             "null without exits",
             self.client.depths,
             "Set --client.exits to a number of stages.",
+        )
+        require(
+            self.client.class_weights is None or self.task == "classification",
+            "client.class_weights",
+            "null for regression",
+            self.client.class_weights,
         )
         capturable = bool((self.client.optimizer.get("init_args") or {}).get("capturable"))
         require(
@@ -103,6 +112,7 @@ class FederationSpec:
         seed: int,
         num_clients: int,
         default_exits: int | None = None,
+        metrics: Sequence[str] | None = None,
     ) -> FederationSpec:
         """Create the specification from the parts of a run.
 
@@ -114,6 +124,7 @@ class FederationSpec:
             seed: Seed of the run.
             num_clients: Number of clients.
             default_exits: `Method.exits`: exits of the private model if `client.exits` is null.
+            metrics: Metrics that the run reports, the primary one first; None for those of the task.
         """
         samples = data.samples
         if default_exits is not None and client.exits is None:
@@ -129,7 +140,13 @@ class FederationSpec:
             trainer=trainer.resolve(),
             num_clients=num_clients,
             rounds=rounds,
+            metric=select_metrics(metrics, samples.task, samples.num_classes)[0].name,
         )
+
+    @property
+    def primary(self) -> MetricSpec:
+        """Metric of the score, by which Delta is computed."""
+        return METRICS[self.metric] if self.metric else primary_metric(self.task)
 
     def build_model(self, role: str, client_id: int | str) -> nn.Module:
         """Build a network with its initial weights, on the training device.
@@ -248,7 +265,7 @@ class FederationSpec:
     def hash_dict(self) -> dict[str, Any]:
         """Return the values that determine local training, for content hashes."""
         values = asdict(self)
-        for name in ("num_clients", "rounds"):
+        for name in ("num_clients", "rounds", "metric"):
             values.pop(name)
         values["trainer"].pop("device")  # equal devices give equal results
         return values

@@ -72,8 +72,8 @@ def quadratic_kappa(outputs: Tensor, targets: Tensor, num_classes: int) -> float
 
     $$\kappa = 1 - \frac{\sum_{jk} (j - k)^2 O_{jk}}{\sum_{jk} (j - k)^2 E_{jk}}$$
 
-    with $O$ the samples by grade and output, and $E$ those expected of independent outputs with equal marginals. Outputs
-    are rounded to the nearest grade 0..C-1.
+    with $O$ the samples by grade and output, and $E$ those expected of independent outputs with equal marginals.
+    Outputs are rounded to the nearest grade 0..C-1.
 
     Args:
         outputs: Shape (N, 1) or (N,).

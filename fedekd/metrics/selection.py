@@ -111,6 +111,8 @@ def column_names(rows: Iterable[MetricSpec], class_names: Sequence[str]) -> dict
     plain = [re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:_MAX_NAME] for name in class_names]
     counts = Counter(plain)
     unique = [name if counts[name] == 1 and name.strip("_") else f"{name}_{i}" for i, name in enumerate(plain)]
+    if len(set(unique)) < len(unique):  # such as "a b", "a/b" and "a_b_0"
+        unique = [str(i) for i in range(len(unique))]
     return {
         key: f"{row.name}/{unique[label]}" if row.is_per_class else key
         for row in rows

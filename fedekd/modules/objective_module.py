@@ -110,6 +110,17 @@ class ObjectiveModule(LightningModule):
         if self.loss_scale:
             self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
+    def set_class_weights(self, weights: Tensor | None) -> None:
+        """Weight the classes in all supervised losses, also in those within another term.
+
+        Args:
+            weights: Weight of each class, shape (C,), on the device of the training; None weights all samples equally.
+        """
+        for term in self.loss_terms:
+            for loss in (term, *getattr(term, "__dict__", {}).values()):
+                if isinstance(loss, SupervisedLoss):
+                    loss.class_weights = weights
+
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch size."""
         weighted = value.detach() * self._batch_size

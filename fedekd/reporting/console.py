@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -22,14 +22,63 @@ from rich.text import Text
 
 from fedekd.errors import print_warning
 from fedekd.global_state import exclusive
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, value_title
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
 
-def result_tables(summary: Summary) -> list[Table]:
-    """Build the tables of a finished run: of clients and of do-no-harm comparisons."""
-    return [client_table(summary), *([deployed_table(summary)] if "deployed" in summary else [])]
+def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> list[Table]:
+    """Build the tables of a finished run: of clients, other metrics, and do-no-harm comparisons.
+
+    Args:
+        summary: Content of `summary.json`.
+        metrics: Option `metrics` of the run; the table of other metrics is shown only if it is given.
+    """
+    others = other_metrics_table(summary) if metrics is not None and "metrics" in summary else None
+    return [
+        client_table(summary),
+        *([others] if others is not None else []),
+        *([deployed_table(summary)] if "deployed" in summary else []),
+    ]
+
+
+def other_metrics_table(summary: Summary) -> Table | None:
+    """Build the table of the metrics other than the primary one: score and Delta per client.
+
+    Args:
+        summary: Content of `summary.json` with `metrics`.
+
+    Returns:
+        One row per client, and mean, worst and tail; "-" where the client's test split has no value. None if there are
+        no other metrics.
+    """
+    figures, clients = summary["metrics"], summary["clients"]
+    if not figures:
+        return None
+    table = Table(title=f"{summary['method']} on {summary['dataset']}, other metrics (Delta)")
+    _add_client_column(table, summary)
+    for name in figures:
+        table.add_column(value_title(name, summary), justify="right")
+    for client in clients:
+        table.add_row(client_title(client), *(_value_text(name, client["metrics"][name]) for name in figures))
+    table.add_section()
+    for title, part, stat in (("mean", "mean", "avg"), ("worst", "worst", "worst"), ("P10/P90", None, None)):
+        cells = []
+        for name, values in figures.items():
+            tail = stat or metric_spec(name).tail
+            cells.append(_value_text(name, {"score": values[part] if part else None, "delta": values["delta"][tail]}))
+        table.add_row(title, *cells)
+    return table
+
+
+def _value_text(name: str, values: Mapping[str, float | None]) -> Text:
+    """Format a value and its Delta; the value may be missing, and both where they are undefined."""
+    metric, value, delta = metric_spec(name), values["score"], values["delta"]
+    parts = [] if value is None else [metric.text(value)]
+    if delta is not None:
+        parts.append(f"({metric.difference_text(delta)})")
+    is_red = delta is not None and is_harm(delta, name)
+    return Text(" ".join(parts) or "-", style="red" if is_red else "")
 
 
 def client_table(summary: Summary) -> Table:
@@ -151,6 +200,8 @@ def round_line(row: Row, rounds: int) -> str:
     """
     parts = [f"round {int(row['round'])}/{rounds}"]
     for key in (key for key in row if key.count("/") == 1 and key.endswith("/mean")):
+        if f"delta/{key.removesuffix('/mean')}/avg" in row:
+            continue  # not the primary metric
         metric = metric_spec(key.removesuffix("/mean"))
         parts.append(f"{metric.name} {metric.text(row[key])}")
         deltas = {name: row[f"delta/{name}"] for name in ("avg", "worst") if f"delta/{name}" in row}

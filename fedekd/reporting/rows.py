@@ -99,10 +99,26 @@ def column_order(names: Iterable[str], clients: Sequence[str] = ()) -> list[str]
 
 
 def metric_spec(name: str) -> MetricSpec:
-    """Return the registry row of a summary's metric."""
+    """Return the registry row of a summary's metric, or of one of its values, such as `recall/3`."""
     from fedekd.metrics import METRICS  # not at the top: it loads torch, which reports of finished runs do not need
 
-    return METRICS[name]
+    return METRICS[name.partition("/")[0]]
+
+
+def value_title(name: str, summary: Summary) -> str:
+    """Return the title of a metric in tables; one with a value per class names its class.
+
+    Args:
+        name: Name of a value in `metrics` of the summary, such as `recall/no_finding`.
+        summary: Content of `summary.json`.
+    """
+    metric, _, label = name.partition("/")
+    title = metric_spec(metric).title
+    if not label:
+        return title
+    names = [value for value in summary["metrics"] if value.startswith(f"{metric}/")]  # in the order of the classes
+    classes = summary.get("class_names") or [str(index) for index in range(len(names))]
+    return f"{title} of {classes[names.index(name)]}"
 
 
 def is_harm(delta: float, metric: str) -> bool:

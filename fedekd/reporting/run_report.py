@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, value_title
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -95,6 +95,29 @@ def client_table(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def other_metrics_table(summary: Summary) -> pd.DataFrame:
+    """Return one row per metric other than the primary one: means, Delta, clients that have a value.
+
+    Args:
+        summary: Content of `summary.json` with `metrics`.
+    """
+    rows = []
+    for name, values in summary["metrics"].items():
+        metric, delta = metric_spec(name), values["delta"]
+        row: dict[str, Any] = {"metric": value_title(name, summary), "clients": values["clients"]}
+        row |= {"mean": _text(metric.text, values["mean"]), "local": _text(metric.text, values["local_mean"])}
+        for part in ("avg", "worst"):
+            row[f"Delta {part}"] = _text(metric.difference_text, delta[part])
+        row["Delta P10/P90"] = _text(metric.difference_text, delta[metric.tail])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _text(form: Callable[[float], str], value: float | None) -> str:
+    """Return a value as text; empty where it is undefined."""
+    return "" if value is None else form(value)
+
+
 def _run_section(name: str, run: Run) -> Section:
     summary, metric = run.summary, METRICS[run.summary["metric"]]
     direction = "higher" if metric.higher_is_better else "lower"
@@ -110,6 +133,8 @@ def _run_section(name: str, run: Run) -> Section:
     ]
     clients = client_table(summary)
     tables = {"Clients": clients}
+    if summary.get("metrics"):
+        tables["Other metrics"] = other_metrics_table(summary)
     if "deployed" in summary:
         rule, deployed = summary["deployed"]["rule"], summary["deployed"]
         guarantee = f"confidence {rule['confidence']:g}, margin {rule['margin']:g}"

@@ -157,7 +157,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Log scores, Delta, costs and the table `clients` as the summary of the run.
+        """Log scores, Delta, other metrics, costs and the table `clients` as the summary of the run.
 
         A network with exits adds `budget_50/accuracy` and `budget_50/flops` per budget in percent; `do_no_harm` adds
         `deployed/delta/avg` and the other figures of the deployed models.
@@ -167,6 +167,10 @@ class WandbRunLogger(WandbLogger):
         metric = summary["metric"]
         scores = {f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary}
         deltas = {f"delta/{name}": value for name, value in summary["delta"].items()}
+        for other, values in summary.get("metrics", {}).items():
+            figures = {f"{other}/{name}": values[name] for name in ("mean", "worst", "local_mean")}
+            figures |= {f"delta/{other}/{name}": value for name, value in values["delta"].items()}
+            scores |= {name: value for name, value in figures.items() if value is not None}
         for line in summary.get("budgets", ()):
             name = f"budget_{round(100 * line['budget'])}"
             scores |= {f"{name}/accuracy": line["accuracy"], f"{name}/flops": line["cost"]}

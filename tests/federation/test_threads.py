@@ -253,7 +253,7 @@ def test_observer_is_called_outside_of_the_lock(
         def warn(self, text: str) -> None:
             self._wait("warn")
 
-    monkeypatch.setattr("fedekd.methods.Client.exit_scores", lambda *_: [math.nan])
+    monkeypatch.setattr("fedekd.methods.Client.evaluate", lambda *_: ([math.nan], {"accuracy": math.nan}))
 
     def no_key(client: Any) -> str:
         raise SourceUnavailableError("a notebook cell")

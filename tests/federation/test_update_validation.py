@@ -295,6 +295,8 @@ INVALID_RESULTS: dict[str, dict[str, Any]] = {
     "many names": {"logs": {f"n{index}": 1.0 for index in range(200_000)}},
     "score": {"score": 1.5},
     "infinite score": {"score": math.inf},
+    "score that is not among the metrics": {"metrics": {"accuracy": 0.123}},
+    "metric out of range": {"metrics": dict.fromkeys(["accuracy", "ece"], 7.0)},
     "other client": {"client": 0},
     "no participant": {"client": 7},
     "update of another": {"update": ClientUpdate(0, {}, 1)},
@@ -313,7 +315,7 @@ def test_run_invalid_result_is_left_out_with_a_warning(what: str, federate: Fede
     first, second = run.progress.history
     assert [f"client_{number}/accuracy" in first for number in range(3)] == [True, False, True]
     assert set(second) == {*first, *second}
-    assert len((tmp_path / "metrics.csv").read_text().partition("\n")[0].split(",")) < 40
+    assert len((tmp_path / "metrics.csv").read_text().partition("\n")[0].split(",")) < 400
 
 
 def test_resume_after_an_invalid_result_gives_equal_results(federate: Federate, tmp_path: Path) -> None:
@@ -368,9 +370,20 @@ class LyingEngine(SequentialEngine):
         return {**super().local_baselines(rounds), 1: LocalBaseline([0.5, 1e308])}
 
 
+class LyingMetricsEngine(SequentialEngine):
+    """Reports an impossible metric of a local baseline."""
+
+    def local_baselines(self, rounds: Any) -> Any:
+        baselines = super().local_baselines(rounds)
+        baselines[1].metrics[0]["macro_f1"] = 1.5
+        return baselines
+
+
 def test_run_local_score_out_of_range_raises_user_error(federate: Federate) -> None:
     with pytest.raises(UserError, match=r"client 1: score: expected a value of accuracy, got 1e\+308"):
         federate(engine=LyingEngine).run()
+    with pytest.raises(UserError, match=r"client 1: score: expected a value of macro_f1, got 1\.5"):
+        federate(engine=LyingMetricsEngine).run()
 
 
 def test_resume_with_invalid_log_names_of_an_earlier_version(

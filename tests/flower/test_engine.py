@@ -155,9 +155,9 @@ def all_tensors(state: Any) -> list[torch.Tensor]:
 
 REPLY_VALUES = {
     DESCRIBE: {"site", "config", "sizes", "class_counts", "digest"},
-    BASELINE: {"scores"},
-    SCORE: {"score"},
-    ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "num_samples"},
+    BASELINE: {"metrics"},
+    SCORE: {"metrics"},
+    ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "metrics", "num_samples"},
 }
 REPLY_VALUES[LAST_ROUND] = REPLY_VALUES[ROUND]
 
@@ -435,8 +435,12 @@ def baseline_of_site_2(interceptor: Interceptor) -> Interceptor:
 
 @pytest.mark.parametrize(
     "interceptor",
-    [site_error, *(with_values(scores=scores) for scores in ([], [0.5], ["a", "b"], "ab", None))],
-    ids=["error", "none", "too few", "text", "string", "null"],
+    [
+        site_error,
+        *(with_values(metrics={"accuracy": scores}) for scores in ([], [0.5], ["a", "b"], "ab", None)),
+        *(with_values(metrics=metrics) for metrics in ({}, [0.5, 0.5], None)),
+    ],
+    ids=["error", "none", "too few", "text", "string", "null", "no metrics", "a list", "null metrics"],
 )
 def test_local_baselines_invalid_reply_raises(interceptor: Interceptor, sites: Sites) -> None:
     sites.grid.intercept = baseline_of_site_2(interceptor)
@@ -503,6 +507,8 @@ INVALID_REPLIES: dict[str, tuple[Interceptor, str]] = {
     "other client": (with_values(client=0), f"{REJECTED}expected the result of client 1, got client 0$"),
     "no client": (with_values(client="me"), f"{REJECTED}invalid client result: ValueError"),
     "score": (with_values(score="0.9"), f"{REJECTED}invalid client result: ValueError"),
+    "null metrics": (with_values(metrics=None), f"{REJECTED}invalid client result: ValueError"),
+    "text as a metric": (with_values(metrics={"accuracy": "0.9"}), f"{REJECTED}invalid client result: ValueError"),
     "unknown field": (with_values(surprise=1), f"{REJECTED}invalid client result: TypeError"),
     "invalid JSON": (with_json("[1"), f"{REJECTED}message with invalid JSON values: JSONDecodeError"),
     "no JSON object": (with_json("[1]"), f"{REJECTED}message values: expected a JSON object, got list$"),

@@ -120,7 +120,7 @@ def test_mods_apply_to_updates_only(options: list[str], proxy: State, tmp_path: 
         others = [node(DESCRIBE, {}), node(BASELINE, {"rounds": 1}), node(SCORE, {"version": 2})]
         replies.append([values_of(reply) for reply in (last, *others)])
     assert is_equal(*replies)
-    assert 0 < replies[0][0]["score"] == replies[0][3]["score"]
+    assert 0 < replies[0][0]["score"] == replies[0][3]["metrics"]["accuracy"]
     assert calls == [ROUND]
 
 

@@ -25,7 +25,8 @@ from fedekd.flower.messages import (
     STATE,
     VALUES,
     arrays_of,
-    baseline_scores,
+    baseline_metrics,
+    by_key,
     client_result_from_json,
     client_result_to_json,
     comparison_request_from_json,
@@ -207,7 +208,7 @@ def test_client_result_round_trip_is_equal(result: ClientResult) -> None:
 
 
 VALID = client_result_to_json(RESULT)
-REQUIRED = ("client", "score", "supervised_rounds", "logs", "num_samples")
+REQUIRED = ("client", "score", "supervised_rounds", "logs", "metrics", "num_samples")
 WRONG_TYPES = {"deployed": "x", "samples": "a", "worse": None, "better": 1, "gain": "b", "p_value": [], "level": 0}
 
 
@@ -248,8 +249,9 @@ def test_client_result_invalid_values_raise_one_line(values: Mapping[str, Any]) 
     assert "\n" not in str(caught.value)
 
 
-def test_baseline_scores_of_more_rounds_are_cut() -> None:
-    message = receive(pack({"scores": [0.1, 0.2, 0.3]}))
-    assert baseline_scores(message, 2) == [0.1, 0.2]
-    with pytest.raises(UserError, match="expected 4 numbers"):
-        baseline_scores(message, 4)
+def test_baseline_metrics_of_more_rounds_are_cut() -> None:
+    metrics = [{"accuracy": score, "ece": 1 - score} for score in (0.1, 0.2, 0.3)]
+    message = receive(pack({"metrics": by_key(metrics)}))
+    assert baseline_metrics(message, 2) == metrics[:2]
+    with pytest.raises(UserError, match="accuracy: expected 4 numbers"):
+        baseline_metrics(message, 4)

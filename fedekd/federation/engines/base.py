@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -67,6 +67,7 @@ class ClientResult:
         update: Message to the server; None after the last aggregate.
         tradeoff: Accuracy against cost of a network with exits; only after the last aggregate.
         comparison: Result of the do-no-harm comparison, in rounds that have one.
+        metrics: All metrics on the test split by key, including the primary one; empty in round 0.
     """
 
     client: int
@@ -76,6 +77,7 @@ class ClientResult:
     update: ClientUpdate | None
     tradeoff: ExitTradeoff | None = None
     comparison: Comparison | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -88,7 +90,7 @@ class Engine(Protocol):
             rounds: Rounds of training, by client.
 
         Returns:
-            Test scores per round, by client.
+            Test scores and metrics per round, by client.
         """
         ...
 
@@ -105,8 +107,8 @@ class Engine(Protocol):
         """
         ...
 
-    def score(self, number: int) -> float:
-        """Return the score of a client in its present state."""
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Return all metrics of a client in its present state, by key."""
         ...
 
     def client_state(self, number: int) -> Any:

@@ -286,10 +286,10 @@ class PoolEngine:
             self._advance(task.client)
             yield result
 
-    def score(self, number: int) -> float:
+    def evaluate(self, number: int) -> dict[str, float]:
         """See `Engine`."""
-        [(_, score)] = self._run([Task(number, "score", (self._versions.get(number, 0),))])
-        return float(score)
+        [(_, metrics)] = self._run([Task(number, "evaluate", (self._versions.get(number, 0),))])
+        return dict(metrics)
 
     def client_state(self, number: int) -> Any:
         """Return the state of a client, on the CPU."""

@@ -22,7 +22,6 @@ from fedekd.federation.engines.base import (
 from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.methods import Client, FederationSpec, Method
-from fedekd.metrics import primary_metric
 from fedekd.models import MultiExitNetwork
 
 
@@ -108,7 +107,7 @@ class SequentialEngine:
                 baseline = train_local_baseline(client, wanted, self.baseline_dir, warnings.append, memory)
             for text in warnings:
                 self._warn_once(text)
-            baselines[number] = LocalBaseline(baseline.scores)  # per-sample losses stay on the client
+            baselines[number] = replace(baseline, losses=[])  # per-sample losses stay on the client
             self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return baselines
 
@@ -136,12 +135,12 @@ class SequentialEngine:
         with numerics():
             logs = self.method.receive(client, request.broadcast.to(number), round_idx)
             supervised_rounds = client.supervised_rounds
-            exit_scores = client.exit_scores() if round_idx else [math.nan]
+            exit_scores, metrics = client.evaluate() if round_idx else ([math.nan], {})
         score = exit_scores[-1]
         if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
-            name = primary_metric(self.spec.task).name
+            name = self.spec.primary.name
             logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
-        if round_idx and math.isnan(score):
+        if round_idx and all(map(math.isnan, metrics.values())):
             self.observer.warn(f"round {round_idx}: {client.splits.label} has no score; its outputs are not finite")
         self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
         update, tradeoff, comparison = None, None, None
@@ -156,7 +155,7 @@ class SequentialEngine:
         else:
             with numerics():
                 tradeoff = exit_tradeoff(client)
-        return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison)
+        return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison, metrics)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
         """Compare the local model with the federated one; `final` deploys one of them."""
@@ -174,10 +173,10 @@ class SequentialEngine:
             client.use_local_model(None)
         return comparison
 
-    def score(self, number: int) -> float:
+    def evaluate(self, number: int) -> dict[str, float]:
         """See `Engine`."""
         with self.spec.trainer.numerics():
-            return self.client(number).score()
+            return self.client(number).evaluate()[1]
 
     def client_state(self, number: int) -> Any:
         """See `Engine`."""

@@ -214,10 +214,10 @@ class ClientWorker:
             result = replace(result, update=replace(result.update, state=on_cpu))
         return result, list(self.events)
 
-    def score(self, number: int, version: int) -> tuple[float, list[Event]]:
-        """Score a client in a version of its state."""
+    def evaluate(self, number: int, version: int) -> tuple[dict[str, float], list[Event]]:
+        """Compute all metrics of a client in a version of its state."""
         with self._loaded(number, version):
-            return self.engine.score(number), list(self.events)
+            return self.engine.evaluate(number), list(self.events)
 
     def write_initial_state(self, number: int) -> tuple[None, list[Event]]:
         """Write version 0 of a client's state."""

@@ -76,14 +76,19 @@ class SupervisedLoss:
 
     $$L_{sup} = \sum_e w_e\, \mathrm{mean}_i\, \ell(z_{e,i}, y_i)$$
 
-    The per-sample loss is cross-entropy for classification and the squared error for regression.
+    The per-sample loss is cross-entropy for classification and the squared error for regression. With class weights,
+    the mean over the batch is the weighted one of `torch.nn.functional.cross_entropy`.
 
     Args:
         task: `classification` or `regression`.
         exit_weights: $w_e$, one per exit; None weights all E exits by 1 / E.
+
+    Attributes:
+        class_weights: Weight of each class in the mean, shape (C,); None (the default) weights all samples equally.
     """
 
     name = "supervised"
+    class_weights: Tensor | None = None
 
     def __init__(self, task: Task, exit_weights: Sequence[float] | None = None) -> None:
         self.task, self.exit_weights = task, exit_weights
@@ -95,6 +100,7 @@ class SupervisedLoss:
             output = upcast_to_float32(output)
             if self.task == "regression":
                 return torch.nn.functional.mse_loss(output, targets.to(output.dtype).reshape(output.shape))
-            return torch.nn.functional.cross_entropy(output, targets)
+            weight = None if self.class_weights is None else self.class_weights.to(output)
+            return torch.nn.functional.cross_entropy(output, targets, weight=weight)
 
         return weighted_exit_loss(student.exits, loss, self.exit_weights)

@@ -52,7 +52,7 @@ def test_multiprocess_damaged_state_raises_one_line(federate: Federate) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     with pytest.raises(UserError, match=r"client 1 is damaged: .*\. Completed rounds are saved; .*--resume\.$"):
-        engine.score(1)
+        engine.evaluate(1)
 
 
 class KillsProcess(FedeKD):
@@ -134,7 +134,7 @@ def test_multiprocess_worker_that_cannot_start_raises_user_error(
         run.run()
     assert not list((tmp_path / "tmp").iterdir())
     with pytest.raises(RuntimeError, match="closed"):
-        run.engine.score(0)
+        run.engine.evaluate(0)
 
 
 def test_multiprocess_os_error_of_a_worker_keeps_its_type(federate: Federate, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_ray_gives_the_bytes_of_the_sequential_engine(
     assert recorders[1].states == {r: [f"client-{n:05d}-{r + 1:06d}.pt" for n in range(3)] for r in (1, 2)}
     assert ray.is_initialized()  # the cluster was there before the run
     with pytest.raises(RuntimeError, match="closed"):
-        runs[1].engine.score(0)
+        runs[1].engine.evaluate(0)
 
 
 def test_ray_personal_messages_and_absent_clients_give_equal_results(
@@ -301,7 +301,7 @@ def test_ray_without_retries_raises_and_the_run_resumes(
     assert not (tmp_path / "run/metrics.csv").exists()
     assert names(tmp_path / "run/checkpoints", "manifest-*") == ["manifest-0001.json"]
     with pytest.raises(RuntimeError, match="closed"):
-        run.engine.score(0)
+        run.engine.evaluate(0)
     federate(harmless(tmp_path / "m2", temporary), output=tmp_path / "run").run()
     assert contents(tmp_path / "run") == contents(tmp_path / "quiet")
 
@@ -319,7 +319,7 @@ def test_ray_exception_of_a_client_is_raised_and_closes_the_engine(
     assert text == "something is wrong" if error == "user" else "in prepare_update\n" in text
     assert error == "user" or text.strip().endswith("ZeroDivisionError: 1 / 0")
     with pytest.raises(RuntimeError, match="closed"):
-        run.engine.score(0)
+        run.engine.evaluate(0)
 
 
 def test_ray_worker_that_cannot_start_raises_user_error(cluster: None, federate: Federate) -> None:
@@ -441,13 +441,13 @@ def test_ray_states_are_in_the_folder_until_close(
             list(engine.run_clients(RoundRequest([0, 2], here.method.broadcast([0, 2], 0), 0, True)))
         assert names(folder, "*/*") == ["client-00000-000001.pt", "client-00002-000001.pt"]
         for number in range(3):  # client 1 has not run
-            assert engines[0].score(number) == engines[1].score(number)
+            assert repr(engines[0].evaluate(number)) == repr(engines[1].evaluate(number))  # NaN
             assert pack(engines[0].client_state(number)) == pack(engines[1].client_state(number))
         assert pack(engines[0].client_state(0)) != before[0]
         engines[0].load_client_state(0, state)
         assert pack(engines[0].client_state(0)) == before[0]
         assert names(folder, "*/client-00000-*") == ["client-00000-000002.pt"]
-        assert engines[0].score(0) != engines[1].score(0)
+        assert engines[0].evaluate(0) != engines[1].evaluate(0)
     finally:
         engines[0].close()
     assert names(folder) == []
@@ -455,14 +455,14 @@ def test_ray_states_are_in_the_folder_until_close(
     assert ray.is_initialized()  # the cluster was there before the engine
 
 
-@pytest.mark.parametrize("name", ["score", "local_baselines", "run_clients", "client_state", "load_client_state"])
+@pytest.mark.parametrize("name", ["evaluate", "local_baselines", "run_clients", "client_state", "load_client_state"])
 def test_ray_closed_engine_raises_runtime_error(name: str, cluster: None, federate: Federate) -> None:
     run, here = federate(FedAvg(), engine=Ray(actors=1)), federate(FedAvg())
     for each in (run, here):
         each.method.init_server(each.spec)
     state = here.engine.client_state(0)
     arguments: dict[str, tuple[Any, ...]] = {
-        "score": (0,),
+        "evaluate": (0,),
         "local_baselines": ({0: 1},),
         "run_clients": (RoundRequest([0], run.method.broadcast([0], 0), 0, True),),
         "client_state": (0,),

@@ -193,7 +193,7 @@ def test_engine_more_actors_than_fit_raises_user_error(
 ) -> None:
     engine = engine_on(machines, options)
     with pytest.raises(UserError, match=rf"^engine\.actors: expected at most {re.escape(words)}\.$"):
-        engine.score(0)
+        engine.evaluate(0)
     assert not cluster.actors
     assert names(states) == []
 

@@ -147,7 +147,7 @@ def test_task_after_a_failed_one_starts_from_the_stored_state(federate: Federate
     before = worker.store.read(1, 0)
     for task, arguments, expected in (
         ("write_initial_state", (), ()),
-        ("score", (0,), ()),
+        ("evaluate", (0,), ()),
         ("local_baseline", (1,), ("local",)),
     ):
         fail_halfway(worker, 0, run.method.broadcast([1], 0).shared)

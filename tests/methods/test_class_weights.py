@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from .conftest import Federate, make_spec, weights
+from sklearn.utils.class_weight import compute_class_weight
+
+from fedekd import methods
+from fedekd.errors import UserError
+from fedekd.federation import RoundOptions
+from fedekd.methods import ClientOptions, FedAvg, Local, Method
+from fedekd.modules import ModelOutput, SupervisedLoss, TrainerFactory
+
+CLASSES = {
+    name: each
+    for name, each in vars(methods).items()
+    if isinstance(each, type) and issubclass(each, Method) and not inspect.isabstract(each)
+}
+
+
+def options(class_weights: str | None = "balanced", exits: int | None = None) -> ClientOptions:
+    return ClientOptions(
+        local_epochs=1,
+        private_model={"class_path": "fedekd.models.ProxyCNN"},
+        optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+        class_weights=class_weights,
+        exits=exits,
+    )
+
+
+def client_of(run: Any, number: int = 0) -> Any:
+    return run.engine.client(number)
+
+
+def test_class_weights_equal_scikit_learn_and_are_zero_for_absent_classes(federate: Federate) -> None:
+    client = client_of(federate(Local(), client=options()))
+    labels = client.samples.targets[client.splits.train].numpy()
+    expected = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    assert client.class_weights[np.unique(labels)].numpy() == pytest.approx(expected)
+    absent = int(labels[0])
+    client.splits = replace(client.splits, train=client.splits.train[torch.from_numpy(labels != absent)])
+    assert client.class_weights[absent] == 0.0
+    others = labels[labels != absent]
+    expected = compute_class_weight("balanced", classes=np.unique(others), y=others)
+    assert client.class_weights[np.unique(others)].numpy() == pytest.approx(expected)
+    assert client_of(federate(Local(), client=options(None))).class_weights is None
+
+
+def test_supervised_loss_with_class_weights_equals_weighted_mean() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(12, 3, requires_grad=True), torch.randint(3, (12,))
+    loss = SupervisedLoss("classification")
+    loss.class_weights = torch.tensor([0.5, 2.0, 0.0])
+    per_sample = -logits.log_softmax(1)[torch.arange(12), labels]
+    factors = loss.class_weights[labels]
+    slow = (factors * per_sample).sum() / factors.sum()
+    value = loss(ModelOutput((logits,)), None, labels, lambda *_: None)
+    torch_value = torch.nn.CrossEntropyLoss(weight=loss.class_weights)(logits, labels)
+    assert value.item() == torch_value.item() == pytest.approx(slow.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (value, slow)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_weights_reach_every_supervised_loss(
+    name: str, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    inner = SupervisedLoss.__call__
+
+    def spy(self: SupervisedLoss, *arguments: Any) -> Any:
+        used.append(self.class_weights is not None)
+        return inner(self, *arguments)
+
+    monkeypatch.setattr(SupervisedLoss, "__call__", spy)
+    method = CLASSES[name]()
+    client = options(exits=None if method.exits is None else 2)
+    federate(method, client=client, rounds=RoundOptions(rounds=1)).run()
+    assert used
+    assert all(used)
+
+
+def test_class_weights_apply_to_the_local_baseline(federate: Federate) -> None:
+    plain, local, federated = (
+        federate(method, client=options(value))
+        for method, value in ((Local(), None), (Local(), "balanced"), (FedAvg(), "balanced"))
+    )
+    for run in (plain, local, federated):
+        run.run()
+    assert not all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(local).values(), strict=True))
+    assert federated.progress.local == {
+        number: [row[f"client_{number}/accuracy"] for row in local.progress.history] for number in range(3)
+    }
+
+
+def test_class_weights_give_equal_networks_in_both_loops(federate: Federate) -> None:
+    trained = []
+    for loop in ("lean", "lightning"):
+        trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1, loop=loop)  # type: ignore[arg-type]
+        run = federate(Local(), client=options(), trainer=trainer)
+        run.run()
+        trained.append(weights(run))
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_class_weights_invalid_value_or_regression_raises_user_error() -> None:
+    with pytest.raises(UserError, match="client.class_weights: expected .*balanced"):
+        options("inverse")
+    with pytest.raises(UserError, match="client.class_weights: expected null for regression, got 'balanced'"):
+        make_spec(task="regression", num_outputs=1, client=options())
