@@ -107,7 +107,7 @@ class ScoreSummary:
     """One metric of all clients that have a score, and its Delta.
 
     The figures over clients leave out those whose test split has no value of the metric, for example because it lacks
-    a class. NaN of the method alone makes them NaN, and so does a metric that no client has.
+    a class. NaN of the method only makes them NaN, and so does a metric that no client has.
 
     Attributes:
         clients: Score, local baseline's score and Delta, by client number.
@@ -180,7 +180,10 @@ class Progress:
 
     @property
     def has_metrics(self) -> bool:
-        """True unless the run was begun by an earlier version, or by an engine that reports scores only."""
+        """True if clients and local baselines have all metrics.
+
+        Runs of earlier versions, and engines of users, may have scores only.
+        """
         return bool(self.local_metrics or not self.local) and any(record.metrics for record in self.records.values())
 
     def local_values(self, number: int) -> dict[str, float]:
@@ -229,7 +232,7 @@ class Progress:
         )
 
     def missing_classes(self, number: int, task: Task) -> list[int]:
-        """Return the classes that a client's test split lacks, as far as its metrics show it."""
+        """Return the classes that a client's test split lacks, as its metrics show."""
         return missing_classes(task, self.records[number].metrics, self.local_values(number))
 
     def _is_undefined(self, number: int, metric: MetricSpec, key: str) -> bool:
@@ -268,7 +271,7 @@ class Progress:
         self.traffic = Traffic()
 
     def other_scores(self, reported: ReportedMetrics) -> dict[str, ScoreSummary]:
-        """Return the scores of the reported metrics other than the primary one, by the names of their columns."""
+        """Return the scores of all reported metrics but the primary one, by column."""
         if not self.has_metrics:
             return {}
         return {name: self.scores(metric, key) for key, (name, metric) in reported.others.items()}
@@ -380,7 +383,7 @@ def _or_none(value: Any) -> Any:
 
 
 def _other_summaries(others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
-    """Return the figures over clients of the other metrics; `clients` is how many have a value."""
+    """Return the figures of the other metrics, over the `clients` with a value."""
     figures = {
         name: {
             "mean": _or_none(scores.mean),

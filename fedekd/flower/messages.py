@@ -194,12 +194,12 @@ def client_result_from_json(values: Mapping[str, Any], state: StateDict) -> Clie
 
 
 def by_key(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Return the metrics of the local baseline as one list of rounds per key, which is shorter as JSON."""
+    """Return metrics per round as one list per key, which is shorter as JSON."""
     return {key: [values[key] for values in metrics] for key in (metrics[0] if metrics else ())}
 
 
 def baseline_metrics(message: Message, rounds: int) -> list[dict[str, float]]:
-    """Read the local baseline's metrics, one mapping per round; later rounds are left out.
+    """Read the local baseline's metrics of each round, and leave out later ones.
 
     Raises:
         UserError: They are not numbers, or fewer than the rounds.

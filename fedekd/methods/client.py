@@ -101,7 +101,7 @@ class Client:
 
     @property
     def class_weights(self) -> Tensor | None:
-        """Weight of each class in the supervised loss, shape (C,); None weights all samples equally."""
+        """Weight of each class in the supervised loss, shape (C,); None for equal ones."""
         if self.spec.client.class_weights is None:
             return None
         targets = self.samples.targets

@@ -32,7 +32,9 @@ def accuracy(logits: Tensor, labels: Tensor, num_classes: int) -> float:
 
 
 def recall(logits: Tensor, labels: Tensor, num_classes: int) -> list[float]:
-    r"""Recall of each class $r_c = \frac{\sum_i 1[y_i = c, \hat y_i = c]}{\sum_i 1[y_i = c]}$, in float64.
+    r"""Recall of each class, in float64.
+
+    $$r_c = \frac{\sum_i 1[y_i = c, \hat y_i = c]}{\sum_i 1[y_i = c]}$$
 
     Args:
         logits: Shape (N, C).
@@ -53,7 +55,7 @@ def recall(logits: Tensor, labels: Tensor, num_classes: int) -> list[float]:
 
 
 def balanced_accuracy(logits: Tensor, labels: Tensor, num_classes: int) -> float:
-    r"""Balanced accuracy $\frac1C \sum_c r_c$, the mean of the classes' recall, in float64.
+    r"""Balanced accuracy $\frac1C \sum_c r_c$, the mean recall of the classes.
 
     Args:
         logits: Shape (N, C).

@@ -91,7 +91,7 @@ def select_metrics(names: Sequence[str] | None, task: Task, num_classes: int) ->
 
 
 def metric_keys(rows: Iterable[MetricSpec], num_classes: int) -> dict[str, MetricSpec]:
-    """Return the keys of the metrics' values, such as `recall/0`, with the metric of each."""
+    """Return the metric of each value by its key, such as `recall/0`."""
     return {key: row for row in rows for key in row.keys(num_classes)}
 
 
@@ -121,7 +121,7 @@ def column_names(rows: Iterable[MetricSpec], class_names: Sequence[str]) -> dict
 
 
 def is_undefined(key: str, task: Task, *scored: Mapping[str, float]) -> bool:
-    """Return True if a split has no value of a metric, for example because it lacks a class.
+    """Return True if a split has no value of a metric, as where it lacks a class.
 
     That is the case if all networks have finite outputs, for which the task's primary metric is a number, and none has
     a value of this metric.
@@ -137,7 +137,7 @@ def is_undefined(key: str, task: Task, *scored: Mapping[str, float]) -> bool:
 
 
 def missing_classes(task: Task, *scored: Mapping[str, float]) -> list[int]:
-    """Return the classes without samples in a split, by the metrics with one value per class."""
+    """Return the classes without samples in a split, as metrics per class show."""
     rows = [row for row in registry.METRICS.values() if row.task == task and row.is_per_class]
     keys = {key for values in scored for key in values if any(key.startswith(f"{row.name}/") for row in rows)}
     return sorted({int(key.rpartition("/")[2]) for key in keys if is_undefined(key, task, *scored)})

@@ -28,7 +28,7 @@ _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
 
 def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> list[Table]:
-    """Build the tables of a finished run: of clients, other metrics, and do-no-harm comparisons.
+    """Build the tables of a finished run: clients, other metrics, do-no-harm.
 
     Args:
         summary: Content of `summary.json`.
@@ -43,7 +43,7 @@ def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> lis
 
 
 def other_metrics_table(summary: Summary) -> Table | None:
-    """Build the table of the metrics other than the primary one: score and Delta per client.
+    """Build the table of all metrics but the primary one: score and Delta.
 
     Args:
         summary: Content of `summary.json` with `metrics`.
@@ -72,7 +72,7 @@ def other_metrics_table(summary: Summary) -> Table | None:
 
 
 def _value_text(name: str, values: Mapping[str, float | None]) -> Text:
-    """Format a value and its Delta; the value may be missing, and both where they are undefined."""
+    """Format a value and its Delta, of which one or both may be missing."""
     metric, value, delta = metric_spec(name), values["score"], values["delta"]
     parts = [] if value is None else [metric.text(value)]
     if delta is not None:

@@ -99,14 +99,14 @@ def column_order(names: Iterable[str], clients: Sequence[str] = ()) -> list[str]
 
 
 def metric_spec(name: str) -> MetricSpec:
-    """Return the registry row of a summary's metric, or of one of its values, such as `recall/3`."""
+    """Return the registry row of a summary's metric or value, such as `recall/3`."""
     from fedekd.metrics import METRICS  # not at the top: it loads torch, which reports of finished runs do not need
 
     return METRICS[name.partition("/")[0]]
 
 
 def value_title(name: str, summary: Summary) -> str:
-    """Return the title of a metric in tables; one with a value per class names its class.
+    """Return the title of a metric in tables, with the class of a value per class.
 
     Args:
         name: Name of a value in `metrics` of the summary, such as `recall/no_finding`.

@@ -96,7 +96,7 @@ def client_table(summary: Summary) -> pd.DataFrame:
 
 
 def other_metrics_table(summary: Summary) -> pd.DataFrame:
-    """Return one row per metric other than the primary one: means, Delta, clients that have a value.
+    """Return one row per metric but the primary one: means, Delta, clients.
 
     Args:
         summary: Content of `summary.json` with `metrics`.

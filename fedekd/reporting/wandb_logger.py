@@ -157,7 +157,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Log scores, Delta, other metrics, costs and the table `clients` as the summary of the run.
+        """Log metrics, Delta, costs and the table `clients` as the summary of the run.
 
         A network with exits adds `budget_50/accuracy` and `budget_50/flops` per budget in percent; `do_no_harm` adds
         `deployed/delta/avg` and the other figures of the deployed models.

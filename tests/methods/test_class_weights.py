@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from .conftest import Federate, make_spec, weights
 from sklearn.utils.class_weight import compute_class_weight
 
 from fedekd import methods
@@ -15,6 +14,8 @@ from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
 from fedekd.methods import ClientOptions, FedAvg, Local, Method
 from fedekd.modules import ModelOutput, SupervisedLoss, TrainerFactory
+
+from .conftest import Federate, make_spec, weights
 
 CLASSES = {
     name: each
@@ -110,7 +111,7 @@ def test_class_weights_give_equal_networks_in_both_loops(federate: Federate) -> 
 
 
 def test_class_weights_invalid_value_or_regression_raises_user_error() -> None:
-    with pytest.raises(UserError, match="client.class_weights: expected .*balanced"):
+    with pytest.raises(UserError, match=r"client\.class_weights: expected .*balanced"):
         options("inverse")
-    with pytest.raises(UserError, match="client.class_weights: expected null for regression, got 'balanced'"):
+    with pytest.raises(UserError, match=r"client\.class_weights: expected null for regression, got 'balanced'"):
         make_spec(task="regression", num_outputs=1, client=options())

@@ -137,6 +137,7 @@ def test_new_metric_takes_one_function_and_one_row(
     rows = {row.name: row, **METRICS}
     monkeypatch.setattr(registry, "METRICS", rows)
     monkeypatch.setattr(metrics, "METRICS", rows)
+    monkeypatch.setattr("fedekd.methods.specification.METRICS", rows)
     monkeypatch.chdir(tmp_path)
     options = ["--data.num_clients=3", "--data.alpha=1", "--rounds=1", "--trainer.threads=1", "--logger=null"]
     assert main(["fit", f"--data.dataset={npz}", *options, "--output=run"]) == 0
