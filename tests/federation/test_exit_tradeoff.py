@@ -154,7 +154,7 @@ def test_exit_tradeoff_diverged_network_has_nan_accuracies(federate: Federate) -
 
 def test_progress_json_round_trip(finished: Orchestrator) -> None:
     kept = json.loads(json.dumps(finished.progress.to_json()))
-    assert Progress.from_json(kept) == finished.progress
+    assert repr(Progress.from_json(kept)) == repr(finished.progress)  # NaN
     plain = ClientRecord(0.5, 2, {"a": 1.0})
     assert ClientRecord.from_json({"score": 0.5, "supervised_rounds": 2, "logs": {"a": 1.0}}) == plain
     assert ClientRecord.from_json({**vars(plain), "tradeoff": None}) == plain
