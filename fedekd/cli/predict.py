@@ -1,4 +1,4 @@
-"""`predict`: classify images with a finished run."""
+"""`predict`: predict the targets of new samples with a finished run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -20,6 +21,7 @@ from fedekd.cli.calibrate import client_choices, select_clients
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
+from fedekd.data.formats.table import is_table_file
 from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
@@ -31,26 +33,33 @@ from fedekd.models import MultiExitNetwork, eval_mode
 
 COLUMNS = ("image", "label", "exit", "score")
 
+#: Columns for regression; a table has `row`, from 1, in place of `image`.
+VALUE_COLUMNS = ("image", "value", "exit")
+
 
 def predict_parser() -> ArgumentParser:
     """Create the parser of `predict`."""
     parser = ArgumentParser(
         prog="orchestrator.py predict",
         usage="%(prog)s RUN --input images.npz [--output predictions.csv] [--client K]",
-        description="Classify images with the network of one client of a finished run.",
+        description="Predict classes or values of images or of the rows of a table with the network of one client of a"
+        " finished run.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, nargs="?", default="", help="Folder of a finished run.")
     parser.add_argument(
-        "--input", type=str, default="", help="An .npz file with an array images, or in MedMNIST's layout."
+        "--input",
+        type=str,
+        default="",
+        help="An .npz file with an array images, or in MedMNIST's layout; or a .csv or .parquet table.",
     )
     parser.add_argument(
         "--output",
         type=str,
         default="predictions.csv",
-        help="CSV file with the columns image, label, exit and score.",
+        help="CSV file with the columns image (row in a table), label, exit and score; value and exit in regression.",
     )
     parser.add_argument(
         "--client",
@@ -69,20 +78,20 @@ def run(argv: Sequence[str]) -> int:
     output = Path(config.output)
     if output.suffix != ".csv" or output.is_dir():
         raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
-    try:
-        images = read_images(Path(config.input))
-    except UserError as error:
-        raise UserError(f"--input: {str(error).removeprefix('data.dataset: ')}") from error
+    is_table = is_table_file(Path(config.input))
+    images = None if is_table else _read(read_images, Path(config.input))
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:
         raise UserError(f"--client: expected {client_choices(clients)}, got none")
     [client] = select_clients(clients, "0" if config.client is None else config.client)
-    shape = tuple(client.samples.inputs.shape[1:])
+    shape = client.samples.input_shape
+    if images is None:
+        images = _read(orchestrator.data.read_features, Path(config.input), client.number)
+    elif len(shape) == 1:
+        raise UserError(f"--input: expected a .csv or .parquet table, as in training, got {config.input}")
     if images.shape[1:] != shape:
         raise UserError(f"--input: expected images of {shape} (channels, height, width), got {tuple(images.shape[1:])}")
-    if client.spec.task == "regression":
-        raise UserError(f"run: expected a classification run, got the regression run {config.run}")
     policy = load_policy(Path(config.run), client.number)
     if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
         print_warning(
@@ -92,26 +101,39 @@ def run(argv: Sequence[str]) -> int:
     if policy is not None and policy.has_no_guarantee:
         print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
     rows = list(_predictions(client, policy, images))
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(rows)
-    with atomic_file(output) as file:
-        file.write(text.getvalue().encode())
-    counts = Counter(exit_ for _, _, exit_, _ in rows)
+    kind = "row" if is_table else "image"
+    _write(output, kind, VALUE_COLUMNS if client.spec.task == "regression" else COLUMNS, rows)
+    counts = Counter(row[1] for row in rows)
     shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
-    print(f"{len(rows)} images ({shares}), written to {output}")
+    print(f"{len(rows)} {kind}s ({shares}), written to {output}")
     return 0
 
 
+def _read(read: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    try:
+        return read(*arguments)
+    except UserError as error:
+        raise UserError(f"--input: {str(error).removeprefix('data.dataset: ')}") from error
+
+
+def _write(output: Path, kind: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Write the predictions; rows of a table are numbered from 1."""
+    first = 1 if kind == "row" else 0
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow((kind, *columns[1:]))
+    table.writerows((index, *row) for index, row in enumerate(rows, start=first))
+    with atomic_file(output) as file:
+        file.write(text.getvalue().encode())
+
+
 @torch.no_grad()
-def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> Iterator[tuple[int, int, int, float]]:
-    """Yield index, label, exit (from 1) and score of each image."""
+def _predictions(client: Client, policy: ExitPolicy | None, inputs: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield label, exit (from 1) and score of each sample; in regression value and exit."""
     network = client.deployed_model
-    index = 0
     is_quiet = not sys.stderr.isatty()
-    batches = torch.split(images, BATCH_SIZE)
-    for batch in track(batches, "images", console=Console(stderr=True), disable=is_quiet, transient=True):
+    batches = torch.split(inputs, BATCH_SIZE)
+    for batch in track(batches, "predictions", console=Console(stderr=True), disable=is_quiet, transient=True):
         x = network_input(network, batch)
         if policy is not None and isinstance(network, MultiExitNetwork):
             logits, exits, scores = policy.predict_with_exits(network, x, client.networks.get("proxy"))
@@ -119,13 +141,17 @@ def _predictions(client: Client, policy: ExitPolicy | None, images: Tensor) -> I
             with eval_mode(network):
                 outputs = network(x)
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            logits, scores = outputs[-1], max_softmax_confidence(outputs[-1])
+            logits = client.in_target_unit(outputs[-1])
+            scores = max_softmax_confidence(logits)
             exits = torch.full((len(x),), len(outputs) - 1)
         if non_finite := int((~logits.isfinite().all(dim=1)).sum()):
             raise UserError(
-                f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} images."
+                f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} samples."
                 " The training of its network diverged"
             )
+        if client.spec.task == "regression":
+            for value, exit_ in zip(logits[:, 0].tolist(), exits.tolist(), strict=True):
+                yield float(f"{value:.6g}"), exit_ + 1
+            continue
         for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            yield index, label, exit_ + 1, round(score, 6)
-            index += 1
+            yield label, exit_ + 1, round(score, 6)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedekd.data.batches import TensorBatches
+from fedekd.data.formats.table import read_features
 from fedekd.data.near_copies import find_near_copies, near_copy_warning
 from fedekd.data.partition import (
     PARTITIONS,
@@ -30,8 +32,8 @@ from fedekd.data.raw import SPLITS
 from fedekd.data.samples import Samples, content_digest
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
-from fedekd.data.tables import prepare
-from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten
+from fedekd.data.tables import prepare, transform
+from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten, shorten_path
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
 
@@ -215,6 +217,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._partition = None if partition is None else _partition_function(partition)
         self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
+        self._loaded: Samples | None = None
         self._transformers: list[Any] = []
 
     def __str__(self) -> str:
@@ -250,7 +253,21 @@ class FederatedDataModule(lightning.LightningDataModule):
                 split_client(client, part, samples, self.fractions, self.seed, self.splits, name)
                 for client, (name, part) in enumerate(parts)
             ]
+            self._loaded = samples
             self._samples, self._clients, self._transformers = prepare(samples, splits)
+
+    def as_one_client(self, number: int) -> tuple[Samples, ClientSplits]:
+        """Return all samples as those of one client, with its preprocessing.
+
+        Args:
+            number: Number of the client; it enters the seeds of the splits.
+        """
+        self.setup()
+        samples = cast(Samples, self._loaded)
+        indices = np.arange(len(samples), dtype=np.int64)
+        splits = split_client(number, indices, samples, self.fractions, self.seed, self.splits)
+        prepared = prepare(samples, [splits])
+        return prepared.samples, prepared.clients[0]
 
     def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
         """Return the name and the samples of each site."""
@@ -320,6 +337,24 @@ class FederatedDataModule(lightning.LightningDataModule):
         counts = self.class_counts() if self.task == "classification" else np.zeros((len(self.clients), 0))
         tests = [len(splits.test) for splits in self.clients]
         return lines + site_warnings(self.samples.site_names, counts, self.samples.class_names, tests)
+
+    def read_features(self, path: Path, client: int) -> Tensor:
+        """Read a table without targets, preprocessed as the samples of a client.
+
+        Args:
+            path: A .csv or .parquet file with the feature columns of the data, in any order; others are ignored.
+            client: Number of the client.
+
+        Returns:
+            Features, float32, shape (N, F).
+
+        Raises:
+            UserError: If the data are no table, or the file cannot be read or has other columns or values.
+        """
+        columns = self.samples.columns
+        if not columns:
+            raise UserError(f"data.dataset: expected images, as in training, got the table '{shorten_path(path)}'")
+        return transform(self._transformers[client], read_features(path, columns))
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""

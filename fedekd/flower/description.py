@@ -110,7 +110,8 @@ class SiteData(FederatedDataModule):
             torch.empty(0, *config["input_shape"], dtype=torch.uint8),
             torch.empty(0, dtype=torch.float32 if config["task"] == "regression" else torch.int64),
             config["task"],
-            len(descriptions[0]["class_counts"]),
+            # Real-valued targets have one count, that of all samples.
+            len(counts) if len(counts := descriptions[0]["class_counts"]) > 1 else 0,
         )
         self._clients = [
             SiteSplits(

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from fedekd.atomic import remove_drafts
 from fedekd.configuration.options import parts_of
-from fedekd.data import ClientSplits, FederatedDataModule, data_warnings, split_client
+from fedekd.data import ClientSplits, FederatedDataModule, Samples, data_warnings
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest, SilentObserver
 from fedekd.federation.checks import check_models
@@ -52,7 +52,7 @@ class Site:
         number: The site's number, in [0, sites).
         sites: Number of sites.
         folder: Folder of the client states and the local baseline; a subfolder per site is created.
-        data: The site's own images, .npz in MedMNIST's layout; None takes the site's part of the configured data set,
+        data: The site's own images or table; None takes the site's part of the configured data set,
             as in a simulation.
 
     Raises:
@@ -64,8 +64,8 @@ class Site:
         data_options = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
         parts = _parts_of((*options, *data_options, "--logger=null"))
         module: FederatedDataModule = parts["data"]
-        splits = self._splits(module, number, sites, data)
-        method, samples = parts["method"], module.samples
+        samples, splits = self._samples(module, number, sites, data)
+        method = parts["method"]
         spec = FederationSpec.from_parts(
             module,
             parts["client"],
@@ -90,16 +90,17 @@ class Site:
         self.worker = ClientWorker(setup, np.ascontiguousarray(samples.inputs.numpy()))
 
     @staticmethod
-    def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
+    def _samples(
+        module: FederatedDataModule, number: int, sites: int, data: str | None
+    ) -> tuple[Samples, ClientSplits]:
         if data is not None:
-            indices = np.arange(len(module.samples), dtype=np.int64)
-            return split_client(number, indices, module.samples, module.fractions, module.seed, module.splits)
+            return module.as_one_client(number)
         if module.num_clients != sites:
             raise UserError(
                 f"data.num_clients: expected {sites} (sites), got {module.num_clients}."
                 " Set both to the same number, or data in --node-config to the site's own file."
             )
-        return module.clients[number]
+        return module.samples, module.clients[number]
 
     def reply(self, message: Message) -> RecordDict:
         """Return the content of the reply to a message of the server.

@@ -195,13 +195,17 @@ def test_predict_damaged_policy_keeps_existing_output(here: Path, error_line: Ca
     assert Path("predictions.csv").read_text() == "kept\n"
 
 
-def test_predict_regression_or_unfinished_run_raises(
-    here: Path, ready: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
-) -> None:
+def test_predict_regression_writes_values(here: Path, ready: Path) -> None:
     assert fit(ready / "blobs.npz", "grades", "--method=Local", "--task=regression") == 0
-    capsys.readouterr()
-    assert main(["predict", "grades", "--input", "images.npz"]) == 2
-    assert "run: expected a classification run, got the regression run grades" in error_line()
+    assert main(["predict", "grades", "--input", "images.npz"]) == 0
+    assert list(rows()[0]) == ["image", "value", "exit"]
+    network, parts = batches("grades")
+    with torch.no_grad():
+        values = torch.cat([network.eval()(x) for x in parts])[:, 0].tolist()
+    assert [float(row["value"]) for row in rows()] == pytest.approx(values, rel=1e-5)
+
+
+def test_predict_unfinished_run_raises(here: Path, error_line: Callable[[], str]) -> None:
     Path("one/summary.json").unlink()
     assert main(["predict", "one", "--input", "images.npz"]) == 2
     assert "expected a finished run, got one, which is not. Go on with: fit --resume one" in error_line()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from flwr.app import Context, Message, RecordDict
 
 from examples.flower_deployment.deployment import write_site_data
 from fedekd.configuration.options import parts_of
+from fedekd.data.sources import SOURCES
 from fedekd.errors import UserError
 from fedekd.federation.engines.worker import StateStore
 from fedekd.flower import apps
@@ -278,3 +280,21 @@ def test_client_app_reads_folder_data_and_options_from_node_config(options: list
     site = apps._site((*options, *shlex.split(model)), 0, NUM_SITES, str(tmp_path / "mine"), str(path))
     assert apps._site.cache_info().hits == 1
     assert type(site.worker.engine.client(0).networks["private"]).__name__ == "ProxyCNN"
+
+
+def test_site_table_is_preprocessed_on_its_own_training_rows(tmp_path: Path) -> None:
+    table = pd.read_csv(str(SOURCES["heart_disease"].load))
+    mlp = "{class_path: fedekd.models.MLP, init_args: {hidden: [8]}}"
+    options = [
+        *(f"--client.private_model={mlp}", f"--client.proxy_model={mlp}", "--data.target_column=disease"),
+        *("--data.ignored_columns=[site,sex,cp,fbs,restecg,exang,slope,thal,ca]", "--trainer.accelerator=cpu"),
+    ]
+    sites = []
+    for number, name in enumerate(("cleveland", "hungarian")):
+        table[table["site"] == name].to_csv(tmp_path / f"{name}.csv", index=False)
+        sites.append(Site(options, number, 2, tmp_path, data=str(tmp_path / f"{name}.csv")))
+    for site in sites:
+        train = site.samples.inputs[site.splits.train]
+        assert train.shape[1] == 5
+        assert train[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
+        assert site.spec.input_shape == (5,)

@@ -15,17 +15,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from fedekd.data.columns import Column
-from fedekd.data.raw import SPLITS, Array, RawSamples, ReadOptions, text_of
+from fedekd.data.raw import SPLIT_COLUMN, SPLIT_NAMES, Array, RawSamples, ReadOptions, text_of
 from fedekd.errors import UserError, describe_error, listed, nearest, shorten, shorten_path
 from fedekd.global_state import exclusive
 
 #: Texts that mean a missing value. UCI's tables have `?`.
 MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A")
-
-#: Column of given splits.
-SPLIT_COLUMN = "split"
-
-_SPLIT_NAMES = {**{name: index for index, name in enumerate(SPLITS)}, "validation": SPLITS.index("val")}
 
 #: Before pandas 3.1 the default differs from Parquet's numbers in the last bit.
 _EXACT_NUMBERS: dict[str, Any] = (
@@ -38,7 +33,8 @@ _LARGEST_NUMBER = 1e100
 
 def is_table_file(path: Path) -> bool:
     """Return True for a Parquet file, and for a CSV file without a column `path`."""
-    return path.suffix == ".parquet" or (path.suffix == ".csv" and "path" not in csv_header(path))
+    suffix = path.suffix.lower()
+    return suffix == ".parquet" or (suffix == ".csv" and "path" not in csv_header(path))
 
 
 def csv_header(path: Path) -> list[str]:
@@ -124,7 +120,7 @@ def read_frame(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{where}: expected a .csv or .parquet file, got no file")
     try:
-        frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except UserError:
         raise
     except Exception as error:  # pandas and pyarrow raise various errors for a corrupt file
@@ -213,7 +209,7 @@ def _split(where: str, frame: Any, options: ReadOptions) -> npt.NDArray[np.int8]
     if SPLIT_COLUMN not in frame:
         return None
     texts = [(text or "").lower() for text in _texts(frame[SPLIT_COLUMN])]
-    wrong = [row for row, text in enumerate(texts) if text not in _SPLIT_NAMES]
+    wrong = [row for row, text in enumerate(texts) if text not in SPLIT_NAMES]
     if wrong and options.splits != "given":
         return None  # a feature of that name
     if wrong:
@@ -221,7 +217,7 @@ def _split(where: str, frame: Any, options: ReadOptions) -> npt.NDArray[np.int8]
             f"{where}: column {SPLIT_COLUMN!r}: expected train, val or test, got {shorten(repr(texts[wrong[0]]))} in"
             f" row {wrong[0] + 1}"
         )
-    return np.asarray([_SPLIT_NAMES[text] for text in texts], dtype=np.int8)
+    return np.asarray([SPLIT_NAMES[text] for text in texts], dtype=np.int8)
 
 
 def _names(where: str, frame: Any, name: str | None, kind: str) -> Array | None:

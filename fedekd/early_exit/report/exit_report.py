@@ -39,7 +39,7 @@ class ReportOptions:
         target_risk: Target risk of the reliability and corruption sections, in (0, 1).
         confidence: Confidence of the guarantees, in (0, 1).
         draws: Resampled calibration sets per rule and target risk, at least 1.
-        corrupted: Maximum number of images per corrupted set; 0 omits the corruption section.
+        corrupted: Maximum number of images per corrupted set; 0, or a table, omits the corruption section.
         batches: Batches per batch size for latency; 0 omits latency.
     """
 
@@ -204,6 +204,7 @@ def make_exit_report(
         on_step(f"policy for target risk {target_risk:g}")
         policies.append(_policy_result(client, network, target_risk, options))
     on_step("reliability")
+    has_corruptions = options.corrupted and client.samples.inputs.ndim == 4  # of images
     return ExitReport(
         dataset=client.samples.name,
         client=client.splits.label,
@@ -211,7 +212,7 @@ def make_exit_report(
         policies=policies,
         reliabilities=_reliabilities(network, options),
         validity=_validity(network, options, on_step),
-        corruptions=_corruptions(client, network, options, on_step) if options.corrupted else [],
+        corruptions=_corruptions(client, network, options, on_step) if has_corruptions else [],
         options=options,
         provenance=dict(provenance or {}),
     )
