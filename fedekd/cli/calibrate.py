@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.data import Samples, load_samples
+from fedekd.data.formats import format_of
+from fedekd.data.raw import ReadOptions
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
-from fedekd.errors import UserError, listed, print_warning, require_choice, shorten
+from fedekd.errors import UserError, listed, print_warning, require_choice, shorten, shorten_path
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -91,7 +93,8 @@ def calibrate_parser() -> ArgumentParser:
         "--input",
         type=str | None,
         default=None,
-        help="Other labelled images, .npz in MedMNIST's layout (default: the clients' held-out splits).",
+        help="Other labelled images: an .npz file, a folder with a subfolder per class, or a manifest (default: the"
+        " clients' held-out splits).",
     )
     return parser
 
@@ -110,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(config.run)
     orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
     clients = orchestrator.load_clients()
-    held_out = None if config.input is None else _load(config.input, clients[0].samples)
+    held_out = None if config.input is None else _load(config.input, clients[0].samples, orchestrator.data.read_options)
     trained_on = torch.cat([training_indices(client) for client in clients])
     rule = orchestrator.do_no_harm
     compared_on = [] if rule is None else [getattr(client.splits, rule.split) for client in clients]
@@ -233,12 +236,37 @@ def _report_key(folder: Path, number: int) -> str:
     return f"{number} {digest(policy_path(folder, number).read_bytes())}"
 
 
-def _load(path: str, like: Samples) -> Samples:
-    if not path.endswith(".npz"):
-        raise UserError(f"--input: expected an .npz file in MedMNIST's layout, got {path}")
+def input_error(error: UserError) -> UserError:
+    """Return the error of a file given by `--input`, without options of `fit`."""
+    message = str(error)
+    if message.startswith("data.dataset: "):
+        message = message.removeprefix("data.dataset: ")
+    # The run decides on labels, sizes and ranges, which these commands cannot change.
+    for hint in (" Leave out", " Set --data.", ", or set --data."):
+        message = message.partition(hint)[0]
+    return UserError(f"--input: {message.rstrip('.')}")
+
+
+def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
+    """Read labelled images as the run reads its own."""
     try:
-        return load_samples(path, task=like.task, num_classes=like.num_classes, ignore_label=like.ignore_label)
+        row = format_of(Path(path).expanduser())
+        if row is None or row.read_unlabelled is None:
+            raise UserError(f"expected labelled images: an .npz file, a folder or a manifest, got {shorten_path(path)}")
+        columns = {
+            name: getattr(options, name) for name in ("target_column", "image_size", "value_range", "skip_unreadable")
+        }
+        samples = load_samples(
+            path,
+            task=like.task,
+            num_classes=like.num_classes,
+            ignore_label=like.ignore_label,
+            classes=like.class_names,
+            memory_limit=math.inf,
+            **columns,
+        )
     except UserError as error:
-        message = str(error).replace("data.dataset:", "--input:", 1)
-        # Labels are left out as in the run, which this command cannot change.
-        raise UserError(message.partition(" Leave out")[0]) from error
+        raise input_error(error) from error
+    if samples.input_shape == (1, *like.input_shape[1:]):
+        samples = replace(samples, inputs=samples.inputs.expand(-1, *like.input_shape).contiguous())
+    return samples

@@ -6,9 +6,9 @@ import csv
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser
@@ -17,31 +17,41 @@ from rich.progress import track
 from torch import Tensor
 
 from fedekd.atomic import atomic_file
-from fedekd.cli.calibrate import client_choices, select_clients
+from fedekd.cli.calibrate import client_choices, input_error, select_clients
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
+from fedekd.data import FederatedDataModule
 from fedekd.data.formats.table import is_table_file
 from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
-from fedekd.errors import UserError, print_warning
+from fedekd.errors import UserError, print_warning, shorten_path
 from fedekd.functional import max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, eval_mode
 
-COLUMNS = ("image", "label", "exit", "score")
+COLUMNS = ("label", "class", "value", "exit", "score")
+"""Columns after the number of the image, or of the row of a table, and the name of its file.
 
-#: Columns for regression; a table has `row`, from 1, in place of `image`.
-VALUE_COLUMNS = ("image", "value", "exit")
+`class` only if classes have names; `value` for regression, which has no label and score.
+"""
+
+
+class _Inputs(NamedTuple):
+    """New samples, as a network takes them, in batches."""
+
+    batches: Iterable[Tensor]
+    size: int
+    names: list[str] | None
 
 
 def predict_parser() -> ArgumentParser:
     """Create the parser of `predict`."""
     parser = ArgumentParser(
         prog="orchestrator.py predict",
-        usage="%(prog)s RUN --input images.npz [--output predictions.csv] [--client K]",
+        usage="%(prog)s RUN --input FILE [--output predictions.csv] [--client K]",
         description="Predict classes or values of images or of the rows of a table with the network of one client of a"
         " finished run.",
         formatter_class=BriefHelp,
@@ -53,13 +63,14 @@ def predict_parser() -> ArgumentParser:
         "--input",
         type=str,
         default="",
-        help="An .npz file with an array images, or in MedMNIST's layout; or a .csv or .parquet table.",
+        help="A folder of images, a manifest, an .npz file, or a table; labels are not needed.",
     )
     parser.add_argument(
         "--output",
         type=str,
         default="predictions.csv",
-        help="CSV file with the columns image (row in a table), label, exit and score; value and exit in regression.",
+        help="CSV file with the columns image (row in a table), file, label, class, exit and score; value and exit in"
+        " regression.",
     )
     parser.add_argument(
         "--client",
@@ -79,19 +90,15 @@ def run(argv: Sequence[str]) -> int:
     if output.suffix != ".csv" or output.is_dir():
         raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
     is_table = is_table_file(Path(config.input))
-    images = None if is_table else _read(read_images, Path(config.input))
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:
         raise UserError(f"--client: expected {client_choices(clients)}, got none")
     [client] = select_clients(clients, "0" if config.client is None else config.client)
-    shape = client.samples.input_shape
-    if images is None:
-        images = _read(orchestrator.data.read_features, Path(config.input), client.number)
-    elif len(shape) == 1:
-        raise UserError(f"--input: expected a .csv or .parquet table, as in training, got {config.input}")
-    if images.shape[1:] != shape:
-        raise UserError(f"--input: expected images of {shape} (channels, height, width), got {tuple(images.shape[1:])}")
+    try:
+        inputs = _read(orchestrator.data, client, Path(config.input).expanduser(), is_table)
+    except UserError as error:
+        raise input_error(error) from error
     policy = load_policy(Path(config.run), client.number)
     if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
         print_warning(
@@ -100,40 +107,57 @@ def run(argv: Sequence[str]) -> int:
         )
     if policy is not None and policy.has_no_guarantee:
         print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
-    rows = list(_predictions(client, policy, images))
+    rows = list(_predictions(client, policy, inputs))
     kind = "row" if is_table else "image"
-    _write(output, kind, VALUE_COLUMNS if client.spec.task == "regression" else COLUMNS, rows)
-    counts = Counter(row[1] for row in rows)
+    _write(output, kind, rows, inputs.names)
+    counts = Counter(row["exit"] for row in rows)
     shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
     print(f"{len(rows)} {kind}s ({shares}), written to {output}")
     return 0
 
 
-def _read(read: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    try:
-        return read(*arguments)
-    except UserError as error:
-        raise UserError(f"--input: {str(error).removeprefix('data.dataset: ')}") from error
+def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool) -> _Inputs:
+    """Read new samples as the run reads its own.
+
+    Raises:
+        UserError: If the file cannot be read, or does not have what the network takes.
+    """
+    shape = client.samples.input_shape
+    if is_table:
+        features = data.read_features(path, client.number)
+        return _Inputs(torch.split(features, BATCH_SIZE), len(features), None)
+    if len(shape) == 1:
+        raise UserError(f"expected a .csv or .parquet table, as in training, got {shorten_path(path)}")
+    images = read_images(path, data.read_options, shape[0])
+    if images.input_shape != shape:
+        raise UserError(f"expected images of {shape} (channels, height, width), got {images.input_shape}")
+    for line in images.warnings:
+        print_warning(line)
+    return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)
 
 
-def _write(output: Path, kind: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+def _write(output: Path, kind: str, rows: Sequence[dict[str, Any]], names: Sequence[str] | None) -> None:
     """Write the predictions; rows of a table are numbered from 1."""
-    first = 1 if kind == "row" else 0
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow((kind, *columns[1:]))
-    table.writerows((index, *row) for index, row in enumerate(rows, start=first))
-    with atomic_file(output) as file:
-        file.write(text.getvalue().encode())
+    columns = [kind, *(["file"] if names is not None else []), *(name for name in COLUMNS if name in rows[0])]
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    for index, row in enumerate(rows):
+        file = {} if names is None else {"file": names[index]}
+        table.writerow({kind: index + (kind == "row"), **file, **row})
+    with atomic_file(output) as stream:
+        stream.write(text.getvalue().encode())
 
 
 @torch.no_grad()
-def _predictions(client: Client, policy: ExitPolicy | None, inputs: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield label, exit (from 1) and score of each sample; in regression value and exit."""
+def _predictions(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iterator[dict[str, Any]]:
+    """Yield label, name of the class, exit (from 1) and score of each sample; in regression value and exit."""
     network = client.deployed_model
+    classes = client.samples.class_names
+    is_named = classes != tuple(map(str, range(len(classes))))
+    total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
-    batches = torch.split(inputs, BATCH_SIZE)
-    for batch in track(batches, "predictions", console=Console(stderr=True), disable=is_quiet, transient=True):
+    for batch in track(inputs.batches, "predictions", total, console=bar, disable=is_quiet, transient=True):
         x = network_input(network, batch)
         if policy is not None and isinstance(network, MultiExitNetwork):
             logits, exits, scores = policy.predict_with_exits(network, x, client.networks.get("proxy"))
@@ -151,7 +175,8 @@ def _predictions(client: Client, policy: ExitPolicy | None, inputs: Tensor) -> I
             )
         if client.spec.task == "regression":
             for value, exit_ in zip(logits[:, 0].tolist(), exits.tolist(), strict=True):
-                yield float(f"{value:.6g}"), exit_ + 1
+                yield {"value": float(f"{value:.6g}"), "exit": exit_ + 1}
             continue
         for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            yield label, exit_ + 1, round(score, 6)
+            named = {"class": classes[label]} if is_named else {}
+            yield {"label": label, **named, "exit": exit_ + 1, "score": round(score, 6)}

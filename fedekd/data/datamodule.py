@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from fedekd.data.partition import (
     partition_groups,
     split_indices,
 )
-from fedekd.data.raw import SPLITS
+from fedekd.data.raw import SPLITS, ReadOptions
 from fedekd.data.samples import Samples, content_digest
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
@@ -225,6 +225,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         source = f"sites={self._source['sites']!r}" if self.dataset is None else f"dataset={self.dataset!r}"
         clients = "" if self.has_sites else f", num_clients={self._num_clients}"
         return f"FederatedDataModule({source}{clients}, seed={self.seed})"
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """Options that decide how a file is read."""
+        return ReadOptions(**{field.name: self._source[field.name] for field in fields(ReadOptions)})
 
     def adopt(self, samples: Samples) -> None:
         """Use samples that are already in memory instead of loading them."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedekd.cli import calibrate, main
 from fedekd.configuration.load_run import open_finished
@@ -223,7 +224,10 @@ def test_calibrate_mode_without_guarantee_prints_warning(
         (["run", "--client", "one"], "client"),
         (["run", "--clent", "0"], "--clent"),
         (["elsewhere"], "calibrate: expected the folder of a run, got 'elsewhere'"),
-        (["run", "--input", "x.csv"], "--input: expected an .npz file in MedMNIST's layout, got x.csv"),
+        (
+            ["run", "--input", "x.csv"],
+            "--input: expected labelled images: an .npz file, a folder or a manifest, got x.csv",
+        ),
         (["run", "--input", "x.npz"], "x.npz"),
     ],
 )
@@ -324,6 +328,25 @@ def test_calibrate_input_replaces_held_out_splits(here: Path, capsys: pytest.Cap
     assert (policy.samples, policy.tuning_samples) == (60, 30)
 
 
+def test_calibrate_input_of_every_format_gives_the_same_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)
+    labels = np.sort(np.arange(90) % 3)
+    images = (rng.integers(0, 80, (90, 8, 8)) + 80 * labels[:, None, None]).astype(np.uint8)
+    np.savez("more.npz", images=images, labels=labels)
+    lines = ["path,label"]
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = Path(f"more/{label}/{index:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        lines.append(f"{path},{label}")
+    Path("more.csv").write_text("\n".join(lines))
+    policies = []
+    for source in ("more.npz", "more", "more.csv"):
+        assert main(["calibrate", "run", "--client", "0", "--input", source]) == 0
+        policies.append(Path("run/exits/client-000.json").read_bytes())
+    assert policies[0] == policies[1] == policies[2]
+
+
 def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -338,7 +361,7 @@ def pixels(*shape: int) -> np.ndarray:
         ),
         (pixels(9, 8, 8, 3), np.arange(9) % 3, "got (3, 8, 8)"),
         (pixels(9, 8, 8), np.arange(9), "label 8"),
-        (np.zeros((9, 8, 8), np.float32), np.arange(9) % 3, "float32"),
+        (np.full((9, 8, 8), 2, np.float32), np.arange(9) % 3, "expected float32 values in 0..1, got 2\n"),
         (
             pixels(1, 8, 8),
             np.zeros(1, int),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedekd.atomic import seal_json, unseal_json
 from fedekd.cli import main
@@ -141,6 +142,7 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
         ([], "run and --input: expected both"),
         (["one"], "run and --input: expected both"),
         (["one", "--input", "none.npz"], "--input: file 'none.npz' not found"),
+        (["one", "--input", "one"], "--input: expected an .npz file; hf:NAME"),
         (["elsewhere", "--input", "images.npz"], "predict: expected the folder of a run, got 'elsewhere'"),
         (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
         (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
@@ -154,7 +156,7 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
             "--input: expected images of (1, 8, 8) (channels, height, width), got (1, 8, 9)",
         ),
         (["one", "--input", "color.npz"], "(channels, height, width), got (3, 8, 8)"),
-        (["one", "--input", "real.npz"], "--input: images of 'real.npz': expected uint8"),
+        (["one", "--input", "real.npz"], "images of 'real.npz': expected float32 values in 0..1, got 255\n"),
         (["one", "--input", "cut.npz"], "--input: 'cut.npz' cannot be read"),
         (["one", "--input", "other.npz"], "--input: 'other.npz': expected an array images"),
     ],
@@ -164,13 +166,53 @@ def test_predict_invalid_option_prints_one_line_error(
 ) -> None:
     np.savez("wide.npz", images=np.zeros((2, 8, 9), np.uint8))
     np.savez("color.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
-    np.savez("real.npz", images=np.zeros((2, 8, 8), np.float32))
+    np.savez("real.npz", images=np.full((2, 8, 8), 255, np.float32))
     np.savez("other.npz", pictures=IMAGES)
     Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:3000])
     before = sorted(here.rglob("*"))
     assert main(["predict", *arguments]) == 2
     assert words in error_line()
     assert sorted(here.rglob("*")) == before
+
+
+def write_files(folder: Path, classes: Sequence[str] = ("0", "1", "2")) -> list[str]:
+    """Write IMAGES as files and return their names in sorted order."""
+    names = [f"{classes[i % 3]}/{i:03d}.png" for i in range(len(IMAGES))]
+    for name, image in zip(names, IMAGES, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    return sorted(names)
+
+
+def test_predict_reads_folders_and_manifests_with_names_of_files(here: Path) -> None:
+    names = write_files(here / "new")
+    order = [int(name[2:5]) for name in names]
+    assert main(["predict", "one", "--input", "images.npz"]) == 0
+    expected = rows()
+    assert main(["predict", "one", "--input", "new"]) == 0
+    assert Path("predictions.csv").read_text().startswith("image,file,label,exit,score\n0,0/000.png,")
+    found = rows()
+    assert [row["file"] for row in found] == names
+    assert [row["label"] for row in found] == [expected[index]["label"] for index in order]
+    Path("new.csv").write_text("\n".join(["path", *(f"new/{name}" for name in names)]))
+    assert main(["predict", "one", "--input", "new.csv"]) == 0
+    assert [{**row, "file": row["file"].removeprefix("new/")} for row in rows()] == found
+
+
+def test_predict_of_a_run_on_a_folder_resizes_and_names_classes(
+    here: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
+    write_files(here / "train", ("ant", "bee", "cat"))
+    assert fit(here / "train", "named", "--method=Local", "--data.image_size=[10,9]") == 0
+    capsys.readouterr()
+    assert main(["predict", "named", "--input", "images.npz"]) == 0
+    assert {(row["label"], row["class"]) for row in rows()} <= {("0", "ant"), ("1", "bee"), ("2", "cat")}
+    assert main(["predict", "named", "--input", "train"]) == 0
+    assert len(rows()) == 150
+    capsys.readouterr()
+    np.savez("color.npz", images=np.zeros((2, 12, 12, 3), np.uint8))
+    assert main(["predict", "named", "--input", "color.npz"]) == 2
+    assert "expected images of (1, 10, 9) (channels, height, width), got (3, 10, 9)" in error_line()
 
 
 def test_predict_policy_of_other_network_raises(here: Path, error_line: Callable[[], str]) -> None:

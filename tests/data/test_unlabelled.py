@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fedekd.data.unlabelled import read_images
+from fedekd.data.raw import ReadOptions
+from fedekd.data.unlabelled import UnlabelledImages, read_images
 from fedekd.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -12,6 +14,10 @@ RNG = np.random.default_rng(0)
 
 def pixels(*shape: int) -> np.ndarray:
     return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def whole(found: UnlabelledImages) -> torch.Tensor:
+    return torch.cat(list(found.batches(2)))
 
 
 def written(path, **arrays):
@@ -22,7 +28,7 @@ def written(path, **arrays):
 @pytest.mark.parametrize("shape", [(5, 8, 9), (5, 8, 9, 1), (5, 8, 9, 3), (1, 8, 8, 4)])
 def test_read_images_moves_channels_first(tmp_path, shape):
     array = pixels(*shape)
-    found = read_images(written(tmp_path / "x.npz", images=array))
+    found = whole(read_images(written(tmp_path / "x.npz", images=array)))
     channels = shape[3] if len(shape) == 4 else 1
     assert found.shape == (shape[0], channels, *shape[1:3])
     assert found.dtype == torch.uint8
@@ -39,15 +45,15 @@ def test_read_images_concatenates_splits_and_ignores_labels(tmp_path):
         train_images=train,
         train_labels=np.array(["any", "thing", "goes"]),
     )
-    np.testing.assert_array_equal(read_images(path)[:, 0].numpy(), np.concatenate([train, test]))
+    np.testing.assert_array_equal(whole(read_images(path))[:, 0].numpy(), np.concatenate([train, test]))
     alone = written(tmp_path / "y.npz", test_images=test)
-    np.testing.assert_array_equal(read_images(alone)[:, 0].numpy(), test)
+    np.testing.assert_array_equal(whole(read_images(alone))[:, 0].numpy(), test)
 
 
 def test_read_images_prefers_array_images_to_splits(tmp_path):
     own = pixels(2, 8, 8)
     path = written(tmp_path / "x.npz", images=own, train_images=pixels(3, 8, 8))
-    np.testing.assert_array_equal(read_images(path)[:, 0].numpy(), own)
+    np.testing.assert_array_equal(whole(read_images(path))[:, 0].numpy(), own)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +95,23 @@ def test_read_images_corrupt_or_missing_file_raises(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_images(path)
     np.save(tmp_path / "x.npy", pixels(2, 8, 8))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_images(tmp_path / "x.npy")
-    for missing in (tmp_path / "none.npz", tmp_path):
-        with pytest.raises(UserError, match="not found"):
-            read_images(missing)
+    for unknown in (tmp_path / "x.npy", tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"expected an \.npz file; hf:NAME .*a folder"):
+            read_images(unknown)
+    with pytest.raises(UserError, match="not found"):
+        read_images(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1])
+def test_read_images_of_a_folder_have_names_and_channels(tmp_path, memory_limit):
+    images = pixels(5, 12, 12)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "bad.png").touch()
+    options = ReadOptions(image_size=8, memory_limit=memory_limit, skip_unreadable=True)
+    found = read_images(tmp_path, options, channels=3)
+    assert (len(found), found.input_shape, found.names) == (5, (3, 8, 8), [f"{index}.png" for index in range(5)])
+    assert len(found.warnings) == 1
+    np.savez(tmp_path / "same.npz", images=images)
+    expected = whole(read_images(tmp_path / "same.npz", ReadOptions(image_size=8)))
+    assert torch.equal(whole(found), expected.expand(-1, 3, -1, -1))
