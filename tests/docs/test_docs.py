@@ -144,7 +144,7 @@ WALKED = {
 def test_commands_run_in_order(page: str, work: Path) -> None:
     np.savez("images.npz", images=np.zeros((3, 8, 8), np.uint8))
     for block in blocks(ROOT / page, "python"):
-        if "mine.npz" in block:
+        if "mine.npz" in block or "hospitals" in block:
             exec(compile(block, page, "exec"), {"__name__": "__main__"})
     for words in [*map(str.split, WALKED[page]), *filter(None, map(_of_fedekd, commands(ROOT / page)))]:
         if words[0] == "benchmark":
@@ -160,7 +160,10 @@ def test_commands_run_in_order(page: str, work: Path) -> None:
 
 def _is_embedded(words: list[str]) -> bool:
     """Whether a command needs no file of a real data set."""
-    return any(word.endswith("digits.yaml") or word.startswith("runs/digits") for word in words)
+    is_example = "hospitals" in words and Path("hospitals").is_dir()
+    return is_example or any(
+        word.endswith(("digits.yaml", "heart_disease.yaml")) or word.startswith("runs/digits") for word in words
+    )
 
 
 # ---------------------------------------------------------------- names in the text
