@@ -10,10 +10,12 @@ from typing import Any
 from jsonargparse import Namespace, _loaders_dumpers, _postponed_annotations, _typehints
 from torch import nn
 
+from fedekd import models
 from fedekd.configuration.yaml_files import load_yaml
 from fedekd.global_state import exclusive
 
 _return_type = _postponed_annotations.get_return_type
+_resolve_by_name = _typehints.resolve_class_path_by_name
 
 
 def _discard_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
@@ -32,6 +34,16 @@ def _model_by_default(component: Any, logger: Any = None) -> Any:
     return _return_type(component, logger)  # type: ignore[no-untyped-call]
 
 
+def _resolve_class_path(base: Any, name: str) -> str:
+    """Return the path of a class by its name; models of fedekd come first.
+
+    Without it `MLP` is ambiguous as soon as torchvision is imported.
+    """
+    if base is nn.Module and name in models.__all__:
+        return f"{models.__name__}.{name}"
+    return str(_resolve_by_name(base, name))
+
+
 def _load_value(text: str) -> Any:
     """Return a YAML value; `C:` and `{a, b}` are texts, as in jsonargparse."""
     value = load_yaml(text)
@@ -41,6 +53,7 @@ def _load_value(text: str) -> Any:
 
 _PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (_typehints, "discard_init_args_on_class_path_change", _discard_all),
+    (_typehints, "resolve_class_path_by_name", _resolve_class_path),
     (_loaders_dumpers, "yaml_load", _load_value),
     (_loaders_dumpers, "loaders", {**_loaders_dumpers.loaders, "yaml": _load_value}),
     (_postponed_annotations, "get_return_type", _model_by_default),
@@ -56,6 +69,7 @@ def patched_jsonargparse() -> Iterator[None]:
       together with a class or after it apply to that class.
     - YAML is read by `load_yaml`, in files and on the command line.
     - A function without a return annotation is accepted as a model.
+    - The name of a model of fedekd is not ambiguous.
     """
     with exclusive():
         before = [(module, name, getattr(module, name)) for module, name, _ in _PATCHES]

@@ -76,3 +76,13 @@ def test_other_parsers_of_the_process_are_left_alone() -> None:
     assert _typehints.discard_init_args_on_class_path_change is before
     parsed("--method=SafeKD")
     assert _typehints.discard_init_args_on_class_path_change is before
+
+
+def test_name_of_a_model_of_fedekd_is_not_ambiguous() -> None:
+    from torchvision.ops import MLP  # has the same name as a model of fedekd
+
+    assert MLP.__name__ == "MLP"
+    options = ["--data.dataset=x.csv", "--client.private_model=MLP", "--client.private_model.hidden=[8]"]
+    config = parse(federation_parser(), options)
+    assert config.client.private_model.class_path == "fedekd.models.MLP"
+    assert list(config.client.private_model.init_args.hidden) == [8]
