@@ -50,7 +50,7 @@ def rows() -> list[dict[str, str]]:
 
 def test_predict_table_without_targets_in_any_order_of_columns(here: Path) -> None:
     assert main(["predict", "exits", "--input", "new.csv", "--client", "0"]) == 0
-    assert list(rows()[0]) == ["row", "label", "exit", "score"]
+    assert list(rows()[0]) == ["row", "label", "class", "exit", "score"]
     assert [row["row"] for row in rows()] == [str(number) for number in range(1, 61)]
     written = Path("predictions.csv").read_bytes()
     assert main(["predict", "exits", "--input", str(HEART), "--client", "0"]) == 0

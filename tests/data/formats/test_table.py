@@ -115,7 +115,7 @@ def changed(column: str, row: int, value: Any) -> pd.DataFrame:
         (FRAME, {"categories": {"sex": ["f", "d"]}}, ["table.csv", "'sex'", "'m'", "row 2", "data.categories"]),
         (FRAME, {"categories": {"code": [3, 7]}}, ["'code'", "'6'", "row 6"]),
         (FRAME, {"task": "regression"}, ["'label'", "'ill'", "row 1"]),
-        (FRAME.assign(split="training"), {"splits": "given"}, ["'split'", "'training'", "row 1"]),
+        (FRAME.assign(split="fitting"), {"splits": "given"}, ["'split'", "'fitting'", "row 1"]),
         (FRAME[["label", "hospital", "patient"]], {"categorical_columns": []}, ["feature", "none"]),
         (FRAME.head(0), {}, ["table.csv", "at least one row"]),
     ],
