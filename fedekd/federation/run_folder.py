@@ -220,8 +220,9 @@ class RunFolder:
         """Write the figures of a finished run."""
         folder = self.folder / "figures"
         names = client_titles(summary) if data.has_sites else None
-        table = figures.partition(data.class_counts(), summary.get("class_names"), names)
-        figures.save(table, folder / "partition.png")
+        if data.num_classes:  # real-valued targets have none
+            table = figures.partition(data.class_counts(), summary.get("class_names"), names)
+            figures.save(table, folder / "partition.png")
         figures.save(figures.delta_per_client(summary), folder / "delta_per_client.png")
         figures.save(figures.score_per_round(history, summary), folder / f"{summary['metric']}_per_round.png")
         if (gate := figures.gate_weights(history, summary)) is not None:
