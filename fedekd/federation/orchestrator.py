@@ -23,6 +23,7 @@ from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import RoundOptions, lost_updates, participants
+from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics, summarize
 from fedekd.federation.run_folder import RunFolder, to_json_value
 from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
@@ -168,6 +169,8 @@ class Orchestrator:
                     start = time.monotonic()
                     self._checkpoint(round_idx, changed)
                 summary = summarize(self)
+                for line in result_warnings(self):
+                    self.observer.warn(line)
                 self._finish(summary)
             except BaseException as error:
                 self.tracker.close("interrupted" if isinstance(error, Interrupted) else "failed")

@@ -74,6 +74,7 @@ class ReportedMetrics:
         samples: Task, and names of the classes.
 
     Attributes:
+        are_chosen: True if they are not the default.
         rows: The metrics, the primary one first.
         others: By key of each value of the others: the name of its columns, and the metric.
 
@@ -82,6 +83,7 @@ class ReportedMetrics:
     """
 
     def __init__(self, names: Sequence[str] | None, samples: Samples) -> None:
+        self.are_chosen = names is not None
         self.rows = select_metrics(names, samples.task, samples.num_classes)
         columns = column_names(self.rows[1:], samples.class_names)
         keys = metric_keys(self.rows[1:], samples.num_classes)
@@ -230,6 +232,10 @@ class Progress:
             worst=metric.worst(own),
             delta={name: float(delta[name]) for name in nan},
         )
+
+    def undefined_clients(self, metric: MetricSpec, key: str) -> list[int]:
+        """Return the clients whose test split has no value of a metric."""
+        return [number for number in sorted(self.records) if self._is_undefined(number, metric, key)]
 
     def missing_classes(self, number: int, task: Task) -> list[int]:
         """Return the classes that a client's test split lacks, as its metrics show."""

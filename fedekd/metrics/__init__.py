@@ -1,6 +1,7 @@
 """Metrics: registry of scores, Delta, expected calibration error."""
 
 from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
+from fedekd.metrics.checks import BALANCED, predicts_like_one_class
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
 from fedekd.metrics.registry import METRICS, MetricSpec, build_metrics, primary_metric, score
 from fedekd.metrics.selection import (
@@ -14,6 +15,7 @@ from fedekd.metrics.selection import (
 )
 
 __all__ = [
+    "BALANCED",
     "METRICS",
     "MetricSpec",
     "NegativeTransfer",
@@ -27,6 +29,7 @@ __all__ = [
     "metric_keys",
     "missing_classes",
     "negative_transfer",
+    "predicts_like_one_class",
     "primary_metric",
     "reliability",
     "score",

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.data import FederatedDataModule
+from fedekd.errors import UserError
+from fedekd.federation import RoundOptions
+from fedekd.federation.results import ClientRecord, Progress
+from fedekd.methods import FedAvg, Local
+from fedekd.metrics import METRICS, negative_transfer, predicts_like_one_class
+from fedekd.reporting import metrics_csv
+
+from .conftest import Federate, Recorder
+
+CHOSEN = ["balanced_accuracy", "auroc", "recall"]
+
+
+@pytest.fixture
+def even(npz: Path) -> FederatedDataModule:
+    """Clients of which each has all classes in its test split."""
+    return FederatedDataModule(str(npz), num_clients=3, partition="iid", batch_size=8)
+
+
+def test_run_chosen_metrics_decide_score_delta_and_columns(
+    federate: Federate, even: FederatedDataModule, tmp_path: Path
+) -> None:
+    run = federate(FedAvg(), data=even, metrics=CHOSEN, output=tmp_path)
+    summary = run.run()
+    row, clients = run.progress.history[-1], summary["clients"]
+    values = [run.engine.client(number).evaluate()[1] for number in range(3)]  # type: ignore[attr-defined]
+    assert summary["metric"] == "balanced_accuracy"
+    assert [client["score"] for client in clients] == [each["balanced_accuracy"] for each in values]
+    assert [client["metrics"]["auroc"]["score"] for client in clients] == [each["auroc"] for each in values]
+    for name in ("auroc", "recall/1"):
+        local = [client["metrics"][name]["local"] for client in clients]
+        delta = negative_transfer([each[name] for each in values], local, metric=METRICS["auroc"])
+        assert summary["metrics"][name]["delta"] == {part: delta[part].item() for part in ("avg", "worst", "p10")}
+        assert summary["metrics"][name]["clients"] == 3
+        assert row[f"{name}/mean"] == summary["metrics"][name]["mean"] == pytest.approx(sum(v[name] for v in values) / 3)
+        assert row[f"delta/{name}/worst"] == delta["worst"].item()
+        assert [row[f"client_2/{prefix}{name}"] for prefix in ("", "local/", "delta/")] == [
+            values[2][name],
+            local[2],
+            delta["client"][2].item(),
+        ]
+    assert row["delta/avg"] == summary["delta"]["avg"]
+    assert "client_0/ece" not in row
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_run_default_metrics_keep_the_columns_of_the_primary_one(federate: Federate) -> None:
+    default = federate(FedAvg())
+    default.run()
+    primary = federate(FedAvg(), metrics=["accuracy"])
+    summary = primary.run()
+    assert "metrics" not in summary
+    for row, whole in zip(primary.progress.history, default.progress.history, strict=True):
+        assert row == {name: whole[name] for name in row}
+        assert [name for name in whole if name in row] == list(row)
+
+
+def test_local_baseline_is_cached_once_for_every_choice_of_metrics(federate: Federate, tmp_path: Path) -> None:
+    runs = [federate(FedAvg(), metrics=metrics, baseline_dir=tmp_path) for metrics in (None, ["ece"])]
+    runs[0].run()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    runs[1].run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert runs[1].progress.local == {
+        number: [values["ece"] for values in rounds] for number, rounds in runs[0].progress.local_metrics.items()
+    }
+
+
+def progress(values: dict[int, tuple[float, float]], accuracy: float = 0.5) -> Progress:
+    """Progress of clients with an AUROC of the method and of the local baseline."""
+    return Progress(
+        records={
+            number: ClientRecord(0.5, 1, {}, metrics={"accuracy": accuracy, "auroc": score})
+            for number, (score, _) in values.items()
+        },
+        local={number: [0.4] for number in values},
+        local_metrics={number: [{"accuracy": 0.4, "auroc": local}] for number, (_, local) in values.items()},
+    )
+
+
+def test_scores_client_without_a_value_is_left_out() -> None:
+    scores = progress({0: (0.9, 0.7), 1: (math.nan, math.nan), 2: (0.6, 0.7)}).scores(METRICS["auroc"], "auroc")
+    assert (scores.counted, scores.mean, scores.worst) == (2, pytest.approx(0.75), 0.6)
+    assert scores.delta == pytest.approx({"avg": 0.05, "worst": -0.1, "p10": -0.07})
+    assert math.isnan(scores.clients[1][2])
+
+
+def test_scores_nan_of_the_method_only_stays_nan() -> None:
+    scores = progress({0: (0.9, 0.7), 1: (math.nan, 0.7)}).scores(METRICS["auroc"], "auroc")
+    assert scores.counted == 2
+    assert all(math.isnan(value) for value in (scores.mean, scores.worst, *scores.delta.values()))
+    diverged = progress({0: (0.9, 0.7), 1: (math.nan, math.nan)}, accuracy=math.nan).scores(METRICS["auroc"], "auroc")
+    assert math.isnan(diverged.mean)
+
+
+def test_scores_no_client_has_a_value_is_nan() -> None:
+    scores = progress({0: (math.nan, math.nan)}).scores(METRICS["auroc"], "auroc")
+    assert scores.counted == 0
+    assert all(math.isnan(value) for value in (scores.mean, scores.worst, *scores.delta.values()))
+
+
+def test_run_test_split_without_a_class_is_named_once(federate: Federate, npz: Path) -> None:
+    recorder = Recorder()
+    data = FederatedDataModule(str(npz), num_clients=3, alpha=0.1, batch_size=8)
+    summary = federate(FedAvg(), data=data, metrics=CHOSEN, observer=recorder).run()
+    classes = range(data.num_classes)
+    missing = [[label for label in classes if label not in data.samples.targets[part.test]] for part in data.clients]
+    assert any(missing)
+    assert [client.get("missing_in_test", []) for client in summary["clients"]] == [
+        [str(label) for label in labels] for labels in missing
+    ]
+    [line] = [text for text in recorder.warnings if "undefined" in text]
+    assert line.startswith("metrics: balanced_accuracy, auroc: undefined in these test splits")
+    for number, labels in enumerate(missing):
+        assert (f"{number}: no {', '.join(map(str, labels))}" in line) == bool(labels)
+    defined = [number for number, labels in enumerate(missing) if not labels]
+    assert summary["metrics"]["auroc"]["clients"] == len(defined)
+
+
+def test_progress_of_an_earlier_version_has_the_primary_metric_only(federate: Federate) -> None:
+    run = federate(FedAvg())
+    run.run()
+    stored: Any = json.loads(json.dumps(run.progress.to_json()))
+    for record in stored["records"].values():
+        del record["metrics"]
+    del stored["local_metrics"]
+    old = Progress.from_json(stored)
+    assert not old.has_metrics
+    assert old.other_scores(run.metrics) == {}
+    assert old.scores(METRICS["accuracy"]) == run.progress.scores(METRICS["accuracy"])
+
+
+def test_resume_with_chosen_metrics_gives_equal_bytes(federate: Federate, tmp_path: Path) -> None:
+    class Stop(Recorder):
+        def round_finished(self, row: Any) -> None:
+            raise InterruptedError
+
+    whole = federate(FedAvg(), metrics=CHOSEN)
+    whole.run()
+    with pytest.raises(InterruptedError):
+        federate(FedAvg(), metrics=CHOSEN, output=tmp_path, observer=Stop()).run()
+    with pytest.raises(UserError, match="metric"):
+        federate(FedAvg(), output=tmp_path).run()
+    again = federate(FedAvg(), metrics=CHOSEN, output=tmp_path)
+    again.run()
+    assert (tmp_path / "metrics.csv").read_bytes() == metrics_csv(whole.progress.history)
+
+
+def test_run_unknown_metric_or_metric_of_other_task_raises_user_error(federate: Federate) -> None:
+    for name in ("acuracy", "rmse"):
+        with pytest.raises(UserError, match="metrics: expected"):
+            federate(metrics=[name])
+
+
+def test_predicts_like_one_class_compares_with_majority_and_chance() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    assert predicts_like_one_class({"accuracy": 0.75}, labels, 2)
+    assert not predicts_like_one_class({"accuracy": 1.0, "balanced_accuracy": 0.9}, labels, 2)
+    assert predicts_like_one_class({"accuracy": 0.8, "balanced_accuracy": 0.50004}, labels, 2)
+    assert not predicts_like_one_class({"accuracy": 1.0}, labels[:3], 2)
+    assert predicts_like_one_class({"accuracy": 0.9, "balanced_accuracy": 0.5}, labels[:0], 2)
+    assert not predicts_like_one_class({"accuracy": math.nan}, labels, 2)
+
+
+def test_run_one_predicted_class_is_a_warning(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr("fedekd.methods.Client.in_target_unit", lambda self, logits: logits * 0 + torch.eye(1, 3))
+    federate(Local(), observer=recorder, rounds=RoundOptions(rounds=1)).run()
+    [line] = [text for text in recorder.warnings if "predicting one class" in text]
+    assert "See --metrics [balanced_accuracy] and try --client.class_weights balanced" in line
