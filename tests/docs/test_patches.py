@@ -19,7 +19,7 @@ USES = {
     "method": (["--method", "FedAvgM", "--method.momentum", "0.5"], "accuracy/mean"),
     "partition": (["--data.partition", "shards"], "accuracy/mean"),
     "data_format": (["--data.dataset", "png_folder"], "accuracy/mean"),
-    "metric": (["--task", "regression"], "mae/mean"),
+    "metric": (["--task", "regression", "--metrics", "[medae]"], "medae/mean"),
 }
 
 

@@ -42,7 +42,9 @@ def test_run_chosen_metrics_decide_score_delta_and_columns(
         delta = negative_transfer([each[name] for each in values], local, metric=METRICS["auroc"])
         assert summary["metrics"][name]["delta"] == {part: delta[part].item() for part in ("avg", "worst", "p10")}
         assert summary["metrics"][name]["clients"] == 3
-        assert row[f"{name}/mean"] == summary["metrics"][name]["mean"] == pytest.approx(sum(v[name] for v in values) / 3)
+        assert (
+            row[f"{name}/mean"] == summary["metrics"][name]["mean"] == pytest.approx(sum(v[name] for v in values) / 3)
+        )
         assert row[f"delta/{name}/worst"] == delta["worst"].item()
         assert [row[f"client_2/{prefix}{name}"] for prefix in ("", "local/", "delta/")] == [
             values[2][name],
