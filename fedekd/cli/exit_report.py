@@ -15,19 +15,26 @@ from fedekd.cli.calibrate import select_clients
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import federation_parser, parse
 from fedekd.early_exit.report.exit_report import ExitReport, ReportOptions, make_exit_report
+from fedekd.errors import UserError, shorten_path
+from fedekd.federation import RunFolder
 from fedekd.methods import Client
 from fedekd.reporting.pages import current_commit
 
 
 def has_exits(folder: Path) -> bool:
-    """Check whether the folder is a run whose network has exits."""
+    """Check whether the folder is a classification run whose network has exits."""
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not path.is_file() or _is_regression(folder):
         return False
     config = parse(federation_parser(), ["--config", str(path)])
     # Only the class is imported: building all parts would create loggers.
     module, _, name = config.method.class_path.rpartition(".")
     return config.client.exits is not None or getattr(import_module(module), name).exits is not None
+
+
+def _is_regression(folder: Path) -> bool:
+    summary = RunFolder(folder, {}).summary
+    return summary is not None and summary["task"] == "regression"
 
 
 def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
@@ -42,6 +49,9 @@ def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
     Raises:
         UserError: A run is not finished, has no exits or has other images.
     """
+    for folder in folders:
+        if _is_regression(folder):
+            raise UserError(f"report: expected a classification run for the part on exits, got {shorten_path(folder)}")
     options = ReportOptions(draws=config.draws)
     clients: dict[str, Client] = {}
     for folder in folders:

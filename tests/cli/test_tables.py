@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exits = ["--method=SafeKD", "--client.private_model.hidden=[8,8,4]"]
         assert main(["fit", *FAST, *exits, "--output=exits"]) == 0
         age = ["--task=regression", "--data.target_column=age", "--client.local_epochs=5"]
-        assert main(["fit", *FAST, *age, "--method=Local", "--output=age"]) == 0
+        assert main(["fit", *FAST, *age, "--method=Local", "--client.exits=2", "--output=age"]) == 0
         pd.read_csv(HEART).head(60).drop(columns=["disease", "site"]).iloc[:, ::-1].to_csv("new.csv", index=False)
     return folder
 
@@ -94,3 +94,19 @@ def test_calibrate_and_report_run_on_a_table(here: Path, capsys: pytest.CaptureF
     assert main(["test", "exits"]) == 0
     assert main(["test", "age"]) == 0
     assert "error" not in capsys.readouterr().err
+
+
+def test_report_regression_with_exits_has_no_part_on_error_rates(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "age", "--output", "page"]) == 0
+    assert "error rate" not in capsys.readouterr().out
+    assert main(["report", "age", "--exits=true", "--output", "page"]) == 2
+    assert "expected a classification run" in capsys.readouterr().err
+
+
+def test_fit_real_targets_write_figures_without_a_partition_by_class(here: Path) -> None:
+    options = [*FAST, "--task=regression", "--data.target_column=age", "--method=Local", "--output=drawn"]
+    assert main(["fit", *options]) == 0
+    assert Path("drawn/figures/delta_per_client.png").is_file()
+    assert not Path("drawn/figures/partition.png").exists()
