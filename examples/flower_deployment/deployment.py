@@ -112,7 +112,8 @@ class LocalDeployment:
     def start_site(self, site: int) -> None:
         """Start or restart the SuperNode of a site."""
         keys, site_folder = self.folder / "credentials", self.folder / f"site-{site}"
-        node_config = f'number={site} data="{site_folder / "images.npz"}" folder="{site_folder}"'
+        # Without a name: the figures are compared with those of a partition, whose clients have numbers.
+        node_config = f'number={site} name="" data="{site_folder / "images.npz"}" folder="{site_folder}"'
         options = ["--superlink", self.address, "--root-certificates", str(keys / "ca.pem")]
         options += ["--auth-supernode-private-key", str(keys / f"site-{site}"), "--node-config", node_config]
         self.launch(f"site-{site}", ["flower-supernode", *options, "--port", str(free_port())])

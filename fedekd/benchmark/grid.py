@@ -66,7 +66,7 @@ class Block:
 
     Args:
         datasets: Names of data sets.
-        alphas: Concentrations of the Dirichlet partition.
+        alphas: Concentrations of the Dirichlet partition. Default: the clients are the sites of the data.
         seeds: Seeds.
         methods: Label in the results, with class_path and init_args of the method.
         options: Options of all runs of the block, such as rounds or client.local_epochs.
@@ -75,9 +75,9 @@ class Block:
     """
 
     datasets: list[str]
-    alphas: list[float]
-    seeds: list[int]
-    methods: dict[str, Any]
+    alphas: list[float] | None = None
+    seeds: list[int] = field(default_factory=list)
+    methods: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     config: str = "{dataset}.yaml"
     coverage: CoverageOptions | None = None
@@ -89,7 +89,7 @@ class Cell:
 
     Attributes:
         dataset: Name of the data set.
-        alpha: Concentration of the partition.
+        alpha: Concentration of the partition; None if the clients are sites.
         seed: Seed.
         method: Label of the method.
         values: Configuration of the run, as in `config.yaml`.
@@ -99,7 +99,7 @@ class Cell:
     """
 
     dataset: str
-    alpha: float
+    alpha: float | None
     seed: int
     method: str
     values: Mapping[str, Any]
@@ -110,7 +110,12 @@ class Cell:
     @property
     def group(self) -> str:
         """Data and seed; cells of one group share their local baseline."""
-        return f"{self.dataset} {self.alpha:g} {self.seed}"
+        return f"{self.clients} {self.seed}"
+
+    @property
+    def clients(self) -> str:
+        """Data set with the concentration of its partition, if it has one."""
+        return self.dataset if self.alpha is None else f"{self.dataset} alpha {self.alpha:g}"
 
 
 def _matches(value: Any, condition: str) -> bool:
@@ -174,16 +179,34 @@ def cells(
         coverage = _coverage_options(block)
         for dataset, (label, method) in product(block.datasets, block.methods.items()):
             values: dict[str, Any] = {}
-            for alpha, seed in product(block.alphas, block.seeds):
+            for alpha, seed in product([None] if block.alphas is None else block.alphas, block.seeds):
                 cell_values = {"dataset": dataset, "method": label, "alpha": alpha, "seed": seed}
                 if not all(_matches(cell_values[name], value) for name, value in (conditions or {}).items()):
                     continue
                 values = values or _configuration(parser, block, dataset, method, folder)
-                values = {**values, "data": {**values["data"], "alpha": float(alpha)}, "seed": seed}
+                values = {**_with_alpha(values, dataset, alpha), "seed": seed}
                 key, configuration = (cell_key({**values, "seed": s}, coverage) for s in (seed, 0))
-                cell = Cell(dataset, float(alpha), seed, label, values, key, configuration, coverage)
+                alpha = None if alpha is None else float(alpha)
+                cell = Cell(dataset, alpha, seed, label, values, key, configuration, coverage)
                 distinct.setdefault(cell.key, cell)
-    return sorted(distinct.values(), key=lambda cell: (cell.dataset, cell.alpha, cell.seed))
+    return sorted(distinct.values(), key=lambda cell: (cell.dataset, cell.alpha or 0.0, cell.seed))
+
+
+def _with_alpha(values: Mapping[str, Any], dataset: str, alpha: float | None) -> dict[str, Any]:
+    """Return a configuration with the concentration of a partition.
+
+    Raises:
+        UserError: If the clients are sites and a concentration is given, or the clients are parts and none is given.
+    """
+    data = values["data"]
+    has_sites = data["sites"] is not None or data["site_column"] is not None
+    if has_sites and alpha is not None:
+        raise UserError(
+            f"alphas: expected none for {dataset!r}, whose sites are the clients, got {alpha:g}. Omit alphas"
+        )
+    if not has_sites and alpha is None:
+        raise UserError(f"alphas: expected concentrations of the partition of {dataset!r}, got none")
+    return dict(values) if alpha is None else {**values, "data": {**data, "alpha": float(alpha)}}
 
 
 def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
@@ -212,7 +235,7 @@ def require_valid(grid: Sequence[Cell], trainer: Mapping[str, Any]) -> None:
             if cell.coverage is not None and "validation" in method.training_splits:
                 raise UserError("coverage: expected a method that does not train on validation samples")
         except UserError as error:
-            raise UserError(f"{cell.dataset} alpha {cell.alpha:g} {cell.method}: {error}") from error
+            raise UserError(f"{cell.clients} {cell.method}: {error}") from error
 
 
 def _coverage_options(block: Block) -> CoverageOptions | None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fedekd.benchmark.provenance import mixture
 from fedekd.benchmark.results import numeric
-from fedekd.benchmark.table import method_table
+from fedekd.benchmark.table import alpha_text, method_table
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import BLACK, BLUE, GREY
@@ -32,9 +32,11 @@ def grid_sections(results: pd.DataFrame) -> list[Section]:
     text += filter(None, [mixture(results)])
     pictures = [
         Picture(
-            f"delta-{dataset}-{alpha:g}", f"{dataset}, alpha {alpha:g}: average Delta per run.", delta_by_method(runs)
+            "-".join(filter(None, ["delta", str(dataset), alpha_text(alpha)])),
+            f"{dataset}{f', alpha {alpha:g}' if alpha_text(alpha) else ''}: average Delta per run.",
+            delta_by_method(runs),
         )
-        for (dataset, alpha), runs in frame.groupby(["dataset", "alpha"])
+        for (dataset, alpha), runs in frame.groupby(["dataset", "alpha"], dropna=False)
     ]
     runs = pd.DataFrame({name: results[name] for name in ("dataset", "alpha", "method", "seed", "rounds", "clients")})
     metrics = results["metric"].map(METRICS)

@@ -22,8 +22,8 @@ COLUMNS = (
     *("seconds", "commit", "fedekd", "torch", "device", "precision", "threads", "code", "data"),
 )
 
-#: Columns that may be empty, which stands for unknown; files of earlier versions lack the last two.
-_OPTIONAL = ("commit", "code", "data")
+#: Columns that may be empty: unknown, or the alpha of sites; files of earlier versions lack the last two.
+_OPTIONAL = ("alpha", "commit", "code", "data")
 
 #: Additional columns of runs with exits: accuracy and share of the FLOPs per exit, and per budget in percent.
 EXIT_COLUMN = re.compile(r"(exit|budget)_(\d+)(_flops)?")
@@ -60,6 +60,7 @@ def to_row(
     """
     delta = summary["delta"]
     values = {
+        "alpha": "",  # of sites
         **{name: summary[name] for name in COLUMNS if name in summary},
         **{"key": key, "configuration": configuration, "method": method, "clients": len(summary["clients"])},
         **{"delta_avg": delta["avg"], "delta_worst": delta["worst"]},
@@ -129,7 +130,8 @@ def _read(path: Path) -> pd.DataFrame | None:
     for column in (*_NUMBERS, *exit_columns(frame)):
         values = frame[column].str.lower()
         is_number = pd.to_numeric(values, errors="coerce").notna() | (values == "nan")
-        _require(path, column, is_number | ((values == "") & (column not in _NUMBERS)), frame, "a number")
+        may_be_empty = column == "alpha" or column not in _NUMBERS
+        _require(path, column, is_number | ((values == "") & may_be_empty), frame, "a number")
     _require(path, "seed", frame["seed"].str.fullmatch(r"-?\d+"), frame, "a whole number")
     _require(path, "metric", frame["metric"].isin(METRICS), frame, " or ".join(METRICS))
     return frame
@@ -146,7 +148,8 @@ def numeric(results: pd.DataFrame) -> pd.DataFrame:
     """Convert the columns of numbers; NaN where a column does not apply."""
     counts = {name: int for name in ("seed", "rounds", "clients")}
     floats = dict.fromkeys((*_NUMBERS, *exit_columns(results)), float)
-    return results.replace({name: {"": "nan"} for name in exit_columns(results)}).astype(counts | floats)
+    columns = ("alpha", *exit_columns(results))
+    return results.replace({name: {"": "nan"} for name in columns}).astype(counts | floats)
 
 
 def write_results(folder: Path, results: pd.DataFrame) -> None:
@@ -155,7 +158,8 @@ def write_results(folder: Path, results: pd.DataFrame) -> None:
     Files are replaced atomically, and only if their content changes.
     """
     for dataset, group in results.groupby("dataset"):
-        rows = group.assign(alpha_=group["alpha"].astype(float), seed_=group["seed"].astype(int))
+        alphas = group["alpha"].replace("", "nan").astype(float)
+        rows = group.assign(alpha_=alphas, seed_=group["seed"].astype(int))
         rows = rows.sort_values(["method", "alpha_", "seed_", "key"])
         more = [*exit_columns(rows), EVIDENCE, COVERAGE]
         columns = [*COLUMNS, *(name for name in more if name in rows and rows[name].fillna("").ne("").any())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from fedekd.benchmark.results import numeric
@@ -27,7 +29,7 @@ def method_table(results: pd.DataFrame) -> pd.DataFrame:
     local = frame.assign(method="Local", mean=frame["local_mean"], delta_avg=0.0, delta_worst=0.0, delta_tail=0.0)
     frame = pd.concat([frame, local]).drop_duplicates(["dataset", "alpha", "method", "seed"])
     rows = []
-    for (dataset, alpha, method), group in frame.groupby(["dataset", "alpha", "method"]):
+    for (dataset, alpha, method), group in frame.groupby(["dataset", "alpha", "method"], dropna=False):
         metric = METRICS[group["metric"].iloc[0]]
         cells = [spread(group[column].tolist(), signed=column != "mean") for column in FIGURES]
         if method == "Local":
@@ -36,4 +38,9 @@ def method_table(results: pd.DataFrame) -> pd.DataFrame:
         rows.append([f"{dataset}, {metric.name}", alpha, rank, method, *cells, len(group)])
     table = pd.DataFrame(rows, columns=["data set", "alpha", "rank", "method", *FIGURES.values(), "seeds"])
     table = table.sort_values(["data set", "alpha", "rank"], kind="stable").drop(columns="rank")
-    return table.assign(alpha=table["alpha"].map("{:g}".format))
+    return table.assign(alpha=table["alpha"].map(alpha_text))
+
+
+def alpha_text(alpha: float) -> str:
+    """Return the concentration of a partition; empty for sites, whose value is NaN."""
+    return "" if math.isnan(alpha) else f"{alpha:g}"

@@ -96,7 +96,7 @@ class GridDisplay:
 
 
 def _name(cell: Cell) -> str:
-    return f"{cell.dataset} alpha {cell.alpha:g} seed {cell.seed} {cell.method}"
+    return f"{cell.clients} seed {cell.seed} {cell.method}"
 
 
 def _trainer(config: Namespace) -> dict[str, Any]:

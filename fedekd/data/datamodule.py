@@ -217,8 +217,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._partition = None if partition is None else _partition_function(partition)
         self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
-        self._loaded: Samples | None = None
         self._transformers: list[Any] = []
+        self._only_client: tuple[int, str | None] | None = None
 
     def __str__(self) -> str:
         # Lightning's __str__ would load the data, and fail because TensorBatches is not a DataLoader.
@@ -234,6 +234,15 @@ class FederatedDataModule(lightning.LightningDataModule):
     def adopt(self, samples: Samples) -> None:
         """Use samples that are already in memory instead of loading them."""
         self._samples = samples
+
+    def assign_all(self, client: int, name: str | None = None) -> None:
+        """Assign all samples to one client, before they are loaded.
+
+        Args:
+            client: Number of the client, which enters the seeds of its splits.
+            name: Name of the site that is the client.
+        """
+        self._only_client = client, name
 
     def prepare_data(self) -> None:
         """Load the samples; download them if needed and allowed.
@@ -253,26 +262,17 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.prepare_data()
         samples = cast(Samples, self._samples)
         if self._clients is None:
-            parts = self._parts_of_sites(samples) if self.has_sites else self._parts_of_partition(samples)
+            first = 0
+            if self._only_client is not None:
+                first, only = self._only_client
+                parts: list[tuple[str | None, Indices]] = [(only, np.arange(len(samples), dtype=np.int64))]
+            else:
+                parts = self._parts_of_sites(samples) if self.has_sites else self._parts_of_partition(samples)
             splits = [
                 split_client(client, part, samples, self.fractions, self.seed, self.splits, name)
-                for client, (name, part) in enumerate(parts)
+                for client, (name, part) in enumerate(parts, start=first)
             ]
-            self._loaded = samples
             self._samples, self._clients, self._transformers = prepare(samples, splits)
-
-    def as_one_client(self, number: int) -> tuple[Samples, ClientSplits]:
-        """Return all samples as those of one client, with its preprocessing.
-
-        Args:
-            number: Number of the client; it enters the seeds of the splits.
-        """
-        self.setup()
-        samples = cast(Samples, self._loaded)
-        indices = np.arange(len(samples), dtype=np.int64)
-        splits = split_client(number, indices, samples, self.fractions, self.seed, self.splits)
-        prepared = prepare(samples, [splits])
-        return prepared.samples, prepared.clients[0]
 
     def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
         """Return the name and the samples of each site."""

@@ -160,6 +160,11 @@ class Samples:
         return self.targets.to(torch.int64) if self.num_classes else torch.zeros_like(self.targets, dtype=torch.int64)
 
     @property
+    def has_numbered_classes(self) -> bool:
+        """Whether the names of the classes are their numbers."""
+        return self.class_names == tuple(map(str, range(len(self.class_names))))
+
+    @property
     def split_sizes(self) -> dict[str, int]:
         """Samples in each given split; all are in the first if none are given."""
         split = torch.zeros(len(self), dtype=torch.int64) if self.split is None else self.split

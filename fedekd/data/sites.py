@@ -37,8 +37,12 @@ def find_sites(sites: str | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def require_site_name(name: Any) -> str:
+def require_site_name(name: Any, option: str = "data.sites") -> str:
     """Validate the name of a site and return it.
+
+    Args:
+        name: Any object.
+        option: Option that gives the name, for the error.
 
     Raises:
         UserError: If it is empty, longer than 60 characters, or has other characters than letters, digits, spaces and
@@ -46,7 +50,7 @@ def require_site_name(name: Any) -> str:
     """
     if not (isinstance(name, str) and len(name) <= _LONGEST_NAME and _NAME.fullmatch(name)):
         raise UserError(
-            f"data.sites: expected a name of at most {_LONGEST_NAME} letters, digits, spaces and _.()+- that begins"
+            f"{option}: expected a name of at most {_LONGEST_NAME} letters, digits, spaces and _.()+- that begins"
             f" with a letter or digit, got {shorten(repr(name))}"
         )
     return name

@@ -420,8 +420,7 @@ def _missing(run: Orchestrator, number: int) -> dict[str, list[str]]:
 
 def _class_names(samples: Samples) -> dict[str, list[str]]:
     """Return the names of the classes; empty if they are numbers."""
-    names = list(samples.class_names)
-    return {} if names == [str(label) for label in range(len(names))] else {"class_names": names}
+    return {} if samples.has_numbered_classes else {"class_names": list(samples.class_names)}
 
 
 def _deployed(run: Orchestrator) -> dict[str, Any]:

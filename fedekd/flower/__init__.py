@@ -1,10 +1,11 @@
 """Federated runs across real sites, on Flower; needs `fedekd[flower]`.
 
 Threat model
-  Never sent by a site: images, labels, sample indices, per-sample results, private models, optimizer states, the local
-    baseline's model and exit thresholds.
-  Sent to the server: split sizes, class counts and a SHA-256 digest of the samples; test scores and means over samples;
-    the method's update (FedeKD: the proxy); error texts.
+  Never sent by a site: images, rows of tables, labels, groups, sample indices, per-sample results, private models,
+    optimizer states, the local baseline's model and exit thresholds.
+  Sent to the server: names of the site and of the classes; split sizes, class counts, and SHA-256 digests of the
+    samples and of a table's columns and categories; test scores and means over samples; the method's update (FedeKD:
+    the proxy); error texts.
   Protected against:
     - the network and unregistered sites, by Flower's TLS and SuperNode keys, which the operators must enable;
     - malformed messages: site and server parse JSON and raw arrays, never pickles, and the server rejects updates with

@@ -13,8 +13,10 @@ from flwr.app import Context, Message
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from jsonargparse import ArgumentParser, Namespace
 
-from fedekd.configuration.options import build_parts, federation_parser, parse
+from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
+from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, print_warning
 from fedekd.federation import Orchestrator, RoundOptions, RunFolder
 from fedekd.federation.options import participants
@@ -114,7 +116,9 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
 
     A site configures its SuperNode by --node-config:
         number: The site's number, from 0; a simulation sets Flower's `partition-id` instead.
-        data: The .npz file of its images.
+        data: File or folder of its samples, in any format of `data.sites`.
+        name: Name of the site in tables, logged names and messages; by default the name of its file or folder without
+            suffix. An empty name shows the number.
         folder: Folder of its state.
         options: Additional options of `fit`, such as another private model or device.
         secure: True sends updates by secure aggregation only.
@@ -134,7 +138,8 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
         data = node.get("data")
         folder = str(node.get("folder", run.folder))
         options = (*run.options, *shlex.split(str(node.get("options", ""))))
-        site = _site(options, int(number), run.sites, folder, None if data is None else str(data))
+        data = None if data is None else str(data)
+        site = _site(options, int(number), run.sites, folder, data, _name_of(node, data))
         return Message(site.reply(message), reply_to=message)
 
     def reply_unmasked(message: Message, context: Context) -> Message:
@@ -154,9 +159,29 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
     return app
 
 
+def _name_of(node: Mapping[str, Any], data: str | None) -> str | None:
+    """Return the name of a site: that of its node configuration or of its file.
+
+    Raises:
+        UserError: If it is not a valid name.
+    """
+    if "name" in node:
+        return None if node["name"] == "" else require_site_name(node["name"], "name")
+    if data is None:
+        return None
+    path = Path(data)
+    name = path.name if path.is_dir() else path.stem
+    try:
+        return require_site_name(name, "name")
+    except UserError as error:
+        raise UserError(f"{error}. Add name to --node-config") from error
+
+
 @lru_cache(maxsize=1)  # reused between the messages of one site; holds no client state
-def _site(options: tuple[str, ...], number: int, sites: int, folder: str, data: str | None) -> Site:
-    return Site(options, number, sites, Path(folder), data)
+def _site(
+    options: tuple[str, ...], number: int, sites: int, folder: str, data: str | None, name: str | None = None
+) -> Site:
+    return Site(options, number, sites, Path(folder), data, name)
 
 
 def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
@@ -178,7 +203,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         return run.summary
     parser = federation_parser()
     config = parse(parser, list(settings.options))
-    parts = build_parts(parser, config)
+    name, parts = _server_parts(parser, config, settings.sites)
     data, method = parts["data"], parts["method"]
     secure = SecureAggregation(settings.secure_range) if settings.secure else None
     if secure is not None:
@@ -187,7 +212,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         nodes, descriptions = wait_for_sites(grid, settings.sites, settings.wait)
         sites = list(descriptions.values())
         require_consistent_sites(sites)
-        parts["data"] = SiteData(data.dataset, data.alpha, sites, data.batch_size, data.eval_batch_size)
+        parts["data"] = SiteData(name, data.alpha, sites, data.batch_size, data.eval_batch_size)
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display, descriptions, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
@@ -203,6 +228,25 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         for table in result_tables(summary, config.metrics):
             display.console.print(table)
     return summary
+
+
+def _server_parts(parser: ArgumentParser, config: Namespace, sites: int) -> tuple[str, dict[str, Any]]:
+    """Build the parts of the server, which has no samples.
+
+    Returns:
+        Name of the data set, and the arguments of `Orchestrator`.
+    """
+    if config.data.dataset is not None and config.data.site_column is None:
+        return config.data.dataset, build_parts(parser, config)
+    # A data module with sites would read them to count the clients.
+    given = config.data.dataset if config.data.sites is None else config.data.sites
+    name = Path(given).stem if isinstance(given, str) and given else "sites"
+    without = config.clone()
+    without.data.dataset, without.data.sites, without.data.site_column = name, None, None
+    without.data.num_clients = sites
+    parts = build_parts(parser, without)
+    config.trainer = without.trainer
+    return name, parts | {"config": as_values(parser, config)}
 
 
 def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import torch
 
 import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
-from fedekd.errors import UserError, listed, require
+from fedekd.data.site_warnings import site_warnings
+from fedekd.data.sites import require_site_name
+from fedekd.errors import UserError, listed, require, shorten
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
@@ -25,6 +29,8 @@ SPLITS = ("train", "validation", "test", "tuning", "calibration", "holdout")
 #: Largest numbers in a description: samples of a site, classes, features, channels, and pixels per side. ImageNet-21k
 #: has 21,841 classes.
 _MAX_SAMPLES, _MAX_CLASSES, _MAX_FEATURES, _MAX_CHANNELS, _MAX_SIDE = 10**9, 10**5, 10**6, 2**10, 2**13
+
+_LONGEST_CLASS = 100
 
 #: What to do about a description that `describe` cannot give.
 _CORRECT = "Check the data and the version of fedekd at the site"
@@ -66,7 +72,31 @@ def describe(method: Method, spec: FederationSpec, samples: Samples, splits: Cli
         "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
         "class_counts": counts.tolist(),
         "digest": splits.digest(samples),
+        "name": splits.name,
+        "class_names": None if samples.has_numbered_classes else list(samples.class_names),
+        "columns": _columns_digest(samples),
     }
+
+
+def _columns_digest(samples: Samples) -> str | None:
+    """Return the SHA-256 (hex) of a table's columns and categories; None for images.
+
+    The names of columns and categories stay at the site.
+    """
+    if not samples.columns:
+        return None
+    columns = [[column.name, column.kind, column.categories] for column in samples.columns]
+    return sha256(json.dumps(columns).encode()).hexdigest()
+
+
+def site_label(number: int, name: str | None = None) -> str:
+    """Return a site in messages: `site 2`, or `site 'basel'`."""
+    return f"site {number}" if name is None else f"site {name!r}"
+
+
+def described_label(description: Mapping[str, Any]) -> str:
+    """Return the site of a description in messages."""
+    return site_label(description["site"], description.get("name"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +135,8 @@ class SiteData(FederatedDataModule):
     ) -> None:
         super().__init__(name, len(descriptions), alpha, batch_size=batch_size, eval_batch_size=eval_batch_size)
         config = descriptions[0]["config"]
+        names = [description.get("name") for description in descriptions]
+        self.has_sites = all(name is not None for name in names)
         self._samples = Samples(
             name,
             torch.empty(0, *config["input_shape"], dtype=torch.uint8),
@@ -112,6 +144,8 @@ class SiteData(FederatedDataModule):
             config["task"],
             # Real-valued targets have one count, that of all samples.
             len(counts) if len(counts := descriptions[0]["class_counts"]) > 1 else 0,
+            class_names=tuple(descriptions[0].get("class_names") or ()),
+            site_names=tuple(filter(None, names)),
         )
         self._clients = [
             SiteSplits(
@@ -119,14 +153,19 @@ class SiteData(FederatedDataModule):
                 # Expanded: memory for one index, whatever the size.
                 *(torch.zeros(1, dtype=torch.int64).expand(description["sizes"][split]) for split in SPLITS),
                 content=description["digest"],
+                name=description.get("name"),
             )
             for site, description in enumerate(descriptions)
         ]
         self._class_counts = np.asarray([description["class_counts"] for description in descriptions], dtype=np.int64)
 
     def warnings(self) -> list[str]:
-        """Return no lines: each site checks its own samples."""
-        return []
+        """Return lines on named sites; each site checks its own samples."""
+        if not self.has_sites:
+            return []
+        counts = self._class_counts if self.task == "classification" else np.zeros((len(self._class_counts), 0))
+        tests = [len(splits.test) for splits in self.clients]
+        return site_warnings(self.samples.site_names, counts, self.samples.class_names, tests)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the sites' class counts, (sites, classes)."""
@@ -154,7 +193,16 @@ def require_description(description: Mapping[str, Any]) -> None:
         ),
         "digest": (
             "64 hexadecimal digits",
-            isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None,
+            _is_digest(digest),
+        ),
+        "name": ("a valid name of a site or null", _is_name(description.get("name"))),
+        "class_names": (
+            f"a different name of 1 to {_LONGEST_CLASS} printable characters per class, or null",
+            _are_class_names(description.get("class_names"), counts),
+        ),
+        "columns": (
+            "64 hexadecimal digits or null",
+            description.get("columns") is None or _is_digest(description["columns"]),
         ),
     }
     for name, (allowed, is_valid) in expected.items():
@@ -168,11 +216,34 @@ def require_description(description: Mapping[str, Any]) -> None:
     require(sizes["train"] > 0, "sizes", "at least 1 training sample", sizes["train"], _CORRECT)
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_name(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return bool(require_site_name(value))
+    except UserError:
+        return False
+
+
+def _are_class_names(names: Any, counts: Any) -> bool:
+    """Return True for None, or for different printable names of all classes."""
+    if names is None:
+        return True
+    if not (isinstance(names, list) and isinstance(counts, list) and len(names) == len(counts)):
+        return False
+    are_names = all(isinstance(name, str) and 0 < len(name) <= _LONGEST_CLASS and name.isprintable() for name in names)
+    return are_names and len(set(names)) == len(names)
+
+
 def _is_size(value: Any) -> bool:
     return is_count(value) and value <= _MAX_SAMPLES
 
 
-def _require_inputs(config: Mapping[str, Any], site: int) -> None:
+def _require_inputs(config: Mapping[str, Any], site: str) -> None:
     """Check what the server builds its networks from.
 
     Raises:
@@ -190,7 +261,7 @@ def _require_inputs(config: Mapping[str, Any], site: int) -> None:
         "input_shape": (f"a number of features, or channels, height and width up to {largest[3]}", is_shape),
     }
     for name, (allowed, is_valid) in expected.items():
-        require(is_valid, f"site {site}: {name}", allowed, config.get(name), _CORRECT)
+        require(is_valid, f"{site}: {name}", allowed, config.get(name), _CORRECT)
 
 
 def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -203,14 +274,53 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
         version = {"fedekd": description["config"]["fedekd"]}
         require_agreement({**description, "config": version}, {"fedekd": fedekd.__version__})
     first = descriptions[0]
-    _require_inputs(first["config"], first["site"])
+    _require_inputs(first["config"], described_label(first))
+    _require_different_names(descriptions)
     for description in descriptions:
         require_agreement(description, first["config"])
+        names, expected_names = (
+            None if part.get("class_names") is None else [shorten(name, 20) for name in part["class_names"]]
+            for part in (description, first)
+        )
         classes, expected = len(description["class_counts"]), len(first["class_counts"])
-        if classes != expected:
+        if classes != expected and names is None:
             raise UserError(
-                f"site {description['site']}: expected {expected} classes, as at site {first['site']}, got {classes}."
-                " Set --data.num_classes to the same number at all sites."
+                f"{described_label(description)}: expected {expected} classes, as at {described_label(first)}, got"
+                f" {classes}. Set --data.num_classes to the same number at all sites."
+            )
+        if description.get("class_names") != first.get("class_names"):
+            raise UserError(
+                f"{described_label(description)}: expected the classes {_listed_classes(expected_names, expected)}, as"
+                f" at {described_label(first)}, got {_listed_classes(names, classes)}. Set --data.classes to the same"
+                " names at all sites"
+            )
+        if description.get("columns") != first.get("columns"):
+            raise UserError(
+                f"{described_label(description)}: expected a table with the columns and categories of"
+                f" {described_label(first)}. Set --data.categories and --data.categorical_columns to the same values"
+                " at all sites"
+            )
+
+
+def _listed_classes(names: Sequence[str] | None, count: int) -> str:
+    """Return names of classes for an error, with room for two lists."""
+    return f"0..{count - 1}" if names is None else shorten(", ".join(names), 80)
+
+
+def _require_different_names(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all sites have different names, or none has one.
+
+    Raises:
+        UserError: Names two sites with one name, or a site without one.
+    """
+    seen: dict[str, int] = {}
+    for description in descriptions:
+        number, name = description["site"], description.get("name")
+        if (name is None) != (descriptions[0].get("name") is None):
+            raise UserError("name: expected one at every site or at none. Set name in each --node-config")
+        if name is not None and (other := seen.setdefault(name.casefold(), number)) != number:
+            raise UserError(
+                f"name: expected different names, got {name!r} at sites {other} and {number}. Set name in --node-config"
             )
 
 
@@ -229,4 +339,4 @@ def require_agreement(description: Mapping[str, Any], config: Mapping[str, Any])
             else "Use the same options and configuration files at the server and at all sites."
         )
         values = f"expected {str(expected)[:60]}, got {str(actual)[:60]}"
-        raise UserError(f"site {description['site']}: {key[:100]}: {values}. {action}")
+        raise UserError(f"{described_label(description)}: {key[:100]}: {values}. {action}")

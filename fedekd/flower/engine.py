@@ -79,8 +79,8 @@ class FlowerEngine:
             try:
                 baselines[site] = LocalBaseline([], metrics=baseline_metrics(reply, rounds[site]))
             except UserError as error:
-                self.observer.warn(f"rejected the reply of site {site}: {error}")
-        _require_replies(rounds, baselines, "local baseline")
+                self.observer.warn(f"rejected the reply of site {self._title(site)}: {error}")
+        self._require_replies(rounds, baselines, "local baseline")
         return baselines
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
@@ -108,7 +108,7 @@ class FlowerEngine:
             self._versions[result.client] = self._versions.get(result.client, 0) + 1
             received.add(result.client)
             yield result
-        if missing := ", ".join(str(site) for site in request.participants if site not in received):
+        if missing := ", ".join(self._title(site) for site in request.participants if site not in received):
             reason = f"round {request.round_idx}: no valid reply from site {missing}"
             if not request.collect_updates:
                 raise UserError(f"{reason}. The last round needs every site: start the sites and repeat the command.")
@@ -126,8 +126,8 @@ class FlowerEngine:
             try:
                 replies[site] = values_of(reply).get("metrics")
             except UserError as error:
-                self.observer.warn(f"rejected the reply of site {site}: {error}")
-        _require_replies(contents, replies, "score")
+                self.observer.warn(f"rejected the reply of site {self._title(site)}: {error}")
+        self._require_replies(contents, replies, "score")
         metrics: dict[str, float] = replies[number]  # the orchestrator checks them
         return metrics
 
@@ -153,7 +153,7 @@ class FlowerEngine:
             message_id = reply.metadata.reply_to_message_id
             site = next((site for site, message in messages.items() if message.metadata.message_id == message_id), None)
             if reply.has_error():
-                self.observer.warn(f"site {site} failed: {error_reason(reply)}")
+                self.observer.warn(f"site {self._title(site)} failed: {error_reason(reply)}")
             elif site is not None:
                 yield site, reply
 
@@ -168,7 +168,7 @@ class FlowerEngine:
             site = description["site"]
             expected = None if self.descriptions is None else self.descriptions.get(site)
             if site in absent and expected is not None and dict(expected) != description:
-                self.observer.warn(f"site {site} reconnected with other data or settings; left out")
+                self.observer.warn(f"site {self._title(site)} reconnected with other data or settings; left out")
             elif site in absent:
                 self.nodes[site] = node
 
@@ -185,7 +185,7 @@ class FlowerEngine:
                     raise UserError(f"update of {payload_bytes(arrays):,} bytes, but {sent_bytes:,} bytes were sent")
                 yield _result_of(site, values_of(reply), from_arrays(arrays))
             except (UserError, ValueError, TypeError) as error:
-                self.observer.warn(f"rejected the reply of site {site}: {error}")
+                self.observer.warn(f"rejected the reply of site {self._title(site)}: {error}")
 
     def _run_secure(self, values: Mapping[int, Mapping[str, Any]], broadcast: Broadcast) -> Iterator[ClientResult]:
         """Yield results whose updates are all the mean from secure aggregation."""
@@ -206,12 +206,19 @@ class FlowerEngine:
             try:
                 yield _result_of(site, parse_values(text), mean)
             except UserError as error:
-                self.observer.warn(f"rejected the reply of site {site}, but its update is in the mean: {error}")
+                self.observer.warn(
+                    f"rejected the reply of site {self._title(site)}, but its update is in the mean: {error}"
+                )
 
+    def _require_replies(self, expected: Iterable[int], received: Collection[int], subject: str) -> None:
+        if missing := ", ".join(self._title(site) for site in expected if site not in received):
+            raise UserError(f"no {subject} from site {missing}. Start the sites and repeat the command.")
 
-def _require_replies(expected: Iterable[int], received: Collection[int], subject: str) -> None:
-    if missing := ", ".join(str(site) for site in expected if site not in received):
-        raise UserError(f"no {subject} from site {missing}. Start the sites and repeat the command.")
+    def _title(self, site: int | None) -> str:
+        """Return the quoted name of a site, or its number."""
+        description = {} if self.descriptions is None or site is None else self.descriptions.get(site, {})
+        name = description.get("name")
+        return str(site) if name is None else repr(name)
 
 
 def _result_of(site: int, values: Mapping[str, Any], state: StateDict) -> ClientResult:

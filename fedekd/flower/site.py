@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedekd.atomic import remove_drafts
-from fedekd.configuration.options import parts_of
-from fedekd.data import ClientSplits, FederatedDataModule, Samples, data_warnings
+from fedekd.configuration.options import federation_parser, parse, parts_of
+from fedekd.data import ClientSplits, FederatedDataModule, data_warnings
+from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest, SilentObserver
 from fedekd.federation.checks import check_models
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup
 from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.run_folder import to_json_value
-from fedekd.flower.description import describe, shared_config
+from fedekd.flower.description import describe, shared_config, site_label
 from fedekd.flower.messages import (
     BASELINE,
     DESCRIBE,
@@ -44,6 +46,22 @@ KEPT_VERSIONS = 4
 _parts_of = lru_cache(maxsize=1)(parts_of)
 
 
+def _own_data_options(options: Sequence[str], data: str) -> list[str]:
+    """Return the options of a site with its own file, which is one client.
+
+    Raises:
+        UserError: If the options divide the file into sites.
+    """
+    column = parse(federation_parser(), list(options)).data.site_column
+    if column is not None:
+        raise UserError(
+            f"data.site_column: expected null with data in --node-config, whose file is one site, got {column!r}. Set"
+            " --data.site_column=null, and leave the column out by --data.ignored_columns"
+        )
+    # One client: with `auto`, the number of threads depends on it.
+    return [*options, f"--data.dataset={data}", "--data.sites=null", "--data.num_clients=1", "--logger=null"]
+
+
 class Site:
     """Client of one site, with its state in a folder.
 
@@ -52,20 +70,35 @@ class Site:
         number: The site's number, in [0, sites).
         sites: Number of sites.
         folder: Folder of the client states and the local baseline; a subfolder per site is created.
-        data: The site's own images or table; None takes the site's part of the configured data set,
-            as in a simulation.
+        data: File or folder of the site's own samples, in any format of `data.sites`; None takes the site's part of
+            the configured data set, as in a simulation.
+        name: Name of the site; None for a number, or with `data` None for the name in the configured data set.
 
     Raises:
         UserError: The configuration or the data are invalid.
     """
 
-    def __init__(self, options: Sequence[str], number: int, sites: int, folder: Path, data: str | None = None) -> None:
-        # The site's own file is one client: it is not partitioned again.
-        data_options = [] if data is None else [f"--data.dataset={data}", "--data.num_clients=1"]
-        parts = _parts_of((*options, *data_options, "--logger=null"))
+    def __init__(
+        self,
+        options: Sequence[str],
+        number: int,
+        sites: int,
+        folder: Path,
+        data: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        if name is not None:
+            require_site_name(name, "name")
+        if data is None:
+            parts = _parts_of((*options, "--logger=null"))
+        else:
+            parts = parts_of(_own_data_options(options, data))
+            parts["data"].assign_all(number, name)
         module: FederatedDataModule = parts["data"]
-        samples, splits = self._samples(module, number, sites, data)
-        method = parts["method"]
+        splits = self._splits(module, number, sites, data)
+        if name is not None:
+            splits = replace(splits, name=name)
+        method, samples = parts["method"], module.samples
         spec = FederationSpec.from_parts(
             module,
             parts["client"],
@@ -90,17 +123,21 @@ class Site:
         self.worker = ClientWorker(setup, np.ascontiguousarray(samples.inputs.numpy()))
 
     @staticmethod
-    def _samples(
-        module: FederatedDataModule, number: int, sites: int, data: str | None
-    ) -> tuple[Samples, ClientSplits]:
+    def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
         if data is not None:
-            return module.as_one_client(number)
+            return module.clients[0]
         if module.num_clients != sites:
             raise UserError(
-                f"data.num_clients: expected {sites} (sites), got {module.num_clients}."
+                f"data.{'sites' if module.has_sites else 'num_clients'}: expected {sites} (sites), got"
+                f" {module.num_clients}."
                 " Set both to the same number, or data in --node-config to the site's own file."
             )
-        return module.samples, module.clients[number]
+        return module.clients[number]
+
+    @property
+    def label(self) -> str:
+        """Site in messages: `site 2`, or `site 'basel'`."""
+        return site_label(self.number, self.splits.name)
 
     def reply(self, message: Message) -> RecordDict:
         """Return the content of the reply to a message of the server.
@@ -117,20 +154,18 @@ class Site:
         }
         message_type = message.metadata.message_type
         if message_type not in handlers:
-            raise UserError(
-                f"site {self.number}: unknown message type {message_type!r}. {nearest(message_type, handlers)}"
-            )
+            raise UserError(f"{self.label}: unknown message type {message_type!r}. {nearest(message_type, handlers)}")
         try:
             return handlers[message_type](message)
         except DamagedStateError as error:
             raise UserError(
-                f"site {self.number}: {error}. Restore the file, or remove the newest checkpoints/manifest-*.json of"
+                f"{self.label}: {error}. Restore the file, or remove the newest checkpoints/manifest-*.json of"
                 " the server and start it again: it then repeats the last round."
             ) from error
 
     def _describe(self, message: Message) -> RecordDict:
         for line in data_warnings(self.samples, [self.splits]):
-            SilentObserver().warn(f"site {self.number}: {line}")
+            SilentObserver().warn(f"{self.label}: {line}")
         return pack(describe(self.method, self.spec, self.samples, self.splits))
 
     def _baseline(self, message: Message) -> RecordDict:
@@ -160,6 +195,6 @@ class Site:
     def _require_version(self, version: int) -> None:
         if version and not self.worker.store.has(self.number, version):
             raise UserError(
-                f"site {self.number}: version {version} of the client state is not in {self.worker.store.folder}."
+                f"{self.label}: version {version} of the client state is not in {self.worker.store.folder}."
                 f" Use the folder in which the run was started; only the last {KEPT_VERSIONS} versions are kept."
             )

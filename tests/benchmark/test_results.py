@@ -118,7 +118,7 @@ def line(**changes: str) -> str:
     ("content", "words"),
     [
         (b"key,dataset\na,digits\n", "line 2: configuration: expected a value"),
-        (f"{HEADER}\na,b,digits\n".encode(), "line 2: alpha: expected a value"),
+        (f"{HEADER}\na,b,digits\n".encode(), "line 2: seed: expected a value"),
         (line(mean="much").encode(), "line 3: mean: expected a number, got 'much'"),
         (line(seed="x").encode(), "line 3: seed: expected a whole number, got 'x'"),
         (line(metric="f1").encode(), "line 3: metric: expected accuracy or rmse, got 'f1'"),

@@ -54,7 +54,8 @@ def test_description_reply_contains_counts_but_no_pixels_or_indices(sites: Sites
     assert not reply.content.metric_records
     assert len(reply.content.config_records) == 1
     description = values_of(reply)
-    assert set(description) == {"site", "config", "sizes", "class_counts", "digest"}
+    assert set(description) == {"site", "config", "sizes", "class_counts", "digest", "name", "class_names", "columns"}
+    assert {description[name] for name in ("name", "class_names", "columns")} == {None}  # a part of numbered classes
     assert set(description["sizes"]) == set(SPLITS)
     assert re.fullmatch("[0-9a-f]{64}", description["digest"])
     method, _, spec = build(sites.options)

@@ -154,7 +154,7 @@ def all_tensors(state: Any) -> list[torch.Tensor]:
 
 
 REPLY_VALUES = {
-    DESCRIBE: {"site", "config", "sizes", "class_counts", "digest"},
+    DESCRIBE: {"site", "config", "sizes", "class_counts", "digest", "name", "class_names", "columns"},
     BASELINE: {"metrics"},
     SCORE: {"metrics"},
     ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "metrics", "num_samples"},

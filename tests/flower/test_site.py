@@ -275,9 +275,10 @@ def test_client_app_reads_folder_data_and_options_from_node_config(options: list
     context.run_config = {"options": shlex.join(options), "sites": NUM_SITES, "folder": str(tmp_path / "shared")}
     reply = make_client_app()(request(DESCRIBE, {}), context)
     expected = Site(options, 0, NUM_SITES, tmp_path / "simulated")
-    assert values_of(reply) == values_of(Message(expected.reply(message := request(DESCRIBE, {})), reply_to=message))
+    simulated = values_of(Message(expected.reply(message := request(DESCRIBE, {})), reply_to=message))
+    assert values_of(reply) == {**simulated, "name": "images"}
     assert not (tmp_path / "shared").exists()
-    site = apps._site((*options, *shlex.split(model)), 0, NUM_SITES, str(tmp_path / "mine"), str(path))
+    site = apps._site((*options, *shlex.split(model)), 0, NUM_SITES, str(tmp_path / "mine"), str(path), "images")
     assert apps._site.cache_info().hits == 1
     assert type(site.worker.engine.client(0).networks["private"]).__name__ == "ProxyCNN"
 
