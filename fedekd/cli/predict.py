@@ -151,7 +151,7 @@ def _write(output: Path, kind: str, rows: Sequence[dict[str, Any]], names: Seque
 
 @torch.no_grad()
 def _predictions(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iterator[dict[str, Any]]:
-    """Yield label, class, exit (from 1) and score of each sample, or value and exit."""
+    """Yield the values of `COLUMNS` for each sample; exits are numbered from 1."""
     network = client.deployed_model
     classes = client.samples.class_names
     is_named = classes != tuple(map(str, range(len(classes))))

@@ -18,7 +18,7 @@ RUN = "import sys; from fedekd.cli import main; sys.exit(main())"
 USES = {
     "method": (["--method", "FedAvgM", "--method.momentum", "0.5"], "accuracy/mean"),
     "partition": (["--data.partition", "shards"], "accuracy/mean"),
-    "data_format": (["--data.dataset", "png_folder"], "accuracy/mean"),
+    "data_format": (["--data.dataset", "images.npy"], "accuracy/mean"),
     "metric": (["--task", "regression", "--metrics", "[medae]"], "medae/mean"),
 }
 
@@ -34,7 +34,7 @@ def test_patch_runs_on_digits(patch: str, tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     subprocess.run(["git", "apply", str(DOCS / "how-to" / "patches" / f"{patch}.patch")], cwd=tmp_path, check=True)
-    _write_png_folder(tmp_path / "data" / "png_folder")
+    _write_npy(tmp_path)
     options, column = USES[patch]
     small = ["--rounds=1", "--client.local_epochs=1", "--data.num_clients=2", "--logger=null", "--output=run"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -45,13 +45,10 @@ def test_patch_runs_on_digits(patch: str, tmp_path: Path) -> None:
     assert 0 <= float(row[column]) < 5
 
 
-def _write_png_folder(folder: Path) -> None:
-    """Write 300 of the digits as PNG files."""
-    from PIL import Image
+def _write_npy(folder: Path) -> None:
+    """Write 300 of the digits as a pair of .npy files."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for index, (image, label) in enumerate(zip(digits.images[:300], digits.target[:300], strict=True)):
-        path = folder / str(label) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).save(path)
+    np.save(folder / "images.npy", np.rint(digits.images[:300] * 255 / 16).astype(np.uint8))
+    np.save(folder / "images.labels.npy", digits.target[:300])
