@@ -90,6 +90,24 @@ def test_summary_has_flat_metric_names(tmp_path, make_row, make_summary):
     tracker.close()
 
 
+def test_sites_have_their_names_in_rows_and_table(tmp_path, make_row, make_summary, run_folders, read_history):
+    names = ["Zürich (CH) no. 1", "St. Gallen"]
+    row = {"round": 1, **{f"client_{name}/delta": 0.5 for name in names}}
+    summary = make_summary((0.5, 0.75), (0.5, 0.25))
+    for client, name in zip(summary["clients"], names, strict=True):
+        client["name"] = name
+    tracker = start(tmp_path)
+    tracker.log_round(row)
+    tracker.log_summary(summary)
+    table = tracker.loggers[0].experiment.summary["clients"]
+    tracker.close()
+    [folder] = run_folders(tmp_path)
+    assert read_history(folder) == [row]
+    content = json.loads((folder / "files" / table["path"]).read_text(encoding="utf-8"))
+    assert content["columns"][:2] == ["client", "name"]
+    assert [line[1] for line in content["data"]] == names
+
+
 def test_resume_has_each_round_once(tmp_path, make_row, run_folders, read_history):
     tracker = start(tmp_path)
     tracker.replay([make_row(1), make_row(2)])
