@@ -50,7 +50,7 @@ class LocalBaseline:
         return self.losses[self._index(rounds)][split]
 
     def _index(self, rounds: int) -> int:
-        return min(max(rounds, 1), len(self.scores)) - 1
+        return min(max(rounds, 1), len(self.scores or self.metrics)) - 1
 
 
 def train_local_baseline(

@@ -55,12 +55,15 @@ def _one_class(run: Orchestrator) -> list[str]:
     ]
     if not found:
         return []
-    weighted = run.spec.client.class_weights is not None
-    advice = "" if weighted else " and try --client.class_weights balanced"
-    return [
-        f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class"
-        f" ({listed(found)}). See --metrics [{BALANCED}]{advice}"
-    ]
+    advice = []
+    if not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
+        advice.append(f"--metrics [{BALANCED}]")
+    if run.spec.client.class_weights is None:
+        advice.append("--client.class_weights balanced")
+    line = (
+        f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({listed(found)})"
+    )
+    return [f"{line}. Try {' and '.join(advice)}" if advice else line]
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -179,4 +179,16 @@ def test_run_one_predicted_class_is_a_warning(federate: Federate, monkeypatch: p
     monkeypatch.setattr("fedekd.methods.Client.in_target_unit", lambda self, logits: logits * 0 + torch.eye(1, 3))
     federate(Local(), observer=recorder, rounds=RoundOptions(rounds=1)).run()
     [line] = [text for text in recorder.warnings if "predicting one class" in text]
-    assert "See --metrics [balanced_accuracy] and try --client.class_weights balanced" in line
+    assert line.endswith("Try --metrics [balanced_accuracy] and --client.class_weights balanced")
+
+
+def test_run_other_metric_has_the_values_that_it_has_as_score(federate: Federate) -> None:
+    as_score, as_other = federate(FedAvg()), federate(FedAvg(), metrics=["ece", "accuracy"])
+    as_score.run()
+    as_other.run()
+    names = [f"client_{number}/" for number in range(3)]
+    for row, other in zip(as_score.progress.history, as_other.progress.history, strict=True):
+        assert [other[f"{client}local/accuracy"] for client in names] == [row[f"{client}local"] for client in names]
+        assert [other[f"{client}delta/accuracy"] for client in names] == [row[f"{client}delta"] for client in names]
+        assert other["delta/accuracy/worst"] == row["delta/worst"]
+        assert other["accuracy/mean"] == row["accuracy/mean"]
