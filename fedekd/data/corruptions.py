@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from fedekd.data.batches import scale
 from fedekd.data.pixels import CHANNELS, MIN_SIZE
 from fedekd.errors import UserError, require_choice
 from fedekd.seeding import derive_seed
@@ -52,13 +53,14 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     result. The noise of image i depends on i, its shape, the seed and the severity only.
 
     Args:
-        images: Pixels 0..255, uint8, shape (N, C, H, W) with 1, 3 or 4 channels, at least 8 x 8 pixels; N may be 0.
+        images: Pixels 0..255, uint8, shape (N, C, H, W) with 1, 3 or 4 channels, at least 8 x 8 pixels; N may be 0. Or
+            float pixels in [-1, 1], which are first rounded to 256 values.
         name: A name in `CORRUPTIONS`.
         severity: 1 to 5.
         seed: Seed of the random numbers; severities and corruptions draw independently. Default 0.
 
     Returns:
-        New images, uint8, of the same shape and on the same device.
+        New images of the same type and shape, on the same device.
 
     Raises:
         UserError: If the name or the severity is unknown, or the corruption is not defined for the number of channels.
@@ -75,6 +77,9 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     require_choice("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity: expected one of {', '.join(map(str, SEVERITIES))}, got {severity}")
+    if images.is_floating_point():
+        pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        return scale(corrupt(pixels, name, severity, seed)).to(images.dtype)
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images: expected uint8 of shape (N, C, H, W), got {images.dtype} of {tuple(images.shape)}")
     if images.shape[1] not in CHANNELS or min(images.shape[2:]) < MIN_SIZE:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedekd.data import CORRUPTIONS, SEVERITIES, Corruption, corrupt
+from fedekd.data import CORRUPTIONS, SEVERITIES, Corruption, corrupt, scale
 from fedekd.errors import UserError
 from fedekd.seeding import derive_seed
 
@@ -249,6 +249,8 @@ def test_corrupt_invalid_shape_raises(shape: tuple[int, ...]) -> None:
         corrupt(torch.zeros(shape, dtype=torch.uint8), "blur", 1)
 
 
-def test_corrupt_float_images_raise() -> None:
-    with pytest.raises(ValueError, match=r"images: expected uint8 .* torch.float32"):
-        corrupt(torch.zeros(1, 1, 8, 8), "blur", 1)
+def test_corrupt_float_images_equal_those_of_256_values() -> None:
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = corrupt(scale(images) + 1e-4, "gaussian_noise", 2, seed=1)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, scale(corrupt(images, "gaussian_noise", 2, seed=1)))

@@ -129,7 +129,7 @@ class ImageFiles:
         Raises:
             UserError: If an image cannot be read and is not to be left out.
         """
-        images = np.empty(self.shape, self.kind)
+        images = channels_last_view(self.shape, self.kind)
 
         def read(index: int) -> bool:
             images[index] = self.values(index)
@@ -215,6 +215,15 @@ def with_channels(images: Any, channels: int) -> Any:
     if images.shape[-1] == channels:
         return images
     return replace(images, channels=channels) if isinstance(images, ImageFiles) else np.repeat(images, channels, -1)
+
+
+def channels_last_view(shape: Sequence[int], kind: Any) -> Array:
+    """Return an empty array (N, H, W, C) whose memory has the order of `Samples.inputs`.
+
+    The samples of a large data set are then not copied when their channels are moved to the front.
+    """
+    count, height, width, channels = shape
+    return np.moveaxis(np.empty((count, channels, height, width), kind), 1, -1)
 
 
 def find_images(folder: Path) -> Iterator[Path]:

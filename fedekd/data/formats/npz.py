@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedekd.data.formats.columns import missing_column, split_numbers
-from fedekd.data.formats.image_files import in_parallel
+from fedekd.data.formats.image_files import channels_last_view, in_parallel
 from fedekd.data.pixels import checked_images, resized, size_of
 from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, Unlabelled
 from fedekd.errors import UserError, describe_error, listed
@@ -201,7 +201,8 @@ def _resized(name: str, images: Array, size: tuple[int, int] | None) -> Array:
     if size is None or images.shape[1:3] == size:
         return images
     images = checked_images(name, images)
-    result = np.empty((len(images), *size, images.shape[-1]), np.uint8 if images.dtype == bool else images.dtype)
+    kind = np.dtype(np.uint8) if images.dtype == bool else images.dtype
+    result = channels_last_view((len(images), *size, images.shape[-1]), kind)
 
     def resize(index: int) -> None:
         result[index] = resized(images[index], size)

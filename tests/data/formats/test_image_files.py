@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from fedekd.data import Samples
 from fedekd.data.formats.image_files import ImageFiles, read_images, with_channels
 from fedekd.data.pixels import to_pixels
 from fedekd.data.raw import ReadOptions
@@ -106,6 +107,13 @@ def test_read_images_above_the_limit_have_the_same_values(tmp_path: Path, mode: 
     np.testing.assert_array_equal(files.take(np.array([7, 3]))[1], pixels[3])
     if mode == "L":
         np.testing.assert_array_equal(with_channels(files, 3)[5], np.repeat(pixels[5], 3, -1))
+
+
+def test_load_has_the_memory_of_samples_so_that_they_are_not_copied(tmp_path: Path) -> None:
+    found = read(save(tmp_path / "a.png", picture("RGB"))).inputs
+    assert np.moveaxis(found, -1, 1).flags.c_contiguous
+    inputs = Samples.from_arrays("one", np.repeat(found, 2, 0), np.arange(2), "classification", 2).inputs
+    np.testing.assert_array_equal(inputs[1].permute(1, 2, 0), found[0])
 
 
 def test_read_images_resize_is_antialiased(tmp_path: Path) -> None:
