@@ -277,6 +277,12 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
     _require_inputs(first["config"], described_label(first))
     _require_different_names(descriptions)
     for description in descriptions:
+        if description.get("columns") != first.get("columns"):
+            raise UserError(
+                f"{described_label(description)}: expected a table with the columns and categories of"
+                f" {described_label(first)}. Set --data.categories and --data.categorical_columns to the same values"
+                " at all sites"
+            )
         require_agreement(description, first["config"])
         names, expected_names = (
             None if part.get("class_names") is None else [shorten(name, 20) for name in part["class_names"]]
@@ -293,12 +299,6 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
                 f"{described_label(description)}: expected the classes {_listed_classes(expected_names, expected)}, as"
                 f" at {described_label(first)}, got {_listed_classes(names, classes)}. Set --data.classes to the same"
                 " names at all sites"
-            )
-        if description.get("columns") != first.get("columns"):
-            raise UserError(
-                f"{described_label(description)}: expected a table with the columns and categories of"
-                f" {described_label(first)}. Set --data.categories and --data.categorical_columns to the same values"
-                " at all sites"
             )
 
 

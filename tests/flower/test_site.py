@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from flwr.app import Context, Message, RecordDict
 
 from examples.flower_deployment.deployment import write_site_data
 from fedekd.configuration.options import parts_of
+from fedekd.data.columns import Column
 from fedekd.data.sources import SOURCES
 from fedekd.errors import UserError
 from fedekd.federation.engines.worker import StateStore
 from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
-from fedekd.flower.description import SPLITS
+from fedekd.flower.description import SPLITS, describe, require_consistent_sites
 from fedekd.flower.messages import (
     BASELINE,
     DESCRIBE,
@@ -299,3 +301,10 @@ def test_site_table_is_preprocessed_on_its_own_training_rows(tmp_path: Path) -> 
         assert train.shape[1] == 5
         assert train[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
         assert site.spec.input_shape == (5,)
+    descriptions = [describe(site.method, site.spec, site.samples, site.splits) for site in sites]
+    require_consistent_sites(descriptions)
+    first = sites[0].samples
+    other = replace(first, columns=(*first.columns[:-1], Column("mass", "numeric")))
+    descriptions[0] = describe(sites[0].method, sites[0].spec, other, sites[0].splits)
+    with pytest.raises(UserError, match=r"site 1: expected a table with the columns .* of site 0"):
+        require_consistent_sites(descriptions)
