@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+import lightning
 import torch
 
 from fedekd.atomic import digest
@@ -66,7 +67,11 @@ def baseline_key(client: Client) -> str:
         "optimizer": settings,
         "objects": code_of(name for name in names if not _is_own(name)),
         "code": package_code(TRAINING_CODE),
-        "versions": {name: version(name) for name in ("torch", "lightning", "torchmetrics", "scikit-learn")},
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            **{name: version(name) for name in ("torchmetrics", "scikit-learn")},
+        },
         "numerics": numerics(client.spec.trainer.torch_device),
     }
     return digest(json.dumps(content, sort_keys=True, default=reader.read).encode())

@@ -33,7 +33,7 @@ def test_fit_writes_all_files(
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary) == {
         *("dataset", "alpha", "seed", "method", "task", "metric", "rounds", "mean", "worst", "local_mean", "delta"),
-        *("clients", "seconds", "bytes_up", "bytes_down", "versions"),
+        *("metrics", "clients", "seconds", "bytes_up", "bytes_down", "versions"),
     }
     assert set(summary["delta"]) == {"avg", "worst", "p10"}
     assert {"client", "train", "test", "local", "score", "delta"} <= set(summary["clients"][0])

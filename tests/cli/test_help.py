@@ -18,6 +18,7 @@ FIT_TITLES = [
     "Trainer",
     "Engine",
     "Do no harm",
+    "Metrics",
     "Logging",
 ]
 

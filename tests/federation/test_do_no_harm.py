@@ -391,7 +391,7 @@ def test_comparison_reads_the_cached_baseline(
     assert sorted(trained) == [0, 0, 1, 1, 2, 2]
     assert len([line for line in recorder.warnings if "trained in every run" in line]) == (key is no_key)
     assert harmless(baseline_dir=tmp_path, do_no_harm=rule).run()["clients"] == summary["clients"]
-    assert all(len(torch.load(path, weights_only=False)["scores"]) == 2 for path in tmp_path.glob("*.pt"))
+    assert all(len(torch.load(path, weights_only=False)["metrics"]) == 2 for path in tmp_path.glob("*.pt"))
 
 
 class PermutedProxies(FedeKD):
