@@ -15,8 +15,8 @@ from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.provenance import finished_rows
 from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import run_cell
+from fedekd.child_process import die_with_parent
 from fedekd.errors import describe_error
-from fedekd.federation.engines.performance import die_with_parent
 from fedekd.reporting.pages import current_commit
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
