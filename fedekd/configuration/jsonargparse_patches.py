@@ -1,4 +1,4 @@
-"""Patches of jsonargparse 4.53: defaults of a chosen class, YAML, and factories."""
+"""Patches of jsonargparse 4.53: defaults of a class, YAML, factories, any types."""
 
 from __future__ import annotations
 
@@ -51,9 +51,15 @@ def _load_value(text: str) -> Any:
     return text if has_no_values and "\n" not in text else value
 
 
+def _unchanged(value: Any, *arguments: Any, **options: Any) -> Any:
+    """Return a value; the original builds what has a class_path."""
+    return value
+
+
 _PATCHES: tuple[tuple[Any, str, Any], ...] = (
     (_typehints, "discard_init_args_on_class_path_change", _discard_all),
     (_typehints, "resolve_class_path_by_name", _resolve_class_path),
+    (_typehints, "adapt_classes_any", _unchanged),
     (_loaders_dumpers, "yaml_load", _load_value),
     (_loaders_dumpers, "loaders", {**_loaders_dumpers.loaders, "yaml": _load_value}),
     (_postponed_annotations, "get_return_type", _model_by_default),
@@ -70,6 +76,8 @@ def patched_jsonargparse() -> Iterator[None]:
     - YAML is read by `load_yaml`, in files and on the command line.
     - A function without a return annotation is accepted as a model.
     - The name of a model of fedekd is not ambiguous.
+    - A class_path in a value of any type, as in `data.sites`, stays in the configuration. The code that uses it builds
+      the object, and reports errors with the name of the site.
     """
     with exclusive():
         before = [(module, name, getattr(module, name)) for module, name, _ in _PATCHES]

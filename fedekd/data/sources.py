@@ -19,6 +19,7 @@ from fedekd.atomic import atomic_file
 from fedekd.data.assemble import assemble
 from fedekd.data.formats import format_of, read_path
 from fedekd.data.formats.npz import Splits, pool, read_npz
+from fedekd.data.formats.torch_dataset import is_dataset, read_dataset
 from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
 from fedekd.data.samples import Samples
 from fedekd.data.sites import find_sites
@@ -174,8 +175,13 @@ def _read_site(site: str, source: Any, options: ReadOptions) -> RawSamples:
     Raises:
         UserError: As `read_path`, with the name of the site.
     """
+    if is_dataset(source):
+        return read_dataset(site, source, options)
     if not isinstance(source, str | Path):
-        raise UserError(f"data.sites: {site!r}: expected a path, got {shorten(repr(source))}")
+        raise UserError(
+            f"data.sites: {site!r}: expected a path, or class_path and init_args of a data set, got"
+            f" {shorten(repr(source))}"
+        )
     try:
         return read_path(Path(source).expanduser(), options)
     except UserError as error:
