@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from examples.flower_deployment.credentials import make_authority, make_node_key, make_server_certificate
 from fedekd.configuration.options import parts_of
@@ -42,7 +43,7 @@ def write_site_data(data: FederatedDataModule, folder: Path) -> list[Path]:
     images, paths = data.samples, []
     for splits in data.clients:
         indices = np.sort(np.concatenate([part.numpy() for part in (splits.train, splits.validation, splits.test)]))
-        pixels = images.inputs[indices].permute(0, 2, 3, 1).numpy()
+        pixels = images.inputs[torch.from_numpy(indices)].permute(0, 2, 3, 1).numpy()
         arrays = {
             "train_images": pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
             "train_labels": images.labels[indices].numpy()[:, None],

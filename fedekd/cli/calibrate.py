@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -268,5 +268,6 @@ def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
     except UserError as error:
         raise input_error(error) from error
     if samples.input_shape == (1, *like.input_shape[1:]):
-        samples = replace(samples, inputs=samples.inputs.expand(-1, *like.input_shape).contiguous())
+        pixels = cast(torch.Tensor, samples.inputs)  # memory_limit is infinite
+        samples = replace(samples, inputs=pixels.expand(-1, *like.input_shape).contiguous())
     return samples

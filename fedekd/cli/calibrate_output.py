@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from torch import Tensor, cat
 
+from fedekd.data import take_inputs
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import count_shared_images, exit_network, image_costs
 from fedekd.early_exit.client_report import ClientExitReport, exit_statistics, mean_saved
@@ -84,8 +85,8 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
         lines.append(f"warning: mode {policy.mode} has no guarantee; {guaranteed} have one")
     if trained_on is not None:
         pixels, splits = client.samples.inputs, client.splits
-        held_out = pixels[cat([splits.tuning, splits.calibration])]
-        if shared := count_shared_images(held_out, pixels[trained_on]):
+        held_out = take_inputs(pixels, cat([splits.tuning, splits.calibration]))
+        if shared := count_shared_images(held_out, take_inputs(pixels, trained_on)):
             lines.append(
                 f"warning: {shared} of {len(held_out)} held-out images are, pixel by pixel, also training images."
                 " The guarantee then covers only deployment data with the same fraction of repeated images"

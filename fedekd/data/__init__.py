@@ -13,6 +13,8 @@ from fedekd.data.partition import (
 )
 from fedekd.data.samples import Samples
 from fedekd.data.sources import load_samples
+from fedekd.data.stored import Inputs, StoredInputs, StoredPart, close_inputs, input_batches, split_inputs, take_inputs
+from fedekd.data.transforms import build_transform
 
 __all__ = [
     "CORRUPTIONS",
@@ -21,8 +23,13 @@ __all__ = [
     "ClientSplits",
     "Corruption",
     "FederatedDataModule",
+    "Inputs",
     "Samples",
+    "StoredInputs",
+    "StoredPart",
     "TensorBatches",
+    "build_transform",
+    "close_inputs",
     "corrupt",
     "cut_validation",
     "data_warnings",
@@ -30,8 +37,11 @@ __all__ = [
     "dirichlet_label_partition",
     "iid_partition",
     "in_memory_format",
+    "input_batches",
     "load_samples",
     "scale",
     "split_client",
     "split_indices",
+    "split_inputs",
+    "take_inputs",
 ]

@@ -17,6 +17,7 @@ from fedekd.data.pixels import to_pixels, widened
 from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, sorted_texts, text_of
 from fedekd.data.samples import Samples, one_column
 from fedekd.data.sites import require_site_name
+from fedekd.data.stored import StoredInputs, join_inputs
 from fedekd.errors import UserError, listed, shorten
 from fedekd.tasks import Task
 
@@ -76,8 +77,12 @@ def _inputs(sources: Mapping[str | None, RawSamples], options: ReadOptions) -> t
     Grey images are repeated in three channels if other sources have colour images.
     """
     parts = [part.inputs for part in sources.values()]
+    titles = ["data.dataset" if site is None else f"site {site!r}" for site in sources]
+    if any(isinstance(part, StoredInputs) for part in parts):
+        return join_inputs(parts, titles), options.value_range
     if len(parts) == 1:
-        return parts[0], options.value_range
+        is_array = isinstance(parts[0], np.ndarray)
+        return parts[0] if is_array else join_inputs(parts, titles), options.value_range
     parts = [part[..., None] if len(part.shape) == 3 else part for part in parts]
     if {part.shape[-1] for part in parts if len(part.shape) == 4} == {1, 3}:
         parts = [with_channels(part, 3) for part in parts]
@@ -88,6 +93,8 @@ def _inputs(sources: Mapping[str | None, RawSamples], options: ReadOptions) -> t
                 f"data.sites: expected images of one size, {_size(first)} as in {names[0]!r}, got"
                 f" {_size(part)} in {site!r}. Set --data.image_size"
             )
+    if not all(isinstance(part, np.ndarray) for part in parts):
+        return join_inputs(parts, titles), options.value_range
     if len({part.dtype for part in parts}) == 1:
         return np.concatenate(parts), options.value_range
     # Values of different types mean the same only after conversion.
@@ -125,8 +132,8 @@ def _groups(
     sources: Mapping[str | None, RawSamples], options: ReadOptions
 ) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...]]:
     """Return the group of each sample, and the names; groups of two sources differ."""
-    if options.group_column is None:
-        return None, ()
+    if options.group_column is None and any(part.group is None for part in sources.values()):
+        return None, ()  # with groups in all: data sets of the user whose attribute names them
     numbers: list[npt.NDArray[np.int64]] = []
     names: list[str] = []
     for site, part in sources.items():

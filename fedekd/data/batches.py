@@ -1,12 +1,16 @@
-"""Batches sliced from tensors in memory: no workers, no copies, no collation."""
+"""Batches of samples: sliced from tensors in memory, or read by workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fedekd.data.stored import Inputs, StoredInputs
+from fedekd.data.transforms import Transform, augment
+from fedekd.seeding import derive_seed
 
 
 def scale(inputs: Tensor) -> Tensor:
@@ -31,7 +35,8 @@ class TensorBatches:
     """Iterable of batches `(x, y, *extras)` that a Trainer takes as a DataLoader.
 
     Args:
-        inputs: Images, shape (N, C, H, W), or features, float32, shape (N, F). `scale` is applied per batch.
+        inputs: Images, shape (N, C, H, W), or features, float32, shape (N, F). Pixels are scaled per batch, see
+            `scale`. Stored inputs are read by their workers.
         targets: All targets, shape (N,).
         indices: Samples to iterate over, int64, shape (n,).
         batch_size: Samples per batch, at least 1; the last batch has the remaining samples.
@@ -41,6 +46,11 @@ class TensorBatches:
             of a batch.
         min_batch: A last batch of fewer samples is dropped unless it is the only one. BatchNorm needs 2. Default 1.
         channels_last: Use the channels-last memory format. Default False.
+        transform: Augmentation of each sample before the pixels are scaled; needs a generator, of whose seed and the
+            number of the batch it depends. Default None.
+
+    Attributes:
+        is_plain: Whether a batch is a function of tensors only, which a CUDA graph can hold.
 
     Example:
         >>> images, targets = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5)
@@ -50,7 +60,7 @@ class TensorBatches:
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         indices: Tensor,
         batch_size: int,
@@ -59,6 +69,7 @@ class TensorBatches:
         extras: tuple[Tensor, ...] = (),
         min_batch: int = 1,
         channels_last: bool = False,
+        transform: Transform | None = None,
     ) -> None:
         self.inputs, self.targets = inputs, targets
         self.indices = indices.to(inputs.device)
@@ -67,29 +78,51 @@ class TensorBatches:
         remainder = len(indices) % batch_size
         is_dropped = 0 < remainder < min_batch and len(indices) > batch_size
         self.num_visited = len(indices) - remainder if is_dropped else len(indices)
-        self._passes = 0
+        self.transform = transform
+        self.is_plain = transform is None and not isinstance(inputs, StoredInputs)
+        self._passes, self._seed = 0, 0
 
     def __len__(self) -> int:
         return -(-self.num_visited // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        positions = self.draw_positions()
-        for start in range(0, self.num_visited, self.batch_size):
-            yield self.take(positions[start : start + self.batch_size])
+        parts = torch.split(self.draw_positions(), self.batch_size) if self.num_visited else ()
+        if self.is_plain:
+            yield from map(self.take, parts)
+            return
+        seeds = [derive_seed(self._seed, "transform", number) for number in range(len(parts))]
+        for part, inputs in zip(parts, self._read(parts, seeds), strict=True):
+            yield self._batch(inputs, part)
 
     def draw_positions(self) -> Tensor:
         """Begin a pass and return its positions within `indices`, shape (num_visited,)."""
         n, device = len(self.indices), self.indices.device
         if self.generator is None:
             order = torch.arange(n, device=device)
-        else:
-            generator = self.generator(self._passes) if callable(self.generator) else self.generator
+        elif callable(self.generator):
+            generator = self.generator(self._passes)
+            self._seed = generator.initial_seed()
             order = torch.randperm(n, generator=generator).to(device)
+        else:  # one generator for all passes
+            self._seed = derive_seed(self.generator.initial_seed(), self._passes)
+            order = torch.randperm(n, generator=self.generator).to(device)
         self._passes += 1
         return order[: self.num_visited]
 
     def take(self, positions: Tensor) -> tuple[Any, ...]:
-        """Return the batch of the samples at `positions` within `indices`."""
-        samples = self.indices[positions]
-        x = in_memory_format(scale(self.inputs[samples]), self.memory_format)
-        return (x, self.targets[samples], *(extra[positions] for extra in self.extras))
+        """Return the batch at `positions` within `indices`, without augmentation."""
+        return self._batch(self.inputs[self.indices[positions]], positions)
+
+    def _read(self, parts: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the inputs of the batches, augmented but not scaled."""
+        indices = [self.indices[part] for part in parts]
+        if isinstance(self.inputs, StoredInputs):
+            yield from self.inputs.batches(indices, seeds, self.transform)
+            return
+        assert self.transform is not None
+        for part, seed in zip(indices, seeds, strict=True):
+            yield augment(self.inputs[part], self.transform, seed)
+
+    def _batch(self, inputs: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        x = in_memory_format(scale(inputs), self.memory_format)
+        return (x, self.targets[self.indices[positions]], *(extra[positions] for extra in self.extras))

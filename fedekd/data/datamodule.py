@@ -32,7 +32,9 @@ from fedekd.data.raw import SPLITS, ReadOptions
 from fedekd.data.samples import Samples, content_digest
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
+from fedekd.data.stored import StoredInputs
 from fedekd.data.tables import prepare, transform
+from fedekd.data.transforms import TransformSpec, build_transform, check_transform
 from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten, shorten_path
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
@@ -141,8 +143,10 @@ class FederatedDataModule(lightning.LightningDataModule):
         ignored_columns: Columns of a table that are no features.
         categories: Categories of each categorical column. Default: those in the data.
         memory_limit: Images of more than this many GiB are read from their files in every epoch instead of once.
-        num_workers: Processes that read images from files during training and evaluation.
-        transform: Augmentation of training samples: a transform of torchvision.transforms.v2 by class_path, or a list.
+        num_workers: Processes that read inputs which are not in memory, at least 0; changes no result. With
+            MultiProcess each process reads for itself.
+        transform: Augmentation of training samples before pixels are scaled: a transform of torchvision.transforms.v2
+            by class_path, or a list. It keeps shape and type. Evaluation is unchanged.
 
     Raises:
         UserError: If an argument is out of range.
@@ -184,11 +188,18 @@ class FederatedDataModule(lightning.LightningDataModule):
         categories: dict[str, list[Any]] | None = None,
         memory_limit: float = 4.0,
         num_workers: int = 2,
-        transform: dict[str, Any] | list[dict[str, Any]] | None = None,
+        transform: str | dict[str, Any] | list[Any] | None = None,
     ) -> None:
         super().__init__()
         values = dict(locals())
-        lowest = {"num_clients": 1, "batch_size": 1, "eval_batch_size": 1, "min_samples": 2, "num_classes": 2}
+        lowest = {
+            "num_clients": 1,
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "min_samples": 2,
+            "num_classes": 2,
+            "num_workers": 0,
+        }
         for argument, minimum in lowest.items():
             if values[argument] is not None and values[argument] < minimum:
                 raise UserError(f"data.{argument}: expected at least {minimum}, got {values[argument]}")
@@ -252,6 +263,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         """
         if self._samples is None:
             self._samples = load_samples(**self._source)
+            if isinstance(self._samples.inputs, StoredInputs):
+                self._samples.inputs.num_workers = self.num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Load, assign and split the samples on the first call.
@@ -262,6 +275,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.prepare_data()
         samples = cast(Samples, self._samples)
         if self._clients is None:
+            if self.transform is not None:
+                check_transform(self.transform, samples.inputs[torch.tensor([0])])
             first = 0
             if self._only_client is not None:
                 first, only = self._only_client
@@ -374,7 +389,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         """Return training batches `(x, y)`, x in [-1, 1], in a new seeded order per pass."""
         owner = "pooled" if self.client is None else self.client
         generator = torch.Generator().manual_seed(derive_seed(self.seed, owner, "batches"))
-        return self._batches(lambda splits: splits.train, self.batch_size, generator)
+        return self._batches(lambda splits: splits.train, self.batch_size, generator, self.transform)
 
     def val_dataloader(self) -> TensorBatches:
         """Return validation batches `(x, y)` in fixed order."""
@@ -389,11 +404,22 @@ class FederatedDataModule(lightning.LightningDataModule):
         return self.test_dataloader()
 
     def _batches(
-        self, split: Callable[[ClientSplits], Tensor], size: int, generator: torch.Generator | None = None
+        self,
+        split: Callable[[ClientSplits], Tensor],
+        size: int,
+        generator: torch.Generator | None = None,
+        transform: TransformSpec | None = None,
     ) -> TensorBatches:
         clients = self.clients if self.client is None else [self.clients[self.client]]
         indices = torch.cat([split(splits) for splits in clients])
-        return TensorBatches(self.samples.inputs, self.samples.targets, indices, size, generator=generator)
+        return TensorBatches(
+            self.samples.inputs,
+            self.samples.targets,
+            indices,
+            size,
+            generator=generator,
+            transform=None if transform is None else build_transform(transform),
+        )
 
 
 def client_label(client: int, name: str | None) -> str:
@@ -488,8 +514,17 @@ def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str
 
     Args:
         samples: The samples.
-        clients: Splits of the clients; held-out images are compared with training images of the same client.
+        clients: Splits of the clients; held-out images are compared with training images of the same client, unless
+            they are stored: that would read all of them.
     """
+    if isinstance(samples.inputs, StoredInputs):
+        if samples.group is not None:
+            return list(samples.warnings)
+        return [
+            *samples.warnings,
+            "data.dataset: inputs are read from files, and validation and test are not searched for near-copies of"
+            " training images. Give --data.group_column if several are of one patient",
+        ]
     copies = None
     if samples.inputs.ndim == 4:  # images
         copies = near_copy_warning(find_near_copies(samples.inputs, clients), clients, samples.group is not None)

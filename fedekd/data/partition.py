@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedekd.data.samples import Samples
+from fedekd.data.stored import StoredInputs
 from fedekd.data.tables import standardised
 from fedekd.errors import UserError
 from fedekd.global_state import exclusive
@@ -365,8 +366,13 @@ def _by_label(images: Samples, num_clients: int, alpha: float, seed: int, min_sa
 
 def _by_cluster(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:
     # Unscaled pixels: scaling to [-1, 1] would need a copy and changes no cluster.
-    inputs = standardised(images).inputs.numpy()
-    return dirichlet_cluster_partition(inputs, num_clients, alpha, seed, min_samples=min_samples)
+    if isinstance(images.inputs, StoredInputs):
+        raise UserError(
+            "data.partition: expected label, iid or a function for inputs that are not in memory, got cluster, which"
+            " compares all of them"
+        )
+    inputs: Any = standardised(images).inputs
+    return dirichlet_cluster_partition(inputs.numpy(), num_clients, alpha, seed, min_samples=min_samples)
 
 
 def _iid(images: Samples, num_clients: int, alpha: float, seed: int, min_samples: int) -> list[Indices]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedekd.data.stored import take_inputs
 from fedekd.tasks import Task
 
 SPLITS = ("train", "val", "test")
@@ -75,7 +76,7 @@ class RawSamples:
         if mask.all():
             return self
         parts = {
-            name: value[mask]
+            name: take_inputs(value, mask)
             for name in ("inputs", "targets", "site", "group", "split")
             if (value := getattr(self, name)) is not None
         }

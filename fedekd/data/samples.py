@@ -16,6 +16,7 @@ from torch import Tensor
 from fedekd.data.columns import Column
 from fedekd.data.pixels import byte_warnings, checked_images, to_pixels
 from fedekd.data.raw import SPLITS
+from fedekd.data.stored import Inputs, StoredInputs, take_inputs
 from fedekd.errors import UserError, shorten
 from fedekd.tasks import Task, require_task
 
@@ -27,13 +28,13 @@ _LEAVE_OUT = "Leave out an unknown label by --data.ignore_label"
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N samples of a federation, in memory: one input and one target each.
+    """N samples of a federation: one input and one target each.
 
     Args:
         name: Name of the data set.
-        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous. Of a table: features,
-            float32, shape (N, F); before preprocessing its values, float64, shape (N, columns), with indices of
-            categories and NaN for missing values.
+        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous; stored if they are not
+            resident. Of a table: features, float32, shape (N, F); before preprocessing its values, float64, shape
+            (N, columns), with indices of categories and NaN for missing values.
         targets: Classes, int64, or in regression real numbers, float32; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades, whose labels are 0..num_classes-1; 0 if the targets are real numbers.
@@ -49,7 +50,7 @@ class Samples:
     """
 
     name: str
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
     task: Task
     num_classes: int
@@ -71,7 +72,7 @@ class Samples:
     def from_arrays(
         cls,
         name: str,
-        images: npt.NDArray[Any],
+        images: Any,
         targets: npt.NDArray[Any],
         task: Task,
         num_classes: int | None,
@@ -84,7 +85,8 @@ class Samples:
         Args:
             name: Name of the data set.
             images: uint8, or 16-bit or float values in `value_range`, shape (N, H, W) or (N, H, W, C) with 1, 3 or 4
-                channels, at least 8 x 8 pixels. With the field `columns`: values of a table, shape (N, columns).
+                channels, at least 8 x 8 pixels. With the field `columns`: values of a table, shape (N, columns). Or
+                `StoredInputs`, whose pixels are not examined.
             targets: Numbers, shape (N,) or, as in MedMNIST, (N, 1); in classification whole numbers.
             task: `classification` or `regression`.
             num_classes: Number of classes or grades; None for the largest label + 1, or 0 for regression targets that
@@ -98,10 +100,11 @@ class Samples:
                 largest label seems to mean "unknown" and `num_classes` is None.
         """
         require_task(task)
-        is_table = bool(fields.get("columns"))
-        pixels, range_warnings = (
-            (images, []) if is_table else to_pixels(name, checked_images(name, images), value_range)
-        )
+        is_table, is_stored = bool(fields.get("columns")), isinstance(images, StoredInputs)
+        pixels: Any = images
+        range_warnings: list[str] = []
+        if not (is_table or is_stored):
+            pixels, range_warnings = to_pixels(name, checked_images(name, images), value_range)
         values = _checked_targets(name, targets, task == "regression" and num_classes is None)
         if len(pixels) != len(values):
             raise UserError(
@@ -120,7 +123,7 @@ class Samples:
                     f"data.ignore_label: {name!r}: expected samples with other labels than {ignore_label}, got none"
                 )
             if not kept.all():
-                pixels, values = pixels[kept], values[kept]
+                pixels, values = take_inputs(pixels, kept), values[kept]
                 mask = torch.from_numpy(kept)
                 fields |= {key: value[mask] for key, value in fields.items() if isinstance(value, Tensor)}
         if values.dtype.kind == "f" or (is_table and task == "regression" and num_classes is None):
@@ -128,10 +131,12 @@ class Samples:
         else:
             num_classes, gaps = _checked_classes(name, values, targets.dtype, task, num_classes)
             warnings += gaps
-        warnings += [*range_warnings, *([] if is_table else byte_warnings(name, pixels))]
+        if not is_stored:
+            warnings += [*range_warnings, *([] if is_table else byte_warnings(name, pixels))]
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels if is_table else pixels.transpose(0, 3, 1, 2)))
         return cls(
             name=name,
-            inputs=torch.from_numpy(np.ascontiguousarray(pixels if is_table else pixels.transpose(0, 3, 1, 2))),
+            inputs=pixels,
             targets=torch.from_numpy(values if task == "classification" else values.astype(np.float32)),
             task=task,
             num_classes=num_classes,
@@ -178,7 +183,7 @@ class Samples:
     def take(self, indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, shape (n,)."""
         parts = {
-            name: getattr(self, name)[torch.from_numpy(indices)]
+            name: take_inputs(getattr(self, name), torch.from_numpy(indices))
             for name in ("inputs", "targets", "split", "site", "group")
             if getattr(self, name) is not None
         }
@@ -196,6 +201,8 @@ class Samples:
 def content_digest(data: Samples, groups: list[Tensor]) -> str:
     """Return the SHA-256 (hex) of the task and of groups of samples, in order.
 
+    Stored inputs are not all read; see `StoredInputs.digest`.
+
     Args:
         data: The images and targets.
         groups: Index tensors, int64; the sizes of the groups enter the digest.
@@ -205,8 +212,11 @@ def content_digest(data: Samples, groups: list[Tensor]) -> str:
         digest.update(f" {len(group)} ".encode())
         # In parts: a copy of a large data set would double its memory.
         for part in torch.split(group, 4096):
-            digest.update(data.inputs[part].cpu().numpy().tobytes())
+            if not isinstance(data.inputs, StoredInputs):
+                digest.update(data.inputs[part].cpu().numpy().tobytes())
             digest.update(data.targets[part].cpu().numpy().tobytes())
+        if isinstance(data.inputs, StoredInputs):
+            digest.update(data.inputs.digest(group))
     return digest.hexdigest()
 
 

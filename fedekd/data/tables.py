@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ def prepare(samples: Samples, clients: Sequence[ClientSplits]) -> Prepared:
         clients = [_with_target_scale(samples, splits) for splits in clients]
     if not is_unprepared_table(samples):
         return Prepared(samples, list(clients), [])
-    values = samples.inputs.numpy()
+    values = cast(torch.Tensor, samples.inputs).numpy()
     inputs = torch.zeros(len(samples), len(samples.feature_names))
     transformers = []
     for splits in clients:
@@ -68,7 +68,7 @@ def standardised(samples: Samples) -> Samples:
     """Return a table without missing values, fitted on all rows; images as is."""
     if not is_unprepared_table(samples):
         return samples
-    values = samples.inputs.numpy()
+    values = cast(torch.Tensor, samples.inputs).numpy()
     return replace(samples, inputs=transform(fit_transformer(samples.columns, values), values))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import Samples
+from fedekd.data import Inputs, Samples, split_inputs, take_inputs
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.scoring import ExitOutputs, exit_outputs
+from fedekd.early_exit.scoring import BATCH_SIZE, ExitOutputs, exit_outputs
 from fedekd.errors import UserError
 from fedekd.functional import AGREEMENT
 from fedekd.methods import Client
@@ -147,23 +148,27 @@ def split_outputs(client: Client, split: str) -> ExitOutputs:
     if not len(indices):
         classes = client.spec.num_outputs
         return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
-    images, labels = client.samples.inputs[indices], client.samples.labels[indices]
+    images, labels = take_inputs(client.samples.inputs, indices), client.samples.labels[indices]
     return exit_outputs(network, images, labels, proxy=client.networks.get("proxy"))
 
 
-def count_shared_images(images: Tensor, others: Tensor) -> int:
+def count_shared_images(images: Inputs, others: Inputs) -> int:
     """Count the images that occur, pixel by pixel, among others.
+
+    Stored ones are read in batches.
 
     Args:
         images: uint8, shape (n, C, H, W).
         others: uint8, shape (m, C, H, W).
     """
-    known = {_digest(image) for image in others}
-    return sum(_digest(image) in known for image in images)
+    known = set(_digests(others))
+    return sum(digest in known for digest in _digests(images))
 
 
-def _digest(image: Tensor) -> bytes:
-    return blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+def _digests(images: Inputs) -> Iterator[bytes]:
+    for batch in split_inputs(images, BATCH_SIZE):
+        for image in batch:
+            yield blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> None:
@@ -173,12 +178,12 @@ def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> No
             f"--input: expected images of {tuple(pixels.shape[1:])} (channels, height, width) as in training, got"
             f" {tuple(held_out.inputs.shape[1:])}"
         )
-    if shared := count_shared_images(held_out.inputs, pixels[trained_on.to(pixels.device)]):
+    if shared := count_shared_images(held_out.inputs, take_inputs(pixels, trained_on.to(pixels.device))):
         raise UserError(
             f"--input: expected unseen images, got {shared} of {len(held_out)} with which the network was trained or"
             " selected. A guarantee from them would be invalid"
         )
-    if repeats := len(held_out) - len({_digest(image) for image in held_out.inputs}):
+    if repeats := len(held_out) - len(set(_digests(held_out.inputs))):
         raise UserError(
             f"--input: expected independent images, got {repeats} of {len(held_out)} that repeat another one pixel by"
             " pixel. Remove the copies"

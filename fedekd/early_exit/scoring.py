@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import in_memory_format, scale
+from fedekd.data import Inputs, in_memory_format, scale, split_inputs
 from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.errors import UserError, require_choice
 from fedekd.functional import AGREEMENT, SCORES, score_exit, upcast_to_float32
@@ -92,7 +92,7 @@ class ExitOutputs:
 @torch.no_grad()
 def exit_outputs(
     network: MultiExitNetwork,
-    images: Tensor,
+    images: Inputs,
     labels: Tensor,
     batch_size: int = BATCH_SIZE,
     proxy: nn.Module | None = None,
@@ -104,21 +104,23 @@ def exit_outputs(
 
     Args:
         network: Network with E exits.
-        images: Pixels 0..255, uint8, shape (n, C, H, W), on any device.
+        images: Pixels 0..255, uint8, shape (n, C, H, W), on any device; stored ones are read in batches.
         labels: Class indices, shape (n,).
         batch_size: Images per forward pass.
         proxy: Second network for the score `agreement`.
     """
-    batches = torch.split(images, batch_size)
     with eval_mode(network):
         logits = [
             torch.stack([upcast_to_float32(output).cpu() for output in network(network_input(network, batch))], dim=1)
-            for batch in batches
+            for batch in split_inputs(images, batch_size)
         ]
     proxy_logits = None
     if proxy is not None:
         with eval_mode(proxy):
-            parts = [upcast_to_float32(proxy(network_input(proxy, batch))).cpu() for batch in batches]
+            parts = [
+                upcast_to_float32(proxy(network_input(proxy, batch))).cpu()
+                for batch in split_inputs(images, batch_size)
+            ]
         proxy_logits = torch.cat(parts)
     return ExitOutputs(torch.cat(logits), labels.cpu().to(torch.int64), proxy_logits)
 

@@ -10,6 +10,7 @@ import lightning
 import torch
 
 from fedekd.atomic import digest
+from fedekd.class_paths import class_paths_in
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.federation.object_state import StateReader
 from fedekd.federation.source_code import code_of, modules_of, package_code
@@ -18,6 +19,8 @@ from fedekd.methods import Client
 #: Code that trains and scores a client: a baseline of other code is not reused.
 TRAINING_CODE = (
     "data/batches.py",
+    "data/stored.py",
+    "data/transforms.py",
     "federation/local_baseline.py",
     "functional",
     "global_state.py",
@@ -53,7 +56,7 @@ def baseline_key(client: Client) -> str:
     network = client.networks["private"]
     optimizer = client.spec.optimizer(network.parameters())
     class_paths = (model if isinstance(model, str) else model["class_path"], client.spec.client.optimizer["class_path"])
-    factories = {path.rpartition(".")[0] for path in class_paths}
+    factories = {path.rpartition(".")[0] for path in (*class_paths, *class_paths_in(client.spec.transform))}
     reader = StateReader(network)
     attributes, settings = reader.attributes(), reader.read(optimizer.defaults)
     names = modules_of([*network.modules(), optimizer]) | factories | reader.modules

@@ -27,7 +27,15 @@ from fedekd.reporting import figures, write_metrics_csv
 from fedekd.reporting.rows import client_titles
 
 #: Options that do not affect results and may change on resume.
-RUNTIME_OPTIONS = ("data.root", "data.download", "baseline_dir", "trainer.device", "logger", "engine")
+RUNTIME_OPTIONS = (
+    "data.root",
+    "data.download",
+    "data.num_workers",
+    "baseline_dir",
+    "trainer.device",
+    "logger",
+    "engine",
+)
 
 #: Empty file in the run folder that is locked during a run.
 LOCK_FILE = ".lock"

@@ -9,7 +9,6 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedekd.atomic import remove_drafts
@@ -19,7 +18,7 @@ from fedekd.data.sites import require_site_name
 from fedekd.errors import UserError, nearest
 from fedekd.federation import RoundRequest, SilentObserver
 from fedekd.federation.checks import check_models
-from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup
+from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup, resident_array
 from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.run_folder import to_json_value
 from fedekd.flower.description import describe, shared_config, site_label
@@ -120,7 +119,7 @@ class Site:
         setup = WorkerSetup.build(method, samples, {number: splits}, spec, folder / "local", states)
         self.number, self.samples, self.splits = number, samples, splits
         self.method, self.spec = method, spec
-        self.worker = ClientWorker(setup, np.ascontiguousarray(samples.inputs.numpy()))
+        self.worker = ClientWorker(setup, resident_array(samples.inputs))
 
     @staticmethod
     def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:

@@ -9,7 +9,15 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from fedekd.data import ClientSplits, Samples, TensorBatches, in_memory_format, scale
+from fedekd.data import (
+    ClientSplits,
+    Samples,
+    TensorBatches,
+    build_transform,
+    in_memory_format,
+    input_batches,
+    scale,
+)
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
@@ -34,8 +42,8 @@ class PhaseOptions(TypedDict, total=False):
     Attributes:
         epochs: Number of epochs (default: `client.local_epochs`).
         first_epoch: Number of the first epoch within the phase, for the seed (default: 0).
-        teacher_outputs: Tensors of the frozen teacher for the training split, in order (`ModelOutput.tensors`); without
-            them a teacher runs at every step.
+        teacher_outputs: Tensors of the frozen teacher for the training split, in order (`Client.teacher_outputs`);
+            without them a teacher runs at every step. They are not used where training samples are augmented.
         carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
             (default: False).
         decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
@@ -191,9 +199,10 @@ class Client:
             self.splits.train,
             spec.batch_size,
             generator=begin_epoch,
-            extras=teacher_outputs,
+            extras=() if spec.transform else teacher_outputs,  # those are of the samples without augmentation
             min_batch=2 if has_batch_norm(module.network) else 1,
             channels_last=trainer.channels_last,
+            transform=None if spec.transform is None else build_transform(spec.transform),
         )
         module.set_class_weights(self.class_weights)
         if carry_optimizer:
@@ -231,8 +240,9 @@ class Client:
         autocast = trainer.autocast() if mixed else nullcontext()
         failure = _named_failure(f"{self.splits.label}: evaluating '{role}' on the {split} split")
         with isolated_rng(seed, trainer.torch_device), eval_mode(network), autocast, failure:
-            for batch in indices.split(self.spec.eval_batch_size):
-                x = in_memory_format(scale(self.samples.inputs[batch]).to(trainer.dtype), trainer.memory_format)
+            parts = torch.split(indices, self.spec.eval_batch_size) if len(indices) else ()
+            for inputs in input_batches(self.samples.inputs, parts):
+                x = in_memory_format(scale(inputs).to(trainer.dtype), trainer.memory_format)
                 outputs.append(predict(network, x, with_features))
         if not outputs:
             empty = torch.empty(0, self.spec.num_outputs, device=self.samples.inputs.device)
@@ -242,6 +252,24 @@ class Client:
         if with_features:
             features = torch.cat([output.features for output in outputs if output.features is not None])
         return ModelOutput(exits, features)
+
+    def teacher_outputs(self, role: str, with_features: bool = False) -> tuple[Tensor, ...]:
+        """Return the outputs of a frozen teacher for the training split.
+
+        They are computed once per phase, not once per epoch. Where training samples are augmented they are empty: the
+        teacher then runs at every step on the augmented batch.
+
+        Args:
+            role: Network.
+            with_features: Also return the features.
+
+        Returns:
+            `ModelOutput.tensors`, for `PhaseOptions.teacher_outputs`.
+
+        Reference:
+            Beyer et al., Knowledge distillation: A good teacher is patient and consistent, CVPR 2022.
+        """
+        return () if self.spec.transform else self.predict(role, "train", with_features).tensors
 
     def score(self, split: str = "test", role: str = "private") -> float:
         """Return the task's primary metric of a network's last exit on a split."""

@@ -146,8 +146,8 @@ class FedeKD(ProxyMethod):
         teacher_outputs: tuple[Tensor, ...] = ()
         if lambda_kd:
             # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
-            teacher_outputs = client.predict("proxy", "train", module.with_features).tensors
-            if not (teacher_outputs and all(bool(output.isfinite().all()) for output in teacher_outputs)):
+            teacher_outputs = client.teacher_outputs("proxy", module.with_features)
+            if not all(bool(output.isfinite().all()) for output in teacher_outputs):
                 # A broken teacher counts as none.
                 module, teacher_outputs = self._private_module(client.spec, private, proxy, 0.0, active), ()
         return client.train_supervised(module, teacher_outputs=teacher_outputs, carry_optimizer=self.carry_private)
@@ -177,7 +177,7 @@ class FedeKD(ProxyMethod):
             self._proxy_module(client.spec, private, proxy),
             round_idx,
             epochs=self.proxy_epochs,
-            teacher_outputs=client.predict("private", "train").tensors,
+            teacher_outputs=client.teacher_outputs("private"),
             carry_optimizer=self.carry_proxy,
         )
         return ClientUpdate.of(client, proxy)

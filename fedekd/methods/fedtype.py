@@ -96,7 +96,7 @@ class FedType(ProxyMethod):
             ObjectiveModule(private, terms, "classification", client.spec.optimizer, teacher=proxy),
             epochs=1,
             first_epoch=epoch,
-            teacher_outputs=client.predict("proxy", "train").tensors,
+            teacher_outputs=client.teacher_outputs("proxy"),
             carry_optimizer=True,
         )
 
@@ -115,7 +115,7 @@ class FedType(ProxyMethod):
             round_idx,
             epochs=1,
             first_epoch=epoch,
-            teacher_outputs=client.predict("private", "train").tensors,
+            teacher_outputs=client.teacher_outputs("private"),
             carry_optimizer=True,
             decay_rounds=supervised_rounds,
         )

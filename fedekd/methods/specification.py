@@ -31,6 +31,11 @@ class DataSpec(Protocol):
     eval_batch_size: int
 
     @property
+    def transform(self) -> Any:
+        """Augmentation of training samples, as plain values; None for none."""
+        ...
+
+    @property
     def samples(self) -> Samples:
         """The images; only their shape, classes and task are read."""
         ...
@@ -54,6 +59,7 @@ class FederationSpec:
         num_clients: Number of clients.
         rounds: Number of rounds.
         metric: Name of the primary metric of the run; empty for that of the task.
+        transform: Augmentation of training samples, as plain values; see `build_transform`. Default None.
 
     Raises:
         UserError: If the numbers of models and of clients differ, or `client.depths` is given without exits.
@@ -70,6 +76,7 @@ class FederationSpec:
     num_clients: int
     rounds: int
     metric: str = ""
+    transform: Any = None
 
     def __post_init__(self) -> None:
         models = self.client.private_model
@@ -141,6 +148,7 @@ class FederationSpec:
             num_clients=num_clients,
             rounds=rounds,
             metric=select_metrics(metrics, samples.task, samples.num_classes)[0].name,
+            transform=data.transform,
         )
 
     @property
@@ -268,4 +276,6 @@ class FederationSpec:
         for name in ("num_clients", "rounds", "metric"):
             values.pop(name)
         values["trainer"].pop("device")  # equal devices give equal results
+        if self.transform is None:
+            values.pop("transform")
         return values

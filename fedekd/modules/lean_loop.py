@@ -12,8 +12,8 @@ does. A network whose forward pass draws from Python's `random`, or otherwise de
 captured as it behaved once: train it with `--trainer.capture false`.
 
 Eager steps are used for the last, smaller batch of an epoch, for modules that are not `capturable`, for optimizers
-other than SGD that have no `capturable` form, for phases of fewer than `MIN_CAPTURED_STEPS`, and for steps that wait
-for the device, as `.item()` does.
+other than SGD that have no `capturable` form, for phases of fewer than `MIN_CAPTURED_STEPS`, for batches that are
+augmented or read from files, and for steps that wait for the device, as `.item()` does.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ class LeanLoop:
 
     def _train(self, epochs: int) -> None:
         steps = epochs * (self.batches.num_visited // self.batches.batch_size)
-        captures = self.capture and supports_graphs(self.device) and self.module.capturable
+        captures = self.capture and supports_graphs(self.device) and self.module.capturable and self.batches.is_plain
         flags = [group.get("capturable") for group in self.optimizer.param_groups]
         if captures and steps >= MIN_CAPTURED_STEPS and make_capturable(self.optimizer):
-            self.captured = CapturedStep(self._step, self.device)
+            self.captured = CapturedStep(lambda positions: self._step(self.batches.take(positions)), self.device)
         self.module.on_train_start()
         for epoch in range(epochs):
             self.trainer.current_epoch = epoch
@@ -129,18 +129,20 @@ class LeanLoop:
         self.module.on_train_end()
 
     def _train_epoch(self) -> None:
-        positions, size = self.batches.draw_positions(), self.batches.batch_size
-        start = 0
-        if self.captured is not None:
+        if self.captured is None:
+            for number, batch in enumerate(self.batches):
+                self._step(batch, number)
+        else:
+            positions, size = self.batches.draw_positions(), self.batches.batch_size
             start = len(positions) // size * size
             self.captured.train(positions[:start].view(-1, size))
-        for first in range(start, len(positions), size):
-            self._step(positions[first : first + size], first // size)
-        self.module.samples_seen = len(positions)  # a replay does not count
+            for first in range(start, len(positions), size):
+                self._step(self.batches.take(positions[first : first + size]), first // size)
+        self.module.samples_seen = self.batches.num_visited  # a replay does not count
 
-    def _step(self, positions: Tensor, batch_idx: int = 0) -> None:
-        """Train on the samples at `positions`, like Lightning's automatic optimization."""
-        batch = self.plugin.convert_input(self.batches.take(positions))
+    def _step(self, batch: tuple[Any, ...], batch_idx: int = 0) -> None:
+        """Train on one batch, like Lightning's automatic optimization."""
+        batch = self.plugin.convert_input(batch)
 
         def closure() -> Tensor:
             with self.plugin.train_step_context():

@@ -285,7 +285,7 @@ def test_file_size_limit_in_worker_processes_names_the_file(
     file_size_limit: Callable[[int], None],
 ) -> None:
     engine = ("--quiet", "--engine=MultiProcess", "--engine.processes=1")
-    for size, name in ((4_000, r"fedekd-\w+/pixels"), (20_000, r"\.pt")):
+    for size, name in ((4_000, r"fedekd-\w+/inputs"), (20_000, r"\.pt")):
         file_size_limit(size)
         assert fit(npz, *engine, "--output=a") == 2
         file_size_limit(resource.RLIM_INFINITY)

@@ -39,6 +39,8 @@ HASHED_OTHERWISE = {
     "methods/base.py": "abstract hooks",
     "atomic.py": "writes downloads, whose content is verified",
     "errors.py": "raised before training",
+    "child_process.py": "lifetime of the processes that read inputs",
+    "class_paths.py": "imports transforms, whose class paths are part of the key",
     "tasks.py": "two names of tasks",
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -96,6 +98,15 @@ class ImageFiles:
     def dtype(self) -> np.dtype[Any]:
         """Type of an image: uint8 or float32."""
         return np.dtype(np.uint8 if self.kind == "uint8" else np.float32)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of names, sizes and how the files are read."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        files = [(item.name, item.stat().st_size) if isinstance(item, Path) else len(item) for item in self.files]
+        return sha256(f"{self.shape} {self.kind} {self.value_range} {files}".encode()).hexdigest()
 
     @property
     def nbytes(self) -> int:

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedekd.atomic import name_in_errors
-from fedekd.data import FederatedDataModule
-from fedekd.errors import UserError
+from fedekd.child_process import die_with_parent
+from fedekd.data import FederatedDataModule, StoredInputs
+from fedekd.errors import UserError, describe_error
 from fedekd.federation.engines.base import Engine, EngineConfig
-from fedekd.federation.engines.performance import die_with_parent
 from fedekd.federation.engines.pool import PoolEngine, WorkerLostError
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup, replay_events
 from fedekd.federation.observer import Observer
@@ -71,16 +71,19 @@ class ProcessExecutor:
     def state_folder(self) -> None:
         """See `Executor`."""
 
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
-        """Write the pixels to a file that all processes map.
+    def open(self, setup: WorkerSetup, inputs: npt.NDArray[Any] | None) -> int:
+        """Write resident inputs to a file that all processes map.
 
         On the CPU they share one copy.
         """
         self._folder = setup.store
-        path = self._folder / "pixels"
-        with name_in_errors(path), path.open("wb") as file:
-            file.write(pixels.data)
-        self._setup = pickle.dumps((setup, pixels.shape, pixels.dtype.str))
+        layout = None
+        if inputs is not None:
+            path = self._folder / "inputs"
+            with name_in_errors(path), path.open("wb") as file:
+                file.write(inputs.data)
+            layout = inputs.shape, inputs.dtype
+        self._setup = _pickled(setup, layout)
         return self.processes
 
     def share(self, content: Any) -> Any:
@@ -125,6 +128,18 @@ class ProcessExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
+
+
+def _pickled(setup: WorkerSetup, layout: Any) -> bytes:
+    try:
+        return pickle.dumps((setup, layout))
+    except Exception as error:  # a user's data set may raise anything
+        if not isinstance(setup.samples.inputs, StoredInputs):
+            raise
+        raise UserError(
+            "engine: expected a data set that can be pickled for other processes, without open files and lambda"
+            f" functions, got one that fails with {describe_error(error, 120)}. Use --engine Sequential"
+        ) from error
 
 
 class _Process:
@@ -207,9 +222,12 @@ def _serve(connection: Connection, folder: Path) -> None:
             message = receive()
             try:
                 if worker is None:
-                    setup, shape, dtype = pickle.loads(message)
-                    pixels = np.asarray(np.memmap(folder / "pixels", dtype, "r", shape=shape))
-                    worker = ClientWorker(setup, pixels, forward=lambda event: send("event", event))
+                    setup, layout = pickle.loads(message)
+                    inputs = None
+                    if layout is not None:
+                        shape, dtype = layout
+                        inputs = np.asarray(np.memmap(folder / "inputs", dtype, "r", shape=shape))
+                    worker = ClientWorker(setup, inputs, forward=lambda event: send("event", event))
                     gc.collect()
                     gc.freeze()  # as `gc_frozen`, for the life of the process
                     send("result", True)

@@ -18,13 +18,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, RoundRequest
-from fedekd.federation.engines.worker import DamagedStateError, StateStore, WorkerSetup, replay_events
+from fedekd.federation.engines.worker import DamagedStateError, StateStore, WorkerSetup, replay_events, resident_array
 from fedekd.federation.interrupts import block_signals
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
@@ -48,7 +47,7 @@ class Executor(Protocol):
         """Return a folder visible to all workers; None is this machine's temporary one."""
         ...
 
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
+    def open(self, setup: WorkerSetup, inputs: npt.NDArray[Any] | None) -> int:
         """Store the arguments of `ClientWorker`, and return the number of workers."""
         ...
 
@@ -359,7 +358,7 @@ class PoolEngine:
             samples, clients = self._data.samples, list(self._data.clients)
             baseline_dir = None if self._baseline_dir is None else self._baseline_dir.resolve()
             setup = WorkerSetup.build(self._method, samples, clients, self._spec, baseline_dir, self._store.folder)
-            workers = self.executor.open(setup, np.ascontiguousarray(samples.inputs.cpu().numpy()))
+            workers = self.executor.open(setup, resident_array(samples.inputs))
             labels = [splits.label for splits in clients]
             self._pool = WorkerPool(self.executor, workers, self._timeout, self._retries, self.observer, labels)
         return self._pool

@@ -106,10 +106,10 @@ class RayExecutor:
         return None
 
     @block_signals()
-    def open(self, setup: WorkerSetup, pixels: npt.NDArray[Any]) -> int:
+    def open(self, setup: WorkerSetup, inputs: npt.NDArray[Any] | None) -> int:
         """See `Executor`."""
         actors = self._count_actors()
-        self._setup = self._ray.put(setup), self._ray.put(pixels)  # one copy per machine
+        self._setup = self._ray.put(setup), self._ray.put(inputs)  # one copy per machine
         return actors
 
     @block_signals()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedekd.data import FederatedDataModule
+from fedekd.data import FederatedDataModule, close_inputs
 from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import exit_tradeoff
 from fedekd.federation.engines.base import (
@@ -187,4 +187,5 @@ class SequentialEngine:
         self.client(number).load_state_dict(state)
 
     def close(self) -> None:
-        """See `Engine`; there is nothing to release."""
+        """End the processes that read inputs, if any."""
+        close_inputs(self.samples.inputs)

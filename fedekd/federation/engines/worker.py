@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedekd.atomic import atomic_file, seal, unseal
-from fedekd.data import ClientSplits, Samples
+from fedekd.data import ClientSplits, Inputs, Samples, StoredInputs
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
@@ -117,13 +118,13 @@ def replay_events(events: Sequence[Event], observer: Observer) -> None:
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """Everything that a worker needs, except the pixels.
+    """Everything that a worker needs, except resident inputs.
 
-    A machine holds one copy of the pixels for all its workers.
+    A machine holds one copy of these for all its workers. Stored inputs are part of the setup: each worker reads.
 
     Attributes:
         method: The method without its server state.
-        samples: The data set without its pixels.
+        samples: The data set without its resident inputs.
         clients: Splits of each client that may run on the worker, by client number.
         spec: Specification of networks and training.
         baseline_dir: Folder of the local baselines; None stores none.
@@ -150,9 +151,14 @@ class WorkerSetup:
         """Build a setup from a whole method and a whole data set."""
         method = copy.copy(method)
         method.server_state = {}
-        return cls(
-            method, replace(samples, inputs=samples.inputs[:0].cpu().clone()), clients, spec, baseline_dir, store
-        )
+        if not isinstance(samples.inputs, StoredInputs):
+            samples = replace(samples, inputs=samples.inputs[:0].cpu().clone())
+        return cls(method, samples, clients, spec, baseline_dir, store)
+
+
+def resident_array(inputs: Inputs) -> npt.NDArray[Any] | None:
+    """Return inputs as an array that workers can share; None for stored inputs."""
+    return None if isinstance(inputs, StoredInputs) else np.ascontiguousarray(inputs.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -168,16 +174,20 @@ class ClientWorker:
 
     Args:
         setup: Method, splits, specification and folders.
-        pixels: Inputs of all samples, (N, C, H, W) or (N, F); a read-only view of the machine's copy.
+        inputs: All resident inputs, (N, C, H, W) or (N, F); a read-only view of the machine's copy. None for stored
+            inputs.
         forward: Called with each event as it happens; None returns them with the result of the task.
     """
 
     def __init__(
-        self, setup: WorkerSetup, pixels: npt.NDArray[Any], forward: Callable[[Event], None] | None = None
+        self, setup: WorkerSetup, inputs: npt.NDArray[Any] | None, forward: Callable[[Event], None] | None = None
     ) -> None:
-        with exclusive(), warnings.catch_warnings():  # the filters belong to the process
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch warns of the read-only view; nothing writes to it
-            samples = replace(setup.samples, inputs=torch.from_numpy(pixels))
+        samples = setup.samples
+        if inputs is not None:
+            with exclusive(), warnings.catch_warnings():  # the filters belong to the process
+                # PyTorch warns of the read-only view; nothing writes to it.
+                warnings.simplefilter("ignore", UserWarning)
+                samples = replace(samples, inputs=torch.from_numpy(inputs))
         self.events: list[Event] = []
         self.store = StateStore(setup.store)
         observer = EventForwarder(forward or self.events.append)
