@@ -314,7 +314,7 @@ def set_option(draw: random.Random, command: str, name: str, value: str, kind: s
 
 
 def wrong_type(draw: random.Random) -> CommandLine:
-    command = draw.choice(sorted(PARSERS))
+    command = draw.choice([command for command in sorted(PARSERS) if typed_options(command)])
     name, values = draw.choice(sorted(typed_options(command).items()))
     return set_option(draw, command, name, draw.choice(values), "wrong type")
 
@@ -351,7 +351,7 @@ def unknown_argument(draw: random.Random) -> CommandLine:
 
 
 def missing_value(draw: random.Random) -> CommandLine:
-    command = draw.choice(sorted(PARSERS))
+    command = draw.choice([command for command in sorted(PARSERS) if typed_options(command)])
     names = [name for name in typed_options(command) if name not in ("quiet", "familywise")]
     return CommandLine((*VALID[command], f"--{draw.choice(names)}"), "missing value")
 
