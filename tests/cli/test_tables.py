@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(RunFolder, "write_figures", lambda *arguments: None)
         exits = ["--method=SafeKD", "--client.private_model.hidden=[8,8,4]"]
         assert main(["fit", *FAST, *exits, "--output=exits"]) == 0
-        age = ["--task=regression", "--data.target_column=age", "--client.local_epochs=5"]
+        age = ["--task=regression", "--metrics=[rmse]", "--data.target_column=age", "--client.local_epochs=5"]
         assert main(["fit", *FAST, *age, "--method=Local", "--client.exits=2", "--output=age"]) == 0
         pd.read_csv(HEART).head(60).drop(columns=["disease", "site"]).iloc[:, ::-1].to_csv("new.csv", index=False)
     return folder
@@ -106,7 +106,14 @@ def test_report_regression_with_exits_has_no_part_on_error_rates(
 
 
 def test_fit_real_targets_write_figures_without_a_partition_by_class(here: Path) -> None:
-    options = [*FAST, "--task=regression", "--data.target_column=age", "--method=Local", "--output=drawn"]
+    options = [
+        *FAST,
+        "--task=regression",
+        "--metrics=[rmse]",
+        "--data.target_column=age",
+        "--method=Local",
+        "--output=drawn",
+    ]
     assert main(["fit", *options]) == 0
     assert Path("drawn/figures/delta_per_client.png").is_file()
     assert not Path("drawn/figures/partition.png").exists()
