@@ -29,12 +29,12 @@ FEDERATIONS = {
     "heart_disease": ["--config=heart_disease.yaml"],
     "digits3": ["--data.dataset={root}/digits3/digits3_16.npz", "--data.site_column=split", *_IMAGES],
     "pacs": ["--data.sites={root}/pacs_32", *_IMAGES],
-    "tcga_brca": [*_TABLE, "--data.target_column=event"],
+    "tcga_brca": [*_TABLE, "--data.target_column=event", "--data.categorical_columns=null"],
 }
 
 
 def run(name: str, method: str, seed: int, root: str, output: Path) -> Path:
-    """Run one method on one federation, unless the run is finished, and return its folder."""
+    """Run one method on one federation unless it is finished; return its folder."""
     folder = output / f"{name}-{method.lower()}-{seed:02d}"
     if (folder / "summary.json").is_file():
         return folder

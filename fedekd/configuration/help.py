@@ -27,6 +27,12 @@ class BriefHelp(DefaultHelpFormatter):
         is_plain = isinstance(default, str | int | float | tuple) and default not in ("", "==SUPPRESS==")
         return f"{text} [{str(default).lower() if isinstance(default, bool) else default}]" if is_plain else text
 
+    def _format_action_invocation(self, action: Action) -> str:
+        """Return the names of an option, without the form that appends to a list."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return ", ".join(option for option in action.option_strings if not option.endswith("+"))
+
     def _format_action(self, action: Action) -> str:
         if any(option.endswith(".help") for option in action.option_strings):
             return ""  # the epilog names them in one line

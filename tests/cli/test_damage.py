@@ -229,9 +229,14 @@ def test_directory_in_place_of_a_file_is_named(
 
 
 def test_directory_in_place_of_a_baseline_is_named(
-    npz: Path, workdir: Path, fit: Callable[..., int], error_line: Callable[[], str]
+    npz: Path,
+    workdir: Path,
+    fit: Callable[..., int],
+    error_line: Callable[[], str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fit(npz, "--quiet", "--output=first") == 0
+    capsys.readouterr()  # warnings on the scores
     [baseline, *_] = sorted(Path("runs/local").iterdir())
     baseline.unlink()
     baseline.mkdir()

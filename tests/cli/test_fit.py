@@ -171,7 +171,7 @@ def test_fit_diverged_network_is_tested_but_predicts_nothing(
     np.savez("images.npz", images=np.zeros((5, 8, 8), np.uint8))
     capsys.readouterr()
     assert main(["predict", "a", "--input=images.npz", "--client=1"]) == 2
-    assert "expected finite outputs, got NaN or inf for 5 of 5 images" in error_line()
+    assert "expected finite outputs, got NaN or inf for 5 of 5 samples" in error_line()
     assert not Path("predictions.csv").exists()
     assert main(["test", "a"]) == 0  # NaN equals NaN in the comparison with summary.json
     assert "the same as summary.json" in capsys.readouterr().out

@@ -229,7 +229,7 @@ def with_channels(images: Any, channels: int) -> Any:
 
 
 def channels_last_view(shape: Sequence[int], kind: Any) -> Array:
-    """Return an empty array (N, H, W, C) whose memory has the order of `Samples.inputs`.
+    """Return an empty array (N, H, W, C) in the memory order of `Samples.inputs`.
 
     The samples of a large data set are then not copied when their channels are moved to the front.
     """
