@@ -1,8 +1,9 @@
 """Data sets, their partition across clients, batches and corruptions."""
 
 from fedekd.data.batches import TensorBatches, in_memory_format, scale
+from fedekd.data.client_splits import ClientSplits, split_client
 from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
-from fedekd.data.datamodule import ClientSplits, FederatedDataModule, data_warnings, split_client
+from fedekd.data.datamodule import FederatedDataModule, data_warnings
 from fedekd.data.partition import (
     PARTITIONS,
     cut_validation,
@@ -11,9 +12,10 @@ from fedekd.data.partition import (
     iid_partition,
     split_indices,
 )
+from fedekd.data.readers import StoredPart
 from fedekd.data.samples import Samples
 from fedekd.data.sources import load_samples
-from fedekd.data.stored import Inputs, StoredInputs, StoredPart, close_inputs, input_batches, split_inputs, take_inputs
+from fedekd.data.stored import Inputs, StoredInputs, close_inputs, input_batches, split_inputs, take_inputs
 from fedekd.data.transforms import build_transform
 
 __all__ = [

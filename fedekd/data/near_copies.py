@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fedekd.data.datamodule import ClientSplits
+    from fedekd.data.client_splits import ClientSplits
 
 #: Held-out images that are compared, over all clients.
 MAX_CHECKED = 500

@@ -15,7 +15,7 @@ from fedekd.data.columns import Column
 from fedekd.data.samples import Samples
 
 if TYPE_CHECKING:
-    from fedekd.data.datamodule import ClientSplits
+    from fedekd.data.client_splits import ClientSplits
 
 Values = npt.NDArray[np.float64]
 

@@ -15,7 +15,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.class_paths import build_object
 from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
-from fedekd.data.stored import StoredInputs, StoredPart
+from fedekd.data.readers import StoredPart
+from fedekd.data.stored import StoredInputs
 from fedekd.errors import UserError, describe_error, shorten
 
 Array = npt.NDArray[Any]
