@@ -21,14 +21,14 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "natural_sites.csv"
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 METHODS = {"FedAvg": ["--method=FedAvg"], "FedeKD": ["--method=FedeKD"]}
 
-_IMAGES = ["--rounds=5", "--client.local_epochs=2", "--client.optimizer.lr=1e-3"]
+_IMAGES = ["--client.local_epochs=1", "--client.optimizer.lr=1e-3", "--trainer.threads=1"]
 _TABLE = ["--config=heart_disease.yaml", "--data.dataset={root}/tcga_brca.csv", "--data.site_column=region"]
 
 #: Options of each federation; `{root}` is replaced by the folder of its files.
 FEDERATIONS = {
     "heart_disease": ["--config=heart_disease.yaml"],
-    "digits3": ["--data.dataset={root}/digits3/digits3_16.npz", "--data.site_column=split", *_IMAGES],
-    "pacs": ["--data.sites={root}/pacs_32", *_IMAGES],
+    "digits3": ["--data.dataset={root}/digits3/digits3_16.npz", "--data.site_column=split", "--rounds=3", *_IMAGES],
+    "pacs": ["--data.sites={root}/pacs_32", "--rounds=5", *_IMAGES],
     "tcga_brca": [*_TABLE, "--data.target_column=event", "--data.categorical_columns=null"],
 }
 

@@ -19,6 +19,7 @@ from fedekd.methods import Client
 #: Code that trains and scores a client: a baseline of other code is not reused.
 TRAINING_CODE = (
     "data/batches.py",
+    "data/readers.py",
     "data/stored.py",
     "data/transforms.py",
     "federation/local_baseline.py",
