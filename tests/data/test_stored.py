@@ -215,5 +215,26 @@ def test_images_above_the_memory_limit_equal_resident_ones(tmp_path: Path) -> No
     assert len(few.inputs) == len(few) == 4
     before = stored.digest()
     assert load_samples(str(tmp_path / "images"), memory_limit=0.0).digest() == before
-    (tmp_path / "images/class0/0.png").rename(tmp_path / "images/class0/00.png")
-    assert load_samples(str(tmp_path / "images"), memory_limit=0.0).digest() != before
+
+
+def test_digest_of_image_files_depends_on_names_and_edits_that_are_not_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(100):
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+
+    def digest() -> str:
+        return load_samples(str(tmp_path / "images"), memory_limit=0.0).digest()
+
+    before = digest()
+    assert digest() == before
+    edited = tmp_path / "images/class0/002.png"
+    content, times = edited.read_bytes(), edited.stat()
+    edited.write_bytes(content)
+    os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert digest() != before
+    os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert digest() == before
+    edited.rename(edited.with_name("003.png"))  # of equal length, in the same order
+    assert digest() != before

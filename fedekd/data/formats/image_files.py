@@ -100,12 +100,18 @@ class ImageFiles:
         return np.dtype(np.uint8 if self.kind == "uint8" else np.float32)
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of names, sizes and how the files are read."""
+        """Return the SHA-256 (hex) of the files and how they are read.
+
+        Of a file: its name, size and time of modification; of content in memory: its bytes.
+
+        Raises:
+            UserError: If a file cannot be found.
+        """
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        files = [(item.name, item.stat().st_size) if isinstance(item, Path) else len(item) for item in self.files]
+        files = in_parallel(lambda index: _file_digest(self.files[index], self.names[index]), len(self))
         return sha256(f"{self.shape} {self.kind} {self.value_range} {files}".encode()).hexdigest()
 
     @property
@@ -279,6 +285,16 @@ def in_parallel(function: Callable[[int], _T], count: int, title: str | None = N
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return results
+
+
+def _file_digest(file: Any, name: str) -> tuple[Any, ...] | str:
+    if isinstance(file, bytes):
+        return sha256(file).hexdigest()
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    return name, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -187,3 +187,21 @@ def test_images_of_two_sizes_or_types_or_frames_raise_with_names(tmp_path: Path)
 def test_image_size_invalid_raises(tmp_path: Path, size: Any) -> None:
     with pytest.raises(UserError, match=r"data\.image_size: expected one whole number of at least 8"):
         read(save(tmp_path / "a.png", picture("L")), image_size=size)
+
+
+def test_digest_of_image_contents_depends_on_each_byte(tmp_path: Path) -> None:
+    contents = [Path(save(tmp_path / f"{i}.bmp", picture("L", seed=i))).read_bytes() for i in range(3)]
+
+    def digest(contents: list[bytes]) -> str:
+        options = ReadOptions(memory_limit=0)
+        return str(read_images(contents, ["a", "b", "c"], options).inputs.digest())
+
+    assert digest(contents) == digest([*contents])
+    assert digest([*contents[:2], contents[2][:-1] + bytes([contents[2][-1] ^ 1])]) != digest(contents)
+
+
+def test_digest_of_a_removed_image_names_it(tmp_path: Path) -> None:
+    files = read(save(tmp_path / "a.png", picture("L")), memory_limit=0).inputs
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"image 'a\.png': file not found"):
+        files.digest()
