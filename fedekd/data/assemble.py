@@ -14,7 +14,7 @@ from torch import Tensor
 from fedekd.data.columns import Column, is_table, join_tables
 from fedekd.data.formats.image_files import with_channels
 from fedekd.data.pixels import to_pixels, widened
-from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, sorted_texts, text_of
+from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, first_repeated, sorted_texts, text_of
 from fedekd.data.samples import Samples, one_column
 from fedekd.data.sites import require_site_name
 from fedekd.data.stored import StoredInputs, join_inputs
@@ -45,7 +45,7 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     else:
         inputs, value_range = _inputs(sources, options)
     site, site_names = _sites(sources, options)
-    targets, class_names = _targets(name, parts, task, options)
+    targets, class_names, ignored = _targets(name, parts, task, options)
     names = class_names or tuple(options.classes or ())
     num_classes = len(names) if names else options.num_classes
     split = None if any(part.split is None for part in parts) else np.concatenate([part.split for part in parts])
@@ -60,6 +60,7 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
         num_classes,
         options.ignore_label,
         value_range,
+        ignored=ignored,
         split=_tensor(split),
         site=_tensor(site),
         site_names=site_names,
@@ -148,28 +149,33 @@ def _groups(
 
 def _targets(
     name: str, parts: Sequence[RawSamples], task: Task, options: ReadOptions
-) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
-    """Return targets as numbers, and names of classes if the targets are names.
+) -> tuple[npt.NDArray[Any], tuple[str, ...], npt.NDArray[np.bool_] | None]:
+    """Return targets as numbers and, if they are names, names of classes and samples with the ignored label.
 
-    Targets are names if a source has names of classes or targets that are text, or `data.classes` is given.
+    Targets are names if a source has names of classes or targets that are text, or a number is a name in
+    `data.classes`.
     """
     arrays = [one_column(name, part.targets) for part in parts]
+    declared = set(options.classes or ())
     is_named = task == "classification" and any(
-        part.class_names or array.dtype.kind in "OUS" for part, array in zip(parts, arrays, strict=True)
+        part.class_names
+        or array.dtype.kind in "OUS"
+        or (
+            any(text.isdecimal() for text in declared)
+            and not declared.isdisjoint(map(text_of, np.unique(array).tolist()))
+        )
+        for part, array in zip(parts, arrays, strict=True)
     )
     if not is_named:
         if options.classes is not None and options.num_classes not in (None, len(options.classes)):
             raise UserError(
                 f"data.num_classes: expected {len(options.classes)} (data.classes), got {options.num_classes}"
             )
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), ()
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), (), None
     texts = np.concatenate([_names(name, part, array, options) for part, array in zip(parts, arrays, strict=True)])
     present = _present(parts, texts)
     classes = tuple(options.classes or _numbers(options.num_classes, present) or present)
-    named = _numbers(len(classes), present) or classes  # numbers of declared classes
-    number = {class_name: index for index, class_name in enumerate(named)}
-    if options.ignore_label is not None:
-        number.setdefault(_IGNORED, options.ignore_label)
+    number = _numbers_of_names(classes, present) | {_IGNORED: -1}
     if unknown := [text for text in sorted_texts(set(texts.tolist())) if text not in number]:
         raise UserError(
             f"data.classes: {name!r}: expected one of {listed(classes)}, got the class {shorten(repr(unknown[0]))}"
@@ -178,7 +184,13 @@ def _targets(
         raise UserError(
             f"data.num_classes: {name!r}: expected {len(classes)}, the number of classes, got {options.num_classes}"
         )
-    return np.asarray([number[text] for text in texts.tolist()]), classes
+    return np.asarray([number[text] for text in texts.tolist()]), classes, texts == _IGNORED
+
+
+def _numbers_of_names(classes: Sequence[str], present: Sequence[str]) -> dict[str, int]:
+    """Return the number of each class by its name or, if no name is present, by the text of its number."""
+    numbers = None if set(classes) & set(present) else _numbers(len(classes), present)
+    return {name: index for index, name in enumerate(numbers or classes)}
 
 
 def _present(parts: Sequence[RawSamples], texts: npt.NDArray[Any]) -> list[str]:
@@ -192,8 +204,12 @@ def _present(parts: Sequence[RawSamples], texts: npt.NDArray[Any]) -> list[str]:
 def _names(name: str, part: RawSamples, targets: npt.NDArray[Any], options: ReadOptions) -> npt.NDArray[Any]:
     """Return the name of the class of each sample."""
     if part.class_names is not None:
+        if repeated := first_repeated(part.class_names):
+            raise UserError(
+                f"data.dataset: {name!r}: expected different names of classes, got {shorten(repr(repeated))} twice"
+            )
         numbers = np.arange(len(part.class_names))
-        is_number = np.isin(targets, numbers)
+        is_number = np.isin(targets, numbers) & (targets != options.ignore_label)
         if (wrong := targets[~is_number & (targets != options.ignore_label)]).size:
             raise UserError(
                 f"data.dataset: labels of {name!r}: expected 0..{len(numbers) - 1} for {len(numbers)} class names, got"
@@ -202,6 +218,8 @@ def _names(name: str, part: RawSamples, targets: npt.NDArray[Any], options: Read
         names = np.asarray([*part.class_names, _IGNORED], dtype=object)
         return np.asarray(names[np.where(is_number, targets, -1).astype(np.int64)])
     texts = [text_of(value) for value in targets.tolist()]
+    if options.ignore_label is not None:
+        texts = [_IGNORED if text == str(options.ignore_label) else text for text in texts]
     if missing := [index for index, text in enumerate(texts) if not text]:
         raise UserError(f"data.dataset: {name!r}: expected a class for every sample, got none in row {missing[0] + 1}")
     return np.asarray(texts, dtype=object)

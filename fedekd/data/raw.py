@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedekd.data.stored import take_inputs
+from fedekd.errors import UserError, shorten
 from fedekd.tasks import Task
 
 SPLITS = ("train", "val", "test")
@@ -43,6 +44,25 @@ class ReadOptions:
     categories: Mapping[str, Sequence[Any]] | None = None
     memory_limit: float = 4.0
     splits: str = "random"
+
+    def __post_init__(self) -> None:
+        """Validate declared names.
+
+        Raises:
+            UserError: If there are none, or a name occurs twice.
+        """
+        if self.classes is not None:
+            expected = "data.classes: expected at least 2 different names, got"
+            if len(self.classes) < 2:
+                raise UserError(f"{expected} {list(self.classes)}")
+            if repeated := first_repeated(map(text_of, self.classes)):
+                raise UserError(f"{expected} {shorten(repr(repeated))} twice")
+        for column, categories in (self.categories or {}).items():
+            expected = f"data.categories: expected at least one category and different names of {column!r}, got"
+            if not categories:
+                raise UserError(f"{expected} none. Omit the column for the categories in the data")
+            if repeated := first_repeated(map(text_of, categories)):
+                raise UserError(f"{expected} {shorten(repr(repeated))} twice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +110,12 @@ def text_of(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs twice; None if all are different."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def sorted_texts(texts: Iterable[str]) -> list[str]:

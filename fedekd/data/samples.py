@@ -93,7 +93,8 @@ class Samples:
                 are not whole numbers or of a table.
             ignore_label: Samples with this label are left out. Default None.
             value_range: Lowest and highest value of 16-bit and float images; see `to_pixels`. Default None.
-            **fields: Other fields of `Samples`; tensors have shape (N,).
+            **fields: Other fields of `Samples`; tensors have shape (N,). And `ignored`, bool, shape (N,): samples with
+                `ignore_label`, if `targets` are not the labels in the data. Default None.
 
         Raises:
             UserError: If the arrays are not as described above, if no pixel is above 1 or all are equal, or if the
@@ -111,9 +112,9 @@ class Samples:
                 f"data.dataset: {name!r}: expected one label per image, got {len(pixels)} images and "
                 f"{len(values)} labels"
             )
-        warnings = list(fields.pop("warnings", ()))
+        warnings, ignored = list(fields.pop("warnings", ())), fields.pop("ignored", None)
         if ignore_label is not None:
-            kept = values != ignore_label
+            kept = values != ignore_label if ignored is None else ~ignored
             warnings.append(
                 f"data.ignore_label: {len(kept) - kept.sum()} of {len(kept)} samples of {name!r} have the label"
                 f" {ignore_label} and are left out"

@@ -104,3 +104,54 @@ def test_ignore_label_leaves_out_the_fields_of_its_samples() -> None:
 def test_assemble_invalid_sources_raise(parts: list[RawSamples], options: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         joined(*parts, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "classes", "expected"),
+    [
+        (["1", "2", "3"], ["1", "2", "3", "4"], [0, 1, 2]),
+        (["1", "0"], ["1", "0"], [0, 1]),
+        ([1, 2, 3], ["1", "2", "3", "4"], [0, 1, 2]),
+        ([1.0, 0.0], ["1", "0"], [0, 1]),
+        ([0, 1, 2], ["10", "20", "30"], [0, 1, 2]),
+        (["0", "1"], ["10", "20"], [0, 1]),
+    ],
+)
+def test_declared_classes_that_are_numbers_match_by_name_first(
+    targets: list[Any], classes: list[str], expected: list[int]
+) -> None:
+    for samples in (joined(raw(targets), classes=classes), joined(raw(targets), raw(targets), classes=classes)):
+        assert samples.targets.tolist()[: len(targets)] == expected
+        assert samples.class_names == tuple(classes)
+
+
+def test_ignore_label_that_is_no_declared_class_leaves_out_its_samples_only() -> None:
+    samples = joined(raw([0, 1, 2, 0]), classes=["1", "2"], ignore_label=0)
+    assert samples.targets.tolist() == [0, 1]
+    samples = joined(raw([0, 1, 9]), classes=["b", "a"], ignore_label=9)
+    assert samples.targets.tolist() == [0, 1]
+    samples = joined(raw([0, 1, 7, 0], class_names=("a", "b")), raw([0, 7], class_names=("c", "b")), ignore_label=7)
+    assert samples.targets.tolist() == [0, 1, 0, 2]
+    assert joined(raw(["b", "a", "-1"]), ignore_label=-1).targets.tolist() == [1, 0]
+    samples = joined(raw([0, 1, 2], class_names=("a", "b", "unknown")), ignore_label=2)
+    assert samples.targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "text"),
+    [
+        ([raw([0, 1], class_names=("a", "a"))], {}, "expected different names of classes, got 'a' twice"),
+        (
+            [raw(["p", "q"])],
+            {"classes": ["p", "q", "r", "p"]},
+            "data.classes: expected .*different names, got 'p' twice",
+        ),
+        ([raw(["p", "q"])], {"classes": []}, r"data.classes: expected at least 2 different names, got \[\]"),
+        ([raw(["p", "q"])], {"categories": {"b": ["x", "x"]}}, "data.categories: expected .* of 'b', got 'x' twice"),
+        ([raw(["p", "q"])], {"categories": {"b": [1, 1.0]}}, "data.categories: expected .* of 'b', got '1' twice"),
+        ([raw(["p", "q"])], {"categories": {"b": []}}, "data.categories: expected at least one .*'b', got none"),
+    ],
+)
+def test_assemble_repeated_or_no_names_raise(parts: list[RawSamples], options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        joined(*parts, **options)
