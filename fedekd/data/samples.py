@@ -23,6 +23,9 @@ from fedekd.tasks import Task, require_task
 #: Labels that usually mean "unknown", in addition to the largest value of the array's type.
 _UNKNOWN_LABELS = (255, 65535)
 
+#: float32 holds squares and sums of standardised values only; scores in the unit of the targets must be finite.
+_LARGEST_TARGET = 1e30
+
 _LEAVE_OUT = "Leave out an unknown label by --data.ignore_label"
 
 
@@ -35,7 +38,7 @@ class Samples:
         inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (N, C, H, W), contiguous; stored if they are not
             resident. Of a table: features, float32, shape (N, F); before preprocessing its values, float64, shape
             (N, columns), with indices of categories and NaN for missing values.
-        targets: Classes, int64, or in regression real numbers, float32; shape (N,).
+        targets: Classes, int64; grades, float32; or real numbers, float64; shape (N,).
         task: `classification` or `regression`.
         num_classes: Number of classes or grades, whose labels are 0..num_classes-1; 0 if the targets are real numbers.
         class_names: Names of the classes or grades. Default: their numbers.
@@ -138,7 +141,9 @@ class Samples:
         return cls(
             name=name,
             inputs=pixels,
-            targets=torch.from_numpy(values if task == "classification" else values.astype(np.float32)),
+            targets=torch.from_numpy(
+                values if task == "classification" else _as_float(values, is_real=not num_classes)
+            ),
             task=task,
             num_classes=num_classes,
             ignore_label=ignore_label,
@@ -262,16 +267,21 @@ def one_column(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) -> npt.NDArray[Any]:
     """Return valid targets, shape (N,): int64, or float64 if not all are whole."""
     targets = one_column(name, targets)
-    allowed = "finite numbers" if may_be_real else "whole numbers"
+    allowed = f"finite numbers up to {_LARGEST_TARGET:g}" if may_be_real else "whole numbers"
     if targets.dtype.kind not in "biuf":
         raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {_kind(targets)}")
     whole = (targets == np.floor(targets)) & (np.abs(targets.astype(np.float64)) < 2**53)
-    valid = np.isfinite(targets) if may_be_real else whole
+    valid = np.abs(targets.astype(np.float64)) <= _LARGEST_TARGET if may_be_real else whole
     if not valid.all():
         value = targets[~valid][0]
         hint = "" if may_be_real or not np.isfinite(value) else ". For real-valued targets set --data.task regression"
         raise UserError(f"data.dataset: labels of {name!r}: expected {allowed}, got {value}{hint}")
     return targets.astype(np.int64 if whole.all() else np.float64)
+
+
+def _as_float(values: npt.NDArray[Any], is_real: bool) -> npt.NDArray[Any]:
+    """Return targets of regression; real ones keep their precision until they are standardised."""
+    return values.astype(np.float64 if is_real else np.float32)
 
 
 def _kind(targets: npt.NDArray[Any]) -> str:

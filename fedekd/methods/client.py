@@ -95,7 +95,8 @@ class Client:
         """
         if self.samples.num_classes:
             return self.samples.targets
-        return (self.samples.targets - self.splits.target_shift) / self.splits.target_scale
+        standardised = (self.samples.targets.double() - self.splits.target_shift) / self.splits.target_scale
+        return standardised.to(self.spec.trainer.dtype)
 
     def in_target_unit(self, outputs: Tensor) -> Tensor:
         """Return outputs of a network in the unit of the targets, where that differs.

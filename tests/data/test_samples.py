@@ -231,3 +231,13 @@ def test_content_digest_depends_on_group_sizes() -> None:
     none = torch.arange(0)
     first, second = torch.tensor([0]), torch.tensor([1])
     assert content_digest(data, [first, second, none]) != content_digest(data, [first, none, second])
+
+
+def test_from_arrays_large_real_targets_keep_distinct_values() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    times = np.arange(1_600_000_000, 1_600_000_060) + 0.25
+    samples = Samples.from_arrays("times", images, times, "regression", None)
+    assert samples.targets.dtype == torch.float64
+    assert len(samples.targets.unique()) == 60
+    with pytest.raises(UserError, match=r"expected finite numbers up to 1e\+30, got 1e\+39"):
+        Samples.from_arrays("times", images, np.full(60, 1e39), "regression", None)

@@ -38,6 +38,14 @@ def test_client_real_targets_are_standardised_and_scored_in_their_unit() -> None
     assert client.losses("test").tolist() == pytest.approx([100.0, 100.0], abs=1e-2)
 
 
+def test_client_large_real_targets_differ_after_standardisation() -> None:
+    client = make_client(num_classes=0, shift=1_600_000_000.0, scale=2.0)
+    times = torch.arange(8, dtype=torch.float64) + 1_600_000_000
+    client.samples = replace(client.samples, targets=times)
+    assert client.training_targets.dtype == torch.float32
+    assert client.training_targets.tolist() == [number / 2 for number in range(8)]
+
+
 def test_client_grades_are_unchanged() -> None:
     client = make_client(num_classes=5)
     assert client.training_targets is client.samples.targets
