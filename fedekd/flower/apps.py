@@ -26,6 +26,7 @@ from fedekd.flower.messages import BASELINE, DESCRIBE, LAST_ROUND, ROUND, SCORE
 from fedekd.flower.secure.aggregation import SecureAggregation, require_num_sites
 from fedekd.flower.secure.mods import require_protocol, to_client_result
 from fedekd.flower.site import Site
+from fedekd.flower.site_errors import SiteError, withhold_texts
 from fedekd.methods import Method
 from fedekd.reporting import Display, result_tables
 
@@ -128,13 +129,13 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
         mods: Flower mods for the updates that a site sends, such as flwr.clientapp.mod.LocalDpMod. They run before
             the masking of secure aggregation.
     """
-    app = ClientApp()
+    app = ClientApp(mods=[withhold_texts])
 
     def reply(message: Message, context: Context) -> Message:
         run, node = settings or Settings.from_run_config(context.run_config), context.node_config
         number = node.get("number", node.get("partition-id"))
         if number is None:
-            raise UserError("number: missing in the node configuration. Add number=0 (1, 2, ...) to --node-config.")
+            raise SiteError("number: missing in the node configuration. Add number=0 (1, 2, ...) to --node-config.")
         data = node.get("data")
         folder = str(node.get("folder", run.folder))
         options = (*run.options, *shlex.split(str(node.get("options", ""))))
@@ -146,7 +147,7 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
         if (settings or Settings.from_run_config(context.run_config)).secure or context.node_config.get(
             "secure", False
         ):
-            raise UserError(
+            raise SiteError(
                 "secure: this site sends updates by secure aggregation only. Set secure=true at the server."
             )
         return reply(message, context)

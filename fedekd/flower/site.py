@@ -36,6 +36,7 @@ from fedekd.flower.messages import (
     pack,
     values_of,
 )
+from fedekd.flower.site_errors import SiteError
 from fedekd.methods import Broadcast, FederationSpec
 
 #: Versions of the client state that a site keeps: the server may resume from a checkpoint older than its newest.
@@ -142,7 +143,7 @@ class Site:
         """Return the content of the reply to a message of the server.
 
         Raises:
-            UserError: The message type is unknown, or the requested version of the state is damaged or not on disk.
+            SiteError: The message type is unknown, or the requested version of the state is damaged or not on disk.
         """
         handlers = {
             DESCRIBE: self._describe,
@@ -153,11 +154,11 @@ class Site:
         }
         message_type = message.metadata.message_type
         if message_type not in handlers:
-            raise UserError(f"{self.label}: unknown message type {message_type!r}. {nearest(message_type, handlers)}")
+            raise SiteError(f"{self.label}: unknown message type {message_type!r}. {nearest(message_type, handlers)}")
         try:
             return handlers[message_type](message)
         except DamagedStateError as error:
-            raise UserError(
+            raise SiteError(
                 f"{self.label}: {error}. Restore the file, or remove the newest checkpoints/manifest-*.json of"
                 " the server and start it again: it then repeats the last round."
             ) from error
@@ -193,7 +194,7 @@ class Site:
 
     def _require_version(self, version: int) -> None:
         if version and not self.worker.store.has(self.number, version):
-            raise UserError(
+            raise SiteError(
                 f"{self.label}: version {version} of the client state is not in {self.worker.store.folder}."
                 f" Use the folder in which the run was started; only the last {KEPT_VERSIONS} versions are kept."
             )

@@ -127,17 +127,21 @@ def test_serve_named_sites_with_the_options_of_the_local_run_reads_no_sites_at_t
     assert "/does/not/exist" in config
 
 
-def test_node_config_name_is_validated_and_defaults_to_the_stem(tmp_path: Path) -> None:
+def test_node_config_name_is_validated_and_defaults_to_the_stem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     [path, _] = write_tables(tmp_path / "sites")
     names: dict[str, Any] = {"own": "Luzern", "none": ""}
     for name, expected in ((names["own"], "Luzern"), ("", None), (None, "Basel")):
         config = {"data": str(path), **({} if name is None else {"name": name})}
         assert Nodes(tmp_path, TABLE_OPTIONS, [config]).describe(0)["name"] == expected
     for name in ("a/b", "x" * 61, 7, "\x1b[31m"):
-        with pytest.raises(UserError, match="name: expected a name of at most 60 letters"):
+        with pytest.raises(UserError, match="site 0: its data or options cannot be used"):
             Nodes(tmp_path, TABLE_OPTIONS, [{"data": str(path), "name": name}]).describe(0)
-    with pytest.raises(UserError, match=r"data\.site_column: expected null with data in --node-config"):
+        assert "name: expected a name of at most 60 letters" in capsys.readouterr().err
+    with pytest.raises(UserError, match="its data or options cannot be used"):
         Nodes(tmp_path, (*TABLE_OPTIONS, "--data.site_column=ward"), [{"data": str(path)}]).describe(0)
+    assert "data.site_column: expected null with data in --node-config" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -214,3 +218,60 @@ def test_serve_missing_site_is_reported_by_name(
     nodes.grid.intercept = intercept
     serve(nodes.grid, nodes.settings)
     assert "no valid reply from site 'Zürich (CH) no. 1'; left out of this round" in capsys.readouterr().err
+
+
+def spoil_cell(path: Path) -> tuple[str, ...]:
+    """Put text into a numeric column."""
+    frame = pd.read_csv(path).astype({"age": object})
+    frame.loc[41, "age"] = "Mrs Miller born 1961"
+    frame.to_csv(path, index=False)
+    return ()
+
+
+def spoil_group(path: Path) -> tuple[str, ...]:
+    """Put a group into two given splits."""
+    frame = pd.read_csv(path)
+    frame["patient"] = ["Mrs Miller born 1961" if row in (0, 49) else f"p{row}" for row in range(50)]
+    frame.to_csv(path, index=False)
+    return ()
+
+
+def spoil_image(path: Path) -> tuple[str, ...]:
+    """Put an unreadable image into the folder that replaces a table."""
+    path.unlink()
+    for label in ("sick", "well"):
+        folder = path.with_suffix("") / label
+        folder.mkdir(parents=True)
+        (folder / "Mrs Miller born 1961.png").write_bytes(b"no image")
+    return ("--data.image_size=8", "--data.splits=random", "--data.group_column=null")
+
+
+@pytest.mark.parametrize("spoil", [spoil_cell, spoil_group, spoil_image])
+def test_reply_wrong_data_keeps_values_and_paths_in_the_log_of_the_site(
+    spoil: Callable[[Path], tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [path, _] = write_tables(tmp_path / "sites")
+    options = (*TABLE_OPTIONS, *spoil(path))
+    data = path if path.exists() else path.with_suffix("")
+    nodes = Nodes(tmp_path, options, [{"data": str(data), "name": "Basel"}])
+    with pytest.raises(UserError, match="site 'Basel': its data or options cannot be used; the reason is in the site"):
+        serve(nodes.grid, nodes.settings)
+    [reply] = nodes.grid.replies
+    reason = str(reply.error.reason)
+    assert not [word for word in ("Miller", "1961", "age", "patient", str(tmp_path)) if word in reason]
+    assert "Miller" in capsys.readouterr().err
+
+
+def test_reply_other_exception_keeps_its_text_in_the_log_of_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise KeyError("Mrs Miller born 1961")
+
+    monkeypatch.setattr(apps, "_name_of", fail)
+    [path, _] = write_tables(tmp_path / "sites")
+    nodes = Nodes(tmp_path, TABLE_OPTIONS, [{"data": str(path), "name": "\x1b[31m"}])
+    with pytest.raises(UserError) as caught:
+        nodes.describe(0)
+    assert str(caught.value) == "site 0: it failed; the reason is in the site's log"
+    assert "KeyError: 'Mrs Miller born 1961'" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from flwr.compat.common.recorddict_compat import fitres_to_recorddict, recorddic
 from fedekd.errors import UserError
 from fedekd.flower.messages import ROUND, arrays_of, error_reason, from_arrays, pack, values_of
 from fedekd.flower.secure.aggregation import MIN_SITES, MODULUS, STEPS, SecureAggregation
+from fedekd.flower.site_errors import SiteError
 
 App = Callable[[Message, Context], Message]
 
@@ -25,19 +26,19 @@ def require_protocol(message: Message, context: Context, call_next: App) -> Mess
     """Refuse requests that would reveal this site's update; a mod before Flower's.
 
     Raises:
-        UserError: The message is not part of SecAgg+; half of the sites or fewer could unmask; the masks do not cover
+        SiteError: The message is not part of SecAgg+; half of the sites or fewer could unmask; the masks do not cover
             the update; or both secrets of a site are requested.
     """
     # "train.default" reaches this mod too, and Flower's mod passes it on unmasked.
     if message.metadata.message_type != MessageType.TRAIN:
-        raise UserError(f"secure: message type {message.metadata.message_type!r} is not part of secure aggregation")
+        raise SiteError(f"secure: message type {message.metadata.message_type!r} is not part of secure aggregation")
     request = message.content.config_records.get(RECORD_KEY_CONFIGS, {})
     if request.get(Key.STAGE) == Stage.SETUP:
         _require_safe_setup(request)
     elif request.get(Key.STAGE) == Stage.UNMASK:
         active, lost = request.get(Key.ACTIVE_NODE_ID_LIST, []), request.get(Key.DEAD_NODE_ID_LIST, [])
         if len({*active, *lost}) < len(active) + len(lost):  # Flower checks the counts only
-            raise UserError(
+            raise SiteError(
                 "secure: a site is listed twice in stage unmask; both of its secrets would reveal its update"
             )
     return call_next(message, context)
@@ -47,7 +48,7 @@ def _require_safe_setup(request: Mapping[str, Any]) -> None:
     sites, threshold = request.get(Key.SAMPLE_NUMBER), request.get(Key.THRESHOLD)
     is_safe = isinstance(sites, int) and isinstance(threshold, int) and threshold >= MIN_SITES and 2 * threshold > sites
     if not is_safe:
-        raise UserError(
+        raise SiteError(
             f"secure: expected an unmask threshold of at least {MIN_SITES} and more than half of {sites} sites,"
             f" got {threshold}"
         )
@@ -58,7 +59,7 @@ def _require_safe_setup(request: Mapping[str, Any]) -> None:
         Key.MAX_WEIGHT: 1.0,
     }.items():
         if request.get(name) != expected:
-            raise UserError(f"secure: {name}: expected {expected}, got {request.get(name)!r}")
+            raise SiteError(f"secure: {name}: expected {expected}, got {request.get(name)!r}")
     SecureAggregation(float(request.get(Key.CLIPPING_RANGE, 0.0)))
 
 
@@ -68,7 +69,7 @@ def to_client_result(message: Message, context: Context, call_next: App) -> Mess
     The request becomes a message of type `ROUND`; of the result, the quantized change of the weights is masked.
 
     Raises:
-        UserError: The round fails, or the update cannot be quantized: an invalid part of the sum is not traceable.
+        SiteError: The round fails, or the update cannot be quantized: an invalid part of the sum is not traceable.
     """
     request = recorddict_to_fitins(message.content, keep_input=True)
     names, arrays = json.loads(str(request.config["names"])), parameters_to_ndarrays(request.parameters)
@@ -76,9 +77,12 @@ def to_client_result(message: Message, context: Context, call_next: App) -> Mess
     content = pack(json.loads(str(request.config["values"])), received)
     reply = call_next(Message(content, message.metadata.dst_node_id, ROUND), context)
     if reply.has_error():
-        raise UserError(error_reason(reply))  # Flower's mod does not check for errors
+        raise SiteError(error_reason(reply))  # Flower's mod does not check for errors
     secure = SecureAggregation(float(str(request.config["max_change"])))
-    changes = ndarrays_to_parameters(secure.quantize(from_arrays(arrays_of(reply)), received))
+    try:
+        changes = ndarrays_to_parameters(secure.quantize(from_arrays(arrays_of(reply)), received))
+    except UserError as error:  # names a tensor of the model, which the server has too
+        raise SiteError(str(error)) from error
     # One example per site, whatever its number of samples: the mean is uniform.
     result = FitRes(Status(Code.OK, ""), changes, 1, {"values": json.dumps(values_of(reply))})
     return Message(fitres_to_recorddict(result, keep_input=True), reply_to=message)
