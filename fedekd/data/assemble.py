@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from fedekd.data.columns import Column, is_table, join_tables
-from fedekd.data.formats.image_files import with_channels
-from fedekd.data.pixels import to_pixels, widened
+from fedekd.data.join_images import join_images
 from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, first_repeated, sorted_texts, text_of
 from fedekd.data.samples import Samples, one_column
 from fedekd.data.sites import require_site_name
-from fedekd.data.stored import StoredInputs, join_inputs
 from fedekd.errors import UserError, listed, shorten
 from fedekd.tasks import Task
 
@@ -41,9 +39,11 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     warnings = [line for part in parts for line in part.warnings]
     if is_table(sources):
         inputs, columns, notes = join_tables(sources, options)
-        value_range, warnings = None, [*warnings, *notes]
+        value_range = None
     else:
-        inputs, value_range = _inputs(sources, options)
+        images = {site: part.inputs for site, part in sources.items()}
+        inputs, value_range, notes = join_images(images, options)
+    warnings += notes
     site, site_names = _sites(sources, options)
     targets, class_names, ignored = _targets(name, parts, task, options)
     names = class_names or tuple(options.classes or ())
@@ -70,43 +70,6 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
         warnings=tuple(warnings),
     )
     return replace(samples, class_names=names) if names else samples
-
-
-def _inputs(sources: Mapping[str | None, RawSamples], options: ReadOptions) -> tuple[Any, Sequence[float] | None]:
-    """Return the images of all sources, and the range of their values.
-
-    Grey images are repeated in three channels if other sources have colour images.
-    """
-    parts = [part.inputs for part in sources.values()]
-    titles = ["data.dataset" if site is None else f"site {site!r}" for site in sources]
-    if any(isinstance(part, StoredInputs) for part in parts):
-        return join_inputs(parts, titles), options.value_range
-    if len(parts) == 1:
-        is_array = isinstance(parts[0], np.ndarray)
-        return parts[0] if is_array else join_inputs(parts, titles), options.value_range
-    parts = [part[..., None] if len(part.shape) == 3 else part for part in parts]
-    if {part.shape[-1] for part in parts if len(part.shape) == 4} == {1, 3}:
-        parts = [with_channels(part, 3) for part in parts]
-    names, first = list(sources), parts[0]
-    for site, part in zip(sources, parts, strict=True):
-        if part.shape[1:] != first.shape[1:]:
-            raise UserError(
-                f"data.sites: expected images of one size, {_size(first)} as in {names[0]!r}, got"
-                f" {_size(part)} in {site!r}. Set --data.image_size"
-            )
-    if not all(isinstance(part, np.ndarray) for part in parts):
-        return join_inputs(parts, titles), options.value_range
-    if len({part.dtype for part in parts}) == 1:
-        return np.concatenate(parts), options.value_range
-    # Values of different types mean the same only after conversion.
-    pixels = [to_pixels(str(site), part, options.value_range)[0] for site, part in zip(sources, parts, strict=True)]
-    return np.concatenate([widened(part) for part in pixels]), (-1.0, 1.0)
-
-
-def _size(images: Any) -> str:
-    """Return height, width and, for colour, channels, or the number of features."""
-    shape = images.shape[1:]
-    return str(shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape)
 
 
 def _sites(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fedekd.child_process import die_with_parent
+from fedekd.data.pixels import widened
 from fedekd.data.transforms import Transform, augment, seeded_generators
 from fedekd.errors import UserError, describe_error
 from fedekd.global_state import exclusive
@@ -29,12 +30,14 @@ class StoredPart:
         title: Name of the source in errors, such as `site 'a'`.
         identity: Enters the digest if the items have no method `digest()`.
         is_pair: Items are `(input, label)`.
+        is_widened: Convert uint8 pixels to float32 in [-1, 1], as those of other sources are.
     """
 
     items: Any
     title: str = "data.dataset"
     identity: str = ""
     is_pair: bool = False
+    is_widened: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
@@ -78,7 +81,7 @@ class StoredPart:
             raise UserError(f"{self.title}: expected uint8 or float inputs, got {item.dtype} as sample {index}")
         item = item.detach().as_subclass(Tensor).cpu()  # not torchvision's Image
         if item.dtype == torch.uint8:
-            return item  # type: ignore[no-any-return]
+            return torch.from_numpy(widened(item.numpy())) if self.is_widened else item
         if not bool(item.isfinite().all()):
             raise UserError(f"{self.title}: expected finite inputs, got NaN or infinity in sample {index}")
         return item.float()  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -214,7 +215,7 @@ def close_inputs(inputs: Inputs) -> None:
 def join_inputs(arrays: Sequence[Any], titles: Sequence[str]) -> StoredInputs:
     """Concatenate inputs of several sources without reading.
 
-    At least one of them is stored.
+    uint8 pixels become float32 in [-1, 1] if other sources have float inputs.
 
     Args:
         arrays: Arrays (N, H, W[, C]), `StoredInputs`, or objects whose items are arrays (H, W[, C]).
@@ -225,6 +226,15 @@ def join_inputs(arrays: Sequence[Any], titles: Sequence[str]) -> StoredInputs:
         if isinstance(array, StoredInputs):
             parts += array._whole_parts()
         else:
-            content = sha256(array.tobytes()).hexdigest() if isinstance(array, np.ndarray) else ""
-            parts.append(StoredPart(array, title, content))
+            parts.append(StoredPart(array, title, _content(array) if isinstance(array, np.ndarray) else ""))
+    if len({part.read(0).dtype for part in parts if len(part)}) > 1:
+        parts = [replace(part, is_widened=True) for part in parts]
     return StoredInputs(parts)
+
+
+def _content(array: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 (hex) of an array, without a copy of all of it."""
+    content = sha256()
+    for row in array:
+        content.update(np.ascontiguousarray(row).data)
+    return content.hexdigest()

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fedekd.data import Samples
+from fedekd.data import Samples, StoredInputs, StoredPart
 from fedekd.data.assemble import assemble
+from fedekd.data.pixels import to_pixels
 from fedekd.data.raw import RawSamples, ReadOptions
 from fedekd.errors import UserError
 
@@ -83,6 +86,29 @@ def test_ignore_label_leaves_out_the_fields_of_its_samples() -> None:
     part = raw([0, 1, 9, 0], group=["a", "b", "c", "d"], split=np.array([0, 1, 2, 0], np.int8))
     samples = joined(part, group_column="patient", ignore_label=9)
     assert (len(samples), samples.group.tolist(), samples.split.tolist()) == (3, [0, 1, 3], [0, 1, 0])
+
+
+@pytest.mark.parametrize("kinds", [("uint8", "uint16"), ("uint16", "float32"), ("float64", "uint8"), ("float32",) * 2])
+@pytest.mark.parametrize("stored", [0, 1])
+def test_stored_and_resident_sites_are_scaled_alike(kinds: tuple[str, str], stored: int) -> None:
+    rng = np.random.default_rng(0)
+    highest = {"uint8": 255, "uint16": 65535, "float32": 1.0, "float64": 1.0}
+    parts = [raw([0, 1, 0]) for _ in kinds]
+    images = [(rng.random((3, 8, 8)) * highest[kind]).astype(kind) for kind in kinds]
+    resident = joined(*(replace(part, inputs=array) for part, array in zip(parts, images, strict=True)))
+    items = torch.from_numpy(to_pixels("", images[stored])[0])[:, None]
+    mixed: list[Any] = list(images)
+    mixed[stored] = StoredInputs([StoredPart(items)])
+    samples = joined(*(replace(part, inputs=inputs) for part, inputs in zip(parts, mixed, strict=True)))
+    assert isinstance(samples.inputs, StoredInputs)
+    assert torch.equal(samples.inputs[torch.arange(6)], resident.inputs[torch.arange(6)])
+
+
+def test_stored_and_resident_sites_report_a_small_range() -> None:
+    images = np.random.default_rng(0).integers(0, 4096, (3, 8, 8)).astype(np.uint16)
+    stored = replace(raw([0, 1, 0]), inputs=StoredInputs([StoredPart(torch.rand(3, 1, 8, 8))]))
+    [line] = joined(stored, replace(raw([0, 1, 0]), inputs=images)).warnings
+    assert line.startswith("data.value_range: images of 'site 1' use only the values")
 
 
 @pytest.mark.parametrize(

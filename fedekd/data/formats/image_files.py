@@ -134,11 +134,12 @@ class ImageFiles:
         chosen = np.arange(len(self))[indices].tolist()
         return replace(self, files=_chosen(self.files, chosen), names=_chosen(self.names, chosen))
 
-    def load(self, skip_unreadable: bool = False) -> tuple[Array, npt.NDArray[np.bool_]]:
+    def load(self, skip_unreadable: bool = False, out: Array | None = None) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Read all images with threads, with a bar on a terminal's standard error.
 
         Args:
             skip_unreadable: Leave out images that cannot be read.
+            out: Array to fill, shape (N, H, W, C). Default: a new one.
 
         Returns:
             Values as in the files, shape (n, H, W, C), and which of N images were read.
@@ -146,7 +147,7 @@ class ImageFiles:
         Raises:
             UserError: If an image cannot be read and is not to be left out.
         """
-        images = channels_last_view(self.shape, self.kind)
+        images = channels_last_view(self.shape, self.kind) if out is None else out
 
         def read(index: int) -> bool:
             images[index] = self.values(index)
@@ -205,7 +206,7 @@ def read_images(files: Sequence[Any], names: Sequence[str], options: ReadOptions
         size is not None,
     )
     inputs: Any = images
-    if images.nbytes <= options.memory_limit * _GIBIBYTE:
+    if fits_in_memory(images.nbytes, options):
         inputs, is_decoded = images.load(options.skip_unreadable)
         is_read[is_read] = is_decoded
     elif options.skip_unreadable:
@@ -220,6 +221,11 @@ def read_images(files: Sequence[Any], names: Sequence[str], options: ReadOptions
         for _ in skipped[:1]
     )
     return ReadImages(inputs, is_read, tuple(warnings))
+
+
+def fits_in_memory(size: int, options: ReadOptions) -> bool:
+    """Return whether images of `size` bytes are below the limit of memory."""
+    return size <= options.memory_limit * _GIBIBYTE
 
 
 def with_channels(images: Any, channels: int) -> Any:
