@@ -113,9 +113,9 @@ def _groups(
 def _targets(
     name: str, parts: Sequence[RawSamples], task: Task, options: ReadOptions
 ) -> tuple[npt.NDArray[Any], tuple[str, ...], npt.NDArray[np.bool_] | None]:
-    """Return targets as numbers and, if they are names, names of classes and samples with the ignored label.
+    """Return targets as numbers, names of classes, and ignored samples.
 
-    Targets are names if a source has names of classes or targets that are text, or a number is a name in
+    The names are empty and no sample is ignored here if targets are numbers. Targets are names if a source has names of classes or targets that are text, or a number is a name in
     `data.classes`.
     """
     arrays = [one_column(name, part.targets) for part in parts]
@@ -151,7 +151,7 @@ def _targets(
 
 
 def _numbers_of_names(classes: Sequence[str], present: Sequence[str]) -> dict[str, int]:
-    """Return the number of each class by its name or, if no name is present, by the text of its number."""
+    """Return the number of each class by name, or by number if no name occurs."""
     numbers = None if set(classes) & set(present) else _numbers(len(classes), present)
     return {name: index for index, name in enumerate(numbers or classes)}
 

@@ -280,7 +280,7 @@ def _checked_targets(name: str, targets: npt.NDArray[Any], may_be_real: bool) ->
 
 
 def _as_float(values: npt.NDArray[Any], is_real: bool) -> npt.NDArray[Any]:
-    """Return targets of regression; real ones keep their precision until they are standardised."""
+    """Return targets of regression; real ones need their precision."""
     return values.astype(np.float64 if is_real else np.float32)
 
 

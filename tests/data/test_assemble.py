@@ -124,7 +124,7 @@ def test_stored_and_resident_sites_report_a_small_range() -> None:
         ([raw([0, 1])], {"site_column": "x"}, "data.site_column: expected a column or array of the data, got 'x'"),
         ([raw([0, 1]), raw([1, 0])], {"group_column": "x"}, "data.group_column: .* of site 'site 0', got 'x'"),
         ([raw([0, 1], site=["a/b", "c"])], {"site_column": "x"}, "expected a name of at most 60 letters"),
-        ([raw(["a", "b"])], {"task": "regression"}, "expected finite numbers, got <U1"),
+        ([raw(["a", "b"])], {"task": "regression"}, r"expected finite numbers up to 1e\+30, got <U1"),
     ],
 )
 def test_assemble_invalid_sources_raise(parts: list[RawSamples], options: dict[str, Any], text: str) -> None:
