@@ -150,6 +150,8 @@ class Reader(Dataset[Any]):
         return x
 
     def __getitem__(self, job: Job) -> Tensor:
+        if not job.samples:
+            return torch.empty(0, *self.shape, dtype=self.dtype)
         with seeded_generators(job.seed):  # items may be random, and must not advance the generators of training
             inputs = torch.stack([self.read(sample) for sample in job.samples])
         return inputs if job.transform is None else augment(inputs, job.transform, job.seed)

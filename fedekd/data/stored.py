@@ -83,10 +83,7 @@ class StoredInputs:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Read the samples at `indices`, int64, shape (n,)."""
-        return self._reader[self._job(indices)].to(self.device) if len(indices) else self._none()
-
-    def _none(self) -> Tensor:
-        return torch.empty(0, *self._reader.shape, dtype=self.dtype, device=self.device)
+        return self._reader[self._job(indices)].to(self.device)
 
     def take(self, indices: Any) -> StoredInputs:
         """Return the samples at an index or mask; nothing is read."""

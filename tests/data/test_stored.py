@@ -11,11 +11,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from PIL import Image
 
-from fedekd.data import StoredInputs, StoredPart, TensorBatches, build_transform, load_samples, split_inputs
+from fedekd.data import (
+    FederatedDataModule,
+    StoredInputs,
+    StoredPart,
+    TensorBatches,
+    build_transform,
+    load_samples,
+    split_inputs,
+)
 from fedekd.errors import UserError
-from tests.data.user_data import Blobs, Marked, Mixed, Noisy, Pictures, Triples
+from tests.data.user_data import Blobs, Labelled, Marked, Mixed, Module, Noisy, Pictures, Triples
 
 PIXELS = torch.stack([Blobs()[index][0] for index in range(60)])
 FLIP = {"class_path": "RandomHorizontalFlip"}
@@ -108,6 +117,39 @@ def test_pass_that_stops_early_leaves_no_batch_for_the_next(inputs: StoredInputs
     assert torch.equal(next(outer), PIXELS[:20])
     assert equal(batches(inputs), batches(PIXELS))  # within another pass
     assert torch.equal(torch.cat(list(outer)), PIXELS[20:])
+
+
+@pytest.mark.parametrize("transform", [None, FLIP])
+@pytest.mark.parametrize("inputs", [0, 2], indirect=True)
+def test_batches_empty_index_has_no_sample(inputs: StoredInputs, transform: Any) -> None:
+    built = None if transform is None else build_transform(transform)
+    parts = [torch.empty(0, dtype=torch.int64), torch.tensor([3])]
+    read = [tuple(batch.shape) for batch in inputs.batches(parts, [0, 0], built)]
+    assert read == [(0, 1, 8, 8), (1, 1, 8, 8)]
+    assert inputs.digest(parts[0]) == inputs.digest(parts[0]) != inputs.digest(parts[1])
+
+
+class Untested(Module):
+    """Has no validation loader."""
+
+    val_dataloader = LightningDataModule.val_dataloader
+
+
+@pytest.mark.parametrize(
+    ("site", "options"),
+    [
+        (Blobs(), {"fractions": (0.8, 0.0, 0.2)}),
+        (Untested(), {"splits": "given"}),
+        (Labelled(), {"group_column": "halves"}),
+    ],
+)
+def test_stored_site_without_validation_has_loaders_and_a_digest(site: Any, options: dict[str, Any]) -> None:
+    site.halves = [index // 30 for index in range(60)]  # two groups, of which one is training and one test
+    data = FederatedDataModule(sites={"a": site}, num_workers=0, **options)
+    [splits] = data.clients
+    assert len(splits.validation) == 0 < min(len(splits.train), len(splits.test))
+    assert list(data.val_dataloader()) == []
+    assert len(splits.digest(data.samples)) == len(splits.validation_digest(data.samples)) == 64
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -203,7 +245,7 @@ def _is_running(pid: str) -> bool:
 
 def test_images_above_the_memory_limit_equal_resident_ones(tmp_path: Path) -> None:
     for index in range(6):
-        path = tmp_path / "images" / f"class{index % 3}" / f"{index}.png"
+        path = tmp_path / "images" / str(index % 3) / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(path)
     resident = load_samples(str(tmp_path / "images"))
