@@ -165,8 +165,8 @@ def split_indices(
     Example:
         >>> [len(part) for part in split_indices(range(10))]
         [6, 2, 2]
-        >>> [part.tolist() for part in split_indices(range(6), groups=[0, 0, 1, 1, 2, 2])]
-        [[4, 5], [0, 1], [2, 3]]
+        >>> [part.tolist() for part in split_indices(range(10), groups=[0, 0, 1, 1, 2, 2, 3, 3, 4, 4])]
+        [[0, 1, 2, 3, 6, 7], [8, 9], [4, 5]]
     """
     check_fractions(fractions)
     samples = np.asarray(indices, dtype=np.int64)

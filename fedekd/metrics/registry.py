@@ -196,6 +196,7 @@ def score(outputs: Tensor, targets: Tensor, task: Task) -> float:
         ValueError: If the shapes do not match.
 
     Example:
+        >>> import torch
         >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         0.5
         >>> score(torch.tensor([[1.0], [7.0]]), torch.tensor([0.0, 0.0]), "regression")

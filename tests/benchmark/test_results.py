@@ -121,7 +121,7 @@ def line(**changes: str) -> str:
         (f"{HEADER}\na,b,digits\n".encode(), "line 2: seed: expected a value"),
         (line(mean="much").encode(), "line 3: mean: expected a number, got 'much'"),
         (line(seed="x").encode(), "line 3: seed: expected a whole number, got 'x'"),
-        (line(metric="f1").encode(), "line 3: metric: expected accuracy or rmse, got 'f1'"),
+        (line(metric="f1").encode(), "line 3: metric: expected accuracy or balanced_accuracy"),
         (b"\xff\xfe\x00", "expected a results file of `benchmark`"),
         (b"key\na\nb,c\n", "expected a results file of `benchmark`"),
     ],

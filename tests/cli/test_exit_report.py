@@ -51,7 +51,7 @@ def test_report_writes_page_tables_and_figures(run: Path) -> None:
     assert figures == {"accuracy_against_cost", "validity", "reliability", "corruption"} | of_run
     assert all(path.stat().st_size > 5000 for path in (report / "figures").glob("*.png"))
     markdown = (report / "report.md").read_text()
-    assert markdown.count("\n| ---") == len(TABLES) + 5  # runs, clients, exits, budgets, settings
+    assert markdown.count("\n| ---") == len(TABLES) + 6  # runs, clients, other metrics, exits, budgets, settings
     for link in re.findall(r"\]\((figures/[^)]+)\)", markdown):
         assert (report / link).is_file()
 

@@ -124,7 +124,12 @@ def test_fit_near_copies_warn_once(npz: Path, workdir: Path, fit: Fit, capsys: p
 
 
 def test_fit_partition_function_in_working_folder(
-    npz: Path, workdir: Path, fit: Fit, error_line: ErrorLine, monkeypatch: pytest.MonkeyPatch
+    npz: Path,
+    workdir: Path,
+    fit: Fit,
+    error_line: ErrorLine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     Path("own_partition.py").write_text(
@@ -136,6 +141,7 @@ def test_fit_partition_function_in_working_folder(
         "def fails(*arguments): {}['no such key']\n"
     )
     assert fit(npz, "--data.partition=own_partition.thirds", "--output=a", "--quiet") == 0
+    capsys.readouterr()  # warnings on the scores
     for name, words in (
         ("two_arguments", "TypeError"),
         ("nothing", "a NoneType"),

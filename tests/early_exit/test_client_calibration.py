@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedekd.data import FederatedDataModule
+from fedekd.data import ClientSplits, FederatedDataModule
 from fedekd.early_exit import ExitPolicy, SelectiveRiskCalibrator, network_fingerprint
 from fedekd.early_exit.client_calibration import (
     calibrate_client,
@@ -137,7 +137,8 @@ def test_calibrate_client_too_few_images_raises(client):
 
 
 def test_exit_network_without_exits_raises():
-    client = SimpleNamespace(number=3, deployed_role="private", deployed_model=PrivateCNN(1, 8, 3))
+    splits = ClientSplits(3, *[torch.empty(0, dtype=torch.int64)] * 6)
+    client = SimpleNamespace(splits=splits, deployed_role="private", deployed_model=PrivateCNN(1, 8, 3))
     message = r"private model of client 3: expected a network with exits, got a PrivateCNN .*--client.exits 3"
     with pytest.raises(UserError, match=message):
         exit_network(client)
@@ -226,7 +227,7 @@ def test_calibrate_client_empty_tuning_split_raises(client):
         samples=client.samples,
         training_splits=client.training_splits,
         spec=client.spec,
-        splits=replace(client.splits, tuning=client.splits.test[:0]),
+        splits=replace(client.splits, client=5, tuning=client.splits.test[:0]),
     )
     with pytest.raises(UserError, match="client 5: expected at least 1 tuning and 1 calibration sample, got 0 and"):
         calibrate_client(bare, SelectiveRiskCalibrator(0.1))

@@ -18,12 +18,13 @@ Federate = Callable[..., Orchestrator]
 
 
 class Recorder(SilentObserver):
-    """Records phases, steps and warnings."""
+    """Records phases, steps and warnings; those of the scores of networks that hardly train are kept apart."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[int, str]] = []
         self.steps = 0
         self.warnings: list[str] = []
+        self.score_warnings: list[str] = []
 
     def phase_started(self, client: int, phase: str) -> None:
         self.phases.append((client, phase))
@@ -32,7 +33,7 @@ class Recorder(SilentObserver):
         self.steps += steps
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        (self.score_warnings if text.startswith("scores of") else self.warnings).append(text)
 
 
 def federation(npz: Path, method: Method | None = None, **parts: Any) -> Orchestrator:

@@ -178,7 +178,7 @@ def test_run_one_predicted_class_is_a_warning(federate: Federate, monkeypatch: p
     recorder = Recorder()
     monkeypatch.setattr("fedekd.methods.Client.in_target_unit", lambda self, logits: logits * 0 + torch.eye(1, 3))
     federate(Local(), observer=recorder, rounds=RoundOptions(rounds=1)).run()
-    [line] = [text for text in recorder.warnings if "predicting one class" in text]
+    [line] = recorder.score_warnings
     assert line.endswith("Try --metrics [balanced_accuracy] and --client.class_weights balanced")
 
 

@@ -217,16 +217,8 @@ class SendsNaN(FedeKD):
         return update
 
 
-class WarningRecorder(SilentObserver):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 def test_run_update_with_nan_is_rejected_with_its_client(federate: Federate) -> None:
-    recorder = WarningRecorder()
+    recorder = Recorder()
     run = federate(SendsNaN(), observer=recorder)
     run.run()
     assert len(recorder.warnings) == 1
@@ -237,7 +229,7 @@ def test_run_update_with_nan_is_rejected_with_its_client(federate: Federate) -> 
 
 
 def test_run_updates_below_quorum_leave_the_server_state(federate: Federate) -> None:
-    recorder = WarningRecorder()
+    recorder = Recorder()
     run = federate(SendsNaN(), observer=recorder, rounds=RoundOptions(rounds=1, quorum=3))
     run.run()
     assert "quorum of 3" in recorder.warnings[-1]
@@ -246,7 +238,7 @@ def test_run_updates_below_quorum_leave_the_server_state(federate: Federate) -> 
 
 
 def test_run_lost_updates_are_counted_and_warned_of(federate: Federate) -> None:
-    recorder = WarningRecorder()
+    recorder = Recorder()
     run = federate(observer=recorder, rounds=RoundOptions(rounds=4, update_loss_rate=0.5))
     run.run()
     lost = [text for text in recorder.warnings if "was lost" in text]
@@ -298,7 +290,7 @@ def test_run_finished_with_corrupt_checkpoints_is_reopened(federate: Federate, t
     expected = federate(output=tmp_path).run()
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
-    recorder = WarningRecorder()
+    recorder = Recorder()
     with pytest.raises(StoppedError):
         federate(output=tmp_path, observer=StopAfter(12)).run()
     assert not (tmp_path / "summary.json").exists()
@@ -333,7 +325,7 @@ def test_run_without_valid_updates_uses_no_teacher(federate: Federate) -> None:
             invalid = {name: torch.full_like(tensor, torch.nan) for name, tensor in update.state.items()}
             return ClientUpdate(update.client, invalid, 1) if round_idx < 2 else update
 
-    run = federate(SendsNaNTwice(), rounds=RoundOptions(rounds=4), observer=WarningRecorder())
+    run = federate(SendsNaNTwice(), rounds=RoundOptions(rounds=4), observer=Recorder())
     run.run()
     has_teacher = ["gate/weight_mean" in row for row in run.progress.history]
     assert has_teacher == [False, False, True, True]
@@ -341,7 +333,7 @@ def test_run_without_valid_updates_uses_no_teacher(federate: Federate) -> None:
 
 
 def test_run_diverged_model_has_score_nan(federate: Federate) -> None:
-    recorder = WarningRecorder()
+    recorder = Recorder()
     client = ClientOptions(local_epochs=1, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e30}})
     summary = federate(Local(), client=client, observer=recorder).run()
     assert all(client["score"] != client["score"] for client in summary["clients"])

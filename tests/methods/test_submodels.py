@@ -131,7 +131,7 @@ def test_depthfl_counters_of_a_part_are_compared_among_its_holders(federate: Fed
     observer.warn = warnings.append  # type: ignore[method-assign]
     run = federate(DepthFL(), data=data, client=client, observer=observer, rounds=RoundOptions(rounds=1))
     run.run()
-    assert warnings == []
+    assert [text for text in warnings if not text.startswith("scores of")] == []
     assert [row["comm/updates"] for row in run.progress.history] == [6]
 
 
