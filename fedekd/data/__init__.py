@@ -3,7 +3,7 @@
 from fedekd.data.batches import TensorBatches, in_memory_format, scale
 from fedekd.data.client_splits import ClientSplits, split_client
 from fedekd.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
-from fedekd.data.datamodule import FederatedDataModule, data_warnings
+from fedekd.data.datamodule import FederatedDataModule
 from fedekd.data.partition import (
     PARTITIONS,
     cut_validation,
@@ -13,6 +13,7 @@ from fedekd.data.partition import (
     split_indices,
 )
 from fedekd.data.readers import StoredPart
+from fedekd.data.sample_warnings import data_warnings
 from fedekd.data.samples import Samples
 from fedekd.data.sources import load_samples
 from fedekd.data.stored import Inputs, StoredInputs, close_inputs, input_batches, split_inputs, take_inputs

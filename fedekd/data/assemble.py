@@ -115,8 +115,8 @@ def _targets(
 ) -> tuple[npt.NDArray[Any], tuple[str, ...], npt.NDArray[np.bool_] | None]:
     """Return targets as numbers, names of classes, and ignored samples.
 
-    The names are empty and no sample is ignored here if targets are numbers. Targets are names if a source has names of classes or targets that are text, or a number is a name in
-    `data.classes`.
+    The names are empty and no sample is ignored here if targets are numbers. Targets are names if a source has names of
+    classes or targets that are text, or a number is a name in `data.classes`.
     """
     arrays = [one_column(name, part.targets) for part in parts]
     declared = set(options.classes or ())

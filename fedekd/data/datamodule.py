@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedekd.data.batches import TensorBatches
 from fedekd.data.client_splits import ClientSplits, split_client
 from fedekd.data.formats.table import read_features
-from fedekd.data.near_copies import find_near_copies, near_copy_warning
+from fedekd.data.group_checks import group_warnings, require_groups_in_one_split
 from fedekd.data.partition import (
     PARTITIONS,
     Indices,
@@ -27,6 +27,7 @@ from fedekd.data.partition import (
     partition_groups,
 )
 from fedekd.data.raw import ReadOptions
+from fedekd.data.sample_warnings import data_warnings
 from fedekd.data.samples import Samples
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
@@ -232,6 +233,8 @@ class FederatedDataModule(lightning.LightningDataModule):
                 split_client(client, part, samples, self.fractions, self.seed, self.splits, name)
                 for client, (name, part) in enumerate(parts, start=first)
             ]
+            if self.splits == "given":
+                require_groups_in_one_split(samples, splits)
             self._samples, self._clients, self._transformers = prepare(samples, splits)
 
     def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
@@ -297,6 +300,7 @@ class FederatedDataModule(lightning.LightningDataModule):
     def warnings(self) -> list[str]:
         """Return what a user should know of the data before training, as lines."""
         lines = data_warnings(self.samples, self.clients)
+        lines += group_warnings(self.samples, self.clients, self.fractions, self.splits)
         if not self.has_sites:
             return lines
         counts = self.class_counts() if self.task == "classification" else np.zeros((len(self.clients), 0))
@@ -379,28 +383,6 @@ def _refuse_partition(values: Mapping[str, Any]) -> None:
                 f"data.{name}: expected no value with data.{'sites' if values['sites'] else 'site_column'}, whose sites"
                 f" are the clients, got {values[name]}. Omit it"
             )
-
-
-def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str]:
-    """Return what a user should know of samples and splits, as lines.
-
-    Args:
-        samples: The samples.
-        clients: Splits of the clients; held-out images are compared with training images of the same client, unless
-            they are stored: that would read all of them.
-    """
-    if isinstance(samples.inputs, StoredInputs):
-        if samples.group is not None:
-            return list(samples.warnings)
-        return [
-            *samples.warnings,
-            "data.dataset: inputs are read from files, and validation and test are not searched for near-copies of"
-            " training images. Give --data.group_column if several are of one patient",
-        ]
-    copies = None
-    if samples.inputs.ndim == 4:  # images
-        copies = near_copy_warning(find_near_copies(samples.inputs, clients), clients, samples.group is not None)
-    return [*samples.warnings, *([] if copies is None else [copies])]
 
 
 def _partition_function(partition: str) -> PartitionFunction:
