@@ -88,7 +88,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         categorical_columns: Columns of a table whose numbers are categories. Text columns are categories in any case.
         ignored_columns: Columns of a table that are no features.
         categories: Categories of each categorical column. Default: those in the data.
-        memory_limit: Images of more than this many GiB are read from their files in every epoch instead of once.
+        memory_limit: Images of more than this many GiB, of all sites together, are read from their files in every epoch
+            instead of once.
         num_workers: Processes that read inputs which are not in memory, at least 0; changes no result. With
             MultiProcess each process reads for itself.
         transform: Augmentation of training samples before pixels are scaled: a transform of torchvision.transforms.v2

@@ -135,9 +135,11 @@ def load_samples(
         )
     if sites is not None:
         found = find_sites(sites)
+        # The limit of memory is that of all sites together: `assemble` reads their images.
+        described = replace(read, memory_limit=0.0)
         return assemble(
             Path(sites).expanduser().resolve().name if isinstance(sites, str) else "sites",
-            {site: _read_site(site, source, read) for site, source in found.items()},
+            {site: _read_site(site, source, described) for site, source in found.items()},
             read,
         )
     assert name is not None

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fedekd.data import load_samples
+from fedekd.data import StoredInputs, load_samples
 from fedekd.data.formats import read_unlabelled
+from fedekd.data.formats.image_folder import read_image_folder
+from fedekd.data.join_images import join_images
 from fedekd.data.raw import ReadOptions
 from fedekd.errors import UserError
 
@@ -104,3 +107,41 @@ def test_sites_of_two_sizes_raise_with_both_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(8, 8\) as in 'a', got \(9, 8\) in 'b'. Set --data.image_size"):
         load_samples(sites=str(tmp_path))
     assert load_samples(sites=str(tmp_path), image_size=8).inputs.shape == (4, 1, 8, 8)
+
+
+def test_memory_limit_is_that_of_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for site in ("a", "b"):
+        for index in range(4):
+            path = tmp_path / site / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(index).integers(0, 256, (16, 16), np.uint8)).save(path)
+    one, both = 4 * 16**2 / 2**30, 8 * 16**2 / 2**30
+    stored = load_samples(sites=str(tmp_path), memory_limit=one).inputs
+    assert isinstance(stored, StoredInputs)
+    monkeypatch.setattr(np, "concatenate", None)  # would hold all images twice
+    resident = join_images({site: read_site(tmp_path / site) for site in "ab"}, ReadOptions(memory_limit=both)).inputs
+    assert np.moveaxis(resident, -1, 1).flags.c_contiguous  # and so would the order of channels
+    monkeypatch.undo()
+    resident = load_samples(sites=str(tmp_path), memory_limit=both).inputs
+    assert torch.equal(stored[torch.arange(8)], resident)
+
+
+def read_site(folder: Path) -> Any:
+    return read_image_folder(folder, ReadOptions(memory_limit=0)).inputs
+
+
+@pytest.mark.parametrize("memory_limit", [0, 1])
+def test_unreadable_image_of_a_site_is_named_or_left_out(tmp_path: Path, memory_limit: float) -> None:
+    for index in range(8):
+        path = tmp_path / f"site{index % 2}" / f"class{index % 4 // 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (16, 16), np.uint8)).save(path)
+    path = tmp_path / "site1/class0/5.png"
+    path.write_bytes(path.read_bytes()[:100])
+    if memory_limit:
+        with pytest.raises(UserError, match=r"^site 'site1': .*image 'class0/5\.png' cannot be read"):
+            load_samples(sites=str(tmp_path), memory_limit=memory_limit)
+    samples = load_samples(sites=str(tmp_path), memory_limit=memory_limit, skip_unreadable=True)
+    assert samples.site is not None
+    assert samples.site.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert samples.targets.tolist() == [0, 0, 1, 1, 0, 1, 1]
