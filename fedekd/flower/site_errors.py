@@ -12,11 +12,11 @@ from fedekd.errors import LONGEST_ERROR, UserError, describe_error, shorten
 
 
 class SiteError(UserError):
-    """Error whose text is sent to the server: it quotes no sample, and no option or file of the site's data."""
+    """Error whose text is sent to the server: it quotes nothing of the data."""
 
 
 def withhold_texts(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Replace the text of any other error than `SiteError`; the outermost mod of a ClientApp.
+    """Replace the text of other errors than `SiteError`; the outermost mod.
 
     Flower sends the text of an exception to the server, and that of wrong data quotes cells of a table, groups and
     paths. The site's log has it, with the traceback.
