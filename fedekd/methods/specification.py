@@ -23,6 +23,9 @@ from fedekd.tasks import Task
 #: Largest image side for the CIFAR stem of a ResNet with exits: torchvision's stem reduces 32 pixels to 8.
 _CIFAR_STEM_SIZE = 64
 
+#: Channels, height and width.
+_IMAGE_DIMENSIONS = 3
+
 
 class DataSpec(Protocol):
     """Properties of the data that `FederationSpec.from_parts` reads."""
@@ -37,7 +40,7 @@ class DataSpec(Protocol):
 
     @property
     def samples(self) -> Samples:
-        """The images; only their shape, classes and task are read."""
+        """The samples; only the shape of an input, the classes and the task are read."""
         ...
 
 
@@ -271,11 +274,20 @@ class FederationSpec:
         return build_optimizer(self.client.optimizer, parameters)
 
     def hash_dict(self) -> dict[str, Any]:
-        """Return the values that determine local training, for content hashes."""
+        """Return the values that determine local training, for content hashes.
+
+        Names are those of earlier versions, and options added since are left out at their defaults, so that runs of
+        these versions can go on.
+        """
         values = asdict(self)
         for name in ("num_clients", "rounds", "metric"):
             values.pop(name)
         values["trainer"].pop("device")  # equal devices give equal results
         if self.transform is None:
             values.pop("transform")
+        if self.client.class_weights is None:
+            values["client"].pop("class_weights")
+        if len(self.input_shape) == _IMAGE_DIMENSIONS:
+            channels, *size = values.pop("input_shape")
+            values |= {"in_channels": channels, "image_size": size}
         return values
