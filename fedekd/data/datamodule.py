@@ -93,7 +93,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         num_workers: Processes that read inputs which are not in memory, at least 0; changes no result. With
             MultiProcess each process reads for itself.
         transform: Augmentation of training samples before pixels are scaled: a transform of torchvision.transforms.v2
-            by class_path, or a list. It keeps shape and type. Evaluation is unchanged.
+            by class_path, or a list. It keeps shape and type: uint8, or float in [0, 1]. Evaluation is unchanged.
 
     Raises:
         UserError: If an argument is out of range.

@@ -69,15 +69,18 @@ def augment(inputs: Tensor, transform: Transform, seed: int) -> Tensor:
     """Transform each sample of a batch.
 
     Args:
-        inputs: Pixels 0..255, uint8, or float inputs, shape (B, C, H, W).
-        transform: Gets one sample, (C, H, W), and returns a tensor of the same shape and type.
+        inputs: Pixels 0..255, uint8, or in [-1, 1], float32, shape (B, C, H, W).
+        transform: Gets one sample, (C, H, W), and returns a tensor of the same shape and type. Float pixels are in
+            [0, 1] before and after it, as torchvision's transforms expect, and in [-1, 1] in the result.
         seed: Seed of PyTorch's, NumPy's and Python's generators, which are restored afterwards.
 
     Raises:
         UserError: If the transform fails, or changes the shape or the type.
     """
     with seeded_generators(seed, inputs.device):
-        return torch.stack([_transformed(x, transform) for x in inputs])
+        if not inputs.is_floating_point():
+            return torch.stack([_transformed(x, transform) for x in inputs])
+        return torch.stack([_transformed((x + 1) / 2, transform) for x in inputs]) * 2 - 1
 
 
 def _transformed(x: Tensor, transform: Transform) -> Tensor:

@@ -56,6 +56,17 @@ def test_batches_transform_differs_per_epoch_and_repeats() -> None:
     assert one[0].dtype == torch.float32
 
 
+def test_augment_float_images_are_transformed_in_0_to_1() -> None:
+    images = torch.linspace(-1, 1, 5 * 64).reshape(5, 1, 8, 8)
+    doubled = augment(images, build_transform({"class_path": f"{USER}.Scaled", "init_args": {"factor": 0.5}}), 0)
+    torch.testing.assert_close(doubled, images / 2 - 0.5)
+    jitter = build_transform({"class_path": "ColorJitter", "init_args": {"brightness": 0.01}})
+    torch.testing.assert_close(augment(images, jitter, 0), images, atol=0.021, rtol=0)
+    flipped = augment(images, build_transform({"class_path": "RandomHorizontalFlip", "init_args": {"p": 1.0}}), 0)
+    torch.testing.assert_close(flipped, images.flip(-1))
+    assert (flipped.min(), flipped.max()) == (-1, 1)
+
+
 def test_evaluation_loaders_have_no_transform(npz: Path) -> None:
     blobs = FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8)
     plain = torch.cat([x for x, _ in blobs.test_dataloader()])

@@ -142,6 +142,16 @@ class Halve:
         return x // random.randint(1, 4)
 
 
+class Scaled:
+    """Multiplies by a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
 def fails(x: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such\nfilter")
 
