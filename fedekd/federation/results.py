@@ -109,7 +109,7 @@ class ScoreSummary:
     """One metric of all clients that have a score, and its Delta.
 
     The figures over clients leave out those whose test split has no value of the metric, for example because it lacks
-    a class. NaN of the method only makes them NaN, and so does a metric that no client has.
+    a class. Outputs that are not finite make them NaN elsewhere, and so does a metric that no client has.
 
     Attributes:
         clients: Score, local baseline's score and Delta, by client number.

@@ -123,8 +123,8 @@ def column_names(rows: Iterable[MetricSpec], class_names: Sequence[str]) -> dict
 def is_undefined(key: str, task: Task, *scored: Mapping[str, float]) -> bool:
     """Return True if a split has no value of a metric, as where it lacks a class.
 
-    That is the case if all networks have finite outputs, for which the task's primary metric is a number, and none has
-    a value of this metric.
+    That is the case if a network with finite outputs, for which the task's primary metric is a number, has no value of
+    this metric. Networks whose outputs are not finite show nothing.
 
     Args:
         key: Key of the metric's value.
@@ -133,7 +133,7 @@ def is_undefined(key: str, task: Task, *scored: Mapping[str, float]) -> bool:
     """
     first = primary_metric(task).name
     nan = float("nan")
-    return all(isnan(values.get(key, nan)) and not isnan(values.get(first, nan)) for values in scored)
+    return any(isnan(values.get(key, nan)) and not isnan(values.get(first, nan)) for values in scored)
 
 
 def missing_classes(task: Task, *scored: Mapping[str, float]) -> list[int]:

@@ -97,12 +97,19 @@ def test_scores_client_without_a_value_is_left_out() -> None:
     assert math.isnan(scores.clients[1][2])
 
 
-def test_scores_nan_of_the_method_only_stays_nan() -> None:
-    scores = progress({0: (0.9, 0.7), 1: (math.nan, 0.7)}).scores(METRICS["auroc"], "auroc")
+def test_scores_non_finite_method_stays_nan_where_the_split_has_all_classes() -> None:
+    run = progress({0: (0.9, 0.7), 1: (math.nan, 0.7)})
+    run.records[1].metrics["accuracy"] = math.nan
+    scores = run.scores(METRICS["auroc"], "auroc")
     assert scores.counted == 2
     assert all(math.isnan(value) for value in (scores.mean, scores.worst, *scores.delta.values()))
-    diverged = progress({0: (0.9, 0.7), 1: (math.nan, math.nan)}, accuracy=math.nan).scores(METRICS["auroc"], "auroc")
-    assert math.isnan(diverged.mean)
+
+
+def test_scores_non_finite_method_at_a_split_without_a_class_is_left_out() -> None:
+    run = progress({0: (0.9, 0.7), 1: (math.nan, math.nan)})
+    run.records[1].metrics["accuracy"] = math.nan
+    scores = run.scores(METRICS["auroc"], "auroc")
+    assert (scores.counted, scores.mean, scores.delta["worst"]) == (1, 0.9, pytest.approx(0.2))
 
 
 def test_scores_no_client_has_a_value_is_nan() -> None:

@@ -134,7 +134,9 @@ def test_metrics_missing_class_is_nan_only_where_it_counts() -> None:
     assert undefined == {"balanced_accuracy", "macro_f1", "auroc", "recall/2"}
     assert missing_classes("classification", values, values) == [2]
     assert is_undefined("auroc", "classification", values)
-    assert not is_undefined("auroc", "classification", values, values | {"auroc": 0.5})
+    diverged = dict.fromkeys(values, math.nan)
+    assert is_undefined("auroc", "classification", diverged, values)
+    assert missing_classes("classification", diverged, values) == [2]
 
 
 def test_metrics_equal_targets_leave_r2_and_kappa_undefined() -> None:
@@ -143,6 +145,16 @@ def test_metrics_equal_targets_leave_r2_and_kappa_undefined() -> None:
     assert math.isnan(values["r2"])
     assert math.isnan(values["quadratic_kappa"])
     assert compute_metrics(torch.zeros(5, 1), torch.ones(5), "regression", 3)["quadratic_kappa"] == 0.0
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1e-4, 0.0), (1e-4, 1e4), (1.0, 1e8)])
+def test_r2_small_scale_or_large_offset_equals_scikit_learn(scale: float, offset: float) -> None:
+    torch.manual_seed(6)
+    targets = offset + scale * torch.randn(30, dtype=torch.float64)
+    outputs = targets + 0.5 * scale * torch.randn(30, dtype=torch.float64)
+    expected = sklearn_metrics.r2_score(targets, outputs)
+    assert 0.5 < expected < 0.9
+    assert compute_metrics(outputs, targets, "regression", 0)["r2"] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("output", [math.inf, math.nan])
