@@ -252,12 +252,7 @@ class Progress:
         row: dict[str, float] = {"round": round_idx, **_columns(metric, scores)}
         for name, summary in others.items():
             row |= _columns(name, summary, f"delta/{name}")
-        logs = [self.records[number].logs for number in scores.clients]
-        exit_names = dict.fromkeys(name for log in logs for name in log if name.startswith("exit"))
-        for name in (*GATE_NAMES, *exit_names):
-            values = [log[name] for log in logs if name in log]
-            if values:
-                row[name] = sum(values) / len(values)
+        row |= self._log_means(primary)
         row |= {f"comm/{name}": value for name, value in asdict(self.traffic).items()}
         for number, (score, local, delta) in scores.clients.items():
             record = self.records[number]
@@ -275,6 +270,24 @@ class Progress:
             row |= {f"deployed/{name}": value for name, value in columns.items()}
         self.history.append(row)
         self.traffic = Traffic()
+
+    def _log_means(self, primary: MetricSpec) -> dict[str, float]:
+        """Return the means of logged scalars over the clients that have them.
+
+        The scores of the exits leave out the clients whose test split has no value of the primary metric.
+        """
+        logs = {number: record.logs for number, record in sorted(self.records.items())}
+        undefined = self.undefined_clients(primary, primary.name)
+        exit_names = dict.fromkeys(name for log in logs.values() for name in log if name.startswith("exit"))
+        means = {}
+        for name in (*GATE_NAMES, *exit_names):
+            left_out = undefined if name.endswith(f"/{primary.name}") else []
+            values = [log[name] for number, log in logs.items() if name in log and number not in left_out]
+            if values:
+                means[name] = sum(values) / len(values)
+            elif any(name in log for log in logs.values()):
+                means[name] = math.nan
+        return means
 
     def other_scores(self, reported: ReportedMetrics) -> dict[str, ScoreSummary]:
         """Return the scores of all reported metrics but the primary one, by column."""

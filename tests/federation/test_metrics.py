@@ -11,7 +11,7 @@ import torch
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
-from fedekd.federation.results import ClientRecord, Progress
+from fedekd.federation.results import ClientRecord, Progress, ReportedMetrics
 from fedekd.methods import FedAvg, Local
 from fedekd.metrics import METRICS, negative_transfer, predicts_like_one_class
 from fedekd.reporting import metrics_csv
@@ -110,6 +110,19 @@ def test_scores_non_finite_method_at_a_split_without_a_class_is_left_out() -> No
     run.records[1].metrics["accuracy"] = math.nan
     scores = run.scores(METRICS["auroc"], "auroc")
     assert (scores.counted, scores.mean, scores.delta["worst"]) == (1, 0.9, pytest.approx(0.2))
+
+
+def test_row_exit_score_leaves_out_clients_without_a_value(even: FederatedDataModule) -> None:
+    run, reported = progress({0: (0.9, 0.7), 1: (math.nan, math.nan)}), ReportedMetrics(["auroc"], even.samples)
+    for number, score in ((0, 0.8), (1, math.nan)):
+        run.records[number].score = run.records[number].metrics["auroc"]
+        run.records[number].logs = {"exit_1/auroc": score, "exit_1/active": float(number)}
+    run.add_row(1, reported)
+    del run.records[0]
+    run.add_row(2, reported)
+    assert run.history[0]["exit_1/auroc"] == 0.8
+    assert run.history[0]["exit_1/active"] == 0.5
+    assert math.isnan(run.history[1]["exit_1/auroc"])
 
 
 def test_scores_no_client_has_a_value_is_nan() -> None:
