@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,10 +62,10 @@ def to_row(
     delta = summary["delta"]
     values = {
         "alpha": "",  # of sites
-        **{name: summary[name] for name in COLUMNS if name in summary},
+        **{name: _or_nan(summary[name]) for name in COLUMNS if name in summary},
         **{"key": key, "configuration": configuration, "method": method, "clients": len(summary["clients"])},
-        **{"delta_avg": delta["avg"], "delta_worst": delta["worst"]},
-        "delta_tail": next(value for name, value in delta.items() if name.startswith("p")),
+        **{"delta_avg": _or_nan(delta["avg"]), "delta_worst": _or_nan(delta["worst"])},
+        "delta_tail": _or_nan(next(value for name, value in delta.items() if name.startswith("p"))),
         "seconds": round(summary["seconds"], 1),
         **{name: summary["versions"][name] for name in ("fedekd", "torch")},
         **provenance,
@@ -84,8 +85,13 @@ def _exit_values(summary: Mapping[str, Any]) -> dict[str, float]:
     points |= {f"budget_{round(100 * point['budget'])}": point for point in summary.get("budgets", ())}
     values: dict[str, float] = {}
     for name, point in points.items():
-        values |= {name: point["accuracy"], f"{name}_flops": point["cost"]}
+        values |= {name: _or_nan(point["accuracy"]), f"{name}_flops": point["cost"]}
     return values
+
+
+def _or_nan(value: Any) -> Any:
+    """Return NaN for the null of an undefined value."""
+    return math.nan if value is None else value
 
 
 def exit_columns(frame: pd.DataFrame) -> list[str]:

@@ -116,7 +116,8 @@ def _read_run(folder: Path) -> Run:
     try:
         RunFolder(folder, {}).require_intact("config.yaml", "metrics.csv", "summary.json")
         values = as_values(parser, parse(parser, ["--config", str(folder / "config.yaml")]))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        text = (folder / "summary.json").read_text(encoding="utf-8")
+        summary = json.loads(text, parse_constant=lambda _: None)  # earlier versions wrote NaN
         history = read_metrics_csv(folder / "metrics.csv")
         settings = {name.replace(".init_args", ""): value for name, value in decisive_options(values, parser).items()}
         partition = str(values["data"].get("partition") or "Dirichlet")

@@ -52,6 +52,9 @@ class DoNoHarm:
     - Confidence: `confidence`, over the holdout samples, for all comparisons of the client together.
     - Assumptions: holdout samples are independent draws; both models were trained without them.
 
+    The models are compared by the 0/1 loss, or by squared errors, whatever the primary metric of the run: a certified
+    model may have a worse AUROC than the local one.
+
     Without evidence the local model is deployed: of two models with equal accuracy the local one is used most of the
     time. `acceptance_probability` computes the power.
 

@@ -343,8 +343,13 @@ def _columns(metric: str, scores: ScoreSummary, delta: str = "delta") -> dict[st
 def summarize(run: Orchestrator) -> dict[str, Any]:
     """Return the summary of a finished run, the content of `summary.json`.
 
-    All values except `seconds` and `versions` are repeatable.
+    All values except `seconds` and `versions` are repeatable; undefined ones are None.
     """
+    return {name: _json_value(value) for name, value in _summary(run).items()}
+
+
+def _summary(run: Orchestrator) -> dict[str, Any]:
+    """Return the summary with NaN where a value is undefined."""
     primary, records = run.metrics.primary, run.progress.records
     scores, others = run.progress.scores(primary), run.progress.other_scores(run.metrics)
     counts = run.data.class_counts()
@@ -366,7 +371,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
             }
         )
         if run.do_no_harm is not None and comparison is not None:
-            clients[-1] |= {name: _or_none(value) for name, value in asdict(comparison).items()}
+            clients[-1] |= asdict(comparison)
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.samples.name,
@@ -396,8 +401,12 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
     }
 
 
-def _or_none(value: Any) -> Any:
-    """Return None for NaN, which is no JSON value."""
+def _json_value(value: Any) -> Any:
+    """Return a value with None for NaN, which is not valid JSON, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(part) for part in value]
     return None if value != value else value
 
 
@@ -405,10 +414,10 @@ def _other_summaries(others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
     """Return the figures of the other metrics, over the `clients` with a value."""
     figures = {
         name: {
-            "mean": _or_none(scores.mean),
-            "worst": _or_none(scores.worst),
-            "local_mean": _or_none(scores.local_mean),
-            "delta": {part: _or_none(value) for part, value in scores.delta.items()},
+            "mean": scores.mean,
+            "worst": scores.worst,
+            "local_mean": scores.local_mean,
+            "delta": scores.delta,
             "clients": scores.counted,
         }
         for name, scores in others.items()
@@ -419,7 +428,7 @@ def _other_summaries(others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
 def _other_values(number: int, others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
     """Return the values of the other metrics of a client."""
     values = {
-        name: dict(zip(("score", "local", "delta"), map(_or_none, scores.clients[number]), strict=True))
+        name: dict(zip(("score", "local", "delta"), scores.clients[number], strict=True))
         for name, scores in others.items()
     }
     return {"metrics": values} if values else {}

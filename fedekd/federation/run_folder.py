@@ -394,7 +394,7 @@ class RunFolder:
             return None
         path = self.folder / _SUMMARY
         try:
-            summary = json.loads(path.read_text())
+            summary = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN of earlier versions
         except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too many levels
             summary = None
         if not isinstance(summary, dict):

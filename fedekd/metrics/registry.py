@@ -52,13 +52,13 @@ class MetricSpec:
     is_per_class: bool = False
     needs_grades: bool = False
 
-    def text(self, value: float) -> str:
-        """Return a value as it is printed."""
-        return format(value, self.format)
+    def text(self, value: float | None) -> str:
+        """Return a value as it is printed; `-` for None and NaN."""
+        return "-" if value is None or math.isnan(value) else format(value, self.format)
 
-    def difference_text(self, value: float) -> str:
-        """Return a difference of two values as it is printed, with its sign."""
-        return format(value, f"+{self.format}")
+    def difference_text(self, value: float | None) -> str:
+        """Return a signed difference as it is printed; `-` for None and NaN."""
+        return "-" if value is None or math.isnan(value) else format(value, f"+{self.format}")
 
     def worst(self, values: Sequence[float]) -> float:
         """Return the worst of the values; NaN if there is none or one of them is NaN."""

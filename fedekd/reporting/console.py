@@ -148,7 +148,9 @@ def deployed_table(summary: Summary) -> Table:
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
-        deployed_delta = client["delta"] if client["deployed"] == "federated" else 0.0
+        # As in Progress.scores: the local model's Delta is 0, or undefined with its score.
+        local_delta = None if client["local"] is None else 0.0
+        deployed_delta = client["delta"] if client["deployed"] == "federated" else local_delta
         changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
         table.add_row(client_title(client), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
@@ -164,8 +166,8 @@ def _add_client_column(table: Table, summary: Summary) -> None:
     table.add_column("site" if has_names else "client", justify="left" if has_names else "right", overflow="fold")
 
 
-def _delta_text(value: float, summary: Summary) -> Text:
-    """Format a Delta with its sign, red where it is harm."""
+def _delta_text(value: float | None, summary: Summary) -> Text:
+    """Format a Delta with its sign, red where it is harm; `-` where it is undefined."""
     metric = summary["metric"]
     return Text(metric_spec(metric).difference_text(value), style="red" if is_harm(value, metric) else "")
 

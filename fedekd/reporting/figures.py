@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def delta_per_client(summary: Summary) -> Figure:
         One bar per client, with lines at the average, the worst and zero.
     """
     metric, clients, delta = summary["metric"], summary["clients"], summary["delta"]
-    values = [float(client["delta"]) for client in clients]
+    values = [_number(client["delta"]) for client in clients]
     positions = range(len(clients))
     figure, axes = _figure(min(max(5.5, 0.32 * len(clients) + 2.0), 16.0), 4.2)
     colours = [VERMILLION if is_harm(value, metric) else BLUE for value in values]
@@ -96,8 +97,8 @@ def delta_per_client(summary: Summary) -> Figure:
         axes.bar_label(bars, fmt="%+.3f", fontsize=8, padding=3)
         axes.margins(y=0.12)
     axes.axhline(0.0, color=BLACK, linewidth=0.8)
-    average = axes.axhline(delta["avg"], color=BLACK, linewidth=1.4, linestyle="--")
-    worst = axes.axhline(delta["worst"], color=BLACK, linewidth=1.4, linestyle=":")
+    average = axes.axhline(_number(delta["avg"]), color=BLACK, linewidth=1.4, linestyle="--")
+    worst = axes.axhline(_number(delta["worst"]), color=BLACK, linewidth=1.4, linestyle=":")
     step = -(-len(clients) // 50)
     names = client_titles(summary)
     has_names = any("name" in client for client in clients)
@@ -116,7 +117,7 @@ def delta_per_client(summary: Summary) -> Figure:
         xlabel=row,
         ylabel=f"Delta of {_axis_label(metric)}",
     )
-    labels = [f"average {delta['avg']:+.4f}", f"worst {delta['worst']:+.4f}"]
+    labels = [f"average {_number(delta['avg']):+.4f}", f"worst {_number(delta['worst']):+.4f}"]
     figure.legend([average, worst], labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
@@ -139,7 +140,8 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     mean = [(int(row["round"]), row[f"{metric}/mean"]) for row in history if f"{metric}/mean" in row]
     if mean:
         axes.plot(*zip(*mean, strict=True), color=BLUE, linewidth=2.6, marker="o", markersize=5, label="mean")
-    axes.axhline(summary["local_mean"], color=BLACK, linewidth=1.4, linestyle="--", label="mean of the local baselines")
+    local_mean = _number(summary["local_mean"])
+    axes.axhline(local_mean, color=BLACK, linewidth=1.4, linestyle="--", label="mean of the local baselines")
     axes.set(
         title=f"{title[0].upper() + title[1:]} per round: {summary['method']}, {summary['dataset']}",
         xlabel="communication round",
@@ -236,6 +238,11 @@ def _names(argument: str, count: int, names: Sequence[str] | None) -> list[str]:
 def _client_label(names: Sequence[str] | None) -> str:
     """Return the title of an axis of clients."""
     return "client" if names is None else "site"
+
+
+def _number(value: float | None) -> float:
+    """Return NaN, which is not drawn, for an undefined value."""
+    return math.nan if value is None else float(value)
 
 
 def _axis_label(metric: str) -> str:

@@ -121,11 +121,13 @@ def value_title(name: str, summary: Summary) -> str:
     return f"{title} of {classes[names.index(name)]}"
 
 
-def is_harm(delta: float, metric: str) -> bool:
+def is_harm(delta: float | None, metric: str) -> bool:
     """Return whether a client is worse than its local baseline.
 
     Args:
-        delta: Delta of the client.
+        delta: Delta of the client; None or NaN, which is no harm, where it is undefined.
         metric: Name of the metric, which decides the direction.
     """
+    if delta is None:
+        return False
     return delta < 0 if metric_spec(metric).higher_is_better else delta > 0

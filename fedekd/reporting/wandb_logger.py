@@ -169,8 +169,7 @@ class WandbRunLogger(WandbLogger):
         deltas = {f"delta/{name}": value for name, value in summary["delta"].items()}
         for other, values in summary.get("metrics", {}).items():
             figures = {f"{other}/{name}": values[name] for name in ("mean", "worst", "local_mean")}
-            figures |= {f"delta/{other}/{name}": value for name, value in values["delta"].items()}
-            scores |= {name: value for name, value in figures.items() if value is not None}
+            scores |= figures | {f"delta/{other}/{name}": value for name, value in values["delta"].items()}
         for line in summary.get("budgets", ()):
             name = f"budget_{round(100 * line['budget'])}"
             scores |= {f"{name}/accuracy": line["accuracy"], f"{name}/flops": line["cost"]}
@@ -182,7 +181,8 @@ class WandbRunLogger(WandbLogger):
         sites = ["name"] if any("name" in client for client in summary["clients"]) else []
         names = ["client", *sites, "train", "test", "local", "score", "delta"]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
-        self.experiment.summary.update({**scores, **deltas, **costs, "clients": table})
+        defined = {name: value for name, value in {**scores, **deltas, **costs}.items() if value is not None}
+        self.experiment.summary.update({**defined, "clients": table})
 
     @rank_zero_only
     def log_artifacts(self, folder: Path) -> None:

@@ -2,21 +2,30 @@ from __future__ import annotations
 
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from fedekd.benchmark.results import COLUMNS, to_row
 from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
 from fedekd.federation.results import ClientRecord, Progress, ReportedMetrics
 from fedekd.methods import FedAvg, Local
 from fedekd.metrics import METRICS, negative_transfer, predicts_like_one_class
-from fedekd.reporting import metrics_csv
+from fedekd.reporting import metrics_csv, result_tables
+from fedekd.reporting.console import deployed_table, round_line
+from fedekd.reporting.run_report import Run, run_sections, run_table
 
 from .conftest import Federate, Recorder
+
+#: A client without a score of either model, one whose federated model diverged, and one that it harms.
+UNDEFINED = ((None, None), (None, 0.7), (-0.1, 0.7))
 
 CHOSEN = ["balanced_accuracy", "auroc", "recall"]
 
@@ -25,6 +34,20 @@ CHOSEN = ["balanced_accuracy", "auroc", "recall"]
 def even(npz: Path) -> FederatedDataModule:
     """Clients of which each has all classes in its test split."""
     return FederatedDataModule(str(npz), num_clients=3, partition="iid", batch_size=8)
+
+
+@pytest.fixture
+def make_deployed() -> dict[str, Any]:
+    """A summary of three clients that deploy their local models."""
+    comparison = {"samples": 9, "worse": 2, "better": 1, "gain": 0.1, "p_value": None, "deployed": "local"}
+    clients = [
+        {"client": number, "delta": delta, "local": local, **comparison}
+        for number, (delta, local) in enumerate(UNDEFINED)
+    ]
+    delta: dict[str, Any] = dict.fromkeys(("avg", "worst", "p10"))
+    rule = {"rule": "better", "confidence": 0.9, "margin": 0.0}
+    content = {"task": "classification", "metric": "auroc", "clients": clients, "delta": delta}
+    return {**content, "deployed": {"rule": rule, "delta": delta}}
 
 
 def test_run_chosen_metrics_decide_score_delta_and_columns(
@@ -147,6 +170,44 @@ def test_run_test_split_without_a_class_is_named_once(federate: Federate, npz: P
         assert (f"{number}: no {', '.join(map(str, labels))}" in line) == bool(labels)
     defined = [number for number, labels in enumerate(missing) if not labels]
     assert summary["metrics"]["auroc"]["clients"] == len(defined)
+
+
+def test_run_primary_metric_undefined_at_a_site_is_null_and_a_dash(
+    federate: Federate, npz: Path, tmp_path: Path
+) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    data = FederatedDataModule(str(npz), num_clients=3, alpha=0.1, batch_size=8)
+    run = federate(
+        FedAvg(), data=data, metrics=["auroc", "recall"], output=tmp_path, do_no_harm=DoNoHarm(rule="better")
+    )
+    summary = run.run()
+    content = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert content == summary
+    undefined = [client for client in content["clients"] if "missing_in_test" in client]
+    assert undefined
+    assert all(client[name] is None for client in undefined for name in ("score", "local", "delta"))
+    console = Console(file=StringIO(), width=200)
+    for table in result_tables(summary, ["auroc", "recall"]):
+        console.print(table)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "-" in printed
+    assert "nan" not in printed.replace("nan-", "")
+    # No client has a value, as in a round of few participants.
+    everywhere = {**summary, "mean": None, "local_mean": None, "delta": dict.fromkeys(summary["delta"])}
+    report = Run("run", "fit", {}, "", everywhere, run.progress.history)
+    assert "mean -, local baseline -" in run_sections([report])[1].text[0]
+    assert run_table([report])["Delta avg"].tolist() == ["-"]
+    row = {**run.progress.history[-1], "auroc/mean": math.nan, "delta/avg": math.nan}
+    assert "auroc -  delta avg - worst" in round_line(row, 2)
+    provenance = {name: "" for name in COLUMNS if name not in summary}
+    assert to_row("k", "c", "FedAvg", everywhere, provenance)["mean"] == "nan"
+
+
+def test_deployed_table_undefined_delta_is_a_dash(make_deployed: dict[str, Any]) -> None:
+    rows = [[str(cell) for cell in column.cells] for column in deployed_table(make_deployed).columns[-2:]]
+    assert [cells[:3] for cells in rows] == [["-", "-", "-0.1000"], ["-", "+0.0000", "+0.0000"]]
 
 
 def test_progress_of_an_earlier_version_has_the_primary_metric_only(federate: Federate) -> None:

@@ -135,3 +135,14 @@ def test_save_equal_figures_give_equal_bytes_without_version(tmp_path, make_row,
     assert b"Software" not in first
     assert int.from_bytes(first[16:20], "big") == round(6.8 * 150)
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_figures_undefined_scores_are_not_drawn(make_summary):
+    summary = make_summary((0.5, 0.6), (0.7, 0.6))
+    summary["clients"][0]["delta"] = None
+    summary |= {"local_mean": None, "delta": dict.fromkeys(summary["delta"])}
+    heights = [bar.get_height() for bar in figures.delta_per_client(summary).axes[0].patches]
+    assert np.isnan(heights[0])
+    assert heights[1] == pytest.approx(-0.1)
+    history = [{"round": 1, f"{summary['metric']}/mean": np.nan}]
+    figures.score_per_round(history, summary).draw_without_rendering()
