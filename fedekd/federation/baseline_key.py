@@ -21,6 +21,7 @@ TRAINING_CODE = (
     "data/batches.py",
     "data/readers.py",
     "data/stored.py",
+    "data/tables.py",
     "data/transforms.py",
     "federation/local_baseline.py",
     "functional",
@@ -64,6 +65,7 @@ def baseline_key(client: Client) -> str:
     content = {
         "data": client.splits.digest(client.samples),
         "validation": client.splits.validation_digest(client.samples),
+        "unit": [client.splits.target_shift, client.splits.target_scale],
         "client": client.number,
         "spec": spec,
         "network": network_fingerprint(network),

@@ -312,6 +312,17 @@ def test_baseline_key_depends_on_the_cut_of_the_validation_split(federate: Feder
     assert len({*keys, baseline_key(client)}) == 3
 
 
+def test_baseline_key_depends_on_the_unit_of_targets_and_its_code(federate: Federate) -> None:
+    client = client_of(federate(Local()))
+    before, splits = baseline_key(client), client.splits
+    keys = {before}
+    for unit in ({"target_shift": 40.0}, {"target_scale": 2.0}):
+        client.splits = replace(splits, **unit)
+        keys.add(baseline_key(client))
+    assert len(keys) == 3
+    assert "data/tables.py" in TRAINING_CODE
+
+
 def test_baseline_key_depends_on_everything_that_decides_the_number(
     federate: Federate, npz: Path, write_blobs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
