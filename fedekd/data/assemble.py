@@ -95,16 +95,22 @@ def _sites(
 def _groups(
     sources: Mapping[str | None, RawSamples], options: ReadOptions
 ) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return the group of each sample, and the names; groups of two sources differ."""
-    if options.group_column is None and any(part.group is None for part in sources.values()):
-        return None, ()  # with groups in all: data sets of the user whose attribute names them
+    """Return the group of each sample, and the names; groups of two sources differ.
+
+    Data sets of the user may have groups without an option. Each sample of a source without groups is then one.
+    """
+    if options.group_column is None and all(part.group is None for part in sources.values()):
+        return None, ()
     numbers: list[npt.NDArray[np.int64]] = []
     names: list[str] = []
     for site, part in sources.items():
-        if part.group is None:
+        groups = part.group
+        if groups is None and options.group_column is not None:
             where = "the data" if site is None else f"site {site!r}"
             raise UserError(f"data.group_column: expected a column or array of {where}, got {options.group_column!r}")
-        values, number = np.unique(part.group.astype(str), return_inverse=True)
+        # Of equal length, so that the order of names is that of the samples.
+        groups = np.asarray([f"sample {index:09}" for index in range(len(part))]) if groups is None else groups
+        values, number = np.unique(groups.astype(str), return_inverse=True)
         numbers.append(number.astype(np.int64) + len(names))
         names += values.tolist()
     return np.concatenate(numbers), tuple(names)

@@ -29,7 +29,7 @@ def require_groups_in_one_split(samples: Samples, clients: Sequence[ClientSplits
 def group_warnings(
     samples: Samples, clients: Sequence[ClientSplits], fractions: Sequence[float], splits: str = "random"
 ) -> list[str]:
-    """Return a line on groups at several sites, and one on splits far from their shares.
+    """Return lines on groups at several sites, and on splits far from their shares.
 
     Splits are drawn at each client by itself, because a site does not know the groups of others. A group that is at two
     sites may therefore be in training at one and in the test of the other.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedekd.data.formats import format_of
-from fedekd.errors import UserError, shorten, shorten_path
+from fedekd.errors import UserError, listed, shorten, shorten_path
 
 _LONGEST_NAME = 60
 
@@ -24,7 +24,8 @@ def find_sites(sites: str | Mapping[str, Any]) -> dict[str, Any]:
             its suffix, sorted by name; or a mapping from names to sources.
 
     Raises:
-        UserError: If there is no such folder, it has no site, or a name is invalid or occurs twice.
+        UserError: If there is no such folder, it has no site, a subfolder has no readable content, or a name is invalid
+            or occurs twice.
     """
     found = dict(sites) if isinstance(sites, Mapping) else _in_folder(Path(sites).expanduser())
     seen: dict[str, str] = {}
@@ -62,8 +63,15 @@ def _in_folder(folder: Path) -> dict[str, Any]:
             f"data.sites: expected a folder with a file or subfolder per site, got '{shorten_path(folder)}'"
         )
     found: dict[str, Any] = {}
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or format_of(path) is None:
+    paths = _visible(folder)
+    # An empty site would leave the federation without a message.
+    if unread := [repr(path.name) for path in paths if path.is_dir() and format_of(path) is None]:
+        raise UserError(
+            "data.sites: expected images, or a file in a known format, in each subfolder, got none in"
+            f" {listed(unread)}. Remove empty folders"
+        )
+    for path in paths:
+        if format_of(path) is None:
             continue
         name = path.name if path.is_dir() else path.stem
         if name in found:
@@ -74,3 +82,27 @@ def _in_folder(folder: Path) -> dict[str, Any]:
             f"data.sites: expected a file or subfolder per site in a known format, got none in '{shorten_path(folder)}'"
         )
     return found
+
+
+def skipped_warnings(sites: str | Mapping[str, Any]) -> list[str]:
+    """Return a line that names the files of a folder of sites that are no sites.
+
+    Args:
+        sites: As in `find_sites`.
+    """
+    if isinstance(sites, Mapping):
+        return []
+    paths = _visible(Path(sites).expanduser())
+    skipped = [repr(path.name) for path in paths if not path.is_dir() and format_of(path) is None]
+    if not skipped:
+        return []
+    what = (
+        "1 file has no known format and is no site"
+        if len(skipped) == 1
+        else (f"{len(skipped)} files have no known format and are no sites")
+    )
+    return [f"data.sites: {what}: {listed(skipped)}"]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)

@@ -22,7 +22,7 @@ from fedekd.data.formats.npz import Splits, pool, read_npz
 from fedekd.data.formats.torch_dataset import is_dataset, read_dataset
 from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
 from fedekd.data.samples import Samples
-from fedekd.data.sites import find_sites
+from fedekd.data.sites import find_sites, skipped_warnings
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
 from fedekd.errors import UserError, describe_error, nearest, shorten, shorten_path
 from fedekd.tasks import Task
@@ -134,14 +134,7 @@ def load_samples(
             + ("neither" if name is None else f"{shorten(repr(name))} and data.sites. Omit one")
         )
     if sites is not None:
-        found = find_sites(sites)
-        # The limit of memory is that of all sites together: `assemble` reads their images.
-        described = replace(read, memory_limit=0.0)
-        return assemble(
-            Path(sites).expanduser().resolve().name if isinstance(sites, str) else "sites",
-            {site: _read_site(site, source, described) for site, source in found.items()},
-            read,
-        )
+        return _load_sites(sites, read)
     assert name is not None
     folder = Path(root).expanduser()
     path = Path(name).expanduser()
@@ -169,6 +162,18 @@ def load_samples(
             f" '{shorten_path(path)}' not found). {_hint(name)}"
         )
     return assemble(key, {None: raw}, read)
+
+
+def _load_sites(sites: str | Mapping[str, Any], options: ReadOptions) -> Samples:
+    """Load the sites of a folder or mapping."""
+    name = Path(sites).expanduser().resolve().name if isinstance(sites, str) else "sites"
+    # The limit of memory is that of all sites together: `assemble` reads their images.
+    described = replace(options, memory_limit=0.0)
+    parts: dict[str | None, RawSamples] = {
+        site: _read_site(site, source, described) for site, source in find_sites(sites).items()
+    }
+    samples = assemble(name, parts, options)
+    return replace(samples, warnings=(*skipped_warnings(sites), *samples.warnings))
 
 
 def _read_site(site: str, source: Any, options: ReadOptions) -> RawSamples:

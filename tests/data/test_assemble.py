@@ -71,6 +71,13 @@ def test_groups_of_two_sites_are_different() -> None:
     assert samples.group.tolist() == [0, 1, 0, 2, 2]
 
 
+def test_groups_of_one_source_only_are_kept_and_other_samples_are_groups() -> None:
+    samples = joined(raw([0, 1]), raw([0, 1, 0], group=["p1", "p2", "p1"]), raw([1]))
+    assert samples.group.tolist() == [0, 1, 2, 3, 2, 4]
+    assert [samples.group_names[number] for number in (2, 3)] == ["p1", "p2"]
+    assert joined(raw([0, 1]), raw([0, 1])).group is None
+
+
 def test_site_column_names_sites() -> None:
     samples = joined(raw([0, 1, 0], site=["x", "a", "x"]), site_column="hospital")
     assert (samples.site_names, samples.site.tolist()) == (("a", "x"), [1, 0, 1])

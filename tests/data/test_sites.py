@@ -84,6 +84,24 @@ def test_find_sites_folder_without_sites_raises(tmp_path: Path) -> None:
         find_sites(str(tmp_path / "absent"))
 
 
+def test_find_sites_subfolder_without_readable_content_raises(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    (folder / "Bern").mkdir()
+    with pytest.raises(UserError, match=r"data.sites: expected .* in each subfolder, got none in 'Bern'"):
+        find_sites(str(folder))
+    (folder / "Bern" / "scan.svg").write_text("<svg/>")
+    (folder / "Uri").mkdir()
+    with pytest.raises(UserError, match=r"got none in 'Bern' and 'Uri'|got none in 'Bern', 'Uri'"):
+        find_sites(str(folder))
+
+
+def test_files_of_a_folder_of_sites_that_are_no_sites_are_reported(folder: Path) -> None:
+    (folder / "Uri.xlsx").write_bytes(b"PK")
+    (folder / ".hidden").write_text("x")
+    [line] = [line for line in FederatedDataModule(sites=str(folder)).warnings() if "no sites" in line]
+    assert line == "data.sites: 2 files have no known format and are no sites: 'Uri.xlsx', 'classes.txt'"
+
+
 def test_damaged_file_of_a_site_is_named(folder: Path) -> None:
     (folder / "b.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"site 'b': .*b.npz' cannot be read"):

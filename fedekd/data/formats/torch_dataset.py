@@ -61,12 +61,21 @@ def read_dataset(site: str, source: Any, options: ReadOptions) -> RawSamples:
     if None not in parts:
         numbers = np.asarray([SPLITS.index(str(split)) for split in parts], np.int8)
         splits = np.repeat(numbers, [len(one.part) for one in read])
-    groups = [part.groups for part in read if part.groups is not None]
+    groups = None
+    if any(part.groups is not None for part in read):  # of splits without groups each sample is one
+        groups = np.concatenate(
+            [
+                np.asarray([f"{split} {index:09}" for index in range(len(one.part))])
+                if one.groups is None
+                else one.groups.astype(str)
+                for split, one in zip(parts, read, strict=True)
+            ]
+        )
     return RawSamples(
         StoredInputs([one.part for one in read]),
         np.concatenate([part.targets for part in read]),
         class_names=read[0].class_names,
-        group=np.concatenate(groups) if len(groups) == len(read) else None,
+        group=groups,
         split=splits,
     )
 

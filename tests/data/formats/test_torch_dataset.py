@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from fedekd.data import FederatedDataModule, Samples, StoredInputs, load_samples
 from fedekd.errors import UserError
-from tests.data.user_data import Blobs, Labelled
+from tests.data.user_data import Blobs, Labelled, Module
 
 PACKAGE = "tests.data.user_data"
 
@@ -55,6 +55,13 @@ def test_data_module_has_given_splits() -> None:
         *(30, 12, 9)
     ]
     assert data.samples.targets[data.clients[1].test].tolist() == [(index + 3) % 3 for index in range(9)]
+
+
+def test_data_module_with_groups_in_one_split_keeps_them() -> None:
+    module = Module()
+    module.setup = lambda stage=None: module.parts.update(train=Labelled(30), val=Blobs(12, 1), test=Blobs(9, 2))
+    samples = load(a=module)
+    assert len(samples.group.unique()) == 15 + 12 + 9
 
 
 class Renamed(Labelled):
