@@ -87,7 +87,9 @@ class GridDisplay:
         metric = METRICS[row["metric"]]
         average, worst = (metric.difference_text(float(row[f"delta_{name}"])) for name in ("avg", "worst"))
         scores = f"{metric.title} {metric.text(float(row['mean']))}  Delta avg {average} worst {worst}"
-        self.console.print(f"{_name(cell)}  {scores}  {float(row['seconds']):.0f} s", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"{_name(cell)}  {scores}  {float(row['seconds']):.0f} s", highlight=False, soft_wrap=True, markup=False
+        )
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
         """Print the reason."""

@@ -141,7 +141,7 @@ def run(argv: Sequence[str]) -> int:
         console.print(exit_table(policy, client))
         lines = remarks(policy, client, trained_on if held_out is None else None)
         for line in (*lines, f"written to {path}"):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     if has_table:
         rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
         columns = [field.name for field in fields(ClientExitReport)]
@@ -152,7 +152,7 @@ def run(argv: Sequence[str]) -> int:
             console.print(client_table(reports, calibrator, [client.splits.title for client in clients]))
         skipped = len(clients) - len(selected) if config.client is None else 0
         note = f"; {skipped} clients have no exits" if skipped else ""
-        console.print(f"written to {table}{note}", highlight=False, soft_wrap=True)
+        console.print(f"written to {table}{note}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

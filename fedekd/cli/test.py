@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     before, now = ({k: v for k, v in content.items() if k not in _UNREPEATABLE} for content in (saved, summary))
     if difference := first_difference(before, now):
         key, old, new = difference
-        console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True)
+        console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True, markup=False)
         return 1
     progress = orchestrator.progress
     if line := _first_different_line(folder / "metrics.csv", metrics_csv(progress.history, progress.names)):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,11 +21,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fedekd.errors import print_warning
+from fedekd.errors import print_warning, shorten
 from fedekd.global_state import exclusive
 from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, value_title
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
+
+_LONGEST_NAME = 24  # of a site in tables of many columns
 
 
 def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> list[Table]:
@@ -49,25 +52,36 @@ def other_metrics_table(summary: Summary) -> Table | None:
         summary: Content of `summary.json` with `metrics`.
 
     Returns:
-        One row per client, and mean, worst and tail; "-" where the client's test split has no value. None if there are
-        no other metrics.
+        One row per client, and mean, worst and tail, or one column each if there are more metrics; "-" where the
+        client's test split has no value. None if there are no other metrics.
     """
     figures, clients = summary["metrics"], summary["clients"]
     if not figures:
         return None
-    table = Table(title=f"{summary['method']} on {summary['dataset']}, other metrics (Delta)")
-    _add_client_column(table, summary)
-    for name in figures:
-        table.add_column(value_title(name, summary), justify="right")
-    for client in clients:
-        table.add_row(client_title(client), *(_value_text(name, client["metrics"][name]) for name in figures))
-    table.add_section()
+    titles = [value_title(name, summary) for name in figures]
+    rows = [
+        (title, [_value_text(name, client["metrics"][name]) for name in figures])
+        for title, client in zip(_short_titles(clients), clients, strict=True)
+    ]
     for title, part, stat in (("mean", "mean", "avg"), ("worst", "worst", "worst"), ("P10/P90", None, None)):
         cells = []
         for name, values in figures.items():
             tail = stat or metric_spec(name).tail
             cells.append(_value_text(name, {"score": values[part] if part else None, "delta": values["delta"][tail]}))
-        table.add_row(title, *cells)
+        rows.append((title, cells))
+    table = Table(title=_plain(f"{summary['method']} on {summary['dataset']}, other metrics (Delta)", "table.title"))
+    if len(figures) > len(rows):  # the terminal has no room for a column per class
+        table.add_column("metric", overflow="fold")
+        for title, _ in rows:
+            table.add_column(_plain(title), justify="right", overflow="fold")
+        for number, title in enumerate(titles):
+            table.add_row(_plain(title), *(cells[number] for _, cells in rows))
+        return table
+    _add_client_column(table, summary)
+    for title in titles:
+        table.add_column(_plain(title), justify="right", overflow="fold")
+    for number, (title, cells) in enumerate(rows):
+        table.add_row(_plain(title), *cells, end_section=number == len(clients) - 1)
     return table
 
 
@@ -92,19 +106,19 @@ def client_table(summary: Summary) -> Table:
     """
     metric, clients, delta = metric_spec(summary["metric"]), summary["clients"], summary["delta"]
     names = summary.get("class_names")
-    with_classes = any("classes" in client for client in clients)
-    table = Table(title=f"{summary['method']} on {summary['dataset']}, {metric.title}")
+    with_classes = any(client.get("classes") for client in clients)
+    table = Table(title=_plain(f"{summary['method']} on {summary['dataset']}, {metric.title}", "table.title"))
     _add_client_column(table, summary)
     for heading in ("train", "test"):
         table.add_column(heading, justify="right")
     if with_classes:
         table.add_column("classes", overflow="fold")
     for heading in ("Local", summary["method"], "Delta"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(_plain(heading), justify="right", no_wrap=True)
 
     def add(name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text) -> None:
-        # Text, since a bracket in the name of a class is no markup.
-        table.add_row(name, *samples, *([Text(classes)] if with_classes else []), local, method, change)
+        shown = [_plain(classes)] if with_classes else []
+        table.add_row(_plain(name), *samples, *shown, local, method, change)
 
     for client in clients:
         labels = client.get("classes", [])
@@ -133,18 +147,17 @@ def deployed_table(summary: Summary) -> Table:
     rule, delta, after = summary["deployed"]["rule"], summary["delta"], summary["deployed"]["delta"]
     by_class, tail = summary["task"] == "classification", metric_spec(summary["metric"]).tail
     guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}"
-    table = Table(title=f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}")
+    title = f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}"
+    table = Table(title=title, collapse_padding=True, pad_edge=False)  # as narrow as possible, for names of sites
     _add_client_column(table, summary)
     for heading in ("compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):
-        table.add_column(heading, justify="right")
-    for heading in ("Delta before", "after"):
+        table.add_column(heading, justify="right", no_wrap=heading == "deployed", overflow="fold")
+    for heading in ("Delta\nbefore", "Delta\nafter"):
         table.add_column(heading, justify="right", no_wrap=True)
 
-    for client in summary["clients"]:
+    for title, client in zip(_short_titles(summary["clients"]), summary["clients"], strict=True):
         if "deployed" not in client:  # the client took part in no round
-            table.add_row(
-                client_title(client), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2
-            )
+            table.add_row(_plain(title), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2)
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
@@ -152,7 +165,7 @@ def deployed_table(summary: Summary) -> Table:
         local_delta = None if client["local"] is None else 0.0
         deployed_delta = client["delta"] if client["deployed"] == "federated" else local_delta
         changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
-        table.add_row(client_title(client), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
+        table.add_row(_plain(title), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
     for name, key in (("mean", "avg"), ("worst", "worst"), (tail.upper(), tail)):
@@ -164,6 +177,21 @@ def _add_client_column(table: Table, summary: Summary) -> None:
     """Add the column of the clients: numbers, or the names of sites."""
     has_names = any("name" in client for client in summary["clients"])
     table.add_column("site" if has_names else "client", justify="left" if has_names else "right", overflow="fold")
+
+
+def _short_titles(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the clients' titles for a table of many columns.
+
+    Long names would fold into many lines.
+    """
+    titles = [client_title(client) for client in clients]
+    short = [shorten(title, _LONGEST_NAME) for title in titles]
+    return short if len(set(short)) == len(titles) else titles
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Return a text without markup: a name may have brackets."""
+    return Text(text, style)
 
 
 def _delta_text(value: float | None, summary: Summary) -> Text:

@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fedekd.reporting import Display, client_table
-from fedekd.reporting.console import _ranges
+from fedekd.reporting import Display, client_table, result_tables
+from fedekd.reporting.console import _ranges, deployed_table, other_metrics_table
 
 
 def rendered(table, **options) -> str:
@@ -51,6 +51,72 @@ def test_client_table_of_regression_has_p90_and_no_classes(make_summary):
     assert "classes" not in text
     assert cells(text)[0] == ["0", "100", "30", "1234", "0.00123", "-1234"]
     assert cells(text)[-1][0] == "P90"
+
+
+def with_recall(summary, names):
+    """Add the recall of each class as other metrics."""
+    summary["class_names"] = names
+    value = {"score": 0.75, "local": 0.5, "delta": 0.25}
+    stats = {"mean": 0.75, "worst": 0.75, "delta": {"avg": 0.25, "worst": 0.25, "p10": 0.25}}
+    summary["metrics"] = {f"recall/{label}": stats for label in range(len(names))}
+    for client in summary["clients"]:
+        client |= {"classes": [0, 1], "metrics": dict.fromkeys(summary["metrics"], value)}
+    return summary
+
+
+def with_deployed(summary):
+    """Add the decisions of do no harm."""
+    rule = {"rule": "certified", "confidence": 0.95, "margin": 0.0}
+    summary["deployed"] = {"rule": rule, "delta": summary["delta"]}
+    for client in summary["clients"][1:]:
+        client |= {"deployed": "federated", "samples": 120, "worse": 10, "better": 11, "p_value": 0.0123}
+    return summary
+
+
+def test_result_tables_names_with_brackets_are_no_markup(make_summary):
+    summary = with_deployed(with_recall(make_summary((0.5, 0.75), (0.75, 0.625)), ["[/red]x", "[bold]"]))
+    summary |= {"method": "[/dim]m", "dataset": "[/i]d"}
+    for client, name in zip(summary["clients"], ("[/b]one", "[red]two"), strict=True):
+        client["name"] = name
+    clients, others, deployed = (rendered(table) for table in result_tables(summary, ["accuracy"]))
+    assert all(text in clients for text in ("[/dim]m on [/i]d", "[/b]one", "[red]two", "[/red]x", "[bold]"))
+    assert all(text in others for text in ("[/dim]m on [/i]d", "[/b]one", "[red]two", "[/red]x", "[bold]"))
+    assert "[/b]one" in deployed
+
+
+def test_client_table_of_real_targets_on_sites_has_no_column_of_classes(make_summary):
+    summary = make_summary((1234.5, 0.00123), metric="rmse")
+    summary["clients"][0]["classes"] = []
+    assert "classes" not in rendered(client_table(summary))
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_other_metrics_table_in_80_columns_shows_whole_headings(make_summary, count):
+    names = [f"class{number}-{'abcdefghij' * 2}" for number in range(count)]
+    text = rendered(other_metrics_table(with_recall(make_summary((0.5, 0.75), (0.75, 0.625)), names)))
+    assert "…" not in text
+    assert all(line[-1] in "┓┃┩│┤┘" for line in text.splitlines()[1:] if line)
+    assert all(f"{number}-" in text for number in range(count))
+
+
+def test_deployed_table_long_names_fold_into_few_rows_and_cut_no_number(make_summary):
+    summary = with_deployed(make_summary((0.5, 0.75), (0.75, 0.625)))
+    for number, client in enumerate(summary["clients"]):
+        client["name"] = f"{number} {'University Hospital of Basel ' * 2}"[:55]
+    text = rendered(deployed_table(summary))
+    assert "…" not in text
+    assert all(number in text for number in ("0.0123", "federated", "120", "-0.1250", "+0.2500"))
+    assert all(line[-1] in "┓┃┩│┤┘" for line in text.splitlines()[1:] if line)
+    assert len(text.splitlines()) <= 18
+
+
+def test_deployed_table_long_names_of_equal_ends_stay_different(make_summary):
+    summary = with_deployed(make_summary((0.5, 0.75), (0.75, 0.625)))
+    for number, client in enumerate(summary["clients"]):
+        client["name"] = f"{'x' * 20}{number}{'x' * 20}"
+    text = "".join(row[0] for row in cells(rendered(deployed_table(summary))))
+    assert "x0x" in text
+    assert "x1x" in text
 
 
 def test_ranges_joins_consecutive_classes():
