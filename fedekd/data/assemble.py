@@ -15,7 +15,7 @@ from fedekd.data.columns import Column, is_table, join_tables
 from fedekd.data.join_images import join_images
 from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, first_repeated, sorted_texts, text_of
 from fedekd.data.samples import Samples, one_column
-from fedekd.data.sites import require_site_name
+from fedekd.data.sites import require_site_names
 from fedekd.errors import UserError, listed, shorten
 from fedekd.tasks import Task
 
@@ -89,7 +89,8 @@ def _sites(
     if part.site is None:
         raise UserError(f"data.site_column: expected a column or array of the data, got {options.site_column!r}")
     names, site = np.unique(part.site.astype(str), return_inverse=True)
-    return site.astype(np.int64), tuple(require_site_name(str(name)) for name in names)
+    require_site_names(names.tolist(), "data.site_column")
+    return site.astype(np.int64), tuple(names.tolist())
 
 
 def _groups(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,27 @@ def find_sites(sites: str | Mapping[str, Any]) -> dict[str, Any]:
             or occurs twice.
     """
     found = dict(sites) if isinstance(sites, Mapping) else _in_folder(Path(sites).expanduser())
-    seen: dict[str, str] = {}
-    for name in found:
-        require_site_name(name)
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise UserError(f"data.sites: expected different names, got {other!r} and {name!r}")
+    require_site_names(found)
     if not found:
         raise UserError(f"data.sites: expected at least one site, got {shorten(repr(sites))}")
     return found
+
+
+def require_site_names(names: Iterable[Any], option: str = "data.sites") -> None:
+    """Validate the names of all sites.
+
+    Args:
+        names: Any objects.
+        option: Option that gives the names, for the error.
+
+    Raises:
+        UserError: If a name is invalid, see `require_site_name`, or two differ in case only: files would clash.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        require_site_name(name, option)
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"{option}: expected different names, got {other!r} and {name!r}")
 
 
 def require_site_name(name: Any, option: str = "data.sites") -> str:

@@ -130,6 +130,11 @@ def test_stored_and_resident_sites_report_a_small_range() -> None:
         ([raw([[1, 0], [0, 1]])], {}, "expected one label per image"),
         ([raw([0, 1])], {"site_column": "x"}, "data.site_column: expected a column or array of the data, got 'x'"),
         ([raw([0, 1]), raw([1, 0])], {"group_column": "x"}, "data.group_column: .* of site 'site 0', got 'x'"),
+        (
+            [raw([0, 1], site=["Bern", "bern"])],
+            {"site_column": "x"},
+            "data.site_column: .*different .*'Bern' and 'bern'",
+        ),
         ([raw([0, 1], site=["a/b", "c"])], {"site_column": "x"}, "expected a name of at most 60 letters"),
         ([raw(["a", "b"])], {"task": "regression"}, r"expected finite numbers up to 1e\+30, got <U1"),
     ],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.data.raw import SPLIT_NAMES, SPLITS
+from fedekd.data.raw import SPLIT_NAMES, SPLITS, text_of
 from fedekd.errors import UserError, listed, nearest, shorten
 
-_MISSING = frozenset({"nan", "na", "n/a", "null", "none", "<na>"})
+#: Texts that mean a missing value. UCI's tables have `?`.
+MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A")
 
 Array = npt.NDArray[Any]
 
@@ -59,16 +63,12 @@ def targets_of_texts(texts: Sequence[str], where: str, column: str) -> Array:
     """Return targets as numbers if all texts are numbers, else as names of classes.
 
     Raises:
-        UserError: If a text is empty, or `NaN` or the like among numbers.
+        UserError: If a text is missing, see `MISSING`.
     """
     stripped = [text.strip() for text in texts]
-    numbers = [_number(text) for text in stripped]
-    is_numeric = all(
-        number is not None or not text or text.lower() in _MISSING
-        for number, text in zip(numbers, stripped, strict=True)
-    ) and any(number is not None for number in numbers)
-    present = [number is not None for number in numbers] if is_numeric else [bool(text) for text in stripped]
-    require_present(present, "data.target_column", "a label", where, column)
+    require_present([not is_missing(text) for text in stripped], "data.target_column", "a label", where, column)
+    numbers = [number_of(text) for text in stripped]
+    is_numeric = all(number is not None for number in numbers)
     if not is_numeric:
         return np.asarray(stripped, dtype=object)
     values = np.asarray(numbers, np.float64)
@@ -90,9 +90,27 @@ def require_present(present: Sequence[bool], option: str, what: str, where: str,
         )
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
+def is_missing(value: Any) -> bool:
+    """Return True for None, NaN and the texts in `MISSING`."""
+    return text_of(value) in MISSING
+
+
+def number_of(value: Any) -> float | None:
+    """Return a value as a number; None if it is text or a boolean."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):
         return None
-    return value if np.isfinite(value) else None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def csv_header(path: Path) -> list[str]:
+    """Return the names of a CSV file's columns; none if it cannot be read.
+
+    Blank lines before them are skipped, as by pandas.
+    """
+    with suppress(OSError, ValueError, csv.Error), path.open(encoding="utf-8-sig", newline="") as file:
+        rows = ([name.strip() for name in row] for row in csv.reader(file, skipinitialspace=True))
+        return next((row for row in rows if row not in ([], [""])), [])
+    return []

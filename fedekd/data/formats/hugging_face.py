@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.data.formats.columns import missing_column, require_present, targets_of_texts
+from fedekd.data.formats.columns import is_missing, missing_column, require_present, targets_of_texts
 from fedekd.data.formats.image_files import read_images
 from fedekd.data.raw import SPLIT_COLUMN, SPLIT_NAMES, RawSamples, ReadOptions, Unlabelled
 from fedekd.errors import UserError, describe_error, listed, shorten
@@ -74,7 +74,7 @@ def read_hugging_face(path: Path, options: ReadOptions) -> RawSamples:
         if column is not None and not (field == "site" and column == SPLIT_COLUMN):
             option = f"data.{field}_column"
             values = _column(dataset, column, option, name)
-            require_present([value is not None for value in values], option, f"a {field}", name, column)
+            require_present([not is_missing(value) for value in values], option, f"a {field}", name, column)
             extra[field] = np.asarray([str(value) for value in _named(dataset, column, values)], dtype=object)
     label = options.target_column or _label_column(dataset)
     targets, class_names = _targets(dataset, label, name)
@@ -158,7 +158,7 @@ def _label_column(dataset: Any) -> str:
 
 def _targets(dataset: Any, column: str, name: str) -> tuple[Array, tuple[str, ...] | None]:
     values = _column(dataset, column, "data.target_column", name)
-    require_present([value is not None for value in values], "data.target_column", "a label", name, column)
+    require_present([not is_missing(value) for value in values], "data.target_column", "a label", name, column)
     names = getattr(dataset.features[column], "names", None)
     if names is not None:
         return np.asarray(values), tuple(names)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedekd.data.formats.columns import missing_column, require_present, split_numbers, targets_of_texts
+from fedekd.data.formats.columns import (
+    csv_header,
+    is_missing,
+    missing_column,
+    require_present,
+    split_numbers,
+    targets_of_texts,
+)
 from fedekd.data.formats.image_files import read_images
 from fedekd.data.raw import SPLIT_COLUMN, RawSamples, ReadOptions, Unlabelled
 from fedekd.errors import UserError, describe_error, shorten_path
@@ -18,13 +24,7 @@ PATH_COLUMN, LABEL_COLUMN = "path", "label"
 
 def is_manifest(path: Path) -> bool:
     """Return True for a CSV file with a column `path`; one without it is a table."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
-        return False
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return PATH_COLUMN in [name.strip() for name in next(csv.reader(file), [])]
-    except (OSError, ValueError, csv.Error):  # a table in another encoding
-        return False
+    return path.suffix.lower() == ".csv" and PATH_COLUMN in csv_header(path)
 
 
 def read_manifest(path: Path, options: ReadOptions) -> RawSamples:
@@ -55,7 +55,9 @@ def read_manifest(path: Path, options: ReadOptions) -> RawSamples:
         if column not in table:
             raise missing_column(f"data.{field}_column", column, table, path.name)
         values = [text.strip() for text in table[column]]
-        require_present([bool(text) for text in values], f"data.{field}_column", f"a {field}", path.name, column)
+        require_present(
+            [not is_missing(text) for text in values], f"data.{field}_column", f"a {field}", path.name, column
+        )
         extra[field] = np.asarray(values, dtype=object)
     if SPLIT_COLUMN in table:
         extra["split"] = split_numbers(table[SPLIT_COLUMN], path.name)
@@ -95,7 +97,7 @@ def _read_table(path: Path) -> dict[str, list[str]]:
     import pandas as pd
 
     try:
-        # As text: `NA` may be a class, and 007 a patient.
+        # As text: 007 may be a patient.
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     except Exception as error:  # ragged rows, another encoding
         raise UserError(

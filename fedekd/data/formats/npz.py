@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.data.formats.columns import missing_column, split_numbers
+from fedekd.data.formats.columns import is_missing, missing_column, require_present, split_numbers
 from fedekd.data.formats.image_files import channels_last_view, in_parallel
 from fedekd.data.pixels import checked_images, resized, size_of
 from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, Unlabelled
@@ -58,6 +58,8 @@ def read_arrays(path: Path, options: ReadOptions) -> RawSamples:
                 for name, part, size in zip(names, parts, list(sizes.values()) or [len(raw)], strict=True):
                     _require_length(path, name, part, size)
                 extra[field] = np.concatenate([part.reshape(len(part)) for part in parts])
+                present = [not is_missing(value) for value in extra[field].tolist()]
+                require_present(present, f"data.{field}_column", f"a {field}", path.name, column)
         if _CLASS_NAMES in file:
             extra["class_names"] = tuple(str(name) for name in np.atleast_1d(file[_CLASS_NAMES]).tolist())
     return replace(raw, **extra)
@@ -174,6 +176,9 @@ def _in_one_part(path: Path, file: Any, options: ReadOptions) -> RawSamples:
         )
     images, targets = np.atleast_1d(file[_IMAGES]), np.atleast_1d(file[label])
     _require_length(path, label, targets, len(images))
+    if targets.dtype.kind in "US":
+        present = [not is_missing(value) for value in targets.reshape(-1).tolist()]
+        require_present(present, "data.target_column", "a label", path.name, label)
     split = None
     if SPLIT_COLUMN in file:
         names = np.atleast_1d(file[SPLIT_COLUMN])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from fedekd.data.columns import Column
-from fedekd.data.raw import SPLIT_COLUMN, SPLIT_NAMES, Array, RawSamples, ReadOptions, text_of
+from fedekd.data.formats.columns import MISSING, csv_header, number_of, split_numbers
+from fedekd.data.raw import SPLIT_COLUMN, Array, RawSamples, ReadOptions, text_of
 from fedekd.errors import UserError, describe_error, listed, nearest, shorten, shorten_path
 from fedekd.global_state import exclusive
-
-#: Texts that mean a missing value. UCI's tables have `?`.
-MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A")
 
 #: Before pandas 3.1 the default differs from Parquet's numbers in the last bit.
 _EXACT_NUMBERS: dict[str, Any] = (
@@ -35,13 +31,6 @@ def is_table_file(path: Path) -> bool:
     """Return True for a Parquet file, and for a CSV file without a column `path`."""
     suffix = path.suffix.lower()
     return suffix == ".parquet" or (suffix == ".csv" and "path" not in csv_header(path))
-
-
-def csv_header(path: Path) -> list[str]:
-    """Return the names of a CSV file's columns; none if it cannot be read."""
-    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8-sig", newline="") as file:
-        return [name.strip() for name in next(csv.reader(file, skipinitialspace=True), [])]
-    return []
 
 
 def read_table(path: Path, options: ReadOptions) -> RawSamples:
@@ -63,7 +52,7 @@ def read_table(path: Path, options: ReadOptions) -> RawSamples:
     frame, where = read_frame(path), _where(path)
     target = options.target_column or "label"
     _require_options(path, frame, options, target)
-    split = _split(where, frame, options)
+    split = _split(path.name, frame, options)
     roles = {target, options.site_column, options.group_column, *(options.ignored_columns or ())}
     names = [name for name in frame.columns if name not in roles and (name != SPLIT_COLUMN or split is None)]
     if not names:
@@ -208,16 +197,13 @@ def _split(where: str, frame: Any, options: ReadOptions) -> npt.NDArray[np.int8]
     """
     if SPLIT_COLUMN not in frame:
         return None
-    texts = [(text or "").lower() for text in _texts(frame[SPLIT_COLUMN])]
-    wrong = [row for row, text in enumerate(texts) if text not in SPLIT_NAMES]
-    if wrong and options.splits != "given":
+    texts = [text or "" for text in _texts(frame[SPLIT_COLUMN])]
+    try:
+        return split_numbers(texts, where)
+    except UserError:
+        if options.splits == "given":
+            raise
         return None  # a feature of that name
-    if wrong:
-        raise UserError(
-            f"{where}: column {SPLIT_COLUMN!r}: expected train, val or test, got {shorten(repr(texts[wrong[0]]))} in"
-            f" row {wrong[0] + 1}"
-        )
-    return np.asarray([SPLIT_NAMES[text] for text in texts], dtype=np.int8)
 
 
 def _names(where: str, frame: Any, name: str | None, kind: str) -> Array | None:
@@ -239,7 +225,7 @@ def _targets(where: str, series: Any, is_regression: bool) -> Array:
     _require_complete(where, str(series.name), [value is None for value in values], "a target")
     if series.dtype.kind in "biuf":
         return np.asarray(series.to_numpy(dtype=np.float64 if series.dtype.kind == "f" else np.int64))
-    numbers = [_number(value) for value in values]
+    numbers = [number_of(value) for value in values]
     if None not in numbers:
         return np.asarray(numbers, dtype=np.float64)
     if is_regression:
@@ -275,7 +261,7 @@ def _feature(where: str, series: Any, options: ReadOptions) -> Array:
     if series.dtype.kind in "iuf":
         return _finite(where, name, series.to_numpy(dtype=np.float64, na_value=np.nan))
     values = _plain(series)
-    numbers = [math.nan if value is None else _number(value) for value in values]
+    numbers = [math.nan if value is None else number_of(value) for value in values]
     texts = [row for row, number in enumerate(numbers) if number is None]
     if not texts:
         return _finite(where, name, np.asarray(numbers, dtype=np.float64))
@@ -287,10 +273,10 @@ def _feature(where: str, series: Any, options: ReadOptions) -> Array:
 
 def _categories(where: str, name: str, texts: list[str | None], categories: Iterable[Any] | None) -> Array:
     if categories is not None:
-        known = {None, *(text_of(value) for value in categories)}
-        if unknown := [row for row, text in enumerate(texts) if text not in known]:
+        known = [text_of(value) for value in categories]
+        if unknown := [row for row, text in enumerate(texts) if text is not None and text not in known]:
             raise UserError(
-                f"{where}: column {name!r}: expected one of {listed(text for text in known if text)}, got"
+                f"{where}: column {name!r}: expected one of {listed(known)}, got"
                 f" {shorten(repr(texts[unknown[0]]))} in row {unknown[0] + 1}. Correct it or --data.categories"
             )
     return np.asarray(texts, dtype=object)
@@ -328,13 +314,3 @@ def _plain(series: Any) -> list[Any]:
 def _texts(series: Any) -> list[str | None]:
     """Return the values of a column as texts, None where missing."""
     return [None if value is None else text_of(value) for value in _plain(series)]
-
-
-def _number(value: Any) -> float | None:
-    """Return a value as a number; None if it is text or a boolean."""
-    if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None

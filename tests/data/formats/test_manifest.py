@@ -82,6 +82,14 @@ def test_manifest_site_column_split_makes_splits_sites(written: Written) -> None
             "expected a group in each row of the column 'patient', got none in row 3",
         ),
         (3, "", {"site_column": "patient"}, "data.site_column: 'list.csv': expected a site in each row"),
+        (1, "?", {}, "expected a label in each row of the column 'label', got none in row 3"),
+        (1, " NA ", {}, "expected a label in each row of the column 'label', got none in row 3"),
+        (
+            3,
+            "n/a",
+            {"group_column": "patient"},
+            "expected a group in each row of the column 'patient', got none in row 3",
+        ),
     ],
 )
 def test_manifest_invalid_row_raises_with_its_number(

@@ -236,3 +236,19 @@ def test_splits_of_two_sizes_are_resized_to_one(write_npz: WriteNpz) -> None:
 
 def test_known_data_set_is_resized() -> None:
     assert load_samples("digits", image_size=12).inputs.shape == (1797, 1, 12, 12)
+
+
+@pytest.mark.parametrize("values", [["p1", "", "p2"], [1.0, float("nan"), 2.0], ["p1", "?", "p2"]])
+@pytest.mark.parametrize(("option", "what"), [("group_column", "a group"), ("site_column", "a site")])
+def test_read_arrays_missing_group_or_site_raises(tmp_path: Path, values: list[Any], option: str, what: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=[0, 1, 0], patient=np.array(values))
+    with pytest.raises(UserError, match=f"data.{option}: 'x.npz': expected {what} .* 'patient', got none in row 2"):
+        load_samples(str(tmp_path / "x.npz"), **{option: "patient"})
+
+
+def test_read_arrays_missing_label_raises(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.array(["a", "?", "b"]))
+    with pytest.raises(UserError, match="expected a label in each row of the column 'labels', got none in row 2"):
+        load_samples(str(tmp_path / "x.npz"))

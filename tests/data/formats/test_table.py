@@ -115,7 +115,7 @@ def changed(column: str, row: int, value: Any) -> pd.DataFrame:
         (FRAME, {"categories": {"sex": ["f", "d"]}}, ["table.csv", "'sex'", "'m'", "row 2", "data.categories"]),
         (FRAME, {"categories": {"code": [3, 7]}}, ["'code'", "'6'", "row 6"]),
         (FRAME, {"task": "regression"}, ["'label'", "'ill'", "row 1"]),
-        (FRAME.assign(split="fitting"), {"splits": "given"}, ["'split'", "'fitting'", "row 1"]),
+        (FRAME.assign(split="fitting"), {"splits": "given"}, ["column split", "'fitting'", "row 1"]),
         (FRAME[["label", "hospital", "patient"]], {"categorical_columns": []}, ["feature", "none"]),
         (FRAME.head(0), {}, ["table.csv", "at least one row"]),
     ],
@@ -215,3 +215,18 @@ def test_datamodule_table_has_a_client_per_site(tmp_path: Path) -> None:
     assert [splits.name for splits in data.clients] == ["a", "b"]
     assert data.samples.inputs.dtype == torch.float32
     assert data.samples.inputs.isfinite().all()
+
+
+@pytest.mark.parametrize("start", ["\n", "  \n\n"])
+def test_read_table_blank_lines_before_the_header_are_skipped(tmp_path: Path, start: str) -> None:
+    path = Path(write(tmp_path))
+    path.write_text(start + path.read_text())
+    samples = load_samples(str(path), **OPTIONS)
+    assert len(samples) == 6
+    assert [column.name for column in samples.columns] == ["age", "visits", "sex", "smoker", "code"]
+
+
+def test_read_table_numbers_of_splits_are_given_splits(tmp_path: Path) -> None:
+    samples = load_samples(write(tmp_path, FRAME.assign(split=[0, 1, 2, 0, 1, 2])), splits="given", **OPTIONS)
+    assert samples.split is not None
+    assert samples.split.tolist() == [0, 1, 2, 0, 1, 2]
