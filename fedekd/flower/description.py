@@ -21,6 +21,7 @@ from fedekd.errors import UserError, listed, require, shorten
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
+from fedekd.metrics import METRICS
 from fedekd.tasks import TASKS
 
 #: The splits whose sizes are part of a description.
@@ -262,6 +263,24 @@ def _require_inputs(config: Mapping[str, Any], site: str) -> None:
     }
     for name, (allowed, is_valid) in expected.items():
         require(is_valid, f"{site}: {name}", allowed, config.get(name), _CORRECT)
+    metrics = [row.name for row in METRICS.values() if row.task == config["task"]]
+    metric = config.get("metric")
+    require(isinstance(metric, str) and metric in metrics, f"{site}: metric", f"one of {listed(metrics)}", metric)
+
+
+def _require_counted_classes(description: Mapping[str, Any]) -> None:
+    """Check that the outputs of a site's networks are the classes that it counts.
+
+    Raises:
+        UserError: If the numbers differ, or there is one class.
+    """
+    classes, option = description["config"].get("classes"), f"{described_label(description)}: classes"
+    if description["config"]["task"] == "regression":
+        require(is_count(classes) and classes == 1, option, "1 for regression", classes, _CORRECT)
+        return
+    count = len(description["class_counts"])
+    require(is_count(classes) and classes == count, option, f"{count} (class_counts)", classes, _CORRECT)
+    require(count > 1, option, "at least 2", count, "Set --data.classes or --data.num_classes at all sites")
 
 
 def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -273,8 +292,9 @@ def require_consistent_sites(descriptions: Sequence[Mapping[str, Any]]) -> None:
     for description in descriptions:
         version = {"fedekd": description["config"]["fedekd"]}
         require_agreement({**description, "config": version}, {"fedekd": fedekd.__version__})
+        _require_inputs(description["config"], described_label(description))
+        _require_counted_classes(description)
     first = descriptions[0]
-    _require_inputs(first["config"], described_label(first))
     _require_different_names(descriptions)
     for description in descriptions:
         if description.get("columns") != first.get("columns"):

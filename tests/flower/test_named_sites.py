@@ -204,6 +204,38 @@ def test_require_consistent_sites_other_names_raise(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "change", "message"),
+    [
+        # Of the configuration, as of a network with 2 outputs; the counts decide on the names of classes.
+        (
+            1,
+            {"class_counts": [20, 20, 10, 0, 0]},
+            "site 'Zürich (CH) no. 1': classes: expected 5 (class_counts), got 2",
+        ),
+        (0, {"class_counts": [20, 20, 10, 0, 0]}, "site 'Basel': classes: expected 5 (class_counts), got 2"),
+        (0, {"classes": "x" * 300_000}, "site 'Basel': classes: expected 2 (class_counts), got 'xxx"),
+        (0, {"classes": float("nan")}, "site 'Basel': classes: expected 2 (class_counts), got nan"),
+        (0, {"metric": "x" * 300_000}, "site 'Basel': metric: expected one of accuracy"),
+        (0, {"metric": ["accuracy"]}, "site 'Basel': metric: expected one of accuracy"),
+        (0, {"class_counts": [50], "classes": 1}, "site 'Basel': classes: expected at least 2, got 1"),
+    ],
+    ids=["second", "first", "text", "nan", "metric", "list", "one"],
+)
+def test_require_consistent_sites_classes_that_are_not_counted_raise(
+    changed: int, change: dict[str, Any], message: str, descriptions: list[dict[str, Any]]
+) -> None:
+    for description in descriptions:
+        description["class_names"] = None
+    config = {name: value for name, value in change.items() if name != "class_counts"}
+    descriptions[changed]["config"] |= config
+    descriptions[changed] |= {name: value for name, value in change.items() if name == "class_counts"}
+    with pytest.raises(UserError) as caught:
+        require_consistent_sites(descriptions)
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) <= 390
+
+
 def test_serve_missing_site_is_reported_by_name(
     tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
