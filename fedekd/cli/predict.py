@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
     output = Path(config.output)
     if output.suffix != ".csv" or output.is_dir():
         raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
-    is_table = is_table_file(Path(config.input))
+    is_table = is_table_file(Path(config.input).expanduser())
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
     if config.client is None and len(clients) > 1:

@@ -37,6 +37,7 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
     parts = list(sources.values())
     columns: tuple[Column, ...] = ()
     warnings = [line for part in parts for line in part.warnings]
+    _refuse_unused(is_table(sources), options)
     if is_table(sources):
         inputs, columns, notes = join_tables(sources, options)
         value_range = None
@@ -70,6 +71,22 @@ def assemble(name: str, sources: Mapping[str | None, RawSamples], options: ReadO
         warnings=tuple(warnings),
     )
     return replace(samples, class_names=names) if names else samples
+
+
+def _refuse_unused(is_table: bool, options: ReadOptions) -> None:
+    """Check that no option of images is given for tables, or the reverse.
+
+    Raises:
+        UserError: Names the first option without effect.
+    """
+    unused = ("image_size", "value_range") if is_table else ("categorical_columns", "categories")
+    for name in unused:
+        if (value := getattr(options, name)) is not None:
+            kind, other = ("tables", "images") if is_table else ("images", "tables")
+            raise UserError(
+                f"data.{name}: expected null for {kind}, because it is an option of {other}, got"
+                f" {shorten(repr(value))}. Omit it"
+            )
 
 
 def _sites(

@@ -106,14 +106,15 @@ def split_client(
     if splits == "given":
         train, validation, test = _given_splits(where, indices, samples, groups)
     else:
-        try:
-            train, validation, test = split_indices(
-                indices, fractions, derive_seed(seed, client, "split"), None if groups is None else groups[indices]
+        units = indices if groups is None else np.unique(groups[indices])
+        if name is not None and len(units) < 2:
+            raise UserError(
+                f"data.sites: {where}: expected at least 2 {'samples' if groups is None else 'groups'}, to train and"
+                f" test, got {len(units)}"
             )
-        except UserError as error:
-            if name is None:
-                raise
-            raise UserError(f"{where}: {error}") from error
+        train, validation, test = split_indices(
+            indices, fractions, derive_seed(seed, client, "split"), None if groups is None else groups[indices]
+        )
     thirds = cut_validation(
         validation, derive_seed(seed, client, "validation"), None if groups is None else groups[validation]
     )

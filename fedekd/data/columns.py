@@ -97,7 +97,7 @@ def _column(name: str, parts: Mapping[str | None, Array], options: ReadOptions) 
         site, part = next(iter(texts.items()))
         row = next((row for row, text in enumerate(part.tolist()) if text is not None), 0)
         raise UserError(
-            f"site {site!r}: column {name!r}: expected numbers, as at site {numeric[0]!r}, got"
+            f"data.sites: site {site!r}: column {name!r}: expected numbers, as at site {numeric[0]!r}, got"
             f" {shorten(repr(part[row]))} in row {row + 1}. Correct it, or add the column to"
             " --data.categorical_columns"
         )
@@ -106,8 +106,8 @@ def _column(name: str, parts: Mapping[str | None, Array], options: ReadOptions) 
     present = {text for part in texts.values() for text in part.tolist() if text is not None}
     if len(present) > MAX_CATEGORIES:
         raise UserError(
-            f"column {name!r}: expected at most {MAX_CATEGORIES:,} categories, got {len(present):,}. Leave it out by"
-            " --data.ignored_columns"
+            f"data.categorical_columns: column {name!r}: expected at most {MAX_CATEGORIES:,} categories, got"
+            f" {len(present):,}. Leave it out by --data.ignored_columns"
         )
     return Column(name, "categorical", tuple(sorted_texts(present)))
 
@@ -134,11 +134,13 @@ def _require_columns(site: str, names: list[str], first: str, expected: list[str
     added = [name for name in names if name not in expected]
     if missing or added:
         parts = [f"without {listed(missing)}"] * bool(missing) + [f"with {listed(added)} in addition"] * bool(added)
-        raise UserError(f"site {site!r}: expected the columns of site {first!r}, got columns {' and '.join(parts)}")
+        raise UserError(
+            f"data.sites: site {site!r}: expected the columns of site {first!r}, got columns {' and '.join(parts)}"
+        )
     place = next(index for index, pair in enumerate(zip(names, expected, strict=True)) if pair[0] != pair[1])
     raise UserError(
-        f"site {site!r}: expected the columns in the order of site {first!r}, {expected[place]!r} as feature"
-        f" {place + 1}, got {names[place]!r}. Reorder the columns"
+        f"data.sites: site {site!r}: expected the columns in the order of site {first!r}, {expected[place]!r} as"
+        f" feature {place + 1}, got {names[place]!r}. Reorder the columns"
     )
 
 

@@ -298,7 +298,7 @@ def _checked_classes(
     """
     inferred = num_classes is None
     num_classes = _num_classes(name, labels, dtype) if num_classes is None else num_classes
-    if num_classes < 2:
+    if num_classes < 2 and labels.min() >= 0:
         raise UserError(f"data.num_classes: {name!r}: expected at least 2, got {num_classes}")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= num_classes:

@@ -70,6 +70,19 @@ def require_site_name(name: Any, option: str = "data.sites") -> str:
     return name
 
 
+def error_at_site(error: UserError, site: str) -> UserError:
+    """Return an error that names the option first, then the site.
+
+    Args:
+        error: Its text begins with an option or a file.
+        site: Name of the site.
+    """
+    option, _, text = str(error).partition(": ")
+    if not option.startswith("data.") or " " in option:
+        option, text = "data.sites", str(error)
+    return UserError(f"{'data.sites' if option == 'data.dataset' else option}: site {site!r}: {text}")
+
+
 def _in_folder(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(

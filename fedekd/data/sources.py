@@ -22,7 +22,7 @@ from fedekd.data.formats.npz import Splits, pool, read_npz
 from fedekd.data.formats.torch_dataset import is_dataset, read_dataset
 from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
 from fedekd.data.samples import Samples
-from fedekd.data.sites import find_sites, skipped_warnings
+from fedekd.data.sites import error_at_site, find_sites, skipped_warnings
 from fedekd.data.tiny_imagenet import NUM_CLASSES, read_tiny_imagenet
 from fedekd.errors import UserError, describe_error, nearest, shorten, shorten_path
 from fedekd.tasks import Task
@@ -192,7 +192,7 @@ def _read_site(site: str, source: Any, options: ReadOptions) -> RawSamples:
     try:
         return read_path(Path(source).expanduser(), options)
     except UserError as error:
-        raise UserError(f"site {site!r}: {error}") from error
+        raise error_at_site(error, site) from error
 
 
 @cache

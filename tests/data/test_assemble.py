@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -126,6 +127,9 @@ def test_stored_and_resident_sites_report_a_small_range() -> None:
         ([raw(["a", "b"])], {"num_classes": 3}, "data.num_classes: .*expected 2, the number of classes, got 3"),
         ([raw([0, 1])], {"classes": ["a", "b"], "num_classes": 3}, r"data.num_classes: expected 2 \(data.classes\)"),
         ([raw(["a", ""])], {}, "expected a class for every sample, got none in row 2"),
+        ([raw([0, -1])], {}, "expected labels .*, got label -1"),
+        ([raw([0, 1])], {"categories": {"a": ["x"]}}, "data.categories: expected null for images"),
+        ([raw([0, 1])], {"categorical_columns": ["a"]}, "data.categorical_columns: expected null for images"),
         ([raw([0.4, 1.0])], {}, "expected whole numbers, got 0.4"),
         ([raw([[1, 0], [0, 1]])], {}, "expected one label per image"),
         ([raw([0, 1])], {"site_column": "x"}, "data.site_column: expected a column or array of the data, got 'x'"),
@@ -193,3 +197,10 @@ def test_ignore_label_that_is_no_declared_class_leaves_out_its_samples_only() ->
 def test_assemble_repeated_or_no_names_raise(parts: list[RawSamples], options: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         joined(*parts, **options)
+
+
+@pytest.mark.parametrize(("option", "value"), [("image_size", 8), ("value_range", [0.0, 1.0])])
+def test_assemble_option_of_images_for_a_table_raises(option: str, value: Any) -> None:
+    table = RawSamples(pd.DataFrame({"age": [1.0, 2.0]}), np.array([0, 1]))
+    with pytest.raises(UserError, match=f"data.{option}: expected null for tables, .* got "):
+        joined(table, **{option: value})

@@ -104,7 +104,7 @@ def test_files_of_a_folder_of_sites_that_are_no_sites_are_reported(folder: Path)
 
 def test_damaged_file_of_a_site_is_named(folder: Path) -> None:
     (folder / "b.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"site 'b': .*b.npz' cannot be read"):
+    with pytest.raises(UserError, match=r"^data.sites: site 'b': '.*b.npz' cannot be read"):
         FederatedDataModule(sites=str(folder)).setup()
 
 
@@ -115,5 +115,7 @@ def test_site_with_one_sample_raises(tmp_path: Path) -> None:
         train_images=np.arange(640, dtype=np.int64).reshape(10, 8, 8).astype(np.uint8),
         train_labels=np.arange(10) % 2,
     )
-    with pytest.raises(UserError, match=r"site 'b': .*at least 2 samples, to train and test, got a client with 1"):
+    with pytest.raises(
+        UserError, match=r"^data.sites: site 'b': expected at least 2 samples, to train and test, got 1"
+    ):
         FederatedDataModule(sites=str(tmp_path)).setup()

@@ -62,5 +62,7 @@ def test_fit_columns_of_a_site_in_another_order_are_refused(capsys: pytest.Captu
     folder = write_sites(".csv", lambda table: table.iloc[:, ::-1])
     assert main(["fit", *OPTIONS, "--data.dataset=null", "--data.site_column=null", f"--data.sites={folder}"]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("error: site 'hungarian': expected the columns in the order of site 'cleveland', 'age'")
+    assert text.startswith(
+        "error: data.sites: site 'hungarian': expected the columns in the order of site 'cleveland', 'age'"
+    )
     assert text.count("\n") == 1

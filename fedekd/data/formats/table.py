@@ -94,7 +94,7 @@ def read_features(path: Path, columns: Sequence[Column]) -> npt.NDArray[np.float
         part = _feature(where, frame[column.name], ReadOptions(categories=categories))
         if column.kind == "numeric" and part.dtype == object:
             row = next(row for row, text in enumerate(part) if text is not None)
-            raise _text_error(where, column.name, part[row], row)
+            raise _text_error(where, column.name, part[row], row, "Correct it")
         values.append(column.code(part) if column.kind == "categorical" else part)
     return np.stack(values, axis=1)
 
