@@ -257,12 +257,26 @@ def find_images(folder: Path) -> Iterator[Path]:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Yield the files in and below a folder, sorted, without hidden ones."""
+    """Yield the files in and below a folder, sorted, without hidden ones.
+
+    Links to folders are followed, except to a folder that contains the link or was visited before.
+    """
+    visited = {_identity(path) for start in (folder.absolute(), folder.resolve()) for path in start.parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
+        identity = _identity(Path(parent))
+        if identity in visited:
+            folders.clear()
+            continue
+        visited.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _chosen(items: Any, indices: Sequence[int]) -> Any:

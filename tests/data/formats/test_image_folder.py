@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedekd.data import StoredInputs, load_samples
 from fedekd.data.formats import read_unlabelled
+from fedekd.data.formats.image_files import find_images
 from fedekd.data.formats.image_folder import read_image_folder
 from fedekd.data.join_images import join_images
 from fedekd.data.raw import ReadOptions
@@ -145,3 +146,21 @@ def test_unreadable_image_of_a_site_is_named_or_left_out(tmp_path: Path, memory_
     assert samples.site is not None
     assert samples.site.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert samples.targets.tolist() == [0, 0, 1, 1, 0, 1, 1]
+
+
+def test_folder_with_links_to_folders_above_or_twice_has_each_image_once(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for index in range(6):
+        path = store / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (8, 8), np.uint8)).save(path)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    for name in ("class0", "class1"):
+        (folder / name).symlink_to(store / name)  # followed
+    (store / "class0" / "up").symlink_to(tmp_path)
+    (store / "class1" / "again").symlink_to(store / "class1")
+    for path in (folder, store):
+        samples = load_samples(str(path))
+        assert (len(samples), samples.targets.tolist()) == (6, [0, 0, 0, 1, 1, 1])
+    assert len(list(find_images(folder))) == 6
