@@ -12,7 +12,7 @@ from PIL import Image
 from fedekd.errors import UserError, shorten
 
 CHANNELS = (1, 3, 4)
-MIN_SIZE = 8
+MIN_SIZE, MAX_SIZE = 8, 16384
 
 #: Images that use less than this share of their value range are reported: scaled to [-1, 1] they are almost constant.
 _SMALL_SHARE = 1 / 8
@@ -27,14 +27,14 @@ def size_of(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Return `data.image_size` as (height, width); None for unchanged sizes.
 
     Raises:
-        UserError: If it is not one or two whole numbers of at least 8.
+        UserError: If it is not one or two whole numbers of 8 to 16384.
     """
     if image_size is None:
         return None
-    sizes = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-    if len(sizes) != 2 or not all(isinstance(size, int) and size >= MIN_SIZE for size in sizes):
+    sizes: list[Any] = list(image_size) if isinstance(image_size, list | tuple) else [image_size] * 2
+    if len(sizes) != 2 or not all(isinstance(size, int) and MIN_SIZE <= size <= MAX_SIZE for size in sizes):
         raise UserError(
-            f"data.image_size: expected one whole number of at least {MIN_SIZE}, or [height, width], got"
+            f"data.image_size: expected one whole number in {MIN_SIZE}..{MAX_SIZE}, or [height, width], got"
             f" {shorten(repr(image_size))}"
         )
     return sizes[0], sizes[1]
