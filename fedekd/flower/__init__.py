@@ -4,7 +4,8 @@ Threat model
   Never sent by a site: images, rows of tables, labels, groups, sample indices, per-sample results, private models,
     optimizer states, the local baseline's model and exit thresholds.
   Sent to the server: names of the site and of the classes; split sizes, class counts, and SHA-256 digests of the
-    samples and of a table's columns and categories; test scores and means over samples; the method's update (FedeKD:
+    samples and of a table's columns and categories; all metrics on the test split (recall
+    per class, too) and means over samples; the method's update (FedeKD:
     the proxy); that a reply failed, without the text of the
     error (in the site's log), which may quote cells, groups and paths.
   Protected against:
