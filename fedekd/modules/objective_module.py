@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,15 +111,13 @@ class ObjectiveModule(LightningModule):
             self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
     def set_class_weights(self, weights: Tensor | None) -> None:
-        """Weight the classes in all supervised losses, also in those within another term.
+        """Weight the classes in all supervised losses, at any depth within other terms, lists and mappings.
 
         Args:
             weights: Weight of each class, shape (C,), on the device of the training; None weights all samples equally.
         """
-        for term in self.loss_terms:
-            for loss in (term, *getattr(term, "__dict__", {}).values()):
-                if isinstance(loss, SupervisedLoss):
-                    loss.class_weights = weights
+        for loss in _supervised_losses(self.loss_terms):
+            loss.class_weights = weights
 
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch size."""
@@ -231,3 +229,22 @@ class SupervisedModule(ObjectiveModule):
         optimizer: OptimizerCallable = fedekd_optimizer,
     ) -> None:
         super().__init__(network, [SupervisedLoss(task)], task, optimizer)
+
+
+def _supervised_losses(terms: Sequence[object]) -> Iterator[SupervisedLoss]:
+    """Yield the supervised losses among the terms, their attributes and elements, at any depth."""
+    seen: set[int] = set()
+    pending: list[object] = list(terms)
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, str | bytes | Tensor | type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, SupervisedLoss):
+            yield value
+        if isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif callable(value):  # a loss or a module, with its attributes
+            pending += getattr(value, "__dict__", {}).values()

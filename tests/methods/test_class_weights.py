@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
 
 from fedekd import methods
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
 from fedekd.methods import ClientOptions, FedAvg, Local, Method
-from fedekd.modules import ModelOutput, SupervisedLoss, TrainerFactory
+from fedekd.modules import ModelOutput, ObjectiveModule, SupervisedLoss, TrainerFactory
 
 from .conftest import Federate, make_spec, weights
 
@@ -115,3 +116,27 @@ def test_class_weights_invalid_value_or_regression_raises_user_error() -> None:
         options("inverse")
     with pytest.raises(UserError, match=r"client\.class_weights: expected null for regression, got 'balanced'"):
         make_spec(task="regression", num_outputs=1, client=options())
+
+
+class _Nested:
+    """Term with supervised losses in a list, a mapping and another term that refers to this one."""
+
+    name = "nested"
+
+    def __init__(self) -> None:
+        self.losses = [SupervisedLoss("classification"), {"other": SupervisedLoss("classification")}]
+        self.inner = nn.ModuleList([nn.Identity()])
+        self.inner[0].loss, self.inner[0].outer = SupervisedLoss("classification"), self  # type: ignore[assignment]
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def test_set_class_weights_reaches_losses_at_any_depth() -> None:
+    term, weights = _Nested(), torch.ones(3)
+    module = ObjectiveModule(nn.Linear(1, 1), [term])
+    module.set_class_weights(weights)
+    found: list[Any] = [term.losses[0], term.losses[1]["other"], term.inner[0].loss]  # type: ignore[index]
+    assert all(loss.class_weights is weights for loss in found)
+    module.set_class_weights(None)
+    assert all(loss.class_weights is None for loss in found)
