@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedekd.atomic import atomic_file
+from fedekd.errors import shorten
 from fedekd.reporting.rows import Row, Summary, client_series, client_title, client_titles, is_harm, metric_spec
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, BLACK, GREY = "#0072B2", "#D55E00", "#000000", "#7F7F7F"
 CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C00", "#000000")
 MARKERS = "os^Dv<>P"
+
+_LONGEST_LABEL = 24  # characters of a name at an axis
 
 
 def partition(
@@ -100,7 +104,7 @@ def delta_per_client(summary: Summary) -> Figure:
     average = axes.axhline(_number(delta["avg"]), color=BLACK, linewidth=1.4, linestyle="--")
     worst = axes.axhline(_number(delta["worst"]), color=BLACK, linewidth=1.4, linestyle=":")
     step = -(-len(clients) // 50)
-    names = client_titles(summary)
+    names = [_tick_label(title) for title in client_titles(summary)]
     has_names = any("name" in client for client in clients)
     row = _client_label(names if has_names else None)
     slanted = has_names and max(map(len, names)) * 0.085 > max(0.32, 4.2 / len(clients))
@@ -210,7 +214,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
     Equal figures give equal bytes.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, warnings.catch_warnings():
+        # Fonts lack glyphs of some scripts, and long names leave little room; the tables have the names.
+        for message in ("Glyph", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message)
         # Leave out matplotlib's version, so that equal figures give equal bytes.
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
@@ -232,7 +239,12 @@ def _names(argument: str, count: int, names: Sequence[str] | None) -> list[str]:
     if names is not None and len(names) != count:
         raise ValueError(f"{argument}: expected {count} names, got {len(names)}")
     # A pair of dollar signs would be drawn as a formula.
-    return [str(name).replace("$", r"\$") for name in (range(count) if names is None else names)]
+    return [_tick_label(name) for name in (range(count) if names is None else names)]
+
+
+def _tick_label(name: object) -> str:
+    """Return a name as a label of an axis: short, without formulas."""
+    return shorten(str(name), _LONGEST_LABEL).replace("$", r"\$")
 
 
 def _client_label(names: Sequence[str] | None) -> str:

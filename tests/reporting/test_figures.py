@@ -146,3 +146,16 @@ def test_figures_undefined_scores_are_not_drawn(make_summary):
     assert heights[1] == pytest.approx(-0.1)
     history = [{"round": 1, f"{summary['metric']}/mean": np.nan}]
     figures.score_per_round(history, summary).draw_without_rendering()
+
+
+def test_save_long_and_other_names_give_no_warning(tmp_path, make_summary, recwarn):
+    names = ["心房颤动" * 5, "x" * 100]
+    summary = make_summary((0.5, 0.6), (0.7, 0.6))
+    for client, name in zip(summary["clients"], ("y" * 60, "巴塞尔" * 8), strict=True):
+        client["name"] = name
+    table = figures.partition(np.array([[1, 2], [3, 4]]), names, ["y" * 60, "巴塞尔"])
+    for number, figure in enumerate((table, figures.delta_per_client(summary))):
+        figures.save(figure, tmp_path / f"{number}.png")
+        (axes, *_) = figure.axes
+        assert max(len(label.get_text()) for label in axes.get_xticklabels()) <= 24
+    assert [str(warning.message) for warning in recwarn] == []
