@@ -59,7 +59,7 @@ class ClientSplits:
         return len(self.train) + len(self.validation) + len(self.test)
 
     def digest(self, samples: Samples) -> str:
-        """Return the SHA-256 (hex) of the pixels and targets of all splits, in order.
+        """Return the SHA-256 (hex) of the inputs and targets of all splits, in order.
 
         Independent of the positions of the samples in the data set: a cache key for results of this client's data.
         """

@@ -196,7 +196,7 @@ class Samples:
         return replace(self, **parts)
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of task, shape, pixels and targets, not of the name."""
+        """Return the SHA-256 (hex) of task, shape, inputs and targets, not of the name."""
         return self._digest
 
     @cached_property

@@ -125,7 +125,7 @@ class Engine(Protocol):
 
 
 class PartitionedData(Protocol):
-    """Images and their partition: a FederatedDataModule, or a worker's part of it."""
+    """Samples and their partition: a FederatedDataModule, or a worker's part of it."""
 
     @property
     def samples(self) -> Samples:
