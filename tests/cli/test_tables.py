@@ -48,8 +48,9 @@ def rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_predict_table_without_targets_in_any_order_of_columns(here: Path) -> None:
-    assert main(["predict", "exits", "--input", "new.csv", "--client", "0"]) == 0
+def test_predict_table_without_targets_in_any_order_of_columns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    assert main(["predict", "exits", "--input", "~/new.csv", "--client", "0"]) == 0
     assert list(rows()[0]) == ["row", "label", "class", "exit", "score"]
     assert [row["row"] for row in rows()] == [str(number) for number in range(1, 61)]
     written = Path("predictions.csv").read_bytes()

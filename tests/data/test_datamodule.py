@@ -280,3 +280,12 @@ def test_given_splits_are_kept() -> None:
 def test_given_splits_that_do_not_fit_raise(groups: Any, split: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
         grouped(groups, split, splits="given").setup()
+
+
+def test_transform_for_a_table_raises(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("age,label\n" + "".join(f"{row},{row % 2}\n" for row in range(40)))
+    data = FederatedDataModule(
+        str(tmp_path / "t.csv"), num_clients=2, partition="iid", transform="RandomHorizontalFlip"
+    )
+    with pytest.raises(UserError, match=r"data.transform: expected null for tables"):
+        data.setup()
