@@ -192,6 +192,11 @@ class FederatedDataModule(lightning.LightningDataModule):
     def adopt(self, samples: Samples) -> None:
         """Use samples that are already in memory instead of loading them."""
         self._samples = samples
+        self._set_workers()
+
+    def _set_workers(self) -> None:
+        if self._samples is not None and isinstance(self._samples.inputs, StoredInputs):
+            self._samples.inputs.num_workers = self.num_workers
 
     def assign_all(self, client: int, name: str | None = None) -> None:
         """Assign all samples to one client, before they are loaded.
@@ -210,8 +215,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         """
         if self._samples is None:
             self._samples = load_samples(**self._source)
-            if isinstance(self._samples.inputs, StoredInputs):
-                self._samples.inputs.num_workers = self.num_workers
+            self._set_workers()
 
     def setup(self, stage: str | None = None) -> None:
         """Load, assign and split the samples on the first call.

@@ -280,3 +280,11 @@ def test_digest_of_image_files_depends_on_names_and_edits_that_are_not_read(tmp_
     assert digest() == before
     edited.rename(edited.with_name("003.png"))  # of equal length, in the same order
     assert digest() != before
+
+
+def test_adopted_stored_samples_are_read_by_the_workers_of_the_option() -> None:
+    samples = load_samples(sites={"a": Blobs()})
+    data = FederatedDataModule(sites={"a": Blobs()}, num_workers=3)
+    data.adopt(samples)
+    assert isinstance(data.samples.inputs, StoredInputs)
+    assert data.samples.inputs.num_workers == 3
