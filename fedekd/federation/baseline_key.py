@@ -58,7 +58,9 @@ def baseline_key(client: Client) -> str:
     network = client.networks["private"]
     optimizer = client.spec.optimizer(network.parameters())
     class_paths = (model if isinstance(model, str) else model["class_path"], client.spec.client.optimizer["class_path"])
-    factories = {path.rpartition(".")[0] for path in (*class_paths, *class_paths_in(client.spec.transform))}
+    transforms = tuple(class_paths_in(client.spec.transform))
+    # A bare name of a transform is one of torchvision, whose version is hashed instead of its code.
+    factories = {path.rpartition(".")[0] for path in (*class_paths, *transforms)} - {""}
     reader = StateReader(network)
     attributes, settings = reader.attributes(), reader.read(optimizer.defaults)
     names = modules_of([*network.modules(), optimizer]) | factories | reader.modules
@@ -77,6 +79,7 @@ def baseline_key(client: Client) -> str:
             "torch": torch.__version__,
             "lightning": lightning.__version__,
             **{name: version(name) for name in ("torchmetrics", "scikit-learn")},
+            **({"torchvision": version("torchvision")} if transforms else {}),
         },
         "numerics": numerics(client.spec.trainer.torch_device),
     }
