@@ -111,7 +111,7 @@ class ObjectiveModule(LightningModule):
             self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
     def set_class_weights(self, weights: Tensor | None) -> None:
-        """Weight the classes in all supervised losses, at any depth within other terms, lists and mappings.
+        """Weight the classes in all supervised losses, also within other terms.
 
         Args:
             weights: Weight of each class, shape (C,), on the device of the training; None weights all samples equally.
@@ -232,7 +232,7 @@ class SupervisedModule(ObjectiveModule):
 
 
 def _supervised_losses(terms: Sequence[object]) -> Iterator[SupervisedLoss]:
-    """Yield the supervised losses among the terms, their attributes and elements, at any depth."""
+    """Yield the supervised losses among the terms and within them, at any depth."""
     seen: set[int] = set()
     pending: list[object] = list(terms)
     while pending:
