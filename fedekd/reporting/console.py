@@ -107,14 +107,7 @@ def client_table(summary: Summary) -> Table:
     metric, clients, delta = metric_spec(summary["metric"]), summary["clients"], summary["delta"]
     names = summary.get("class_names")
     with_classes = any(client.get("classes") for client in clients)
-    table = Table(title=_plain(f"{summary['method']} on {summary['dataset']}, {metric.title}", "table.title"))
-    _add_client_column(table, summary)
-    for heading in ("train", "test"):
-        table.add_column(heading, justify="right")
-    if with_classes:
-        table.add_column("classes", overflow="fold")
-    for heading in ("Local", summary["method"], "Delta"):
-        table.add_column(_plain(heading), justify="right", no_wrap=True)
+    table = _empty_client_table(summary, with_classes)
 
     def add(name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text) -> None:
         shown = [_plain(classes)] if with_classes else []
@@ -135,6 +128,20 @@ def client_table(summary: Summary) -> Table:
     add("mean", ("", ""), "", local_mean, mean, _delta_text(delta["avg"], summary))
     add("worst", ("", ""), "", "", metric.text(summary["worst"]), _delta_text(delta["worst"], summary))
     add(metric.tail.upper(), ("", ""), "", "", "", _delta_text(delta[metric.tail], summary))
+    return table
+
+
+def _empty_client_table(summary: Summary, with_classes: bool) -> Table:
+    """Return the table of scores per client without rows."""
+    title = f"{summary['method']} on {summary['dataset']}, {metric_spec(summary['metric']).title}"
+    table = Table(title=_plain(title, "table.title"))
+    _add_client_column(table, summary)
+    for heading in ("train", "test"):
+        table.add_column(heading, justify="right")
+    if with_classes:
+        table.add_column("classes", overflow="fold")
+    for heading in ("Local", summary["method"], "Delta"):
+        table.add_column(_plain(heading), justify="right", no_wrap=True)
     return table
 
 
