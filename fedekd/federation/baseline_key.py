@@ -78,7 +78,7 @@ def baseline_key(client: Client) -> str:
         "versions": {
             "torch": torch.__version__,
             "lightning": lightning.__version__,
-            **{name: version(name) for name in ("torchmetrics", "scikit-learn")},
+            **{name: version(name) for name in ("torchmetrics", "scikit-learn", "scipy")},
             **({"torchvision": version("torchvision")} if transforms else {}),
         },
         "numerics": numerics(client.spec.trainer.torch_device),

@@ -102,7 +102,7 @@ def auroc(logits: Tensor, labels: Tensor, num_classes: int) -> float:
 
     $$\frac1C \sum_c P(p_c(x^+) > p_c(x^-)) + \frac12 P(p_c(x^+) = p_c(x^-))$$
 
-    with $p_c$ the softmax, $x^+$ a sample of class $c$ and $x^-$ one of another class; by scikit-learn, in float64.
+    with $p_c$ the softmax, $x^+$ a sample of class $c$ and $x^-$ one of another class; by average ranks, in float64.
 
     Args:
         logits: Shape (N, C).
@@ -114,14 +114,20 @@ def auroc(logits: Tensor, labels: Tensor, num_classes: int) -> float:
 
     Raises:
         ValueError: If the shapes do not match.
+
+    Reference:
+        Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 143 (1982).
     """
     if not _has_values("AUROC", logits, labels) or len(torch.bincount(labels).nonzero()) < num_classes:
         return math.nan
-    from sklearn.metrics import roc_auc_score  # 0.3 s, and only where all classes have samples
+    from scipy.stats import rankdata  # slow to import, and only where all classes have samples
 
     is_class = torch.nn.functional.one_hot(labels, num_classes).cpu().numpy()
-    probabilities = logits.double().softmax(dim=1).cpu().numpy()
-    return float(roc_auc_score(is_class, probabilities, average="macro"))
+    # Mann-Whitney U: equal to roc_auc_score of scikit-learn, which takes 60 ms for 200 samples of 100 classes.
+    ranks = rankdata(logits.double().softmax(dim=1).cpu().numpy(), axis=0)
+    positive = is_class.sum(axis=0)
+    wins = (ranks * is_class).sum(axis=0) - positive * (positive + 1) / 2
+    return float((wins / (positive * (len(labels) - positive))).mean())
 
 
 def ece(logits: Tensor, labels: Tensor, num_classes: int) -> float:

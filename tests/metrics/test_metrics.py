@@ -109,6 +109,16 @@ def test_auroc_two_classes_is_that_of_one_score() -> None:
     assert compute_metrics(logits, labels, "classification", 2)["auroc"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("decimals", [6, 0, -3])  # distinct, with ties, all equal
+def test_auroc_equals_scikit_learn(classes: int, decimals: int) -> None:
+    torch.manual_seed(8)
+    logits, labels = torch.randn(80, classes).round(decimals=decimals), torch.arange(80) % classes
+    is_class = torch.nn.functional.one_hot(labels, classes)
+    expected = sklearn_metrics.roc_auc_score(is_class, logits.double().softmax(1), average="macro")
+    assert compute_metrics(logits, labels, "classification", classes)["auroc"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_metrics_of_regression_equal_slow_reference() -> None:
     torch.manual_seed(5)
     grades = torch.randint(CLASSES, (40,)).float()
