@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedekd.errors import listed
+import torch
+from torch import Tensor
+
+from fedekd.errors import LONGEST_ERROR, listed, shorten
 from fedekd.metrics import BALANCED, predicts_like_one_class
 
 if TYPE_CHECKING:
     from fedekd.federation.orchestrator import Orchestrator
+
+#: Characters of a class or client, and classes of a client, that a warning names.
+_LONGEST_NAME, _MOST_CLASSES = 24, 4
 
 
 def result_warnings(run: Orchestrator) -> list[str]:
@@ -31,42 +37,53 @@ def _undefined_metrics(run: Orchestrator) -> list[str]:
         return []
     parts = []
     for number in sorted(set().union(*undefined.values())):
-        missing = [names[label] for label in progress.missing_classes(number, run.task)]
-        reason = f"no {listed(missing)}" if missing else "equal targets"
-        parts.append(f"{run.data.clients[number].title}: {reason}")
+        missing = [shorten(names[label], _LONGEST_NAME) for label in progress.missing_classes(number, run.task)]
+        rest = f" and {len(missing) - _MOST_CLASSES} more" if len(missing) > _MOST_CLASSES else ""
+        reason = f"no {', '.join(missing[:_MOST_CLASSES])}{rest}" if missing else "equal targets"
+        parts.append(f"{shorten(run.data.clients[number].title, _LONGEST_NAME)}: {reason}")
     metrics = ", ".join(name for name, clients in undefined.items() if clients)
-    return [f"metrics: {metrics}: undefined in these test splits, which are left out of the means ({_joined(parts)})"]
+    return [_joined(f"metrics: {metrics}: undefined in these test splits, which are left out of the means", parts)]
 
 
 def _one_class(run: Orchestrator) -> list[str]:
     """Return a line that names the clients whose network seems to predict one class."""
     if run.task != "classification":
         return []
-    samples, clients = run.data.samples, run.data.clients
-    # The server of a federation of sites has no labels.
+    clients, counts = run.data.clients, run.data.class_counts()
     found = [
-        clients[number].title
+        number
         for number, record in sorted(run.progress.records.items())
-        if predicts_like_one_class(
-            record.metrics,
-            samples.targets[clients[number].test] if len(samples.targets) else samples.targets,
-            samples.num_classes,
-        )
+        if predicts_like_one_class(record.metrics, _test_counts(run, number))
     ]
     if not found:
         return []
     advice = []
     if not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
         advice.append(f"--metrics [{BALANCED}]")
-    if run.spec.client.class_weights is None:
+    # Weights do not help a client that lacks a class.
+    if run.spec.client.class_weights is None and any(counts[number].min() > 0 for number in found):
         advice.append("--client.class_weights balanced")
-    line = (
-        f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({listed(found)})"
-    )
+    titles = listed(clients[number].title for number in found)
+    line = f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({titles})"
     return [f"{line}. Try {' and '.join(advice)}" if advice else line]
 
 
-def _joined(parts: Iterable[str]) -> str:
-    """Return the parts in one line, of many the first ones."""
-    parts = list(parts)
-    return "; ".join(parts[:8]) + (f"; ... {len(parts)} clients in all" if len(parts) > 8 else "")
+def _test_counts(run: Orchestrator, number: int) -> Tensor:
+    """Return the test samples of a client by class, shape (C,).
+
+    The server of a federation of sites has no labels: there, all samples of the site are counted.
+    """
+    samples = run.data.samples
+    if not len(samples.targets):
+        return torch.from_numpy(run.data.class_counts()[number])
+    return torch.bincount(samples.targets[run.data.clients[number].test], minlength=samples.num_classes)
+
+
+def _joined(start: str, parts: Sequence[str]) -> str:
+    """Return a line of bounded length that ends with the parts, or the first."""
+    for shown in range(len(parts), -1, -1):
+        rest = [f"... {len(parts)} clients in all"] if shown < len(parts) else []
+        line = f"{start} ({'; '.join([*parts[:shown], *rest])})"
+        if len(line) <= LONGEST_ERROR:
+            break
+    return line

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -13,8 +16,9 @@ from rich.console import Console
 from fedekd.benchmark.results import COLUMNS, to_row
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
-from fedekd.errors import UserError
+from fedekd.errors import LONGEST_ERROR, UserError
 from fedekd.federation import RoundOptions
+from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import ClientRecord, Progress, ReportedMetrics
 from fedekd.methods import FedAvg, Local
 from fedekd.metrics import METRICS, negative_transfer, predicts_like_one_class
@@ -246,13 +250,47 @@ def test_run_unknown_metric_or_metric_of_other_task_raises_user_error(federate: 
 
 
 def test_predicts_like_one_class_compares_with_majority_and_chance() -> None:
-    labels = torch.tensor([0, 0, 0, 1])
-    assert predicts_like_one_class({"accuracy": 0.75}, labels, 2)
-    assert not predicts_like_one_class({"accuracy": 1.0, "balanced_accuracy": 0.9}, labels, 2)
-    assert predicts_like_one_class({"accuracy": 0.8, "balanced_accuracy": 0.50004}, labels, 2)
-    assert not predicts_like_one_class({"accuracy": 1.0}, labels[:3], 2)
-    assert predicts_like_one_class({"accuracy": 0.9, "balanced_accuracy": 0.5}, labels[:0], 2)
-    assert not predicts_like_one_class({"accuracy": math.nan}, labels, 2)
+    counts = torch.tensor([3, 1])
+    assert predicts_like_one_class({"accuracy": 0.75}, counts)
+    assert not predicts_like_one_class({"accuracy": 1.0, "balanced_accuracy": 0.9}, counts)
+    assert predicts_like_one_class({"accuracy": 0.8, "balanced_accuracy": 0.50004}, counts)
+    assert predicts_like_one_class({"accuracy": 0.8, "balanced_accuracy": 0.4}, counts)
+    assert not predicts_like_one_class({"accuracy": 1.0}, torch.tensor([3, 0]))
+    assert not predicts_like_one_class({"accuracy": math.nan}, counts)
+
+
+@pytest.mark.parametrize("lacks_a_class", [False, True])
+def test_one_class_warning_of_a_server_without_labels_uses_counts_of_sites(lacks_a_class: bool) -> None:
+    part = SimpleNamespace(title="north", test=torch.arange(3))
+    data = SimpleNamespace(
+        samples=SimpleNamespace(targets=torch.zeros(0, dtype=torch.int64), num_classes=3),
+        clients=[part],
+        class_counts=lambda: np.array([[6, 2, 0 if lacks_a_class else 2]]),
+    )
+    run: Any = SimpleNamespace(
+        task="classification",
+        data=data,
+        metrics=SimpleNamespace(are_chosen=False, rows=[]),
+        progress=Progress(records={0: ClientRecord(0.6, 1, {}, metrics={"accuracy": 0.6})}),
+        spec=SimpleNamespace(client=SimpleNamespace(class_weights=None)),
+    )
+    [line] = result_warnings(run)
+    assert line.startswith("scores of 1 of 1 clients are not better than predicting one class (north)")
+    assert ("class_weights" in line) != lacks_a_class
+
+
+def test_undefined_metrics_of_many_sites_with_long_names_fit_one_warning(federate: Federate, npz: Path) -> None:
+    data = FederatedDataModule(str(npz), num_clients=3, alpha=0.1, batch_size=8)
+    run = federate(FedAvg(), data=data, metrics=CHOSEN)
+    run.run()
+    data._samples = replace(data.samples, class_names=tuple(f"{name}{'x' * 200}" for name in "abc"))
+    for clients in (3, 300):
+        run.progress.records = {number: run.progress.records[number % 3] for number in range(clients)}
+        run.progress.local_metrics = {number: run.progress.local_metrics[number % 3] for number in range(clients)}
+        data._clients = [data.clients[number % 3] for number in range(clients)]
+        line = result_warnings(run)[0]
+        assert len(line) <= LONGEST_ERROR
+        assert line.endswith("clients in all)") == (clients == 300)
 
 
 def test_run_one_predicted_class_is_a_warning(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
