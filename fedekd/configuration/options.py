@@ -131,7 +131,7 @@ def federation_parser() -> ArgumentParser:
     )
     parser.add_argument_group("Metrics").add_argument(
         "--metrics",
-        type=list[str] | None,
+        type=list[str] | str | None,
         default=None,
         help="Metrics that are reported. The first is the score, by which Delta is computed. "
         + " ".join(
@@ -322,6 +322,8 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         config.trainer[name] = getattr(trainer, name)
     rounds = RoundOptions(**{name: plain[name] for name in RoundOptions.__dataclass_fields__})
     loggers = built.logger
+    if isinstance(plain["metrics"], str):  # a single name
+        config.metrics = plain["metrics"] = [plain["metrics"]]
     return {
         "method": built.method,
         "data": data,

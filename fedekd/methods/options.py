@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedekd.errors import UserError, require, require_choice, shorten
+from fedekd.errors import UserError, require, shorten
 from fedekd.global_state import isolated_rng
 
 ModelSpec = Mapping[str, Any]
@@ -151,8 +151,9 @@ class ClientOptions:
             self.exits,
         )
         require(1 <= self.exit_grid <= 64, "client.exit_grid", "1 to 64", self.exit_grid)
-        if self.class_weights is not None:
-            require_choice("client.class_weights", self.class_weights, ("balanced",))
+        require(
+            self.class_weights in (None, "balanced"), "client.class_weights", "balanced or null", self.class_weights
+        )
         require(0 < self.lr_decay <= 1, "client.lr_decay", "a number in (0, 1]", self.lr_decay)
         require(
             isinstance(self.optimizer, Mapping) and "class_path" in self.optimizer,

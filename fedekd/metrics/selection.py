@@ -9,7 +9,7 @@ from math import isnan
 
 from torch import Tensor
 
-from fedekd.errors import UserError, listed, nearest, require
+from fedekd.errors import UserError, listed, nearest, require, shorten
 from fedekd.metrics import registry
 from fedekd.metrics.registry import MetricSpec, primary_metric
 from fedekd.tasks import Task
@@ -77,16 +77,18 @@ def select_metrics(names: Sequence[str] | None, task: Task, num_classes: int) ->
         first = primary_metric(task)
         rows.sort(key=lambda row: row is not first)
         return [row for row in rows if not row.is_per_class or num_classes <= _MAX_DEFAULT_CLASSES]
-    require(len(names) > 0, "metrics", "at least one metric, or null", names)
+    require(len(names) > 0, "metrics", "at least one metric, or null", names, "Name a metric, or remove the option")
+    known = [row.name for row in computed_metrics(task, num_classes)]
     for name in names:
         if name not in registry.METRICS:
-            known = [row.name for row in computed_metrics(task, num_classes)]
-            raise UserError(f"metrics: expected one of {listed(known)}, got {name!r}. {nearest(name, known)}")
-        require(names.count(name) == 1, "metrics", "each metric once", names)
+            raise UserError(f"metrics: expected metrics of {task}, got {shorten(repr(name))}. {nearest(name, known)}")
         if problem := _problem(registry.METRICS[name], task, num_classes):
-            raise UserError(f"metrics: {problem}, got {name!r}")
+            hint = f"Choose from: {listed(known)} (all of them: --metrics null)"
+            raise UserError(f"metrics: {problem}, got {name!r}. {hint}")
+        require(names.count(name) == 1, "metrics", "each metric once", names, f"Remove one {name!r}")
     rows = [registry.METRICS[name] for name in names]
-    require(not rows[0].is_per_class, "metrics", "a metric with one value first", names[0])
+    hint = f"Name another metric before it, such as {primary_metric(task).name}"
+    require(not rows[0].is_per_class, "metrics", "first a metric with one value", names[0], hint)
     return rows
 
 
@@ -146,10 +148,9 @@ def missing_classes(task: Task, *scored: Mapping[str, float]) -> list[int]:
 def _problem(row: MetricSpec, task: Task, num_classes: int) -> str:
     """Return why a metric cannot be computed; empty if it can."""
     if row.task != task:
-        known = [other.name for other in registry.METRICS.values() if other.task == task]
-        return f"expected metrics of {task} ({listed(known)})"
+        return f"expected metrics of {task}"
     if row.needs_grades and not num_classes:
-        return "expected metrics of real-valued targets, which have no grades"
+        return "expected metrics of real-valued targets"
     if row.is_per_class and num_classes > MAX_CLASSES:
-        return f"expected metrics of {num_classes} classes, of which at most {MAX_CLASSES} have a value each"
+        return f"expected metrics with one value for more than {MAX_CLASSES} classes, here {num_classes}"
     return ""

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from fedekd.cli import main
+from fedekd.configuration.options import parts_of
+from fedekd.errors import UserError
 from fedekd.federation import Interrupted, Orchestrator
 
 Fit = Callable[..., int]
@@ -58,6 +60,17 @@ def test_fit_regression_writes_rmse(npz: Path, tmp_path: Path, fit: Fit, monkeyp
     assert (summary["task"], summary["metric"]) == ("regression", "rmse")
     assert set(summary["delta"]) == {"avg", "worst", "p90"}
     assert Path("a/figures/rmse_per_round.png").exists()
+
+
+def test_parts_of_single_metric_is_a_list_and_unknown_one_is_one_line(npz: Path) -> None:
+    data = f"--data.dataset={npz}"
+    for text in ("auroc", "[auroc]"):
+        parts = parts_of([data, f"--metrics={text}"])
+        assert parts["metrics"] == parts["config"]["metrics"] == ["auroc"]
+    with pytest.raises(
+        UserError, match=r"metrics: expected metrics of classification, got '3'\. Choose from: accuracy"
+    ):
+        Orchestrator(**parts_of([data, "--metrics=3"]))
 
 
 def test_fit_config_of_a_run_repeats_it(npz: Path, workdir: Path, fit: Fit) -> None:

@@ -190,13 +190,19 @@ def test_select_metrics_default_is_primary_then_others() -> None:
 @pytest.mark.parametrize(
     ("names", "task", "classes", "message"),
     [
-        ([], "classification", 3, "metrics: expected at least one metric, or null"),
+        ([], "classification", 3, "metrics: expected at least one metric, or null, got []. Name a metric, or remove"),
         (["acuracy"], "classification", 3, "got 'acuracy'. Did you mean 'accuracy'"),
-        (["rmse"], "classification", 3, "metrics: expected metrics of classification (accuracy, "),
-        (["quadratic_kappa"], "regression", 0, "metrics: expected metrics of real-valued targets"),
-        (["rmse", "rmse"], "regression", 0, "metrics: expected each metric once"),
-        (["recall", "accuracy"], "classification", 3, "metrics: expected a metric with one value first"),
-        (["accuracy", "recall"], "classification", 300, "metrics: expected metrics of 300 classes"),
+        (["x"], "regression", 0, "metrics: expected metrics of regression, got 'x'. Choose from: mae, r2, rmse."),
+        (
+            ["auroc"],
+            "regression",
+            0,
+            "metrics: expected metrics of regression, got 'auroc'. Choose from: rmse, mae, r2",
+        ),
+        (["quadratic_kappa"], "regression", 0, "of real-valued targets, got 'quadratic_kappa'. Choose from: rmse, mae"),
+        (["rmse", "rmse"], "regression", 0, "each metric once, got ['rmse', 'rmse']. Remove one 'rmse'"),
+        (["recall", "ece"], "classification", 3, "first a metric with one value, got 'recall'. Name another metric"),
+        (["accuracy", "recall"], "classification", 300, "expected metrics with one value for more than 256 classes"),
     ],
 )
 def test_select_metrics_invalid_names_raise_one_line(names: list[str], task: str, classes: int, message: str) -> None:
