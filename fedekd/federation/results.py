@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff, mean_tradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.stored_rows import pack_rows, unpack_rows
 from fedekd.federation.update_validation import is_log_name
 from fedekd.metrics import (
     MetricSpec,
@@ -305,18 +306,19 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, exact."""
-        return asdict(self)
+        metrics = {number: pack_rows(rows) for number, rows in self.local_metrics.items()}
+        values = asdict(replace(self, history=[], local_metrics={}))
+        return values | {"history": pack_rows(self.history), "local_metrics": metrics}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the progress of `to_json` values that were stored as JSON."""
         records = {int(number): ClientRecord.from_json(record) for number, record in values["records"].items()}
-        local, local_metrics = (
-            {int(number): scores for number, scores in values.get(name, {}).items()}
-            for name in ("local", "local_metrics")
-        )
+        local = {int(number): scores for number, scores in values.get("local", {}).items()}
+        local_metrics = {int(number): unpack_rows(rows) for number, rows in values.get("local_metrics", {}).items()}
+        rows = unpack_rows(values["history"])
         # Earlier versions stored any name that a site logged, also those that no file can hold.
-        history = [{name: value for name, value in row.items() if _is_column(name)} for row in values["history"]]
+        history = [{name: value for name, value in row.items() if _is_column(name)} for row in rows]
         for record in records.values():
             record.logs = {name: value for name, value in record.logs.items() if is_log_name(name)}
         parts = {
