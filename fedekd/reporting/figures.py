@@ -116,8 +116,10 @@ def delta_per_client(summary: Summary) -> Figure:
         ha="right" if slanted else "center",
     )
     axes.set_xlim(-0.8, len(clients) - 0.2)
+    axes.set_title(
+        f"Delta per {row}: {summary['method']} minus local baseline, {summary['dataset']}", fontsize=11, wrap=True
+    )
     axes.set(
-        title=f"Delta per {row}: {summary['method']} minus local baseline, {summary['dataset']}",
         xlabel=row,
         ylabel=f"Delta of {_axis_label(metric)}",
     )
@@ -279,11 +281,13 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
     """Place a legend below the axes, with one entry per label."""
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))
+    # An inch holds about 13 characters of the font; a line and its space take 6.
+    fitting = int(13 * figure.get_figwidth()) // (max(map(len, entries)) + 6)
     figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=min(5, len(entries)),
+        ncols=max(1, min(5, len(entries), fitting)),
         frameon=False,
         fontsize=9,
     )
