@@ -360,7 +360,7 @@ def pixels(*shape: int) -> np.ndarray:
             "--input: expected images of (1, 8, 8) (channels, height, width) as in training, got (1, 9, 8)",
         ),
         (pixels(9, 8, 8, 3), np.arange(9) % 3, "got (3, 8, 8)"),
-        (pixels(9, 8, 8), np.arange(9), "label 8"),
+        (pixels(9, 8, 8), np.arange(9), "got the class '3'"),
         (np.full((9, 8, 8), 2, np.float32), np.arange(9) % 3, "expected float32 values in 0..1, got 2\n"),
         (
             pixels(1, 8, 8),

@@ -47,7 +47,7 @@ def write(path: str, size: int = 60, classes: int = 3, **arrays: Any) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.npz": 40, "b.npz": 1}, "site 'b': data.min_samples"),
+        ({"a.npz": 40, "b.npz": 1}, "data.sites: site 'b': expected at least 2 samples"),
         ({"a.npz": 40, "A.npz": 40}, "data.sites: expected different names, got 'A' and 'a'"),
         ({"a.npz": 40, "_b.npz": 40}, "data.sites: expected a name of at most 60 letters"),
         ({}, "data.sites: expected a file or subfolder per site"),
