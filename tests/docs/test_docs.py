@@ -116,6 +116,10 @@ def _check_other(words: list[str]) -> None:
         assert re.search(rf"^{rest[0]}:", text(ROOT / "Makefile"), re.MULTILINE), f"Makefile has no target {rest[0]}"
     elif program == "pip":
         assert rest == ["install", "."]
+    elif program == "python":
+        assert rest[0] == "-m"
+        module = ROOT / rest[1].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), rest[1]
     elif program == "wandb":
         assert rest[0] == "sweep"
         assert (ROOT / rest[1]).is_file()
