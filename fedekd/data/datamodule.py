@@ -72,8 +72,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         client: Number of the client whose samples are served, from 0. Default: all clients.
         ignore_label: Label that means "unknown", such as 255 or -1: its samples are left out of every split. Default:
             none.
-        sites: Folder with a file or subfolder per site, or a mapping from names of sites to paths. Each site is a
-            client. Default: dataset is partitioned.
+        sites: Folder with a file or subfolder per site, or a mapping from names of sites to paths or
+            class_paths. Each site is a client. Default: dataset is partitioned.
         site_column: Column or array of dataset with the name of each sample's site. Each site is a client. Default:
             dataset is partitioned.
         group_column: Column or array with the group of each sample, such as the patient. No group is in two splits or
@@ -146,6 +146,7 @@ class FederatedDataModule(lightning.LightningDataModule):
             "min_samples": 2,
             "num_classes": 2,
             "num_workers": 0,
+            "memory_limit": 0,
         }
         for argument, minimum in lowest.items():
             if values[argument] is not None and values[argument] < minimum:

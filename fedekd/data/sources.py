@@ -111,12 +111,12 @@ def load_samples(
             files.
         download: Let packages download missing files. Default True.
         ignore_label: Samples with this label are left out of every split. Default None.
-        sites: A folder with a file or subfolder per site, or a mapping from names of sites to paths; see `find_sites`.
-            Default None.
+        sites: A folder with a file or subfolder per site, or a mapping from names of sites to paths or to data sets by
+            class_path; see `find_sites`. Default None.
         **options: Other fields of `ReadOptions`.
 
     Returns:
-        The samples, in memory.
+        The samples.
 
     Raises:
         UserError: If the name is unknown, or the data are missing, corrupt or not as described.

@@ -139,6 +139,7 @@ def test_partition_by_import_path(tiny: str, monkeypatch: pytest.MonkeyPatch) ->
         ({"batch_size": 0}, ["data.batch_size: expected", "got 0"]),
         ({"eval_batch_size": -1}, ["data.eval_batch_size: expected", "got -1"]),
         ({"min_samples": 1}, ["data.min_samples: expected", "at least 2"]),
+        ({"memory_limit": -1.0}, ["data.memory_limit: expected", "at least 0"]),
         ({"num_classes": 1}, ["data.num_classes: expected", "got 1"]),
         ({"alpha": 0.0}, ["data.alpha: expected", "got 0.0"]),
         ({"alpha": float("nan")}, ["data.alpha: expected", "got nan"]),
