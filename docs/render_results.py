@@ -179,7 +179,7 @@ def gate() -> str:
 
 def natural_sites(federation: str) -> str:
     """Scores and Delta of each site, and of the mean and the worst of a run's sites."""
-    frame = pd.read_csv(RESULTS / "natural_sites.csv")
+    frame = pd.read_csv(RESULTS / "natural_sites/sites.csv")
     frame = frame[frame["federation"] == federation]
     methods = sorted(frame["method"].unique())
     rows = []

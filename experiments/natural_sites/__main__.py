@@ -16,7 +16,7 @@ import pandas as pd
 from fedekd.atomic import atomic_file
 from fedekd.cli import main as fedekd
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "natural_sites.csv"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "natural_sites" / "sites.csv"
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 METHODS = {"FedAvg": ["--method=FedAvg"], "FedeKD": ["--method=FedeKD"]}
