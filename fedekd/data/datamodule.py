@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,13 +32,21 @@ from fedekd.data.samples import Samples
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sources import DATA_OPTIONS, load_samples
 from fedekd.data.stored import StoredInputs
+from fedekd.data.subset import draw_extra_test, draw_subset
 from fedekd.data.tables import prepare, transform
 from fedekd.data.transforms import TransformSpec, build_transform, check_transform
 from fedekd.errors import UserError, describe_error, listed, nearest, require_choice, shorten, shorten_path
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task, require_task
 
-PARTITION_OPTIONS = {"num_clients": 6, "alpha": 0.1, "partition": None, "min_samples": 10}
+PARTITION_OPTIONS = {
+    "num_clients": 6,
+    "alpha": 0.1,
+    "partition": None,
+    "min_samples": 10,
+    "max_samples": None,
+    "extra_test": 0,
+}
 """Options of a partition, which sites do not have, and their defaults."""
 
 
@@ -94,6 +102,11 @@ class FederatedDataModule(lightning.LightningDataModule):
             MultiProcess each process reads for itself.
         transform: Augmentation of training samples before pixels are scaled: a transform of torchvision.transforms.v2
             by class_path, or a list. It keeps shape and type: uint8, or float in [0, 1]. Evaluation is unchanged.
+        max_samples: Largest number of samples of a partition, at least 1; a random subset by `seed`, drawn before the
+            partition, with whole groups. Default: all samples. Not used with sites.
+        extra_test: Largest number of further test samples per client, at least 0, from the samples that `max_samples`
+            leaves out, with the class mix of the client's training samples. No sample is at two clients. Not used with
+            sites, groups, given splits or real-valued targets.
 
     Raises:
         UserError: If an argument is out of range.
@@ -136,6 +149,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         memory_limit: float = 4.0,
         num_workers: int = 2,
         transform: str | dict[str, Any] | list[Any] | None = None,
+        max_samples: int | None = None,
+        extra_test: int = 0,
     ) -> None:
         super().__init__()
         values = dict(locals())
@@ -147,6 +162,8 @@ class FederatedDataModule(lightning.LightningDataModule):
             "num_classes": 2,
             "num_workers": 0,
             "memory_limit": 0,
+            "max_samples": 1,
+            "extra_test": 0,
         }
         for argument, minimum in lowest.items():
             if values[argument] is not None and values[argument] < minimum:
@@ -164,8 +181,15 @@ class FederatedDataModule(lightning.LightningDataModule):
             raise UserError(f"data.site_column: expected null with data.sites, got {site_column!r}")
         check_fractions(fractions)
         require_choice("data.splits", splits, ("random", "given"))
+        if extra_test and max_samples is None:
+            raise UserError(
+                f"data.extra_test: expected 0 without data.max_samples, which leaves samples out, got {extra_test}"
+            )
+        if extra_test and splits == "given":
+            raise UserError(f"data.extra_test: expected 0 with data.splits given, got {extra_test}")
         self.dataset, self.root, self.download = dataset, root, download
         self.alpha, self.min_samples = alpha, min_samples
+        self.max_samples, self.extra_test = max_samples, extra_test
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.fractions, self.seed, self.client, self.splits = fractions, seed, client, splits
         self.num_workers, self.transform = num_workers, transform
@@ -177,6 +201,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         self._samples: Samples | None = None
         self._clients: list[ClientSplits] | None = None
         self._transformers: list[Any] = []
+        self._warnings: list[str] = []
         self._only_client: tuple[int, str | None] | None = None
 
     def __str__(self) -> str:
@@ -205,7 +230,12 @@ class FederatedDataModule(lightning.LightningDataModule):
         Args:
             client: Number of the client, which enters the seeds of its splits.
             name: Name of the site that is the client.
+
+        Raises:
+            UserError: If `max_samples` is set: a subset is drawn before a partition only.
         """
+        if self.max_samples is not None:
+            raise UserError(f"data.max_samples: expected null with data of a site, got {self.max_samples}")
         self._only_client = client, name
 
     def prepare_data(self) -> None:
@@ -243,6 +273,8 @@ class FederatedDataModule(lightning.LightningDataModule):
             ]
             if self.splits == "given":
                 require_groups_in_one_split(samples, splits)
+            if self.extra_test:
+                splits = self._with_extra_test(samples, splits)
             self._samples, self._clients, self._transformers = prepare(samples, splits)
 
     def _parts_of_sites(self, samples: Samples) -> list[tuple[str | None, Indices]]:
@@ -258,6 +290,13 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def _parts_of_partition(self, samples: Samples) -> list[tuple[str | None, Indices]]:
         """Return the samples of each client of the partition."""
+        if self.max_samples is not None and self.max_samples < len(samples):
+            subset = draw_subset(len(samples), self.max_samples, self.seed, samples.group)
+            return [(name, subset[part]) for name, part in self._partitioned(samples.take(subset))]
+        return self._partitioned(samples)
+
+    def _partitioned(self, samples: Samples) -> list[tuple[str | None, Indices]]:
+        """Return the samples of each client of the partition of all samples."""
         default = PARTITIONS["label" if samples.task == "classification" and samples.num_classes else "cluster"]
         partition = self._partition or default
         arguments = self._num_clients, self.alpha, derive_seed(self.seed, "partition"), self.min_samples
@@ -277,6 +316,30 @@ class FederatedDataModule(lightning.LightningDataModule):
                 f" arrays, which failed with {describe_error(error)}"
             ) from error
         return [(None, part) for part in parts]
+
+    def _with_extra_test(self, samples: Samples, splits: list[ClientSplits]) -> list[ClientSplits]:
+        """Return the splits with further test samples; note clients with too few."""
+        for condition, what in (
+            (samples.group is not None, "groups"),
+            (not samples.num_classes, "real-valued targets"),
+        ):
+            if condition:
+                raise UserError(f"data.extra_test: expected 0 with {what}, got {self.extra_test}")
+        subset = draw_subset(len(samples), cast(int, self.max_samples), self.seed)
+        pool = np.setdiff1d(np.arange(len(samples)), subset)
+        train = [own.train.numpy() for own in splits]
+        parts = draw_extra_test(samples.labels.numpy(), pool, train, self.extra_test, self.seed)
+        if few := [
+            f"{own.label} ({len(part)})" for own, part in zip(splits, parts, strict=True) if len(part) < self.extra_test
+        ]:
+            self._warnings = [
+                f"data.extra_test: {len(few)} of {len(splits)} clients get fewer than {self.extra_test} further test"
+                f" samples, because data.max_samples leaves too few of their classes out: {listed(few)}"
+            ]
+        return [
+            replace(own, test=torch.cat([own.test, torch.from_numpy(part)]).sort().values)
+            for own, part in zip(splits, parts, strict=True)
+        ]
 
     @property
     def num_clients(self) -> int:
@@ -307,7 +370,7 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def warnings(self) -> list[str]:
         """Return what a user should know of the data before training, as lines."""
-        lines = data_warnings(self.samples, self.clients)
+        lines = data_warnings(self.samples, self.clients) + self._warnings
         lines += group_warnings(self.samples, self.clients, self.fractions, self.splits)
         if not self.has_sites:
             return lines
