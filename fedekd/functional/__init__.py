@@ -36,6 +36,14 @@ from fedekd.functional.energies import (
 )
 from fedekd.functional.exit_scheduling import active_exits, cosine_similarities, mixing_weights, student_budget
 from fedekd.functional.gate import trust_weights
+from fedekd.functional.label_prior import adjust_log_prior, estimate_label_prior, log_label_prior
+from fedekd.functional.log_linear import (
+    combine_log_linear,
+    fit_linear_weights,
+    fit_log_linear_weights,
+    fit_sample_weights,
+    sample_weights,
+)
 from fedekd.functional.paired_tests import betting_p_value, paired_p_value
 from fedekd.functional.precision import at_least_float32, upcast_to_float32
 from fedekd.functional.simplex import project_to_simplex
@@ -50,21 +58,28 @@ __all__ = [
     "Mean",
     "TrimmedMean",
     "active_exits",
+    "adjust_log_prior",
     "agreement_confidence",
     "at_least_float32",
     "average_state_dicts",
     "average_submodels",
     "betting_p_value",
+    "combine_log_linear",
     "conformal_quantile",
     "cosine_similarities",
     "decoupled_distillation",
     "entropy_confidence",
     "entropy_energy",
+    "estimate_label_prior",
     "feature_distance_energy",
+    "fit_linear_weights",
+    "fit_log_linear_weights",
+    "fit_sample_weights",
     "fit_temperature",
     "gated_distillation",
     "kl_distillation",
     "kl_energy",
+    "log_label_prior",
     "logsumexp_energy",
     "margin_confidence",
     "margin_energy",
@@ -74,6 +89,7 @@ __all__ = [
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",
+    "sample_weights",
     "score_exit",
     "set_agreement",
     "set_ranking_loss",
