@@ -37,7 +37,7 @@ class ExitTradeoff:
 
 
 def exit_tradeoff(client: Client) -> ExitTradeoff | None:
-    """Evaluate the exits of a client's private model.
+    """Evaluate the exits of the network that a client serves.
 
     For a client that holds only the first stages, costs are fractions of the whole network's FLOPs as well.
 
@@ -47,10 +47,11 @@ def exit_tradeoff(client: Client) -> ExitTradeoff | None:
     Returns:
         The tradeoff; None for a network without exits or for regression; NaN accuracies if outputs are not finite.
     """
-    network, spec = client.networks["private"], client.spec
+    role, spec = client.served_role, client.spec
+    network = client.network(role)
     if not isinstance(network, MultiExitNetwork) or spec.task == "regression":
         return None
-    test_output = client.predict("private", "test")
+    test_output = client.predict(role, "test")
     shape = spec.input_shape
     costs = exit_costs(network, shape)
     held_share = 1.0
@@ -60,7 +61,7 @@ def exit_tradeoff(client: Client) -> ExitTradeoff | None:
         held_share = costs.full / exit_costs(whole, shape).full
     targets = client.samples.targets[client.splits.test.to(client.samples.targets.device)]
     correct = torch.stack([logits.argmax(dim=1) == targets for logits in test_output.exits], dim=1).cpu().numpy()
-    tuning_scores, test_scores = _scores(client.predict("private", "validation")), _scores(test_output)
+    tuning_scores, test_scores = _scores(client.predict(role, "validation")), _scores(test_output)
     points = budget_points(tuning_scores, test_scores, correct, costs, [budget / held_share for budget in BUDGETS])
     # argmax of NaN is class 0, which is not a prediction.
     factor = 1.0 if all(bool(logits.isfinite().all()) for logits in test_output.exits) else math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -21,9 +22,29 @@ from fedekd.data import (
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
-from fedekd.models import eval_mode
+from fedekd.models import build_ensemble, eval_mode
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
+
+#: Role of the ensemble that a client serves in place of its private model.
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Combination of a client's networks at serving time.
+
+    See `fedekd.models.Ensemble`.
+
+    Attributes:
+        members: Roles of the M networks, the private model first if it is a member.
+        weights: Weight of each member, shape (M,).
+        offsets: Added to the outputs of each member, shape (M, C).
+    """
+
+    members: tuple[str, ...]
+    weights: Tensor
+    offsets: Tensor
 
 
 @contextmanager
@@ -74,6 +95,7 @@ class Client:
         loss_scales: By role, the state of the float16 loss scaler; empty in other precisions.
         method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
         supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
+        serving: How the networks are combined at serving time; None serves the private model.
         training_splits: Splits that the method's training uses.
     """
 
@@ -86,6 +108,24 @@ class Client:
         self.loss_scales: dict[str, dict[str, Any]] = {}
         self.method_state: dict[str, Any] = {}
         self.supervised_epochs = 0
+        self.serving: Serving | None = None
+
+    @property
+    def served_role(self) -> str:
+        """Role of what the method serves: `private`, or `ensemble` of several networks."""
+        return "private" if self.serving is None else ENSEMBLE
+
+    def network(self, role: str) -> nn.Module:
+        """Return the network of a role; `ensemble` is built from its members.
+
+        Args:
+            role: A key of `networks`, or `ensemble` where `serving` is set.
+        """
+        if role != ENSEMBLE or self.serving is None:
+            return self.networks[role]
+        members = {name: self.networks[name] for name in self.serving.members}
+        ensemble = build_ensemble(members, self.serving.weights, self.serving.offsets, self.spec.task)
+        return ensemble.to(self.spec.trainer.torch_device)
 
     @property
     def training_targets(self) -> Tensor:
@@ -229,12 +269,12 @@ class Client:
         Real values are standardised; see `in_target_unit`.
 
         Args:
-            role: Network.
+            role: Network, or `ensemble`.
             split: `train`, `validation`, `tuning`, `calibration`, `holdout` or `test`.
             with_features: Also return the features.
             mixed: Use the mixed precision of training, if any; False uses the precision of the weights.
         """
-        network, trainer = self.networks[role], self.spec.trainer
+        network, trainer = self.network(role), self.spec.trainer
         indices = getattr(self.splits, split).to(self.samples.inputs.device)
         outputs = []
         seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
@@ -272,12 +312,12 @@ class Client:
         """
         return () if self.spec.transform else self.predict(role, "train", with_features).tensors
 
-    def score(self, split: str = "test", role: str = "private") -> float:
-        """Return the task's primary metric of a network's last exit on a split."""
+    def score(self, split: str = "test", role: str | None = None) -> float:
+        """Return the task's primary metric on a split, by default of the served network."""
         return score(*self._outputs_and_targets(split, role)[-1], self.spec.task)
 
-    def evaluate(self, split: str = "test", role: str = "private") -> tuple[list[float], dict[str, float]]:
-        """Score a network on a split.
+    def evaluate(self, split: str = "test", role: str | None = None) -> tuple[list[float], dict[str, float]]:
+        """Score a network on a split, by default the served one.
 
         Returns:
             The primary metric of the run at each exit; a plain network has one. All metrics of the last exit by key, as
@@ -289,13 +329,17 @@ class Client:
         exit_scores = [metric.values(*pair, num_classes)[metric.name] for pair in earlier]
         return [*exit_scores, values[metric.name]], values
 
-    def _outputs_and_targets(self, split: str, role: str) -> list[tuple[Tensor, Tensor]]:
+    def _outputs_and_targets(self, split: str, role: str | None) -> list[tuple[Tensor, Tensor]]:
         """Return the outputs of each exit and the targets, in the unit of the targets."""
-        targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
-        return [(self.in_target_unit(output), targets) for output in self.predict(role, split).exits]
+        output = self.predict(role or self.served_role, split)
+        return [(self.in_target_unit(logits), self.targets(split)) for logits in output.exits]
 
-    def losses(self, split: str, role: str = "private") -> Tensor:
-        """Return the loss per sample: 0 or 1 for classes, squared error for regression.
+    def targets(self, split: str) -> Tensor:
+        """Return the targets of a split in their own unit, shape (n,)."""
+        return self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
+
+    def losses(self, split: str, role: str | None = None) -> Tensor:
+        """Return the served network's loss per sample: 0 or 1, or the squared error.
 
         A non-finite output counts as wrong, or as infinitely far off. Mixed precision is off, because do-no-harm
         compares the model as `predict` deploys it.
@@ -303,8 +347,8 @@ class Client:
         Returns:
             Losses of the split's samples in order, float64, shape (n,).
         """
-        output = self.in_target_unit(self.predict(role, split, mixed=False).output)
-        targets = self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
+        output = self.in_target_unit(self.predict(role or self.served_role, split, mixed=False).output)
+        targets = self.targets(split)
         finite = output.isfinite().all(dim=1)
         if self.spec.task == "regression":
             return torch.where(finite, (output.double().squeeze(1) - targets.double()).square(), torch.inf)
@@ -312,13 +356,13 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Role of the deployed network: `private`, or `local` if do-no-harm chose it."""
-        return "local" if "local" in self.networks else "private"
+        """Role of the deployed network: `local` if do-no-harm chose it, or what is served."""
+        return "local" if "local" in self.networks else self.served_role
 
     @property
     def deployed_model(self) -> nn.Module:
         """Network in use after the last round."""
-        return self.networks[self.deployed_role]
+        return self.network(self.deployed_role)
 
     def use_local_model(self, local: Client | None) -> None:
         """Deploy the local model or the federated one; the latter is stored in any case.
@@ -346,12 +390,14 @@ class Client:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the client's state as plain tensors, numbers and dicts."""
+        serving = {} if self.serving is None else {"serving": vars(self.serving) | {"members": [*self.serving.members]}}
         return {
             "networks": {role: network.state_dict() for role, network in self.networks.items()},
             "optimizer_states": self.optimizer_states,
             "loss_scales": self.loss_scales,
             "method_state": self.method_state,
             "supervised_epochs": self.supervised_epochs,
+            **serving,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -365,6 +411,10 @@ class Client:
         self.loss_scales = state["loss_scales"]
         self.method_state = state["method_state"]
         self.supervised_epochs = state["supervised_epochs"]
+        self.serving = None
+        if "serving" in state:
+            values = state["serving"]
+            self.serving = Serving(tuple(values["members"]), values["weights"], values["offsets"])
 
 
 def has_batch_norm(network: nn.Module) -> bool:

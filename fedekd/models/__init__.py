@@ -2,7 +2,8 @@
 
 from fedekd.models.build import build_model, check_model, eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN
-from fedekd.models.cost import ExitCosts, exit_costs, num_parameters
+from fedekd.models.cost import ExitCosts, exit_costs, network_flops, num_parameters
+from fedekd.models.ensemble import Ensemble, MultiExitEnsemble, build_ensemble
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
@@ -11,16 +12,20 @@ from fedekd.models.stages import multi_exit
 __all__ = [
     "MLP",
     "Conv3",
+    "Ensemble",
     "ExitCosts",
     "ExitHead",
     "ImageClassifier",
+    "MultiExitEnsemble",
     "MultiExitNetwork",
     "PrivateCNN",
     "ProxyCNN",
+    "build_ensemble",
     "build_model",
     "check_model",
     "eval_mode",
     "exit_costs",
     "multi_exit",
+    "network_flops",
     "num_parameters",
 ]

@@ -80,6 +80,23 @@ class ExitCosts:
         return [cost / self.full for cost in self.flops_at_exits(evaluated, uses_proxy)]
 
 
+def network_flops(network: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Count the FLOPs of one sample in a network, all exits included.
+
+    Args:
+        network: Network on any device, in any floating-point type.
+        input_shape: Channels, height and width of an image, or number of features.
+
+    Example:
+        >>> network_flops(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2))
+        24
+    """
+    like = next(network.parameters())
+    x = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+    with isolated_rng(0, like.device), eval_mode(network), torch.no_grad(), _countable_attention():
+        return _run_counted(network, x)[1]
+
+
 def exit_costs(network: MultiExitNetwork, image_shape: tuple[int, ...], proxy: nn.Module | None = None) -> ExitCosts:
     """Count the FLOPs of every stage and head on one image.
 

@@ -218,6 +218,7 @@ class SupervisedModule(ObjectiveModule):
         network: The network to train.
         task: `classification` (logits (B, C)) or `regression` (outputs (B, 1)).
         optimizer: Creates the optimizer from the parameters; default Adam, learning rate 1e-4.
+        offset: Added to the outputs in the loss, shape (C,), such as the log prior of the classes; None adds nothing.
     """
 
     capturable = True
@@ -227,8 +228,9 @@ class SupervisedModule(ObjectiveModule):
         network: nn.Module,
         task: Task = "classification",
         optimizer: OptimizerCallable = fedekd_optimizer,
+        offset: Tensor | None = None,
     ) -> None:
-        super().__init__(network, [SupervisedLoss(task)], task, optimizer)
+        super().__init__(network, [SupervisedLoss(task, offset=offset)], task, optimizer)
 
 
 def _supervised_losses(terms: Sequence[object]) -> Iterator[SupervisedLoss]:

@@ -82,6 +82,8 @@ class SupervisedLoss:
     Args:
         task: `classification` or `regression`.
         exit_weights: $w_e$, one per exit; None weights all E exits by 1 / E.
+        offset: Added to every output, shape (C,): the log prior of the classes makes the loss that of a balanced
+            predictor (logit adjustment, Menon et al., ICLR 2021). None (the default) adds nothing.
 
     Attributes:
         class_weights: Weight of each class in the mean, shape (C,); None (the default) weights all samples equally.
@@ -90,14 +92,16 @@ class SupervisedLoss:
     name = "supervised"
     class_weights: Tensor | None = None
 
-    def __init__(self, task: Task, exit_weights: Sequence[float] | None = None) -> None:
-        self.task, self.exit_weights = task, exit_weights
+    def __init__(self, task: Task, exit_weights: Sequence[float] | None = None, offset: Tensor | None = None) -> None:
+        self.task, self.exit_weights, self.offset = task, exit_weights, offset
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
         """Compute the mean over the batch."""
 
         def loss(output: Tensor) -> Tensor:
             output = upcast_to_float32(output)
+            if self.offset is not None:
+                output = output + self.offset.to(output)
             if self.task == "regression":
                 return torch.nn.functional.mse_loss(output, targets.to(output.dtype).reshape(output.shape))
             weight = None if self.class_weights is None else self.class_weights.to(output)

@@ -1,0 +1,205 @@
+"""What a client is compared with besides its local baseline.
+
+Both references are trained on the client's own data, and nothing that another client sent is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from fedekd.atomic import digest
+from fedekd.errors import UserError
+from fedekd.federation.baseline_key import baseline_key
+from fedekd.federation.local_baseline import read_cached, train_local_baseline, write_cached
+from fedekd.federation.object_state import StateReader
+from fedekd.federation.source_code import SourceUnavailableError, code_of, modules_of, package_code
+from fedekd.methods import Client, Method
+
+#: Code that a control runs besides that of the local baseline.
+_METHOD_CODE = ("federation/references.py", "methods", "models", "modules")
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Scores of a reference of one client.
+
+    Attributes:
+        rounds: Round of the federation after which each entry of `metrics` counts, ascending.
+        metrics: All metrics on the test split by key.
+        choice: What was chosen on the tuning split, such as `lr`; empty without a choice.
+    """
+
+    rounds: Sequence[int]
+    metrics: Sequence[dict[str, float]]
+    choice: dict[str, float] = field(default_factory=dict)
+
+    def after(self, round_idx: int) -> dict[str, float]:
+        """Return the metrics after a round of the federation, clipped to those trained."""
+        position = sum(trained <= round_idx for trained in self.rounds)
+        return self.metrics[max(position, 1) - 1] if self.metrics else {}
+
+
+class Reference(Protocol):
+    """How a reference of one client is trained."""
+
+    kind: ClassVar[str]
+
+    @property
+    def scored_rounds(self) -> tuple[int, ...]:
+        """Rounds of the federation after which it has scores, `ReferenceScores.rounds`."""
+        ...
+
+    def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
+        """Train and score the reference.
+
+        Args:
+            client: Client in its initial state, without what the method adds; it is changed.
+            method: Method of the run; it is not changed.
+            folder: Folder of the local baselines, in which finished rounds are cached; None caches nothing.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Control:
+    """Compute-matched local control: the method, run by a single client.
+
+    Models, epochs, learning rate and serving are those of the method; the server aggregates the updates of this client
+    only. The surplus of the federation is the score of the method minus that of its control.
+
+    Args:
+        rounds: Rounds in which the client takes part, ascending; the last is that of the run.
+    """
+
+    kind: ClassVar[str] = "control"
+
+    rounds: tuple[int, ...]
+
+    @property
+    def scored_rounds(self) -> tuple[int, ...]:
+        """All of them but round 0."""
+        return tuple(number for number in self.rounds if number > 0)
+
+    def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
+        """See `Reference`; every finished round is cached."""
+        path = None if folder is None else self._path(client, method, folder)
+        method = copy.copy(method)
+        method.init_server(client.spec)
+        client.training_splits = method.training_splits
+        method.init_client(client)
+        cached = read_cached(path) or {"metrics": [], "done": 0}
+        if cached["done"]:
+            client.load_state_dict(cached["client"])
+            method.server_state = cached["server"]
+        metrics = list(cached["metrics"])
+        for done, round_idx in enumerate(self.rounds[cached["done"] :], start=cached["done"] + 1):
+            broadcast = method.broadcast([client.number], round_idx)
+            method.receive(client, broadcast.to(client.number), round_idx)
+            if round_idx > 0:
+                metrics.append(client.evaluate()[1])
+            if done < len(self.rounds):
+                method.aggregate([method.prepare_update(client, round_idx)], round_idx)
+            state = {"client": client.state_dict(), "server": method.server_state}
+            write_cached(path, {"metrics": metrics, "done": done, **state})
+        return ReferenceScores(self.scored_rounds, metrics)
+
+    def _path(self, client: Client, method: Method, folder: Path) -> Path | None:
+        """Return the file of the control; None if its code cannot be compared."""
+        spec = client.spec
+        settings = {name: value for name, value in vars(method).items() if name != "server_state"}
+        reader = StateReader(spec.build_model("proxy", "server"))
+        try:
+            values = {
+                "baseline": baseline_key(client),
+                "method": f"{type(method).__module__}.{type(method).__qualname__}",
+                "settings": reader.read(settings),
+                "proxy": spec.client.proxy_model,
+                "attributes": reader.attributes(),
+                "rounds": [spec.rounds, *self.rounds],
+                "clients": spec.num_clients,
+                "code": package_code(_METHOD_CODE),
+                "objects": code_of(name for name in modules_of([method]) | reader.modules if not _is_own(name)),
+            }
+        except SourceUnavailableError:
+            return None
+        return folder / f"control-{digest(json.dumps(values, sort_keys=True, default=reader.read).encode())}.pt"
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in ("", "fedekd")
+
+
+@dataclass(frozen=True)
+class TunedLocal:
+    """Local training with tuned learning rate and epochs.
+
+    Both are chosen on the tuning split. Every learning rate is trained for `rounds` rounds of `client.local_epochs`, and each round is a candidate. The
+    candidate with the smallest mean loss on the tuning split (errors, or squared errors) is scored on the test split;
+    of equal ones the first learning rate with the fewest epochs.
+
+    Args:
+        learning_rates: Candidates, at least one, each above 0.
+        rounds: Rounds of training, at least 1.
+    """
+
+    kind: ClassVar[str] = "tuned"
+
+    learning_rates: tuple[float, ...]
+    rounds: int
+
+    @property
+    def scored_rounds(self) -> tuple[int, ...]:
+        """Round 0: it has one score, which counts in all rounds."""
+        return (0,)
+
+    def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
+        """See `Reference`; every candidate is cached as a local baseline."""
+        best: tuple[float, dict[str, float], dict[str, float]] | None = None
+        for rate in self.learning_rates:
+            baseline = train_local_baseline(with_learning_rate(client, rate), self.rounds, folder)
+            for index, losses in enumerate(baseline.losses):
+                loss = float(losses["tuning"].mean()) if len(losses["tuning"]) else float(-index)
+                if best is None or loss < best[0]:
+                    epochs = (index + 1) * client.spec.client.local_epochs
+                    best = loss, baseline.metrics[index], {"lr": rate, "epochs": float(epochs)}
+        assert best is not None
+        return ReferenceScores(self.scored_rounds, [best[1]], best[2])
+
+
+def with_learning_rate(client: Client, rate: float) -> Client:
+    """Return a new client with another learning rate."""
+    optimizer = dict(client.spec.client.optimizer)
+    optimizer["init_args"] = {**(optimizer.get("init_args") or {}), "lr": rate}
+    spec = replace(client.spec, client=replace(client.spec.client, optimizer=optimizer))
+    return Client(client.number, client.splits, client.samples, spec)
+
+
+#: Kinds of references, as in messages to sites.
+REFERENCES: dict[str, type[Control] | type[TunedLocal]] = {kind.kind: kind for kind in (Control, TunedLocal)}
+
+
+def reference_to_json(reference: Reference) -> dict[str, Any]:
+    """Convert a reference to JSON values."""
+    return {"kind": reference.kind, **asdict(reference)}  # type: ignore[call-overload]
+
+
+def reference_from_json(values: Mapping[str, Any]) -> Reference:
+    """Build a reference from JSON values.
+
+    Raises:
+        UserError: If the kind or an argument is unknown.
+    """
+    try:
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        kind: Any = REFERENCES[arguments.pop("kind")]
+        reference: Reference = kind(**arguments)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"reference: expected one of {', '.join(REFERENCES)}, got {str(values)[:60]}") from error
+    return reference

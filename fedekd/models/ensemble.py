@@ -1,0 +1,181 @@
+"""Ensembles at serving time: several networks that answer as one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedekd.errors import require
+from fedekd.functional import upcast_to_float32
+from fedekd.models.multi_exit import MultiExitNetwork
+from fedekd.tasks import Task
+
+
+class Ensemble(nn.Module):
+    r"""Log-linear ensemble of classifiers, or linear ensemble of regressors.
+
+    $$\log p(y \mid x) = \sum_m w_m \log \mathrm{softmax}(z_m(x) + o_m)_y + \mathrm{const}, \qquad
+    \hat y(x) = \sum_m w_m (z_m(x) + o_m)$$
+
+    An offset is the log prior of a network that was trained with its prior added, or the mean target in regression.
+
+    Args:
+        members: M networks by name, at least one; each maps a batch to (B, C).
+        weights: $w_m$, shape (M,), at least 0.
+        offsets: $o_m$, shape (M, C), added to the outputs of a member.
+        task: `classification` or `regression`.
+
+    Raises:
+        UserError: If the shapes differ.
+
+    Example:
+        >>> members = {"a": nn.Flatten(), "b": nn.Flatten()}
+        >>> ensemble = Ensemble(members, torch.tensor([0.5, 0.5]), torch.zeros(2, 4), "regression")
+        >>> ensemble(torch.ones(1, 1, 2, 2))
+        tensor([[1., 1., 1., 1.]])
+    """
+
+    weights: Tensor
+    offsets: Tensor
+
+    def __init__(self, members: Mapping[str, nn.Module], weights: Tensor, offsets: Tensor, task: Task) -> None:
+        super().__init__()
+        size = len(members)
+        require(weights.shape == (size,), "weights", f"shape ({size},)", tuple(weights.shape))
+        require(len(offsets) == size and offsets.ndim == 2, "offsets", f"shape ({size}, C)", tuple(offsets.shape))
+        self.members = nn.ModuleDict(members)
+        self.task = task
+        self.register_buffer("weights", weights.detach())
+        self.register_buffer("offsets", offsets.detach())
+
+    def contribution(self, index: int, output: Tensor) -> Tensor:
+        """Return the term of member `index` for its outputs (B, C), in at least float32."""
+        shifted = upcast_to_float32(output) + self.offsets[index]
+        return self.weights[index] * (torch.log_softmax(shifted, dim=1) if self.task == "classification" else shifted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a batch to unnormalised log-probabilities, or to values, (B, C)."""
+        terms = [self.contribution(index, _last(member(x))) for index, member in enumerate(self.members.values())]
+        return torch.stack(terms).sum(dim=0)
+
+
+def _last(output: Tensor | list[Tensor]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[-1]
+
+
+@dataclass(frozen=True)
+class _StageOutput:
+    """Output of a stage, and the sum of the other members' terms (B, C).
+
+    Early-exit inference removes rows between stages, as from a tensor.
+    """
+
+    hidden: Tensor
+    others: Tensor
+    ndim = 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: Tensor) -> _StageOutput:
+        return _StageOutput(self.hidden[rows], self.others[rows])
+
+
+class _FirstStage(nn.Module):
+    """First stage of the network with exits; runs the other members."""
+
+    def __init__(self, stage: nn.Module, others: Ensemble | None) -> None:
+        super().__init__()
+        self.stage, self.others = stage, others
+
+    def forward(self, x: Tensor) -> _StageOutput:
+        return _StageOutput(self.stage(x), x.new_zeros(len(x), 1) if self.others is None else self.others(x))
+
+
+class _LaterStage(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: _StageOutput) -> _StageOutput:
+        return _StageOutput(self.stage(x.hidden), x.others)
+
+
+class _Head(nn.Module):
+    """Head of one exit, and the ensemble with the other members' terms."""
+
+    def __init__(self, head: nn.Module, own: Ensemble) -> None:
+        super().__init__()
+        self.head = head
+        self.own = (own,)  # in a tuple, out of the module tree: its member is this network
+
+    def forward(self, x: _StageOutput) -> Tensor:
+        return self.own[0].contribution(0, self.head(x.hidden)) + x.others
+
+
+class MultiExitEnsemble(MultiExitNetwork):
+    """Ensemble of a network with exits and plain networks, one output per exit.
+
+    The plain members run once, in the first stage, and are part of every exit.
+
+    Args:
+        network: The network with exits.
+        own: Ensemble of `network` only: its weight and offset.
+        others: Ensemble of the other members; None without any.
+    """
+
+    def __init__(self, network: MultiExitNetwork, own: Ensemble, others: Ensemble | None) -> None:
+        nn.Module.__init__(self)  # the heads are wrapped, which MultiExitNetwork does not accept
+        first, *rest = network.stages
+        self.stages = nn.ModuleList([_FirstStage(first, others), *map(_LaterStage, rest)])
+        self.heads = nn.ModuleList([_Head(head, own) for head in network.heads])
+        self.register_buffer("weights", own.weights)
+        self.register_buffer("offsets", own.offsets)
+        self._network = (network,)
+
+    @property
+    def head(self) -> nn.Linear:
+        """Last linear layer of the network with exits."""
+        return self._network[0].head
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the features of the network with exits, (B, num_features)."""
+        return self._network[0].features(x)
+
+    def exits_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the outputs of all exits and the features of one pass."""
+        state: Any = x
+        exits = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            state = stage(state)
+            exits.append(head(state))
+        return exits, self._network[0]._embed(state.hidden)
+
+
+def build_ensemble(members: Mapping[str, nn.Module], weights: Tensor, offsets: Tensor, task: Task) -> nn.Module:
+    """Build an ensemble, with exits if its first member has them.
+
+    Args:
+        members: M networks by name; only the first may have exits.
+        weights: Weight of each member, shape (M,).
+        offsets: Offset of each member, shape (M, C).
+        task: `classification` or `regression`.
+
+    Returns:
+        An `Ensemble`, or a `MultiExitEnsemble`.
+    """
+    names = list(members)
+    first = members[names[0]]
+    if not isinstance(first, MultiExitNetwork):
+        return Ensemble(members, weights, offsets, task)
+    rest = {name: members[name] for name in names[1:]}
+    own = Ensemble({names[0]: first}, weights[:1], offsets[:1], task)
+    return MultiExitEnsemble(first, own, Ensemble(rest, weights[1:], offsets[1:], task) if rest else None)
