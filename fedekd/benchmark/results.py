@@ -14,6 +14,7 @@ import pandas as pd
 from fedekd.errors import UserError
 from fedekd.metrics import METRICS
 from fedekd.reporting.pages import write_text
+from fedekd.reporting.rows import REFERENCES, references_of
 
 #: Columns of every results file. `delta_tail` is the percentile of Delta at the harmful end: the 10th where a higher
 #: score is better (accuracy), the 90th where a lower one is (RMSE).
@@ -34,6 +35,16 @@ EVIDENCE = "evidence"
 
 #: Additional column of runs whose exits were calibrated: coverage of the guarantee, as JSON.
 COVERAGE = "coverage"
+
+#: Additional columns of runs with further references: mean score, and mean, worst and tail difference.
+REFERENCE_COLUMNS = tuple(
+    column
+    for score, difference, *_ in REFERENCES.values()
+    for column in (f"{score}_mean", *(f"{difference}_{part}" for part in ("avg", "worst", "tail")))
+)
+
+#: Additional columns of runs with `do_no_harm`: Delta of the deployed models.
+DEPLOYED_COLUMNS = tuple(f"deployed_delta_{part}" for part in ("avg", "worst", "tail"))
 
 _EVIDENCE_FIELDS = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
@@ -70,9 +81,11 @@ def to_row(
         **{name: summary["versions"][name] for name in ("fedekd", "torch")},
         **provenance,
         **_exit_values(summary),
+        **_reference_values(summary),
     }
     if "deployed" in summary:
         clients = [{name: client[name] for name in _EVIDENCE_FIELDS if name in client} for client in summary["clients"]]
+        values |= _differences("deployed_delta", summary["deployed"]["delta"])
         values[EVIDENCE] = json.dumps({"rule": summary["deployed"]["rule"], "clients": clients})
     if coverage is not None:
         values[COVERAGE] = json.dumps(coverage, separators=(",", ":"))
@@ -89,6 +102,20 @@ def _exit_values(summary: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
+def _reference_values(summary: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for score, difference, *_ in references_of(summary):
+        values[f"{score}_mean"] = _or_nan(summary[f"{score}_mean"])
+        values |= _differences(difference, summary[difference])
+    return values
+
+
+def _differences(name: str, delta: Mapping[str, Any]) -> dict[str, float]:
+    tail = next(value for part, value in delta.items() if part.startswith("p"))
+    parts = {"avg": delta["avg"], "worst": delta["worst"], "tail": tail}
+    return {f"{name}_{part}": _or_nan(value) for part, value in parts.items()}
+
+
 def _or_nan(value: Any) -> Any:
     """Return NaN for the null of an undefined value."""
     return math.nan if value is None else value
@@ -102,6 +129,12 @@ def exit_columns(frame: pd.DataFrame) -> list[str]:
         return kind == "budget", int(number), flops is not None
 
     return sorted(filter(EXIT_COLUMN.fullmatch, frame.columns), key=rank)
+
+
+def optional_numbers(frame: pd.DataFrame) -> list[str]:
+    """Return the columns of numbers that only some runs have, in order."""
+    others = [name for name in (*REFERENCE_COLUMNS, *DEPLOYED_COLUMNS) if name in frame]
+    return [*exit_columns(frame), *others]
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -133,7 +166,7 @@ def _read(path: Path) -> pd.DataFrame | None:
     for column in COLUMNS:
         has_value = frame[column].notna() & (frame[column].ne("") | (column in _OPTIONAL))
         _require(path, column, has_value, frame, "a value")
-    for column in (*_NUMBERS, *exit_columns(frame)):
+    for column in (*_NUMBERS, *optional_numbers(frame)):
         values = frame[column].str.lower()
         is_number = pd.to_numeric(values, errors="coerce").notna() | (values == "nan")
         may_be_empty = column == "alpha" or column not in _NUMBERS
@@ -153,8 +186,8 @@ def _require(path: Path, column: str, valid: pd.Series, frame: pd.DataFrame, exp
 def numeric(results: pd.DataFrame) -> pd.DataFrame:
     """Convert the columns of numbers; NaN where a column does not apply."""
     counts = {name: int for name in ("seed", "rounds", "clients")}
-    floats = dict.fromkeys((*_NUMBERS, *exit_columns(results)), float)
-    columns = ("alpha", *exit_columns(results))
+    floats = dict.fromkeys((*_NUMBERS, *optional_numbers(results)), float)
+    columns = ("alpha", *optional_numbers(results))
     return results.replace({name: {"": "nan"} for name in columns}).astype(counts | floats)
 
 
@@ -167,7 +200,7 @@ def write_results(folder: Path, results: pd.DataFrame) -> None:
         alphas = group["alpha"].replace("", "nan").astype(float)
         rows = group.assign(alpha_=alphas, seed_=group["seed"].astype(int))
         rows = rows.sort_values(["method", "alpha_", "seed_", "key"])
-        more = [*exit_columns(rows), EVIDENCE, COVERAGE]
+        more = [*optional_numbers(rows), EVIDENCE, COVERAGE]
         columns = [*COLUMNS, *(name for name in more if name in rows and rows[name].fillna("").ne("").any())]
         text = rows.to_csv(columns=columns, index=False, lineterminator="\n")
         path = folder / f"{dataset}.csv"

@@ -24,7 +24,7 @@ from fedekd.data import FederatedDataModule
 from fedekd.data.datamodule import PARTITION_OPTIONS
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError, require, shorten
-from fedekd.federation import EngineConfig, RoundOptions
+from fedekd.federation import BaselineOptions, EngineConfig, RoundOptions
 from fedekd.methods import ClientOptions, Method
 from fedekd.metrics import METRICS
 from fedekd.models import PrivateCNN, ProxyCNN
@@ -46,6 +46,7 @@ _MODELS = ("client.private_model", "client.proxy_model")
 #: Titles of option groups in `--help`; jsonargparse would take the first lines of docstrings.
 _TITLES = {
     RoundOptions.__name__: "Rounds",
+    "baseline": "Baselines",
     "method": "Method",
     "data": "Data",
     "client": "Client",
@@ -95,6 +96,7 @@ def federation_parser() -> ArgumentParser:
         "--baseline_dir", type=str, default="runs/local", help="Folder in which local baselines are kept for all runs."
     )
     parser.add_class_arguments(RoundOptions, instantiate=False)
+    parser.add_class_arguments(BaselineOptions, "baseline", instantiate=False)
     parser.add_subclass_arguments(Method, "method", help="Federated method: a name in fedekd.methods or a class path.")
     parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
     parser.add_class_arguments(
@@ -333,6 +335,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "rounds": rounds,
         "do_no_harm": do_no_harm_rule(plain["do_no_harm"]),
         "metrics": plain["metrics"],
+        "baseline": BaselineOptions(**plain["baseline"]),
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],
         "config": as_values(parser, config),

@@ -7,12 +7,13 @@ from fedekd.federation.engines.ray_engine import Ray
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.options import RoundOptions
+from fedekd.federation.options import BaselineOptions, RoundOptions
 from fedekd.federation.orchestrator import Orchestrator
 from fedekd.federation.run_folder import RunFolder
 from fedekd.federation.update_validation import UpdateValidator
 
 __all__ = [
+    "BaselineOptions",
     "ClientResult",
     "ComparisonRequest",
     "Engine",

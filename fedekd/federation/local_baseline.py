@@ -79,7 +79,7 @@ def train_local_baseline(
         remove_drafts(folder, min_age=DRAFT_SECONDS)
     path = _path(client, folder, warn)
     kept = None if memory is None or path is not None else memory.get(client.number)
-    baseline, state = _read(path) if kept is None else _unpacked(kept)
+    baseline, state = _read(path) if kept is None else _parts(unpack(kept))
     metrics, losses = baseline.metrics, baseline.losses
     if state is not None:
         client.load_state_dict(state)
@@ -89,12 +89,10 @@ def train_local_baseline(
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
         if path is None and memory is None:
             continue
-        packed = pack({"metrics": metrics, "losses": losses, "state": client.state_dict()})
-        if path is not None:
-            with atomic_file(path) as file:
-                file.write(seal(packed))
-        elif memory is not None:
-            memory[client.number] = packed
+        content = {"metrics": metrics, "losses": losses, "state": client.state_dict()}
+        write_cached(path, content)
+        if path is None and memory is not None:
+            memory[client.number] = pack(content)
     name = client.spec.primary.name  # not part of the key: one baseline serves every choice of metrics
     return LocalBaseline([values[name] for values in metrics[:rounds]], losses[:rounds], metrics[:rounds])
 
@@ -122,16 +120,31 @@ def _path(client: Client, folder: Path | None, warn: Callable[[str], None] | Non
         return None
 
 
-def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
+def read_cached(path: Path | None) -> Any:
+    """Return what was cached in a file; None without a file, or if it is corrupt."""
     if path is None or not path.exists():
-        return LocalBaseline([]), None
+        return None
     try:
-        return _unpacked(unseal(path.read_bytes()))
+        return unpack(unseal(path.read_bytes()))
     except Exception:  # a corrupt file counts as missing: train again and overwrite it
+        return None
+
+
+def write_cached(path: Path | None, content: Any) -> None:
+    """Write plain values atomically, with a checksum; without a path nothing."""
+    if path is not None:
+        with atomic_file(path) as file:
+            file.write(seal(pack(content)))
+
+
+def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
+    content = read_cached(path)
+    try:
+        return (LocalBaseline([]), None) if content is None else _parts(content)
+    except Exception:  # of another structure: counts as missing
         return LocalBaseline([]), None
 
 
-def _unpacked(packed: bytes) -> tuple[LocalBaseline, Any]:
+def _parts(content: Any) -> tuple[LocalBaseline, Any]:
     """Return a stored baseline without `scores`, and the client's state."""
-    content = unpack(packed)
     return LocalBaseline([], list(content["losses"]), list(content["metrics"])), content["state"]

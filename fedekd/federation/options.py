@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,35 @@ class RoundOptions:
         for name, (allowed, is_valid) in expected.items():
             if not is_valid:
                 raise UserError(f"{name}: expected {allowed}, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What a run is compared with besides the local baseline.
+
+    Args:
+        control: Train the compute-matched local control of each client, which runs the method without the
+            other clients: the surplus over it is what the federation adds. null trains it for methods that serve more than the private model. It takes
+            as long as the method itself, and is kept for later runs.
+        tune: Also compare with local training whose learning rate and epochs are chosen on the tuning split.
+        learning_rates: Learning rates of that choice, at least one, each above 0.
+        epochs: Most epochs of that choice, at least client.local_epochs; null is twice the epochs of the run.
+
+    Raises:
+        UserError: If an option is out of range.
+    """
+
+    control: bool | None = None
+    tune: bool = False
+    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3)
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not len(rates) or not all(0 < rate < math.inf for rate in rates):
+            raise UserError(f"baseline.learning_rates: expected finite numbers above 0, got {[*rates]}.")
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"baseline.epochs: expected at least 1, or null, got {self.epochs}.")
 
 
 def participants(options: RoundOptions, num_clients: int, seed: int, round_idx: int) -> list[int]:

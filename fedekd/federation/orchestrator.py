@@ -22,11 +22,13 @@ from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConf
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
-from fedekd.federation.options import RoundOptions, lost_updates, participants
+from fedekd.federation.options import BaselineOptions, RoundOptions, lost_updates, participants
+from fedekd.federation.references import Control, Reference, TunedLocal
 from fedekd.federation.result_warnings import result_warnings
-from fedekd.federation.results import Progress, ReportedMetrics, summarize
+from fedekd.federation.results import Progress, ReportedMetrics
 from fedekd.federation.run_folder import RunFolder, to_json_value
 from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
+from fedekd.federation.summary import summarize
 from fedekd.federation.update_validation import (
     Change,
     ResultValidator,
@@ -77,6 +79,7 @@ class Orchestrator:
         do_no_harm: Rule by which a client deploys the federated model; None deploys it always.
         metrics: Names of the reported metrics. The first is the score, by which Delta is computed. Default: those of
             the task.
+        baseline: What the run is compared with besides the local baseline.
 
     Raises:
         UserError: If the parts do not fit together, the data cannot be loaded, or the device is missing.
@@ -98,7 +101,9 @@ class Orchestrator:
         engine: EngineConfig | EngineFactory | None = None,
         do_no_harm: DoNoHarm | None = None,
         metrics: Sequence[str] | None = None,
+        baseline: BaselineOptions | None = None,
     ) -> None:
+        self.baseline = baseline or BaselineOptions()
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
         self.do_no_harm = do_no_harm
         self.observer = observer or SilentObserver()
@@ -163,6 +168,7 @@ class Orchestrator:
                 self._resume()
                 self._start_logging()
                 self._train_baselines()
+                self._train_references()
                 for round_idx in range(self.progress.round, self.options.rounds + 1):
                     changed = self._run_round(round_idx)
                     self.progress.seconds += time.monotonic() - start
@@ -212,6 +218,7 @@ class Orchestrator:
             self.method.init_server(self.spec)
             self._restore_finished()
             self._train_baselines()
+            self._train_references()
             for number in range(self.num_clients):
                 metrics = self._require_metrics(number, self.engine.evaluate(number))
                 record = self.progress.records[number]
@@ -254,7 +261,7 @@ class Orchestrator:
             changed.append(result.client)
             self.progress.add_bytes_down(state_dict_bytes(broadcast.to(result.client)))
             if round_idx > 0:
-                self.progress.add_result(result)
+                self.progress.add_result(result, round_idx)
             if result.update is not None:
                 updates.append(result.update)
         if len(rejected) == answers > 1:  # a single site must not end the run
@@ -356,6 +363,34 @@ class Orchestrator:
                     if invalid := [score for score in baseline.scores if not is_value(self.metrics.primary, score)]:
                         label = self.data.clients[number].label
                         raise UserError(f"{label}: score: expected a value of {name}, got {str(invalid[0])[:60]}")
+
+    def _train_references(self) -> None:
+        """Train the further references, unless the checkpoint has their scores."""
+        for kind, references in self._references().items():
+            if kind not in self.progress.references:
+                scores = self.engine.train_references(references)
+                for number, reference in scores.items():
+                    for values in reference.metrics:
+                        self._require_metrics(number, values)
+                self.progress.references[kind] = dict(sorted(scores.items()))
+
+    def _references(self) -> dict[str, dict[int, Reference]]:
+        """Return how the further references of each client are trained, by kind."""
+        options, rounds = self.baseline, self.options.rounds
+        has_control = self.method.serves_more if options.control is None else options.control
+        references: dict[str, dict[int, Reference]] = {}
+        if has_control and not self.method.is_local_baseline:
+            planned = [self._participants(round_idx) for round_idx in range(rounds + 1)]
+            references[Control.kind] = {
+                number: Control(tuple(index for index, numbers in enumerate(planned) if number in numbers))
+                for number in range(self.num_clients)
+            }
+        if options.tune:
+            local_epochs = self.spec.client.local_epochs
+            tuned_rounds = max(1, (options.epochs or 2 * rounds * local_epochs) // local_epochs)
+            tuned = TunedLocal(tuple(options.learning_rates), tuned_rounds)
+            references[TunedLocal.kind] = dict.fromkeys(range(self.num_clients), tuned)
+        return references
 
     def _require_metrics(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Return metrics that a client reports outside of the rounds, if valid.

@@ -1,4 +1,4 @@
-"""Results of a run: records of clients, metrics rows and the summary.
+"""Results of a run: records of clients and metrics rows.
 
 `Progress.scores` is the only place that computes Delta; metrics rows, deployed figures and the summary read from it.
 """
@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-import fedekd
 from fedekd.data import Samples
 from fedekd.do_no_harm.rule import Comparison
-from fedekd.early_exit.client_tradeoff import ExitTradeoff, mean_tradeoff
+from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.references import ReferenceScores
 from fedekd.federation.stored_rows import pack_rows, unpack_rows
 from fedekd.federation.update_validation import is_log_name
 from fedekd.metrics import (
@@ -29,13 +27,10 @@ from fedekd.metrics import (
     negative_transfer,
     select_metrics,
 )
-from fedekd.reporting.rows import client_prefix
+from fedekd.reporting.rows import REFERENCES, client_prefix
 from fedekd.tasks import Task
 
-if TYPE_CHECKING:
-    from fedekd.federation.orchestrator import Orchestrator
-
-#: Quantities whose mean over clients is in the row, in addition to those that begin with `exit`.
+#: Quantities whose mean over clients is in the row, in addition to those that begin with `exit` or `serving/`.
 GATE_NAMES = ("gate/weight_mean", "gate/weight_std", "gate/energy_mean")
 
 
@@ -44,6 +39,7 @@ class ClientRecord:
     """Latest result of a client.
 
     Attributes:
+        round: Round of that result; 0 in records of earlier versions.
         score: Test score after it last received.
         supervised_rounds: Rounds of supervised training up to that score.
         logs: Scalars of the method.
@@ -58,6 +54,7 @@ class ClientRecord:
     tradeoff: ExitTradeoff | None = None
     comparison: Comparison | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    round: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -145,6 +142,7 @@ class Progress:
         local_metrics: All metrics of the local baseline per round, by client; empty if the method is Local itself, and
             in runs of earlier versions.
         names: Names of the sites that are the clients, in the order of their numbers; empty without sites.
+        references: Scores of further references of each client, by kind: `control`, `tuned`.
     """
 
     round: int = 0
@@ -157,13 +155,14 @@ class Progress:
     local: dict[int, list[float]] = field(default_factory=dict)
     local_metrics: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    references: dict[str, dict[int, ReferenceScores]] = field(default_factory=dict)
 
-    def add_result(self, result: ClientResult) -> None:
+    def add_result(self, result: ClientResult, round_idx: int) -> None:
         """Replace the record of a client, except a comparison that the round lacks."""
         before = self.records.get(result.client)
         comparison = result.comparison or (before.comparison if before else None)
         self.records[result.client] = ClientRecord(
-            result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison, result.metrics
+            result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison, result.metrics, round_idx
         )
 
     def add_bytes_down(self, size: int) -> None:
@@ -196,7 +195,13 @@ class Progress:
             return record.metrics
         return LocalBaseline([], metrics=self.local_metrics.get(number, [])).metrics_after(record.supervised_rounds)
 
-    def scores(self, metric: MetricSpec, key: str | None = None, deployed: bool = False) -> ScoreSummary:
+    def reference_values(self, number: int, reference: str) -> dict[str, float]:
+        """Return all metrics of a reference after the round of the client's score."""
+        return self.references[reference][number].after(self.records[number].round)
+
+    def scores(
+        self, metric: MetricSpec, key: str | None = None, deployed: bool = False, reference: str | None = None
+    ) -> ScoreSummary:
         """Compute Delta of all clients that have a score.
 
         Args:
@@ -204,9 +209,14 @@ class Progress:
             key: Key of another value than the score, such as `recall/0`; None is the score of the primary metric.
             deployed: Count the local baseline's score for clients that deploy their local model. A client without a
                 comparison deploys the federated one.
+            reference: Compare with this reference in place of the local baseline.
         """
         numbers = sorted(self.records)
-        if key is None:
+        if reference is not None:
+            name = key or metric.name
+            local = [self.reference_values(number, reference).get(name, math.nan) for number in numbers]
+            scores = [self.records[number].metrics.get(name, math.nan) for number in numbers]
+        elif key is None:
             local = [self.local_score(number) for number in numbers]
             scores = [self.records[number].score for number in numbers]
         else:
@@ -254,6 +264,11 @@ class Progress:
         for name, summary in others.items():
             row |= _columns(name, summary, f"delta/{name}")
         row |= self._log_means(primary)
+        references = {name: self.scores(primary, reference=name) for name in self.references}
+        for name, summary in references.items():
+            score_column, difference, *_ = REFERENCES[name]
+            row[f"{difference}/{score_column}_mean"] = summary.local_mean
+            row |= {f"{difference}/{part}": value for part, value in summary.delta.items()}
         row |= {f"comm/{name}": value for name, value in asdict(self.traffic).items()}
         for number, (score, local, delta) in scores.clients.items():
             record = self.records[number]
@@ -264,6 +279,8 @@ class Progress:
                 columns |= {f"deployed/{name}": value for name, value in comparison.items()}
             for name, summary in others.items():
                 columns |= dict(zip((name, f"local/{name}", f"delta/{name}"), summary.clients[number], strict=True))
+            for name, summary in references.items():
+                columns |= dict(zip(REFERENCES[name][:2], summary.clients[number][1:], strict=True))
             prefix = client_prefix(number, self.names[number] if self.names else None)
             row |= {f"{prefix}{name}": value for name, value in columns.items()}
         if any(record.comparison is not None for record in self.records.values()):
@@ -279,9 +296,9 @@ class Progress:
         """
         logs = {number: record.logs for number, record in sorted(self.records.items())}
         undefined = self.undefined_clients(primary, primary.name)
-        exit_names = dict.fromkeys(name for log in logs.values() for name in log if name.startswith("exit"))
+        averaged = dict.fromkeys(name for log in logs.values() for name in log if name.startswith(("exit", "serving/")))
         means = {}
-        for name in (*GATE_NAMES, *exit_names):
+        for name in (*GATE_NAMES, *averaged):
             left_out = undefined if name.endswith(f"/{primary.name}") else []
             values = [log[name] for number, log in logs.items() if name in log and number not in left_out]
             if values:
@@ -307,8 +324,14 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """Return plain values, exact."""
         metrics = {number: pack_rows(rows) for number, rows in self.local_metrics.items()}
-        values = asdict(replace(self, history=[], local_metrics={}))
-        return values | {"history": pack_rows(self.history), "local_metrics": metrics}
+        values = asdict(replace(self, history=[], local_metrics={}, references={}))
+        references = {
+            kind: {
+                number: {**asdict(scores), "metrics": pack_rows(scores.metrics)} for number, scores in clients.items()
+            }
+            for kind, clients in self.references.items()
+        }
+        return values | {"history": pack_rows(self.history), "local_metrics": metrics, "references": references}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -326,6 +349,13 @@ class Progress:
             "records": records,
             "local": local,
             "local_metrics": local_metrics,
+            "references": {
+                kind: {
+                    int(number): ReferenceScores(**{**scores, "metrics": unpack_rows(scores["metrics"])})
+                    for number, scores in clients.items()
+                }
+                for kind, clients in values.get("references", {}).items()
+            },
             "traffic": Traffic(**values["traffic"]),
         }
         return cls(**{**values, **parts})
@@ -340,124 +370,3 @@ def _is_column(name: str) -> bool:
 def _columns(metric: str, scores: ScoreSummary, delta: str = "delta") -> dict[str, float]:
     means = {f"{metric}/mean": scores.mean, f"{metric}/worst": scores.worst}
     return means | {f"{delta}/{name}": value for name, value in scores.delta.items()}
-
-
-def summarize(run: Orchestrator) -> dict[str, Any]:
-    """Return the summary of a finished run, the content of `summary.json`.
-
-    All values except `seconds` and `versions` are repeatable; undefined ones are None.
-    """
-    return {name: _json_value(value) for name, value in _summary(run).items()}
-
-
-def _summary(run: Orchestrator) -> dict[str, Any]:
-    """Return the summary with NaN where a value is undefined."""
-    primary, records = run.metrics.primary, run.progress.records
-    scores, others = run.progress.scores(primary), run.progress.other_scores(run.metrics)
-    counts = run.data.class_counts()
-    clients: list[dict[str, Any]] = []
-    for number, (score, local, delta) in scores.clients.items():
-        splits, comparison = run.data.clients[number], records[number].comparison
-        clients.append(
-            {
-                "client": number,
-                **({} if splits.name is None else {"name": splits.name}),
-                "train": len(splits.train),
-                "test": len(splits.test),
-                "classes": [label for label, count in enumerate(counts[number]) if count],
-                "local": local,
-                "score": score,
-                "delta": delta,
-                **_other_values(number, others),
-                **_missing(run, number),
-            }
-        )
-        if run.do_no_harm is not None and comparison is not None:
-            clients[-1] |= asdict(comparison)
-    tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
-    return {
-        "dataset": run.data.samples.name,
-        **({} if run.data.has_sites else {"alpha": run.data.alpha}),
-        "seed": run.seed,
-        "method": type(run.method).__name__,
-        "task": run.task,
-        "metric": primary.name,
-        "rounds": run.options.rounds,
-        **_class_names(run.data.samples),
-        "mean": scores.mean,
-        "worst": scores.worst,
-        "local_mean": scores.local_mean,
-        "delta": scores.delta,
-        **_other_summaries(others),
-        "clients": clients,
-        **_deployed(run),
-        **(mean_tradeoff(tradeoffs) if any(len(tradeoff.exits) > 1 for tradeoff in tradeoffs) else {}),
-        "seconds": run.progress.seconds,
-        "bytes_up": run.progress.bytes_up,
-        "bytes_down": run.progress.bytes_down,
-        "versions": {
-            "fedekd": fedekd.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("lightning", "numpy", "torch")},
-        },
-    }
-
-
-def _json_value(value: Any) -> Any:
-    """Return a value with None for NaN, which is not valid JSON, at any depth."""
-    if isinstance(value, Mapping):
-        return {name: _json_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(part) for part in value]
-    return None if value != value else value
-
-
-def _other_summaries(others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
-    """Return the figures of the other metrics, over the `clients` with a value."""
-    figures = {
-        name: {
-            "mean": scores.mean,
-            "worst": scores.worst,
-            "local_mean": scores.local_mean,
-            "delta": scores.delta,
-            "clients": scores.counted,
-        }
-        for name, scores in others.items()
-    }
-    return {"metrics": figures} if figures else {}
-
-
-def _other_values(number: int, others: Mapping[str, ScoreSummary]) -> dict[str, Any]:
-    """Return the values of the other metrics of a client."""
-    values = {
-        name: dict(zip(("score", "local", "delta"), scores.clients[number], strict=True))
-        for name, scores in others.items()
-    }
-    return {"metrics": values} if values else {}
-
-
-def _missing(run: Orchestrator, number: int) -> dict[str, list[str]]:
-    """Return the names of the classes that a client's test split lacks."""
-    labels = run.progress.missing_classes(number, run.task) if run.progress.has_metrics else []
-    return {"missing_in_test": [run.data.samples.class_names[label] for label in labels]} if labels else {}
-
-
-def _class_names(samples: Samples) -> dict[str, list[str]]:
-    """Return the names of the classes; empty if they are numbers."""
-    return {} if samples.has_numbered_classes else {"class_names": list(samples.class_names)}
-
-
-def _deployed(run: Orchestrator) -> dict[str, Any]:
-    """Return scores and Delta of the deployed models; empty without do-no-harm."""
-    if run.do_no_harm is None:
-        return {}
-    scores = run.progress.scores(run.metrics.primary, deployed=True)
-    return {
-        "deployed": {
-            "rule": asdict(run.do_no_harm),
-            "federated": run.progress.share_federated(),
-            "mean": scores.mean,
-            "worst": scores.worst,
-            "delta": scores.delta,
-        }
-    }

@@ -13,6 +13,7 @@ from fedekd.errors import UserError, describe_error
 from fedekd.federation import ClientResult, RoundRequest
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.federation.references import Reference, ReferenceScores, reference_to_json
 from fedekd.flower.description import require_description
 from fedekd.flower.messages import (
     BASELINE,
@@ -29,6 +30,7 @@ from fedekd.flower.messages import (
     pack,
     parse_values,
     payload_bytes,
+    reference_choice,
     values_of,
 )
 from fedekd.flower.secure.aggregation import SecureAggregation
@@ -82,6 +84,24 @@ class FlowerEngine:
                 self.observer.warn(f"rejected the reply of site {self._title(site)}: {error}")
         self._require_replies(rounds, baselines, "local baseline")
         return baselines
+
+    def train_references(self, references: Mapping[int, Reference]) -> dict[int, ReferenceScores]:
+        """Train a further reference at each site; the sites send its metrics only.
+
+        Raises:
+            UserError: A site does not return valid scores.
+        """
+        contents = {site: pack({"reference": reference_to_json(reference)}) for site, reference in references.items()}
+        scores = {}
+        for site, reply in self._send(BASELINE, contents, None):
+            rounds = references[site].scored_rounds
+            try:
+                metrics = baseline_metrics(reply, len(rounds))
+                scores[site] = ReferenceScores(rounds, metrics, reference_choice(reply))
+            except UserError as error:
+                self.observer.warn(f"rejected the reply of site {self._title(site)}: {error}")
+        self._require_replies(references, scores, "reference")
+        return scores
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """Yield the results of a round in the order of the replies.

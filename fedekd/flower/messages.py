@@ -198,6 +198,22 @@ def by_key(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {key: [values[key] for values in metrics] for key in (metrics[0] if metrics else ())}
 
 
+def reference_choice(message: Message) -> dict[str, float]:
+    """Read what a reference has chosen, such as its learning rate.
+
+    Raises:
+        UserError: It is not numbers by name.
+    """
+    choice = values_of(message).get("choice", {})
+    if (
+        not isinstance(choice, dict)
+        or not choice.keys() <= {"lr", "epochs"}
+        or not all(map(is_number, choice.values()))
+    ):
+        raise UserError(f"reference: expected lr and epochs, got {str(choice)[:60]}")
+    return {name: float(value) for name, value in choice.items()}
+
+
 def baseline_metrics(message: Message, rounds: int) -> list[dict[str, float]]:
     """Read the local baseline's metrics of each round, and leave out later ones.
 

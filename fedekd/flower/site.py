@@ -20,6 +20,7 @@ from fedekd.federation import RoundRequest, SilentObserver
 from fedekd.federation.checks import check_models
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup, resident_array
 from fedekd.federation.local_baseline import DRAFT_SECONDS
+from fedekd.federation.references import reference_from_json
 from fedekd.federation.run_folder import to_json_value
 from fedekd.flower.description import describe, shared_config, site_label
 from fedekd.flower.messages import (
@@ -169,6 +170,10 @@ class Site:
         return pack(describe(self.method, self.spec, self.samples, self.splits))
 
     def _baseline(self, message: Message) -> RecordDict:
+        if "reference" in values_of(message):
+            reference = reference_from_json(values_of(message)["reference"])
+            scores, _ = self.worker.reference(self.number, reference)
+            return pack({"metrics": by_key(scores.metrics), "choice": scores.choice})
         baseline, _ = self.worker.local_baseline(self.number, int(values_of(message)["rounds"]))
         return pack({"metrics": by_key(baseline.metrics)})
 

@@ -15,6 +15,7 @@ from fedekd.methods.fedtype import FedType
 from fedekd.methods.fml import FML, FedKD
 from fedekd.methods.local import Local
 from fedekd.methods.options import ClientOptions
+from fedekd.methods.proxy_ensemble import ProxyEnsemble
 from fedekd.methods.safekd import SafeKD
 from fedekd.methods.scalefl import ScaleFL
 from fedekd.methods.specification import FederationSpec
@@ -39,6 +40,7 @@ __all__ = [
     "FederationSpec",
     "Local",
     "Method",
+    "ProxyEnsemble",
     "ProxyMethod",
     "SafeKD",
     "ScaleFL",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedekd.functional import Aggregator, Mean
@@ -96,6 +97,9 @@ class Method(ABC):
     #: True for the local baseline, against which Delta is computed.
     is_local_baseline = False
 
+    #: True if a client serves more than its private model: such a method is compared with its control, too.
+    serves_more = False
+
     #: Number of exits of the private model if `client.exits` is null; None keeps the model as it is.
     exits: int | None = None
 
@@ -173,6 +177,11 @@ class ProxyMethod(Method):
         """Load the global proxy."""
         client.networks["proxy"].load_state_dict(received)
         return {}
+
+    def is_untrained(self, client: Client, received: StateDict) -> bool:
+        """Return True if the global proxy is untrained: no round reached its quorum."""
+        initial = client.spec.build_model("proxy", "server").state_dict()
+        return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 
     @abstractmethod
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:

@@ -140,7 +140,7 @@ class FedeKD(ProxyMethod):
         if round_idx == 0:
             return {}
         lambda_kd, active = self.lambda_kd, self._active_exits(client, round_idx)
-        if lambda_kd and self._is_untrained(client, received):
+        if lambda_kd and self.is_untrained(client, received):
             lambda_kd = 0.0  # without a teacher the phase is that of the local baseline
         module = self._private_module(client.spec, private, proxy, lambda_kd, active)
         teacher_outputs: tuple[Tensor, ...] = ()
@@ -163,11 +163,6 @@ class FedeKD(ProxyMethod):
         rounds = client.spec.rounds
         active: list[bool] = active_exits(torch.eye(1), round_idx, rounds, exits, schedule=self.schedule)[0].tolist()
         return active
-
-    def _is_untrained(self, client: Client, received: StateDict) -> bool:
-        """Return True if the global proxy is untrained: no round reached its quorum."""
-        initial = client.spec.build_model("proxy", "server").state_dict()
-        return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Distil the private model into the proxy (lines 2-5), and return the proxy."""

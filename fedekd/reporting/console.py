@@ -23,7 +23,7 @@ from rich.text import Text
 
 from fedekd.errors import print_warning, shorten
 from fedekd.global_state import exclusive
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, value_title
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, references_of, value_title
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
@@ -41,6 +41,7 @@ def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> lis
     return [
         client_table(summary),
         *([others] if others is not None else []),
+        *([reference_table(summary)] if references_of(summary) else []),
         *([deployed_table(summary)] if "deployed" in summary else []),
     ]
 
@@ -142,6 +143,33 @@ def _empty_client_table(summary: Summary, with_classes: bool) -> Table:
         table.add_column("classes", overflow="fold")
     for heading in ("Local", summary["method"], "Delta"):
         table.add_column(_plain(heading), justify="right", no_wrap=True)
+    return table
+
+
+def reference_table(summary: Summary) -> Table:
+    """Build the table of references besides the local baseline, and the differences.
+
+    Args:
+        summary: Content of `summary.json` with `surplus` or `delta_tuned`.
+    """
+    metric, references = metric_spec(summary["metric"]), references_of(summary)
+    table = Table(title=_plain(f"{summary['method']} and its references, {metric.title}", "table.title"))
+    _add_client_column(table, summary)
+    headings = [heading for *_, score, difference in references for heading in (score, difference)]
+    for heading in (summary["method"], *headings):
+        table.add_column(_plain(heading), justify="right")
+    for title, client in zip(_short_titles(summary["clients"]), summary["clients"], strict=True):
+        cells: list[str | Text] = [metric.text(client["score"])]
+        for score, difference, *_ in references:
+            cells += [metric.text(client[score]), _delta_text(client[difference], summary)]
+        table.add_row(_plain(title), *cells)
+    table.add_section()
+    for title, part in (("mean", "avg"), ("worst", "worst"), (metric.tail.upper(), metric.tail)):
+        cells = [metric.text(summary["mean"]) if part == "avg" else ""]
+        for score, difference, *_ in references:
+            mean = metric.text(summary[f"{score}_mean"]) if part == "avg" else ""
+            cells += [mean, _delta_text(summary[difference][part], summary)]
+        table.add_row(title, *cells)
     return table
 
 

@@ -15,6 +15,12 @@ Row: TypeAlias = Mapping[str, float]
 Summary: TypeAlias = Mapping[str, Any]
 """Content of `summary.json`."""
 
+#: References besides the local baseline, as a summary names them: key of the score, of the difference, and heads.
+REFERENCES = {
+    "control": ("control", "surplus", "Control", "surplus"),
+    "tuned": ("tuned", "delta_tuned", "tuned Local", "Delta to tuned"),
+}
+
 _CLIENT = re.compile(r"client_([^/]+)/(.+)", re.DOTALL)
 _NUMBER = re.compile(r"(\d+)")
 
@@ -96,6 +102,11 @@ def column_order(names: Iterable[str], clients: Sequence[str] = ()) -> list[str]
         return name != "round", client is not None, natural, name
 
     return sorted(set(names), key=rank)
+
+
+def references_of(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """Return the rows of `REFERENCES` that a summary has."""
+    return [row for row in REFERENCES.values() if row[1] in summary]
 
 
 def metric_spec(name: str) -> MetricSpec:

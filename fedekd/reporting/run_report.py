@@ -11,7 +11,7 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, value_title
+from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, references_of, value_title
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -64,6 +64,11 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
         row |= {"clients": len(summary["clients"]), "rounds": summary["rounds"], "seed": summary["seed"]}
         row |= {f"mean {metric.title}": metric.text(summary["mean"]), "local": metric.text(summary["local_mean"])}
         row |= {f"Delta {name}": metric.difference_text(delta[name]) for name in ("avg", "worst", metric.tail)}
+        for score, difference, *heads in references_of(summary):
+            row |= {heads[0]: metric.text(summary[f"{score}_mean"])}
+            row |= {
+                f"{heads[1]} {name}": metric.difference_text(summary[difference][name]) for name in ("avg", "worst")
+            }
         if differing:
             own = (f"{name} {run.settings[name]}" for name in differing if name in run.settings)
             row["settings that differ"] = ", ".join(own) or "defaults"
@@ -86,6 +91,8 @@ def client_table(summary: Summary) -> pd.DataFrame:
         row |= {"train": client["train"], "test": client["test"]}
         row |= {"local": metric.text(client["local"]), metric.title: metric.text(client["score"])}
         row["Delta"] = metric.difference_text(client["delta"])
+        for score, difference, *heads in references_of(summary):
+            row |= {heads[0]: metric.text(client[score]), heads[1]: metric.difference_text(client[difference])}
         if "deployed" in summary:
             p_value = client.get("p_value")
             # Without a comparison a client deploys the federated model.

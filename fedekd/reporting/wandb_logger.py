@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fedekd.errors import UserError, describe_error
-from fedekd.reporting.rows import Summary
+from fedekd.reporting.rows import Summary, references_of
 from fedekd.reporting.wandb_start import (
     ONLINE_MODES,
     choose_mode,
@@ -167,6 +167,10 @@ class WandbRunLogger(WandbLogger):
         metric = summary["metric"]
         scores = {f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary}
         deltas = {f"delta/{name}": value for name, value in summary["delta"].items()}
+        references = references_of(summary)
+        for score, difference, *_ in references:
+            scores[f"{difference}/{score}_mean"] = summary[f"{score}_mean"]
+            deltas |= {f"{difference}/{name}": value for name, value in summary[difference].items()}
         for other, values in summary.get("metrics", {}).items():
             figures = {f"{other}/{name}": values[name] for name in ("mean", "worst", "local_mean")}
             scores |= figures | {f"delta/{other}/{name}": value for name, value in values["delta"].items()}
@@ -180,6 +184,7 @@ class WandbRunLogger(WandbLogger):
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
         sites = ["name"] if any("name" in client for client in summary["clients"]) else []
         names = ["client", *sites, "train", "test", "local", "score", "delta"]
+        names += [name for score, difference, *_ in references for name in (score, difference)]
         table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
         defined = {name: value for name, value in {**scores, **deltas, **costs}.items() if value is not None}
         self.experiment.summary.update({**defined, "clients": table})

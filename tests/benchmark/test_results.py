@@ -44,7 +44,11 @@ def test_to_row_with_exits_adds_their_columns(make_row: MakeRow) -> None:
 
 def test_to_row_with_do_no_harm_adds_evidence(make_row: MakeRow) -> None:
     client = {"client": 0, "local": 0.5, "score": 0.6, "samples": 9, "p_value": 0.5, "deployed": "local", "train": 3}
-    row = make_row("a", clients=[client], deployed={"rule": {"confidence": 0.9}, "mean": 0.5})
+    row = make_row(
+        "a",
+        clients=[client],
+        deployed={"rule": {"confidence": 0.9}, "mean": 0.5, "delta": {"avg": 0.1, "worst": 0.0, "p10": 0.0}},
+    )
     evidence = json.loads(row[EVIDENCE])
     assert evidence == {"rule": {"confidence": 0.9}, "clients": [{k: v for k, v in client.items() if k != "train"}]}
 

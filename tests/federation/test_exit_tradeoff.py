@@ -17,7 +17,8 @@ from fedekd.data import FederatedDataModule, scale
 from fedekd.early_exit import BUDGETS
 from fedekd.early_exit.client_tradeoff import ExitTradeoff, exit_tradeoff, mean_tradeoff
 from fedekd.federation import Orchestrator, RoundOptions, SequentialEngine, SilentObserver
-from fedekd.federation.results import ClientRecord, Progress, summarize
+from fedekd.federation.results import ClientRecord, Progress
+from fedekd.federation.summary import summarize
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local
 from fedekd.models import exit_costs
 

@@ -13,6 +13,7 @@ from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer
+from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.methods import Broadcast, ClientUpdate, FederationSpec, Method
 
 
@@ -91,6 +92,19 @@ class Engine(Protocol):
 
         Returns:
             Test scores and metrics per round, by client.
+        """
+        ...
+
+    def train_references(self, references: Mapping[int, Reference]) -> dict[int, ReferenceScores]:
+        """Train one further reference of each client, such as its control.
+
+        Called only for runs that have one; an engine without them may lack this function.
+
+        Args:
+            references: How it is trained, by client.
+
+        Returns:
+            Its scores, by client.
         """
         ...
 

@@ -27,6 +27,7 @@ from fedekd.federation.engines.worker import DamagedStateError, StateStore, Work
 from fedekd.federation.interrupts import block_signals
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
 #: End of an error message after which the run can continue.
@@ -272,6 +273,11 @@ class PoolEngine:
         """See `Engine`."""
         tasks = [Task(number, "local_baseline", (wanted,)) for number, wanted in rounds.items()]
         return {task.client: baseline for task, baseline in self._run(tasks)}
+
+    def train_references(self, references: Mapping[int, Reference]) -> dict[int, ReferenceScores]:
+        """See `Engine`."""
+        tasks = [Task(number, "reference", (reference,)) for number, reference in references.items()]
+        return {task.client: scores for task, scores in self._run(tasks)}
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """Yield the results as the clients finish."""

@@ -21,8 +21,9 @@ from fedekd.federation.engines.base import (
 )
 from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
 from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.methods import Client, FederationSpec, Method
-from fedekd.models import MultiExitNetwork
+from fedekd.models import MultiExitNetwork, network_flops
 
 
 class Sequential(EngineConfig):
@@ -111,6 +112,16 @@ class SequentialEngine:
             self.observer.phase_finished(number, "local", wanted * self.client_steps(number))
         return baselines
 
+    def train_references(self, references: Mapping[int, Reference]) -> dict[int, ReferenceScores]:
+        """See `Engine`."""
+        results = {}
+        for number, reference in references.items():
+            self.observer.phase_started(number, reference.kind)
+            with self.spec.trainer.numerics():
+                results[number] = reference.train(self._new_client(number), self.method, self.baseline_dir)
+            self.observer.phase_finished(number, reference.kind, 0)
+        return results
+
     def _warn_once(self, text: str) -> None:
         if text not in self.warned:
             self.warned.add(text)
@@ -137,7 +148,7 @@ class SequentialEngine:
             supervised_rounds = client.supervised_rounds
             exit_scores, metrics = client.evaluate() if round_idx else ([math.nan], {})
         score = exit_scores[-1]
-        if round_idx and isinstance(client.networks["private"], MultiExitNetwork):
+        if round_idx and isinstance(client.network(client.served_role), MultiExitNetwork):
             name = self.spec.primary.name
             logs = logs | {f"exit_{index}/{name}": value for index, value in enumerate(exit_scores, start=1)}
         if round_idx and all(map(math.isnan, metrics.values())):
@@ -155,6 +166,7 @@ class SequentialEngine:
         else:
             with numerics():
                 tradeoff = exit_tradeoff(client)
+                logs = logs | _serving_costs(client)
         return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison, metrics)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
@@ -189,3 +201,11 @@ class SequentialEngine:
     def close(self) -> None:
         """End the processes that read inputs, if any."""
         close_inputs(self.samples.inputs)
+
+
+def _serving_costs(client: Client) -> dict[str, float]:
+    """Return the FLOPs per sample of an ensemble and of the private model."""
+    if client.serving is None:
+        return {}
+    shape, roles = client.spec.input_shape, {"flops": client.served_role, "private_flops": "private"}
+    return {f"serving/{name}": float(network_flops(client.network(role), shape)) for name, role in roles.items()}

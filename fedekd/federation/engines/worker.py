@@ -24,6 +24,7 @@ from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
+from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
@@ -202,6 +203,11 @@ class ClientWorker:
         """Train the local baseline of a client."""
         self.events.clear()
         return self.engine.local_baselines({number: rounds})[number], list(self.events)
+
+    def reference(self, number: int, reference: Reference) -> tuple[ReferenceScores, list[Event]]:
+        """Train a reference of a client."""
+        self.events.clear()
+        return self.engine.train_references({number: reference})[number], list(self.events)
 
     def run_client(
         self, number: int, version: int, request: RoundRequest, personal: StateDict, becomes: int | None = None
