@@ -54,9 +54,9 @@ class BaselineOptions:
     """What a run is compared with besides the local baseline.
 
     Args:
-        control: Train the compute-matched local control of each client, which runs the method without the
-            other clients: the surplus over it is what the federation adds. null trains it for methods that serve more than the private model. It takes
-            as long as the method itself, and is kept for later runs.
+        control: Train the compute-matched local control of each client, which runs the method without the other
+            clients: the surplus over it is what the federation adds. null trains it for methods that serve more than
+            the private model. It takes as long as the method itself, and is kept for later runs.
         tune: Also compare with local training whose learning rate and epochs are chosen on the tuning split.
         learning_rates: Learning rates of that choice, at least one, each above 0.
         epochs: Most epochs of that choice, at least client.local_epochs; null is twice the epochs of the run.

@@ -138,9 +138,9 @@ def _is_own(module: str) -> bool:
 class TunedLocal:
     """Local training with tuned learning rate and epochs.
 
-    Both are chosen on the tuning split. Every learning rate is trained for `rounds` rounds of `client.local_epochs`, and each round is a candidate. The
-    candidate with the smallest mean loss on the tuning split (errors, or squared errors) is scored on the test split;
-    of equal ones the first learning rate with the fewest epochs.
+    Both are chosen on the tuning split. Every learning rate is trained for `rounds` rounds of `client.local_epochs`,
+    and each round is a candidate. The one with the smallest mean loss (errors, or squared errors) is scored on the test
+    split; of equal ones the first learning rate with the fewest epochs.
 
     Args:
         learning_rates: Candidates, at least one, each above 0.
