@@ -18,6 +18,14 @@ from torch import Tensor
 
 from fedekd.atomic import atomic_file
 from fedekd.cli.calibrate import client_choices, input_error, select_clients
+from fedekd.cli.label_prior import (
+    ESTIMATED,
+    TRAIN,
+    LabelPrior,
+    check_label_prior,
+    parse_label_prior,
+    resolve_label_prior,
+)
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
@@ -28,7 +36,7 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError, print_warning, shorten_path
-from fedekd.functional import max_softmax_confidence
+from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, eval_mode
 
@@ -45,6 +53,14 @@ class _Inputs(NamedTuple):
     batches: Iterable[Tensor]
     size: int
     names: list[str] | None
+
+
+class _Outputs(NamedTuple):
+    """Outputs of one batch: logits (B, C) or values (B, 1), exits (B,), scores (B,)."""
+
+    logits: Tensor
+    exits: Tensor
+    scores: Tensor
 
 
 def predict_parser() -> ArgumentParser:
@@ -78,6 +94,13 @@ def predict_parser() -> ArgumentParser:
         default=None,
         help="Number of the client, or name of its site; optional for a run with one client.",
     )
+    parser.add_argument(
+        "--label_prior",
+        type=str,
+        default=TRAIN,
+        help="Label prior of the inputs, to which the network is corrected: train (no correction), uniform, estimated"
+        " from the inputs, or a list of one probability per class.",
+    )
     return parser
 
 
@@ -89,6 +112,7 @@ def run(argv: Sequence[str]) -> int:
     output = Path(config.output)
     if output.suffix != ".csv" or output.is_dir():
         raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
+    label_prior = parse_label_prior(config.label_prior)
     is_table = is_table_file(Path(config.input).expanduser())
     orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
     clients = orchestrator.load_clients()
@@ -100,14 +124,23 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         raise input_error(error) from error
     policy = load_policy(Path(config.run), client.number)
-    if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
+    if label_prior != TRAIN:
+        check_label_prior(client, label_prior)
+        if policy is not None:
+            # Both its thresholds and its guarantee are those of the uncorrected network.
+            print_warning(
+                f"--label_prior: the exit policy of {client.splits.label} is not used, because its guarantee does not"
+                " hold for another label prior. All images take the last exit"
+            )
+            policy = None
+    elif policy is None and isinstance(client.deployed_model, MultiExitNetwork):
         print_warning(
             f"{client.splits.label} has no exit policy, all images take the last exit; for early exits run: calibrate"
             f" {config.run}"
         )
     if policy is not None and policy.has_no_guarantee:
         print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
-    rows = list(_predictions(client, policy, inputs))
+    rows = list(_predictions(client, policy, inputs, label_prior))
     kind = "row" if is_table else "image"
     _write(output, kind, rows, inputs.names)
     counts = Counter(row["exit"] for row in rows)
@@ -149,12 +182,29 @@ def _write(output: Path, kind: str, rows: Sequence[dict[str, Any]], names: Seque
         stream.write(text.getvalue().encode())
 
 
-@torch.no_grad()
-def _predictions(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iterator[dict[str, Any]]:
+def _predictions(
+    client: Client, policy: ExitPolicy | None, inputs: _Inputs, label_prior: LabelPrior
+) -> Iterator[dict[str, Any]]:
     """Yield the values of `COLUMNS` for each sample; exits are numbered from 1."""
-    network = client.deployed_model
     classes = client.samples.class_names
     is_named = classes != tuple(map(str, range(len(classes))))
+    batches: Iterable[_Outputs] = _outputs(client, policy, inputs)
+    if label_prior != TRAIN:
+        batches = _corrected(client, list(batches), label_prior)
+    for logits, exits, scores in batches:
+        if client.spec.task == "regression":
+            for value, exit_ in zip(logits[:, 0].tolist(), exits.tolist(), strict=True):
+                yield {"value": float(f"{value:.6g}"), "exit": exit_ + 1}
+            continue
+        for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
+            named = {"class": classes[label]} if is_named else {}
+            yield {"label": label, **named, "exit": exit_ + 1, "score": round(score, 6)}
+
+
+@torch.no_grad()
+def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iterator[_Outputs]:
+    """Yield logits or values, exits from 0, and scores of each batch."""
+    network = client.deployed_model
     total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
     for batch in track(inputs.batches, "predictions", total, console=bar, disable=is_quiet, transient=True):
@@ -173,10 +223,16 @@ def _predictions(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> 
                 f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} samples."
                 " The training of its network diverged"
             )
-        if client.spec.task == "regression":
-            for value, exit_ in zip(logits[:, 0].tolist(), exits.tolist(), strict=True):
-                yield {"value": float(f"{value:.6g}"), "exit": exit_ + 1}
-            continue
-        for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            named = {"class": classes[label]} if is_named else {}
-            yield {"label": label, **named, "exit": exit_ + 1, "score": round(score, 6)}
+        yield _Outputs(logits, exits, scores)
+
+
+def _corrected(client: Client, batches: Sequence[_Outputs], label_prior: LabelPrior) -> Iterator[_Outputs]:
+    """Yield the outputs corrected from the training prior to another one."""
+    source = client.label_prior
+    target = resolve_label_prior(label_prior, torch.cat([batch.logits for batch in batches]), source)
+    if label_prior == ESTIMATED:
+        # 9 digits: the sum passes the check of a list that is given to --label_prior.
+        print(f"estimated label prior: [{', '.join(f'{value:.9f}' for value in target.tolist())}]")
+    for logits, exits, _ in batches:
+        adjusted = adjust_log_prior(logits, source, target)
+        yield _Outputs(adjusted, exits, max_softmax_confidence(adjusted))

@@ -19,6 +19,7 @@ from fedekd.data import (
     input_batches,
     scale,
 )
+from fedekd.functional import log_label_prior
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
@@ -161,6 +162,17 @@ class Client:
         # 0 for a class without training samples: no sample has this weight.
         weights = torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
         return weights.to(self.spec.trainer.dtype)
+
+    @property
+    def label_prior(self) -> Tensor:
+        """Label prior of the client's supervised loss, shape (C,), float64, all above 0.
+
+        Each class counts one sample more than the training split has. Samples count with their class weights, which
+        change the prior that a network learns.
+        """
+        counts = torch.bincount(self.targets("train").cpu(), minlength=self.spec.num_outputs).double()
+        weights = self.class_weights
+        return log_label_prior(counts if weights is None else counts * weights.cpu().double(), smoothing=1.0).exp()
 
     @property
     def supervised_rounds(self) -> int:

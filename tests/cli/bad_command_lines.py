@@ -164,6 +164,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "client": ("-1", "3", "9223372036854775807"),
         "input": ("nowhere.npz", "", "fit.yaml", "a", LONG),
         "output": ("", "a", "x.txt", "nowhere/x.csv", LONG),
+        "label_prior": ("unifrom", "", "0.5", "[0.5, 0.5", "[2, -1]", "[.nan]", "[1]", "[[1]]", "[null]", LONG),
     },
     "report": {"output": ("blobs.npz",)},
     "benchmark": {

@@ -271,6 +271,8 @@ def test_fits_zero_probabilities_stay_finite() -> None:
         coefficients = fit_sample_weights(members, targets, 1.0)
         assert coefficients.isfinite().all()
         assert sample_weights(members, coefficients).isfinite().all()
+    weights = fit_log_linear_weights(torch.stack([certain, wrong]), targets, 1.0)
+    assert weights[0] > 1 / 2 > weights[1]
 
 
 def test_sample_weights_match_literal_equation() -> None:

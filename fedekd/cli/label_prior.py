@@ -1,0 +1,74 @@
+"""Option `--label_prior`: the label prior to which served outputs are corrected."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+from torch import Tensor
+
+from fedekd.errors import UserError, nearest, require, shorten
+from fedekd.functional import estimate_label_prior
+from fedekd.methods import Client
+
+TRAIN, UNIFORM, ESTIMATED = "train", "uniform", "estimated"
+_NAMES = (TRAIN, UNIFORM, ESTIMATED)
+
+#: Largest deviation of the sum of a given prior from 1.
+_SUM_TOLERANCE = 1e-6
+
+LabelPrior = str | tuple[float, ...]
+"""`train`, `uniform`, `estimated`, or one probability per class."""
+
+
+def parse_label_prior(text: str) -> LabelPrior:
+    """Parse the option; the number of classes is checked by `check_label_prior`.
+
+    Raises:
+        UserError: If the text is neither a name nor a list of probabilities with sum 1.
+    """
+    if not text.lstrip().startswith("["):
+        expected = "a list of one probability per class, or a name"
+        require(text in _NAMES, "--label_prior", expected, text, nearest(text, _NAMES))
+        return text
+    expected = "numbers from 0 to 1, as in [0.2, 0.8]"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--label_prior: expected {expected}, got {shorten(repr(text))}") from error
+    is_valid = all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+    require(is_valid, "--label_prior", expected, text)
+    total = math.fsum(values)
+    require(abs(total - 1) <= _SUM_TOLERANCE, "--label_prior", "probabilities with sum 1", round(total, 9))
+    return tuple(map(float, values))
+
+
+def check_label_prior(client: Client, label_prior: LabelPrior) -> None:
+    """Check that a client can be served under a label prior other than `train`.
+
+    Raises:
+        UserError: In regression, or for another number of probabilities than classes.
+    """
+    value = label_prior if isinstance(label_prior, str) else list(label_prior)
+    require(client.spec.task == "classification", "--label_prior", f"{TRAIN} for a run of regression", value)
+    if not isinstance(label_prior, str):
+        classes = client.spec.num_outputs
+        require(len(label_prior) == classes, "--label_prior", f"{classes} probabilities", len(label_prior))
+
+
+def resolve_label_prior(label_prior: LabelPrior, logits: Tensor, source: Tensor) -> Tensor:
+    """Return the prior to which outputs are corrected, shape (C,), float64.
+
+    Args:
+        label_prior: As `parse_label_prior` returns it.
+        logits: Uncorrected outputs of all inputs, shape (n, C); `estimated` uses them.
+        source: The client's training prior, shape (C,).
+    """
+    if not isinstance(label_prior, str):
+        return torch.tensor(label_prior, dtype=torch.float64)
+    if label_prior == TRAIN:
+        return source
+    if label_prior == UNIFORM:
+        return torch.full_like(source, 1 / len(source))
+    return estimate_label_prior(logits.double().softmax(dim=1), source, strength=float(len(source)))
