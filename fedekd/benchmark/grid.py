@@ -57,6 +57,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.transform": None,
     "data.value_range": None,
     "metrics": None,
+    "wire_dtype": "float32",
 }
 
 #: Options that were renamed since: present name, and name in the key.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, require_choice
+from fedekd.federation.wire import WIRE_DTYPES
 from fedekd.seeding import derive_seed
 
 
@@ -23,6 +24,8 @@ class RoundOptions:
         quorum: Accepted updates that a round needs, at least 1; with fewer the server keeps its state and warns.
         max_update_norm: Largest accepted 2-norm of the difference between update and message; null sets no bound, and
             only updates out of proportion to the others of their round are rejected.
+        wire_dtype: Floating-point type in which messages travel, in both directions: float32 (dtypes of the models) or
+            float16 (half the bytes; relative rounding error of at most 2^-11).
 
     Raises:
         UserError: If an option is out of range.
@@ -33,6 +36,7 @@ class RoundOptions:
     update_loss_rate: float = 0.0
     quorum: int = 1
     max_update_norm: float | None = None
+    wire_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         norm = self.max_update_norm
@@ -47,6 +51,7 @@ class RoundOptions:
         for name, (allowed, is_valid) in expected.items():
             if not is_valid:
                 raise UserError(f"{name}: expected {allowed}, got {getattr(self, name)}.")
+        require_choice("wire_dtype", self.wire_dtype, WIRE_DTYPES)
 
 
 @dataclass(frozen=True)

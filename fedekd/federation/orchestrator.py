@@ -38,6 +38,7 @@ from fedekd.federation.update_validation import (
     structure_problem,
     with_plain_logs,
 )
+from fedekd.federation.wire import to_wire, updates_from_wire
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
@@ -240,11 +241,11 @@ class Orchestrator:
         is_last = round_idx == self.options.rounds
         self.observer.round_started(round_idx)
         numbers = self._participants(round_idx)
-        broadcast = self.method.broadcast(numbers, round_idx)
+        broadcast, dtypes = to_wire(self.method.broadcast(numbers, round_idx), self.options.wire_dtype)
         comparison = None
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
             comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds())
-        request = RoundRequest(numbers, broadcast, round_idx, collect_updates=not is_last, comparison=comparison)
+        request = RoundRequest(numbers, broadcast, round_idx, not is_last, comparison, dtypes)
         updates: list[ClientUpdate] = []
         changed: list[int] = []
         rejected: list[str] = []
@@ -269,7 +270,7 @@ class Orchestrator:
         if round_idx > 0 and self.progress.records:  # empty until a client has answered
             self.progress.add_row(round_idx, self.metrics)
         if not is_last:
-            self._aggregate(updates, broadcast, round_idx)
+            self._aggregate(updates, request)
         self.progress.round = round_idx + 1
         gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory
         return changed
@@ -285,9 +286,10 @@ class Orchestrator:
             raise UserError(f"{text}. The last round needs every client: mend that client and repeat the command.")
         self.observer.warn(f"{text}; left out of this round")
 
-    def _aggregate(self, updates: Sequence[ClientUpdate], broadcast: Broadcast, round_idx: int) -> None:
+    def _aggregate(self, updates: Sequence[ClientUpdate], request: RoundRequest) -> None:
         """Aggregate the updates that arrived and are valid, ordered by client."""
-        accepted = self._valid_updates(updates, broadcast, round_idx)
+        round_idx = request.round_idx
+        accepted = updates_from_wire(self._valid_updates(updates, request.broadcast, round_idx), request.dtypes)
         self.progress.traffic.updates = len(accepted)
         if len(accepted) < self.options.quorum:
             reason: str | None = f"{len(accepted)} updates are below the quorum of {self.options.quorum}"
@@ -340,7 +342,11 @@ class Orchestrator:
         numbers = self._participants(round_idx)
         method = copy.copy(self.method)
         method.server_state = copy_state(method.server_state)  # a broadcast may change it, once in the round itself
-        return self.aggregates.check(method.server_state, method.broadcast(numbers, round_idx), numbers)
+        try:
+            broadcast, _ = to_wire(method.broadcast(numbers, round_idx), self.options.wire_dtype)
+        except UserError as error:  # beyond the range of float16
+            return str(error)
+        return self.aggregates.check(method.server_state, broadcast, numbers)
 
     def _steps(self, number: int) -> int:
         """Return the training steps of a client in an epoch."""

@@ -313,7 +313,8 @@ def _range_problem(name: str, tensor: Tensor, sent: Tensor) -> str | None:
     if tensor.is_floating_point() or tensor.is_complex():
         tensor = at_least_float32(tensor)
         if not bool(torch.isfinite(tensor).all()):
-            return "expected finite values, got NaN or infinity"
+            limit = f" of at most {torch.finfo(sent.dtype).max:g} ({sent.dtype})" if sent.dtype == torch.float16 else ""
+            return f"expected finite values{limit}, got NaN or infinity"
         if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
             return f"expected variances of at least 0, got {float(tensor.min()):.4g}"
     elif not torch.equal(tensor.to(sent.device), sent):  # a seed or a hash that is sent may be larger

@@ -23,6 +23,7 @@ from fedekd.federation.options import participants
 from fedekd.flower.description import SiteData, require_agreement, require_consistent_sites, shared_config
 from fedekd.flower.engine import FlowerEngine, wait_for_sites
 from fedekd.flower.messages import BASELINE, DESCRIBE, LAST_ROUND, ROUND, SCORE
+from fedekd.flower.mods import convert_dtypes
 from fedekd.flower.secure.aggregation import SecureAggregation, require_num_sites
 from fedekd.flower.secure.mods import require_protocol, to_client_result
 from fedekd.flower.site import Site
@@ -154,7 +155,7 @@ def make_client_app(settings: Settings | None = None, mods: Sequence[Mod] = ()) 
 
     for message_type in (DESCRIBE, BASELINE, SCORE, LAST_ROUND):
         app.query(message_type.removeprefix("query."))(reply)
-    app.train(ROUND.removeprefix("train."), mods=list(mods))(reply_unmasked)
+    app.train(ROUND.removeprefix("train."), mods=[convert_dtypes, *mods])(reply_unmasked)
     # Flower's SecAgg+ mod handles messages of type "train" without an action.
     app.train(mods=[require_protocol, secaggplus_mod, to_client_result, *mods])(reply)
     return app
@@ -265,4 +266,9 @@ def _require_secure_mean(method: Method, rounds: RoundOptions) -> None:
         raise UserError(
             f"update_loss_rate: expected 0 with secure=true, got {rounds.update_loss_rate}."
             " An update cannot be removed from a masked sum."
+        )
+    if rounds.wire_dtype != "float32":
+        raise UserError(
+            f"wire_dtype: expected float32 with secure=true, got {rounds.wire_dtype}."
+            " A masked update is sent as integers, of the same size for every dtype."
         )

@@ -25,6 +25,7 @@ from fedekd.flower.messages import (
     baseline_metrics,
     client_result_from_json,
     comparison_request_to_json,
+    dtypes_to_json,
     error_reason,
     from_arrays,
     pack,
@@ -116,6 +117,7 @@ class FlowerEngine:
                 "round": request.round_idx,
                 "version": self._versions.get(site, 0),
                 "comparison": comparison_request_to_json(request.comparison),
+                **dtypes_to_json(request.dtypes, request.broadcast.to(site)),
             }
             for site in request.participants
         }

@@ -20,6 +20,7 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.errors import UserError
 from fedekd.federation.engines.base import ClientResult, ComparisonRequest
 from fedekd.federation.update_validation import invalid_field, is_number, with_plain_logs
+from fedekd.federation.wire import Dtypes
 from fedekd.methods import ClientUpdate, StateDict
 
 #: Names of the two records of a message. Flower's mods expect exactly one record of each kind.
@@ -163,6 +164,27 @@ def comparison_request_from_json(values: Mapping[str, Any] | None) -> Comparison
         return None
     rounds = {int(client): count for client, count in values["rounds"].items()}
     return ComparisonRequest(DoNoHarm(**values["rule"]), rounds)
+
+
+def dtypes_to_json(dtypes: Dtypes, state: StateDict) -> dict[str, Any]:
+    """Convert the dtypes of a message's converted tensors to JSON values.
+
+    A message without converted tensors has no such value.
+    """
+    names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if name in state}
+    return {"dtypes": names} if names else {}
+
+
+def dtypes_from_json(names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """Convert JSON values to dtypes of converted tensors.
+
+    Raises:
+        UserError: A dtype is not one that is converted for transport.
+    """
+    known = {"float32": torch.float32, "float64": torch.float64}
+    if unknown := [dtype for dtype in names.values() if dtype not in known]:
+        raise UserError(f"dtypes: expected float32 or float64, got {str(unknown[0])[:60]!r}")
+    return {name: known[dtype] for name, dtype in names.items()}
 
 
 def client_result_to_json(result: ClientResult) -> dict[str, Any]:

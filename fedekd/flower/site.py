@@ -33,6 +33,7 @@ from fedekd.flower.messages import (
     by_key,
     client_result_to_json,
     comparison_request_from_json,
+    dtypes_from_json,
     from_arrays,
     pack,
     values_of,
@@ -189,7 +190,10 @@ class Site:
         self._require_version(version)
         received = from_arrays(arrays_of(message))
         comparison = comparison_request_from_json(values["comparison"])
-        request = RoundRequest([self.number], Broadcast(received), int(values["round"]), collect_updates, comparison)
+        dtypes = dtypes_from_json(values.get("dtypes", {}))
+        request = RoundRequest(
+            [self.number], Broadcast(received), int(values["round"]), collect_updates, comparison, dtypes
+        )
         result, _ = self.worker.run_client(self.number, version, request, {})
         store = self.worker.store
         for other in store.versions(self.number):

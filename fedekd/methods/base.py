@@ -181,7 +181,7 @@ class ProxyMethod(Method):
     def is_untrained(self, client: Client, received: StateDict) -> bool:
         """Return True if the global proxy is untrained: no round reached its quorum."""
         initial = client.spec.build_model("proxy", "server").state_dict()
-        return all(torch.equal(initial[name], value.to(initial[name].device)) for name, value in received.items())
+        return all(_is_initial(value.to(initial[name].device), initial[name]) for name, value in received.items())
 
     @abstractmethod
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
@@ -190,3 +190,10 @@ class ProxyMethod(Method):
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
         """Merge the proxies."""
         self.server_state = self.merge([u.state for u in updates], [u.num_samples for u in updates])
+
+
+def _is_initial(value: Tensor, initial: Tensor) -> bool:
+    """Return True for an initial tensor, as it is or rounded by `wire_dtype`."""
+    if torch.equal(value, initial):
+        return True
+    return initial.is_floating_point() and torch.equal(value, initial.to(torch.float16).to(initial.dtype))

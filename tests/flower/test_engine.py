@@ -651,3 +651,16 @@ def test_wait_for_sites_site_error_names_reason() -> None:
     with pytest.raises(UserError, match=message) as caught:
         wait_for_sites(grid, 3, 0.0)
     assert "\n" not in str(caught.value)
+
+
+def test_run_float16_on_the_wire_equals_single_process(options: list[str], single_process: Run, tmp_path: Path) -> None:
+    all_options = [*options, "--wire_dtype=float16"]
+    expected = run_in_process(all_options, tmp_path / "single")
+    sites, observer = Sites(tmp_path, all_options), RecordingObserver()
+    server = sites.server(tmp_path / "run", observer)
+    summary = server.run()
+    assert figures(summary) == figures(expected.summary)
+    assert_equal_runs(sites, server, tmp_path / "run", expected)
+    assert not observer.warnings
+    assert summary["bytes_up"] == single_process.summary["bytes_up"] / 2
+    assert {tensor.dtype for _, tensor in all_arrays([*sites.grid.requests, *sites.grid.replies])} == {torch.float16}

@@ -138,3 +138,26 @@ def test_mods_run_in_given_order(options: list[str], proxy: State, tmp_path: Pat
 
     Node(options, tmp_path, mod("first"), mod("second")).run_round(ROUND, proxy)
     assert order == ["first", "second", "second after", "first after"]
+
+
+def test_mods_compute_in_the_dtypes_of_the_models(options: list[str], proxy: State, tmp_path: Path) -> None:
+    """Messages travel in float16; the noise is added before the rounding."""
+    dtypes = []
+
+    def record(message: Message, context: Context, call_next: Any) -> Message:
+        dtypes.append({tensor.dtype for tensor in from_arrays(arrays_of(message)).values()})
+        reply = call_next(message, context)
+        dtypes.append({tensor.dtype for tensor in from_arrays(arrays_of(reply)).values()})
+        return reply
+
+    half = {name: tensor.half() for name, tensor in proxy.items()}
+    rounded = {name: tensor.float() for name, tensor in half.items()}
+    mod = LocalDpMod(clipping_norm=0.02, sensitivity=0.01, epsilon=10.0, delta=1e-5)
+    expected = Node(options, tmp_path / "a", mod).run_round(ROUND, rounded)
+    np.random.seed(0)
+    values = {"round": 0, "version": 0, "comparison": None, "dtypes": dict.fromkeys(proxy, "float32")}
+    reply = Node(options, tmp_path / "b", record, mod, record)(ROUND, values, half)
+    assert dtypes == [{torch.float32}] * 4
+    sent = from_arrays(arrays_of(reply))
+    assert is_equal(sent, {name: tensor.half() for name, tensor in from_arrays(arrays_of(expected)).items()})
+    assert repr(values_of(reply)) == repr(values_of(expected))

@@ -31,6 +31,8 @@ from fedekd.flower.messages import (
     client_result_to_json,
     comparison_request_from_json,
     comparison_request_to_json,
+    dtypes_from_json,
+    dtypes_to_json,
     from_arrays,
     pack,
     payload_bytes,
@@ -255,3 +257,13 @@ def test_baseline_metrics_of_more_rounds_are_cut() -> None:
     assert baseline_metrics(message, 2) == metrics[:2]
     with pytest.raises(UserError, match="accuracy: expected 4 numbers"):
         baseline_metrics(message, 4)
+
+
+def test_dtypes_are_json_of_the_sent_tensors_only() -> None:
+    dtypes = {"a": torch.float32, "b": torch.float64, "gone": torch.float32}
+    values = dtypes_to_json(dtypes, {"a": torch.ones(1), "b": torch.ones(1), "c": torch.tensor(1)})
+    assert values == {"dtypes": {"a": "float32", "b": "float64"}}
+    assert dtypes_from_json(json.loads(json.dumps(values))["dtypes"]) == {"a": torch.float32, "b": torch.float64}
+    assert dtypes_to_json({}, {"a": torch.ones(1)}) == {}
+    with pytest.raises(UserError, match=r"^dtypes: expected float32 or float64, got 'int8'"):
+        dtypes_from_json({"a": "int8"})

@@ -272,6 +272,7 @@ def test_client_app_message_outside_protocol_is_refused(nodes: Sites) -> None:
 UNSUPPORTED = {
     "--method.aggregator=fedekd.functional.CoordinateMedian": "secure: expected a method that .* got FedeKD as config",
     "--method=CAFEDistill": "secure: expected a method that needs only the uniform mean .* got CAFEDistill",
+    "--wire_dtype=float16": r"wire_dtype: expected float32 with secure=true, got float16\. A masked update",
     "--update_loss_rate=0.1": r"update_loss_rate: expected 0 with secure=true, got 0\.1",
     "--participation=0.67": "secure: expected 3 to 1023 sites per round, got 2",
 }

@@ -14,6 +14,7 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer
 from fedekd.federation.references import Reference, ReferenceScores
+from fedekd.federation.wire import Dtypes
 from fedekd.methods import Broadcast, ClientUpdate, FederationSpec, Method
 
 
@@ -40,6 +41,7 @@ class RoundRequest:
         round_idx: Round, in 0..R. Clients are scored from round 1 on.
         collect_updates: True in rounds 0..R-1. False after the last aggregate, where clients only receive.
         comparison: Do-no-harm comparison of this round; None if there is none.
+        dtypes: By name of each tensor that travels in another dtype, the dtype in which the client's method gets it.
     """
 
     participants: Sequence[int]
@@ -47,6 +49,7 @@ class RoundRequest:
     round_idx: int
     collect_updates: bool
     comparison: ComparisonRequest | None = None
+    dtypes: Dtypes = field(default_factory=dict)
 
     def only(self, participants: Sequence[int]) -> Self:
         """Return the request for some of the participants.

@@ -22,6 +22,7 @@ from fedekd.federation.engines.base import (
 from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.references import Reference, ReferenceScores
+from fedekd.federation.wire import from_wire, update_to_wire
 from fedekd.methods import Client, FederationSpec, Method
 from fedekd.models import MultiExitNetwork, network_flops
 
@@ -144,7 +145,8 @@ class SequentialEngine:
             client = self.client(number)
         self.observer.phase_started(number, "receive")
         with numerics():
-            logs = self.method.receive(client, request.broadcast.to(number), round_idx)
+            received = from_wire(request.broadcast.to(number), request.dtypes)
+            logs = self.method.receive(client, received, round_idx)
             supervised_rounds = client.supervised_rounds
             exit_scores, metrics = client.evaluate() if round_idx else ([math.nan], {})
         score = exit_scores[-1]
@@ -161,7 +163,7 @@ class SequentialEngine:
         if request.collect_updates:
             self.observer.phase_started(number, "update")
             with numerics():
-                update = self.method.prepare_update(client, round_idx)
+                update = update_to_wire(self.method.prepare_update(client, round_idx), request.dtypes)
             self.observer.phase_finished(number, "update", self.client_steps(number))
         else:
             with numerics():
