@@ -33,6 +33,8 @@ _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
 ADDED_OPTIONS: dict[str, Any] = {
+    "MLP.width": 1.0,
+    "ProxyCNN.width": 1.0,
     "baseline.control": None,
     "baseline.epochs": None,
     "baseline.learning_rates": [1e-4, 3e-4, 1e-3, 3e-3],

@@ -31,6 +31,20 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def scaled_widths(widths: Sequence[int], width: float) -> list[int]:
+    """Multiply the widths of a network's layers by a factor, rounded.
+
+    Raises:
+        UserError: If the factor is not in (0, 1].
+
+    Example:
+        >>> scaled_widths((64, 128, 2), 0.25)
+        [16, 32, 1]
+    """
+    require(0 < width <= 1, "width", "a number in (0, 1]", width)
+    return [max(1, round(width * full)) for full in widths]
+
+
 class _ConvNet(nn.Module):
     """Convolutions with max-pool and ReLU, one fully connected layer, linear head."""
 
@@ -101,8 +115,7 @@ class PrivateCNN(_ConvNet):
         num_classes: int = 10,
         width: float = 1.0,
     ) -> None:
-        require(0 < width <= 1, "width", "a number in (0, 1]", width)
-        *channels, num_features = (max(1, round(width * full)) for full in (64, 128, 128, 256))
+        *channels, num_features = scaled_widths((64, 128, 128, 256), width)
         super().__init__(
             channels, num_features, in_channels=in_channels, image_size=image_size, num_classes=num_classes
         )
@@ -115,9 +128,10 @@ class ProxyCNN(_ConvNet):
         in_channels: Channels of an image, at least 1.
         image_size: Height and width of an image, at least 8; a single number is a square.
         num_classes: Number of classes; 1 for regression.
+        width: Factor of all widths, rounded, in (0, 1]; for fewer bytes per round.
 
     Attributes:
-        num_features: Dimension of `features(x)`, 128.
+        num_features: Dimension of `features(x)`, 128 times `width`.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
@@ -129,8 +143,17 @@ class ProxyCNN(_ConvNet):
         torch.Size([2, 1])
     """
 
-    def __init__(self, in_channels: int = 1, image_size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
-        super().__init__((32, 64), 128, in_channels=in_channels, image_size=image_size, num_classes=num_classes)
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int | Sequence[int] = 28,
+        num_classes: int = 10,
+        width: float = 1.0,
+    ) -> None:
+        *channels, num_features = scaled_widths((32, 64, 128), width)
+        super().__init__(
+            channels, num_features, in_channels=in_channels, image_size=image_size, num_classes=num_classes
+        )
 
 
 class Conv3(nn.Module):

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from fedekd.errors import require
+from fedekd.models.cnn import scaled_widths
 
 
 class MLP(nn.Module):
@@ -18,9 +19,10 @@ class MLP(nn.Module):
         num_classes: Number of classes; 1 for regression.
         hidden: Width of each hidden layer, at least one layer. With exits, each hidden layer is a stage.
         dropout: Probability with which a hidden unit is zeroed in training, in [0, 1).
+        width: Factor of all hidden widths, rounded, in (0, 1].
 
     Attributes:
-        num_features: Dimension of `features(x)`, the width of the last hidden layer.
+        num_features: Dimension of `features(x)`, the width of the last hidden layer times `width`.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
 
     Raises:
@@ -33,13 +35,19 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, hidden: Sequence[int] = (64, 64, 32), dropout: float = 0.0
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: Sequence[int] = (64, 64, 32),
+        dropout: float = 0.0,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("num_classes", num_classes)):
             require(value >= 1, name, "at least 1", value)
         require(len(hidden) > 0 and min(hidden) >= 1, "hidden", "at least one width, each at least 1", hidden)
         require(0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
+        hidden = scaled_widths(hidden, width)
         self.layers = nn.Sequential(
             *(
                 nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout))

@@ -74,3 +74,10 @@ def test_factory_without_return_annotation_is_a_model(tmp_path: Path, monkeypatc
         build_model({"class_path": "plain_factories.number"}, input_shape=(1, 8, 8), num_classes=10)
     with pytest.raises(UserError, match=r"--method: expected a subclass of Method, got plain_factories.linear"):
         parts_of(["--data.dataset=digits", "--method=plain_factories.linear"])
+
+
+def test_width_of_the_default_proxy_is_an_option() -> None:
+    parts = parts_of(["--config", "digits.yaml", "--client.proxy_model.width", "0.25", "--logger=null"])
+    spec = parts["client"].proxy_model
+    assert spec["init_args"] == {"width": 0.25}
+    assert build_model(spec, input_shape=(1, 8, 8), num_classes=10).num_features == 32

@@ -39,6 +39,7 @@ def test_cnn_shapes_and_parameter_counts(network_class, channels, num_features, 
 def test_cnn_parameter_counts_at_28_pixels():
     assert num_parameters(PrivateCNN()) == 519_818
     assert num_parameters(ProxyCNN()) == 421_642
+    assert [num_parameters(ProxyCNN(width=width)) for width in (0.5, 0.25)] == [105_866, 26_698]
 
 
 @both
@@ -81,3 +82,42 @@ def test_cnn_channels_last_gives_same_output(network_class, channels, num_featur
 def test_cnn_invalid_arguments_raise_user_error(network_class, channels, num_features, arguments, message):
     with pytest.raises(UserError, match=message):
         network_class(**arguments)
+
+
+@both
+def test_cnn_width_scales_all_layers(network_class, channels, num_features):
+    full = num_parameters(network_class(image_size=16))
+    for width in (0.25, 0.5, 1.0):
+        network = network_class(image_size=16, num_classes=5, width=width)
+        convolutions = [part.out_channels for part in network.modules() if isinstance(part, nn.Conv2d)]
+        assert convolutions == [round(width * full) for full in channels]
+        assert network.num_features == network.head.in_features == width * num_features
+        assert network(torch.randn(3, 1, 16, 16)).shape == (3, 5)
+        assert 0.8 * width**2 < num_parameters(network) / full < 1.2 * width**2 + 0.01
+    smallest = network_class(width=1e-9)
+    assert {part.out_channels for part in smallest.modules() if isinstance(part, nn.Conv2d)} == {1}
+
+
+@both
+@pytest.mark.parametrize("width", [0, -0.5, 1.01, float("nan")])
+def test_cnn_width_out_of_range_raises_user_error(network_class, channels, num_features, width):
+    with pytest.raises(UserError, match=r"^width: expected a number in \(0, 1\], got"):
+        network_class(width=width)
+
+
+@both
+def test_cnn_width_one_keeps_the_initial_weights(network_class, channels, num_features):
+    """The layers are drawn in this order, with these shapes."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([3, *channels])]
+    pixels = (16 // 2 ** len(channels)) ** 2
+    layers += [nn.Linear(channels[-1] * pixels, num_features), nn.Linear(num_features, 10)]
+    expected = [tensor for layer in layers for tensor in layer.state_dict().values()]
+    names = None
+    for arguments in ({}, {"width": 1.0}):
+        torch.manual_seed(3)
+        state = network_class(in_channels=3, image_size=16, **arguments).state_dict()
+        assert all(map(torch.equal, state.values(), expected))
+        assert len(state) == len(expected)
+        assert names in (None, list(state))
+        names = list(state)

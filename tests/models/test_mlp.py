@@ -28,7 +28,23 @@ def test_mlp_with_exits_has_a_stage_per_hidden_layer_and_the_same_output() -> No
     assert exit_costs(exits, (5,)).full == 2 * (5 * 8 + 8 * 6 + 6 * 4 + 4 * 3)
 
 
-@pytest.mark.parametrize("arguments", [{"hidden": ()}, {"hidden": (4, 0)}, {"dropout": 1.0}, {"in_features": 0}])
+def test_mlp_width_scales_the_hidden_layers() -> None:
+    for width, expected in ((1.0, [64, 64, 32]), (0.5, [32, 32, 16]), (0.25, [16, 16, 8]), (0.001, [1, 1, 1])):
+        network = MLP(5, 3, width=width)
+        assert [layer[0].out_features for layer in network.layers] == expected  # type: ignore[index, union-attr]
+        assert network.num_features == expected[-1]
+        assert network(torch.randn(2, 5)).shape == (2, 3)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(*shape) for shape in ((5, 8), (8, 4), (4, 3))]
+    torch.manual_seed(0)
+    state = MLP(5, 3, hidden=(8, 4)).state_dict()
+    expected_state = [tensor for layer in layers for tensor in layer.state_dict().values()]
+    assert all(map(torch.equal, state.values(), expected_state))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"hidden": ()}, {"hidden": (4, 0)}, {"dropout": 1.0}, {"in_features": 0}, {"width": 1.5}]
+)
 def test_mlp_invalid_argument_raises(arguments: Any) -> None:
     with pytest.raises(UserError, match=next(iter(arguments))):
         MLP(**{"in_features": 5, "num_classes": 2, **arguments})
