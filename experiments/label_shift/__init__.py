@@ -1,0 +1,1 @@
+"""Accuracy of served models on test sets with another class mix."""
