@@ -1,4 +1,4 @@
-"""Serve finished runs on test sets of another class mix, with and without correction.
+"""Serve models on test sets of another class mix, with and without correction.
 
 Run `python -m experiments.label_shift`. Each client's deployed model predicts samples drawn from the test splits of all
 clients, none of which trained a model. The class mix is the client's own, uniform, its own in reverse order (the most
