@@ -121,9 +121,9 @@ def rows_of(clients: Sequence[Client], seed: int) -> list[Row]:
 
 
 def summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean accuracy by class mix and served prior, over clients, then over seeds.
+    """Return the mean accuracy by class mix and served prior.
 
-    `train` is the accuracy without correction; the other columns are differences to it, with the standard error over
+    Means over clients, then over seeds. `train` is the accuracy without correction; the other columns are differences to it, with the standard error over
     seeds.
     """
     lines = []

@@ -25,7 +25,7 @@ MEMBERS = ("private", "proxy", "tuned")
 
 
 def member_log_probabilities(client: Client, split: str) -> Tensor:
-    """Return the log-probabilities of the members on a split, shape (3, n, C), float64."""
+    """Return the members' log-probabilities on a split, (3, n, C), float64."""
     prior = client.label_prior.log()
     outputs = {name: client.predict(name, split, mixed=False).output.cpu().double() for name in MEMBERS}
     shifted = [output if name == "private" else output + prior for name, output in outputs.items()]

@@ -368,7 +368,7 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Role of the deployed network: `local` if do-no-harm chose it, or what is served."""
+        """Role of the deployed network: `local` after do-no-harm, or what is served."""
         return "local" if "local" in self.networks else self.served_role
 
     @property
