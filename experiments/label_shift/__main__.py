@@ -123,8 +123,8 @@ def rows_of(clients: Sequence[Client], seed: int) -> list[Row]:
 def summary(results: pd.DataFrame) -> pd.DataFrame:
     """Return the mean accuracy by class mix and served prior.
 
-    Means over clients, then over seeds. `train` is the accuracy without correction; the other columns are differences to it, with the standard error over
-    seeds.
+    Means over clients, then over seeds. `train` is the accuracy without correction; the other columns are differences
+    to it, with the standard error over seeds.
     """
     lines = []
     for (dataset, alpha, method, size, mix), group in results.groupby(
