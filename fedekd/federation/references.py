@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -34,8 +34,8 @@ class ReferenceScores:
         choice: What was chosen on the tuning split, such as `lr`; empty without a choice.
     """
 
-    rounds: Sequence[int]
-    metrics: Sequence[dict[str, float]]
+    rounds: tuple[int, ...]
+    metrics: list[dict[str, float]]
     choice: dict[str, float] = field(default_factory=dict)
 
     def after(self, round_idx: int) -> dict[str, float]:

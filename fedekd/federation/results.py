@@ -351,7 +351,9 @@ class Progress:
             "local_metrics": local_metrics,
             "references": {
                 kind: {
-                    int(number): ReferenceScores(**{**scores, "metrics": unpack_rows(scores["metrics"])})
+                    int(number): ReferenceScores(
+                        tuple(scores["rounds"]), unpack_rows(scores["metrics"]), scores["choice"]
+                    )
                     for number, scores in clients.items()
                 }
                 for kind, clients in values.get("references", {}).items()
@@ -359,6 +361,10 @@ class Progress:
             "traffic": Traffic(**values["traffic"]),
         }
         return cls(**{**values, **parts})
+
+
+def _reference_scores(values: Mapping[str, Any]) -> ReferenceScores:
+    return ReferenceScores(tuple(values["rounds"]), unpack_rows(values["metrics"]), values["choice"])
 
 
 def _is_column(name: str) -> bool:

@@ -235,7 +235,21 @@ def test_require_agreement_other_private_model_or_machine_passes(site_options: l
 
 
 @pytest.mark.parametrize(
-    "name", ["FedeKD", "FML", "FedKD", "FedType", "FedAvg", "FedProx", "FedPer", "FedRep", "Ditto", "FedDyn", "Local"]
+    "name",
+    [
+        "FedeKD",
+        "FML",
+        "FedKD",
+        "FedType",
+        "ProxyEnsemble",
+        "FedAvg",
+        "FedProx",
+        "FedPer",
+        "FedRep",
+        "Ditto",
+        "FedDyn",
+        "Local",
+    ],
 )
 def test_require_agreement_same_options_pass_for_each_method(name: str, options: list[str]) -> None:
     method, _, spec = build([*options, f"--method={name}"])

@@ -100,6 +100,7 @@ METHODS = {
     "exits and do-no-harm": ["--method=SafeKD", "--client.exits=2", "--do_no_harm=true"],
     "personal broadcast": ["--method=DepthFL", "--client.exits=2", "--client.depths=[1, 2, 2]"],
     "nothing sent": ["--method=Local"],
+    "ensemble with references": ["--method=ProxyEnsemble", "--baseline.tune=true", "--baseline.epochs=2"],
     "partial participation": ["--participation=0.5", "--do_no_harm.looks=2"],
 }
 

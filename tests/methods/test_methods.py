@@ -28,6 +28,7 @@ from fedekd.methods import (
     FedType,
     Local,
     Method,
+    ProxyEnsemble,
     SafeKD,
     ScaleFL,
 )
@@ -51,6 +52,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedekd-shuffled": lambda: FedeKD(gate="shuffled"),
     "fedekd-feature": lambda: FedeKD(energy="feature"),
     "fedekd-trimmed": lambda: FedeKD(aggregator=TrimmedMean(0.34)),
+    "proxy-ensemble": lambda: ProxyEnsemble(proxy_epochs=1, finetune_epochs=1),
+    "proxy-ensemble-private": lambda: ProxyEnsemble(serve="private", frozen_head=False, weights="uniform"),
     "fedtype": FedType,
     "fedtype-fedprox": lambda: FedType(mu=0.01),
     "fedtype-released": lambda: FedType(variant="released"),
