@@ -36,15 +36,17 @@ EVIDENCE = "evidence"
 #: Additional column of runs whose exits were calibrated: coverage of the guarantee, as JSON.
 COVERAGE = "coverage"
 
-#: Additional columns of runs with further references: mean score, and mean, worst and tail difference.
+_PARTS = ("avg", "worst", "tail")
+
+#: Additional columns of runs with further references: mean score, differences to the method, and Delta.
 REFERENCE_COLUMNS = tuple(
     column
     for score, difference, *_ in REFERENCES.values()
-    for column in (f"{score}_mean", *(f"{difference}_{part}" for part in ("avg", "worst", "tail")))
+    for column in (f"{score}_mean", *(f"{name}_{part}" for name in (difference, f"{score}_delta") for part in _PARTS))
 )
 
 #: Additional columns of runs with `do_no_harm`: Delta of the deployed models.
-DEPLOYED_COLUMNS = tuple(f"deployed_delta_{part}" for part in ("avg", "worst", "tail"))
+DEPLOYED_COLUMNS = tuple(f"deployed_delta_{part}" for part in _PARTS)
 
 _EVIDENCE_FIELDS = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
@@ -107,6 +109,7 @@ def _reference_values(summary: Mapping[str, Any]) -> dict[str, float]:
     for score, difference, *_ in references_of(summary):
         values[f"{score}_mean"] = _or_nan(summary[f"{score}_mean"])
         values |= _differences(difference, summary[difference])
+        values |= _differences(f"{score}_delta", summary[f"{score}_delta"])
     return values
 
 

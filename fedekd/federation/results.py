@@ -199,6 +199,16 @@ class Progress:
         """Return all metrics of a reference after the round of the client's score."""
         return self.references[reference][number].after(self.records[number].round)
 
+    def reference_delta(self, metric: MetricSpec, reference: str) -> dict[str, float]:
+        """Compute Delta of a reference against the local baseline: `avg`, `worst`, tail."""
+        numbers = [n for n in sorted(self.records) if not self._is_undefined(n, metric, metric.name)]
+        parts = ("avg", "worst", metric.tail)
+        if not numbers:
+            return dict.fromkeys(parts, math.nan)
+        scores = [self.reference_values(number, reference).get(metric.name, math.nan) for number in numbers]
+        delta = negative_transfer(scores, [self.local_score(number) for number in numbers], metric=metric)
+        return {name: float(delta[name]) for name in parts}
+
     def scores(
         self, metric: MetricSpec, key: str | None = None, deployed: bool = False, reference: str | None = None
     ) -> ScoreSummary:

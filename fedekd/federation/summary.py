@@ -116,11 +116,12 @@ def _other_values(number: int, others: Mapping[str, ScoreSummary]) -> dict[str, 
 
 
 def _reference_summaries(run: Orchestrator) -> dict[str, Any]:
-    """Return mean score and mean, worst and tail difference of each reference."""
+    """Return mean score, differences to the method and Delta of each reference."""
     figures: dict[str, Any] = {}
     for name in run.progress.references:
         scores, (score, difference) = run.progress.scores(run.metrics.primary, reference=name), REFERENCES[name][:2]
         figures |= {f"{score}_mean": scores.local_mean, difference: scores.delta}
+        figures[f"{score}_delta"] = run.progress.reference_delta(run.metrics.primary, name)
     return figures
 
 

@@ -30,6 +30,9 @@ _HEAD_NORM = 2.0
 #: Added to each class count of the prior: in the loss, and at serving time.
 _TRAINING_SMOOTHING, _SERVING_SMOOTHING = 0.01, 1.0
 
+#: Fewest tuning samples on which weights are fitted.
+_MIN_TUNING = 10
+
 
 class ProxyEnsemble(ProxyMethod):
     r"""ProxyEnsemble: an ensemble of private model and prior-aware proxies.
@@ -54,9 +57,11 @@ class ProxyEnsemble(ProxyMethod):
         proxy_epochs: Epochs of the proxy per round, at least 1.
         finetune_epochs: Epochs of the tuned proxy after the last round, at least 0; with 0 it equals the proxy and is
             not served.
-        members: Networks that are combined: `private`, `proxy` and `tuned`; null is all of them.
-        combination: `fitted` fits the weights on the tuning split, shrunk towards equal weights; `equal` does not.
-        ridge: Strength of that shrinkage, above 0, about the number of tuning samples at which both count equally.
+        members: Networks that are combined: `private`, `proxy` and `tuned`; null is all of them, and for regression
+            `private` and `tuned`: the mean target corrects the global proxy for some clients only.
+        combination: `fitted` fits the weights on the tuning split, shrunk towards equal weights, which are used for
+            fewer than 10 samples; `equal` has equal weights; null is `fitted`, and for regression `equal`.
+        ridge: Strength of that shrinkage, above 0; more counts as more tuning samples in favour of equal weights.
         label_prior: Train and serve the proxies with the client's label prior.
         frozen_head: Freeze the common head of the proxies; false trains and exchanges it.
         weights: `samples` weights clients by their training samples; `uniform` gives each the same weight, as secure
@@ -81,7 +86,7 @@ class ProxyEnsemble(ProxyMethod):
         proxy_epochs: int = 4,
         finetune_epochs: int = 4,
         members: list[str] | None = None,
-        combination: Combination = "fitted",
+        combination: Combination | None = None,
         ridge: float = 10.0,
         label_prior: bool = True,
         frozen_head: bool = True,
@@ -97,13 +102,14 @@ class ProxyEnsemble(ProxyMethod):
         require(members is None or len(members) > 0, "method.members", "at least one network, or null", members)
         for name in members or ():
             require_choice("method.members", name, MEMBERS)
-        require_choice("method.combination", combination, get_args(Combination))
+        if combination is not None:
+            require_choice("method.combination", combination, get_args(Combination))
         require(0 < ridge < math.inf, "method.ridge", "a finite number above 0", ridge)
         require_choice("method.serve", serve, get_args(Served))
         require(lambda_kd >= 0, "method.lambda_kd", "at least 0", lambda_kd)
         require(distillation_epochs >= 1, "method.distillation_epochs", "at least 1", distillation_epochs)
         self.proxy_epochs, self.finetune_epochs = proxy_epochs, finetune_epochs
-        self.members = tuple(name for name in MEMBERS if members is None or name in members)
+        self.members = members
         self.ridge = ridge
         self.combination, self.label_prior, self.frozen_head = combination, label_prior, frozen_head
         self.serve, self.lambda_kd, self.distillation_epochs = serve, lambda_kd, distillation_epochs
@@ -134,7 +140,7 @@ class ProxyEnsemble(ProxyMethod):
         client.serving = self._combine(client, received, has_tuned=is_last and self.finetune_epochs > 0)
         serving = client.serving or Serving(("private",), torch.ones(1), torch.zeros(1, 1))
         weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
-        logs |= {f"serving/weight_{name}": weights.get(name, 0.0) for name in self.members}
+        logs |= {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
         if is_last and self.serve == "private":
             self._distil(client, round_idx)
         return logs
@@ -143,6 +149,11 @@ class ProxyEnsemble(ProxyMethod):
         """Train the proxy on labels, and return what travels of it."""
         self._train_proxy(client, "proxy", round_idx, self.proxy_epochs)
         return ClientUpdate.of(client, self._travelling(client.networks["proxy"]))
+
+    def _members(self, spec: FederationSpec) -> list[str]:
+        """Return the members in order, the private model first."""
+        default = ("private", "tuned") if spec.task == "regression" else MEMBERS
+        return [name for name in MEMBERS if name in (self.members or default)]
 
     def _build_proxy(self, spec: FederationSpec) -> nn.Module:
         """Build the initial proxy, with the common head of all clients."""
@@ -192,7 +203,7 @@ class ProxyEnsemble(ProxyMethod):
 
     def _combine(self, client: Client, received: StateDict, has_tuned: bool) -> Serving | None:
         """Choose members and weights; None serves the private model."""
-        names = [name for name in self.members if name != "tuned" or has_tuned]
+        names = [name for name in self._members(client.spec) if name != "tuned" or has_tuned]
         if "proxy" in names and self.is_untrained(client, received):
             names.remove("proxy")
         shift, task = self._offset(client, _SERVING_SMOOTHING), client.spec.task
@@ -204,10 +215,11 @@ class ProxyEnsemble(ProxyMethod):
         if not names or names == ["private"]:
             return None
         member_outputs, targets = torch.stack([outputs[name] for name in names]), self._tuning_targets(client)
-        if self.combination == "equal":
+        combination = self.combination or ("equal" if task == "regression" else "fitted")
+        if combination == "equal":
             weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
         elif task == "regression":
-            weights = fit_linear_weights(member_outputs[..., 0], targets.double(), self.ridge)
+            weights = fit_linear_weights(member_outputs[..., 0], targets.double(), self.ridge, _MIN_TUNING)
         else:
             weights = fit_log_linear_weights(
                 member_outputs.log_softmax(dim=2), self._tuning_targets(client), self.ridge

@@ -101,7 +101,7 @@ def test_common_head_is_orthogonal_frozen_and_stays_at_home(federate: Federate) 
 
 
 def test_regression_adds_the_mean_target_and_sends_the_head(federate: Federate) -> None:
-    run = federate(ProxyEnsemble(combination="equal"), "regression")
+    run = federate(ProxyEnsemble(members=["private", "proxy", "tuned"]), "regression")
     run.run()
     assert {"head.weight", "head.bias"} <= set(run.method.server_state)
     for client in clients(run):
