@@ -35,7 +35,8 @@ from fedekd.functional.energies import (
     squared_error_energy,
 )
 from fedekd.functional.exit_scheduling import active_exits, cosine_similarities, mixing_weights, student_budget
-from fedekd.functional.gate import trust_weights
+from fedekd.functional.gate import reversed_trust_weights, trust_weights
+from fedekd.functional.held_out_trust import correctness_trust, look_up_trust, skill_trust
 from fedekd.functional.label_prior import adjust_log_prior, estimate_label_prior, log_label_prior
 from fedekd.functional.log_linear import (
     combine_log_linear,
@@ -66,6 +67,7 @@ __all__ = [
     "betting_p_value",
     "combine_log_linear",
     "conformal_quantile",
+    "correctness_trust",
     "cosine_similarities",
     "decoupled_distillation",
     "entropy_confidence",
@@ -81,6 +83,7 @@ __all__ = [
     "kl_energy",
     "log_label_prior",
     "logsumexp_energy",
+    "look_up_trust",
     "margin_confidence",
     "margin_energy",
     "max_softmax_confidence",
@@ -89,10 +92,12 @@ __all__ = [
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",
+    "reversed_trust_weights",
     "sample_weights",
     "score_exit",
     "set_agreement",
     "set_ranking_loss",
+    "skill_trust",
     "squared_error_distillation",
     "squared_error_energy",
     "student_budget",
