@@ -2,6 +2,7 @@
 
 from fedekd.modules.energies import ENERGIES, Energy, build_energy
 from fedekd.modules.gated_private import GatedPrivateModule
+from fedekd.modules.held_out_trust import HeldOutTrust
 from fedekd.modules.losses import (
     DistillationLoss,
     DKDLoss,
@@ -28,6 +29,7 @@ __all__ = [
     "Energy",
     "GatedDistillationLoss",
     "GatedPrivateModule",
+    "HeldOutTrust",
     "LinearPenalty",
     "LossTerm",
     "ModelOutput",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedekd.errors import require
 from fedekd.modules.energies import Energy, Source, build_energy
+from fedekd.modules.held_out_trust import HeldOutTrust
 from fedekd.modules.losses import Gate, GatedDistillationLoss, LossTerm, SelfDistillationLoss, SupervisedLoss
 from fedekd.modules.objective_module import ObjectiveModule, fedekd_optimizer
 from fedekd.tasks import Task
@@ -21,9 +22,9 @@ class GatedPrivateModule(ObjectiveModule):
     L_{BKD} = \frac1n \sum_i w_i\, \mathrm{KL}(q_i \,\|\, p_i), \qquad w_i = \frac{1}{1 + \exp(\beta \tilde E_i)}$$
 
     with p the private model's and q the proxy's prediction. Works under any `lightning.Trainer` with batches
-    `(x, y)`; logs per epoch `loss`, `loss/supervised`, `loss/gated`, `gate/weight_mean` (in [0, 1], about 1/2),
-    `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy is not run, and training is the supervised
-    one.
+    `(x, y)`; logs per epoch `loss`, `loss/supervised`, `loss/gated`, `gate/weight_mean` (in [0, 1], about 1/2 for gates
+    of the energy), `gate/weight_std` and `gate/energy_mean`. With `lambda_kd` 0 the proxy is not run, and training is
+    the supervised one.
 
     A private model with E exits is trained at all of them, with one gate per exit, on
 
@@ -39,11 +40,14 @@ class GatedPrivateModule(ObjectiveModule):
         beta: Sharpness of the gate, above 0 (Eq. 3).
         lambda_kd: Weight of the gated distillation, at least 0 (Eq. 5).
         optimizer: Creates the optimizer from the private model's parameters; default Adam, learning rate 1e-4.
-        gate: `energy` (Eq. 3), `none` (weight 1 for every sample) or `shuffled` (weights permuted in the batch).
+        gate: `energy` (Eq. 3), `none` (weight 1 for every sample), `reversed` ($1 - w_i$) or `correctness` (`trust`);
+            `shuffled`, `reversed_shuffled` and `correctness_shuffled` permute their weights in the batch.
         energy_of: Network whose logits `entropy`, `margin` and `logsumexp` use: `proxy` or `private`.
         active: Which exits are trained, shape (E,); None trains all.
         consistency_weight: $\lambda_s$, weight of the distillation from the deepest exit, at least 0.
         consistency_temperature: T, above 0.
+        trust: Trust in the proxy, for the gates `correctness` and `correctness_shuffled`: a HeldOutTrust of its
+            outputs on samples that trained neither model. Its mean weight is about the proxy's accuracy on them.
 
     Raises:
         UserError: If a value is out of range, or the energy does not fit the task or the networks.
@@ -72,10 +76,11 @@ class GatedPrivateModule(ObjectiveModule):
         active: Sequence[bool] | None = None,
         consistency_weight: float = 0.0,
         consistency_temperature: float = 2.0,
+        trust: HeldOutTrust | None = None,
     ) -> None:
         energy_module = build_energy(energy, task, energy_of, private, proxy)
         exit_weights = None if active is None else [float(is_active) / len(active) for is_active in active]
-        gated = GatedDistillationLoss(task, energy_module, beta, lambda_kd, gate, exit_weights)
+        gated = GatedDistillationLoss(task, energy_module, beta, lambda_kd, gate, exit_weights, trust)
         consistency = SelfDistillationLoss(consistency_weight, consistency_temperature, exit_weights)
         require(
             not consistency_weight or task != "regression",
@@ -94,4 +99,5 @@ class GatedPrivateModule(ObjectiveModule):
             teacher=proxy if lambda_kd else None,
             with_features=energy_module.needs_features,
         )
-        self.energy = energy_module  # registered, so that its projection moves to the device with the networks
+        # Registered, so that their tensors move to the device with the networks.
+        self.energy, self.trust = energy_module, gated.trust

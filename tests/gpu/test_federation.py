@@ -42,7 +42,7 @@ def test_fedekd_lambda_zero_equals_local(federate: Federate, precision: str) -> 
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("gate", ["energy", "shuffled"])
+@pytest.mark.parametrize("gate", ["energy", "shuffled", "correctness"])
 def test_resume_after_stop_gives_same_bits(federate: Federate, tmp_path: Path, precision: str, gate: Any) -> None:
     whole = federate(FedeKD(gate=gate), precision)
     expected = whole.run()

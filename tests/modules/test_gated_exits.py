@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fedekd.errors import UserError
 from fedekd.methods import FedeKD
 from fedekd.models import PrivateCNN, ProxyCNN, multi_exit
-from fedekd.modules import GatedPrivateModule
+from fedekd.modules import GatedPrivateModule, HeldOutTrust
 
 BETA, LAMBDA, CONSISTENCY, T = 1.5, 0.7, 0.3, 2.0
 
@@ -31,7 +32,14 @@ def entropy(p: Sequence[float]) -> float:
     return -sum(a * math.log(a) for a in p if a > 0)
 
 
-def literal_loss(exits: Sequence[Tensor], proxy: Tensor, targets: Tensor, active: Sequence[bool]) -> float:
+def literal_loss(
+    exits: Sequence[Tensor],
+    proxy: Tensor,
+    targets: Tensor,
+    active: Sequence[bool],
+    held_out: Sequence[float] | None = None,
+    sign: int = 1,
+) -> float:
     """Loss in the docstring of GatedPrivateModule with Eq. 1 and 3, sample by sample."""
     total, teacher = 0.0, [softmax(row) for row in proxy.tolist()]
     deepest = exits[-1].tolist()
@@ -46,7 +54,8 @@ def literal_loss(exits: Sequence[Tensor], proxy: Tensor, targets: Tensor, active
         ]
         mean = sum(energy) / size
         spread = math.sqrt(sum((value - mean) ** 2 for value in energy) / size)
-        trust = [1 / (1 + math.exp(BETA * (value - mean) / (spread + 1e-8))) for value in energy]
+        trust = [1 / (1 + math.exp(sign * BETA * (value - mean) / (spread + 1e-8))) for value in energy]
+        trust = trust if held_out is None else list(held_out)
         total += sum(-math.log(p[int(y)]) for p, y in zip(student, targets, strict=True)) / size
         total += LAMBDA * sum(w * kl(q, p) for w, p, q in zip(trust, student, teacher, strict=True)) / size
         if index < len(exits) - 1:
@@ -75,6 +84,31 @@ def test_gated_private_module_with_exits_matches_docstring_loss(
         private, proxy, beta=BETA, lambda_kd=LAMBDA, active=active, consistency_weight=CONSISTENCY
     )
     wanted = literal_loss([z.detach() for z in private(x)], proxy(x).detach(), y, active)
+    assert module.training_step((x, y), 0).item() == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize("gate", ["reversed", "correctness"])
+def test_gated_private_module_with_exits_matches_docstring_loss_with_other_gates(
+    batch: tuple[nn.Module, nn.Module, Tensor, Tensor], gate: Any
+) -> None:
+    private, proxy, x, y = batch
+    with torch.no_grad():
+        outputs, logits = private(x), proxy(x)
+    trust = HeldOutTrust("classification", logits, logits.argmax(1) * torch.tensor([1, 0] * 3 + [1]))
+    active = (True, False, True)
+    module = GatedPrivateModule(
+        private,
+        proxy,
+        beta=BETA,
+        lambda_kd=LAMBDA,
+        gate=gate,
+        active=active,
+        consistency_weight=CONSISTENCY,
+        trust=trust,
+    )
+    held_out = None if gate == "reversed" else trust(logits).tolist()
+    assert held_out is None or len(set(held_out)) > 1
+    wanted = literal_loss(outputs, logits, y, active, held_out, sign=-1)
     assert module.training_step((x, y), 0).item() == pytest.approx(wanted, rel=1e-10)
 
 

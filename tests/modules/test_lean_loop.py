@@ -16,6 +16,7 @@ from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork, PrivateCNN, ProxyCNN, multi_exit
 from fedekd.modules import (
     GatedPrivateModule,
+    HeldOutTrust,
     MultiExitModule,
     ObjectiveModule,
     ProxyDistillModule,
@@ -56,6 +57,12 @@ def two_exits() -> MultiExitNetwork:
     return multi_exit(PrivateCNN(1, 8, 4), 4, 2)
 
 
+def held_out_trust() -> HeldOutTrust:
+    generator = torch.Generator().manual_seed(2)
+    logits, labels = torch.randn(60, 4, generator=generator), torch.randint(0, 4, (60,), generator=generator)
+    return HeldOutTrust("classification", 0.1 * logits, labels)
+
+
 MODULES: dict[str, Callable[[Any], ObjectiveModule]] = {
     "supervised": lambda optimizer: SupervisedModule(Normalized(), optimizer=optimizer),
     "distillation": lambda optimizer: ProxyDistillModule(ProxyCNN(1, 8, 4), PrivateCNN(1, 8, 4), optimizer=optimizer),
@@ -63,10 +70,16 @@ MODULES: dict[str, Callable[[Any], ObjectiveModule]] = {
     "shuffled": lambda optimizer: GatedPrivateModule(
         Normalized(), ProxyCNN(1, 8, 4), optimizer=optimizer, gate="shuffled"
     ),
+    "reversed": lambda optimizer: GatedPrivateModule(
+        Normalized(), ProxyCNN(1, 8, 4), optimizer=optimizer, gate="reversed"
+    ),
+    "correctness": lambda optimizer: GatedPrivateModule(
+        Normalized(), ProxyCNN(1, 8, 4), optimizer=optimizer, gate="correctness_shuffled", trust=held_out_trust()
+    ),
     "multi-exit": lambda optimizer: MultiExitModule(two_exits(), optimizer=optimizer, warmup_epochs=4),
     "mutual": lambda optimizer: MutualModule(Normalized(), ProxyCNN(1, 8, 4), optimizer=optimizer),
 }
-CAPTURABLE = ("supervised", "distillation", "gated", "shuffled")
+CAPTURABLE = ("supervised", "distillation", "gated", "shuffled", "reversed", "correctness")
 
 
 def make(name: str, optimizer: Any = adam) -> ObjectiveModule:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedekd import GatedPrivateModule, ProxyDistillModule
+from fedekd import functional as F
 from fedekd.errors import UserError
 from fedekd.metrics import primary_metric
 from fedekd.models import PrivateCNN, ProxyCNN
-from fedekd.modules import ModelOutput, ObjectiveModule, SupervisedModule
+from fedekd.modules import HeldOutTrust, ModelOutput, ObjectiveModule, SupervisedModule
+from fedekd.modules.losses import GATES
 from fedekd.tasks import Task
 
 
@@ -34,6 +36,13 @@ def batch(task: Task = "classification", n: int = 12) -> tuple[Tensor, Tensor]:
     x = torch.randn(n, 1, 8, 8, generator=generator)
     y = torch.randint(0, 4, (n,), generator=generator)
     return x, y.float() if task == "regression" else y
+
+
+def held_out_trust(proxy: nn.Module, task: Task = "classification") -> HeldOutTrust:
+    x, y = batch(task, 60)
+    dtype = next(proxy.parameters()).dtype
+    with torch.no_grad():
+        return HeldOutTrust(task, proxy(x.to(dtype)), y, mean=1.5)
 
 
 def loader(task: Task = "classification", n: int = 24) -> DataLoader[Any]:
@@ -273,26 +282,87 @@ def test_module_double_precision_converts_teacher_and_projection(tmp_path: Path)
 
 
 @pytest.mark.parametrize("energy", ["kl", "entropy", "margin", "logsumexp", "feature"])
-@pytest.mark.parametrize("gate", ["energy", "none", "shuffled"])
+@pytest.mark.parametrize("gate", GATES)
 def test_gated_private_module_every_energy_and_gate_trains(energy: str, gate: Any) -> None:
     private, proxy = networks()
-    module = GatedPrivateModule(private, proxy, energy=energy, gate=gate)
+    module = GatedPrivateModule(private, proxy, energy=energy, gate=gate, trust=held_out_trust(proxy))
     loss = module.training_step(batch(), 0)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in private.parameters())
     weight = float(module._sums["gate/weight_mean"]) / 12
-    assert weight == pytest.approx(1.0 if gate == "none" else 0.5, abs=0.2)
+    if gate.startswith("correctness"):
+        assert 0 < weight < 0.5  # an untrained proxy is right on about a quarter
+    else:
+        assert weight == pytest.approx(1.0 if gate == "none" else 0.5, abs=0.2)
 
 
-def test_shuffled_gate_permutes_weights() -> None:
-    from fedekd.modules.losses.distillation import GATES
+@pytest.mark.parametrize(
+    ("gate", "shuffled"),
+    [("energy", "shuffled"), ("reversed", "reversed_shuffled"), ("correctness", "correctness_shuffled")],
+)
+def test_shuffled_gate_permutes_weights(gate: Any, shuffled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, proxy = networks()
+    used: list[Tensor] = []
+    monkeypatch.setattr(F, "gated_distillation", lambda loss, weights: (used.append(weights), loss.mean())[1])
+    for name in (gate, shuffled):
+        torch.manual_seed(3)
+        module = GatedPrivateModule(private, proxy, gate=name, trust=held_out_trust(proxy))
+        module.training_step(batch(n=50), 0)
+    weights, permuted = used
+    assert not torch.equal(weights, permuted)
+    assert torch.equal(weights.sort().values, permuted.sort().values)
 
-    energy = torch.arange(50.0)
-    torch.manual_seed(3)
-    weights, shuffled = GATES["energy"](energy, 1.0), GATES["shuffled"](energy, 1.0)
-    assert not torch.equal(weights, shuffled)
-    assert torch.equal(weights.sort().values, shuffled.sort().values)
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("gate", ["reversed", "correctness"])
+def test_gated_private_module_gate_matches_literal_weights(gate: Any, task: Task) -> None:
+    private, proxy = (network.double() for network in networks(task))
+    x, y = batch(task)
+    x = x.double()
+    y = y.double() if task == "regression" else y
+    trust = held_out_trust(proxy, task)
+    module = GatedPrivateModule(private, proxy, task, beta=2.0, lambda_kd=0.5, gate=gate, trust=trust)
+    f, g = private(x), proxy(x).detach()
+    if task == "regression":
+        supervised, losses = ((f[:, 0] - y) ** 2).mean(), ((f - g) ** 2)[:, 0]
+        energy = 0.5 * losses
+        rows, values = [0] * len(x), g[:, 0].tolist()
+    else:
+        p, q = f.softmax(1), g.softmax(1)
+        supervised = -p[torch.arange(len(y)), y].log().mean()
+        losses = (q * (q / p).log()).sum(1)
+        entropies = -(p * p.log()).sum(1) - (q * q.log()).sum(1)
+        energy = 0.5 * ((p * (p / q).log()).sum(1) + losses) / (entropies + 1e-8)
+        rows, values = q.argmax(1).tolist(), q.amax(1).tolist()
+    if gate == "reversed":
+        normalised = (energy - energy.mean()) / (energy.std(correction=0) + 1e-8)
+        weights = 1 / (1 + torch.exp(-2.0 * normalised))
+    else:
+        columns = [sum(edge <= value for edge in trust.edges.tolist()) for value in values]
+        weights = torch.stack([trust.weights[row, column] for row, column in zip(rows, columns, strict=True)])
+        assert len(weights.unique()) > 1
+    literal = supervised + 0.5 * (weights.detach() * losses).mean()
+    loss = module.training_step((x, y), 0)
+    torch.testing.assert_close(loss, literal, rtol=1e-10, atol=1e-12)
+    # No gradient passes through the weights.
+    ours, expected = (torch.autograd.grad(value, list(private.parameters())) for value in (loss, literal))
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+def test_gated_private_module_correctness_without_trust_raises_user_error() -> None:
+    with pytest.raises(UserError, match=r"trust: expected a HeldOutTrust for gate 'correctness', got None\."):
+        GatedPrivateModule(*networks(), gate="correctness")
+    GatedPrivateModule(*networks(), gate="correctness", lambda_kd=0.0)
+
+
+def test_gated_private_module_trust_moves_with_the_module_and_is_not_saved() -> None:
+    private, proxy = networks()
+    module = GatedPrivateModule(private, proxy, gate="correctness", trust=held_out_trust(proxy)).double()
+    assert module.trust is not None
+    assert module.trust.weights.dtype == torch.float64
+    assert not any("trust" in name for name in module.state_dict())
 
 
 def test_uncertainty_energy_uses_selected_model() -> None:
@@ -314,7 +384,7 @@ def test_uncertainty_energy_uses_selected_model() -> None:
         ({"beta": 0.0}, "beta"),
         ({"beta": float("nan")}, "beta"),
         ({"lambda_kd": -1.0}, "lambda_kd"),
-        ({"gate": "energetic"}, "gate: expected one of energy, shuffled, none, got 'energetic'"),
+        ({"gate": "energetic"}, "gate: expected one of energy, shuffled, none, reversed, .*, got 'energetic'"),
         ({"task": "ranking"}, "ranking"),
         ({"task": "regression", "energy": "margin"}, "defined for regression, got 'margin'"),
     ],

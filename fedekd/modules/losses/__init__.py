@@ -2,12 +2,13 @@
 
 from fedekd.modules.losses.base import LossTerm, Record, SupervisedLoss, weighted_exit_loss
 from fedekd.modules.losses.checks import require_exit_weights, require_nonnegative, require_temperature
-from fedekd.modules.losses.distillation import DistillationLoss, Gate, GatedDistillationLoss, MutualLoss
+from fedekd.modules.losses.distillation import GATES, DistillationLoss, Gate, GatedDistillationLoss, MutualLoss
 from fedekd.modules.losses.exits import DKDLoss, MutualExitLoss, SelfDistillationLoss
 from fedekd.modules.losses.fedtype import ConformalModel, SetRankingLoss
 from fedekd.modules.losses.regularizers import LinearPenalty, ProximalPenalty, copy_parameters
 
 __all__ = [
+    "GATES",
     "ConformalModel",
     "DKDLoss",
     "DistillationLoss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from fedekd import functional as F
 from fedekd.errors import require, require_choice
 from fedekd.modules.energies import Energy
+from fedekd.modules.held_out_trust import HeldOutTrust
 from fedekd.modules.losses.base import Record, SupervisedLoss
 from fedekd.modules.prediction import ModelOutput
 from fedekd.tasks import Task
 
-Gate = Literal["energy", "shuffled", "none"]
+Gate = Literal["energy", "shuffled", "none", "reversed", "reversed_shuffled", "correctness", "correctness_shuffled"]
 
 
 def per_sample_distillation(task: Task, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -52,25 +53,49 @@ class DistillationLoss:
         return per_sample_distillation(self.task, student.output, teacher.output, self.temperature).mean()
 
 
-def energy_weights(energy: Tensor, beta: float) -> Tensor:
+class GateRule(NamedTuple):
+    """One gate.
+
+    Attributes:
+        weigh: Computes the weights, shape (B,), from the energies (B,), beta, and the held-out trust (B,), if any.
+        is_shuffled: Permute the weights within the batch: a control with the same mean, another ranking.
+        needs_trust: The weights are a function of the held-out trust.
+    """
+
+    weigh: Callable[[Tensor, float, Tensor | None], Tensor]
+    is_shuffled: bool = False
+    needs_trust: bool = False
+
+
+def energy_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
     """Compute the gate's weights (Eq. 3)."""
     return F.trust_weights(energy, beta)
 
 
-def shuffled_weights(energy: Tensor, beta: float) -> Tensor:
-    """Permute the gate's weights: a control with the same mean, another ranking."""
-    return F.trust_weights(energy, beta)[torch.randperm(len(energy), device=energy.device)]
+def reversed_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
+    """Compute the weights of the reversed gate."""
+    return F.reversed_trust_weights(energy, beta)
 
 
-def full_weights(energy: Tensor, beta: float) -> Tensor:
+def full_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
     """Return weight 1 for every sample: no gate."""
     return torch.ones_like(energy)
 
 
-GATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "energy": energy_weights,
-    "shuffled": shuffled_weights,
-    "none": full_weights,
+def held_out_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
+    """Return the trust that was measured on held-out samples."""
+    assert trust is not None
+    return trust
+
+
+GATES: dict[str, GateRule] = {
+    "energy": GateRule(energy_weights),
+    "shuffled": GateRule(energy_weights, is_shuffled=True),
+    "none": GateRule(full_weights),
+    "reversed": GateRule(reversed_weights),
+    "reversed_shuffled": GateRule(reversed_weights, is_shuffled=True),
+    "correctness": GateRule(held_out_weights, needs_trust=True),
+    "correctness_shuffled": GateRule(held_out_weights, is_shuffled=True, needs_trust=True),
 }
 
 
@@ -81,7 +106,7 @@ class GatedDistillationLoss:
 
     A network with exits has one gate per exit, $\lambda_{kd} \sum_e v_e \cdot \mathrm{mean}_i\, w_{i,e}\,
     \mathrm{KL}(q_i \| p_{i,e})$, because exits disagree with the proxy on different samples. The feature energy has
-    one value per sample, so all exits get the same gate.
+    one value per sample, so all exits get the same gate, and so does the held-out trust.
 
     Records `gate/weight_mean`, `gate/weight_std` (both within the batch) and `gate/energy_mean`; for exits before the
     last as `exit_1/gate/weight_mean` and so on.
@@ -91,8 +116,11 @@ class GatedDistillationLoss:
         energy: E(x).
         beta: Sharpness of the gate, above 0.
         lambda_kd: Weight of the term, at least 0.
-        gate: `energy` (Eq. 3); `none` has weight 1 for every sample; `shuffled` permutes the weights in the batch.
+        gate: `energy` (Eq. 3); `none` has weight 1 for every sample; `reversed` has weight $1 - w_i$, more where the
+            models disagree; `correctness` has the held-out trust as weight. `shuffled`, `reversed_shuffled` and
+            `correctness_shuffled` permute these weights in the batch.
         exit_weights: $v_e$; None weights all E exits by 1 / E. An exit of weight 0 is skipped.
+        trust: Trust in the teacher, which `correctness` and `correctness_shuffled` require.
 
     Raises:
         UserError: If a value is out of range.
@@ -108,12 +136,21 @@ class GatedDistillationLoss:
         lambda_kd: float,
         gate: Gate = "energy",
         exit_weights: Sequence[float] | None = None,
+        trust: HeldOutTrust | None = None,
     ) -> None:
         require(beta > 0, "beta", "a number above 0", beta)
         require(lambda_kd >= 0, "lambda_kd", "at least 0", lambda_kd)
         require_choice("gate", gate, GATES)
         self.task, self.energy, self.beta, self.lambda_kd = task, energy, beta, lambda_kd
-        self.weigh, self.exit_weights = GATES[gate], exit_weights
+        self.gate, self.exit_weights = GATES[gate], exit_weights
+        self.trust = trust if self.gate.needs_trust else None
+        require(
+            self.trust is not None or not (self.gate.needs_trust and lambda_kd),
+            "trust",
+            f"a HeldOutTrust for gate {gate!r}",
+            trust,
+            "Estimate it on held-out samples.",
+        )
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
         """Compute the weighted mean over the batch, times lambda_kd."""
@@ -133,7 +170,10 @@ class GatedDistillationLoss:
         """Compute the weighted mean of one exit, and record its gate."""
         with torch.no_grad():
             energy = self.energy(student.detach(), teacher)
-            weights = self.weigh(energy, self.beta)
+            trust = None if self.trust is None else self.trust(teacher.output)
+            weights = self.gate.weigh(energy, self.beta, trust)
+            if self.gate.is_shuffled:
+                weights = weights[torch.randperm(len(weights), device=weights.device)]
         record(f"{prefix}gate/weight_mean", weights.mean())
         record(f"{prefix}gate/weight_std", weights.std(correction=0))
         record(f"{prefix}gate/energy_mean", energy.mean())
