@@ -66,6 +66,8 @@ class PhaseOptions(TypedDict, total=False):
         first_epoch: Number of the first epoch within the phase, for the seed (default: 0).
         teacher_outputs: Tensors of the frozen teacher for the training split, in order (`Client.teacher_outputs`);
             without them a teacher runs at every step. They are not used where training samples are augmented.
+        positions: Positions within the training split of the samples to train on, int64, shape (n,), with which
+            `teacher_outputs` are aligned (default: all).
         carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
             (default: False).
         decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
@@ -74,6 +76,7 @@ class PhaseOptions(TypedDict, total=False):
     epochs: int | None
     first_epoch: int
     teacher_outputs: tuple[Tensor, ...]
+    positions: Tensor | None
     carry_optimizer: bool
     decay_rounds: int | None
 
@@ -235,6 +238,7 @@ class Client:
         epochs: int | None = None,
         first_epoch: int = 0,
         teacher_outputs: tuple[Tensor, ...] = (),
+        positions: Tensor | None = None,
         carry_optimizer: bool = False,
         decay_rounds: int | None = None,
     ) -> dict[str, float]:
@@ -249,7 +253,7 @@ class Client:
         batches = TensorBatches(
             self.samples.inputs,
             self.training_targets,
-            self.splits.train,
+            self.splits.train if positions is None else self.splits.train[positions],
             spec.batch_size,
             generator=begin_epoch,
             extras=() if spec.transform else teacher_outputs,  # those are of the samples without augmentation

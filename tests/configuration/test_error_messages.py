@@ -53,7 +53,11 @@ def message(parser: ArgumentParser, *options: str) -> str:
         (["--method.init_args=3"], "--method.init_args: expected keys and values, got one value of type str"),
         (["--method=torch.nn.Linear"], "--method: expected a subclass of Method, got torch.nn.Linear"),
         (["--method.betta=2"], "--method.betta: unknown argument of fedekd.methods.FedeKD. Did you mean 'beta'?"),
-        (["--method.gate=open"], "--method.gate: expected one of 'energy', 'shuffled', 'none', got 'open'"),
+        (
+            ["--method.gate=open"],
+            "--method.gate: expected one of 'energy', 'shuffled', 'none', 'reversed', 'reversed_shuffled',"
+            " 'correctness', 'correctness_shuffled', got 'open'",
+        ),
         (["--method.beta=nan"], "--method.beta: expected a finite number, got 'nan'"),
         (["--method.lambda_kd=.inf"], "--method.lambda_kd: expected a finite number, got inf"),
         (["--method.energy={class_path: nope.E}"], "--method.energy nope.E: No module named 'nope'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fedekd.methods import (
     SafeKD,
     ScaleFL,
 )
+from fedekd.modules.losses import GATES
 
 from .conftest import Federate, weights
 
@@ -50,6 +52,10 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedekd": FedeKD,
     "fedekd-none": lambda: FedeKD(gate="none"),
     "fedekd-shuffled": lambda: FedeKD(gate="shuffled"),
+    "fedekd-reversed": lambda: FedeKD(gate="reversed"),
+    "fedekd-correctness": lambda: FedeKD(gate="correctness"),
+    "fedekd-correctness-shuffled": lambda: FedeKD(gate="correctness_shuffled"),
+    "fedekd-cross-fit": lambda: FedeKD(cross_fit=True, gate="correctness", proxy_optimizer_state="carry"),
     "fedekd-feature": lambda: FedeKD(energy="feature"),
     "fedekd-trimmed": lambda: FedeKD(aggregator=TrimmedMean(0.34)),
     "proxy-ensemble": lambda: ProxyEnsemble(proxy_epochs=1, finetune_epochs=1),
@@ -168,8 +174,8 @@ def test_fedprox_mu_0_equals_fedavg(federate: Federate, task: str) -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        lambda: FedeKD(lambda_kd=0, gate="none"),
-        lambda: FedeKD(lambda_kd=0),
+        *(partial(FedeKD, lambda_kd=0, gate=gate) for gate in GATES),
+        lambda: FedeKD(lambda_kd=0, gate="correctness", cross_fit=True),
         lambda: FedType(variant="released"),
         lambda: Ditto(lam=0),
     ],
