@@ -3,9 +3,9 @@
 Run `python -m experiments.label_shift`. Each client's deployed model predicts samples drawn from the test splits of all
 clients, none of which trained a model. The class mix is the client's own, uniform, its own in reverse order (the most
 frequent class becomes the rarest), or that of the next client. The served prior is that of training (no correction),
-the true one of the drawn samples, uniform, or estimated from the drawn samples without their labels; `calibrated` adds
-a temperature fitted on the client's tuning split before the estimate. Runs are trained at hospital scale
-(`experiments.hospital_runs`); finished runs and stored rows are not repeated.
+the true one of the drawn samples, uniform, or estimated from the drawn samples without their labels. The correction
+starts from the network's prior, as `fedekd predict --label_prior`, or for comparison from the training prior. Runs are
+trained at hospital scale (`experiments.hospital_runs`); finished runs and stored rows are not repeated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from experiments.hospital_runs import KEY, Row, clients_of, is_stored, mean_and_error, parser, runs, store
-from fedekd.cli.label_prior import ESTIMATED, TRAIN, UNIFORM, resolve_label_prior
-from fedekd.functional import adjust_log_prior, fit_temperature
+from fedekd.cli.label_prior import ESTIMATED, TRAIN, UNIFORM, network_label_prior, resolve_label_prior
+from fedekd.functional import adjust_log_prior
 from fedekd.methods import Client
 from fedekd.seeding import derive_seed
 
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "label_shift" / "lab
 #: Numbers of test inputs that are drawn, from which the prior is estimated.
 SIZES = (50, 500)
 
-TRUE, CALIBRATED = "true", "calibrated"
+TRUE, FROM_TRAINING = "true", "from training prior"
 
 
 def class_mixes(counts: Tensor, other_counts: Tensor) -> dict[str, Tensor]:
@@ -65,32 +65,31 @@ def draw(targets: Tensor, mix: Tensor, size: int, generator: torch.Generator) ->
     return torch.multinomial(weights, size, replacement=True, generator=generator), possible
 
 
-def evaluate(logits: Tensor, targets: Tensor, source: Tensor, true: Tensor, temperature: float) -> list[Row]:
+def evaluate(logits: Tensor, targets: Tensor, source: Tensor, training: Tensor, true: Tensor) -> list[Row]:
     """Score the served priors on one test set.
 
     Args:
         logits: Uncorrected outputs, shape (n, C).
         targets: Classes, shape (n,).
-        source: The client's training prior, shape (C,).
+        source: Prior of the network, shape (C,).
+        training: The client's training prior, shape (C,).
         true: Class mix from which the samples were drawn, shape (C,).
-        temperature: Divides the logits for `calibrated`.
 
     Returns:
         One row per served prior: `served`, `accuracy`, and `prior_error`, the total variation distance of the served
         prior to the true one.
     """
-    cooled = logits / temperature
     priors = {
-        TRAIN: (logits, source),
-        TRUE: (logits, true),
-        UNIFORM: (logits, resolve_label_prior(UNIFORM, logits, source)),
-        ESTIMATED: (logits, resolve_label_prior(ESTIMATED, logits, source)),
-        f"{TRUE}, {CALIBRATED}": (cooled, true),
-        f"{ESTIMATED}, {CALIBRATED}": (cooled, resolve_label_prior(ESTIMATED, cooled, source)),
+        TRAIN: (training, training),
+        TRUE: (source, true),
+        UNIFORM: (source, resolve_label_prior(UNIFORM, logits, source)),
+        ESTIMATED: (source, resolve_label_prior(ESTIMATED, logits, source)),
+        f"{TRUE}, {FROM_TRAINING}": (training, true),
+        f"{ESTIMATED}, {FROM_TRAINING}": (training, resolve_label_prior(ESTIMATED, logits, training)),
     }
     rows = []
-    for served, (outputs, prior) in priors.items():
-        predicted = adjust_log_prior(outputs, source, prior).argmax(dim=1)
+    for served, (start, prior) in priors.items():
+        predicted = adjust_log_prior(logits, start, prior).argmax(dim=1)
         error = float((prior - true).abs().sum() / 2)
         rows.append({"served": served, "accuracy": float((predicted == targets).double().mean()), "prior_error": error})
     return rows
@@ -103,9 +102,7 @@ def rows_of(clients: Sequence[Client], seed: int) -> list[Row]:
     counts = [torch.bincount(client.targets("train").cpu(), minlength=classes) for client in clients]
     rows = []
     for client in clients:
-        tuning = client.predict(client.deployed_role, "tuning", mixed=False).output.cpu()
-        temperature = fit_temperature(tuning, client.targets("tuning").cpu(), start=1.0)
-        source, splits = client.label_prior, client.splits
+        source, training, splits = network_label_prior(client), client.label_prior, client.splits
         client.splits = replace(splits, test=pool)
         logits = client.predict(client.deployed_role, "test", mixed=False).output.cpu().double()
         targets = client.targets("test").cpu()
@@ -114,9 +111,9 @@ def rows_of(clients: Sequence[Client], seed: int) -> list[Row]:
             for size in SIZES:
                 generator = torch.Generator().manual_seed(derive_seed(seed, client.number, "label_shift", name, size))
                 drawn, true = draw(targets, mix, size, generator)
-                shift = float((true - source).abs().sum() / 2)
+                shift = float((true - training).abs().sum() / 2)
                 shared = {"client": client.number, "mix": name, "inputs": size, "shift": shift}
-                rows += [shared | row for row in evaluate(logits[drawn], targets[drawn], source, true, temperature)]
+                rows += [shared | row for row in evaluate(logits[drawn], targets[drawn], source, training, true)]
     return rows
 
 

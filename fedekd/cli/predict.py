@@ -23,6 +23,7 @@ from fedekd.cli.label_prior import (
     TRAIN,
     LabelPrior,
     check_label_prior,
+    network_label_prior,
     parse_label_prior,
     resolve_label_prior,
 )
@@ -227,8 +228,8 @@ def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iter
 
 
 def _corrected(client: Client, batches: Sequence[_Outputs], label_prior: LabelPrior) -> Iterator[_Outputs]:
-    """Yield the outputs corrected from the training prior to another one."""
-    source = client.label_prior
+    """Yield the outputs corrected from the network's prior to another one."""
+    source = network_label_prior(client)
     target = resolve_label_prior(label_prior, torch.cat([batch.logits for batch in batches]), source)
     if label_prior == ESTIMATED:
         # 9 digits: the sum passes the check of a list that is given to --label_prior.

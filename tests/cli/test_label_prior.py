@@ -69,7 +69,7 @@ def client_of(run: str) -> Client:
 
 
 def posteriors(run: str) -> tuple[list[list[float]], list[float]]:
-    """Posteriors of the deployed network, and the training prior, both without the code under test."""
+    """Posteriors of the deployed network, and its prior, both without the code under test."""
     client = client_of(run)
     network = client.deployed_model.eval()
     with torch.no_grad():
@@ -77,6 +77,11 @@ def posteriors(run: str) -> tuple[list[list[float]], list[float]]:
     logits: Tensor = output if isinstance(output, Tensor) else output[-1]
     labels = client.samples.targets[client.splits.train].tolist()
     prior = [(labels.count(c) + 1) / (len(labels) + logits.shape[1]) for c in range(logits.shape[1])]
+    with torch.no_grad():
+        held_out = network(network_input(network, client.samples.inputs[client.splits.validation]))
+    held_out = held_out if isinstance(held_out, Tensor) else held_out[-1]
+    rows = [*held_out.double().softmax(1).tolist(), prior]
+    prior = [sum(row[c] for row in rows) / len(rows) for c in range(logits.shape[1])]
     return logits.double().softmax(1).tolist(), prior
 
 
@@ -133,7 +138,7 @@ def test_predict_estimated_label_prior_is_printed_and_can_be_given(
     [line] = [line for line in printed if "label prior" in line]
     values = line.removeprefix("estimated label prior: ")
     rows, source = posteriors("plain")
-    expected = estimate_label_prior(torch.tensor(rows), torch.tensor(source, dtype=torch.float64), strength=3.0)
+    expected = estimate_label_prior(torch.tensor(rows), torch.tensor(source, dtype=torch.float64), strength=30.0)
     assert [float(value) for value in values.strip("[]").split(", ")] == pytest.approx(expected.tolist(), abs=1e-6)
     assert_rows(found, literal_predictions("plain", expected.tolist()))
     predict("plain", f"--label_prior={values}")

@@ -47,7 +47,7 @@ def shifted_problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_evaluate_true_and_estimated_priors_recover_accuracy() -> None:
     logits, targets, source, true = shifted_problem()
-    rows = {row["served"]: row for row in evaluate(logits, targets, source, true, temperature=1.0)}
+    rows = {row["served"]: row for row in evaluate(logits, targets, source, source, true)}
     assert rows["true"]["prior_error"] == 0
     assert rows["train"]["prior_error"] == pytest.approx(0.75)
     assert rows["uniform"]["prior_error"] == pytest.approx(float((1 / 3 - true).abs().sum() / 2))
@@ -55,16 +55,17 @@ def test_evaluate_true_and_estimated_priors_recover_accuracy() -> None:
     assert rows["true"]["accuracy"] > rows["train"]["accuracy"] + 0.1
     assert rows["estimated"]["accuracy"] == pytest.approx(rows["true"]["accuracy"], abs=0.02)
     assert rows["train"]["accuracy"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()))
-    assert rows["true, calibrated"] == rows["true"] | {"served": "true, calibrated"}
+    for served in ("true", "estimated"):  # a calibrated network has the training prior
+        assert rows[f"{served}, from training prior"] == rows[served] | {"served": f"{served}, from training prior"}
 
 
-def test_evaluate_temperature_undoes_overconfidence() -> None:
+def test_evaluate_network_prior_starts_the_correction() -> None:
     logits, targets, source, true = shifted_problem()
-    exact = {row["served"]: row for row in evaluate(logits, targets, source, true, temperature=1.0)}
-    sharp = {row["served"]: row for row in evaluate(4 * logits, targets, source, true, temperature=4.0)}
-    assert sharp["estimated, calibrated"]["accuracy"] == pytest.approx(exact["estimated"]["accuracy"])
-    assert sharp["true"]["accuracy"] < exact["true"]["accuracy"]
-    assert sharp["train"] == exact["train"]
+    exact = {row["served"]: row for row in evaluate(logits, targets, source, source, true)}
+    other = {row["served"]: row for row in evaluate(logits, targets, source, torch.ones(3) / 3, true)}
+    for served in ("true", "uniform", "estimated"):
+        assert other[served] == exact[served]
+    assert other["true, from training prior"]["accuracy"] != exact["true"]["accuracy"]
 
 
 @pytest.mark.parametrize("method", ["Local", "FedeKD"])
