@@ -34,6 +34,7 @@ _PACKAGES = (
     "metrics",
     "models",
     "modules",
+    "privacy",
     "reporting",
 )
 

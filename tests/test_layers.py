@@ -20,7 +20,7 @@ LAYERS = (
     ("reporting",),
     ("modules",),
     ("methods",),
-    ("do_no_harm", "early_exit"),
+    ("do_no_harm", "early_exit", "privacy"),
     ("federation",),
     ("configuration",),
     ("benchmark", "flower"),

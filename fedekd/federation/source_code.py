@@ -24,6 +24,7 @@ import fedekd
 #: Parts of the package that decide the numbers of a run.
 RESULT_CODE = (
     *("data", "do_no_harm", "early_exit", "federation", "functional", "methods", "metrics", "models", "modules"),
+    "privacy",
     *("global_state.py", "seeding.py", "tasks.py"),
 )
 
