@@ -60,6 +60,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.transform": None,
     "data.value_range": None,
     "metrics": None,
+    "privacy": None,
     "wire_dtype": "float32",
 }
 

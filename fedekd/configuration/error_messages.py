@@ -178,6 +178,10 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
         r'(?s)^Parser key "do_no_harm":.*import path.*Given value: (.*)',
         "--do_no_harm: expected true, false or arguments such as --do_no_harm.confidence 0.9, got {0!r}",
     ),
+    (
+        r'(?s)^Parser key "privacy":.*import path.*Given value: (.*)',
+        "--privacy: expected null or arguments such as --privacy.noise_multiplier 1.0, got {0!r}",
+    ),
     (r"unrecognized arguments: ([^-]\S*)", "{0!r}: unexpected argument; options begin with --"),
     (r"unrecognized arguments: (\S+)", _unknown_option),
     (r"^Option '([^']+)' is not accepted", _unknown_option),

@@ -30,6 +30,7 @@ from fedekd.metrics import METRICS
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
+from fedekd.privacy import GaussianMechanism
 from fedekd.tasks import TASKS
 
 #: Options of one invocation, which are not written to `config.yaml`.
@@ -131,6 +132,13 @@ def federation_parser() -> ArgumentParser:
         help="Clients deploy the federated model only if their holdout samples show that it is not worse than their"
         " local model: true, or arguments such as --do_no_harm.confidence 0.9 (default: they always deploy it).",
     )
+    parser.add_argument_group("Privacy").add_argument(
+        "--privacy",
+        type=GaussianMechanism | None,
+        default=None,
+        help="Clip each client's update and add Gaussian noise, with an account of epsilon in summary.json:"
+        " --privacy.noise_multiplier 1.0 --privacy.clipping_norm 1.0 (default: updates are sent unchanged).",
+    )
     parser.add_argument_group("Metrics").add_argument(
         "--metrics",
         type=list[str] | str | None,
@@ -197,7 +205,7 @@ def _require_values(parser: ArgumentParser, config: Namespace) -> None:
                 raise UserError(f"{name}: expected a value, got null")
         if value is None:
             default = class_defaults(config[part].class_path).get(argument) if within else defaults.get(key)
-            if default is not None or key.startswith("do_no_harm."):
+            if default is not None or key.startswith(("do_no_harm.", "privacy.")):
                 raise UserError(f"--{flag}: expected a value, got null")
 
 
@@ -335,6 +343,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         "rounds": rounds,
         "do_no_harm": do_no_harm_rule(plain["do_no_harm"]),
         "metrics": plain["metrics"],
+        "privacy": None if plain["privacy"] is None else GaussianMechanism(**plain["privacy"]),
         "baseline": BaselineOptions(**plain["baseline"]),
         "seed": config.seed,
         "loggers": loggers if isinstance(loggers, list) else [loggers] if loggers is not None else [],

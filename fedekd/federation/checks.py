@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,10 +10,13 @@ from torch import nn
 from fedekd.data import ClientSplits, FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
+from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
 from fedekd.models import check_model
+from fedekd.privacy import GaussianMechanism
+from fedekd.privacy.accounting import require_accounting
 
 
 @isolated_rng(0)  # a layer may draw in its forward pass
@@ -87,3 +91,22 @@ def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, 
                 f"do_no_harm: {splits.label} has no sample in the {rule.split} split, on which models are compared."
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )
+
+
+def check_privacy(mechanism: GaussianMechanism, method: Method, participants: Sequence[int]) -> None:
+    """Check that updates can carry noise, and that epsilon can be computed.
+
+    Args:
+        mechanism: Noise of the updates.
+        method: Method after `init_server`.
+        participants: Clients of round 0.
+
+    Raises:
+        UserError: If a message has no tensors or whole numbers, or dp-accounting is not installed.
+    """
+    require_accounting()
+    method = copy.copy(method)
+    method.server_state = copy_state(method.server_state)  # a broadcast may change it, once in the round itself
+    broadcast = method.broadcast(participants, 0)
+    for number in participants:
+        mechanism.require_supported(broadcast.to(number), type(method).__name__)

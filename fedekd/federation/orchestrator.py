@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_do_no_harm, check_models
+from fedekd.federation.checks import check_do_no_harm, check_models, check_privacy
 from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
@@ -45,6 +45,7 @@ from fedekd.methods.base import state_dict_bytes
 from fedekd.metrics import computed_metrics, metric_keys
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
+from fedekd.privacy import GaussianMechanism
 from fedekd.reporting import Tracker
 
 EngineFactory = Callable[[Method, FederatedDataModule, FederationSpec, Path | None, Observer], Engine]
@@ -81,6 +82,8 @@ class Orchestrator:
         metrics: Names of the reported metrics. The first is the score, by which Delta is computed. Default: those of
             the task.
         baseline: What the run is compared with besides the local baseline.
+        privacy: Clips each update and adds noise, with an account of epsilon in the summary; None sends updates
+            unchanged.
 
     Raises:
         UserError: If the parts do not fit together, the data cannot be loaded, or the device is missing.
@@ -103,10 +106,11 @@ class Orchestrator:
         do_no_harm: DoNoHarm | None = None,
         metrics: Sequence[str] | None = None,
         baseline: BaselineOptions | None = None,
+        privacy: GaussianMechanism | None = None,
     ) -> None:
         self.baseline = baseline or BaselineOptions()
         self.method, self.options, self.seed = method, rounds or RoundOptions(), seed
-        self.do_no_harm = do_no_harm
+        self.do_no_harm, self.privacy = do_no_harm, privacy
         self.observer = observer or SilentObserver()
         self.data, self.task = data, data.task
         self.num_clients = len(data.clients)
@@ -166,6 +170,8 @@ class Orchestrator:
             start = time.monotonic()
             try:
                 self.method.init_server(self.spec)
+                if self.privacy is not None:
+                    check_privacy(self.privacy, self.method, self._participants(0))
                 self._resume()
                 self._start_logging()
                 self._train_baselines()
@@ -245,7 +251,7 @@ class Orchestrator:
         comparison = None
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
             comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds())
-        request = RoundRequest(numbers, broadcast, round_idx, not is_last, comparison, dtypes)
+        request = RoundRequest(numbers, broadcast, round_idx, not is_last, comparison, dtypes, self.privacy)
         updates: list[ClientUpdate] = []
         changed: list[int] = []
         rejected: list[str] = []
@@ -520,6 +526,7 @@ class Orchestrator:
             "method": {type(self.method).__name__: to_json_value(settings)},
             "rounds": to_json_value(self.options),
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
+            **({} if self.privacy is None else {"privacy": to_json_value(self.privacy)}),
             "spec": to_json_value(self.spec.hash_dict()),
             "metric": self.metrics.primary.name,
             "data": [splits.digest(self.data.samples) for splits in self.data.clients],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import fedekd
 from fedekd.data import Samples
 from fedekd.early_exit.client_tradeoff import mean_tradeoff
+from fedekd.federation.options import participants
 from fedekd.federation.results import ScoreSummary
 from fedekd.reporting.rows import REFERENCES
 
@@ -70,6 +71,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
         **_serving(run),
         "clients": clients,
         **_deployed(run),
+        **_privacy(run),
         **(mean_tradeoff(tradeoffs) if any(len(tradeoff.exits) > 1 for tradeoff in tradeoffs) else {}),
         "seconds": run.progress.seconds,
         "bytes_up": run.progress.bytes_up,
@@ -167,3 +169,16 @@ def _deployed(run: Orchestrator) -> dict[str, Any]:
             "delta": scores.delta,
         }
     }
+
+
+def _privacy(run: Orchestrator) -> dict[str, Any]:
+    """Return the account of epsilon per client; empty without noise."""
+    if run.privacy is None:
+        return {}
+    rounds = [
+        participants(run.options, run.num_clients, run.seed, round_idx) for round_idx in range(run.options.rounds)
+    ]
+    # A server that leaves out single updates reveals more than their mean.
+    is_complete = [row["comm/updates"] for row in run.progress.history] == [len(numbers) for numbers in rounds]
+    is_mean = run.method.supports_secure_mean and is_complete
+    return {"privacy": run.privacy.account(rounds, run.num_clients, is_mean)}

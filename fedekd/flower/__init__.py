@@ -14,8 +14,8 @@ Threat model
       wrong keys, shapes or dtypes, values out of range, too many bytes, or a change out of proportion to the others';
     - with `secure=true`, an honest-but-curious server: it receives the mean of at least three updates, no single one.
   Not protected against:
-    - inference from a model or from the counts and scores. `LocalDpMod` adds noise at the site; its budgets add up over
-      rounds;
+    - inference from a model or from the counts and scores. The options `privacy` add noise to updates at the site, with
+      an account of epsilon over all rounds; counts and scores have none;
     - a site that sends a well-formed false update or score. `max_update_norm` and robust aggregators limit the effect;
       with `secure=true` only the mean can be checked, so the effect may go unnoticed;
     - with `secure=true`, a malicious server: one that replaces the sites' public keys, repeats a round with one site

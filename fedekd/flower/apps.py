@@ -218,7 +218,7 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display, descriptions, secure)
         parts["engine"] = lambda *_: engine
         orchestrator = Orchestrator(**parts, output=output, observer=display)
-        expected = shared_config(method, orchestrator.spec)
+        expected = shared_config(method, orchestrator.spec, orchestrator.privacy)
         for description in sites:
             require_agreement(description, expected)
         if secure is not None:

@@ -22,6 +22,7 @@ from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
 from fedekd.metrics import METRICS
+from fedekd.privacy import GaussianMechanism
 from fedekd.tasks import TASKS
 
 #: The splits whose sizes are part of a description.
@@ -37,7 +38,7 @@ _LONGEST_CLASS = 100
 _CORRECT = "Check the data and the version of fedekd at the site"
 
 
-def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
+def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechanism | None = None) -> dict[str, Any]:
     """Return what the server and all sites must agree on, as JSON values.
 
     The private model is not part of it: each site may have its own.
@@ -60,16 +61,23 @@ def shared_config(method: Method, spec: FederationSpec) -> dict[str, Any]:
         "optimizer": to_json_value(client.optimizer),
         "method": {type(method).__name__: to_json_value(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
+        **({} if privacy is None else {"privacy": to_json_value(privacy)}),
     }
 
 
-def describe(method: Method, spec: FederationSpec, samples: Samples, splits: ClientSplits) -> dict[str, Any]:
+def describe(
+    method: Method,
+    spec: FederationSpec,
+    samples: Samples,
+    splits: ClientSplits,
+    privacy: GaussianMechanism | None = None,
+) -> dict[str, Any]:
     """Return a site's description, as JSON values."""
     indices = torch.cat([splits.train, splits.validation, splits.test])
     counts = torch.bincount(samples.labels[indices], minlength=samples.num_classes)
     return {
         "site": splits.client,
-        "config": shared_config(method, spec),
+        "config": shared_config(method, spec, privacy),
         "sizes": {name: len(getattr(splits, name)) for name in SPLITS},
         "class_counts": counts.tolist(),
         "digest": splits.digest(samples),

@@ -115,13 +115,15 @@ class Site:
         folder = folder / f"site-{number:03d}"
         # One folder of states per federation. The trainer is left out: device and threads may change between runs.
         model_spec = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
-        identity = json.dumps([shared_config(method, spec), to_json_value(model_spec), splits.digest(samples)])
+        identity = json.dumps(
+            [shared_config(method, spec, parts["privacy"]), to_json_value(model_spec), splits.digest(samples)]
+        )
         states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
         remove_drafts(states, min_age=DRAFT_SECONDS)
         setup = WorkerSetup.build(method, samples, {number: splits}, spec, folder / "local", states)
         self.number, self.samples, self.splits = number, samples, splits
-        self.method, self.spec = method, spec
+        self.method, self.spec, self.privacy = method, spec, parts["privacy"]
         self.worker = ClientWorker(setup, resident_array(samples.inputs))
 
     @staticmethod
@@ -168,7 +170,7 @@ class Site:
     def _describe(self, message: Message) -> RecordDict:
         for line in data_warnings(self.samples, [self.splits]):
             SilentObserver().warn(f"{self.label}: {line}")
-        return pack(describe(self.method, self.spec, self.samples, self.splits))
+        return pack(describe(self.method, self.spec, self.samples, self.splits, self.privacy))
 
     def _baseline(self, message: Message) -> RecordDict:
         if "reference" in values_of(message):
@@ -191,8 +193,16 @@ class Site:
         received = from_arrays(arrays_of(message))
         comparison = comparison_request_from_json(values["comparison"])
         dtypes = dtypes_from_json(values.get("dtypes", {}))
+        # The site's own options decide: the server can neither switch the noise off nor know it.
         request = RoundRequest(
-            [self.number], Broadcast(received), int(values["round"]), collect_updates, comparison, dtypes
+            [self.number],
+            Broadcast(received),
+            int(values["round"]),
+            collect_updates,
+            comparison,
+            dtypes,
+            self.privacy,
+            has_seeded_noise=False,
         )
         result, _ = self.worker.run_client(self.number, version, request, {})
         store = self.worker.store

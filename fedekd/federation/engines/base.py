@@ -16,6 +16,7 @@ from fedekd.federation.observer import Observer
 from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.federation.wire import Dtypes
 from fedekd.methods import Broadcast, ClientUpdate, FederationSpec, Method
+from fedekd.privacy import GaussianMechanism
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class RoundRequest:
         collect_updates: True in rounds 0..R-1. False after the last aggregate, where clients only receive.
         comparison: Do-no-harm comparison of this round; None if there is none.
         dtypes: By name of each tensor that travels in another dtype, the dtype in which the client's method gets it.
+        privacy: Clips each update and adds noise; None sends updates unchanged.
+        has_seeded_noise: True repeats the noise, as a simulation needs; False draws it from the operating system.
     """
 
     participants: Sequence[int]
@@ -50,6 +53,8 @@ class RoundRequest:
     collect_updates: bool
     comparison: ComparisonRequest | None = None
     dtypes: Dtypes = field(default_factory=dict)
+    privacy: GaussianMechanism | None = None
+    has_seeded_noise: bool = True
 
     def only(self, participants: Sequence[int]) -> Self:
         """Return the request for some of the participants.

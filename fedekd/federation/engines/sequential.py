@@ -25,6 +25,7 @@ from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.federation.wire import from_wire, update_to_wire
 from fedekd.methods import Client, FederationSpec, Method
 from fedekd.models import MultiExitNetwork, network_flops
+from fedekd.seeding import derive_seed
 
 
 class Sequential(EngineConfig):
@@ -163,7 +164,11 @@ class SequentialEngine:
         if request.collect_updates:
             self.observer.phase_started(number, "update")
             with numerics():
-                update = update_to_wire(self.method.prepare_update(client, round_idx), request.dtypes)
+                update = self.method.prepare_update(client, round_idx)
+                if request.privacy is not None:
+                    seed = derive_seed(self.spec.seed, number, round_idx, "privacy")
+                    update = request.privacy.randomise(update, received, seed if request.has_seeded_noise else None)
+                update = update_to_wire(update, request.dtypes)
             self.observer.phase_finished(number, "update", self.client_steps(number))
         else:
             with numerics():
