@@ -1,0 +1,1 @@
+"""Privacy of the travelling proxy: membership inference with and without noise."""
