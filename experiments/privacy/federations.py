@@ -1,4 +1,4 @@
-"""Federations under attack: what was sent, and the confidences of the sent networks."""
+"""Federations under attack, and the confidences of the networks they send."""
 
 from __future__ import annotations
 
