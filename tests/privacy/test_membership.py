@@ -139,7 +139,7 @@ def test_evaluate_attack_refuses_invalid_scores(scores: list[float], is_member: 
 
 def test_true_positive_rate_counts_whole_samples_exactly() -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
-    assert true_positive_rate([71.5], np.arange(100.0), 0.29) == 1.0
+    assert true_positive_rate([70.5], np.arange(100.0), 0.29) == 1.0
     assert true_positive_rate([70.0], np.arange(100.0), 0.29) == 0.0
 
 
