@@ -53,7 +53,8 @@ class RecordingEngine(SequentialEngine):
         """See `Engine`."""
         for result in super().run_clients(request):
             if result.update is not None:
-                self.updates[result.client] = result.update.state
+                # The tensors of an update may be those of the network, which the next message overwrites.
+                self.updates[result.client] = {name: value.clone() for name, value in result.update.state.items()}
             yield result
 
 

@@ -35,12 +35,14 @@ def test_shadow_uses_complementary_halves_and_attacks_all_samples(method: str) -
     assert (federation._half(federation.data.clients[0], 2) != first[0]).any()
 
 
-def test_run_attacks_the_update_that_the_server_got(tmp_path: Path) -> None:
-    """With one client the mean of the updates is its update."""
-    options = [*OPTIONS, "--data.num_clients=1", "--method=FedeKD"]
+@pytest.mark.parametrize("clients", [1, 2])
+def test_run_attacks_the_update_that_the_server_got(clients: int, tmp_path: Path) -> None:
+    """With one client the mean of the updates is its update; with two it is another network."""
+    options = [*OPTIONS, f"--data.num_clients={clients}", "--method=FedeKD"]
     summary, confidences = Federation(options).run(str(tmp_path))
     assert summary["rounds"] == 1
-    np.testing.assert_allclose(confidences.train[0][0], confidences.train[0][1], rtol=1e-6)
+    for client in range(clients):
+        assert np.allclose(*confidences.train[client], rtol=1e-6) == (clients == 1)
 
 
 def test_experiment_writes_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
