@@ -1,0 +1,1 @@
+"""Trust in the teacher of a gated distillation, measured at hospital scale."""
