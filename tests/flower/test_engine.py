@@ -101,6 +101,7 @@ METHODS = {
     "personal broadcast": ["--method=DepthFL", "--client.exits=2", "--client.depths=[1, 2, 2]"],
     "nothing sent": ["--method=Local"],
     "ensemble with references": ["--method=ProxyEnsemble", "--baseline.tune=true", "--baseline.epochs=2"],
+    "two proxies": ["--method.cross_fit=true", "--method.gate=correctness_shuffled"],
     "partial participation": ["--participation=0.5", "--do_no_harm.looks=2"],
 }
 

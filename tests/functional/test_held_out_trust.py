@@ -132,6 +132,19 @@ def test_correctness_trust_rises_with_correct_predictions(
     assert of_right > of_wrong
 
 
+def test_correctness_trust_one_more_correct_prediction_lowers_no_weight() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    logits[:, 0] += 1.5  # predictions of the other classes are rare
+    predicted = logits.argmax(1)
+    targets = torch.where(torch.rand(40, generator=generator) < 0.5, predicted, (predicted + 1) % 4)
+    before = correctness_trust(logits, targets)[1]
+    for index in (targets != predicted).nonzero()[:, 0]:
+        changed = targets.clone()
+        changed[index] = predicted[index]
+        assert (correctness_trust(logits, changed)[1] >= before).all()
+
+
 @given(held_out)
 def test_correctness_trust_mean_is_near_accuracy(samples: list[tuple[int, int, float]]) -> None:
     logits, targets = tensors(samples * 50)
