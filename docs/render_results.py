@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from scipy.stats import binomtest, ttest_ind_from_stats, wilcoxon
+from scipy.stats import binomtest, ttest_ind_from_stats, ttest_rel, wilcoxon
 
 from fedekd.functional import paired_p_value
 from fedekd.metrics import METRICS
@@ -200,6 +200,65 @@ def natural_sites(federation: str) -> str:
             rows.append([f"*{title}*", metric, *[""] * (len(methods) + 1), *deltas, str(frame["seed"].nunique())])
     heads = ["site", "metric", "Local", *methods, *(f"Delta {method}" for method in methods), "seeds"]
     return markdown(heads, rows)
+
+
+# ---------------------------------------------------------------- hospital scale
+
+
+#: Rows of references in the runs of a method: label, method whose rows have it, prefix of the columns.
+REFERENCE_ROWS = (("control of ProxyEnsemble", "ProxyEnsemble", "control"), ("Local, tuned", "Local", "tuned"))
+
+
+def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
+    """One row per method of a data set, best mean Delta first, with paired t-tests.
+
+    Args:
+        dataset: Name of the results file.
+        alpha: Concentration; None for sites.
+        suffix: End of the labels, such as `, 20 clients`; removed from them.
+    """
+    path = RESULTS / "hospital" / f"{dataset}.csv"
+    if not path.is_file():
+        return "*Not measured yet.*"
+    frame = pd.read_csv(path)
+    frame = frame[frame["alpha"].isna() if alpha is None else frame["alpha"] == alpha]
+    frame = frame[frame["method"].str.endswith(suffix) if suffix else ~frame["method"].str.contains(", ")]
+    frame = frame.assign(method=frame["method"].str.removesuffix(suffix))
+    if not len(frame):
+        return "*Not measured yet.*"
+    metric = METRICS[frame["metric"].iloc[0]]
+    groups = {name: group.set_index("seed") for name, group in frame.groupby("method", sort=False)}
+    for label, method, prefix in REFERENCE_ROWS:
+        if method in groups and f"{prefix}_mean" in frame:
+            group = groups[method].dropna(subset=f"{prefix}_mean")
+            columns = {"mean": group[f"{prefix}_mean"]}
+            columns |= {f"delta_{part}": group[f"{prefix}_delta_{part}"] for part in ("avg", "worst", "tail")}
+            groups[label] = pd.DataFrame(columns)
+    local = frame.drop_duplicates("seed").set_index("seed")
+    groups["Local"] = pd.DataFrame({"mean": local["local_mean"], **dict.fromkeys(list(FIGURES)[1:], 0.0)})
+    best = groups.get("ProxyEnsemble")
+    sign = 1 if metric.higher_is_better else -1
+    rows = []
+    for name in sorted(groups, key=lambda name: -sign * groups[name]["delta_avg"].mean()):
+        group = groups[name]
+        cells = [spread(group[column], column != "mean") for column in FIGURES]
+        for column, signed in (("surplus_avg", True), ("deployed_delta_worst", True)):
+            values = group[column].dropna() if column in group else []
+            cells.append(spread(values, signed) if len(values) else "")
+        sent = group["bytes_up"].mean() / 1e6 if "bytes_up" in group else 0.0
+        seconds = f"{group['seconds'].mean():.0f}" if "seconds" in group else ""
+        cells += [f"{sent:.1f}" if sent else "0", seconds]
+        rows.append([name, *cells, _paired_t(best, group) if name != "ProxyEnsemble" else "", str(len(group))])
+    heads = ["method", *FIGURES.values(), "surplus avg", "worst, do no harm", "MB sent", "seconds", "p", "seeds"]
+    return f"Metric: {metric.name}.\n\n" + markdown(heads, rows)
+
+
+def _paired_t(first: pd.DataFrame | None, second: pd.DataFrame) -> str:
+    """Two-sided p of the paired t-test of Delta avg over common seeds."""
+    if first is None:
+        return ""
+    one, other = first["delta_avg"].align(second["delta_avg"], join="inner")
+    return f"{ttest_rel(one, other).pvalue:.2g}" if len(one) >= MIN_SEEDS else ""
 
 
 # ---------------------------------------------------------------- the published tables
@@ -499,7 +558,7 @@ def factors(grid: str) -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_methods, best_static, do_no_harm, savings,
-    coverage, factors, natural_sites,
+    coverage, factors, hospital, natural_sites,
 )  # fmt: skip
 
 
