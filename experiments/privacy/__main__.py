@@ -215,8 +215,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/privacy"), help="Folder of shadow federations.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to which rows are written.")
     arguments, extra = parser.parse_known_args()
-    if any(shadows % 2 or 0 < shadows < 4 for shadows in arguments.shadows):
-        parser.error("--shadows: expected 0, or an even number of at least 4: halves come in pairs")
+    if any(shadows % 2 or 0 < shadows < 6 for shadows in arguments.shadows):
+        parser.error("--shadows: expected 0, or an even number of at least 6: halves come in pairs")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for cell in cells(arguments):
         if finished(cell, arguments.results):

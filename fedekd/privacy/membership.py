@@ -108,10 +108,12 @@ def _gaussian(confidences: Floats, used: npt.NDArray[np.bool_], variance: str, s
     counts, smallest = used.sum(axis=0), 2 if variance == "per_sample" else 1
     if (counts < smallest).any():
         raise ValueError(f"is_member: expected at least {smallest} models with each sample {side}, got {counts.min()}")
+    if counts.max() < 2:
+        raise ValueError(f"is_member: expected a sample with at least 2 models {side}, for the variance")
     mean = np.where(used, confidences, 0.0).sum(axis=0) / counts
     squares = np.where(used, (confidences - mean) ** 2, 0.0).sum(axis=0)
     # The maximum-likelihood variance of each sample, as in the authors' code; a pooled one is corrected for the means.
-    squared = squares / counts if variance == "per_sample" else squares.sum() / max(1, (counts - 1).sum())
+    squared = squares / counts if variance == "per_sample" else squares.sum() / (counts - 1).sum()
     return mean, np.maximum(np.sqrt(np.broadcast_to(squared, mean.shape)), _MIN_STD)
 
 

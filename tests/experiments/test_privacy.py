@@ -54,12 +54,12 @@ def test_experiment_writes_each_cell_once(tmp_path: Path, monkeypatch: pytest.Mo
         return original(cell, *arguments)
 
     monkeypatch.setattr(experiment, "run", run)
-    argv = ["privacy", "--datasets", "digits", "--seeds", "1", "--methods", "FedeKD", "--shadows", "0", "4"]
+    argv = ["privacy", "--datasets", "digits", "--seeds", "1", "--methods", "FedeKD", "--shadows", "0", "6"]
     argv += [*OPTIONS[1:], "--output", str(tmp_path), "--results", str(results)]
     monkeypatch.setattr("sys.argv", argv)
     for _ in range(2):
         experiment.main()
-        assert calls == [0, 4]
+        assert calls == [0, 6]
     rows = pd.read_csv(results)
     assert len(rows) == 3 * 4 + 2 * 3 * 4  # pooled and 2 clients; 4 outputs; online and offline
     assert set(rows["attack"]) == {"loss_threshold", "lira_online", "lira_offline"}
@@ -68,7 +68,7 @@ def test_experiment_writes_each_cell_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert row["auc_low"] <= row["auc"] <= row["auc_high"]
     assert (pooled.loc["lira_online", "members"] == pooled.loc["lira_online", "others"]).all()
     assert rows.loc[rows["attack"] == "loss_threshold", "score"].notna().all()
-    assert len(list(tmp_path.glob("digits-*/shadow-*.npz"))) == 4
+    assert len(list(tmp_path.glob("digits-*/shadow-*.npz"))) == 6
 
 
 def test_confidence_finds_the_samples_of_an_overfitted_network() -> None:

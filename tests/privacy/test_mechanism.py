@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import kstest
+from scipy.stats import kstest, norm
 
 from fedekd.errors import UserError
 from fedekd.methods import ClientUpdate
@@ -62,6 +63,22 @@ def test_noise_repeats_with_a_seed_only() -> None:
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[3], draws[4])
+
+
+def test_noise_without_seed_is_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator of NumPy or PyTorch can be predicted from what it has drawn."""
+    sizes = []
+
+    def urandom(size: int) -> bytes:
+        sizes.append(size)
+        return bytes(size)
+
+    monkeypatch.setattr(os, "urandom", urandom)
+    sent = GaussianMechanism(1.0, 1.0).randomise(update_of(0), RECEIVED, None)
+    assert sizes == [8 * 10]
+    torch.testing.assert_close(
+        flat(dict(sent.state)) - flat(RECEIVED), torch.full((10,), float(norm.ppf(2.0**-54)), dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -232,6 +232,8 @@ def test_lira_refuses_samples_without_enough_models() -> None:
         lira_scores([0.0, 0.0], shadow, [[True, True], [False, False], [False, False]])
     with pytest.raises(ValueError, match="at least 1 models with each sample out, got 0"):
         lira_scores([0.0, 0.0], shadow, np.ones((3, 2), bool), variance="global", online=False)
+    with pytest.raises(ValueError, match="a sample with at least 2 models out, for the variance"):
+        lira_scores([0.0, 0.0], shadow, [[True, True], [True, True], [False, False]], variance="global")
     with pytest.raises(ValueError, match="expected shape"):
         lira_scores([0.0], shadow, np.ones((3, 2), bool))
     with pytest.raises(ValueError, match="variance: expected one of"):
