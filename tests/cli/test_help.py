@@ -9,6 +9,7 @@ from fedekd.cli import COMMANDS, main
 FIT_TITLES = [
     "options",
     "Rounds",
+    "Baselines",
     "Method",
     "Data",
     "Client",
@@ -18,6 +19,7 @@ FIT_TITLES = [
     "Trainer",
     "Engine",
     "Do no harm",
+    "Privacy",
     "Metrics",
     "Logging",
 ]

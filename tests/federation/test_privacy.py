@@ -85,6 +85,17 @@ def test_privacy_without_effect_changes_no_result(federate: Federate) -> None:
 
 
 @accounting
+def test_run_aggregates_noisy_updates(federate: Federate) -> None:
+    """The mean of three updates has the deviation 0.5 / sqrt(3)."""
+    runs = [federate(privacy=GaussianMechanism(noise, 0.01), rounds=RoundOptions(rounds=1)) for noise in (0.0, 50.0)]
+    for run in runs:
+        run.run()
+    plain, noisy = (run.method.server_state for run in runs)
+    noise = torch.cat([(noisy[name] - tensor).flatten() for name, tensor in plain.items()])
+    assert float(noise.std()) == pytest.approx(0.5 / 3**0.5, rel=0.02)
+
+
+@accounting
 @pytest.mark.slow
 def test_privacy_noise_is_the_same_in_other_processes(federate: Federate) -> None:
     mechanism = GaussianMechanism(0.1, 0.5)
