@@ -23,7 +23,7 @@ from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import BaselineOptions, RoundOptions, lost_updates, participants
-from fedekd.federation.references import Control, Reference, TunedLocal
+from fedekd.federation.references import check_baselines, plan_references
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
 from fedekd.federation.run_folder import RunFolder, to_json_value
@@ -138,6 +138,7 @@ class Orchestrator:
         )
         self.metrics = ReportedMetrics(metrics, data.samples)
         check_models(self.spec, data.clients)
+        check_baselines(self.baseline, self.spec)
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.options.rounds)
         self.engine = engine(
@@ -378,31 +379,14 @@ class Orchestrator:
 
     def _train_references(self) -> None:
         """Train the further references, unless the checkpoint has their scores."""
-        for kind, references in self._references().items():
+        planned = [self._participants(round_idx) for round_idx in range(self.options.rounds + 1)]
+        for kind, references in plan_references(self.baseline, self.method, self.spec, planned).items():
             if kind not in self.progress.references:
                 scores = self.engine.train_references(references)
                 for number, reference in scores.items():
                     for values in reference.metrics:
                         self._require_metrics(number, values)
                 self.progress.references[kind] = dict(sorted(scores.items()))
-
-    def _references(self) -> dict[str, dict[int, Reference]]:
-        """Return how the further references of each client are trained, by kind."""
-        options, rounds = self.baseline, self.options.rounds
-        has_control = self.method.serves_more if options.control is None else options.control
-        references: dict[str, dict[int, Reference]] = {}
-        if has_control and not self.method.is_local_baseline:
-            planned = [self._participants(round_idx) for round_idx in range(rounds + 1)]
-            references[Control.kind] = {
-                number: Control(tuple(index for index, numbers in enumerate(planned) if number in numbers))
-                for number in range(self.num_clients)
-            }
-        if options.tune:
-            local_epochs = self.spec.client.local_epochs
-            tuned_rounds = max(1, (options.epochs or 2 * rounds * local_epochs) // local_epochs)
-            tuned = TunedLocal(tuple(options.learning_rates), tuned_rounds)
-            references[TunedLocal.kind] = dict.fromkeys(range(self.num_clients), tuned)
-        return references
 
     def _require_metrics(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Return metrics that a client reports outside of the rounds, if valid.

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from fedekd.atomic import digest
-from fedekd.errors import UserError
+from fedekd.errors import UserError, require
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.local_baseline import read_cached, train_local_baseline, write_cached
 from fedekd.federation.object_state import StateReader
+from fedekd.federation.options import BaselineOptions
 from fedekd.federation.source_code import SourceUnavailableError, code_of, modules_of, package_code
-from fedekd.methods import Client, Method
+from fedekd.methods import Client, FederationSpec, Method
 
 #: Code that a control runs besides that of the local baseline.
 _METHOD_CODE = ("federation/references.py", "methods", "models", "modules")
@@ -169,6 +170,42 @@ class TunedLocal:
                     best = loss, baseline.metrics[index], {"lr": rate, "epochs": float(epochs)}
         assert best is not None
         return ReferenceScores(self.scored_rounds, [best[1]], best[2])
+
+
+def check_baselines(options: BaselineOptions, spec: FederationSpec) -> None:
+    """Check that options of the references fit the run.
+
+    Raises:
+        UserError: If the tuned baseline has fewer epochs than a round.
+    """
+    epochs, least = options.epochs, spec.client.local_epochs
+    require(epochs is None or epochs >= least, "baseline.epochs", f"at least {least} (client.local_epochs)", epochs)
+
+
+def plan_references(
+    options: BaselineOptions, method: Method, spec: FederationSpec, participants: Sequence[Sequence[int]]
+) -> dict[str, dict[int, Reference]]:
+    """Return how the further references of each client are trained, by kind.
+
+    Args:
+        options: Which references a run has.
+        method: Method of the run.
+        spec: Specification of the federation.
+        participants: Clients of each round, from round 0 to the last.
+    """
+    has_control = method.serves_more if options.control is None else options.control
+    references: dict[str, dict[int, Reference]] = {}
+    clients = range(spec.num_clients)
+    if has_control and not method.is_local_baseline:
+        references[Control.kind] = {
+            number: Control(tuple(index for index, numbers in enumerate(participants) if number in numbers))
+            for number in clients
+        }
+    if options.tune:
+        local_epochs = spec.client.local_epochs
+        rounds = (options.epochs or 2 * spec.rounds * local_epochs) // local_epochs
+        references[TunedLocal.kind] = dict.fromkeys(clients, TunedLocal(tuple(options.learning_rates), rounds))
+    return references
 
 
 def with_learning_rate(client: Client, rate: float) -> Client:

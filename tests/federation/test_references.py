@@ -13,7 +13,18 @@ from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import BaselineOptions, MultiProcess, Orchestrator, RoundOptions
 from fedekd.federation.references import Control, TunedLocal, reference_from_json, reference_to_json
-from fedekd.methods import FML, Broadcast, ClientUpdate, Ditto, FedAvg, FedeKD, Local, Method, ProxyEnsemble
+from fedekd.methods import (
+    FML,
+    Broadcast,
+    ClientOptions,
+    ClientUpdate,
+    Ditto,
+    FedAvg,
+    FedeKD,
+    Local,
+    Method,
+    ProxyEnsemble,
+)
 
 from .conftest import Federate
 
@@ -213,3 +224,9 @@ def test_references_convert_to_json_and_back() -> None:
 def test_invalid_baseline_options_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         BaselineOptions(**arguments)
+
+
+def test_tuning_with_fewer_epochs_than_a_round_is_refused(federate: Federate) -> None:
+    client = ClientOptions(local_epochs=3)
+    with pytest.raises(UserError, match=r"baseline\.epochs: expected at least 3 \(client\.local_epochs\), got 2"):
+        federate(Local(), client=client, baseline=BaselineOptions(tune=True, epochs=2))
