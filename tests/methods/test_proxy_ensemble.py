@@ -79,7 +79,9 @@ class Recording(ProxyEnsemble):
     updates: list[ClientUpdate] = []  # noqa: RUF012
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
-        self.updates += updates
+        # A state holds the tensors of the network, which the next message overwrites.
+        copies = [{name: tensor.clone() for name, tensor in update.state.items()} for update in updates]
+        self.updates += [replace(update, state=state) for update, state in zip(updates, copies, strict=True)]
         super().aggregate(updates, round_idx)
 
 
