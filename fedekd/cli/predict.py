@@ -33,13 +33,15 @@ from fedekd.configuration.options import parse
 from fedekd.data import FederatedDataModule
 from fedekd.data.formats.table import is_table_file
 from fedekd.data.unlabelled import read_images
+from fedekd.early_exit.latency import forward_milliseconds
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError, print_warning, shorten_path
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
-from fedekd.models import MultiExitNetwork, eval_mode
+from fedekd.methods.client import ENSEMBLE
+from fedekd.models import MultiExitNetwork, eval_mode, network_flops
 
 COLUMNS = ("label", "class", "value", "exit", "score")
 """Columns after the number of the image, or of the row of a table, and the name of its file.
@@ -147,7 +149,22 @@ def run(argv: Sequence[str]) -> int:
     counts = Counter(row["exit"] for row in rows)
     shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
     print(f"{len(rows)} {kind}s ({shares}), written to {output}")
+    if client.deployed_role == ENSEMBLE:
+        print(_serving_cost(client))
     return 0
+
+
+def _serving_cost(client: Client) -> str:
+    """Describe the members, the FLOPs and the latency of the ensemble that a client serves."""
+    assert client.serving is not None
+    shape, network, private = client.samples.input_shape, client.deployed_model, client.networks["private"]
+    x = torch.zeros(BATCH_SIZE, *shape).to(next(private.parameters()))
+    flops = network_flops(network, shape) / network_flops(private, shape)
+    milliseconds, alone = forward_milliseconds(network, x), forward_milliseconds(private, x)
+    return (
+        f"ensemble of {', '.join(client.serving.members)}: {flops:.2f} times the FLOPs of the private model,"
+        f" {milliseconds:.3g} ms per sample ({alone:.3g} ms for the private model) in batches of {BATCH_SIZE}"
+    )
 
 
 def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool) -> _Inputs:

@@ -7,7 +7,7 @@ from fedekd.early_exit.calibration.validity import Validity, check_validity, tru
 from fedekd.early_exit.cost_curves import BUDGETS, Point, budget_points, cost_of, exit_points
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward, exit_index
-from fedekd.early_exit.latency import Latency, measure_latency
+from fedekd.early_exit.latency import Latency, forward_milliseconds, measure_latency
 from fedekd.early_exit.policy import ExitPolicy
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "early_exit_forward",
     "exit_index",
     "exit_points",
+    "forward_milliseconds",
     "measure_latency",
     "network_fingerprint",
     "true_risks",
