@@ -210,7 +210,7 @@ REFERENCE_ROWS = (("control of ProxyEnsemble", "ProxyEnsemble", "control"), ("Lo
 
 
 def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
-    """One row per method of a data set, best mean Delta first, with paired t-tests.
+    """One row per method, best mean Delta first; p-values are Holm-adjusted.
 
     Args:
         dataset: Name of the results file.
@@ -248,17 +248,21 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
         sent = group["bytes_up"].mean() / 1e6 if "bytes_up" in group else 0.0
         seconds = f"{group['seconds'].mean():.0f}" if "seconds" in group else ""
         cells += [f"{sent:.1f}" if sent else "0", seconds]
-        rows.append([name, *cells, _paired_t(best, group) if name != "ProxyEnsemble" else "", str(len(group))])
+        rows.append([name, *cells, "", str(len(group))])
+    p_values = {row[0]: _paired_t(best, groups[row[0]]) for row in rows if row[0] != "ProxyEnsemble"}
+    tested = [name for name, p in p_values.items() if p is not None]
+    for name, p in zip(tested, _holm([p_values[name] or 0.0 for name in tested]), strict=True):
+        next(row for row in rows if row[0] == name)[-2] = f"{p:.2g}"
     heads = ["method", *FIGURES.values(), "surplus avg", "worst, do no harm", "MB sent", "seconds", "p", "seeds"]
     return f"Metric: {metric.name}.\n\n" + markdown(heads, rows)
 
 
-def _paired_t(first: pd.DataFrame | None, second: pd.DataFrame) -> str:
-    """Two-sided p of the paired t-test of Delta avg over common seeds."""
+def _paired_t(first: pd.DataFrame | None, second: pd.DataFrame) -> float | None:
+    """Two-sided p of the paired t-test of Delta avg over common seeds; None for too few."""
     if first is None:
-        return ""
+        return None
     one, other = first["delta_avg"].align(second["delta_avg"], join="inner")
-    return f"{ttest_rel(one, other).pvalue:.2g}" if len(one) >= MIN_SEEDS else ""
+    return float(ttest_rel(one, other).pvalue) if len(one) >= MIN_SEEDS else None
 
 
 # ---------------------------------------------------------------- the published tables

@@ -168,7 +168,6 @@ class Orchestrator:
             Interrupted: On SIGINT or SIGTERM; completed rounds are saved.
         """
         with self.interrupts, self.folder.lock() if self.folder is not None else nullcontext():
-            start = time.monotonic()
             try:
                 self.method.init_server(self.spec)
                 if self.privacy is not None:
@@ -177,6 +176,7 @@ class Orchestrator:
                 self._start_logging()
                 self._train_baselines()
                 self._train_references()
+                start = time.monotonic()
                 for round_idx in range(self.progress.round, self.options.rounds + 1):
                     changed = self._run_round(round_idx)
                     self.progress.seconds += time.monotonic() - start

@@ -137,7 +137,7 @@ class Progress:
         traffic: Since the last row.
         bytes_up: Total.
         bytes_down: Total.
-        seconds: Total, over stops and resumes.
+        seconds: Time of the rounds without the baselines, over stops and resumes.
         local: Scores of the local baseline per round, by client; empty if the method is Local itself.
         local_metrics: All metrics of the local baseline per round, by client; empty if the method is Local itself, and
             in runs of earlier versions.

@@ -111,6 +111,8 @@ class ProxyEnsemble(ProxyMethod):
         self.proxy_epochs, self.finetune_epochs = proxy_epochs, finetune_epochs
         self.members = members
         self.ridge = ridge
+        if combination != "equal":
+            self.training_splits = ("train", "tuning")
         self.combination, self.label_prior, self.frozen_head = combination, label_prior, frozen_head
         self.serve, self.lambda_kd, self.distillation_epochs = serve, lambda_kd, distillation_epochs
 
@@ -221,9 +223,8 @@ class ProxyEnsemble(ProxyMethod):
         elif task == "regression":
             weights = fit_linear_weights(member_outputs[..., 0], targets.double(), self.ridge, _MIN_TUNING)
         else:
-            weights = fit_log_linear_weights(
-                member_outputs.log_softmax(dim=2), self._tuning_targets(client), self.ridge
-            )
+            log_probabilities = member_outputs.log_softmax(dim=2)
+            weights = fit_log_linear_weights(log_probabilities, targets, self.ridge, _MIN_TUNING)
         return Serving(tuple(names), weights.to(none), torch.stack([offsets[name] for name in names]))
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import BaselineOptions, RoundOptions
-from fedekd.methods import Client, ClientOptions, ClientUpdate, Local, ProxyEnsemble
+from fedekd.methods import Client, ClientOptions, ClientUpdate, Local, ProxyEnsemble, proxy_ensemble
 from fedekd.modules.losses import SupervisedLoss
 from fedekd.modules.prediction import ModelOutput
 
@@ -260,3 +260,26 @@ def test_proxy_without_linear_head_is_refused() -> None:
     Spec.client = client  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"client\.proxy_model: expected a network whose last layer"):
         method._build_proxy(Spec())  # type: ignore[arg-type]
+
+
+def test_weights_are_equal_below_ten_tuning_samples(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = federate(ProxyEnsemble(ridge=0.1))
+    run.run()
+    assert proxy_ensemble._MIN_TUNING == 10
+    client = clients(run)[0]
+    received = dict(run.method.broadcast([0], 2).to(0))
+
+    def weights_with(least: int) -> list[float]:
+        monkeypatch.setattr(proxy_ensemble, "_MIN_TUNING", least)
+        serving = run.method._combine(client, received, has_tuned=True)
+        assert serving is not None
+        return serving.weights.tolist()
+
+    samples = len(client.splits.tuning)
+    assert weights_with(samples + 1) == pytest.approx([1 / 3] * 3)
+    assert weights_with(samples) != pytest.approx([1 / 3] * 3)
+
+
+def test_fitted_weights_count_as_training_on_the_tuning_split() -> None:
+    assert ProxyEnsemble().training_splits == ("train", "tuning")
+    assert ProxyEnsemble(combination="equal").training_splits == ("train",)
