@@ -85,7 +85,9 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
         lines.append(f"warning: mode {policy.mode} has no guarantee; {guaranteed} have one")
     if trained_on is not None:
         pixels, splits = client.samples.inputs, client.splits
-        held_out = take_inputs(pixels, cat([splits.tuning, splits.calibration]))
+        # A tuning split that training uses is seen by design: it only orders the tests.
+        names = [name for name in ("tuning", "calibration") if name not in client.training_splits]
+        held_out = take_inputs(pixels, cat([getattr(splits, name) for name in names]))
         if shared := count_shared_images(held_out, take_inputs(pixels, trained_on)):
             lines.append(
                 f"warning: {shared} of {len(held_out)} held-out images are, pixel by pixel, also training images."

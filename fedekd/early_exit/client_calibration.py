@@ -51,7 +51,7 @@ def require_unused_validation(client: Client) -> None:
 
 
 def training_indices(client: Client) -> Tensor:
-    """Return the indices of the images on which the client's method trained."""
+    """Return the indices of the images that the client's method used in training."""
     return torch.cat([getattr(client.splits, split) for split in client.training_splits])
 
 
@@ -70,8 +70,8 @@ def calibrate_client(
 ) -> ExitPolicy:
     """Calibrate the exits of one client's network.
 
-    The sequence of tests is fixed on the tuning split and the tests are made on the calibration split; training uses
-    neither.
+    The sequence of tests is fixed on the tuning split, and the tests are made on the calibration split. Training does
+    not use the calibration split. It may use the tuning split, which only orders the tests: the guarantee still holds.
 
     Args:
         client: A trained client.

@@ -81,6 +81,11 @@ def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, 
             f"do_no_harm: models are compared on the validation split, which method {name} trains on."
             " Choose another method."
         )
+    if rule.split in method.training_splits:
+        raise UserError(
+            f"do_no_harm.rule: expected a rule that compares on samples which the method does not use, got"
+            f" {rule.rule!r}, whose {rule.split} split method {name} uses. Choose certified."
+        )
     if data.task == "classification" and rule.margin >= 1:
         raise UserError(f"do_no_harm.margin: expected a difference of accuracies below 1, got {rule.margin}.")
     if rule.looks > rounds:

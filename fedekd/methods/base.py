@@ -103,7 +103,8 @@ class Method(ABC):
     #: Number of exits of the private model if `client.exits` is null; None keeps the model as it is.
     exits: int | None = None
 
-    #: Splits that training uses. No guarantee can be calibrated on a split listed here.
+    #: Splits that training uses, also to fit weights. No guarantee can be calibrated on a split listed here; `tuning`
+    #: may be listed, because it only orders the tests of a calibration.
     training_splits: tuple[str, ...] = ("train",)
 
     def __init__(self) -> None:

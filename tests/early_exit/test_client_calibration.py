@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedekd.cli.calibrate_output import remarks
 from fedekd.data import ClientSplits, FederatedDataModule
 from fedekd.early_exit import ExitPolicy, SelectiveRiskCalibrator, network_fingerprint
 from fedekd.early_exit.client_calibration import (
@@ -18,6 +19,7 @@ from fedekd.early_exit.client_calibration import (
     exit_network,
     image_costs,
     split_outputs,
+    training_indices,
 )
 from fedekd.early_exit.client_report import exit_statistics, mean_saved
 from fedekd.early_exit.policy_files import load_policy, policy_path
@@ -113,6 +115,20 @@ def test_calibrate_client_training_images_raise(client):
     ) as error:
         calibrate_client(client, SelectiveRiskCalibrator(0.1), held_out=held_out(client, mixed))
     assert "\n" not in str(error.value)
+
+
+def test_calibrate_client_method_that_uses_the_tuning_split(client, monkeypatch):
+    expected = calibrate_client(client, SelectiveRiskCalibrator(0.1))
+    monkeypatch.setattr(client, "training_splits", ("train", "tuning"))
+    policy = calibrate_client(client, SelectiveRiskCalibrator(0.1))
+    assert policy == expected
+    assert not [line for line in remarks(policy, client, training_indices(client)) if "pixel by pixel" in line]
+    copied = torch.cat([training_indices(client), client.splits.calibration[:2]])
+    [line] = [line for line in remarks(policy, client, copied) if "pixel by pixel" in line]
+    assert line.startswith(f"warning: 2 of {len(client.splits.calibration)} held-out images")
+    mixed = torch.cat([client.splits.test[:5], client.splits.tuning[:3]])
+    with pytest.raises(UserError, match=r"--input: expected unseen images, got 3 of 8 .* trained or selected"):
+        calibrate_client(client, SelectiveRiskCalibrator(0.1), held_out=held_out(client, mixed))
 
 
 def test_calibrate_client_other_image_shape_raises(client):

@@ -319,6 +319,10 @@ def test_every_method_deploys_the_model_that_delta_is_computed_with(
     [
         ({"method": Local()}, "do_no_harm: expected a federated method to compare with the local baseline, got Local"),
         ({"method": FedType()}, "on the validation split, which method FedType trains on"),
+        (
+            {"method": FedeKD(gate="correctness"), "do_no_harm": DoNoHarm(rule="better")},
+            r"do_no_harm\.rule: expected .*, got 'better', whose tuning split method FedeKD uses\. Choose certified",
+        ),
         ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks: expected at most 2 \(rounds\), got 3"),
         ({"fractions": (0.8, 0.0, 0.2)}, "client 0 has no sample in the holdout split, .* Raise"),
         (
