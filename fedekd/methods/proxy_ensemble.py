@@ -51,7 +51,8 @@ class ProxyEnsemble(ProxyMethod):
     outputs are averaged.
 
     A client sends the weights of $\varphi$ (for regression of the whole proxy) and its number of training samples
-    $n_k$; the number of samples per class does not leave it.
+    $n_k$. The number of samples per class is not part of the update; a Flower site's description has it, see
+    docs/how-to/flower.md.
 
     Args:
         proxy_epochs: Epochs of the proxy per round, at least 1.
