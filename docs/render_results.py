@@ -258,7 +258,10 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
 
 
 def _paired_t(first: pd.DataFrame | None, second: pd.DataFrame) -> float | None:
-    """Two-sided p of the paired t-test of Delta avg over common seeds; None for too few."""
+    """Compute the two-sided p of the paired t-test of Delta avg over common seeds.
+
+    None for too few.
+    """
     if first is None:
         return None
     one, other = first["delta_avg"].align(second["delta_avg"], join="inner")

@@ -41,6 +41,7 @@ def parse_label_prior(text: str) -> LabelPrior:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--label_prior: expected {expected}, got {shorten(repr(text))}") from error
+    require(len(values) > 0, "--label_prior", "one probability per class", values, "The list is empty.")
     is_valid = all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
     require(is_valid, "--label_prior", expected, text)
     total = math.fsum(values)

@@ -155,15 +155,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _serving_cost(client: Client) -> str:
-    """Describe the members, the FLOPs and the latency of the ensemble that a client serves."""
+    """Describe members, FLOPs and latency of the ensemble that a client serves."""
     assert client.serving is not None
     shape, network, private = client.samples.input_shape, client.deployed_model, client.networks["private"]
     x = torch.zeros(BATCH_SIZE, *shape).to(next(private.parameters()))
     flops = network_flops(network, shape) / network_flops(private, shape)
-    milliseconds, alone = forward_milliseconds(network, x), forward_milliseconds(private, x)
+    milliseconds, single = forward_milliseconds(network, x), forward_milliseconds(private, x)
     return (
         f"ensemble of {', '.join(client.serving.members)}: {flops:.2f} times the FLOPs of the private model,"
-        f" {milliseconds:.3g} ms per sample ({alone:.3g} ms for the private model) in batches of {BATCH_SIZE}"
+        f" {milliseconds:.3g} ms per sample ({single:.3g} ms for the private model) in batches of {BATCH_SIZE}"
     )
 
 

@@ -102,8 +102,8 @@ class FederatedDataModule(lightning.LightningDataModule):
             MultiProcess each process reads for itself.
         transform: Augmentation of training samples before pixels are scaled: a transform of torchvision.transforms.v2
             by class_path, or a list. It keeps shape and type: uint8, or float in [0, 1]. Evaluation is unchanged.
-        max_samples: Largest number of samples of a partition, at least 1; a random subset by `seed`, drawn before the
-            partition, with whole groups. Default: all samples. Not used with sites.
+        max_samples: Largest number of samples of a partition, at least `num_clients`; a random subset by `seed`, drawn
+            before the partition, with whole groups. Default: all samples. Not used with sites.
         extra_test: Largest number of further test samples per client, at least 0, from the samples that `max_samples`
             leaves out, with the class mix of the client's training samples. No sample is at two clients. Not used with
             sites, groups, given splits or real-valued targets.
@@ -176,6 +176,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         elif client is not None and not 0 <= client < num_clients:
             raise UserError(
                 f"data.client: expected 0..{num_clients - 1} (data.num_clients is {num_clients}), got {client}"
+            )
+        elif max_samples is not None and max_samples < num_clients:
+            raise UserError(
+                f"data.max_samples: expected at least {num_clients} (data.num_clients), got {max_samples}. Raise it, or"
+                " lower data.num_clients."
             )
         if sites is not None and site_column is not None:
             raise UserError(f"data.site_column: expected null with data.sites, got {site_column!r}")
@@ -325,6 +330,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         ):
             if condition:
                 raise UserError(f"data.extra_test: expected 0 with {what}, got {self.extra_test}")
+        if cast(int, self.max_samples) >= len(samples):
+            raise UserError(
+                f"data.max_samples: expected fewer than {len(samples)} samples with data.extra_test, which takes its"
+                f" samples from those left out, got {self.max_samples}. Lower it, or set data.extra_test to 0."
+            )
         subset = draw_subset(len(samples), cast(int, self.max_samples), self.seed)
         pool = np.setdiff1d(np.arange(len(samples)), subset)
         train = [own.train.numpy() for own in splits]

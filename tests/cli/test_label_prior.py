@@ -181,7 +181,7 @@ def test_client_label_prior_counts_class_weights(here: Path) -> None:
         ("plain", "[0.5, 0.25, 0.25, 0]", "expected 3 probabilities, got 4"),
         ("plain", "[0.5, 0.5, 0.00001]", "expected probabilities with sum 1, got 1.00001"),
         ("plain", "[0, 0, 0]", "expected probabilities with sum 1, got 0.0"),
-        ("plain", "[]", "expected probabilities with sum 1, got 0.0"),
+        ("plain", "[]", "expected one probability per class, got []. The list is empty."),
         ("plain", "[1.5, -0.5, 0]", "expected numbers from 0 to 1, as in [0.2, 0.8], got '[1.5, -0.5, 0]'"),
         ("plain", "[NaN, 0.5, 0.5]", "expected numbers from 0 to 1, as in [0.2, 0.8], got '[NaN, 0.5, 0.5]'"),
         ("plain", "[true, 0, 0]", "expected numbers from 0 to 1"),

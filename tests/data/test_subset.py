@@ -172,6 +172,12 @@ def test_too_few_samples_left_out_are_a_warning() -> None:
     assert "client 0 (" in line
 
 
+@pytest.mark.parametrize("max_samples", [300, 10**9])
+def test_extra_test_of_a_maximum_that_leaves_nothing_out_raises(max_samples: int) -> None:
+    with pytest.raises(UserError, match=r"^data\.max_samples: expected fewer than 300 samples with data\.extra_test"):
+        module(images(), max_samples=max_samples, extra_test=40).setup()
+
+
 def test_extra_test_rows_of_a_table_are_preprocessed_by_their_client() -> None:
     data = FederatedDataModule(
         "heart_disease", num_clients=2, alpha=5.0, max_samples=200, extra_test=50, download=False
@@ -190,6 +196,10 @@ def test_extra_test_rows_of_a_table_are_preprocessed_by_their_client() -> None:
     [
         ({"max_samples": 0}, r"data\.max_samples: expected at least 1, got 0"),
         ({"max_samples": 5, "extra_test": -1}, r"data\.extra_test: expected at least 0, got -1"),
+        (
+            {"max_samples": 5},
+            r"^data\.max_samples: expected at least 6 \(data\.num_clients\), got 5\. Raise it",
+        ),
         ({"extra_test": 5}, r"data\.extra_test: expected 0 without data\.max_samples, which leaves samples out, got 5"),
         (
             {"max_samples": 50, "extra_test": 5, "splits": "given"},
