@@ -73,7 +73,7 @@ def baseline_key(client: Client) -> str:
         "network": network_fingerprint(network),
         "attributes": attributes,
         "optimizer": settings,
-        "objects": code_of(name for name in names if not _is_own(name)),
+        "objects": code_of(name for name in names if not is_own(name)),
         "code": package_code(TRAINING_CODE),
         "versions": {
             "torch": torch.__version__,
@@ -103,5 +103,6 @@ def numerics(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _is_own(module: str) -> bool:
+def is_own(module: str) -> bool:
+    """Return True for modules of fedekd and of the program that runs."""
     return module.partition(".")[0] in ("", "fedekd")

@@ -31,11 +31,13 @@ class LocalBaseline:
             leave it empty and return all metrics.
         losses: Loss per sample of the splits `tuning` and `holdout`, see `Client.losses`. They stay on the client.
         metrics: All metrics on the test split by key; empty in results of earlier versions.
+        tuning_losses: Mean supervised loss on the tuning split, see `Client.supervised_loss`; NaN without samples.
     """
 
     scores: list[float]
     losses: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    tuning_losses: list[float] = field(default_factory=list)
 
     def after(self, rounds: int) -> float:
         """Return the score after a number of rounds, clipped to those trained."""
@@ -80,21 +82,23 @@ def train_local_baseline(
     path = _path(client, folder, warn)
     kept = None if memory is None or path is not None else memory.get(client.number)
     baseline, state = _read(path) if kept is None else _parts(unpack(kept))
-    metrics, losses = baseline.metrics, baseline.losses
+    metrics, losses, tuning_losses = baseline.metrics, baseline.losses, baseline.tuning_losses
     if state is not None:
         client.load_state_dict(state)
     for round_idx in range(len(metrics) + 1, rounds + 1):
         method.receive(client, {}, round_idx)
         metrics.append(client.evaluate()[1])
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
+        tuning_losses.append(client.supervised_loss("tuning"))
         if path is None and memory is None:
             continue
-        content = {"metrics": metrics, "losses": losses, "state": client.state_dict()}
+        content = {"metrics": metrics, "losses": losses, "tuning": tuning_losses, "state": client.state_dict()}
         write_cached(path, content)
         if path is None and memory is not None:
             memory[client.number] = pack(content)
     name = client.spec.primary.name  # not part of the key: one baseline serves every choice of metrics
-    return LocalBaseline([values[name] for values in metrics[:rounds]], losses[:rounds], metrics[:rounds])
+    scores = [values[name] for values in metrics[:rounds]]
+    return LocalBaseline(scores, losses[:rounds], metrics[:rounds], tuning_losses[:rounds])
 
 
 def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> bool:
@@ -147,4 +151,5 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
 
 def _parts(content: Any) -> tuple[LocalBaseline, Any]:
     """Return a stored baseline without `scores`, and the client's state."""
-    return LocalBaseline([], list(content["losses"]), list(content["metrics"])), content["state"]
+    parts = (list(content[name]) for name in ("losses", "metrics", "tuning"))
+    return LocalBaseline([], *parts), content["state"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class BaselineOptions:
 
     control: bool | None = None
     tune: bool = False
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3)
+    learning_rates: Sequence[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
     epochs: int | None = None
 
     def __post_init__(self) -> None:

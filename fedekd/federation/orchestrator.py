@@ -138,7 +138,7 @@ class Orchestrator:
         )
         self.metrics = ReportedMetrics(metrics, data.samples)
         check_models(self.spec, data.clients)
-        check_baselines(self.baseline, self.spec)
+        check_baselines(self.baseline, method, self.spec)
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.options.rounds)
         self.engine = engine(

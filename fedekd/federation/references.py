@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from fedekd.atomic import digest
 from fedekd.errors import UserError, require
-from fedekd.federation.baseline_key import baseline_key
+from fedekd.federation.baseline_key import baseline_key, is_own
 from fedekd.federation.local_baseline import read_cached, train_local_baseline, write_cached
 from fedekd.federation.object_state import StateReader
 from fedekd.federation.options import BaselineOptions
@@ -71,7 +72,8 @@ class Control:
     """Compute-matched local control: the method, run by a single client.
 
     Models, epochs, learning rate and serving are those of the method; the server aggregates the updates of this client
-    only. The surplus of the federation is the score of the method minus that of its control.
+    only. The surplus of the federation is the score of the method minus that of its control. Nothing travels: messages
+    are neither rounded (`wire_dtype`) nor lost, and get no noise (`privacy`).
 
     Args:
         rounds: Rounds in which the client takes part, ascending; the last is that of the run.
@@ -88,13 +90,15 @@ class Control:
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """See `Reference`; every finished round is cached."""
-        path = None if folder is None else self._path(client, method, folder)
+        settings = {name: value for name, value in vars(method).items() if name != "server_state"}
         method = copy.copy(method)
         method.init_server(client.spec)
+        path = None if folder is None else self._path(client, method, settings, folder)
+        method.restrict_to_one_client()
         client.training_splits = method.training_splits
         method.init_client(client)
         cached = read_cached(path) or {"metrics": [], "done": 0}
-        if cached["done"]:
+        if "client" in cached:
             client.load_state_dict(cached["client"])
             method.server_state = cached["server"]
         metrics = list(cached["metrics"])
@@ -105,34 +109,32 @@ class Control:
                 metrics.append(client.evaluate()[1])
             if done < len(self.rounds):
                 method.aggregate([method.prepare_update(client, round_idx)], round_idx)
-            state = {"client": client.state_dict(), "server": method.server_state}
+            # A finished control is never continued: only its scores are kept.
+            is_finished = done == len(self.rounds)
+            state = {} if is_finished else {"client": client.state_dict(), "server": method.server_state}
             write_cached(path, {"metrics": metrics, "done": done, **state})
         return ReferenceScores(self.scored_rounds, metrics)
 
-    def _path(self, client: Client, method: Method, folder: Path) -> Path | None:
+    def _path(self, client: Client, method: Method, settings: Mapping[str, Any], folder: Path) -> Path | None:
         """Return the file of the control; None if its code cannot be compared."""
         spec = client.spec
-        settings = {name: value for name, value in vars(method).items() if name != "server_state"}
         reader = StateReader(spec.build_model("proxy", "server"))
         try:
             values = {
                 "baseline": baseline_key(client),
                 "method": f"{type(method).__module__}.{type(method).__qualname__}",
                 "settings": reader.read(settings),
+                "server": reader.read(method.server_state),
                 "proxy": spec.client.proxy_model,
                 "attributes": reader.attributes(),
                 "rounds": [spec.rounds, *self.rounds],
                 "clients": spec.num_clients,
                 "code": package_code(_METHOD_CODE),
-                "objects": code_of(name for name in modules_of([method]) | reader.modules if not _is_own(name)),
+                "objects": code_of(name for name in modules_of([method]) | reader.modules if not is_own(name)),
             }
         except SourceUnavailableError:
             return None
         return folder / f"control-{digest(json.dumps(values, sort_keys=True, default=reader.read).encode())}.pt"
-
-
-def _is_own(module: str) -> bool:
-    return module.partition(".")[0] in ("", "fedekd")
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ class TunedLocal:
     """Local training with tuned learning rate and epochs.
 
     Both are chosen on the tuning split. Every learning rate is trained for `rounds` rounds of `client.local_epochs`,
-    and each round is a candidate. The one with the smallest mean loss (errors, or squared errors) is scored on the test
-    split; of equal ones the first learning rate with the fewest epochs.
+    and each round is a candidate, as is local training with the run's own learning rate and epochs. The one with the
+    smallest supervised loss (cross-entropy, or squared error) is scored on the test split. Of equal ones, and without
+    tuning samples, it is the run's own.
 
     Args:
         learning_rates: Candidates, at least one, each above 0.
@@ -160,24 +163,27 @@ class TunedLocal:
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """See `Reference`; every candidate is cached as a local baseline."""
-        best: tuple[float, dict[str, float], dict[str, float]] | None = None
-        for rate in self.learning_rates:
-            baseline = train_local_baseline(with_learning_rate(client, rate), self.rounds, folder)
-            for index, losses in enumerate(baseline.losses):
-                loss = float(losses["tuning"].mean()) if len(losses["tuning"]) else float(-index)
-                if best is None or loss < best[0]:
-                    epochs = (index + 1) * client.spec.client.local_epochs
-                    best = loss, baseline.metrics[index], {"lr": rate, "epochs": float(epochs)}
-        assert best is not None
-        return ReferenceScores(self.scored_rounds, [best[1]], best[2])
+        spec, own = client.spec, learning_rate(client)
+        best_loss, best = math.nan, dict[str, float]()
+        choice: dict[str, float] = {}
+        for rate in dict.fromkeys((own, *self.learning_rates)):
+            rounds = max(self.rounds, spec.rounds) if rate == own else self.rounds
+            baseline = train_local_baseline(with_learning_rate(client, rate), rounds, folder)
+            order = [spec.rounds - 1, *range(rounds)] if rate == own else range(rounds)
+            for index in order:
+                if not choice or baseline.tuning_losses[index] < best_loss:
+                    best_loss, best = baseline.tuning_losses[index], baseline.metrics[index]
+                    choice = {"lr": rate, "epochs": float((index + 1) * spec.client.local_epochs)}
+        return ReferenceScores(self.scored_rounds, [best], choice)
 
 
-def check_baselines(options: BaselineOptions, spec: FederationSpec) -> None:
+def check_baselines(options: BaselineOptions, method: Method, spec: FederationSpec) -> None:
     """Check that options of the references fit the run.
 
     Raises:
-        UserError: If the tuned baseline has fewer epochs than a round.
+        UserError: If the tuned baseline has fewer epochs than a round, or a control of local training is requested.
     """
+    require(not (options.control and method.is_local_baseline), "baseline.control", "null or false for Local", True)
     epochs, least = options.epochs, spec.client.local_epochs
     require(epochs is None or epochs >= least, "baseline.epochs", f"at least {least} (client.local_epochs)", epochs)
 
@@ -206,6 +212,12 @@ def plan_references(
         rounds = (options.epochs or 2 * spec.rounds * local_epochs) // local_epochs
         references[TunedLocal.kind] = dict.fromkeys(clients, TunedLocal(tuple(options.learning_rates), rounds))
     return references
+
+
+def learning_rate(client: Client) -> float:
+    """Return the learning rate of a client's optimizer."""
+    rate: float = client.spec.optimizer(client.networks["private"].parameters()).param_groups[0]["lr"]
+    return float(rate)
 
 
 def with_learning_rate(client: Client, rate: float) -> Client:

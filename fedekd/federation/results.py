@@ -360,12 +360,7 @@ class Progress:
             "local": local,
             "local_metrics": local_metrics,
             "references": {
-                kind: {
-                    int(number): ReferenceScores(
-                        tuple(scores["rounds"]), unpack_rows(scores["metrics"]), scores["choice"]
-                    )
-                    for number, scores in clients.items()
-                }
+                kind: {int(number): _reference_scores(scores) for number, scores in clients.items()}
                 for kind, clients in values.get("references", {}).items()
             },
             "traffic": Traffic(**values["traffic"]),

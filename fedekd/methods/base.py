@@ -113,6 +113,9 @@ class Method(ABC):
     def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - optional
         """Check the specification and set `server_state`; server, before round 0."""
 
+    def restrict_to_one_client(self) -> None:  # noqa: B027 - optional
+        """Change what depends on the number of clients, for a control; after `init_server`."""
+
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
         """Add networks and `method_state`; client, before its first round."""
 

@@ -370,6 +370,17 @@ class Client:
             return torch.where(finite, (output.double().squeeze(1) - targets.double()).square(), torch.inf)
         return ((output.argmax(dim=1) != targets) | ~finite).double()
 
+    def supervised_loss(self, split: str) -> float:
+        """Return the served network's mean cross-entropy or squared error; NaN without samples.
+
+        Squared errors are in the unit of the outputs.
+        """
+        output = self.predict(self.served_role, split, mixed=False).output.double()
+        targets = self.training_targets[getattr(self.splits, split).to(self.samples.targets.device)]
+        if self.spec.task == "regression":
+            return float(torch.nn.functional.mse_loss(output.squeeze(1), targets.double()))
+        return float(torch.nn.functional.cross_entropy(output, targets))
+
     @property
     def deployed_role(self) -> str:
         """Role of the deployed network: `local` after do-no-harm, or what is served."""

@@ -57,6 +57,10 @@ class FedDyn(FedAvg):
         parameters = copy_parameters(spec.build_model("private", "server"))
         self.server_state["h"] = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
+    def restrict_to_one_client(self) -> None:
+        """Divide the drift by one client."""
+        self.num_clients = 1
+
     def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """Return L_k, the linear and the quadratic term."""
         anchor = copy_parameters(network)

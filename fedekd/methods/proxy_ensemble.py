@@ -37,7 +37,8 @@ _MIN_TUNING = 10
 class ProxyEnsemble(ProxyMethod):
     r"""ProxyEnsemble: an ensemble of private model and prior-aware proxies.
 
-    The proxy $g(x) = W \varphi(x)$ has a frozen head W, orthogonal and equal at all clients; only $\varphi$ travels.
+    The proxy $g(x) = W \varphi(x)$ has a frozen head W, equal at all clients; only $\varphi$ travels. The rows of W are
+    orthogonal with norm 2 if $\varphi$ has at least as many features as there are classes.
 
     1. Client: $\min_\varphi \mathrm{CE}(\mathrm{softmax}(g(x) + \log\pi_k), y)$, with the label prior $\pi_k(c) =
        (n_{kc} + 0.01) / (n_k + 0.01\,C)$ of its training samples.
@@ -69,7 +70,7 @@ class ProxyEnsemble(ProxyMethod):
             aggregation requires.
         aggregator: Another aggregator of the proxies, by class_path; null is the mean with `weights`.
         serve: `ensemble`, or `private` for clients that can serve one network only: the ensemble is distilled into a
-            copy of the private model after the last round.
+            copy of the private model after the last round. The rounds before it are scored with the ensemble.
         lambda_kd: Weight of that distillation relative to the supervised loss, at least 0.
         distillation_epochs: Epochs of that distillation, at least 1.
 
@@ -86,7 +87,7 @@ class ProxyEnsemble(ProxyMethod):
         self,
         proxy_epochs: int = 4,
         finetune_epochs: int = 4,
-        members: list[str] | None = None,
+        members: list[str] | str | None = None,
         combination: Combination | None = None,
         ridge: float = 10.0,
         label_prior: bool = True,
@@ -100,6 +101,7 @@ class ProxyEnsemble(ProxyMethod):
         super().__init__(aggregator if aggregator is not None else Mean(weights))
         require(proxy_epochs >= 1, "method.proxy_epochs", "at least 1", proxy_epochs)
         require(finetune_epochs >= 0, "method.finetune_epochs", "at least 0", finetune_epochs)
+        members = [members] if isinstance(members, str) else members
         require(members is None or len(members) > 0, "method.members", "at least one network, or null", members)
         for name in members or ():
             require_choice("method.members", name, MEMBERS)
@@ -107,7 +109,13 @@ class ProxyEnsemble(ProxyMethod):
             require_choice("method.combination", combination, get_args(Combination))
         require(0 < ridge < math.inf, "method.ridge", "a finite number above 0", ridge)
         require_choice("method.serve", serve, get_args(Served))
-        require(lambda_kd >= 0, "method.lambda_kd", "at least 0", lambda_kd)
+        require(0 <= lambda_kd < math.inf, "method.lambda_kd", "a finite number of at least 0", lambda_kd)
+        require(
+            finetune_epochs > 0 or members is None or "tuned" not in members,
+            "method.members",
+            "no member 'tuned' with method.finetune_epochs 0",
+            members,
+        )
         require(distillation_epochs >= 1, "method.distillation_epochs", "at least 1", distillation_epochs)
         self.proxy_epochs, self.finetune_epochs = proxy_epochs, finetune_epochs
         self.members = members
@@ -118,7 +126,22 @@ class ProxyEnsemble(ProxyMethod):
         self.serve, self.lambda_kd, self.distillation_epochs = serve, lambda_kd, distillation_epochs
 
     def init_server(self, spec: FederationSpec) -> None:
-        """Build the initial global features."""
+        """Build the initial global features.
+
+        Raises:
+            UserError: If the proxy has no linear head, no proxy is served, or a network with exits is not a member.
+        """
+        members = self._members(spec)
+        require(
+            members != ["private"] or self.members is not None,
+            "method.finetune_epochs",
+            "at least 1 for regression with the default members",
+            self.finetune_epochs,
+        )
+        has_exits = any(spec.client.exits_for(number) is not None for number in range(spec.num_clients))
+        require(
+            not has_exits or "private" in members, "method.members", "'private' with client.exits", ", ".join(members)
+        )
         self.server_state = self._travelling(self._build_proxy(spec))
 
     def init_client(self, client: Client) -> None:
@@ -141,12 +164,13 @@ class ProxyEnsemble(ProxyMethod):
             client.networks["tuned"].load_state_dict(proxy.state_dict())
             self._train_proxy(client, "tuned", round_idx, self.finetune_epochs)
         client.serving = self._combine(client, received, has_tuned=is_last and self.finetune_epochs > 0)
-        serving = client.serving or Serving(("private",), torch.ones(1), torch.zeros(1, 1))
-        weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
-        logs |= {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
-        if is_last and self.serve == "private":
+        if is_last and self.serve == "private" and client.serving is not None:
             self._distil(client, round_idx)
-        return logs
+            return logs  # one network is served: no weights
+        serving, weights = client.serving, {}
+        if serving is not None:
+            weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
+        return logs | {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train the proxy on labels, and return what travels of it."""
@@ -156,7 +180,8 @@ class ProxyEnsemble(ProxyMethod):
     def _members(self, spec: FederationSpec) -> list[str]:
         """Return the members in order, the private model first."""
         default = ("private", "tuned") if spec.task == "regression" else MEMBERS
-        return [name for name in MEMBERS if name in (self.members or default)]
+        names = [name for name in MEMBERS if name in (self.members or default)]
+        return [name for name in names if name != "tuned" or self.finetune_epochs]
 
     def _build_proxy(self, spec: FederationSpec) -> nn.Module:
         """Build the initial proxy, with the common head of all clients."""
@@ -213,8 +238,8 @@ class ProxyEnsemble(ProxyMethod):
         none = torch.zeros(client.spec.num_outputs, dtype=client.spec.trainer.dtype)
         offsets = {name: none if name == "private" or shift is None else shift.cpu() for name in names}
         outputs = {name: client.predict(name, "tuning").output.cpu().double() + offsets[name] for name in names}
-        # A member that diverged would make every prediction NaN.
-        names = [name for name in names if bool(outputs[name].isfinite().all())]
+        # A member that diverged would make every prediction NaN, and the tuning split may be empty.
+        names = [name for name in names if bool(outputs[name].isfinite().all()) and is_finite(client.networks[name])]
         if not names or names == ["private"]:
             return None
         member_outputs, targets = torch.stack([outputs[name] for name in names]), self._tuning_targets(client)
@@ -246,3 +271,8 @@ class ProxyEnsemble(ProxyMethod):
         client.serving = Serving(
             ("student",), torch.ones(1, dtype=dtype), torch.zeros(1, spec.num_outputs, dtype=dtype)
         )
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Return True if all parameters and buffers of a network are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())

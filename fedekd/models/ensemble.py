@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedekd.errors import require
 from fedekd.functional import upcast_to_float32
+from fedekd.functional.log_linear import LOWEST_LOG_PROBABILITY
 from fedekd.models.multi_exit import MultiExitNetwork
 from fedekd.tasks import Task
 
@@ -52,15 +53,20 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", weights.detach())
         self.register_buffer("offsets", offsets.detach())
 
-    def contribution(self, index: int, output: Tensor) -> Tensor:
-        """Return the term of member `index` for its outputs (B, C), in at least float32."""
-        shifted = upcast_to_float32(output) + self.offsets[index]
-        return self.weights[index] * (torch.log_softmax(shifted, dim=1) if self.task == "classification" else shifted)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map a batch to unnormalised log-probabilities, or to values, (B, C)."""
-        terms = [self.contribution(index, _last(member(x))) for index, member in enumerate(self.members.values())]
+        members = zip(self.members.values(), self.weights, self.offsets, strict=True)
+        terms = [_term(_last(member(x)), weight, offset, self.task) for member, weight, offset in members]
         return torch.stack(terms).sum(dim=0)
+
+
+def _term(output: Tensor, weight: Tensor, offset: Tensor, task: Task) -> Tensor:
+    """Return the term of a member for its outputs (B, C), in at least float32."""
+    shifted = upcast_to_float32(output) + offset
+    if task == "regression":
+        return weight * shifted
+    # The weights are fitted to log-probabilities with this lower bound.
+    return weight * torch.log_softmax(shifted, dim=1).clamp_min(LOWEST_LOG_PROBABILITY)
 
 
 def _last(output: Tensor | list[Tensor]) -> Tensor:
@@ -110,15 +116,19 @@ class _LaterStage(nn.Module):
 
 
 class _Head(nn.Module):
-    """Head of one exit, and the ensemble with the other members' terms."""
+    """Head of one exit; adds the other members' terms to its own."""
 
-    def __init__(self, head: nn.Module, own: Ensemble) -> None:
+    weight: Tensor
+    offset: Tensor
+
+    def __init__(self, head: nn.Module, weight: Tensor, offset: Tensor, task: Task) -> None:
         super().__init__()
-        self.head = head
-        self.own = (own,)  # in a tuple, out of the module tree: its member is this network
+        self.head, self.task = head, task
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("offset", offset.detach())
 
     def forward(self, x: _StageOutput) -> Tensor:
-        return self.own[0].contribution(0, self.head(x.hidden)) + x.others
+        return _term(self.head(x.hidden), self.weight, self.offset, self.task) + x.others
 
 
 class MultiExitEnsemble(MultiExitNetwork):
@@ -128,17 +138,19 @@ class MultiExitEnsemble(MultiExitNetwork):
 
     Args:
         network: The network with exits.
-        own: Ensemble of `network` only: its weight and offset.
+        weight: Weight of `network`, a scalar.
+        offset: Offset of `network`, shape (C,).
         others: Ensemble of the other members; None without any.
+        task: `classification` or `regression`.
     """
 
-    def __init__(self, network: MultiExitNetwork, own: Ensemble, others: Ensemble | None) -> None:
+    def __init__(
+        self, network: MultiExitNetwork, weight: Tensor, offset: Tensor, others: Ensemble | None, task: Task
+    ) -> None:
         nn.Module.__init__(self)  # the heads are wrapped, which MultiExitNetwork does not accept
         first, *rest = network.stages
         self.stages = nn.ModuleList([_FirstStage(first, others), *map(_LaterStage, rest)])
-        self.heads = nn.ModuleList([_Head(head, own) for head in network.heads])
-        self.register_buffer("weights", own.weights)
-        self.register_buffer("offsets", own.offsets)
+        self.heads = nn.ModuleList([_Head(head, weight, offset, task) for head in network.heads])
         self._network = (network,)
 
     @property
@@ -177,5 +189,5 @@ def build_ensemble(members: Mapping[str, nn.Module], weights: Tensor, offsets: T
     if not isinstance(first, MultiExitNetwork):
         return Ensemble(members, weights, offsets, task)
     rest = {name: members[name] for name in names[1:]}
-    own = Ensemble({names[0]: first}, weights[:1], offsets[:1], task)
-    return MultiExitEnsemble(first, own, Ensemble(rest, weights[1:], offsets[1:], task) if rest else None)
+    others = Ensemble(rest, weights[1:], offsets[1:], task) if rest else None
+    return MultiExitEnsemble(first, weights[0], offsets[0], others, task)

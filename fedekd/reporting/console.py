@@ -156,7 +156,7 @@ def reference_table(summary: Summary) -> Table:
     table = Table(title=_plain(f"{summary['method']} and its references, {metric.title}", "table.title"))
     _add_client_column(table, summary)
     headings = [heading for *_, score, difference in references for heading in (score, difference)]
-    for heading in (summary["method"], *headings):
+    for heading in ("score", *headings):
         table.add_column(_plain(heading), justify="right")
     for title, client in zip(_short_titles(summary["clients"]), summary["clients"], strict=True):
         cells: list[str | Text] = [metric.text(client["score"])]

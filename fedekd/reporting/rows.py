@@ -17,8 +17,8 @@ Summary: TypeAlias = Mapping[str, Any]
 
 #: References besides the local baseline, as a summary names them: key of the score, of the difference, and heads.
 REFERENCES = {
-    "control": ("control", "surplus", "Control", "surplus"),
-    "tuned": ("tuned", "delta_tuned", "tuned Local", "Delta to tuned"),
+    "control": ("control", "surplus", "control", "surplus"),
+    "tuned": ("tuned", "delta_tuned", "tuned", "to tuned"),
 }
 
 _CLIENT = re.compile(r"client_([^/]+)/(.+)", re.DOTALL)

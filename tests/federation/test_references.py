@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from fedekd.methods import (
     ClientUpdate,
     Ditto,
     FedAvg,
+    FedDyn,
     FedeKD,
     Local,
     Method,
     ProxyEnsemble,
+    ScaleFL,
 )
 
 from .conftest import Federate
@@ -177,25 +180,70 @@ def test_references_survive_a_resume(federate: Federate, tmp_path: Path) -> None
     assert again.evaluate_checkpoint()["surplus"] == summary["surplus"]
 
 
-def test_tuned_local_chooses_by_the_tuning_split(federate: Federate) -> None:
-    rates, rounds = (1e-4, 1e-2), 2
+def test_tuned_local_has_the_smallest_loss_on_the_tuning_split(federate: Federate) -> None:
+    rates, rounds = (1e-4, 1e-2), 3
     run = federate(Local(), baseline=BaselineOptions(tune=True, learning_rates=rates, epochs=rounds))
     summary = run.run()
     for number, client in enumerate(summary["clients"]):
         candidates = []
-        for rate in rates:
+        for rate in (1e-3, *rates):  # the run's own comes first
             optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": rate}}
-            options = run.spec.client.__class__(**{**vars(run.spec.client), "optimizer": optimizer})
+            options = replace(run.spec.client, optimizer=optimizer)
             other = federate(Local(), client=options, rounds=RoundOptions(rounds=rounds))
             engine: Any = other.engine
             module = engine.client(number)
             for round_idx in range(1, rounds + 1):
                 other.method.receive(module, {}, round_idx)
-                loss = float(module.losses("tuning").mean())
+                output, targets = module.predict("private", "tuning").output.double(), module.targets("tuning")
+                loss = -sum(float(row.log_softmax(0)[label]) for row, label in zip(output, targets, strict=True)) / len(
+                    targets
+                )
                 candidates.append((loss, rate, float(round_idx), module.score()))
-        loss, rate, epochs, score = min(candidates, key=lambda candidate: candidate[0])
+        loss, rate, epochs, score = min(candidates, key=lambda candidate: round(candidate[0], 9))
         assert (client["tuned_lr"], client["tuned_epochs"], client["tuned"]) == (rate, epochs, score)
     assert summary["delta_tuned"]["avg"] == pytest.approx(summary["mean"] - summary["tuned_mean"])
+
+
+def test_tuned_local_without_tuning_samples_is_the_local_baseline(federate: Federate, npz: Path) -> None:
+    data = FederatedDataModule(str(npz), num_clients=3, alpha=1.0, batch_size=8, fractions=(0.8, 0.0, 0.2))
+    summary = federate(FedAvg(), data=data, baseline=BaselineOptions(tune=True)).run()
+    for client in summary["clients"]:
+        assert (client["tuned"], client["tuned_lr"], client["tuned_epochs"]) == (client["local"], 1e-3, 2.0)
+
+
+def test_control_of_feddyn_is_that_of_one_client(federate: Federate, npz: Path) -> None:
+    """The control of client 0 among three equals a federation of the samples of client 0."""
+    run = federate(FedDyn(alpha=0.1), baseline=WITH_CONTROL)
+    run._train_references()
+    alone = federate(FedDyn(alpha=0.1))
+    method: Any = alone.method
+    method.init_server(alone.spec)
+    method.num_clients = 1
+    engine: Any = alone.engine
+    client = engine.client(0)
+    for round_idx in range(3):
+        method.receive(client, method.broadcast([0], round_idx).to(0), round_idx)
+        if round_idx < 2:
+            method.aggregate([method.prepare_update(client, round_idx)], round_idx)
+    assert str(run.progress.references["control"][0].metrics[-1]) == str(client.evaluate()[1])
+
+
+def test_control_of_local_training_is_refused(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"baseline\.control: expected null or false for Local, got True"):
+        federate(Local(), baseline=WITH_CONTROL)
+
+
+def test_control_key_depends_on_the_models_of_other_clients(federate: Federate, tmp_path: Path) -> None:
+    def files(widths: tuple[float, float]) -> set[str]:
+        before = set(tmp_path.glob("control-*"))
+        models = [{"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": width}} for width in widths]
+        client = ClientOptions(local_epochs=1, private_models=models, exits=2)
+        run = federate(ScaleFL(), client=client, baseline=WITH_CONTROL, baseline_dir=tmp_path)
+        run._train_references()
+        return {path.name for path in set(tmp_path.glob("control-*")) - before}
+
+    assert len(files((0.2, 0.2))) == 3
+    assert len(files((0.2, 0.1))) == 3
 
 
 def test_runs_without_references_have_no_columns_of_them(federate: Federate) -> None:

@@ -157,7 +157,10 @@ def with_other_samples(client: Client, split: str) -> Client:
 @pytest.mark.parametrize(
     ("split", "sees"), [("test", False), ("calibration", False), ("holdout", False), ("tuning", True)]
 )
-def test_combination_reads_the_tuning_split_only(federate: Federate, split: str, sees: bool) -> None:
+def test_combination_reads_the_tuning_split_only(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, split: str, sees: bool
+) -> None:
+    monkeypatch.setattr(proxy_ensemble, "_MIN_TUNING", 1)
     run = federate(ProxyEnsemble(ridge=0.1))
     run.run()
     method, changed = run.method, False
@@ -178,6 +181,11 @@ def test_diverged_member_is_left_out(federate: Federate) -> None:
     client = clients(run)[0]
     with torch.no_grad():
         client.networks["tuned"].head.weight.fill_(math.nan)
+    serving = run.method._combine(client, dict(run.method.broadcast([0], 2).to(0)), has_tuned=True)
+    assert serving is not None
+    assert serving.members == ("private", "proxy")
+    client.splits = replace(client.splits, tuning=client.splits.tuning[:0])
+    assert not len(client.splits.tuning)
     serving = run.method._combine(client, dict(run.method.broadcast([0], 2).to(0)), has_tuned=True)
     assert serving is not None
     assert serving.members == ("private", "proxy")
@@ -238,7 +246,9 @@ def test_ensemble_of_networks_with_exits_scores_every_exit(npz: Path, federate: 
         ({"combination": "best"}, "method.combination: expected one of fitted"),
         ({"ridge": 0.0}, "method.ridge: expected a finite number above 0, got 0"),
         ({"serve": "proxy"}, "method.serve: expected one of ensemble"),
-        ({"lambda_kd": -1.0}, "method.lambda_kd: expected at least 0, got -1"),
+        ({"lambda_kd": -1.0}, "method.lambda_kd: expected a finite number of at least 0, got -1"),
+        ({"lambda_kd": math.inf}, "method.lambda_kd: expected a finite number of at least 0, got inf"),
+        ({"members": ["tuned"], "finetune_epochs": 0}, "method.members: expected no member 'tuned'"),
         ({"distillation_epochs": 0}, "method.distillation_epochs: expected at least 1, got 0"),
     ],
 )
@@ -283,3 +293,19 @@ def test_weights_are_equal_below_ten_tuning_samples(federate: Federate, monkeypa
 def test_fitted_weights_count_as_training_on_the_tuning_split() -> None:
     assert ProxyEnsemble().training_splits == ("train", "tuning")
     assert ProxyEnsemble(combination="equal").training_splits == ("train",)
+
+
+def test_options_that_would_serve_the_private_model_only_are_refused(federate: Federate) -> None:
+    with pytest.raises(UserError, match=r"method\.finetune_epochs: expected at least 1 for regression"):
+        federate(ProxyEnsemble(finetune_epochs=0), "regression").run()
+    with pytest.raises(UserError, match=r"method\.members: expected 'private' with client\.exits"):
+        federate(ProxyEnsemble(members=["proxy"]), client=ClientOptions(exits=2)).run()
+
+
+def test_served_student_logs_no_weights_and_the_flops_of_one_network(federate: Federate) -> None:
+    run = federate(ProxyEnsemble(serve="private"))
+    run.run()
+    first, last = run.progress.history[0], run.progress.history[-1]
+    assert "client_0/serving/weight_private" in first
+    assert not [name for name in last if "serving/weight" in name]
+    assert last["serving/flops"] == last["serving/private_flops"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.inference import early_exit_forward, exit_index
 from fedekd.errors import UserError
+from fedekd.functional import combine_log_linear
 from fedekd.models import (
     Ensemble,
     MultiExitEnsemble,
@@ -122,6 +123,23 @@ def test_ensemble_fingerprint_depends_on_members_weights_and_offsets(exits: int 
         with torch.no_grad():
             next(networks[name].parameters()).flatten()[0].add_(1.0)
         assert fingerprint(equal, zero) != expected
+
+
+@pytest.mark.parametrize("exits", [None, 2])
+def test_ensemble_moves_with_all_its_tensors(exits: int | None) -> None:
+    ensemble = build_ensemble(members(exits), torch.full((3,), 1 / 3), torch.zeros(3, 3), "classification")
+    ensemble.to("meta")
+    outputs = ensemble(torch.zeros(2, *SHAPE, device="meta"))
+    assert all(output.device.type == "meta" for output in (outputs if exits else [outputs]))
+
+
+def test_ensemble_bounds_log_probabilities_as_the_fit_does() -> None:
+    outputs = torch.tensor([[0.0, 500.0]])
+    ensemble = Ensemble({"a": nn.Identity(), "b": nn.Identity()}, torch.ones(2), torch.zeros(2, 2), "classification")
+    members_ = torch.stack([outputs, outputs]).log_softmax(2)
+    expected = combine_log_linear(members_, torch.ones(2))
+    torch.testing.assert_close(ensemble(outputs).log_softmax(1), expected)
+    assert float(ensemble(outputs)[0, 0]) == -200.0
 
 
 def test_ensemble_wrong_shapes_raise() -> None:

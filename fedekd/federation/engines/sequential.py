@@ -173,7 +173,7 @@ class SequentialEngine:
         else:
             with numerics():
                 tradeoff = exit_tradeoff(client)
-                logs = logs | _serving_costs(client)
+                logs = logs | (_serving_costs(client) if self.method.serves_more else {})
         return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison, metrics)
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
@@ -211,8 +211,6 @@ class SequentialEngine:
 
 
 def _serving_costs(client: Client) -> dict[str, float]:
-    """Return the FLOPs per sample of an ensemble and of the private model."""
-    if client.serving is None:
-        return {}
+    """Return the FLOPs per sample of the served network and of the private model."""
     shape, roles = client.spec.input_shape, {"flops": client.served_role, "private_flops": "private"}
     return {f"serving/{name}": float(network_flops(client.network(role), shape)) for name, role in roles.items()}
