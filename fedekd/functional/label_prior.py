@@ -14,6 +14,9 @@ from torch import Tensor
 from fedekd.functional.precision import upcast_to_float32
 from fedekd.functional.shapes import require_matrix
 
+#: Largest deviation of a row of probabilities from sum 1; rounding to float16 passes.
+_SUM_TOLERANCE = 1e-3
+
 
 def log_label_prior(counts: Tensor, smoothing: float) -> Tensor:
     r"""Compute the logarithm of the smoothed label prior.
@@ -103,8 +106,8 @@ def estimate_label_prior(
     a single class; a > 0 is a Dirichlet prior with a pseudo-inputs distributed as the source.
 
     Args:
-        probabilities: $p_i(c)$, shape (n, C), rows that sum to 1.
-        source: $\pi_0$, prior of the classifier, shape (C,), all above 0.
+        probabilities: $p_i(c)$, shape (n, C), at least 0, rows that sum to 1 within 0.001.
+        source: $\pi_0$, prior of the classifier, shape (C,), all above 0, however small.
         strength: a, at least 0.
         tolerance: Stops when no entry changes by more, above 0.
         max_iterations: Largest number of iterations, at least 1.
@@ -134,15 +137,17 @@ def estimate_label_prior(
         )
     require_matrix(probabilities=probabilities)
     p = probabilities.detach().to("cpu", torch.float64)
-    if not (p.isfinite().all() and (p >= 0).all() and (p.sum(dim=1) > 0).all()):
-        raise ValueError("probabilities: expected finite numbers of at least 0, one above 0 in each row")
+    if not (p.isfinite().all() and (p >= 0).all() and ((p.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE).all()):
+        raise ValueError(
+            f"probabilities: expected finite numbers of at least 0, with sum 1 within {_SUM_TOLERANCE} in each row"
+        )
     source = _prior("source", source, p.shape[1], is_positive=True)
     if len(p) == 0:
         return source
-    prior, ratios = source, p / source
+    # In the log domain, because a ratio to a tiny source prior overflows.
+    prior, log_ratios = source, p.log() - source.log()
     for _ in range(max_iterations):
-        joint = ratios * prior
-        responsibilities = joint / joint.sum(dim=1, keepdim=True)
+        responsibilities = (log_ratios + prior.log()).softmax(dim=1)
         previous, prior = prior, (responsibilities.sum(dim=0) + strength * source) / (len(p) + strength)
         if float((prior - previous).abs().max()) <= tolerance:
             break
@@ -159,8 +164,9 @@ def _prior(name: str, prior: Tensor, classes: int, is_positive: bool) -> Tensor:
         raise ValueError(f"{name}: expected shape ({classes},), one probability per class, got {tuple(prior.shape)}")
     prior = prior.detach().to("cpu", torch.float64)
     total = float(prior.sum())
-    is_valid = bool((prior > 0).all() if is_positive else (prior >= 0).all()) and 0 < total < math.inf
+    normalised = prior / total  # may underflow to 0
+    is_valid = bool((normalised > 0).all() if is_positive else (normalised >= 0).all()) and 0 < total < math.inf
     if not is_valid:
         allowed = "above 0" if is_positive else "of at least 0, one above 0"
         raise ValueError(f"{name}: expected finite probabilities {allowed}, got {prior.tolist()}")
-    return prior / total
+    return normalised

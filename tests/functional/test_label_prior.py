@@ -230,6 +230,23 @@ def test_estimate_label_prior_without_inputs_returns_source() -> None:
         assert estimate_label_prior(torch.zeros(0, 2), source, strength).tolist() == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("strength", [0.0, 5.0])
+@pytest.mark.parametrize("tiny", [1e-200, 1e-320])
+def test_estimate_label_prior_of_a_tiny_source_prior_is_finite(tiny: float, strength: float) -> None:
+    source = torch.tensor([1 - tiny, tiny], dtype=torch.float64)
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    result = estimate_label_prior(p, source, strength)
+    assert abs(float(result.sum()) - 1) < 1e-12
+    # Any probability of the second class outweighs its source prior: three of four inputs are of it.
+    assert result.tolist() == pytest.approx([(1 + strength) / (4 + strength), 3 / (4 + strength)], rel=1e-9)
+
+
+def test_estimate_label_prior_accepts_rounded_rows() -> None:
+    p, source = problem(30, 5, seed=0)
+    half = p.float().half()
+    torch.testing.assert_close(estimate_label_prior(half, source), estimate_label_prior(p, source), rtol=0, atol=5e-3)
+
+
 @given(st.permutations(range(5)), st.permutations(range(12)))
 def test_estimate_label_prior_is_equivariant(classes: list[int], inputs: list[int]) -> None:
     p, source = problem(12, 5, seed=3)
@@ -245,6 +262,12 @@ def test_estimate_label_prior_is_equivariant(classes: list[int], inputs: list[in
         ({"probabilities": torch.zeros(2, 2)}, "probabilities: expected finite"),
         ({"probabilities": torch.tensor([[math.nan, 1.0]])}, "probabilities: expected finite"),
         ({"probabilities": torch.tensor([[-0.1, 1.1]])}, "probabilities: expected finite"),
+        ({"probabilities": torch.tensor([[0.5, 0.499], [0.5, 0.498]])}, "with sum 1 within 0.001 in each row"),
+        ({"probabilities": torch.tensor([[2.0, 1.0]])}, "with sum 1 within 0.001 in each row"),
+        (
+            {"source": torch.tensor([1e10, 1e-320], dtype=torch.float64)},
+            "source: expected finite probabilities above 0",
+        ),
         ({"source": torch.tensor([1.0, 0.0])}, "source: expected finite probabilities above 0"),
         ({"source": torch.ones(3) / 3}, "source: expected shape"),
         ({"strength": -1.0}, "strength: expected"),
