@@ -110,9 +110,6 @@ class GaussianMechanism:
         Returns:
             Parameters, `updates` per client, `epsilon` per client against the server, and `epsilon_of_mean` per client
             against those who see the global model only (None if it is not a mean). None stands for infinity.
-
-        Raises:
-            UserError: If dp-accounting is not installed.
         """
         sizes = {number: [len(members) for members in rounds if number in members] for number in range(clients)}
         epsilon = [update_epsilon(self.noise_multiplier, len(of_client), self.delta) for of_client in sizes.values()]

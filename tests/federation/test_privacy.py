@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,6 @@ from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local, Method
 from fedekd.privacy import GaussianMechanism, mean_epsilon, update_epsilon
 
 from .conftest import Federate
-
-accounting = pytest.mark.usefixtures("_accounting")
-
-
-@pytest.fixture
-def _accounting() -> None:
-    pytest.importorskip("dp_accounting")
 
 
 def first_updates(run: Orchestrator, privacy: GaussianMechanism | None, seeded: bool = True) -> dict[int, Any]:
@@ -73,7 +65,6 @@ def test_privacy_noise_differs_between_clients_and_repeats(federate: Federate) -
     assert set(plain) == set(noisy)
 
 
-@accounting
 def test_privacy_without_effect_changes_no_result(federate: Federate) -> None:
     plain, clipped = federate().run(), federate(privacy=GaussianMechanism(0.0, 1e6)).run()
     account = clipped.pop("privacy")
@@ -84,7 +75,6 @@ def test_privacy_without_effect_changes_no_result(federate: Federate) -> None:
     assert clipped == plain
 
 
-@accounting
 def test_run_aggregates_noisy_updates(federate: Federate) -> None:
     """The mean of three updates has the deviation 0.5 / sqrt(3)."""
     runs = [federate(privacy=GaussianMechanism(noise, 0.01), rounds=RoundOptions(rounds=1)) for noise in (0.0, 50.0)]
@@ -95,7 +85,6 @@ def test_run_aggregates_noisy_updates(federate: Federate) -> None:
     assert float(noise.std()) == pytest.approx(0.5 / 3**0.5, rel=0.02)
 
 
-@accounting
 @pytest.mark.slow
 def test_privacy_noise_is_the_same_in_other_processes(federate: Federate) -> None:
     mechanism = GaussianMechanism(0.1, 0.5)
@@ -105,7 +94,6 @@ def test_privacy_noise_is_the_same_in_other_processes(federate: Federate) -> Non
     assert summaries[0] == summaries[1]
 
 
-@accounting
 def test_summary_has_epsilon_per_client_over_all_rounds(federate: Federate) -> None:
     rounds = RoundOptions(rounds=4, participation=0.67)
     run = federate(privacy=GaussianMechanism(0.5, 0.2, 1e-4), rounds=rounds)
@@ -125,7 +113,6 @@ def test_summary_has_epsilon_per_client_over_all_rounds(federate: Federate) -> N
     }
 
 
-@accounting
 @pytest.mark.parametrize(
     ("method", "options"),
     [(FedeKD, {"update_loss_rate": 0.5}), (partial(FedAvg, weights="samples"), {})],
@@ -139,7 +126,6 @@ def test_summary_has_no_epsilon_of_a_mean_that_is_not_uniform(
     assert account["epsilon"] == [update_epsilon(0.1, 2, 1e-5)] * 3
 
 
-@accounting
 def test_resume_continues_with_the_same_noise_and_no_other(federate: Federate, tmp_path: Path) -> None:
     def run(rounds: int, output: Path | None, noise: float = 0.1) -> dict[str, Any]:
         options = RoundOptions(rounds=rounds)
@@ -165,7 +151,6 @@ def test_resume_continues_with_the_same_noise_and_no_other(federate: Federate, t
     assert resumed == whole
 
 
-@accounting
 def test_privacy_refuses_methods_and_models_that_it_cannot_protect(federate: Federate) -> None:
     mechanism = GaussianMechanism()
     with pytest.raises(UserError, match="privacy: expected a method whose clients send tensors, got 'Local'"):
@@ -174,11 +159,3 @@ def test_privacy_refuses_methods_and_models_that_it_cannot_protect(federate: Fed
     client = ClientOptions(local_epochs=1, proxy_model=resnet)
     with pytest.raises(UserError, match=r"privacy: expected a message of floating-point tensors, got '.*num_batches"):
         federate(privacy=mechanism, client=client).run()
-
-
-def test_privacy_without_accounting_fails_before_training(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    run = federate(privacy=GaussianMechanism())
-    with pytest.raises(UserError, match=r"fedekd\[privacy\]"):
-        run.run()
-    assert not run.engine.clients  # type: ignore[attr-defined]
