@@ -101,8 +101,9 @@ def predict_parser() -> ArgumentParser:
         "--label_prior",
         type=str,
         default=TRAIN,
-        help="Label prior of the inputs, to which the network is corrected: train (no correction), uniform, estimated"
-        " from the inputs, or a list of one probability per class.",
+        help="Label prior of the inputs, to which outputs are corrected from the prior of the network, its mean"
+        " probabilities on the validation split: train (no correction), uniform, estimated from the inputs, or a list"
+        " of one probability per class.",
     )
     return parser
 

@@ -114,7 +114,10 @@ class Method(ABC):
         """Check the specification and set `server_state`; server, before round 0."""
 
     def restrict_to_one_client(self) -> None:  # noqa: B027 - optional
-        """Change what depends on the number of clients, for a control; after `init_server`."""
+        """Change what depends on the number of clients, for a control.
+
+        Called after `init_server`.
+        """
 
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
         """Add networks and `method_state`; client, before its first round."""

@@ -371,9 +371,9 @@ class Client:
         return ((output.argmax(dim=1) != targets) | ~finite).double()
 
     def supervised_loss(self, split: str) -> float:
-        """Return the served network's mean cross-entropy or squared error; NaN without samples.
+        """Return the served network's mean cross-entropy or squared error.
 
-        Squared errors are in the unit of the outputs.
+        NaN without samples. Squared errors are in the unit of the outputs.
         """
         output = self.predict(self.served_role, split, mixed=False).output.double()
         targets = self.training_targets[getattr(self.splits, split).to(self.samples.targets.device)]

@@ -110,6 +110,16 @@ def test_predict_given_label_prior_corrects_the_deployed_model(run: str, target:
         assert "0" not in {row["label"] for row in found}
 
 
+def test_predict_network_prior_is_the_identity_and_the_training_prior_is_not(here: Path) -> None:
+    served = predict("plain")
+    network = posteriors("plain")[1]
+    assert_rows(
+        predict("plain", f"--label_prior={network}"), [(int(row["label"]), float(row["score"])) for row in served]
+    )
+    training = client_of("plain").label_prior.tolist()
+    assert predict("plain", f"--label_prior={training}") != served
+
+
 def test_predict_uniform_label_prior(here: Path) -> None:
     served = predict("plain")
     found = predict("plain", "--label_prior=uniform")
