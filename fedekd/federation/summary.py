@@ -181,4 +181,4 @@ def _privacy(run: Orchestrator) -> dict[str, Any]:
     # A server that leaves out single updates reveals more than their mean.
     is_complete = [row["comm/updates"] for row in run.progress.history] == [len(numbers) for numbers in rounds]
     is_mean = run.method.supports_secure_mean and is_complete
-    return {"privacy": run.privacy.account(rounds, run.num_clients, is_mean)}
+    return {"privacy": run.privacy.account(rounds, run.num_clients, is_mean, run.engine.has_seeded_noise)}

@@ -56,6 +56,8 @@ class FlowerEngine:
         secure: Secure aggregation of the updates; None lets each site send its update in the clear.
     """
 
+    has_seeded_noise = False
+
     def __init__(
         self,
         grid: Grid,

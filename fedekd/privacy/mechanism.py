@@ -96,20 +96,25 @@ class GaussianMechanism:
             "privacy",
             "a message of floating-point tensors",
             shorten(", ".join(whole)),
-            "Choose a method and a model without them: BatchNorm counts batches.",
+            "Choose a method and a model without integers in the message (BatchNorm, for example, counts batches).",
         )
 
-    def account(self, rounds: Sequence[Sequence[int]], clients: int, is_mean: bool) -> dict[str, object]:
+    def account(
+        self, rounds: Sequence[Sequence[int]], clients: int, is_mean: bool, has_seeded_noise: bool
+    ) -> dict[str, object]:
         """Return the account of epsilon per client over all rounds, for the summary.
 
         Args:
             rounds: Clients of each round in which updates are sent.
             clients: Number of clients.
             is_mean: True if only the uniform mean of the updates reaches the other clients.
+            has_seeded_noise: True if the noise is drawn from the seed of the run. Then epsilon is what the same run
+                would have with secret noise; the updates are not protected.
 
         Returns:
-            Parameters, `updates` per client, `epsilon` per client against the server, and `epsilon_of_mean` per client
-            against those who see the global model only (None if it is not a mean). None stands for infinity.
+            Parameters, `noise` (`seeded`, or `operating system`), `updates` per client, `epsilon` per client against
+            the server, and `epsilon_of_mean` per client against those who see the global model only (None if it is not
+            a mean). None stands for infinity.
         """
         sizes = {number: [len(members) for members in rounds if number in members] for number in range(clients)}
         epsilon = [update_epsilon(self.noise_multiplier, len(of_client), self.delta) for of_client in sizes.values()]
@@ -120,6 +125,7 @@ class GaussianMechanism:
             "clipping_norm": self.clipping_norm,
             "rounds": len(rounds),
             "delta": self.delta,
+            "noise": "seeded" if has_seeded_noise else "operating system",
             "updates": [len(of_client) for of_client in sizes.values()],
             "epsilon": [value if math.isfinite(value) else None for value in epsilon],
             "epsilon_of_mean": [value if math.isfinite(value) else None for value in of_mean] if is_mean else None,

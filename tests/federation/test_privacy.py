@@ -107,6 +107,7 @@ def test_summary_has_epsilon_per_client_over_all_rounds(federate: Federate) -> N
         "clipping_norm": 0.2,
         "rounds": 4,
         "delta": 1e-4,
+        "noise": "seeded",
         "updates": updates,
         "epsilon": [update_epsilon(0.5, count, 1e-4) for count in updates],
         "epsilon_of_mean": [mean_epsilon(0.5, [2] * count, 1e-4) for count in updates],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,14 @@ pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
 
 from fedekd.errors import UserError
+from fedekd.federation import RoundOptions
+from fedekd.federation.summary import _privacy
 from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.description import require_agreement, shared_config
+from fedekd.flower.engine import FlowerEngine
 from fedekd.flower.messages import DESCRIBE, ROUND, arrays_of, from_arrays, pack, values_of
+from fedekd.methods import FedeKD
 from fedekd.privacy import GaussianMechanism
 
 from .conftest import NUM_SITES, build, over_wire
@@ -62,6 +67,21 @@ def test_site_adds_noise_that_does_not_repeat(options: list[str], proxy: State, 
     for values in (first, second):
         assert float(values.std()) == pytest.approx(1.0, rel=0.02)
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.02
+
+
+def test_summary_says_that_the_noise_of_sites_is_from_the_operating_system() -> None:
+    run = SimpleNamespace(
+        privacy=GaussianMechanism(1.0, 1.0),
+        options=RoundOptions(rounds=2),
+        num_clients=2,
+        seed=0,
+        progress=SimpleNamespace(history=[{"comm/updates": 2}] * 2),
+        method=FedeKD(),
+        engine=FlowerEngine(None, {}),  # type: ignore[arg-type]
+    )
+    account = _privacy(run)["privacy"]  # type: ignore[arg-type]
+    assert account["noise"] == "operating system"
+    assert account["updates"] == [2, 2]
 
 
 def test_server_and_sites_must_agree_on_the_noise(options: list[str], tmp_path: Path) -> None:

@@ -100,12 +100,16 @@ def test_mean_epsilon_counts_the_noise_of_all_but_the_adversary() -> None:
 
 
 def test_account_counts_updates_per_client() -> None:
-    account = GaussianMechanism(2.0, 0.5, 1e-4).account([[0, 1], [1], [0, 1, 2]], clients=4, is_mean=True)
+    account = GaussianMechanism(2.0, 0.5, 1e-4).account(
+        [[0, 1], [1], [0, 1, 2]], clients=4, is_mean=True, has_seeded_noise=False
+    )
     assert account["updates"] == [2, 3, 1, 0]
     assert account["epsilon"] == [update_epsilon(2.0, count, 1e-4) for count in (2, 3, 1, 0)]
     expected = [mean_epsilon(2.0, sizes, 1e-4) for sizes in ([2, 3], [2, 1, 3], [3], [])]
     assert account["epsilon_of_mean"] == expected
     assert (account["rounds"], account["delta"], account["clipping_norm"]) == (3, 1e-4, 0.5)
-    without = GaussianMechanism(0.0).account([[0]], clients=2, is_mean=False)
+    assert account["noise"] == "operating system"
+    without = GaussianMechanism(0.0).account([[0]], clients=2, is_mean=False, has_seeded_noise=True)
     assert without["epsilon"] == [None, 0.0]
     assert without["epsilon_of_mean"] is None
+    assert without["noise"] == "seeded"

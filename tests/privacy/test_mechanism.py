@@ -111,3 +111,9 @@ def test_require_supported_names_method_and_tensors() -> None:
         mechanism.require_supported({}, "Local")
     with pytest.raises(UserError, match=r"floating-point tensors, got 'bn\.num_batches_tracked'"):
         mechanism.require_supported({**RECEIVED, "bn.num_batches_tracked": torch.tensor(3)}, "FedeKD")
+
+
+def test_require_supported_names_batch_norm_as_an_example_only() -> None:
+    """Messages of other methods have integers of other origin."""
+    with pytest.raises(UserError, match=r"without integers in the message \(BatchNorm, for example, counts"):
+        GaussianMechanism().require_supported({**RECEIVED, "shape": torch.tensor([3, 4])}, "CAFEDistill")

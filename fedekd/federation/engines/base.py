@@ -90,7 +90,14 @@ class ClientResult:
 
 
 class Engine(Protocol):
-    """Holder of the clients of a federation."""
+    """Holder of the clients of a federation.
+
+    Attributes:
+        has_seeded_noise: True if the noise of updates is drawn from the seed of the run, which protects nothing; False
+            if each client draws it from the operating system.
+    """
+
+    has_seeded_noise: bool
 
     def local_baselines(self, rounds: Mapping[int, int]) -> dict[int, LocalBaseline]:
         """Train the local baseline of each client.

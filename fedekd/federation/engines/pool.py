@@ -249,6 +249,8 @@ class PoolEngine:
         retries: See `WorkerPool`.
     """
 
+    has_seeded_noise = True
+
     def __init__(
         self,
         method: Method,

@@ -58,6 +58,8 @@ class SequentialEngine:
         observer: Receives events and warnings.
     """
 
+    has_seeded_noise = True
+
     def __init__(
         self,
         method: Method,
