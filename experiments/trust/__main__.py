@@ -2,6 +2,10 @@
 
 Run `python -m experiments.trust --seeds 8 --processes 2`. Each finished run adds a row to the results, and runs with a
 row are not repeated. Delta of a gate minus that of its control is what the ranking of the samples adds.
+
+Cross-fitting is confounded: each of its two proxies is distilled on half of the samples, with half of the steps, and a
+client sends twice as much. A difference to one proxy may be due to any of them. There is no control with two proxies of
+which each sample is taught by the one that was distilled on it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from fedekd.functional.energies import (
     squared_error_energy,
 )
 from fedekd.functional.exit_scheduling import active_exits, cosine_similarities, mixing_weights, student_budget
-from fedekd.functional.gate import reversed_trust_weights, trust_weights
+from fedekd.functional.gate import trust_weights
 from fedekd.functional.held_out_trust import correctness_trust, look_up_trust, skill_trust
 from fedekd.functional.label_prior import adjust_log_prior, estimate_label_prior, log_label_prior
 from fedekd.functional.log_linear import (
@@ -92,7 +92,6 @@ __all__ = [
     "prediction_sets",
     "project_to_simplex",
     "regularized_scores",
-    "reversed_trust_weights",
     "sample_weights",
     "score_exit",
     "set_agreement",

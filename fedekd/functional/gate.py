@@ -53,29 +53,3 @@ def trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tenso
     deviation = deviation - deviation.mean()
     spread = deviation.square().mean().sqrt()
     return torch.sigmoid(-beta * deviation / (spread + eps / unit))
-
-
-def reversed_trust_weights(energy: Tensor, beta: float = 1.0, eps: float = 1e-8) -> Tensor:
-    r"""Compute the weights of the reversed gate, which rise with the energy.
-
-    $$w_i = \frac{1}{1 + \exp(-\beta \tilde E_i)}$$
-
-    with $\tilde E_i$ as in `trust_weights`, whose bounds and mean of about 1/2 hold here, too. A sample gets more
-    weight where proxy and private model disagree; the weights of both gates sum to 1.
-
-    Args:
-        energy: Energies, shape (B,).
-        beta: Sharpness of the gate, above 0.
-        eps: $\epsilon_B$, above 0.
-
-    Returns:
-        Weights in [0, 1], shape (B,), in at least float32, detached from the graph.
-
-    Raises:
-        ValueError: If `beta` is not above 0, or the shape is not (B,).
-
-    Example:
-        >>> reversed_trust_weights(torch.tensor([0.0, 1.0]))
-        tensor([0.2689, 0.7311])
-    """
-    return trust_weights(-energy, beta, eps)

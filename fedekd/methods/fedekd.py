@@ -114,7 +114,9 @@ class FedeKD(ProxyMethod):
             first round on and adds the others, shallow ones first, over the first half of the rounds.
         consistency_weight: For a private model with exits: weight of the distillation from its deepest exit to the
             others, at least 0.
-        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. Not with
+        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. The private
+            model that is distilled has seen all samples: the outputs of a teacher still depend on each of
+            them, through that model. With `lambda_kd` 0 both proxies are federated and teach nothing. Not with
             augmented training samples, whose teacher outputs are not computed in advance.
 
     Raises:

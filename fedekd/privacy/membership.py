@@ -181,21 +181,18 @@ def true_positive_rate(members: npt.ArrayLike, others: npt.ArrayLike, false_posi
     Reference:
         Carlini et al., arXiv 2112.03570, Sec. III: the figure of merit of an attack is the TPR at low FPR.
     """
-    second = np.asarray(others, dtype=np.float64)
-    allowed = _allowed(false_positive_rate, len(second))
-    return _rate_at(np.asarray(members, dtype=np.float64), second, allowed) if allowed else math.nan
+    values = np.asarray(others, dtype=np.float64)
+    allowed = _allowed(false_positive_rate, len(values))
+    if not allowed:
+        return math.nan
+    position = len(values) - allowed - 1
+    threshold = np.partition(values, position)[position] if position >= 0 else -np.inf
+    return float((np.asarray(members, dtype=np.float64) > threshold).mean())
 
 
 def _allowed(false_positive_rate: float, count: int) -> int:
     """Return the number of other samples that may be counted as members."""
     return math.floor(false_positive_rate * count + 1e-9)  # 0.29 * 100 is below 29 in floating point
-
-
-def _rate_at(members: Floats, others: Floats, allowed: int) -> float:
-    """Return the largest true positive rate with a number of false positives."""
-    position = len(others) - allowed - 1
-    threshold = np.partition(others, position)[position] if position >= 0 else -np.inf
-    return float((members > threshold).mean())
 
 
 @dataclass(frozen=True)
@@ -275,8 +272,8 @@ def evaluate_attack(
         sides = drawn[members], drawn[~members]
         if not (len(sides[0]) and len(sides[1])):  # of few samples
             return np.full(2 + len(resolved), np.nan)
-        # A draw may have one sample less than the limit needs.
-        rates = [_rate_at(*sides, max(1, _allowed(limit, len(sides[1])))) for limit in resolved]
+        # A draw may have fewer samples than the limit needs: then one of them is allowed.
+        rates = [true_positive_rate(*sides, max(limit, 1 / len(sides[1]))) for limit in resolved]
         return np.array([roc_auc(*sides), threshold_advantage(*sides, threshold), *rates])
 
     samples = np.arange(values.shape[1])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedekd.functional import reversed_trust_weights, trust_weights
+from fedekd.functional import trust_weights
+from fedekd.modules.losses import GATES
 
 energies = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
 betas = st.floats(0.05, 8.0)
@@ -133,22 +134,22 @@ def test_trust_weights_matrix_raises_value_error() -> None:
 
 @pytest.mark.parametrize("beta", [0.25, 1.0, 8.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 64])
-def test_reversed_trust_weights_match_literal_equation(n: int, beta: float) -> None:
+def test_reversed_gate_match_literal_equation(n: int, beta: float) -> None:
     torch.manual_seed(n)
     energy = 5 + torch.randn(n, dtype=torch.float64).exp()
     expected = [sigmoid(beta * e) for e in literal_normalized(energy.tolist())]
-    weights = reversed_trust_weights(energy, beta=beta)
+    weights = GATES["reversed"].weigh(energy, beta, None)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 @given(energies, betas)
-def test_reversed_trust_weights_rise_with_energy_and_complement_the_gate(energy: list[float], beta: float) -> None:
+def test_reversed_gate_rise_with_energy_and_complement_the_gate(energy: list[float], beta: float) -> None:
     exact = torch.tensor(sorted(energy), dtype=torch.float64)
-    weights = reversed_trust_weights(exact, beta=beta)
+    weights = GATES["reversed"].weigh(exact, beta, None)
     assert (weights.diff() >= 0).all()
     torch.testing.assert_close(weights + trust_weights(exact, beta=beta), torch.ones_like(weights))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.1, -3.3, 1e-30, 2e12])
-def test_reversed_trust_weights_equal_energies_give_one_half(value: float) -> None:
-    assert torch.equal(reversed_trust_weights(torch.full((7,), value)), torch.full((7,), 0.5))
+def test_reversed_gate_equal_energies_give_one_half(value: float) -> None:
+    assert torch.equal(GATES["reversed"].weigh(torch.full((7,), value), 1.0, None), torch.full((7,), 0.5))

@@ -73,8 +73,8 @@ def energy_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
 
 
 def reversed_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
-    """Compute the weights of the reversed gate."""
-    return F.reversed_trust_weights(energy, beta)
+    """Compute weights that rise with the energy: 1 minus those of the gate."""
+    return F.trust_weights(-energy, beta)
 
 
 def full_weights(energy: Tensor, beta: float, trust: Tensor | None) -> Tensor:
