@@ -38,6 +38,7 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError, print_warning, shorten_path
+from fedekd.federation import Orchestrator
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.methods.client import ENSEMBLE
@@ -130,6 +131,8 @@ def run(argv: Sequence[str]) -> int:
     policy = load_policy(Path(config.run), client.number)
     if label_prior != TRAIN:
         check_label_prior(client, label_prior)
+        if client.deployed_role != "local":
+            _warn_of_federated_network(orchestrator, client)
         if policy is not None:
             # Both its thresholds and its guarantee are those of the uncorrected network.
             print_warning(
@@ -153,6 +156,21 @@ def run(argv: Sequence[str]) -> int:
     if client.deployed_role == ENSEMBLE:
         print(_serving_cost(client))
     return 0
+
+
+def _warn_of_federated_network(orchestrator: Orchestrator, client: Client) -> None:
+    """Warn where the correction of a federated network to a prior is not safe."""
+    if orchestrator.method.serves_average:
+        print_warning(
+            f"--label_prior: {client.splits.label} serves the server's average of"
+            f" {type(orchestrator.method).__name__}, which was not trained on its class mix: the correction can lower"
+            " the accuracy. Use train, or a method that trains the served network at the client"
+        )
+    if orchestrator.do_no_harm is not None:
+        print_warning(
+            f"--label_prior: do_no_harm compared the uncorrected outputs of {client.splits.label}, and does not hold"
+            " for another label prior"
+        )
 
 
 def _serving_cost(client: Client) -> str:

@@ -134,6 +134,14 @@ class Method(ABC):
         """
         return False
 
+    @property
+    def serves_average(self) -> bool:
+        """True if a client serves the server's average as it is.
+
+        Such a network has not been trained on the client's class mix last, so that its label prior is not the client's.
+        """
+        return False
+
     @abstractmethod
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the server's message, and possibly train the private model; client.

@@ -89,6 +89,11 @@ class CAFEDistill(Method):
         self.order, self.schedule, self.conflict = order, schedule, conflict
         self.merge = Mean(weights)
 
+    @property
+    def serves_average(self) -> bool:
+        """True: trunk and deepest head are averages over clients."""
+        return True
+
     def init_server(self, spec: FederationSpec) -> None:
         """Build the initial trunk and deepest head; all similarities are 0."""
         spec.require_one_architecture("CAFEDistill")

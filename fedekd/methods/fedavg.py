@@ -53,6 +53,11 @@ class FedAvg(Method):
         """True if models are merged by the uniform mean."""
         return type(self).aggregate is FedAvg.aggregate and is_uniform_mean(self.merge)
 
+    @property
+    def serves_average(self) -> bool:
+        """True without fine-tuning, unless a subclass serves another network."""
+        return type(self).receive is FedAvg.receive and not self.finetune_epochs
+
     def init_server(self, spec: FederationSpec) -> None:
         """Build the initial global model."""
         spec.require_one_architecture(type(self).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import fedekd.methods
 from fedekd.cli import main
 from fedekd.cli.label_prior import parse_label_prior
 from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit.scoring import network_input
 from fedekd.errors import UserError
 from fedekd.functional import estimate_label_prior
-from fedekd.methods import Client
+from fedekd.methods import Client, FedAvg, FedDyn, FedProx, Method
 
 IMAGES = np.random.default_rng(5).integers(0, 256, (150, 8, 8), dtype=np.uint8)
 RUNS = {
@@ -27,8 +29,18 @@ RUNS = {
     "exits": ("--method=SafeKD", "--client.exits=2"),
     "ensemble": ("--method=ProxyEnsemble", "--method.proxy_epochs=1", "--method.finetune_epochs=1"),
     "balanced": ("--method=Local", "--client.class_weights=balanced"),
+    "adopted": ("--method=FedAvg", "--data.alpha=100", "--do_no_harm.confidence=0.5", "--do_no_harm.margin=0.95"),
+    "kept": ("--method=FedAvg", "--do_no_harm.confidence=0.999999999"),
     "grades": ("--method=Local", "--task=regression"),
 }
+
+
+METHODS = [
+    each
+    for name in fedekd.methods.__all__
+    if inspect.isclass(each := getattr(fedekd.methods, name)) and issubclass(each, Method)
+    if not inspect.isabstract(each)
+]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +130,41 @@ def test_predict_network_prior_is_the_identity_and_the_training_prior_is_not(her
     )
     training = client_of("plain").label_prior.tolist()
     assert predict("plain", f"--label_prior={training}") != served
+
+
+def warnings_of(run: str, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    capsys.readouterr()
+    predict(run, *options)
+    return [line for line in capsys.readouterr().err.splitlines() if "--label_prior" in line]
+
+
+def test_predict_label_prior_of_an_adopted_average_prints_two_warnings(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert client_of("adopted").deployed_role == "private"
+    average, compared = warnings_of("adopted", capsys, "--label_prior=uniform")
+    assert "client 0 serves the server's average of FedAvg, which was not trained on its class mix" in average
+    assert "do_no_harm compared the uncorrected outputs of client 0" in compared
+    assert warnings_of("adopted", capsys) == []
+
+
+@pytest.mark.parametrize("run", ["kept", "plain", "ensemble"])
+def test_predict_label_prior_of_a_network_trained_at_the_client_does_not_warn(
+    run: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (client_of(run).deployed_role == "local") == (run == "kept")
+    assert warnings_of(run, capsys, "--label_prior=uniform") == []
+
+
+@pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn])
+def test_serves_average_without_fine_tuning_only(method: type[FedAvg]) -> None:
+    assert method().serves_average
+    assert not method(finetune_epochs=1).serves_average
+
+
+def test_serves_average_of_every_other_method() -> None:
+    averages = {each.__name__ for each in METHODS if each().serves_average}
+    assert averages == {"FedAvg", "FedProx", "FedDyn", "DepthFL", "ScaleFL", "CAFEDistill"}
 
 
 def test_predict_uniform_label_prior(here: Path) -> None:
