@@ -25,9 +25,10 @@ Row = dict[str, Any]
 #: Columns that name a run.
 KEY = ("dataset", "alpha", "method", "seed")
 
-_OPTIONS = (
+#: Options of `fit`.
+SETTING = (
     *("--data.max_samples=3000", "--data.extra_test=500", "--data.num_clients=6", "--rounds=5"),
-    *("--client.local_epochs=2", "--client.optimizer.lr=0.001", "--trainer.threads=1", "--logger=null", "--quiet"),
+    *("--client.local_epochs=2", "--client.optimizer.lr=0.001", "--trainer.threads=1", "--logger=null"),
 )
 
 
@@ -38,6 +39,17 @@ class Run(NamedTuple):
     alpha: float
     method: str
     seed: int
+
+
+def add_seeds(result: argparse.ArgumentParser, count: int = 4) -> None:
+    """Add the options of `seeds`."""
+    result.add_argument("--seeds", type=int, default=count, help=f"Number of seeds (default {count}).")
+    result.add_argument("--first_seed", type=int, default=10, help="First seed (default 10).")
+
+
+def seeds(arguments: argparse.Namespace) -> range:
+    """Return the seeds of the command line."""
+    return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
 
 def parser(name: str, description: str | None, methods: Sequence[str], results: Path) -> argparse.ArgumentParser:
@@ -52,7 +64,7 @@ def parser(name: str, description: str | None, methods: Sequence[str], results: 
     result = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
     result.add_argument("--datasets", nargs="+", default=["cifar10", "fashionmnist"], help="Names of configurations.")
     result.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.5], help="Concentrations.")
-    result.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13], help="Seeds.")
+    add_seeds(result)
     result.add_argument("--methods", nargs="+", default=list(methods), help="Methods by name.")
     result.add_argument("--root", default="data", help="Folder of the data sets (default data).")
     result.add_argument("--output", type=Path, default=Path("runs/hospital"), help="Folder of the runs.")
@@ -63,7 +75,7 @@ def parser(name: str, description: str | None, methods: Sequence[str], results: 
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     """Yield the runs of the command line, seed by seed."""
     for seed, dataset, alpha, method in product(
-        arguments.seeds, arguments.datasets, arguments.alphas, arguments.methods
+        seeds(arguments), arguments.datasets, arguments.alphas, arguments.methods
     ):
         yield Run(dataset, alpha, method, seed)
 
@@ -75,33 +87,53 @@ def clients_of(run: Run, arguments: argparse.Namespace) -> list[Client]:
     if not (folder / "summary.json").is_file():
         local = f"--baseline_dir={arguments.output / 'local'}"
         fixed = [f"--data.alpha={run.alpha}", f"--method={run.method}", f"--seed={run.seed}", f"--output={folder}"]
-        new = [f"--config={run.dataset}.yaml", f"--data.root={arguments.root}", *_OPTIONS, *fixed, local]
+        new = [f"--config={run.dataset}.yaml", f"--data.root={arguments.root}", *SETTING, "--quiet", *fixed, local]
         is_started = (folder / "config.yaml").is_file()
         if code := fedekd(["fit", *(["--quiet", "--resume", str(folder)] if is_started else new)]):
             sys.exit(code)
     return open_finished("fit", folder, in_process=True)[0].load_clients()
 
 
-def is_stored(run: Run, path: Path) -> bool:
-    """Return whether the rows of a run are in the results."""
-    if not path.is_file():
-        return False
-    known = pd.read_csv(path)
-    return bool((known[list(KEY)] == pd.Series(run._asdict())).all(axis=1).any())
+def commit() -> str:
+    """Return the commit of the code; `unknown` outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return shown.stdout.strip() or "unknown"
 
 
-def store(run: Run, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Add the rows of a run to the results, with the commit of the code."""
-    shown = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    frame = pd.DataFrame([{**run._asdict(), **row, "commit": shown.stdout.strip()} for row in rows])
+def _read(path: Path) -> pd.DataFrame:
+    # A commit of digits only is no number.
+    return pd.read_csv(path, dtype={"commit": str, "options": str})
+
+
+def _has_key(rows: pd.DataFrame, key: Mapping[str, Any]) -> pd.Series:
+    columns = rows.reindex(columns=list(key))  # NaN in a column that the rows lack
+    return pd.DataFrame(
+        {name: columns[name].isna() if value != value else columns[name] == value for name, value in key.items()}
+    ).all(axis=1)
+
+
+def is_stored(key: Mapping[str, Any], path: Path) -> bool:
+    """Return whether the results have rows with a key; NaN equals NaN."""
+    return path.is_file() and bool(_has_key(_read(path), key).any())
+
+
+def store(key: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Add rows to the results, in place of those with the same key.
+
+    Args:
+        key: Columns that name the run or cell.
+        rows: The other columns; without `commit`, that of the code is added.
+        path: CSV file of the results.
+    """
+    found = [{**key, **row} for row in rows]
+    frame = pd.DataFrame([row if "commit" in row else {**row, "commit": commit()} for row in found])
     if path.is_file():
-        frame = pd.concat([pd.read_csv(path), frame])
+        known = _read(path)
+        frame = pd.concat([known[~_has_key(known, key)], frame])
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame = frame.sort_values(list(KEY), kind="stable")
     with atomic_file(path) as file:
-        file.write(frame.to_csv(index=False, float_format="%.6g").encode())
+        file.write(frame.sort_values(list(key), kind="stable").to_csv(index=False, float_format="%.6g").encode())
 
 
 def mean_and_error(values: pd.Series) -> str:

@@ -140,8 +140,8 @@ def main() -> None:
     methods = ("Local", "FedeKD", "ProxyEnsemble")
     arguments = parser("experiments.label_shift", __doc__, methods, RESULTS).parse_args()
     for run in runs(arguments):
-        if not is_stored(run, arguments.results):
-            store(run, rows_of(clients_of(run, arguments), run.seed), arguments.results)
+        if not is_stored(run._asdict(), arguments.results):
+            store(run._asdict(), rows_of(clients_of(run, arguments), run.seed), arguments.results)
         print(*run, flush=True)
     results = pd.read_csv(arguments.results)
     results = results[results[KEY[2]].isin(arguments.methods)]

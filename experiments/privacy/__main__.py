@@ -1,13 +1,14 @@
 """Attack the networks that methods send by membership inference.
 
-Run `python -m experiments.privacy --methods FedeKD ProxyEnsemble`. Finished cells are not repeated, and the shadow
+Run `python -m experiments.privacy --methods FedeKD ProxyEnsemble`. Finished cells with the same
+options and commit are not repeated, and the shadow
 federations of an unfinished one are kept. Rows with `client` -1 pool the samples of all clients.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,20 +17,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
+from experiments.hospital_runs import SETTING, add_seeds, commit, is_stored, seeds, store
 from experiments.privacy.federations import ADJUSTMENTS, TARGETS, Confidences, Federation
 from fedekd.atomic import atomic_file
 from fedekd.privacy import evaluate_attack, lira_scores
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "privacy" / "membership.csv"
 
-#: Hospital scale: 3,000 images, 6 clients, 5 rounds of 2 epochs.
-OPTIONS = (
-    *("--data.max_samples=3000", "--data.num_clients=6", "--rounds=5", "--client.local_epochs=2"),
-    *("--client.optimizer.lr=1e-3", "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.threads=1"),
-    *("--logger=null", "--metrics=[accuracy]"),
-)
+#: Hospital scale, on the CPU.
+OPTIONS = (*SETTING, "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--metrics=[accuracy]")
 
 #: False positive rates of the reported true positive rates, with their columns.
 LIMITS = {"tpr_at_fpr_0.01": 0.01, "tpr_at_fpr_0.001": 0.001}
@@ -47,6 +44,8 @@ class Cell:
         noise_multiplier: Noise per clipping norm; NaN without clipping and noise.
         clipping_norm: Clipping norm; NaN without.
         shadows: Number of shadow federations; 0 for the loss-threshold attack on a federation of all samples.
+        options: Further options of `fit`, separated by spaces; `default` without.
+        commit: Commit of the code.
     """
 
     dataset: str
@@ -56,8 +55,10 @@ class Cell:
     noise_multiplier: float
     clipping_norm: float
     shadows: int
+    options: str
+    commit: str
 
-    def options(self, extra: list[str]) -> list[str]:
+    def arguments(self, extra: list[str]) -> list[str]:
         """Return the options of `fit`."""
         noise = (
             []
@@ -75,7 +76,8 @@ class Cell:
     def name(self) -> str:
         """Name of the folder of its shadow federations."""
         parts = (self.dataset, self.alpha, self.seed, self.method, self.noise_multiplier, self.clipping_norm)
-        return "-".join(str(part).lower() for part in parts)
+        code = hashlib.sha256(f"{self.options} {self.commit}".encode()).hexdigest()[:8]
+        return "-".join([*(str(part).lower() for part in parts), code])
 
 
 def figures(scores: npt.ArrayLike, is_member: npt.ArrayLike, threshold: float) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def lira_rows(used: list[list[npt.NDArray[np.bool_]]], shadows: list[Confidences
         for client in clients:
             phi = np.stack([shadow.train[client][first, second] for shadow in shadows])
             for attacked in range(count):
-                # The complement of the attacked half would betray it by the balance of the others.
+                # The complement of the attacked half shows its membership by the balance of the others.
                 rest = [index for index in range(count) if index // 2 != attacked // 2]
                 scores[client][attacked] = lira_scores(
                     phi[attacked], phi[rest], inside[client][rest], online=online, variance="global"
@@ -151,11 +153,11 @@ def run_shadow(federation: Federation, number: int, folder: Path) -> tuple[list[
 
 def run(cell: Cell, output: Path, extra: list[str]) -> list[dict[str, Any]]:
     """Run one cell and return its rows."""
-    federation = Federation(cell.options(extra))
+    federation = Federation(cell.arguments(extra))
     if cell.shadows:
         shadows = [run_shadow(federation, number, output / cell.name) for number in range(cell.shadows)]
         rows = lira_rows([used for used, _ in shadows], [confidences for _, confidences in shadows])
-        return [asdict(cell) | row for row in rows]
+        return list(rows)
     summary, confidences = federation.run(str(output / "local"))
     account = summary.get("privacy", {})
     mean = account.get("epsilon_of_mean") or [None]
@@ -164,37 +166,20 @@ def run(cell: Cell, output: Path, extra: list[str]) -> list[dict[str, Any]]:
         "epsilon_of_mean": max(mean, key=lambda value: np.inf if value is None else value),
     }
     scores = {"score": summary["mean"], "local": summary["local_mean"], "delta": summary["delta"]["avg"]}
-    return [asdict(cell) | row | scores | epsilon for row in loss_threshold_rows(confidences)]
+    return [row | scores | epsilon for row in loss_threshold_rows(confidences)]
 
 
-def finished(cell: Cell, path: Path) -> bool:
-    """Return whether the results have the rows of a cell."""
-    if not path.is_file():
-        return False
-    known = pd.read_csv(path)
-    matches = [known[name].isna() if value != value else known[name] == value for name, value in asdict(cell).items()]
-    return bool(np.logical_and.reduce(matches).any())
-
-
-def store(rows: list[dict[str, Any]], path: Path) -> None:
-    """Append the rows of a cell to the results."""
-    frame = pd.DataFrame(rows)
-    if path.is_file():
-        frame = pd.concat([pd.read_csv(path), frame])
-    with atomic_file(path) as file:
-        file.write(frame.to_csv(index=False, float_format="%.6g").encode())
-
-
-def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
+def cells(arguments: argparse.Namespace, extra: list[str]) -> Iterator[Cell]:
     """Yield the cells of the command line, those without noise first."""
+    options, code = " ".join(extra) or "default", commit()
     for noise in arguments.noise:
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        for seed in seeds(arguments):
             for dataset in arguments.datasets:
                 for alpha in arguments.alphas:
                     for method in arguments.methods:
                         norm = np.nan if np.isnan(noise) else arguments.clipping_norm
                         for shadows in arguments.shadows:
-                            yield Cell(dataset, alpha, seed, method, noise, norm, shadows)
+                            yield Cell(dataset, alpha, seed, method, noise, norm, shadows, options, code)
 
 
 def main() -> None:
@@ -202,8 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.privacy", description=__doc__)
     parser.add_argument("--datasets", nargs="+", default=["fashionmnist"], help="Configurations of data sets.")
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.5], help="Concentrations (default 0.5).")
-    parser.add_argument("--seeds", type=int, default=4, help="Number of seeds (default 4).")
-    parser.add_argument("--first_seed", type=int, default=10, help="First seed (default 10).")
+    add_seeds(parser)
     parser.add_argument("--methods", nargs="+", default=["FedeKD", "ProxyEnsemble"], help="Names of methods.")
     parser.add_argument(
         "--noise", nargs="+", type=float, default=[np.nan], help="Noise multipliers; nan is neither clipping nor noise."
@@ -217,13 +201,12 @@ def main() -> None:
     arguments, extra = parser.parse_known_args()
     if any(shadows % 2 or 0 < shadows < 6 for shadows in arguments.shadows):
         parser.error("--shadows: expected 0, or an even number of at least 6: halves come in pairs")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    for cell in cells(arguments):
-        if finished(cell, arguments.results):
+    for cell in cells(arguments, extra):
+        if is_stored(asdict(cell), arguments.results):
             continue
         start = time.monotonic()
         rows = run(cell, arguments.output, extra)
-        store([row | {"commit": commit} for row in rows], arguments.results)
+        store(asdict(cell), rows, arguments.results)
         print(f"{cell.name}, {cell.shadows} shadows: {time.monotonic() - start:.0f} s", flush=True)
 
 

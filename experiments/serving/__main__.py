@@ -26,10 +26,10 @@ MEMBERS = ("private", "proxy", "tuned")
 
 def member_log_probabilities(client: Client, split: str) -> Tensor:
     """Return the members' log-probabilities on a split, (3, n, C), float64."""
-    prior = client.label_prior.log()
-    outputs = {name: client.predict(name, split, mixed=False).output.cpu().double() for name in MEMBERS}
-    shifted = [output if name == "private" else output + prior for name, output in outputs.items()]
-    return torch.stack(shifted).log_softmax(dim=2)
+    assert client.serving is not None
+    offsets = dict(zip(client.serving.members, client.serving.offsets.cpu().double(), strict=True))
+    outputs = [client.predict(name, split, mixed=False).output.cpu().double() + offsets[name] for name in MEMBERS]
+    return torch.stack(outputs).log_softmax(dim=2)
 
 
 def rows_of(clients: Sequence[Client], seed: int) -> list[Row]:
@@ -69,8 +69,8 @@ def main() -> None:
     """Evaluate the runs of the command line, and print the table."""
     arguments = parser("experiments.serving", __doc__, ["ProxyEnsemble"], RESULTS).parse_args()
     for run in runs(arguments):
-        if not is_stored(run, arguments.results):
-            store(run, rows_of(clients_of(run, arguments), run.seed), arguments.results)
+        if not is_stored(run._asdict(), arguments.results):
+            store(run._asdict(), rows_of(clients_of(run, arguments), run.seed), arguments.results)
         print(*run, flush=True)
     results = pd.read_csv(arguments.results)
     print(summary(results[results[KEY[2]].isin(arguments.methods)]).to_string())

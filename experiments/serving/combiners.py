@@ -18,6 +18,9 @@ EQUAL = "equal weights"
 FITTED = "fitted weights"
 FITTED_ENTROPY = "fitted weights with entropy"
 
+#: Held-out samples below which weights are equal, as in ProxyEnsemble.
+MIN_SAMPLES = 10
+
 #: Random permutations of the gate's weights, over which accuracy is averaged.
 SHUFFLES = 20
 
@@ -59,8 +62,8 @@ def combiners(
         # The mean weight of the gate is 1/2, so that on average all members count equally.
         return predict(torch.cat([torch.ones(1, samples), 2 * weights]))
 
-    fitted = fit_log_linear_weights(log_probs_tuning, y_tuning, ridge)
-    coefficients = fit_sample_weights(log_probs_tuning, y_tuning, ridge)
+    fitted = fit_log_linear_weights(log_probs_tuning, y_tuning, ridge, MIN_SAMPLES)
+    coefficients = fit_sample_weights(log_probs_tuning, y_tuning, ridge, MIN_SAMPLES)
     return {
         EQUAL: predict(torch.full((members,), 1 / members)),
         FITTED: predict(fitted),

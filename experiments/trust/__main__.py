@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.fedekd_paper.statistics import signed_rank
-from fedekd.atomic import atomic_file
+from experiments.hospital_runs import add_seeds, is_stored, seeds, store
 from fedekd.benchmark import Block, Cell, cells, run_grid
 from fedekd.benchmark.results import Row
 from fedekd.cli.benchmark import GridDisplay
@@ -63,29 +63,19 @@ def grid(seed: int, root: Path) -> list[Cell]:
     return cells(blocks)
 
 
-def to_result(cell: Cell, row: Row) -> dict[str, Any]:
-    """Return the row of the results for a finished run."""
-    gate, cross_fit = METHODS[cell.method]
-    values = [cell.clients, gate, cross_fit, cell.seed, float(row["delta_avg"]), float(row["delta_worst"])]
-    return dict(zip(COLUMNS, [*values, row["commit"]], strict=True))
+def key_of(cell: Cell) -> dict[str, Any]:
+    """Return the key of the row of a run."""
+    return dict(zip(KEY, [cell.clients, *METHODS[cell.method], cell.seed], strict=True))
 
 
-def store(row: dict[str, Any], path: Path) -> None:
-    """Add a row to the results, or replace it."""
-    rows = pd.DataFrame([row], columns=COLUMNS)
-    if path.is_file():
-        known = pd.read_csv(path)
-        is_replaced = known.set_index(KEY).index.isin(rows.set_index(KEY).index)
-        rows = pd.concat([known[~is_replaced], rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(rows.sort_values(KEY, kind="stable").to_csv(index=False).encode())
+def to_result(row: Row) -> dict[str, Any]:
+    """Return the columns of the results for a finished run."""
+    return {"delta": float(row["delta_avg"]), "worst": float(row["delta_worst"]), "commit": row["commit"]}
 
 
 def unfinished(grid: Sequence[Cell], path: Path) -> list[Cell]:
     """Return the runs without a row in the results."""
-    known = set(pd.read_csv(path).set_index(KEY).index) if path.is_file() else set()
-    return [cell for cell in grid if (cell.clients, *METHODS[cell.method], cell.seed) not in known]
+    return [cell for cell in grid if not is_stored(key_of(cell), path)]
 
 
 def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
@@ -132,15 +122,14 @@ class StoringDisplay(GridDisplay):
 
     def cell_finished(self, cell: Cell, row: Row) -> None:
         """Store the row and print it."""
-        store(to_result(cell, row), self.path)
+        store(key_of(cell), [to_result(row)], self.path)
         super().cell_finished(cell, row)
 
 
 def main() -> None:
     """Run the seeds that have no rows yet, and print the comparisons."""
     parser = argparse.ArgumentParser(prog="python -m experiments.trust", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=8, help="Number of seeds (default 8).")
-    parser.add_argument("--first", type=int, default=10, help="First seed (default 10).")
+    add_seeds(parser, 8)
     parser.add_argument("--only", default="", help="Run settings that contain this text, as in 'cifar10 alpha 0.5'.")
     parser.add_argument("--processes", type=int, default=1, help="Runs in parallel (default 1).")
     parser.add_argument("--root", type=Path, default=Path("data"), help="Folder of the data sets (default data).")
@@ -149,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trainer = {"accelerator": "auto", "precision": "auto", "threads": 1}
     has_failed = False
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
+    for seed in seeds(arguments):
         waiting = unfinished(grid(seed, arguments.root), arguments.results)
         waiting = [cell for cell in waiting if arguments.only in cell.clients]
         if waiting:

@@ -71,6 +71,27 @@ def test_experiment_writes_each_cell_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(tmp_path.glob("digits-*/shadow-*.npz"))) == 6
 
 
+def test_cells_with_other_options_or_code_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, names = tmp_path / "membership.csv", []
+
+    def run(cell: experiment.Cell, output: Path, extra: list[str]) -> list[dict[str, Any]]:
+        assert cell.arguments(extra)[-1] == extra[-1]
+        names.append(cell.name)
+        return [{"attack": "none", "client": -1}]
+
+    monkeypatch.setattr(experiment, "run", run)
+    for code, option in (("1234567", "1"), ("1234567", "1"), ("1234567", "2"), ("12e4567", "2"), ("12e4567", "2")):
+        monkeypatch.setattr(experiment, "commit", lambda code=code: code)
+        argv = ["privacy", "--seeds", "1", "--methods", "FedeKD", "--results", str(results), f"--rounds={option}"]
+        monkeypatch.setattr("sys.argv", argv)
+        experiment.main()
+    assert len(names) == len(set(names)) == 3
+    rows = pd.read_csv(results, dtype=str)
+    assert sorted(zip(rows["options"], rows["commit"], strict=True)) == [
+        ("--rounds=1", "1234567"), ("--rounds=2", "1234567"), ("--rounds=2", "12e4567"),
+    ]  # fmt: skip
+
+
 def test_confidence_finds_the_samples_of_an_overfitted_network() -> None:
     """Random labels can only be learnt by heart."""
     options = [*OPTIONS, "--client.local_epochs=60", "--client.optimizer.lr=1e-3", "--method=FedAvg"]

@@ -85,6 +85,15 @@ def test_combiners_shuffled_gate_has_the_gates_weights(monkeypatch: pytest.Monke
     assert len(shuffled.unique(dim=0)) > 1
 
 
+def test_combiners_have_equal_weights_below_ten_held_out_samples() -> None:
+    tuning, labels = members(10, seed=1)
+    log_p, _ = members(200)
+    few, enough = (combiners(tuning[:, :count], labels[:count], log_p) for count in (9, 10))
+    for name in (FITTED, FITTED_ENTROPY):
+        assert torch.equal(few[name], few[EQUAL])
+        assert not torch.equal(enough[name], enough[EQUAL])
+
+
 def test_combiners_fitted_weights_depend_on_tuning_labels_only() -> None:
     tuning, labels = members(60, seed=1)
     log_p, _ = members(200)
@@ -133,14 +142,14 @@ def test_serving_results_are_stored_once_and_summarised(tmp_path: Path) -> None:
     path = tmp_path / "deep/serving.csv"
     for seed, gain in ((10, 0.01), (11, 0.03)):
         run = Run("cifar10", 0.1, "ProxyEnsemble", seed)
-        assert not is_stored(run, path)
+        assert not is_stored(run._asdict(), path)
         rows = [
             {"client": k, "combination": name, "accuracy": 0.5 + k / 10 + (name == FITTED) * gain}
             for k in range(2) for name in (EQUAL, FITTED)
         ]  # fmt: skip
-        store(run, rows, path)
-        assert is_stored(run, path)
-        assert not is_stored(run._replace(alpha=0.5), path)
+        store(run._asdict(), rows, path)
+        assert is_stored(run._asdict(), path)
+        assert not is_stored(run._replace(alpha=0.5)._asdict(), path)
     table = summary(pd.read_csv(path))
     assert table.loc[EQUAL, "cifar10, 0.1 (2 seeds)"] == "0.5500"
     assert table.loc[FITTED, "cifar10, 0.1 (2 seeds)"] == "+0.0200 (0.0100)"

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.trust.__main__ import COLUMNS, METHODS, comparisons, grid, store, to_result, unfinished
+from experiments.hospital_runs import store
+from experiments.trust.__main__ import COLUMNS, METHODS, comparisons, grid, key_of, to_result, unfinished
 from fedekd.modules.losses import GATES
 
 
@@ -32,8 +33,8 @@ def test_stored_runs_are_not_repeated_and_replace_their_row(tmp_path: Path) -> N
     assert unfinished(runs, path) == runs
     values = {"delta_avg": "0.25", "delta_worst": "-0.5", "commit": "abc"}
     for cell in runs[:3]:
-        store(to_result(cell, values), path)
-    store(to_result(runs[0], {**values, "delta_avg": "0.75"}), path)
+        store(key_of(cell), [to_result(values)], path)
+    store(key_of(runs[0]), [to_result({**values, "delta_avg": "0.75"})], path)
     assert unfinished(runs, path) == runs[3:]
     rows = pd.read_csv(path)
     assert list(rows.columns) == COLUMNS
