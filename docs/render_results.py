@@ -242,6 +242,8 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
     for name in sorted(groups, key=lambda name: -sign * groups[name]["delta_avg"].mean()):
         group = groups[name]
         cells = [spread(group[column], column != "mean") for column in FIGURES]
+        if name == "Local":
+            cells[1:] = ["0"] * 3
         for column, signed in (("surplus_avg", True), ("deployed_delta_worst", True)):
             values = group[column].dropna() if column in group else []
             cells.append(spread(values, signed) if len(values) else "")

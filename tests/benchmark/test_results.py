@@ -84,7 +84,7 @@ def test_write_results_round_trip_is_byte_stable(make_row: MakeRow, to_frame: To
     assert (tmp_path / "digits.csv").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("folder", ["", "cafedistill", "certified", "do_no_harm"])
+@pytest.mark.parametrize("folder", ["", "cafedistill", "certified", "do_no_harm", "hospital"])
 def test_write_results_of_committed_results_is_byte_stable(folder: str, tmp_path: Path) -> None:
     source = ROOT / "results" / folder
     frame = read_results(source)
