@@ -63,7 +63,7 @@ class BaselineOptions:
             clients: the surplus over it is what the federation adds. null trains it for methods that serve more than
             the private model. It takes as long as the method itself, and is kept for later runs.
         tune: Also compare with local training whose learning rate and epochs are chosen on the tuning split.
-        learning_rates: Learning rates of that choice, at least one, each above 0.
+        learning_rates: Learning rates of that choice, at least one, each above 0. Default: 1e-4, 3e-4, 1e-3, 3e-3.
         epochs: Most epochs of that choice, at least client.local_epochs; null is twice the epochs of the run.
 
     Raises:
