@@ -71,7 +71,7 @@ def draw_extra_test(
     Example:
         >>> labels = np.array([0, 1] * 10)
         >>> [part.tolist() for part in draw_extra_test(labels, np.arange(4, 20), [np.array([0, 1, 2])], 3, seed=0)]
-        [[5, 8, 14]]
+        [[7, 10, 14]]
     """
     classes = int(labels.max()) + 1
     needs = np.stack([_shares(np.bincount(labels[part], minlength=classes), size) for part in train])

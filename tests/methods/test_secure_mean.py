@@ -17,7 +17,16 @@ from .test_methods import METHODS, small_client
 
 #: Methods that aggregate by a median or by samples, mix heads or average submodels, or exchange nothing.
 OTHERS = {
-    *("local", "safekd", "fedavg-samples", "fedavg-median", "fedekd-trimmed", "cafedistill", "cafedistill-trunk"),
+    *(
+        "local",
+        "safekd",
+        "fedavg-samples",
+        "fedavg-median",
+        "fedekd-trimmed",
+        "proxy-ensemble",
+        "cafedistill",
+        "cafedistill-trunk",
+    ),
     *("depthfl", "depthfl-different-depths", "scalefl", "scalefl-different-depths"),
 }
 

@@ -39,7 +39,7 @@ def federate(method: Method, **options: Any) -> Orchestrator:
 
 
 def test_methods_are_all() -> None:
-    assert len(METHODS) == 15
+    assert len(METHODS) == 16
 
 
 @pytest.mark.parametrize("name", METHODS)
