@@ -168,7 +168,8 @@ class TunedLocal:
         choice: dict[str, float] = {}
         for rate in dict.fromkeys((own, *self.learning_rates)):
             rounds = max(self.rounds, spec.rounds) if rate == own else self.rounds
-            baseline = train_local_baseline(with_learning_rate(client, rate), rounds, folder)
+            candidate = client if rate == own else with_learning_rate(client, rate)  # the run's own may be cached
+            baseline = train_local_baseline(candidate, rounds, folder)
             order = [spec.rounds - 1, *range(rounds)] if rate == own else range(rounds)
             for index in order:
                 if not choice or baseline.tuning_losses[index] < best_loss:
