@@ -23,7 +23,7 @@ from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import BaselineOptions, RoundOptions, lost_updates, participants
-from fedekd.federation.references import check_baselines, plan_references
+from fedekd.federation.references import Reference, check_baselines, plan_references
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
 from fedekd.federation.run_folder import RunFolder, to_json_value
@@ -377,10 +377,13 @@ class Orchestrator:
                         label = self.data.clients[number].label
                         raise UserError(f"{label}: score: expected a value of {name}, got {str(invalid[0])[:60]}")
 
+    def _planned_references(self) -> dict[str, dict[int, Reference]]:
+        planned = [self._participants(round_idx) for round_idx in range(self.options.rounds + 1)]
+        return plan_references(self.baseline, self.method, self.spec, planned)
+
     def _train_references(self) -> None:
         """Train the further references, unless the checkpoint has their scores."""
-        planned = [self._participants(round_idx) for round_idx in range(self.options.rounds + 1)]
-        for kind, references in plan_references(self.baseline, self.method, self.spec, planned).items():
+        for kind, references in self._planned_references().items():
             if kind not in self.progress.references:
                 scores = self.engine.train_references(references)
                 for number, reference in scores.items():
@@ -496,6 +499,10 @@ class Orchestrator:
         epochs = self.spec.client.local_epochs
         local = epochs * sum(steps[number] * rounds for number, rounds in self._baseline_rounds().items())
         total, done = local, local if self.progress.local else 0
+        for kind, references in self._planned_references().items():
+            cost = epochs * sum(steps[number] * reference.phases for number, reference in references.items())
+            total += cost
+            done += cost if kind in self.progress.references else 0
         for round_idx in range(self.options.rounds + 1):
             phases = (round_idx > 0) + (round_idx < self.options.rounds)
             cost = phases * epochs * sum(steps[number] for number in self._participants(round_idx))

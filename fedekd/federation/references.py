@@ -56,6 +56,11 @@ class Reference(Protocol):
         """Rounds of the federation after which it has scores, `ReferenceScores.rounds`."""
         ...
 
+    @property
+    def phases(self) -> int:
+        """Training phases, each counted as `client.local_epochs`, for the progress display."""
+        ...
+
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """Train and score the reference.
 
@@ -87,6 +92,11 @@ class Control:
     def scored_rounds(self) -> tuple[int, ...]:
         """All of them but round 0."""
         return tuple(number for number in self.rounds if number > 0)
+
+    @property
+    def phases(self) -> int:
+        """One per reception after round 0, and one per update."""
+        return len(self.scored_rounds) + len(self.rounds) - 1
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """See `Reference`; every finished round is cached."""
@@ -160,6 +170,11 @@ class TunedLocal:
     def scored_rounds(self) -> tuple[int, ...]:
         """Round 0: it has one score, which counts in all rounds."""
         return (0,)
+
+    @property
+    def phases(self) -> int:
+        """`rounds` for each learning rate."""
+        return len(self.learning_rates) * self.rounds
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """See `Reference`; every candidate is cached as a local baseline."""

@@ -22,9 +22,12 @@ class Recorder(SilentObserver):
 
     def __init__(self) -> None:
         self.phases: list[tuple[int, str]] = []
-        self.steps = 0
+        self.steps = self.planned_steps = 0
         self.warnings: list[str] = []
         self.score_warnings: list[str] = []
+
+    def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
+        self.planned_steps = total_steps
 
     def phase_started(self, client: int, phase: str) -> None:
         self.phases.append((client, phase))

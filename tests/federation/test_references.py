@@ -29,7 +29,7 @@ from fedekd.methods import (
     ScaleFL,
 )
 
-from .conftest import Federate
+from .conftest import Federate, Recorder
 
 WITH_CONTROL = BaselineOptions(control=True)
 METHODS: dict[str, Callable[[], Method]] = {
@@ -278,3 +278,10 @@ def test_tuning_with_fewer_epochs_than_a_round_is_refused(federate: Federate) ->
     client = ClientOptions(local_epochs=3)
     with pytest.raises(UserError, match=r"baseline\.epochs: expected at least 3 \(client\.local_epochs\), got 2"):
         federate(Local(), client=client, baseline=BaselineOptions(tune=True, epochs=2))
+
+
+def test_progress_counts_the_references(federate: Federate) -> None:
+    recorder = Recorder()
+    baseline = BaselineOptions(control=True, tune=True, learning_rates=(1e-3,), epochs=2)
+    federate(FedeKD(), rounds=RoundOptions(rounds=2, participation=0.6), baseline=baseline, observer=recorder).run()
+    assert recorder.steps == recorder.planned_steps > 0

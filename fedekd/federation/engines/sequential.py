@@ -123,7 +123,7 @@ class SequentialEngine:
             self.observer.phase_started(number, reference.kind)
             with self.spec.trainer.numerics():
                 results[number] = reference.train(self._new_client(number), self.method, self.baseline_dir)
-            self.observer.phase_finished(number, reference.kind, 0)
+            self.observer.phase_finished(number, reference.kind, reference.phases * self.client_steps(number))
         return results
 
     def _warn_once(self, text: str) -> None:
