@@ -33,6 +33,11 @@ _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
 ADDED_OPTIONS: dict[str, Any] = {
+    "CAFEDistill.heads": None,
+    "CAFEDistill.label_prior": None,
+    "CAFEDistill.reduction": None,
+    "CAFEDistill.teacher": None,
+    "CAFEDistill.variant": "paper",
     "FedeKD.cross_fit": False,
     "MLP.width": 1.0,
     "ProxyCNN.width": 1.0,

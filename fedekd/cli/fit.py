@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fedekd.configuration.load_run import parse_run
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
 from fedekd.errors import LONGEST_ERROR, UserError, describe_error, print_warning, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
@@ -123,10 +124,10 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
         raise UserError(f"--resume {shorten_path(folder)}: expected the folder of a run, got one without config.yaml")
     run.require_intact("config.yaml")
     try:
-        saved = parse(parser, ["--config", str(path)])
+        saved = parse_run(parser, folder)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    now = parse(parser, ["--config", str(path), *argv])
+    now = parse_run(parser, folder, argv)
     if now.output is not None:
         raise UserError(
             f"--output: expected none with --resume {shorten_path(folder)}, got {shorten(repr(now.output))}. A run"

@@ -15,6 +15,7 @@ from fedekd.benchmark.grid_report import grid_sections
 from fedekd.benchmark.results import read_results
 from fedekd.cli.exit_report import exit_report, has_exits
 from fedekd.configuration.help import BriefHelp
+from fedekd.configuration.load_run import parse_run
 from fedekd.configuration.options import as_values, federation_parser, parse
 from fedekd.early_exit.report.page import exit_sections, finding
 from fedekd.errors import UserError
@@ -115,7 +116,7 @@ def _read_run(folder: Path) -> Run:
     parser = federation_parser()
     try:
         RunFolder(folder, {}).require_intact("config.yaml", "metrics.csv", "summary.json")
-        values = as_values(parser, parse(parser, ["--config", str(folder / "config.yaml")]))
+        values = as_values(parser, parse_run(parser, folder))
         text = (folder / "summary.json").read_text(encoding="utf-8")
         summary = json.loads(text, parse_constant=lambda _: None)  # earlier versions wrote NaN
         history = read_metrics_csv(folder / "metrics.csv")

@@ -7,11 +7,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.options import build_parts, federation_parser, parse
+from fedekd.configuration.yaml_files import load_yaml
 from fedekd.errors import UserError, shorten_path
 from fedekd.federation import Orchestrator, RunFolder, Sequential
+
+#: Values with which runs of earlier versions ran, of options that were added since with another default.
+_EARLIER_VALUES = {"CAFEDistill": {"variant": "paper"}}
+
+
+def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) -> Namespace:
+    """Parse the saved configuration of a run, also of an earlier version.
+
+    Args:
+        parser: Parser of `fit`.
+        folder: Folder of the run.
+        argv: Further arguments, which override the configuration.
+
+    Raises:
+        UserError: If an option or value is invalid.
+    """
+    path = folder / "config.yaml"
+    config = parse(parser, ["--config", str(path), *argv])
+    added = _EARLIER_VALUES.get(config.method.class_path.rpartition(".")[2])
+    if added is None:
+        return config
+    given = load_yaml(path.read_text(encoding="utf-8"))["method"].get("init_args") or {}
+    earlier = [f"--method.{name}={value}" for name, value in added.items() if name not in given]
+    return parse(parser, ["--config", str(path), *earlier, *argv])
 
 
 def open_finished(
@@ -44,7 +69,7 @@ def open_finished(
             f" {shorten_path(shlex.quote(str(folder)))}"
         )
     parser = federation_parser()
-    config = parse(parser, ["--config", str(folder / "config.yaml")])
+    config = parse_run(parser, folder)
     parts = build_parts(parser, config) | {"loggers": []}
     if in_process:
         parts["engine"] = Sequential()

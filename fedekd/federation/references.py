@@ -58,7 +58,7 @@ class Reference(Protocol):
 
     @property
     def phases(self) -> int:
-        """Training phases, each counted as `client.local_epochs`, for the progress display."""
+        """Training phases of `client.local_epochs` each, for the progress display."""
         ...
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:

@@ -17,6 +17,9 @@ from fedekd.functional.shapes import require_matrix
 #: Largest deviation of a row of probabilities from sum 1; rounding to float16 passes.
 _SUM_TOLERANCE = 1e-3
 
+#: Pseudo-counts of methods that add the log prior to the logits: in the training loss, and at serving time.
+TRAINING_SMOOTHING, SERVING_SMOOTHING = 0.01, 1.0
+
 
 def log_label_prior(counts: Tensor, smoothing: float) -> Tensor:
     r"""Compute the logarithm of the smoothed label prior.
@@ -25,8 +28,7 @@ def log_label_prior(counts: Tensor, smoothing: float) -> Tensor:
 
     Args:
         counts: $n_c$, number of samples of each class, shape (C,), at least 0.
-        smoothing: s, pseudo-count of each class, at least 0; 0 gives -inf for a class without samples. `ProxyEnsemble`
-            trains with 0.01 and serves with 1.
+        smoothing: s, pseudo-count of each class, at least 0; 0 gives -inf for a class without samples.
 
     Returns:
         Log-probabilities in float64, shape (C,), on the device of `counts`.

@@ -177,6 +177,18 @@ class Client:
         weights = self.class_weights
         return log_label_prior(counts if weights is None else counts * weights.cpu().double(), smoothing=1.0).exp()
 
+    def log_label_prior(self, smoothing: float) -> Tensor:
+        """Return the logarithm of the label prior of the training split.
+
+        Args:
+            smoothing: Pseudo-count of each class, above 0.
+
+        Returns:
+            Log-probabilities, shape (C,), in the dtype of the weights.
+        """
+        counts = torch.bincount(self.targets("train"), minlength=self.spec.num_outputs)
+        return log_label_prior(counts, smoothing).to(self.spec.trainer.dtype)
+
     @property
     def supervised_rounds(self) -> int:
         """Completed supervised rounds; Delta compares with as many of the local baseline."""

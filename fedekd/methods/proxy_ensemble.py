@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import require, require_choice
-from fedekd.functional import Aggregator, Mean, fit_linear_weights, fit_log_linear_weights, log_label_prior
+from fedekd.functional import Aggregator, Mean, fit_linear_weights, fit_log_linear_weights
+from fedekd.functional.label_prior import SERVING_SMOOTHING, TRAINING_SMOOTHING
 from fedekd.global_state import isolated_rng
 from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
 from fedekd.methods.client import Client, Serving
@@ -26,9 +27,6 @@ MEMBERS = ("private", "proxy", "tuned")
 
 #: Norm of the rows of the proxies' common head.
 _HEAD_NORM = 2.0
-
-#: Added to each class count of the prior: in the loss, and at serving time.
-_TRAINING_SMOOTHING, _SERVING_SMOOTHING = 0.01, 1.0
 
 #: Fewest tuning samples on which weights are fitted.
 _MIN_TUNING = 10
@@ -215,7 +213,7 @@ class ProxyEnsemble(ProxyMethod):
     def _train_proxy(self, client: Client, role: str, round_idx: int, epochs: int) -> None:
         """Train a proxy on labels with the client's prior; the optimizer starts new."""
         spec = client.spec
-        offset = self._offset(client, _TRAINING_SMOOTHING)
+        offset = self._offset(client, TRAINING_SMOOTHING)
         module = SupervisedModule(client.networks[role], spec.task, spec.optimizer, offset)
         client.train(role, module, round_idx, epochs=epochs)
 
@@ -223,18 +221,17 @@ class ProxyEnsemble(ProxyMethod):
         """Return log pi_k, or the mean target in regression, shape (C,)."""
         if not self.label_prior:
             return None
+        if client.spec.task != "regression":
+            return client.log_label_prior(smoothing)
         targets = client.training_targets[client.splits.train.to(client.samples.targets.device)]
-        if client.spec.task == "regression":
-            return targets.double().mean().reshape(1).to(client.spec.trainer.dtype)
-        counts = torch.bincount(targets, minlength=client.spec.num_outputs)
-        return log_label_prior(counts, smoothing).to(client.spec.trainer.dtype)
+        return targets.double().mean().reshape(1).to(client.spec.trainer.dtype)
 
     def _combine(self, client: Client, received: StateDict, has_tuned: bool) -> Serving | None:
         """Choose members and weights; None serves the private model."""
         names = [name for name in self._members(client.spec) if name != "tuned" or has_tuned]
         if "proxy" in names and self.is_untrained(client, received):
             names.remove("proxy")
-        shift, task = self._offset(client, _SERVING_SMOOTHING), client.spec.task
+        shift, task = self._offset(client, SERVING_SMOOTHING), client.spec.task
         none = torch.zeros(client.spec.num_outputs, dtype=client.spec.trainer.dtype)
         offsets = {name: none if name == "private" or shift is None else shift.cpu() for name in names}
         outputs = {name: client.predict(name, "tuning").output.cpu().double() + offsets[name] for name in names}

@@ -21,7 +21,7 @@ from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit.scoring import network_input
 from fedekd.errors import UserError
 from fedekd.functional import estimate_label_prior
-from fedekd.methods import Client, FedAvg, FedDyn, FedProx, Method
+from fedekd.methods import CAFEDistill, Client, FedAvg, FedDyn, FedProx, Method
 
 IMAGES = np.random.default_rng(5).integers(0, 256, (150, 8, 8), dtype=np.uint8)
 RUNS = {
@@ -164,7 +164,8 @@ def test_serves_average_without_fine_tuning_only(method: type[FedAvg]) -> None:
 
 def test_serves_average_of_every_other_method() -> None:
     averages = {each.__name__ for each in METHODS if each().serves_average}
-    assert averages == {"FedAvg", "FedProx", "FedDyn", "DepthFL", "ScaleFL", "CAFEDistill"}
+    assert averages == {"FedAvg", "FedProx", "FedDyn", "DepthFL", "ScaleFL"}
+    assert CAFEDistill("paper").serves_average
 
 
 def test_predict_uniform_label_prior(here: Path) -> None:

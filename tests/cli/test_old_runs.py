@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from fedekd.cli import main
+from fedekd.configuration.load_run import parse_run
+from fedekd.configuration.options import federation_parser
 from fedekd.federation import RunFolder
 from fedekd.federation.run_folder import drop_unknown_keys
 
@@ -66,3 +68,12 @@ def test_identity_of_an_old_run_is_unchanged(old_run: Path, monkeypatch: pytest.
     expected = json.loads((Path(__file__).parent / "old_run/run/checkpoints/manifest-0001.json").read_text())
     # Options that were added since are not compared on resume.
     assert drop_unknown_keys(expected["notes"]["identity"], identities[0]) == expected["notes"]["identity"]
+
+
+@pytest.mark.parametrize(("saved", "variant"), [({}, "paper"), ({"variant": "corrected"}, "corrected")])
+def test_parse_run_of_cafedistill_keeps_its_variant(saved: dict[str, str], variant: str, tmp_path: Path) -> None:
+    """Runs of before have no `variant`, whose default is not what they ran."""
+    method = {"class_path": "fedekd.methods.CAFEDistill", "init_args": {"schedule": "progressive", **saved}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"method": method, "data": {"dataset": "digits"}}))
+    config = parse_run(federation_parser(), tmp_path, ["--rounds=3"])
+    assert (config.method.init_args.variant, config.rounds) == (variant, 3)

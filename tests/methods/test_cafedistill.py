@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,11 +12,15 @@ import torch
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.functional import cosine_similarities, mixing_weights
-from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedPer
+from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, FedPer
 from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.cafedistill import ACTIVE
+from fedekd.modules import predict
 
 from .conftest import Federate, make_spec, weights
+
+CLASSES = 3
+HEAD = ("heads.2.weight", "heads.2.bias")
 
 
 def options(**values: Any) -> ClientOptions:
@@ -28,7 +32,7 @@ def options(**values: Any) -> ClientOptions:
 @pytest.fixture
 def started_run(federate: Federate) -> Orchestrator:
     """Run with three clients and eight rounds before its first round."""
-    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=8))
+    run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=8))
     run.method.init_server(run.spec)
     return run
 
@@ -52,7 +56,7 @@ def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) ->
 
 def test_cafedistill_without_mixing_and_distillation_equals_fedper(federate: Federate) -> None:
     """Only with full participation: FedPer sends the newest head to a client that skipped a round."""
-    ours = CAFEDistill(distillation_weight=0.0, schedule="all_on", spread=float("inf"), weights="uniform")
+    ours = CAFEDistill("paper", distillation_weight=0.0, schedule="all_on", spread=float("inf"), weights="uniform")
     theirs = FedPer(personal=["heads.0", "heads.1"], weights="uniform")
     rounds = RoundOptions(rounds=3)
     runs = [federate(method, client=options(), rounds=rounds) for method in (ours, theirs)]
@@ -63,7 +67,7 @@ def test_cafedistill_without_mixing_and_distillation_equals_fedper(federate: Fed
 
 
 def test_cafedistill_exchanges_trunk_and_one_head(federate: Federate) -> None:
-    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=2))
     run.run()
     network: Any = run.spec.build_model("private", "server")
     one_way = state_dict_bytes(network.stages.state_dict()) + state_dict_bytes(network.head.state_dict()) + 3
@@ -114,7 +118,7 @@ def test_cafedistill_absent_client_keeps_its_mixed_head(started_run: Orchestrato
 
 
 def test_cafedistill_server_state_shares_no_memory_with_clients(federate: Federate) -> None:
-    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=2))
     run.run()
     head = run.method.server_state["heads"][0]["heads.2.weight"].clone()
     with torch.no_grad():
@@ -134,7 +138,7 @@ def test_cafedistill_pair_without_common_round_keeps_similarity(started_run: Orc
 
 
 def test_cafedistill_logs_score_of_every_exit(federate: Federate) -> None:
-    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=2))
     run.run()
     row = run.progress.history[-1]
     for exit_ in (1, 2, 3):
@@ -144,7 +148,7 @@ def test_cafedistill_logs_score_of_every_exit(federate: Federate) -> None:
 
 
 def test_cafedistill_logs_active_exits(federate: Federate) -> None:
-    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=8))
+    run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=8))
     run.run()
     first, *_, last = run.progress.history
     # floor(2/3 * 2/8 * 9) = 1 shallow exit in the first round; from the fourth on, without conflict, all of them.
@@ -155,7 +159,7 @@ def test_cafedistill_logs_active_exits(federate: Federate) -> None:
 
 def test_cafedistill_trunk_gradient_compares_weights_without_buffers(federate: Federate) -> None:
     resnet = options(private_model={"class_path": "torchvision.models.resnet18"}, exits=2)
-    run = federate(CAFEDistill(conflict="trunk_gradient"), client=resnet, rounds=RoundOptions(rounds=2))
+    run = federate(CAFEDistill("paper", conflict="trunk_gradient"), client=resnet, rounds=RoundOptions(rounds=2))
     run.method.init_server(run.spec)
     before = {name: tensor.clone() for name, tensor in run.method.server_state["trunk"].items()}
     updates = one_round(run, [0, 1], 0)
@@ -163,6 +167,91 @@ def test_cafedistill_trunk_gradient_compares_weights_without_buffers(federate: F
     changes = [torch.cat([(u.state[n].double() - before[n].double()).flatten() for n in weights]) for u in updates]
     wanted = torch.nn.functional.cosine_similarity(*changes, dim=0)
     torch.testing.assert_close(run.method.server_state["similarities"][0, 1], wanted, rtol=0, atol=1e-9)
+
+
+def test_cafedistill_with_shared_heads_and_nothing_else_equals_fedavg(federate: Federate) -> None:
+    ours = CAFEDistill(label_prior=False, distillation_weight=0.0, reduction="mean", weights="uniform")
+    rounds = RoundOptions(rounds=3, participation=0.6)
+    runs = [federate(method, client=options(), rounds=rounds) for method in (ours, FedAvg())]
+    assert runs[0].run()["clients"] == runs[1].run()["clients"]
+    for name, tensor in weights(runs[0]).items():
+        assert torch.equal(tensor, weights(runs[1])[name]), name
+
+
+def test_cafedistill_shared_heads_are_all_that_travels(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), rounds=RoundOptions(rounds=2))
+    run.run()
+    size = state_dict_bytes(run.spec.build_model("private", "server").state_dict())
+    assert (run.progress.bytes_up, run.progress.bytes_down) == (2 * 3 * size, 3 * 3 * size)
+
+
+def literal_loss(client: Any, received: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The loss of the corrected variant with shared heads, by its equations, in float64."""
+    network, counts = client.networks["private"], torch.bincount(client.targets("train"), minlength=CLASSES).double()
+    log_prior = ((counts + 0.01) / (counts.sum() + 0.01 * CLASSES)).log()
+    hidden, exits = x, []
+    for stage, head in zip(network.stages, network.heads, strict=True):
+        hidden = stage(hidden)
+        exits.append(head(hidden) + log_prior)
+    loss = -sum(z.log_softmax(1)[range(len(y)), y].mean() for z in exits)
+    z = hidden.detach() @ received["heads.2.weight"].T + received["heads.2.bias"] + log_prior
+    q = (z / 2).softmax(1)
+    for student in exits[:-1]:
+        loss = loss + 0.1 * 2**2 * (q * (q.log() - (student / 2).log_softmax(1))).sum(1).mean()
+    return loss
+
+
+def test_cafedistill_corrected_loss_equals_its_equations(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), precision="64-true")
+    run.method.init_server(run.spec)
+    client, generator = client_of(run, 1), torch.Generator().manual_seed(0)
+    received = {name: tensor.clone() for name, tensor in run.method.broadcast([1], 0).to(1).items()}
+    run.method.receive(client, received, 0)
+    network, method = client.networks["private"], cast(CAFEDistill, run.method)
+    with torch.no_grad():  # the live head is not the received one
+        network.head.weight.add_(torch.randn(network.head.weight.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(6, *run.spec.input_shape, generator=generator, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 2, 1, 0])
+    output = predict(network, x, with_features=True)
+    loss = torch.stack([term(output, None, y, lambda *_: None) for term in method.loss_terms(client, network)]).sum()
+    wanted = literal_loss(client, received, x, y)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value, [*network.parameters()], retain_graph=True) for value in (loss, wanted)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_cafedistill_serves_shared_heads_with_the_prior_of_the_client(federate: Federate) -> None:
+    run = federate(CAFEDistill(), client=options(), precision="64-true")
+    run.run()
+    client = client_of(run, 2)
+    served = client.predict(client.served_role, "test").exits
+    counts = torch.bincount(client.targets("train"), minlength=CLASSES).double()
+    log_prior = ((counts + 1) / (counts.sum() + CLASSES)).log()
+    for found, logits in zip(served, client.predict("private", "test").exits, strict=True):
+        torch.testing.assert_close(found, (logits + log_prior).log_softmax(1), rtol=0, atol=1e-12)
+
+
+def test_cafedistill_personal_head_stays_and_the_mixed_one_teaches(federate: Federate) -> None:
+    run = federate(CAFEDistill(heads="personal"), client=options(), rounds=RoundOptions(rounds=8))
+    run.method.init_server(run.spec)
+    method: Any = run.method
+    first = {update.client: update.state for update in one_round(run, [0, 1, 2], 0)}
+    initial = run.spec.build_model("private", "server").state_dict()
+    changes = [torch.cat([(state[n] - initial[n]).double().flatten() for n in HEAD]) for state in first.values()]
+    wanted = cosine_similarities(torch.stack(changes))
+    torch.testing.assert_close(method.server_state["similarities"], wanted, rtol=0, atol=1e-6)
+    sent = method.broadcast([0], 1).to(0)
+    client = client_of(run, 0)
+    method.receive(client, sent, 1)
+    for name in HEAD:
+        assert torch.equal(client.networks["private"].state_dict()[name], first[0][name])
+        assert torch.equal(client.method_state["teacher_head"][name.split(".")[2]], sent[name])
+        assert not torch.equal(sent[name], first[0][name])
+    second = one_round(run, [0, 1], 1)
+    changes = [torch.cat([(u.state[n] - first[u.client][n]).double().flatten() for n in HEAD]) for u in second]
+    wanted = torch.nn.functional.cosine_similarity(*changes, dim=0)
+    torch.testing.assert_close(method.server_state["similarities"][0, 1], wanted, rtol=0, atol=1e-6)
 
 
 def test_client_load_received_reinitialises_nonfinite_head(started_run: Orchestrator) -> None:
@@ -180,6 +269,10 @@ def test_client_load_received_reinitialises_nonfinite_head(started_run: Orchestr
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"variant": "published"}, "method.variant: expected one of paper, corrected, got 'published'"),
+        ({"heads": "own"}, "method.heads: expected one of mixed, personal, shared, got 'own'"),
+        ({"teacher": "ema"}, "method.teacher: .* got 'ema'"),
+        ({"reduction": "none"}, "method.reduction: .* got 'none'"),
         ({"spread": 0.0}, "method.spread: .* got 0.0"),
         ({"order": "shallow"}, "method.order: .* got 'shallow'. Did you mean 'shallow_first'"),
         ({"schedule": "on"}, "method.schedule: .* got 'on'"),

@@ -17,7 +17,7 @@ from .conftest import Federate, weights
 from .test_methods import CASES, METHODS, small_client
 
 #: Methods whose private model starts each round from the server's message.
-SHARED = ("fedavg", "fedprox", "feddyn", "fedper", "fedrep", "cafedistill", "depthfl", "scalefl")
+SHARED = ("fedavg", "fedprox", "feddyn", "fedper", "fedrep", "cafedistill", "cafedistill-paper", "depthfl", "scalefl")
 
 
 class Listener(SilentObserver):

@@ -67,8 +67,10 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fedekd-margin": lambda: FedeKD(energy="margin"),
     "fedekd-logsumexp": lambda: FedeKD(energy="logsumexp"),
     "safekd": SafeKD,
-    "cafedistill": CAFEDistill,
-    "cafedistill-trunk": lambda: CAFEDistill(conflict="trunk_gradient", schedule="all_on"),
+    "cafedistill": lambda: CAFEDistill(weights="uniform"),
+    "cafedistill-personal": lambda: CAFEDistill(heads="personal"),
+    "cafedistill-paper": lambda: CAFEDistill("paper"),
+    "cafedistill-trunk": lambda: CAFEDistill("paper", conflict="trunk_gradient", schedule="all_on"),
     "fedrep": FedRep,
     "depthfl": DepthFL,
     "depthfl-different-depths": DepthFL,
@@ -76,7 +78,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "scalefl-different-depths": lambda: ScaleFL(warm_up=0.5),
 }
 CLASSIFICATION_ONLY = {name for name in METHODS if name.startswith("fedtype")} | {
-    *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp", "safekd", "cafedistill", "cafedistill-trunk"),
+    *("fedekd-entropy", "fedekd-margin", "fedekd-logsumexp", "safekd"),
+    *("cafedistill", "cafedistill-personal", "cafedistill-paper", "cafedistill-trunk"),
     *("depthfl", "depthfl-different-depths", "scalefl", "scalefl-different-depths"),
 }
 CASES = [

@@ -24,7 +24,8 @@ OTHERS = {
         "fedavg-median",
         "fedekd-trimmed",
         "proxy-ensemble",
-        "cafedistill",
+        "cafedistill-personal",
+        "cafedistill-paper",
         "cafedistill-trunk",
     ),
     *("depthfl", "depthfl-different-depths", "scalefl", "scalefl-different-depths"),
@@ -73,7 +74,7 @@ def test_supports_secure_mean_holds_for_server_state(name: str, federate: Federa
             torch.testing.assert_close(averaged[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", ["fedavg-samples", "fedavg-median", "cafedistill"])
+@pytest.mark.parametrize("name", ["fedavg-samples", "fedavg-median", "cafedistill-paper"])
 def test_supports_secure_mean_false_if_mean_changes_server_state(name: str, federate: Federate) -> None:
     plain, averaged = after_a_round(federate, name), after_a_round(federate, name, engine=AveragingEngine)
     assert max(float((averaged[key] - tensor).abs().max()) for key, tensor in plain.items()) > 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, stack
+from torch import Tensor, nn, no_grad, stack
 
 from fedekd import functional as F
 from fedekd.modules.losses.base import Record, weighted_exit_loss
@@ -69,38 +69,63 @@ class SelfDistillationLoss:
 
     $$b \sum_{e<E} w_e\, T^2\, \mathrm{KL}(\mathrm{sg}\,p_E^T \,\|\, p_e^T)$$
 
+    With a `teacher_head` $\tilde h$ the teacher is $\tilde p = \mathrm{softmax}(\tilde h(\mathrm{sg}\,\phi(x)))$ in
+    place of $p_E$: another head on the live features, which must be part of the student's output.
+
     Args:
         weight: b, at least 0.
         temperature: T, above 0.
         exit_weights: $w_e$ of all E exits; None weights all by 1 / E.
+        teacher_head: $\tilde h$, from features (B, F) to logits (B, C), in evaluation mode and not trained; None is the
+            deepest exit.
+        offset: Added to the outputs of teacher and students, shape (C,), as in `SupervisedLoss`; None adds nothing.
 
     Raises:
         UserError: If a value is out of range.
 
     Reference:
-        Zhang et al., Be Your Own Teacher, ICCV 2019; SAFE-KD, arXiv 2602.03043.
+        Zhang et al., Be Your Own Teacher, ICCV 2019; SAFE-KD, arXiv 2602.03043. The head: CAFEDistill, arXiv
+        2601.10015.
     """
 
     name = "consistency"
 
     def __init__(
-        self, weight: float = 1.0, temperature: float = 4.0, exit_weights: Sequence[float] | None = None
+        self,
+        weight: float = 1.0,
+        temperature: float = 4.0,
+        exit_weights: Sequence[float] | None = None,
+        teacher_head: nn.Module | None = None,
+        offset: Tensor | None = None,
     ) -> None:
         require_nonnegative("consistency_weight", weight)
         require_temperature(temperature)
         self.weight, self.temperature, self.exit_weights = weight, temperature, exit_weights
+        self.teacher_head, self.offset = teacher_head, offset
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
         """Compute the mean over the batch; 0 for a network with one exit."""
-        deepest, exits = student.output.detach(), len(student.exits)
+        exits = len(student.exits)
         if exits == 1:
-            return deepest.new_zeros(())
+            return student.output.new_zeros(())
+        deepest = self._shifted(self._teacher_output(student))
 
         def loss(logits: Tensor) -> Tensor:
-            return F.kl_distillation(logits, deepest, self.temperature).mean()
+            return F.kl_distillation(self._shifted(logits), deepest, self.temperature).mean()
 
         weights = [1.0 / exits] * exits if self.exit_weights is None else self.exit_weights
         return self.weight * weighted_exit_loss(student.exits[:-1], loss, weights[:-1])
+
+    def _teacher_output(self, student: ModelOutput) -> Tensor:
+        if self.teacher_head is None:
+            return student.output.detach()
+        assert student.features is not None
+        with no_grad():
+            output: Tensor = self.teacher_head(student.features.detach())
+        return output
+
+    def _shifted(self, logits: Tensor) -> Tensor:
+        return logits if self.offset is None else F.upcast_to_float32(logits) + self.offset.to(logits.device)
 
 
 class MutualExitLoss:

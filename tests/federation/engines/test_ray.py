@@ -203,9 +203,9 @@ def test_ray_personal_messages_and_absent_clients_give_equal_results(
     )
     rounds, recorder = RoundOptions(rounds=3, participation=0.6), StateRecorder(temporary)
     parts = {"client": client, "rounds": rounds}
-    federate(CAFEDistill(), output=tmp_path / "one", **parts).run()
+    federate(CAFEDistill("paper"), output=tmp_path / "one", **parts).run()
     on_ray = {"engine": Ray(actors=1, folder=str(temporary)), "observer": recorder}
-    federate(CAFEDistill(), output=tmp_path / "two", **parts, **on_ray).run()
+    federate(CAFEDistill("paper"), output=tmp_path / "two", **parts, **on_ray).run()
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     numbers = [participants(rounds, 3, 0, round_idx) for round_idx in range(4)]
     assert len({tuple(each) for each in numbers[:3]}) > 1  # they differ between rounds
