@@ -1,4 +1,4 @@
-"""Networks: CNNs, torchvision classifiers, a perceptron, and exits for all."""
+"""Networks: CNNs, ResNets, torchvision classifiers, an MLP, and exits for all."""
 
 from fedekd.models.build import build_model, check_model, eval_mode
 from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN
@@ -7,10 +7,12 @@ from fedekd.models.ensemble import Ensemble, MultiExitEnsemble, build_ensemble
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
+from fedekd.models.resnet import CIFARResNet
 from fedekd.models.stages import multi_exit
 
 __all__ = [
     "MLP",
+    "CIFARResNet",
     "Conv3",
     "Ensemble",
     "ExitCosts",

@@ -16,6 +16,7 @@ from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN, height_and_width
 from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ClassToken, ExitHead, Layout, MultiExitNetwork
+from fedekd.models.resnet import CIFARResNet
 
 _LAYOUTS: dict[int, Layout] = {4: "nchw", 3: "tokens", 2: "flat"}  # by number of dimensions
 
@@ -69,6 +70,7 @@ def multi_exit(
     | network | stages |
     | --- | --- |
     | `PrivateCNN`, `Conv3`, `ProxyCNN` | one per convolution with its pool and ReLU: 3, 3 and 2 |
+    | `CIFARResNet` | its three groups of blocks, the stem in the first |
     | torchvision's `ResNet`, `ConvNeXt`, `SwinTransformer` (v1, v2) | their four stages, the stem in the first |
     | torchvision's `VisionTransformer` | equal groups of blocks, 4 by default |
     | `ImageClassifier` | those of its backbone |
@@ -236,6 +238,11 @@ def _split_conv3(network: Conv3) -> StageSplit:
     return StageSplit([layers[:3], layers[3:6], [*layers[6:], network.pool, network.head]])
 
 
+def _split_cifar_resnet(network: CIFARResNet) -> StageSplit:
+    first, second, third = network.groups
+    return StageSplit([[network.stem, first], [second], [third, network.pool, network.head]])
+
+
 def _split_resnet(network: ResNet) -> StageSplit:
     stem = [network.conv1, network.bn1, network.relu, network.maxpool]
     last = [network.layer4, network.avgpool, nn.Flatten(), network.fc]
@@ -277,6 +284,7 @@ STAGE_SPLITTERS: dict[type[nn.Module], Callable[[Any], StageSplit]] = {
     PrivateCNN: _split_cnn,
     ProxyCNN: _split_cnn,
     Conv3: _split_conv3,
+    CIFARResNet: _split_cifar_resnet,
     MLP: _split_mlp,
     ResNet: _split_resnet,
     ConvNeXt: _split_convnext,

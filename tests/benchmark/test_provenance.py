@@ -44,7 +44,7 @@ def option_names() -> set[str]:
     """Names of all options that affect results, for every class of fedekd that can be chosen."""
     classes = [getattr(methods, name) for name in methods.__all__]
     classes = [item for item in classes if isinstance(item, type) and issubclass(item, methods.Method)]
-    classes += [models.Conv3, models.PrivateCNN, models.ProxyCNN]
+    classes += [models.CIFARResNet, models.Conv3, models.PrivateCNN, models.ProxyCNN]
     classes += [
         item
         for item in vars(aggregators).values()

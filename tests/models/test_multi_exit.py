@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from torchvision import models
 
 from fedekd.errors import UserError
-from fedekd.models import ExitHead, ImageClassifier, MultiExitNetwork, PrivateCNN, ProxyCNN, multi_exit, num_parameters
+from fedekd.models import (
+    CIFARResNet,
+    ExitHead,
+    ImageClassifier,
+    MultiExitNetwork,
+    PrivateCNN,
+    ProxyCNN,
+    multi_exit,
+    num_parameters,
+)
 
 CLASSES = 5
 
@@ -39,6 +48,8 @@ def with_dropout_before_its_head() -> nn.Module:
 NETWORKS = {
     "PrivateCNN": (lambda: PrivateCNN(1, 32, CLASSES), 1, [64, 128, 256]),
     "ProxyCNN": (lambda: ProxyCNN(2, 32, CLASSES), 2, [32, 128]),
+    "CIFARResNet": (lambda: CIFARResNet(4, 64, CLASSES, norm="batch"), 4, [16, 32, 64]),
+    "CIFARResNet14": (lambda: CIFARResNet(1, 64, CLASSES, depth=14, base_width=6), 1, [6, 12, 24]),
     "resnet18": (resnet18, 3, [64, 128, 256, 512]),
     "resnet50": (lambda: models.resnet50(num_classes=CLASSES), 3, [256, 512, 1024, 2048]),
     "resnet18_dropout": (with_dropout_before_its_head, 3, [64, 128, 256, 512]),
