@@ -332,7 +332,8 @@ def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None
 
 def _class_options(name: str, spec: Any) -> dict[str, Any]:
     """Return the class path and the arguments of a class in the configuration."""
-    class_path, given = (spec, {}) if isinstance(spec, str) else (spec["class_path"], spec.get("init_args") or {})
+    class_path = spec if isinstance(spec, str) else spec["class_path"]
+    given = {} if isinstance(spec, str) else {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
     class_path = class_path if "." in class_path else f"fedekd.models.{class_path}"
     module, _, short = class_path.rpartition(".")
     defaults = class_defaults(class_path)

@@ -101,7 +101,10 @@ def _unknown_argument(match: re.Match[str], parser: ArgumentParser) -> str:
     group = key.partition(".")[0]
     if message := _new_name(key, {f"{group}.{parameter}" for parameter in parameters}, "--"):
         return f"--{key}: {message}"
-    hint = nearest(name, parameters) if parameters else "It takes no arguments."
+    known = [item for item, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    hint = nearest(name, known) if parameters else "It takes no arguments."
+    if len(known) < len(parameters) and not hint.startswith("Did"):
+        hint = "An argument that its signature does not name belongs in dict_kwargs."
     return f"--{shorten(key)}: unknown argument of {class_path}. {hint}"
 
 

@@ -34,7 +34,8 @@ def build_model(
 
     Args:
         spec: A class path (`torchvision.models.resnet18`) or the bare name of a model of `fedekd.models`;
-            or a mapping or object with `class_path` and optionally `init_args`.
+            or a mapping or object with `class_path` and optionally `init_args` and `dict_kwargs`, as in jsonargparse:
+            arguments that the signature names, and others.
         input_shape: Channels, height and width of an image, or number of features.
         num_classes: Number of classes; 1 for regression.
         flag: Name of the option in errors.
@@ -266,7 +267,8 @@ def _parse(spec: Any, flag: str) -> tuple[str, dict[str, Any]]:
     class_path = fields.get("class_path")
     if not isinstance(class_path, str):
         raise UserError(f"{flag}: expected a class path, or class_path and init_args, got {spec!r}")
-    return class_path, _as_dict(fields.get("init_args") or {})
+    # jsonargparse puts arguments that a signature does not name into dict_kwargs.
+    return class_path, {**_as_dict(fields.get("init_args") or {}), **_as_dict(fields.get("dict_kwargs") or {})}
 
 
 def _as_dict(fields: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from jsonargparse import Namespace
 
 from fedekd.benchmark import Block, Cell, cells, parse_filter, require_valid
-from fedekd.benchmark.grid import _as_text
+from fedekd.benchmark.grid import _as_text, cell_key
 from fedekd.cli.benchmark import benchmark_parser
 from fedekd.configuration.options import parse
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
@@ -107,6 +107,16 @@ def test_require_valid_trainer_options_replace_those_of_the_grid() -> None:
 
 def covered(coverage: Any = None) -> Cell:
     return cells([Block(["digits"], [0.5], [0], METHOD, coverage=coverage)])[0]
+
+
+def test_key_depends_on_dict_kwargs() -> None:
+    def key(**arguments: Any) -> str:
+        model = {"class_path": "torchvision.models.vit_b_16", **arguments}
+        return cell_key({**covered().values, "client": {**covered().values["client"], "private_model": model}})
+
+    keys = [key(), key(dict_kwargs={"dropout": 0.1}), key(dict_kwargs={"dropout": 0.2})]
+    assert len({*keys}) == 3
+    assert key(init_args={"dropout": 0.1}) == keys[1]
 
 
 def test_key_depends_on_coverage_options() -> None:

@@ -52,6 +52,11 @@ def message(parser: ArgumentParser, *options: str) -> str:
         (["--engine="], "--engine: expected the name of a class, got ''. Choose from: MultiProcess, Ray, Sequential."),
         (["--method.init_args=3"], "--method.init_args: expected keys and values, got one value of type str"),
         (["--method=torch.nn.Linear"], "--method: expected a subclass of Method, got torch.nn.Linear"),
+        (
+            ["--client.private_model=torchvision.models.vit_b_16", "--client.private_model.layers=2"],
+            "--client.private_model.layers: unknown argument of torchvision.models.vit_b_16."
+            " An argument that its signature does not name belongs in dict_kwargs.",
+        ),
         (["--method.betta=2"], "--method.betta: unknown argument of fedekd.methods.FedeKD. Did you mean 'beta'?"),
         (
             ["--method.gate=open"],
