@@ -63,13 +63,13 @@ PYTHON_GPU ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 	$(PYTHON_GPU) -m perf.gpu $(ARGS)
 
-# Ray, Flower and Hugging Face datasets are optional; without them their tests are skipped.
+# Ray, Flower, Hugging Face datasets and timm are optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm]'
 	touch $@
 
-## extras: install Ray, Flower and Hugging Face datasets, for clusters, real sites and hf:NAME
+## extras: install Ray, Flower, Hugging Face datasets and timm, for clusters, real sites, hf:NAME and networks
 .PHONY: extras
 extras: $(EXTRAS)
 
@@ -94,10 +94,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=90 --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
-## test-extras: run the tests of Ray, Flower and Hugging Face datasets
+## test-extras: run the tests of Ray, Flower, Hugging Face datasets and timm
 .PHONY: test-extras
 test-extras: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf or timm" tests $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint

@@ -28,9 +28,10 @@ def build_model(
     """Build a model for images or features of the given shape.
 
     For images `in_channels`, `image_size` and `num_classes` are passed if the model's signature has them; a function
-    with `**kwargs`, as in torchvision, gets `num_classes`. A model without `in_channels` is wrapped in
-    `ImageClassifier`. For features `in_features` and `num_classes` are passed. Initial weights come from torch's global
-    generator; seed it before the call.
+    with `**kwargs`, as in torchvision, gets `num_classes`; one of timm also gets `in_chans`, and `img_size` if the
+    network is for images of one size. A model without `in_channels` is wrapped in `ImageClassifier`. For features
+    `in_features` and `num_classes` are passed. Initial weights come from torch's global generator; seed it before the
+    call.
 
     Args:
         spec: A class path (`torchvision.models.resnet18`) or the bare name of a model of `fedekd.models`;
@@ -68,12 +69,13 @@ def build_model(
     extra: dict[str, Any] = {}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepted |= {"num_classes"}
-        extra = _torchvision_arguments(factory, (input_shape[1], input_shape[2])) if is_image else {}
+        extra = _package_arguments(factory, init_args, input_shape) if is_image else {}
     try:
         model = factory(**{**extra, **{name: data_args[name] for name in accepted}, **init_args})
         if isinstance(model, nn.Module) and is_image and "in_channels" not in parameters:
             _require_plain_tensors(model)
-            model = ImageClassifier(model, num_classes=num_classes, in_channels=input_shape[0])
+            repeat = "in_chans" not in extra
+            model = ImageClassifier(model, num_classes=num_classes, in_channels=input_shape[0], repeat=repeat)
     except UserError as error:
         raise UserError(f"{flag} '{class_path}': {error}") from error
     except Exception as error:  # a user's constructor may raise anything
@@ -94,7 +96,7 @@ def _require_kind(factory: Callable[..., Any], parameters: Mapping[str, Any], is
         UserError: If it is; the message has the models to choose.
     """
     module = getattr(factory, "__module__", None) or ""
-    of_images = "in_channels" in parameters or module.partition(".")[0] == "torchvision"
+    of_images = "in_channels" in parameters or module.partition(".")[0] in ("torchvision", "timm")
     of_features = "in_features" in parameters and not of_images
     if of_features if is_image else of_images:
         kinds = ("images", "a table", "PrivateCNN", "ProxyCNN") if is_image else ("a table", "images", "MLP", "MLP")
@@ -242,6 +244,20 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
             network.train(modes[0][1])  # a user's network may override train()
         for module, before in modes:
             module.training = before
+
+
+def _package_arguments(
+    factory: Callable[..., Any], init_args: Mapping[str, Any], input_shape: Sequence[int]
+) -> dict[str, Any]:
+    """Return the `**kwargs` for the data of builders of torchvision and timm."""
+    channels, *size = input_shape
+    if factory.__module__.partition(".")[0] != "timm":
+        return _torchvision_arguments(factory, (size[0], size[1]))
+    from timm import get_pretrained_cfg
+
+    configuration = get_pretrained_cfg(init_args.get("model_name", factory.__name__))
+    has_fixed_size = configuration is not None and configuration.fixed_input_size
+    return {"in_chans": channels, **({"img_size": tuple(size)} if has_fixed_size else {})}
 
 
 def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -> dict[str, Any]:

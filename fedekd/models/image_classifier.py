@@ -17,15 +17,17 @@ class ImageClassifier(nn.Module):
         backbone: A network whose last layer is an `nn.Linear` with `num_classes` outputs, such as torchvision's ResNet,
             MobileNet, EfficientNet, ConvNeXt, DenseNet, Swin or ViT.
         num_classes: Number of classes; 1 for regression.
-        in_channels: Channels of an image: 1 or 3.
+        in_channels: Channels of an image: 1 or 3; with `repeat=False` any number.
+        repeat: Repeat images of one channel to three; False for a backbone of `in_channels` channels.
 
     Attributes:
         num_features: Dimension of `features(x)`.
         head: The last linear layer; `forward(x)` is `head(features(x))`.
+        repeats_channels: `repeat`.
 
     Raises:
-        UserError: If `in_channels` is neither 1 nor 3, or the last layer is not linear with `num_classes` outputs
-            (SqueezeNet ends in a convolution).
+        UserError: If images are repeated and `in_channels` is neither 1 nor 3, or the last layer is not linear with
+            `num_classes` outputs (SqueezeNet ends in a convolution).
 
     Example:
         >>> import torch
@@ -35,21 +37,22 @@ class ImageClassifier(nn.Module):
         (torch.Size([4, 12]), torch.Size([4, 10]))
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, in_channels: int) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, in_channels: int, repeat: bool = True) -> None:
         super().__init__()
-        if in_channels not in (1, 3):
+        if repeat and in_channels not in (1, 3):
             raise UserError(f"in_channels: expected 1 or 3 for {type(backbone).__name__}, got {in_channels}")
         self.head = _take_head(backbone, num_classes)
         self.num_features = self.head.in_features
         self.backbone = backbone
+        self.repeats_channels = repeat  # not named as the argument, which would change fingerprints of networks
 
     def features(self, x: Tensor) -> Tensor:
-        """Map images (B, 1 or 3, H, W) to features (B, num_features)."""
-        features: Tensor = self.backbone(x.expand(-1, 3, -1, -1))
+        """Map images (B, in_channels, H, W) to features (B, num_features)."""
+        features: Tensor = self.backbone(x.expand(-1, 3, -1, -1) if self.repeats_channels else x)
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, 1 or 3, H, W) to logits (B, num_classes)."""
+        """Map images (B, in_channels, H, W) to logits (B, num_classes)."""
         logits: Tensor = self.head(self.features(x))
         return logits
 

@@ -10,7 +10,7 @@ from torchvision.ops import Permute
 
 from fedekd.errors import UserError, require, require_choice
 
-Layout = Literal["nchw", "nhwc", "tokens", "flat"]
+Layout = Literal["nchw", "nhwc", "tokens", "patches", "flat"]
 
 
 class ClassToken(nn.Module):
@@ -21,6 +21,14 @@ class ClassToken(nn.Module):
         return x[:, 0]
 
 
+class MeanToken(nn.Module):
+    """Average the tokens of a transformer: (B, N, D) to (B, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean of the N tokens."""
+        return x.mean(1)
+
+
 class ExitHead(nn.Module):
     """Head of an exit before the last: pooling, layer norm, linear layer.
 
@@ -29,7 +37,7 @@ class ExitHead(nn.Module):
         num_classes: Number of classes; 1 for regression.
         layout: Layout of the stage's output. `"nchw"`: maps (B, C, H, W), averaged over `grid` x `grid` cells;
             `"nhwc"`: maps (B, H, W, C), as in Swin; `"tokens"`: (B, N, D), reduced to the class token `[:, 0]`;
-            `"flat"`: features (B, F).
+            `"patches"`: (B, N, D), reduced to the mean of all tokens; `"flat"`: features (B, F).
         grid: Cells of the average pooling per side, at least 1; 1 is global average pooling. In maps smaller than the
             grid, pixels are repeated. Unused for tokens and flat features.
 
@@ -54,6 +62,7 @@ class ExitHead(nn.Module):
             "nchw": [nn.AdaptiveAvgPool2d(grid), nn.Flatten()],
             "nhwc": [Permute([0, 3, 1, 2]), nn.AdaptiveAvgPool2d(grid), nn.Flatten()],
             "tokens": [ClassToken()],
+            "patches": [MeanToken()],
             "flat": [],
         }
         require_choice("layout", layout, pools)

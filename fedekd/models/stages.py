@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +17,10 @@ from fedekd.models.image_classifier import ImageClassifier
 from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ClassToken, ExitHead, Layout, MultiExitNetwork
 from fedekd.models.resnet import CIFARResNet
+from fedekd.models.stage_split import Stages, StageSplit, equal_groups, take_out
+from fedekd.models.timm_stages import is_of_timm, split_timm
 
 _LAYOUTS: dict[int, Layout] = {4: "nchw", 3: "tokens", 2: "flat"}  # by number of dimensions
-
-Stages = list[list[nn.Module]]
-
-
-def _merge_deepest(stages: int, exits: int) -> list[int]:
-    return [*range(exits), stages]
-
-
-def _equal_groups(stages: int, exits: int) -> list[int]:
-    return [stages * group // exits for group in range(exits + 1)]
-
-
-class StageSplit(NamedTuple):
-    """Stages of a network, and how they are merged into fewer.
-
-    Attributes:
-        stages: The largest number of stages, each a list of modules that are called in sequence. The last module of the
-            last stage is the network's last linear layer, unless `head` is given.
-        group: From the numbers of stages and of exits to the boundaries of the merged groups.
-        default: Default number of exits; None is all stages.
-        layout: Layout of the outputs of all stages but the last; None infers it from the number of dimensions.
-        image_size: Size of images that the stages accept.
-        head: The network's last linear layer, if it is outside the stages.
-    """
-
-    stages: Stages
-    group: Callable[[int, int], list[int]] = _merge_deepest
-    default: int | None = None
-    layout: Layout | None = None
-    image_size: int | Sequence[int] = 64
-    head: nn.Linear | None = None
 
 
 def multi_exit(
@@ -73,8 +44,13 @@ def multi_exit(
     | `CIFARResNet` | its three groups of blocks, the stem in the first |
     | torchvision's `ResNet`, `ConvNeXt`, `SwinTransformer` (v1, v2) | their four stages, the stem in the first |
     | torchvision's `VisionTransformer` | equal groups of blocks, 4 by default |
+    | timm's ResNet, RegNet, EfficientNet, MobileNet, ConvNeXt, Swin | four, at strides 4 to 32, the stem in the first |
+    | timm's ViT and DeiT | equal groups of blocks, 4 by default |
     | `ImageClassifier` | those of its backbone |
     | `MLP` | one per hidden layer |
+
+    Other networks of timm (`pip install 'fedekd[timm]'`) work, too, if they are a sequence of modules with a
+    `feature_info`: the outputs of the stages are compared with those of a copy of the network.
 
     Args:
         backbone: A network of a class in the table (not of a subclass); any network with `split`. A `MultiExitNetwork`
@@ -119,7 +95,7 @@ def multi_exit(
         stage_split = _split(backbone)
     bounds = stage_split.group(num_stages, number)
     stages = [nn.Sequential(*chain.from_iterable(stage_split.stages[start:stop])) for start, stop in pairwise(bounds)]
-    _take_out(head, stages[-1])
+    take_out(head, stages[-1])
     heads = [
         ExitHead(width, num_classes, layout, grid).to(head.weight)
         for width, layout in _widths(stages, head, stage_split.image_size, stage_split.layout)
@@ -139,17 +115,15 @@ def _last_linear(modules: Sequence[nn.Module], name: str) -> nn.Linear:
     return last
 
 
-def _take_out(head: nn.Linear, stage: nn.Module) -> None:
-    for path, part in [*stage.named_modules()]:
-        if part is head:
-            parent, _, attribute = path.rpartition(".")
-            setattr(stage.get_submodule(parent), attribute, nn.Identity())
+def _is_resnet_of_timm(network: nn.Module) -> bool:
+    return type(network).__module__ == "timm.models.resnet" and type(network).__name__ == "ResNet"
 
 
 def _replace_stems(network: nn.Module) -> None:
-    for resnet in [part for part in network.modules() if isinstance(part, ResNet)]:
-        old = resnet.conv1
-        conv = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+    resnets: list[Any] = [part for part in network.modules() if isinstance(part, ResNet) or _is_resnet_of_timm(part)]
+    for resnet in resnets:
+        old = next(part for part in resnet.conv1.modules() if isinstance(part, nn.Conv2d))  # some have three
+        conv = nn.Conv2d(old.in_channels, resnet.bn1.num_features, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as in torchvision
         resnet.conv1 = conv.to(old.weight)
         resnet.maxpool = nn.Identity()
@@ -265,12 +239,13 @@ def _split_vit(network: VisionTransformer) -> StageSplit:
     stages: Stages = [[block] for block in network.encoder.layers]
     stages[0].insert(0, _Tokens(network))
     stages[-1] += [network.encoder.ln, ClassToken(), network.heads]
-    return StageSplit(stages, _equal_groups, default=min(4, len(stages)), image_size=network.image_size)
+    return StageSplit(stages, equal_groups, default=min(4, len(stages)), image_size=network.image_size)
 
 
 def _split_image_classifier(network: ImageClassifier) -> StageSplit:
     stage_split = _split(network.backbone)
-    stage_split.stages[0].insert(0, _ThreeChannels())
+    if network.repeats_channels:
+        stage_split.stages[0].insert(0, _ThreeChannels())
     return stage_split._replace(head=network.head)
 
 
@@ -305,7 +280,7 @@ def _full_name(family: type[nn.Module]) -> str:
 
 def _split(network: nn.Module) -> StageSplit:
     # Exact class: a subclass may override forward, which the stages would not follow.
-    splitter = STAGE_SPLITTERS.get(type(network))
+    splitter = split_timm if is_of_timm(network) else STAGE_SPLITTERS.get(type(network))
     if splitter is None:
         known = ", ".join(f"{family.__module__.partition('.')[0]}'s {family.__name__}" for family in STAGE_SPLITTERS)
         raise UserError(
