@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -257,6 +257,38 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
         next(row for row in rows if row[0] == name)[-2] = f"{p:.2g}"
     heads = ["method", *FIGURES.values(), "surplus avg", "worst, do no harm", "MB sent", "seconds", "p", "seeds"]
     return f"Metric: {metric.name}.\n\n" + markdown(heads, rows)
+
+
+def proxies(folder: str, labels: Mapping[str, str]) -> str:
+    """One row per data set, alpha and variant of ProxyEnsemble.
+
+    Args:
+        folder: Folder in results/.
+        labels: Label of a method in the rows, and in the table.
+    """
+    files = sorted((RESULTS / folder).glob("*.csv"))
+    frame = (
+        pd.concat([pd.read_csv(path) for path in files])
+        if files
+        else pd.DataFrame(columns=["method", "dataset", "alpha"])
+    )
+    frame = frame[frame["method"].isin(labels)]
+    # Only the settings in which a variant was measured.
+    measured = frame.loc[frame["method"] != "ProxyEnsemble", ["dataset", "alpha"]].drop_duplicates()
+    if not len(measured):
+        return "*Not measured yet.*"
+    rows = []
+    for dataset, alpha in measured.sort_values(["dataset", "alpha"]).itertuples(index=False):
+        at_setting = frame[(frame["dataset"] == dataset) & (frame["alpha"] == alpha)]
+        for label, title in labels.items():
+            group = at_setting[at_setting["method"] == label]
+            if len(group):
+                scores = [spread(group[column], False) for column in ("local_mean", "control_mean", "mean")]
+                gains = [spread(group[column], True) for column in ("delta_avg", "delta_worst", "surplus_avg")]
+                sent = f"{group['bytes_up'].mean() / 1e6:.1f}"
+                rows.append([dataset, f"{alpha:g}", title, *scores, *gains, sent, str(len(group))])
+    heads = ["data set", "alpha", "ProxyEnsemble", "Local", "control", "score"]
+    return markdown([*heads, "Delta avg", "Delta worst", "surplus avg", "MB sent", "seeds"], rows)
 
 
 def _paired_t(first: pd.DataFrame | None, second: pd.DataFrame) -> float | None:
@@ -567,7 +599,7 @@ def factors(grid: str) -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_methods, best_static, do_no_harm, savings,
-    coverage, factors, hospital, natural_sites,
+    coverage, factors, hospital, proxies, natural_sites,
 )  # fmt: skip
 
 
