@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from fedekd.atomic import digest
 from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.configuration.options import (
     FROM_DATA,
@@ -26,6 +27,7 @@ from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, require_choice
 from fedekd.federation.run_folder import RUNTIME_OPTIONS, to_json_value
 from fedekd.federation.source_code import is_installed
+from fedekd.methods.teacher import read_weights
 
 #: Options that do not affect the results of a run and are not part of its key.
 _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
@@ -41,6 +43,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "FedeKD.cross_fit": False,
     "MLP.width": 1.0,
     "ProxyCNN.width": 1.0,
+    "SafeKD.teacher": None,
     "baseline.control": None,
     "baseline.epochs": None,
     "baseline.learning_rates": [1e-4, 3e-4, 1e-3, 3e-3],
@@ -331,7 +334,11 @@ def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None
 
 
 def _class_options(name: str, spec: Any) -> dict[str, Any]:
-    """Return the class path and the arguments of a class in the configuration."""
+    """Return the class path, arguments and weights of a configured class.
+
+    Raises:
+        UserError: If the file of the weights cannot be read.
+    """
     class_path = spec if isinstance(spec, str) else spec["class_path"]
     given = {} if isinstance(spec, str) else {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
     class_path = class_path if "." in class_path else f"fedekd.models.{class_path}"
@@ -346,6 +353,8 @@ def _class_options(name: str, spec: Any) -> dict[str, Any]:
     else:
         arguments = {key: value for key, value in {**defaults, **given}.items() if key not in FROM_DATA}
     options: dict[str, Any] = {name: class_path}
+    if isinstance(spec, Mapping) and spec.get("weights") is not None:  # of a teacher: by content, wherever the file is
+        options[f"{name}.weights"] = digest(read_weights(spec["weights"]))
     for key, value in arguments.items():
         is_class = isinstance(value, Mapping) and "class_path" in value
         path = f"{name}.{short}.{key}"

@@ -291,18 +291,21 @@ class Client:
         return module.epoch_means
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
-    def predict(self, role: str, split: str, with_features: bool = False, *, mixed: bool = True) -> ModelOutput:
+    def predict(
+        self, role: str | nn.Module, split: str, with_features: bool = False, *, mixed: bool = True
+    ) -> ModelOutput:
         """Return a network's outputs for all samples of a split, in order.
 
         Real values are standardised; see `in_target_unit`.
 
         Args:
-            role: Network, or `ensemble`.
+            role: Network, or `ensemble`; or a network that is not part of the client, such as an external teacher.
             split: `train`, `validation`, `tuning`, `calibration`, `holdout` or `test`.
             with_features: Also return the features.
             mixed: Use the mixed precision of training, if any; False uses the precision of the weights.
         """
-        network, trainer = self.network(role), self.spec.trainer
+        network, role = (role, "teacher") if isinstance(role, nn.Module) else (self.network(role), role)
+        trainer = self.spec.trainer
         indices = getattr(self.splits, split).to(self.samples.inputs.device)
         outputs = []
         seed = derive_seed(self.spec.seed, self.number, role, split, "predict")  # for layers that draw here, too
@@ -322,14 +325,14 @@ class Client:
             features = torch.cat([output.features for output in outputs if output.features is not None])
         return ModelOutput(exits, features)
 
-    def teacher_outputs(self, role: str, with_features: bool = False) -> tuple[Tensor, ...]:
+    def teacher_outputs(self, role: str | nn.Module, with_features: bool = False) -> tuple[Tensor, ...]:
         """Return the outputs of a frozen teacher for the training split.
 
         They are computed once per phase, not once per epoch. Where training samples are augmented they are empty: the
         teacher then runs at every step on the augmented batch.
 
         Args:
-            role: Network.
+            role: Network, or one that is not part of the client.
             with_features: Also return the features.
 
         Returns:

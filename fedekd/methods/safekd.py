@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedekd.errors import UserError, require
 from fedekd.methods.base import Method, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
+from fedekd.methods.teacher import ExternalTeacher
 from fedekd.modules import MovingAverage, MultiExitModule
 from fedekd.modules.losses import require_exit_weights
 from fedekd.modules.multi_exit import check_arguments
@@ -16,10 +18,10 @@ from fedekd.modules.multi_exit import check_arguments
 class SafeKD(Method):
     """SAFE-KD: clients train networks with exits by distillation, without exchange.
 
-    The loss is cross-entropy, decoupled distillation (DKD) from a moving average of the network, and KL from the
-    deepest to the shallow exits (see `fedekd.modules.MultiExitModule`). The local baseline is the same network trained
-    without distillation, on the labels at all exits, with the same initial weights and batches. For the finished run,
-    `calibrate` selects the confidence thresholds of the exits.
+    The loss is cross-entropy, decoupled distillation (DKD) from a teacher, and KL from the deepest to the shallow exits
+    (see `fedekd.modules.MultiExitModule`). The teacher is a moving average of the network, or another trained network.
+    The local baseline is the same network trained without distillation, on the labels at all exits, with the same
+    initial weights and batches. For the finished run, `calibrate` selects the confidence thresholds of the exits.
 
     Args:
         distillation_weight: a, weight of DKD, at least 0.
@@ -30,9 +32,14 @@ class SafeKD(Method):
         warmup_epochs: Epochs over which the weight of DKD rises to a, at least 0.
         exit_weights: One weight per exit, at least 0; null weights all E exits by 1 / E.
         ema_decay: Decay of the moving average, in [0, 1).
+        teacher: A trained, frozen network in place of the moving average: class_path and init_args as for
+            client.private_model, and weights, the path of a file with its state_dict or with the state of a client
+            (checkpoints/client-000-0020.pt of a run). Without weights the network must have trained weights when it is
+            built. Its last exit teaches all exits. Every process and site needs the file under this path; null for the
+            moving average.
 
     Raises:
-        UserError: If a value is out of range.
+        UserError: If a value is out of range, or the file of the teacher cannot be read.
 
     Reference:
         SAFE-KD, arXiv 2602.03043.
@@ -50,6 +57,7 @@ class SafeKD(Method):
         warmup_epochs: int = 20,
         exit_weights: Sequence[float] | None = None,
         ema_decay: float = 0.999,
+        teacher: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         try:
@@ -70,9 +78,12 @@ class SafeKD(Method):
         self.temperature, self.dkd_alpha, self.dkd_beta = temperature, dkd_alpha, dkd_beta
         self.warmup_epochs, self.ema_decay = warmup_epochs, ema_decay
         self.exit_weights = None if exit_weights is None else list(exit_weights)
+        is_used = teacher is None or distillation_weight > 0
+        require(is_used, "method.teacher", "null with distillation_weight 0", teacher)
+        self.teacher = None if teacher is None else ExternalTeacher.from_config(teacher)
 
     def init_server(self, spec: FederationSpec) -> None:
-        """Check the task and the number of exit weights."""
+        """Check the task, the number of exit weights and the external teacher."""
         require(
             spec.task != "regression",
             "task",
@@ -88,21 +99,24 @@ class SafeKD(Method):
                 f"{exits} weights, one per exit",
                 self.exit_weights,
             )
+        if self.teacher is not None:
+            self.teacher.check(spec)
 
     def init_client(self, client: Client) -> None:
-        """Add the teacher, which starts as a copy of the network."""
-        if self.distillation_weight:
+        """Add the moving average, which starts as a copy of the network."""
+        if self.distillation_weight and self.teacher is None:
             client.networks["teacher"] = MovingAverage(client.networks["private"], self.ema_decay)
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Train the private model for `local_epochs`."""
         if round_idx == 0:
             return {}
-        average = client.networks.get("teacher")
-        assert average is None or isinstance(average, MovingAverage)
+        # Built per phase: the memory of a process then holds one external teacher, not one per client.
+        external = None if self.teacher is None else self.teacher.build(client.spec)
+        teacher = client.networks.get("teacher") if external is None else external
         module = MultiExitModule(
             client.networks["private"],
-            average if average is not None else "ema",
+            teacher if teacher is not None else "ema",
             distillation_weight=self.distillation_weight,
             consistency_weight=self.consistency_weight,
             temperature=self.temperature,
@@ -114,4 +128,5 @@ class SafeKD(Method):
             optimizer=client.spec.optimizer,
             first_epoch=client.supervised_epochs,
         )
-        return client.train_supervised(module, carry_optimizer=True)
+        outputs = () if external is None else client.teacher_outputs(external)
+        return client.train_supervised(module, carry_optimizer=True, teacher_outputs=outputs)

@@ -13,7 +13,7 @@ from torch import nn
 from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
-from fedekd.methods.options import ClientOptions, build_optimizer
+from fedekd.methods.options import ClientOptions, ModelSpec, build_optimizer
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.modules import TrainerFactory
@@ -170,28 +170,50 @@ class FederationSpec:
         option = f"client.{role}_model" + ("s" if role == "private" and self.client.private_models else "")
         seed = derive_seed(self.seed, client_id, role, "initial weights")
         with isolated_rng(seed, self.trainer.torch_device):
-            network = build_model(
-                spec,
-                input_shape=self.input_shape,
-                num_classes=self.num_outputs,
-                flag=option,
-            )
+            network = self._plain_network(spec, option)
             if role == "private" and self.client.exits_for(client_id) is not None:
                 network = self._with_exits(network, client_id)
+        return self._on_device(network)
+
+    def build_network(self, model: str | ModelSpec, option: str, exits: int | None = None) -> nn.Module:
+        """Build a network that is not a client's model, such as a teacher.
+
+        Args:
+            model: The network, as `client.private_model`. Initial weights are seeded from (seed, option).
+            option: Name of the option in errors.
+            exits: Number of stages with one exit each, as `client.exits`; None keeps the network as it is.
+
+        Returns:
+            The network on the training device.
+
+        Raises:
+            UserError: If it cannot be built or split.
+        """
+        with isolated_rng(derive_seed(self.seed, option, "initial weights"), self.trainer.torch_device):
+            network = self._plain_network(model, option)
+            if exits is not None:
+                try:
+                    network = self._split(network, exits)
+                except UserError as error:
+                    raise UserError(f"{option}: {error}") from error
+        return self._on_device(network)
+
+    def _plain_network(self, model: str | ModelSpec, option: str) -> nn.Module:
+        return build_model(model, input_shape=self.input_shape, num_classes=self.num_outputs, flag=option)
+
+    def _on_device(self, network: nn.Module) -> nn.Module:
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # In PyTorch's stubs, memory_format is a separate overload.
         return network.to(memory_format=self.trainer.memory_format)
 
+    def _split(self, network: nn.Module, exits: int | None, grid: int = 1) -> MultiExitNetwork:
+        small = max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE
+        return multi_exit(network, self.num_outputs, exits, grid=grid, cifar_stem=small)
+
     def _with_exits(self, network: nn.Module, client_id: int | str) -> nn.Module:
         options, depth = self.client, self.depth(client_id)
         try:
-            full = multi_exit(
-                network,
-                self.num_outputs,
-                options.exits_for(client_id),
-                grid=options.exit_grid,
-                cifar_stem=max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE,
-            )
+            full = self._split(network, options.exits_for(client_id), options.exit_grid)
         except UserError as error:
             raise UserError(f"client.exits {options.exits}: {error}") from error
         try:
