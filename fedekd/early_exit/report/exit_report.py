@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +21,11 @@ from fedekd.early_exit.cost_curves import Point, accuracy_cost_curve, area, exit
 from fedekd.early_exit.latency import BATCH_SIZES, Latency, measure_latency
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_metrics import PolicyMetrics, evaluate_policy
+from fedekd.early_exit.reliability import ExitReliability, exit_reliabilities
 from fedekd.early_exit.robustness import CorruptionResult, LabelledImages, evaluate_corruptions
 from fedekd.early_exit.scoring import HELD_OUT, ExitOutputs, network_input
 from fedekd.errors import UserError
 from fedekd.methods import Client
-from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.models import ExitCosts, MultiExitNetwork
 
 
@@ -126,23 +125,6 @@ class PolicyResult:
     policy: ExitPolicy
     metrics: PolicyMetrics
     latency: Sequence[Latency]
-
-
-@dataclass(frozen=True, eq=False)
-class ExitReliability:
-    """Agreement of confidence and accuracy at one exit, on the test split.
-
-    Attributes:
-        exit: Number of the exit, from 1.
-        error: Expected calibration error over all images.
-        exiting_error: Expected calibration error over the images that take the exit; NaN if none does.
-        bins: Bins of the reliability diagram, over all images.
-    """
-
-    exit: int
-    error: float
-    exiting_error: float
-    bins: Sequence[ReliabilityBin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,22 +230,7 @@ def _validity(network: EvaluatedNetwork, options: ReportOptions, on_step: Callab
 
 def _reliabilities(network: EvaluatedNetwork, options: ReportOptions) -> list[ExitReliability]:
     policy = network.calibrate(options.target_risk, options.confidence)
-    scores = network.test.to_scores()
-    exits = policy.assign(scores.scores)
-    results = []
-    for exit_ in range(policy.num_exits):
-        # Softmax probabilities may exceed 1 by round-off.
-        confidence = torch.from_numpy(scores.scores[:, exit_]).clamp(0.0, 1.0)
-        correct, mask = torch.from_numpy(scores.correct[:, exit_]), torch.from_numpy(exits == exit_)
-        results.append(
-            ExitReliability(
-                exit_ + 1,
-                expected_calibration_error(confidence, correct),
-                expected_calibration_error(confidence[mask], correct[mask]) if mask.any() else math.nan,
-                reliability(confidence, correct),
-            )
-        )
-    return results
+    return exit_reliabilities(policy, network.splits["tuning"], network.test)
 
 
 def _corruptions(

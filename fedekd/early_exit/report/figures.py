@@ -85,7 +85,8 @@ def reliabilities(report: ExitReport) -> Figure:
         sizes = [12 + 240 * math.sqrt(each.count / total) for each in line.bins]
         confidences = [each.confidence for each in line.bins]
         axes.scatter(confidences, [each.accuracy for each in line.bins], sizes, color=BLUE, alpha=0.75)
-        axes.set(title=f"exit {line.exit}, ECE {line.error:.3f}", xlabel="confidence", xlim=(0, 1.03), ylim=(0, 1.03))
+        title = f"exit {line.exit}, ECE {line.error:.3f}, scaled {line.scaled_error:.3f}"
+        axes.set(title=title, xlabel="confidence", xlim=(0, 1.03), ylim=(0, 1.03))
     panels[0].set_ylabel("accuracy (area: number of images)")
     return figure
 

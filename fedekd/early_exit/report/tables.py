@@ -15,9 +15,8 @@ from fedekd.early_exit.report.exit_report import ExitReport, PolicyResult
 
 #: Number format by column; other numbers have 4 significant digits.
 _FORMATS: dict[str, str] = {
-    **dict.fromkeys(
-        ("accuracy", "area", "full accuracy", "recalibrated accuracy", "ECE", "ECE of exiting images"), ".4f"
-    ),
+    **dict.fromkeys(("accuracy", "area", "full accuracy", "recalibrated accuracy"), ".4f"),
+    **dict.fromkeys(("ECE", "ECE of exiting images", "scaled ECE", "scaled ECE of exiting images"), ".4f"),
     **dict.fromkeys(("cost", "FLOPs saved", "early exits", "mean cost", "recalibrated FLOPs saved"), ".1%"),
     **dict.fromkeys(("worst risk", "excess risk", "recalibrated worst risk"), ".4f"),
     **dict.fromkeys(("violation rate", "CI low", "CI high"), ".4f"),
@@ -141,12 +140,22 @@ def _verdict(validity: Validity) -> str:
 
 def _reliability(report: ExitReport) -> ReportTable:
     rows = [
-        {"exit": line.exit, "ECE": line.error, "ECE of exiting images": line.exiting_error}
+        {
+            "exit": line.exit,
+            "ECE": line.error,
+            "ECE of exiting images": line.exiting_error,
+            "temperature": line.temperature,
+            "scaled ECE": line.scaled_error,
+            "scaled ECE of exiting images": line.scaled_exiting_error,
+        }
         for line in report.reliabilities
     ]
     description = (
         "Expected calibration error (ECE, 15 bins): mean distance of confidence from accuracy, over all test images and"
-        f" over the images that take the exit at target risk {report.options.target_risk:g}."
+        f" over the images that take the exit at target risk {report.options.target_risk:g}. Scaled: after dividing the"
+        " logits of the exit by its temperature, which is fitted on the tuning split. The policy uses the unscaled"
+        " confidence: with more than two classes, scaling changes the order of images, so that thresholds do not carry"
+        " over."
     )
     return ReportTable("reliability", "Calibration error of each exit", description, pd.DataFrame(rows))
 
