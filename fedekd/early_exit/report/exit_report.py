@@ -194,7 +194,7 @@ def make_exit_report(
         policies=policies,
         reliabilities=_reliabilities(network, options),
         validity=_validity(network, options, on_step),
-        corruptions=_corruptions(client, network, options, on_step) if has_corruptions else [],
+        corruptions=corruption_results(client, network, options, on_step) if has_corruptions else [],
         options=options,
         provenance=dict(provenance or {}),
     )
@@ -204,15 +204,25 @@ def _policy_result(
     client: Client, network: EvaluatedNetwork, target_risk: float, options: ReportOptions
 ) -> PolicyResult:
     policy = network.calibrate(target_risk, options.confidence)
-    latency: Sequence[Latency] = []
-    if options.batches:
-        # Shuffled, because splits are sorted by index in the data set and hence possibly by class.
-        test = client.splits.test
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.spec.seed))
-        indices = test[order[: options.batches * max(BATCH_SIZES)]].to(client.samples.inputs.device)
-        images = network_input(network.network, client.samples.inputs[indices])
-        latency = measure_latency(network.network, policy, images, batches=options.batches)
+    latency = policy_latency(client, network, policy, options.batches) if options.batches else []
     return PolicyResult(policy, evaluate_policy(policy, network.test, network.costs), latency)
+
+
+def policy_latency(client: Client, network: EvaluatedNetwork, policy: ExitPolicy, batches: int) -> list[Latency]:
+    """Measure the latency of a policy on test images of a client.
+
+    Args:
+        client: Client whose images are used.
+        network: The calibrated network.
+        policy: Its policy.
+        batches: Batches per batch size, at least 2.
+    """
+    # Shuffled, because splits are sorted by index in the data set and hence possibly by class.
+    test = client.splits.test
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(client.spec.seed))
+    indices = test[order[: batches * max(BATCH_SIZES)]].to(client.samples.inputs.device)
+    images = network_input(network.network, client.samples.inputs[indices])
+    return measure_latency(network.network, policy, images, batches=batches)
 
 
 def _validity(network: EvaluatedNetwork, options: ReportOptions, on_step: Callable[[str], None]) -> list[Validity]:
@@ -233,9 +243,18 @@ def _reliabilities(network: EvaluatedNetwork, options: ReportOptions) -> list[Ex
     return exit_reliabilities(policy, network.splits["tuning"], network.test)
 
 
-def _corruptions(
+def corruption_results(
     client: Client, network: EvaluatedNetwork, options: ReportOptions, on_step: Callable[[str], None]
 ) -> list[CorruptionResult]:
+    """Evaluate the policy for `options.target_risk` under image corruptions.
+
+    Args:
+        client: Client whose images are corrupted.
+        network: The network to calibrate.
+        options: Extent of the report.
+        on_step: Called with a description after each corruption and severity.
+    """
+
     def spread(indices: torch.Tensor) -> LabelledImages:
         # Evenly spaced over the split, which is sorted by index in the data set and hence possibly by class.
         count = min(len(indices), options.corrupted)

@@ -1,0 +1,1 @@
+"""SAFE-KD against training on labels, over networks, data sets and seeds."""
