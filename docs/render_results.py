@@ -400,6 +400,75 @@ def validity(dataset: str) -> str:
     return markdown(["mode", *(f"target risk {risk:g}" for risk in risks), "draws"], rows)
 
 
+EXIT_SETTING = ["dataset", "model", "samples", "epochs"]
+
+
+def _exit_seeds(file: str) -> Iterable[tuple[list[str], pd.DataFrame]]:
+    """Yield the rows of each setting and method, Local last, with their labels; none without a file."""
+    path = RESULTS / "exits_seeds" / f"{file}.csv"
+    if not path.is_file():
+        return
+    frame = pd.read_csv(path)
+    frame["is_local"] = frame["method"] == "Local"
+    for values, group in frame.groupby([*EXIT_SETTING, "is_local", "method"]):
+        dataset, model, samples, epochs, _, method = values
+        name = f"{DATASETS.get(dataset, dataset)}, {samples:,} images" if samples else DATASETS.get(dataset, dataset)
+        yield [name, f"{str(model).rpartition('.')[2]}, {epochs} epochs", method], group
+
+
+def _values(values: pd.Series, digits: int = 4, sign: str = "") -> str:
+    """Mean ± sample standard deviation over the seeds that have a value."""
+    values = values.dropna()
+    if not len(values):
+        return ""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return minus(f"{values.mean():{sign}.{digits}f}") + deviation
+
+
+def exit_savings() -> str:
+    """Area, largest saving within a loss of accuracy, and time, over seeds."""
+    rows = []
+    for labels, group in _exit_seeds("networks"):
+        cells = [_values(group["area"])]
+        for loss in ("0.0", "0.5"):
+            saved, change = 100 * group[f"saved_{loss}"], 100 * group[f"change_{loss}"]
+            cells += [_values(saved, 1), _values(change, 2, "+")]
+        times = [_values(group[f"time_{size}"], 2) if f"time_{size}" in group else "" for size in (1, 32, 256)]
+        rows.append([*labels, *cells, *times, str(len(group))])
+    heads = ["data set", "network", "method", "area", "saved, % (loss 0)", "change", "saved, % (loss 0.5)", "change"]
+    heads += [*(f"time, batch {size}" for size in (1, 32, 256)), "seeds"]
+    return markdown(heads, rows) if rows else "*Not measured yet.*"
+
+
+def exit_calibration() -> str:
+    """Accuracy and calibration error per exit, before and after scaling, over seeds."""
+    rows = []
+    for labels, group in _exit_seeds("exits"):
+        for number, part in group.groupby("exit"):
+            errors = [part[name] for name in ("ece", "scaled_ece", "exiting_ece", "scaled_exiting_ece")]
+            cells = [_values(part["accuracy"]), _values(part["temperature"], 2), *map(_values, errors)]
+            rows.append([*labels, str(number), *cells, str(len(part))])
+    heads = ["data set", "network", "method", "exit", "accuracy", "temperature", "ECE", "ECE, scaled"]
+    heads += ["ECE of exiting images", "the same, scaled", "seeds"]
+    return markdown(heads, rows) if rows else "*Not measured yet.*"
+
+
+def exit_corruptions() -> str:
+    """Excess risk under corruptions and recalibrated figures, over seeds."""
+    rows = []
+    for labels, group in _exit_seeds("corruptions"):
+        for severity, part in group.groupby("severity"):
+            means = part.groupby("seed")[["full_accuracy", "excess_risk", "saved"]].mean()
+            again = part.groupby("seed")[["recalibrated_worst_risk", "recalibrated_saved"]].mean()
+            cells = [_values(means["full_accuracy"]), _values(means["excess_risk"], 4, "+")]
+            cells += [_values(100 * means["saved"], 1), _values(again["recalibrated_worst_risk"])]
+            cells += [_values(100 * again["recalibrated_saved"], 1), str(len(means))]
+            rows.append([*labels, str(severity), *cells])
+    heads = ["data set", "network", "method", "severity", "accuracy, last exit", "excess risk", "saved, %"]
+    heads += ["recalibrated: highest risk", "recalibrated: saved, %", "seeds"]
+    return markdown(heads, rows) if rows else "*Not measured yet.*"
+
+
 # ---------------------------------------------------------------- early exits in a federation
 
 
@@ -598,8 +667,8 @@ def factors(grid: str) -> str:
 
 
 FUNCTIONS = (
-    methods, sweep, gate, verdicts, exits, policies, validity, exit_methods, best_static, do_no_harm, savings,
-    coverage, factors, hospital, proxies, natural_sites,
+    methods, sweep, gate, verdicts, exits, policies, validity, exit_savings, exit_calibration, exit_corruptions,
+    exit_methods, best_static, do_no_harm, savings, coverage, factors, hospital, proxies, natural_sites,
 )  # fmt: skip
 
 
