@@ -404,7 +404,10 @@ EXIT_SETTING = ["dataset", "model", "samples", "epochs"]
 
 
 def _exit_seeds(file: str) -> Iterable[tuple[list[str], pd.DataFrame]]:
-    """Yield the rows of each setting and method, Local last, with their labels; none without a file."""
+    """Yield labels and rows of each setting and method, Local last.
+
+    Without a file there are none.
+    """
     path = RESULTS / "exits_seeds" / f"{file}.csv"
     if not path.is_file():
         return

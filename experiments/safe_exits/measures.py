@@ -67,7 +67,9 @@ def largest_saving(
 def rows_of(
     client: Client, name: str, extent: Extent, on_step: Callable[[str], None] = lambda step: None
 ) -> dict[str, list[Row]]:
-    """Return the rows of a client's network by file, without the columns that name the run.
+    """Return the rows of a client's network by file.
+
+    The columns that name the run are not part of them.
 
     Args:
         client: Trained client whose private model has exits.
