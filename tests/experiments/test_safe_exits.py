@@ -52,7 +52,20 @@ def test_largest_saving_equals_literal_search(loss: float) -> None:
 
 def test_main_measures_both_networks_once_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results"
-    argv = ["--datasets", "digits", "--seeds", "1", "--epochs", "1", "--max_samples", "400", "--corrupted", "20"]
+    argv = [
+        "--datasets",
+        "digits",
+        "--models",
+        "PrivateCNN",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--max_samples",
+        "400",
+        "--corrupted",
+        "20",
+    ]
     argv += ["--batches", "2", "--output", str(tmp_path / "runs"), "--results", str(results)]
     experiment.main(argv)
     frames = {name: pd.read_csv(results / f"{name}.csv") for name in FILES}
