@@ -343,6 +343,14 @@ def test_exit_head_averages_cells_of_maps(grid, size):
         torch.testing.assert_close(head(x), normal @ head.linear.weight.T + head.linear.bias)
 
 
+@pytest.mark.parametrize(("layout", "pool"), [("tokens", lambda x: x[:, 0]), ("patches", lambda x: x.mean(1))])
+def test_exit_head_reduces_tokens(layout, pool):
+    head = ExitHead(4, CLASSES, layout).double()
+    x = torch.randn(3, 6, 4, dtype=torch.float64)
+    expected = head.linear(F.layer_norm(pool(x), (4,), head.norm.weight, head.norm.bias))
+    torch.testing.assert_close(head(x), expected)
+
+
 def test_multi_exit_grid_is_passed_to_new_heads():
     network = multi_exit(PrivateCNN(1, 32, CLASSES), CLASSES, grid=2)
     assert [head.num_features for head in network.heads[:-1]] == [256, 512]
