@@ -5,7 +5,7 @@ initial weights and batches, trained on the labels of all exits. Both are measur
 exit, area under accuracy against cost, the largest saving of a calibrated policy within a loss of accuracy, latency,
 and image corruptions. The policy for a loss is chosen on the tuning and calibration splits among those of several
 target risks, and evaluated on the test split; the guarantee of a policy does not cover this choice. Finished runs and
-stored rows are not repeated, and interrupted runs are resumed. Every set of options needs its own `--output`.
+stored rows are not repeated, and interrupted runs are resumed.
 
 On one core a run with all samples takes about an hour (PrivateCNN) or 40 minutes (CIFARResNet), and with `--max_samples
 6000` less than ten minutes.
@@ -92,7 +92,8 @@ def clients_of(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Clien
     Returns:
         The client with the network of the method and with that of the local baseline, and the seconds of the run.
     """
-    name = f"{run.dataset}-{run.model.rpartition('.')[2]}-{run.method}-{run.seed:02d}".lower()
+    size = f"{run.samples or 'all'}-{run.epochs}"
+    name = f"{run.dataset}-{run.model.rpartition('.')[2]}-{run.method}-{size}-{run.seed:02d}".lower()
     folder = arguments.output / name.replace(", ", "-").replace(" ", "-")
     if not (folder / "summary.json").is_file():
         is_started = (folder / "config.yaml").is_file()
