@@ -21,7 +21,7 @@ import pandas as pd
 from scipy.stats import binomtest, ttest_ind_from_stats, ttest_rel, wilcoxon
 
 from fedekd.functional import paired_p_value
-from fedekd.metrics import METRICS
+from fedekd.metrics import METRICS, MetricSpec
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "results"
@@ -209,23 +209,34 @@ def natural_sites(federation: str) -> str:
 REFERENCE_ROWS = (("control of ProxyEnsemble", "ProxyEnsemble", "control"), ("Local, tuned", "Local", "tuned"))
 
 
-def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
-    """One row per method, best mean Delta first; p-values are Holm-adjusted.
+#: Settings of the page: title, name of the results file, alpha (None for sites), end of the labels.
+HOSPITAL_SETTINGS = (
+    ("CIFAR-10, alpha 0.1", "cifar10", 0.1, ""),
+    ("CIFAR-10, alpha 0.5", "cifar10", 0.5, ""),
+    ("CIFAR-10, alpha 0.1, 20 clients", "cifar10", 0.1, ", 20 clients"),
+    ("FashionMNIST, alpha 0.1", "fashionmnist", 0.1, ""),
+    ("FashionMNIST, alpha 0.5", "fashionmnist", 0.5, ""),
+    ("RetinaMNIST, alpha 0.1", "retinamnist", 0.1, ""),
+    ("RetinaMNIST, alpha 0.5", "retinamnist", 0.5, ""),
+    ("four hospitals", "heart_disease", None, ""),
+    ("three sources of digits", "digits3_16", None, ""),
+    ("four domains", "pacs_32", None, ""),
+)
 
-    Args:
-        dataset: Name of the results file.
-        alpha: Concentration; None for sites.
-        suffix: End of the labels, such as `, 20 clients`; removed from them.
-    """
+
+def _hospital_groups(
+    dataset: str, alpha: float | None, suffix: str
+) -> tuple[MetricSpec, dict[str, pd.DataFrame]] | None:
+    """Rows by method, with those of the references, indexed by seed; best mean Delta first, None without rows."""
     path = RESULTS / "hospital" / f"{dataset}.csv"
     if not path.is_file():
-        return "*Not measured yet.*"
+        return None
     frame = pd.read_csv(path)
     frame = frame[frame["alpha"].isna() if alpha is None else frame["alpha"] == alpha]
     frame = frame[frame["method"].str.endswith(suffix) if suffix else ~frame["method"].str.contains(", ")]
     frame = frame.assign(method=frame["method"].str.removesuffix(suffix))
     if not len(frame):
-        return "*Not measured yet.*"
+        return None
     metric = METRICS[frame["metric"].iloc[0]]
     groups = {name: group.set_index("seed") for name, group in frame.groupby("method", sort=False)}
     for label, method, prefix in REFERENCE_ROWS:
@@ -236,11 +247,24 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
             groups[label] = pd.DataFrame(columns)
     local = frame.drop_duplicates("seed").set_index("seed")
     groups["Local"] = pd.DataFrame({"mean": local["local_mean"], **dict.fromkeys(list(FIGURES)[1:], 0.0)})
-    best = groups.get("ProxyEnsemble")
     sign = 1 if metric.higher_is_better else -1
+    return metric, dict(sorted(groups.items(), key=lambda item: -sign * item[1]["delta_avg"].mean()))
+
+
+def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
+    """One row per method, best mean Delta first; p-values are Holm-adjusted.
+
+    Args:
+        dataset: Name of the results file.
+        alpha: Concentration; None for sites.
+        suffix: End of the labels, such as `, 20 clients`; removed from them.
+    """
+    found = _hospital_groups(dataset, alpha, suffix)
+    if found is None:
+        return "*Not measured yet.*"
+    metric, groups = found
     rows = []
-    for name in sorted(groups, key=lambda name: -sign * groups[name]["delta_avg"].mean()):
-        group = groups[name]
+    for name, group in groups.items():
         cells = [spread(group[column], column != "mean") for column in FIGURES]
         if name == "Local":
             cells[1:] = ["0"] * 3
@@ -251,12 +275,33 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
         seconds = f"{group['seconds'].mean():.0f}" if "seconds" in group else ""
         cells += [f"{sent:.1f}" if sent else "0", seconds]
         rows.append([name, *cells, "", str(len(group))])
+    best = groups.get("ProxyEnsemble")
     p_values = {row[0]: _paired_t(best, groups[row[0]]) for row in rows if row[0] != "ProxyEnsemble"}
     tested = [name for name, p in p_values.items() if p is not None]
     for name, p in zip(tested, _holm([p_values[name] or 0.0 for name in tested]), strict=True):
         next(row for row in rows if row[0] == name)[-2] = f"{p:.2g}"
     heads = ["method", *FIGURES.values(), "surplus avg", "worst, do no harm", "MB sent", "seconds", "p", "seeds"]
     return f"Metric: {metric.name}.\n\n" + markdown(heads, rows)
+
+
+def hospital_summary() -> str:
+    """One row per measured setting: ProxyEnsemble, and the best of the other methods and Local baselines."""
+    rows = []
+    for title, *setting in HOSPITAL_SETTINGS:
+        found = _hospital_groups(*setting)
+        if found is None or "ProxyEnsemble" not in found[1] or len(found[1]) < len(REFERENCE_ROWS) + 3:
+            continue  # Local, the references and ProxyEnsemble alone are no comparison
+        metric, groups = found
+        best = groups["ProxyEnsemble"]
+        other = next(name for name in groups if name not in ("ProxyEnsemble", REFERENCE_ROWS[0][0]))
+        gains = [spread(best[column], True) for column in ("delta_avg", "delta_worst", "surplus_avg")]
+        p = _paired_t(best, groups[other])
+        rival = [other, spread(groups[other]["delta_avg"], True), "" if p is None else f"{p:.2g}"]
+        rows.append([title, metric.name, *gains, *rival, str(len(best))])
+    if not rows:
+        return "*Not measured yet.*"
+    heads = ["setting", "metric", "Delta avg", "Delta worst", "surplus avg", "best other", "its Delta avg", "p"]
+    return markdown([*heads, "seeds"], rows)
 
 
 def proxies(folder: str, labels: Mapping[str, str]) -> str:
@@ -267,11 +312,8 @@ def proxies(folder: str, labels: Mapping[str, str]) -> str:
         labels: Label of a method in the rows, and in the table.
     """
     files = sorted((RESULTS / folder).glob("*.csv"))
-    frame = (
-        pd.concat([pd.read_csv(path) for path in files])
-        if files
-        else pd.DataFrame(columns=["method", "dataset", "alpha"])
-    )
+    empty = pd.DataFrame(columns=["method", "dataset", "alpha"])
+    frame = pd.concat([pd.read_csv(path) for path in files]) if files else empty
     frame = frame[frame["method"].isin(labels)]
     # Only the settings in which a variant was measured.
     measured = frame.loc[frame["method"] != "ProxyEnsemble", ["dataset", "alpha"]].drop_duplicates()
@@ -671,7 +713,8 @@ def factors(grid: str) -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_savings, exit_calibration, exit_corruptions,
-    exit_methods, best_static, do_no_harm, savings, coverage, factors, hospital, proxies, natural_sites,
+    exit_methods, best_static, do_no_harm, savings, coverage, factors, hospital, hospital_summary, proxies,
+    natural_sites,
 )  # fmt: skip
 
 
