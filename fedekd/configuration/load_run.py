@@ -30,13 +30,12 @@ def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) ->
         UserError: If an option or value is invalid.
     """
     path = folder / "config.yaml"
-    config = parse(parser, ["--config", str(path), *argv])
-    added = _EARLIER_VALUES.get(config.method.class_path.rpartition(".")[2])
-    if added is None:
-        return config
-    given = load_yaml(path.read_text(encoding="utf-8"))["method"].get("init_args") or {}
-    earlier = [f"--method.{name}={value}" for name, value in added.items() if name not in given]
-    return parse(parser, ["--config", str(path), *earlier, *argv])
+    saved = parse(parser, ["--config", str(path)])
+    added = _EARLIER_VALUES.get(saved.method.class_path.rpartition(".")[2], {})
+    method = (load_yaml(path.read_text(encoding="utf-8")) or {}).get("method")
+    in_file = (method.get("init_args") or {}) if isinstance(method, dict) else {}
+    earlier = [f"--method.{name}={value}" for name, value in added.items() if name not in in_file]
+    return parse(parser, ["--config", str(path), *earlier, *argv]) if earlier or argv else saved
 
 
 def open_finished(

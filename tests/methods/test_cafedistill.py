@@ -248,8 +248,9 @@ def test_cafedistill_personal_head_stays_and_the_mixed_one_teaches(federate: Fed
         assert torch.equal(client.networks["private"].state_dict()[name], first[0][name])
         assert torch.equal(client.method_state["teacher_head"][name.split(".")[2]], sent[name])
         assert not torch.equal(sent[name], first[0][name])
+    before = {number: dict(method.mixed_head(number)) for number in (0, 1)}
     second = one_round(run, [0, 1], 1)
-    changes = [torch.cat([(u.state[n] - first[u.client][n]).double().flatten() for n in HEAD]) for u in second]
+    changes = [torch.cat([(u.state[n] - before[u.client][n]).double().flatten() for n in HEAD]) for u in second]
     wanted = torch.nn.functional.cosine_similarity(*changes, dim=0)
     torch.testing.assert_close(method.server_state["similarities"][0, 1], wanted, rtol=0, atol=1e-6)
 
