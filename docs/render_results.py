@@ -227,7 +227,7 @@ HOSPITAL_SETTINGS = (
 def _hospital_groups(
     dataset: str, alpha: float | None, suffix: str
 ) -> tuple[MetricSpec, dict[str, pd.DataFrame]] | None:
-    """Rows by method, with those of the references, indexed by seed; best mean Delta first, None without rows."""
+    """Rows by method and seed, best mean Delta first; None without rows."""
     path = RESULTS / "hospital" / f"{dataset}.csv"
     if not path.is_file():
         return None
@@ -285,12 +285,12 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
 
 
 def hospital_summary() -> str:
-    """One row per measured setting: ProxyEnsemble, and the best of the other methods and Local baselines."""
+    """One row per measured setting: ProxyEnsemble, and the best other method."""
     rows = []
     for title, *setting in HOSPITAL_SETTINGS:
         found = _hospital_groups(*setting)
         if found is None or "ProxyEnsemble" not in found[1] or len(found[1]) < len(REFERENCE_ROWS) + 3:
-            continue  # Local, the references and ProxyEnsemble alone are no comparison
+            continue  # only Local, the references and ProxyEnsemble are no comparison
         metric, groups = found
         best = groups["ProxyEnsemble"]
         other = next(name for name in groups if name not in ("ProxyEnsemble", REFERENCE_ROWS[0][0]))
