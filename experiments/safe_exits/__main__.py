@@ -46,7 +46,7 @@ PRINTED = ("area", "saved_0.0", "saved_0.5", "change_0.5")
 
 
 class Run(NamedTuple):
-    """One run; `samples` is 0 for all samples."""
+    """One run and the extent of its measurement; `samples` is 0 for all samples."""
 
     dataset: str
     model: str
@@ -54,6 +54,8 @@ class Run(NamedTuple):
     seed: int
     samples: int
     epochs: int
+    corrupted: int
+    batches: int
 
     def key(self, method: str) -> dict[str, Any]:
         """Return the columns that name a network of the run."""
@@ -83,7 +85,8 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     for seed, dataset, model, method in product(
         seeds(arguments), arguments.datasets, arguments.models, arguments.methods
     ):
-        yield Run(dataset, model, method, seed, arguments.max_samples, arguments.epochs)
+        size = (arguments.max_samples, arguments.epochs)
+        yield Run(dataset, model, method, seed, *size, arguments.corrupted, arguments.batches)
 
 
 def clients_of(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Client], float]:
@@ -127,7 +130,7 @@ def measure(run: Run, arguments: argparse.Namespace) -> None:
         return
     clients, seconds = clients_of(run, arguments)
     for name in missing:
-        rows = rows_of(clients[name], name, Extent(corrupted=arguments.corrupted, batches=arguments.batches))
+        rows = rows_of(clients[name], name, Extent(corrupted=run.corrupted, batches=run.batches))
         rows["networks"][0] |= {"settings": json.dumps(METHODS.get(name, {})), "run_seconds": seconds}
         for file, path in paths.items():
             if rows[file]:
@@ -136,7 +139,7 @@ def measure(run: Run, arguments: argparse.Namespace) -> None:
 
 def differences(networks: pd.DataFrame) -> pd.DataFrame:
     """Return the differences to Local over seeds, by setting and method."""
-    setting = ["dataset", "model", "samples", "epochs"]
+    setting = ["dataset", "model", "samples", "epochs", "corrupted", "batches"]
     rows = []
     for values, group in networks.groupby(setting, sort=False):
         by_method = {name: part.set_index("seed") for name, part in group.groupby("method", sort=False)}

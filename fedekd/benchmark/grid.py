@@ -38,7 +38,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "CAFEDistill.heads": None,
     "CAFEDistill.label_prior": None,
     "CAFEDistill.reduction": None,
-    "CAFEDistill.teacher": None,
+    "CAFEDistill.teacher_head": None,
     "CAFEDistill.variant": "paper",
     "FedeKD.cross_fit": False,
     "MLP.width": 1.0,

@@ -22,7 +22,7 @@ from fedekd.modules.losses import require_nonnegative, require_temperature
 
 Variant = Literal["paper", "corrected"]
 Heads = Literal["mixed", "personal", "shared"]
-Teacher = Literal["last_exit", "mixed_head"]
+TeacherHead = Literal["own", "received"]
 Reduction = Literal["mean", "sum"]
 Conflict = Literal["head_update", "trunk_gradient"]
 CONFLICTS: tuple[Conflict, ...] = get_args(Conflict)
@@ -38,15 +38,15 @@ class VariantDefaults(NamedTuple):
     """Defaults of the options that differ between the variants."""
 
     heads: Heads
-    teacher: Teacher
+    teacher_head: TeacherHead
     distillation_weight: float
     reduction: Reduction
     schedule: Schedule
 
 
 VARIANTS: dict[Variant, VariantDefaults] = {
-    "paper": VariantDefaults("mixed", "last_exit", 1.0, "mean", "progressive"),
-    "corrected": VariantDefaults("shared", "mixed_head", 0.1, "sum", "all_on"),
+    "paper": VariantDefaults("mixed", "own", 1.0, "mean", "progressive"),
+    "corrected": VariantDefaults("shared", "received", 0.1, "sum", "all_on"),
 }
 
 
@@ -68,7 +68,7 @@ class CAFEDistill(Method):
     | option | `paper` | `corrected` |
     | --- | --- | --- |
     | `heads` | `mixed`: the client answers with the mixed head and trains it; shallow heads are personal | `shared` |
-    | `teacher` q | `last_exit`: the client's own deepest exit | `mixed_head`: the received head on the live features |
+    | `teacher_head` of q | `own`: the deepest exit | `received`: the received last head on the live features |
     | `distillation_weight` $\lambda$ | 1 | 0.1 |
     | `reduction` | `mean`: s = 1 / m | `sum`: s = 1 |
     | `schedule` | `progressive` | `all_on` |
@@ -93,15 +93,16 @@ class CAFEDistill(Method):
             fresh seeds yet.
         distillation_weight: lambda, at least 0; null as in the table.
         temperature: T, above 0.
-        spread: a of the mixing weights, above 0; larger values give more uniform weights.
-        order: `shallow_first`, or `deep_first` as a control.
+        spread: a of the mixing weights, above 0; larger values give more uniform weights. Without
+            effect with `shared` heads.
+        order: `shallow_first`, or `deep_first` as a control, of the progressive schedule.
         schedule: `progressive`, or `all_on`: all exits are trained from the first round on; null as in the table.
         conflict: What is compared for the schedule and the mixing: `head_update`, or `trunk_gradient` as a control,
             the updates of the trunk's weights.
         weights: Average of the trunks: `samples` weights clients by their training samples, `uniform` equally.
         heads: `mixed`, `personal` or `shared`; null as in the table.
-        teacher: `last_exit` or `mixed_head`; null as in the table. With `shared` heads the mixed head is the received
-            average.
+        teacher_head: `own` or `received`; null as in the table. The received head is frozen. Without effect if
+            `distillation_weight` is 0.
         reduction: `mean` or `sum` of the cross-entropies over all exits; null as in the table.
         label_prior: Train and serve all exits with the client's label prior; null does with `shared` heads.
 
@@ -125,7 +126,7 @@ class CAFEDistill(Method):
         conflict: Conflict = "head_update",
         weights: Literal["uniform", "samples"] = "samples",
         heads: Heads | None = None,
-        teacher: Teacher | None = None,
+        teacher_head: TeacherHead | None = None,
         reduction: Reduction | None = None,
         label_prior: bool | None = None,
     ) -> None:
@@ -133,7 +134,7 @@ class CAFEDistill(Method):
         require_choice("method.variant", variant, VARIANTS)
         defaults = VARIANTS[variant]
         self.heads = defaults.heads if heads is None else heads
-        self.teacher = defaults.teacher if teacher is None else teacher
+        self.teacher_head = defaults.teacher_head if teacher_head is None else teacher_head
         self.reduction = defaults.reduction if reduction is None else reduction
         self.schedule = defaults.schedule if schedule is None else schedule
         self.distillation_weight = defaults.distillation_weight if distillation_weight is None else distillation_weight
@@ -144,7 +145,7 @@ class CAFEDistill(Method):
             ("schedule", self.schedule, SCHEDULES),
             ("conflict", conflict, CONFLICTS),
             ("heads", self.heads, get_args(Heads)),
-            ("teacher", self.teacher, get_args(Teacher)),
+            ("teacher_head", self.teacher_head, get_args(TeacherHead)),
             ("reduction", self.reduction, get_args(Reduction)),
         ):
             require_choice(f"method.{option}", value, allowed)
@@ -227,7 +228,7 @@ class CAFEDistill(Method):
 
     @property
     def _uses_received_head(self) -> bool:
-        return self.teacher == "mixed_head" and self.distillation_weight > 0
+        return self.teacher_head == "received" and self.distillation_weight > 0
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train the active exits, and return what is shared and the deepest head."""

@@ -70,10 +70,12 @@ def test_options_of_stored_rows_are_frozen() -> None:
     assert gone == set(), f"options {sorted(gone)} are gone: add a renamed one to RENAMED_OPTIONS, else remove it here"
 
 
-@pytest.mark.parametrize(("name", "folder"), [("certified", "certified"), ("do_no_harm", "do_no_harm")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("certified", "certified"), ("do_no_harm", "do_no_harm"), ("cafedistill", "cafedistill")]
+)
 def test_grids_find_their_committed_rows(name: str, folder: str) -> None:
     own = cells(parse(benchmark_parser(), ["--config", str(ROOT / f"configs/benchmark/{name}.yaml")]).blocks)
-    assert len(finished_rows(read_results(ROOT / "results" / folder), own)) == len(own)
+    assert len(finished_rows(read_results(ROOT / "results" / name), own)) == len(own)
 
 
 def one_cell(dataset: str = "digits", method: Any = "FedeKD", seed: int = 0, **options: Any) -> Cell:

@@ -86,14 +86,14 @@ def test_main_measures_both_networks_once_and_resumes(tmp_path: Path, monkeypatc
     assert (results / "networks.csv").read_bytes() == before
     networks = frames["networks"]
     networks[networks["method"] == "Local"].to_csv(results / "networks.csv", index=False)  # killed before the last row
-    experiment.main([*argv, "--batches", "0"])
+    experiment.main(argv)
     again = pd.read_csv(results / "exits.csv")
     pd.testing.assert_frame_equal(again.drop(columns="commit"), exits.drop(columns="commit"))
     assert len(pd.read_csv(results / "networks.csv")) == 2
 
 
 def test_differences_pair_seeds() -> None:
-    setting = {"dataset": "digits", "model": "PrivateCNN", "samples": 0, "epochs": 2}
+    setting = {"dataset": "digits", "model": "PrivateCNN", "samples": 0, "epochs": 2, "corrupted": 0, "batches": 0}
     rows = [
         {**setting, "method": method, "seed": seed, **dict.fromkeys(experiment.PRINTED, gain * (1 + seed))}
         for method, gain in (("SafeKD", 0.3), ("Local", 0.1))

@@ -10,6 +10,7 @@ import pytest
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RoundOptions
+from fedekd.federation.observer import SilentObserver
 from fedekd.methods import ClientOptions, FederationSpec, Method
 from fedekd.modules import TrainerFactory
 
@@ -34,6 +35,22 @@ def federate(npz: Path, undrawn: None) -> Federate:
         return Orchestrator(method, **{**defaults, **parts})
 
     return make
+
+
+class StoppedError(Exception):
+    """Raised to stop a run in the middle."""
+
+
+class StopAfter(SilentObserver):
+    """Observer that stops a run after a number of phases."""
+
+    def __init__(self, phases: int) -> None:
+        self.left = phases
+
+    def phase_finished(self, client: int, phase: str, steps: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedError
 
 
 def make_spec(**values: Any) -> FederationSpec:

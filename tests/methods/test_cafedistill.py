@@ -272,7 +272,7 @@ def test_client_load_received_reinitialises_nonfinite_head(started_run: Orchestr
     [
         ({"variant": "published"}, "method.variant: expected one of paper, corrected, got 'published'"),
         ({"heads": "own"}, "method.heads: expected one of mixed, personal, shared, got 'own'"),
-        ({"teacher": "ema"}, "method.teacher: .* got 'ema'"),
+        ({"teacher_head": "ema"}, "method.teacher_head: .* got 'ema'"),
         ({"reduction": "none"}, "method.reduction: .* got 'none'"),
         ({"spread": 0.0}, "method.spread: .* got 0.0"),
         ({"order": "shallow"}, "method.order: .* got 'shallow'. Did you mean 'shallow_first'"),

@@ -35,7 +35,7 @@ from fedekd.methods import (
 )
 from fedekd.modules.losses import GATES
 
-from .conftest import Federate, weights
+from .conftest import Federate, StopAfter, StoppedError, weights
 
 METHODS: dict[str, Callable[[], Method]] = {
     "local": Local,
@@ -96,20 +96,6 @@ def small_client(name: str) -> ClientOptions:
     depths = [1, 2] if name.endswith("different-depths") else None
     model = {"class_path": "fedekd.models.ProxyCNN"}
     return ClientOptions(local_epochs=1, private_model=model, exits=exits, depths=depths)
-
-
-class StoppedError(Exception):
-    """Raised to stop a run in the middle."""
-
-
-class StopAfter(SilentObserver):
-    def __init__(self, phases: int) -> None:
-        self.left = phases
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
 
 
 class BackwardsEngine(SequentialEngine):

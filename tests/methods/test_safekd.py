@@ -17,7 +17,7 @@ from fedekd.methods import FML, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, Fed
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import MultiExitModule
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 
@@ -25,20 +25,6 @@ SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 def client(**values: Any) -> ClientOptions:
     optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
     return ClientOptions(**{"local_epochs": 1, "private_model": SMALL, "optimizer": optimizer, "exits": 2, **values})
-
-
-class StoppedError(Exception):
-    """Raised to stop a run in the middle."""
-
-
-class StopAfter(SilentObserver):
-    def __init__(self, phases: int) -> None:
-        self.left = phases
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
 
 
 class BackwardsEngine(SequentialEngine):

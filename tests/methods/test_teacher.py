@@ -15,7 +15,7 @@ from torchvision.models import resnet18
 from fedekd.benchmark import Block, cells
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, RoundOptions, SilentObserver
+from fedekd.federation import MultiProcess, RoundOptions
 from fedekd.federation.checkpoint import pack
 from fedekd.flower.description import require_agreement, shared_config
 from fedekd.methods import ClientOptions, SafeKD
@@ -23,7 +23,7 @@ from fedekd.methods.teacher import ExternalTeacher
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import MultiExitModule
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -40,18 +40,6 @@ def saved(path: Path, network: nn.Module | None = None, seed: int = 0) -> dict[s
     network = network or PrivateCNN(1, 8, 3)
     path.write_bytes(pack(network.state_dict()))
     return {"class_path": type(network).__name__, "weights": str(path)}
-
-
-class StopAfter(SilentObserver):
-    """Observer that ends a run in the middle."""
-
-    def __init__(self, phases: int) -> None:
-        self.left = phases
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 class Exploit:
@@ -209,7 +197,7 @@ def test_safekd_with_teacher_resumes_and_refuses_other_weights(federate: Federat
     )
     whole = run("whole")
     whole.run()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError):
         run("cut", observer=StopAfter(12)).run()
     again = run("cut")
     again.run()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn, no_grad, stack
 
 from fedekd import functional as F
+from fedekd.errors import UserError
 from fedekd.modules.losses.base import Record, weighted_exit_loss
 from fedekd.modules.losses.checks import require_nonnegative, require_temperature
 from fedekd.modules.prediction import ModelOutput
@@ -81,7 +82,7 @@ class SelfDistillationLoss:
         offset: Added to the outputs of teacher and students, shape (C,), as in `SupervisedLoss`; None adds nothing.
 
     Raises:
-        UserError: If a value is out of range.
+        UserError: If a value is out of range, or there are no features for the `teacher_head`.
 
     Reference:
         Zhang et al., Be Your Own Teacher, ICCV 2019; SAFE-KD, arXiv 2602.03043. The head: CAFEDistill, arXiv
@@ -119,7 +120,8 @@ class SelfDistillationLoss:
     def _teacher_output(self, student: ModelOutput) -> Tensor:
         if self.teacher_head is None:
             return student.output.detach()
-        assert student.features is not None
+        if student.features is None:
+            raise UserError("teacher_head: expected a student output with features. Set with_features=True")
         with no_grad():
             output: Tensor = self.teacher_head(student.features.detach())
         return output
