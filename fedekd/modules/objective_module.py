@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 from fedekd.errors import UserError, require_choice
 from fedekd.functional import upcast_to_float32
 from fedekd.metrics import build_metrics
+from fedekd.models.freezing import keep_frozen_statistics, trained_parameters
 from fedekd.modules.losses import LossTerm, SupervisedLoss
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.tasks import TASKS, Task
@@ -100,6 +101,12 @@ class ObjectiveModule(LightningModule):
     def teacher(self) -> nn.Module | None:
         """The frozen network, if any."""
         return self._teacher[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; frozen normalisation layers stay in evaluation mode."""
+        super().train(mode)
+        keep_frozen_statistics(self)
+        return self
 
     def on_fit_start(self) -> None:
         """Set train mode, which Lightning does not restore, and move the teacher."""
@@ -194,7 +201,7 @@ class ObjectiveModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Create the optimizer; apply `lr_factor` and a carried `optimizer_state`."""
-        optimizer = self.make_optimizer(self.network.parameters())
+        optimizer = self.make_optimizer(trained_parameters(self.network))
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
