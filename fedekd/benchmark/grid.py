@@ -27,7 +27,7 @@ from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, require_choice
 from fedekd.federation.run_folder import RUNTIME_OPTIONS, to_json_value
 from fedekd.federation.source_code import is_installed
-from fedekd.methods.teacher import read_weights
+from fedekd.models.weights import read_weights
 
 #: Options that do not affect the results of a run and are not part of its key.
 _NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
@@ -49,6 +49,8 @@ ADDED_OPTIONS: dict[str, Any] = {
     "baseline.learning_rates": [1e-4, 3e-4, 1e-3, 3e-3],
     "baseline.tune": False,
     "client.class_weights": None,
+    "client.freeze": None,
+    "client.private_weights": None,
     "data.categorical_columns": None,
     "data.categories": None,
     "data.classes": None,
@@ -315,6 +317,8 @@ def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None
         JSON values by name, as in `data.alpha`, `method` and `method.FedeKD.beta`.
     """
     client = {name: value for name, value in values["client"].items() if f"client.{name}" not in _CLASSES}
+    if client.get("private_weights") is not None:  # by content, wherever the file is
+        client["private_weights"] = digest(read_weights(client["private_weights"], "client.private_weights"))
     plain = {name: value for name, value in values.items() if name not in ("method", "client", "do_no_harm")}
     options = dict(_leaves({**plain, "client": client}))
     specs = {"method": values["method"]}
@@ -354,7 +358,7 @@ def _class_options(name: str, spec: Any) -> dict[str, Any]:
         arguments = {key: value for key, value in {**defaults, **given}.items() if key not in FROM_DATA}
     options: dict[str, Any] = {name: class_path}
     if isinstance(spec, Mapping) and spec.get("weights") is not None:  # of a teacher: by content, wherever the file is
-        options[f"{name}.weights"] = digest(read_weights(spec["weights"]))
+        options[f"{name}.weights"] = digest(read_weights(spec["weights"], f"{name}.weights"))
     for key, value in arguments.items():
         is_class = isinstance(value, Mapping) and "class_path" in value
         path = f"{name}.{short}.{key}"
