@@ -16,6 +16,7 @@ from fedekd.errors import UserError, describe_error, nearest, shorten
 from fedekd.global_state import isolated_rng
 from fedekd.models.cnn import height_and_width
 from fedekd.models.image_classifier import ImageClassifier
+from fedekd.models.pretrained import build_pretrained, has_pretrained_weights
 
 
 def build_model(
@@ -24,14 +25,15 @@ def build_model(
     input_shape: Sequence[int],
     num_classes: int,
     flag: str = "model",
+    replaces_head: bool = False,
 ) -> nn.Module:
     """Build a model for images or features of the given shape.
 
     For images `in_channels`, `image_size` and `num_classes` are passed if the model's signature has them; a function
     with `**kwargs`, as in torchvision, gets `num_classes`; one of timm also gets `in_chans`, and `img_size` if the
     network is for images of one size. A model without `in_channels` is wrapped in `ImageClassifier`. For features
-    `in_features` and `num_classes` are passed. Initial weights come from torch's global generator; seed it before the
-    call.
+    `in_features` and `num_classes` are passed. A model whose output is a mapping or an object with `logits`, as in
+    Hugging Face, returns its logits only. Initial weights come from torch's global generator; seed it before the call.
 
     Args:
         spec: A class path (`torchvision.models.resnet18`) or the bare name of a model of `fedekd.models`;
@@ -40,6 +42,8 @@ def build_model(
         input_shape: Channels, height and width of an image, or number of features.
         num_classes: Number of classes; 1 for regression.
         flag: Name of the option in errors.
+        replaces_head: For a model of torchvision with `weights` of other classes, replace its last linear layer by a
+            new one; False is an error then. The weights are read once per process.
 
     Returns:
         A new model, on the CPU.
@@ -52,7 +56,7 @@ def build_model(
         >>> type(model).__name__, model.head.out_features
         ('ProxyCNN', 10)
     """
-    class_path, init_args = _parse(spec, flag)
+    class_path, init_args = parse_model(spec, flag)
     factory = _locate(class_path, flag)
     is_image = len(input_shape) == 3
     parameters = inspect.signature(factory).parameters
@@ -70,8 +74,14 @@ def build_model(
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepted |= {"num_classes"}
         extra = _package_arguments(factory, init_args, input_shape) if is_image else {}
+    arguments = {**extra, **{name: data_args[name] for name in accepted}, **init_args}
+    # timm's builders adapt the last layer themselves.
+    is_replaced = replaces_head and class_path.startswith("torchvision.")
+    is_replaced = is_replaced and has_pretrained_weights(class_path, init_args)
     try:
-        model = factory(**{**extra, **{name: data_args[name] for name in accepted}, **init_args})
+        model = build_pretrained(factory, arguments, num_classes) if is_replaced else factory(**arguments)
+        if isinstance(model, nn.Module):
+            _return_logits(model)
         if isinstance(model, nn.Module) and is_image and "in_channels" not in parameters:
             _require_plain_tensors(model)
             repeat = "in_chans" not in extra
@@ -80,6 +90,15 @@ def build_model(
         raise UserError(f"{flag} '{class_path}': {error}") from error
     except Exception as error:  # a user's constructor may raise anything
         raise UserError(f"{flag} '{class_path}': {describe_error(error)}") from error
+    return _checked(model, class_path, flag)
+
+
+def _checked(model: Any, class_path: str, flag: str) -> nn.Module:
+    """Check what a builder returned.
+
+    Raises:
+        UserError: If it is not a module whose parameters and buffers can be averaged.
+    """
     if not isinstance(model, nn.Module):
         raise UserError(f"{flag}: expected a torch.nn.Module from '{class_path}', got a {type(model).__name__}")
     try:
@@ -87,6 +106,19 @@ def build_model(
     except UserError as error:
         raise UserError(f"{flag} '{class_path}': {error}") from error
     return model
+
+
+def _return_logits(model: nn.Module) -> None:
+    """Let a user's model return the logits of an output that has more."""
+    if type(model).__module__.partition(".")[0] not in ("fedekd", "torchvision", "timm"):
+        model.register_forward_hook(_logits_of)
+
+
+def _logits_of(model: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return the logits of a mapping or object; None leaves the output unchanged."""
+    if isinstance(output, torch.Tensor):
+        return None
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
 def _require_kind(factory: Callable[..., Any], parameters: Mapping[str, Any], is_image: bool, flag: str) -> None:
@@ -276,7 +308,12 @@ def _torchvision_arguments(factory: Callable[..., Any], size: tuple[int, int]) -
     return extra.get(family, {})
 
 
-def _parse(spec: Any, flag: str) -> tuple[str, dict[str, Any]]:
+def parse_model(spec: Any, flag: str = "model") -> tuple[str, dict[str, Any]]:
+    """Return the class path and the arguments of a specification of `build_model`.
+
+    Raises:
+        UserError: If it has no class path.
+    """
     if isinstance(spec, str):
         return spec, {}
     fields = _as_dict(spec)

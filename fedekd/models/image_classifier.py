@@ -57,14 +57,38 @@ class ImageClassifier(nn.Module):
         return logits
 
 
+def replace_head(backbone: nn.Module, num_classes: int) -> None:
+    """Replace the last linear layer by a new one of another number of outputs.
+
+    A layer of `num_classes` outputs is kept, and a network without linear layers is not changed. Initial weights come
+    from torch's global generator.
+
+    Args:
+        backbone: The network; it is changed.
+        num_classes: Number of classes; 1 for regression.
+    """
+    name, head = _last_linear(backbone)
+    if head is not None and head.out_features != num_classes:
+        new = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+        _replace(backbone, name, new.to(head.weight))
+
+
 def _take_head(backbone: nn.Module, num_classes: int) -> nn.Linear:
-    linear = {name: part for name, part in backbone.named_modules() if name and isinstance(part, nn.Linear)}
-    name, head = next(reversed(linear.items()), ("", None))
+    name, head = _last_linear(backbone)
     if head is None or head.out_features != num_classes:
         actual = "none" if head is None else f"one with {head.out_features} outputs"
         raise UserError(
             f"{type(backbone).__name__}: expected a last linear layer with {num_classes} outputs, got {actual}"
         )
-    parent, _, attribute = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
+    _replace(backbone, name, nn.Identity())
     return head
+
+
+def _last_linear(backbone: nn.Module) -> tuple[str, nn.Linear | None]:
+    linear = {name: part for name, part in backbone.named_modules() if name and isinstance(part, nn.Linear)}
+    return next(reversed(linear.items()), ("", None))
+
+
+def _replace(backbone: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, part)

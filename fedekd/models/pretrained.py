@@ -1,0 +1,69 @@
+"""Networks of torchvision with pretrained weights, for any number of classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.error import URLError
+
+from torch import nn
+
+from fedekd.errors import UserError, describe_error
+from fedekd.global_state import isolated_rng
+from fedekd.models.image_classifier import replace_head
+
+#: Networks with their weights, by builder and arguments. A process builds the networks of many clients.
+_built: dict[tuple[Any, bool, str], nn.Module] = {}
+
+#: Arguments that torchvision's builders set by themselves for pretrained weights.
+_SET_BY_WEIGHTS = ("num_classes", "init_weights")
+
+
+def has_pretrained_weights(class_path: str, arguments: Mapping[str, Any]) -> bool:
+    """Return True for a network of torchvision or timm that has trained weights.
+
+    Example:
+        >>> has_pretrained_weights("torchvision.models.resnet18", {"weights": "IMAGENET1K_V1"})
+        True
+        >>> has_pretrained_weights("torchvision.models.resnet18", {"weights": None})
+        False
+    """
+    option = {"torchvision": "weights", "timm": "pretrained"}.get(class_path.partition(".")[0])
+    return option is not None and bool(arguments.get(option))
+
+
+def build_pretrained(factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int) -> Any:
+    """Build a network of torchvision with its weights, and a new last linear layer.
+
+    Weights of the same number of classes keep their layer. The initial weights of a new one come from torch's global
+    generator.
+
+    Args:
+        factory: Builder of torchvision.
+        arguments: Its arguments, `weights` among them.
+        num_classes: Number of classes; 1 for regression.
+
+    Raises:
+        UserError: If the weights cannot be downloaded.
+    """
+    given = {name: value for name, value in arguments.items() if name not in _SET_BY_WEIGHTS}
+    has_auxiliary = given.get("aux_logits") is not False
+    if not has_auxiliary:
+        given.pop("aux_logits")  # the weights have these heads
+    key = (factory, has_auxiliary, repr(sorted(given.items(), key=lambda item: item[0])))
+    if key not in _built:
+        try:
+            with isolated_rng(0):  # all initial weights are replaced
+                network = factory(**given)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise UserError(
+                f"expected to download the weights {given['weights']}. It failed: {describe_error(error, 120)}. Copy"
+                " their file to torch.hub.get_dir()/checkpoints, or set --client.private_weights"
+            ) from error
+        if not has_auxiliary and getattr(network, "aux_logits", False):  # of Inception
+            network.aux_logits, network.AuxLogits = False, None
+        _built[key] = network
+    network = copy.deepcopy(_built[key])
+    replace_head(network, num_classes)
+    return network
