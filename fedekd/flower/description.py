@@ -22,6 +22,7 @@ from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
 from fedekd.metrics import METRICS
+from fedekd.models.freezing import frozen_names
 from fedekd.privacy import GaussianMechanism
 from fedekd.tasks import TASKS
 
@@ -41,7 +42,8 @@ _CORRECT = "Check the data and the version of fedekd at the site"
 def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechanism | None = None) -> dict[str, Any]:
     """Return what the server and all sites must agree on, as JSON values.
 
-    The private model is not part of it: each site may have its own.
+    The private model is not part of it: each site may have its own. Where private models are exchanged, their frozen
+    tensors are part of it: they are not sent.
     """
     proxy = spec.build_model("proxy", "server").state_dict()
     client = spec.client
@@ -62,7 +64,20 @@ def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechani
         "method": {type(method).__name__: to_json_value(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
         **({} if privacy is None else {"privacy": to_json_value(privacy)}),
+        **({"frozen": _frozen_digest(spec)} if method.exchanges_private and client.freeze is not None else {}),
     }
+
+
+def _frozen_digest(spec: FederationSpec) -> str:
+    """Return the SHA-256 (hex) of the frozen tensors of the private model."""
+    network = spec.build_model("private", "server")
+    state = network.state_dict()
+    content = sha256()
+    for name in sorted(frozen_names(network)):
+        tensor = state[name].cpu().contiguous()
+        content.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def describe(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
+from fedekd.models.freezing import exchanged_tensors
 
 StateDict = Mapping[str, Tensor]
 """Tensors by name, as in `torch.nn.Module.state_dict`."""
@@ -60,8 +61,11 @@ class ClientUpdate:
 
     @classmethod
     def of(cls, client: Client, state: StateDict | nn.Module | None = None) -> ClientUpdate:
-        """Create a client's update from tensors or a network; None sends no tensors."""
-        tensors = dict(state.state_dict()) if isinstance(state, nn.Module) else state
+        """Create a client's update from tensors or a network; None sends no tensors.
+
+        Frozen tensors of a network (`client.freeze`) are not sent.
+        """
+        tensors = exchanged_tensors(state) if isinstance(state, nn.Module) else state
         return cls(client.number, tensors if tensors is not None else {}, len(client.splits.train))
 
 
@@ -99,6 +103,9 @@ class Method(ABC):
 
     #: True if a client serves more than its private model: such a method is compared with its control, too.
     serves_more = False
+
+    #: True if clients exchange private models: frozen parts (`client.freeze`) must then be equal at all of them.
+    exchanges_private = False
 
     #: Number of exits of the private model if `client.exits` is null; None keeps the model as it is.
     exits: int | None = None

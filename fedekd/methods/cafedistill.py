@@ -17,6 +17,7 @@ from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_u
 from fedekd.methods.client import Client, Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.models import MultiExitNetwork
+from fedekd.models.freezing import exchanged_tensors
 from fedekd.modules import LossTerm, ObjectiveModule, SelfDistillationLoss, SupervisedLoss
 from fedekd.modules.losses import require_nonnegative, require_temperature
 
@@ -115,6 +116,8 @@ class CAFEDistill(Method):
 
     exits = 3
 
+    exchanges_private = True
+
     def __init__(
         self,
         variant: Variant = "corrected",
@@ -173,7 +176,7 @@ class CAFEDistill(Method):
         spec.require_one_architecture("CAFEDistill")
         network = spec.build_multi_exit_model("CAFEDistill")
         _require_full_depth(network)
-        trunk, head = self._split(network.state_dict(), network.num_exits)
+        trunk, head = self._split(exchanged_tensors(network), network.num_exits)
         count = spec.num_clients
         self.server_state = {
             "trunk": trunk,
@@ -242,7 +245,7 @@ class CAFEDistill(Method):
             with_features=self._uses_received_head,
         )
         client.train_supervised(module, round_idx)
-        trunk, head = self._split(network.state_dict(), network.num_exits)
+        trunk, head = self._split(exchanged_tensors(network), network.num_exits)
         active = {ACTIVE: client.method_state[ACTIVE]} if self._compares_updates else {}
         return ClientUpdate.of(client, {**trunk, **head, **active})
 
@@ -257,7 +260,9 @@ class CAFEDistill(Method):
         head: nn.Linear | None = None
         if self._uses_received_head:
             head = copy.deepcopy(network.head).requires_grad_(False)
-            head.load_state_dict(client.method_state[_TEACHER])
+            head.load_state_dict(
+                {**head.state_dict(), **client.method_state[_TEACHER]}
+            )  # received without frozen tensors
         terms.append(SelfDistillationLoss(self.distillation_weight, self.temperature, weights, head, offset))
         return terms
 
@@ -336,6 +341,5 @@ def _last_head(state: StateDict, exits: int) -> dict[str, Tensor]:
 
 def _change(after: StateDict, before: StateDict) -> Tensor:
     """Return the difference of two states as one vector, in float64."""
-    return torch.cat(
-        [(after[name].double() - before[name].to(after[name].device).double()).flatten() for name in after]
-    )
+    changes = [(after[name].double() - before[name].to(after[name].device).double()).flatten() for name in after]
+    return torch.cat(changes) if changes else torch.zeros(0, dtype=torch.float64)  # all are frozen

@@ -24,6 +24,7 @@ from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
 from fedekd.models import build_ensemble, eval_mode
+from fedekd.models.freezing import keeps_statistics
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.seeding import derive_seed
 
@@ -460,5 +461,6 @@ class Client:
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Return True if a network has BatchNorm, which cannot train on one sample."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    """Return True if a network trains BatchNorm, which cannot train on one sample."""
+    norms = (part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return not all(keeps_statistics(part) for part in norms)

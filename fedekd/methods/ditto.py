@@ -9,6 +9,7 @@ from fedekd.functional import Aggregator
 from fedekd.methods.base import ClientUpdate, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
+from fedekd.models.freezing import load_exchanged
 from fedekd.modules import LossTerm, ObjectiveModule, ProximalPenalty, SupervisedLoss, SupervisedModule
 from fedekd.modules.losses import copy_parameters
 
@@ -47,7 +48,7 @@ class Ditto(FedAvg):
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global model, and train the personal one."""
-        client.networks["global"].load_state_dict(received)
+        load_exchanged(client.networks["global"], received)
         if round_idx == 0:
             return {}
         task, private = client.spec.task, client.networks["private"]

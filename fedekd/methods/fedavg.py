@@ -12,6 +12,7 @@ from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
+from fedekd.models.freezing import exchanged_tensors, load_exchanged
 from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, SupervisedModule
 
 
@@ -37,6 +38,8 @@ class FedAvg(Method):
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
+    exchanges_private = True
+
     def __init__(
         self,
         weights: Literal["uniform", "samples"] = "uniform",
@@ -61,7 +64,7 @@ class FedAvg(Method):
     def init_server(self, spec: FederationSpec) -> None:
         """Build the initial global model."""
         spec.require_one_architecture(type(self).__name__)
-        self.server_state = {"model": dict(spec.build_model("private", "server").state_dict())}
+        self.server_state = {"model": exchanged_tensors(spec.build_model("private", "server"))}
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """Return the global model."""
@@ -70,7 +73,7 @@ class FedAvg(Method):
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global model; after the last round, fine-tune it."""
         network = client.networks["private"]
-        network.load_state_dict(received)
+        load_exchanged(network, received)
         if round_idx < client.spec.rounds or not self.finetune_epochs:
             return {}
         module = SupervisedModule(network, client.spec.task, client.spec.optimizer)

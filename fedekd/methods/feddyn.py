@@ -54,8 +54,8 @@ class FedDyn(FedAvg):
         """Build the initial global model, and h = 0."""
         super().init_server(spec)
         self.num_clients = spec.num_clients
-        parameters = copy_parameters(spec.build_model("private", "server"))
-        self.server_state["h"] = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        parameters, model = copy_parameters(spec.build_model("private", "server")), self.server_state["model"]
+        self.server_state["h"] = {name: torch.zeros_like(parameters[name]) for name in parameters if name in model}
 
     def restrict_to_one_client(self) -> None:
         """Divide the drift by one client."""
@@ -83,9 +83,10 @@ class FedDyn(FedAvg):
         updated = {
             name: gradients[name].to(value.device) - self.alpha * (update.state[name] - value)
             for name, value in before.items()
+            if name in update.state  # not frozen
         }
         if all(bool(gradient.isfinite().all()) for gradient in updated.values()):
-            client.method_state["g"] = updated
+            client.method_state["g"] = gradients | updated
         return update
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:

@@ -44,13 +44,19 @@ class FedPer(FedAvg):
     def init_server(self, spec: FederationSpec) -> None:
         """Build the initial base."""
         super().init_server(spec)
-        model = self.server_state["model"]
+        model = spec.build_model("private", "server").state_dict()
         personal = self.personal_modules(model)
         for module in personal:
             present = any(is_in_module(name, module) for name in model)
             require(present, "method.personal", "modules of client.private_model", module)
-        self.server_state = {"model": self._base(model)}
-        require(len(self.server_state["model"]) > 0, "method.personal", "to leave a shared part", personal)
+        require(len(self._base(model)) > 0, "method.personal", "to leave a shared part", personal)
+        self.server_state = {"model": self._base(self.server_state["model"])}
+        require(
+            len(self.server_state["model"]) > 0,
+            "client.freeze",
+            f"to leave a shared part to train besides {', '.join(personal)}, for method {type(self).__name__}",
+            spec.client.freeze,
+        )
 
     def personal_modules(self, state: StateDict) -> list[str]:
         """Return the names of the modules that stay on the client."""

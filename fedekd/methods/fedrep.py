@@ -48,10 +48,22 @@ class FedRep(FedPer):
         self.head_epochs = head_epochs
 
     def init_server(self, spec: FederationSpec) -> None:
-        """Build the initial representation, and check that a head is left to train."""
+        """Build the initial representation, and check that both parts are left to train."""
         super().init_server(spec)
-        head = self.personal_modules(spec.build_model("private", "server").state_dict())
+        network = spec.build_model("private", "server")
+        head = self.personal_modules(network.state_dict())
         require(len(head) > 0, "method.personal", "at least one module for FedRep", head, "Use FedAvg without a head.")
+        trained = {
+            any(is_in_module(name, module) for module in head)
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
+        }
+        require(
+            spec.client.freeze is None or len(trained) == 2,
+            "client.freeze",
+            "to leave parameters of head and representation to train, for method FedRep",
+            spec.client.freeze,
+        )
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train the head, then the representation, and return the representation."""

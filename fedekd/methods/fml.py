@@ -8,6 +8,7 @@ from fedekd.errors import require
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import ClientUpdate, ProxyMethod
 from fedekd.methods.client import Client
+from fedekd.models.freezing import trained_parameters
 from fedekd.modules import MutualModule
 
 
@@ -63,7 +64,7 @@ class FML(ProxyMethod):
 
     def _drop_proxy_state(self, client: Client) -> None:
         """Drop the proxy's optimizer state: aggregation replaces its weights."""
-        num_private = len(list(client.networks["private"].parameters()))
+        num_private = len(trained_parameters(client.networks["private"]))
         state = client.optimizer_states["private"]
         client.optimizer_states["private"] = {
             **state,

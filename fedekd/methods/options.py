@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedekd.atomic import digest
 from fedekd.errors import UserError, require, shorten
 from fedekd.global_state import isolated_rng
+from fedekd.models.build import parse_model
+from fedekd.models.freezing import BACKBONE
+from fedekd.models.pretrained import has_pretrained_weights
+from fedekd.models.weights import read_weights
 
 ModelSpec = Mapping[str, Any]
 """`class_path` and optionally `init_args`."""
+
+WEIGHTS = "client.private_weights"
+"""Name of the option in errors."""
 
 #: Optimizers of PyTorch that cannot train a client's network, with the reason.
 _UNSUPPORTED_OPTIMIZERS = {
@@ -122,9 +130,17 @@ class ClientOptions:
         class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
             n training samples in class c and k classes among them, also in the local baseline; null weights all
             samples equally.
+        private_weights: File with initial weights of the private model: a state_dict written by torch.save, or the
+            state of a client (checkpoints/client-000-0020.pt of a run). A last linear layer with another number of
+            outputs is replaced by a new one. Every process and site needs the file under this path; null for none.
+        freeze: Parameters of the private model that are not trained: patterns of their names, as in
+            ['backbone.conv1.*', 'backbone.layer1.*'], each of which must match; or backbone for all but the last
+            linear layer, or for a network with exits all but the heads. BatchNorm in frozen parts keeps its
+            statistics. Frozen tensors are not exchanged. With weights from a file, of torchvision or of timm, or with
+            frozen parts, initial weights are equal at all clients; null trains all.
 
     Raises:
-        UserError: If a value is out of range.
+        UserError: If a value is out of range, or the file of the weights cannot be read.
     """
 
     local_epochs: int = 2
@@ -139,6 +155,11 @@ class ClientOptions:
     depths: int | Sequence[int] | None = None
     private_models: Sequence[str | ModelSpec] | None = None
     class_weights: str | None = None
+    private_weights: str | None = None
+    freeze: Sequence[str] | str | None = None
+
+    #: SHA-256 of the file `private_weights`; empty without one.
+    private_weights_sha256: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         exits = [self.exits] if isinstance(self.exits, int) else self.exits
@@ -183,6 +204,33 @@ class ClientOptions:
             "at least one model, or null",
             self.private_models,
         )
+        require(
+            self.freeze is None
+            or self.freeze == BACKBONE
+            or (not isinstance(self.freeze, str) and len(self.freeze) > 0),
+            "client.freeze",
+            "a list of at least one pattern, backbone or null",
+            self.freeze,
+        )
+        self._read_weights()
+
+    def _read_weights(self) -> None:
+        """Set the digest of the file of weights."""
+        if self.private_weights is None:
+            return
+        is_one = self.private_models is None and isinstance(self.private_model, Mapping)
+        require(is_one, WEIGHTS, "null with several private models", self.private_weights)
+        object.__setattr__(self, "private_weights_sha256", digest(read_weights(self.private_weights, WEIGHTS)))
+
+    def starts_equal(self, client_id: int | str) -> bool:
+        """Return True if all clients have the initial weights of the server."""
+        return self.freeze is not None or self.is_pretrained(client_id)
+
+    def is_pretrained(self, client_id: int | str) -> bool:
+        """Return True for a private model with pretrained weights."""
+        if self.private_weights is not None:
+            return True
+        return has_pretrained_weights(*parse_model(self.model_for(client_id), "client.private_model"))
 
     def model_for(self, client_id: int | str) -> str | ModelSpec:
         """Return the private model of a client; for `server`, that of client 0."""

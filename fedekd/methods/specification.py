@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -13,15 +14,20 @@ from torch import nn
 from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
-from fedekd.methods.options import ClientOptions, ModelSpec, build_optimizer
+from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
+from fedekd.models.freezing import freeze
+from fedekd.models.weights import State, count_exits, load_weights, stored_weights
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
 
 #: Largest image side for the CIFAR stem of a ResNet with exits: torchvision's stem reduces 32 pixels to 8.
 _CIFAR_STEM_SIZE = 64
+
+#: Weights by file and digest: a process builds the networks of many clients.
+_stored_weights = lru_cache(maxsize=1)(stored_weights)
 
 #: Channels, height and width.
 _IMAGE_DIMENSIONS = 3
@@ -164,16 +170,47 @@ class FederationSpec:
 
         Args:
             role: `private` or `proxy`.
-            client_id: Number of a client, or `server`. Initial weights are seeded from (seed, client_id, role).
+            client_id: Number of a client, or `server`. Initial weights are seeded from (seed, client_id, role); from
+                (seed, `server`, role) for a private model with pretrained weights or frozen parts.
         """
-        spec = self.client.proxy_model if role == "proxy" else self.client.model_for(client_id)
-        option = f"client.{role}_model" + ("s" if role == "private" and self.client.private_models else "")
-        seed = derive_seed(self.seed, client_id, role, "initial weights")
+        is_private = role == "private"
+        spec = self.client.model_for(client_id) if is_private else self.client.proxy_model
+        option = f"client.{role}_model" + ("s" if is_private and self.client.private_models else "")
+        is_equal = is_private and self.client.starts_equal(client_id)
+        seed = derive_seed(self.seed, "server" if is_equal else client_id, role, "initial weights")
         with isolated_rng(seed, self.trainer.torch_device):
-            network = self._plain_network(spec, option)
-            if role == "private" and self.client.exits_for(client_id) is not None:
-                network = self._with_exits(network, client_id)
+            network = self._plain_network(spec, option, replaces_head=is_private)
+            if is_private:
+                network = self._private_network(network, client_id)
         return self._on_device(network)
+
+    def _private_network(self, network: nn.Module, client_id: int | str) -> nn.Module:
+        """Apply weights, exits, frozen parameters and depth to a private model."""
+        options, depth = self.client, self.depth(client_id)
+        exits = options.exits_for(client_id)
+        path = options.private_weights
+        state = {} if path is None else _stored_weights(path, options.private_weights_sha256, WEIGHTS)
+        has_exits = exits is not None and count_exits(state) is not None  # the file is of a network with exits
+        if state and not has_exits:
+            self._load_weights(network, state)
+        if exits is not None:
+            network = self._with_exits(
+                network, client_id, keeps_stem=options.is_pretrained(client_id) and not has_exits
+            )
+        if has_exits:
+            self._load_weights(network, state)
+        if options.freeze is not None:
+            freeze(network, options.freeze)
+        if depth is None or not isinstance(network, MultiExitNetwork):
+            return network
+        try:
+            return network.shallow(depth)
+        except UserError as error:
+            raise UserError(f"client.depths {options.depths}: {error}") from error
+
+    def _load_weights(self, network: nn.Module, state: State) -> None:
+        channels = self.input_shape[0] if len(self.input_shape) == _IMAGE_DIMENSIONS else None
+        load_weights(network, state, WEIGHTS, num_outputs=self.num_outputs, channels=channels, keeps_new_head=True)
 
     def build_network(self, model: str | ModelSpec, option: str, exits: int | None = None) -> nn.Module:
         """Build a network that is not a client's model, such as a teacher.
@@ -198,28 +235,32 @@ class FederationSpec:
                     raise UserError(f"{option}: {error}") from error
         return self._on_device(network)
 
-    def _plain_network(self, model: str | ModelSpec, option: str) -> nn.Module:
-        return build_model(model, input_shape=self.input_shape, num_classes=self.num_outputs, flag=option)
+    def _plain_network(self, model: str | ModelSpec, option: str, replaces_head: bool = False) -> nn.Module:
+        return build_model(
+            model,
+            input_shape=self.input_shape,
+            num_classes=self.num_outputs,
+            flag=option,
+            replaces_head=replaces_head,
+        )
 
     def _on_device(self, network: nn.Module) -> nn.Module:
         network.to(self.trainer.torch_device, self.trainer.dtype)
         # In PyTorch's stubs, memory_format is a separate overload.
         return network.to(memory_format=self.trainer.memory_format)
 
-    def _split(self, network: nn.Module, exits: int | None, grid: int = 1) -> MultiExitNetwork:
+    def _split(
+        self, network: nn.Module, exits: int | None, grid: int = 1, keeps_stem: bool = False
+    ) -> MultiExitNetwork:
         small = max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE
-        return multi_exit(network, self.num_outputs, exits, grid=grid, cifar_stem=small)
+        return multi_exit(network, self.num_outputs, exits, grid=grid, cifar_stem=small and not keeps_stem)
 
-    def _with_exits(self, network: nn.Module, client_id: int | str) -> nn.Module:
-        options, depth = self.client, self.depth(client_id)
+    def _with_exits(self, network: nn.Module, client_id: int | str, keeps_stem: bool) -> MultiExitNetwork:
+        options = self.client
         try:
-            full = self._split(network, options.exits_for(client_id), options.exit_grid)
+            return self._split(network, options.exits_for(client_id), options.exit_grid, keeps_stem)
         except UserError as error:
             raise UserError(f"client.exits {options.exits}: {error}") from error
-        try:
-            return full if depth is None else full.shallow(depth)
-        except UserError as error:
-            raise UserError(f"client.depths {options.depths}: {error}") from error
 
     def build_multi_exit_model(self, method: str) -> MultiExitNetwork:
         """Build the server's private model, which must have exits.
@@ -307,8 +348,10 @@ class FederationSpec:
         values["trainer"].pop("device")  # equal devices give equal results
         if self.transform is None:
             values.pop("transform")
-        if self.client.class_weights is None:
-            values["client"].pop("class_weights")
+        values["client"].pop("private_weights")  # by content, wherever the file is
+        for name in ("class_weights", "freeze", "private_weights_sha256"):
+            if not values["client"][name]:
+                values["client"].pop(name)
         if len(self.input_shape) == _IMAGE_DIMENSIONS:
             channels, *size = values.pop("input_shape")
             values |= {"in_channels": channels, "image_size": size}

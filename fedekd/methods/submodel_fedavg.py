@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fedekd.errors import UserError
+import torch
+from torch import nn
+
+from fedekd.errors import UserError, require
 from fedekd.functional import average_submodels, submodel_state_dict
-from fedekd.methods.base import Broadcast, ClientUpdate
+from fedekd.methods.base import Broadcast, ClientUpdate, StateDict
 from fedekd.methods.fedavg import FedAvg
 from fedekd.methods.specification import FederationSpec
+from fedekd.models.freezing import exchanged_tensors, frozen_names
 
 
 class SubmodelFedAvg(FedAvg):
@@ -31,14 +35,18 @@ class SubmodelFedAvg(FedAvg):
 
     def init_server(self, spec: FederationSpec) -> None:
         """Build the full model, and record the shapes of each client's part."""
-        model = dict(spec.build_multi_exit_model(type(self).__name__).state_dict())
+        whole = spec.build_multi_exit_model(type(self).__name__)
+        model, state = exchanged_tensors(whole), whole.state_dict()
+        frozen = {name: state[name] for name in frozen_names(whole)}
         indices: dict[str, int] = {}
         shapes: list[dict[str, tuple[int, ...]]] = []
         part_indices = []
         for number in range(spec.num_clients):
             key = spec.architecture_key(number)
             if key not in indices:
-                part = spec.build_model("private", number).state_dict()
+                network = spec.build_model("private", number)
+                _require_equal_frozen(network, frozen, number)
+                part = exchanged_tensors(network)
                 indices[key] = len(shapes)
                 shapes.append({name: tuple(tensor.shape) for name, tensor in part.items()})
                 try:
@@ -68,3 +76,21 @@ class SubmodelFedAvg(FedAvg):
         weights = [1.0 if self.weights == "uniform" else float(update.num_samples) for update in updates]
         model = average_submodels(self.server_state["model"], [update.state for update in updates], weights)
         self.server_state = {**self.server_state, "model": model}
+
+
+def _require_equal_frozen(network: nn.Module, frozen: StateDict, number: int) -> None:
+    """Check that a client's frozen tensors equal those of the server.
+
+    Raises:
+        UserError: If they do not, as for networks of different width.
+    """
+    state = network.state_dict()
+    different = [
+        name for name in frozen_names(network) if not (name in frozen and torch.equal(state[name], frozen[name]))
+    ]
+    require(
+        not different,
+        "client.freeze",
+        "null for networks of different width, whose frozen parts differ",
+        f"{min(different, default='')} of client {number}",
+    )
