@@ -18,8 +18,10 @@ from fedekd.modules.losses import (
 from fedekd.modules.multi_exit import MovingAverage, MultiExitModule, safekd_optimizer
 from fedekd.modules.mutual import MutualModule, PrivateProxyPair
 from fedekd.modules.objective_module import ObjectiveModule, SupervisedModule, fedekd_optimizer
+from fedekd.modules.phase_callbacks import build_callbacks
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
 from fedekd.modules.proxy_distill import ProxyDistillModule
+from fedekd.modules.schedule import Schedule
 from fedekd.modules.trainer_factory import TrainerFactory
 
 __all__ = [
@@ -42,10 +44,12 @@ __all__ = [
     "PrivateProxyPair",
     "ProximalPenalty",
     "ProxyDistillModule",
+    "Schedule",
     "SelfDistillationLoss",
     "SupervisedLoss",
     "SupervisedModule",
     "TrainerFactory",
+    "build_callbacks",
     "build_energy",
     "fedekd_optimizer",
     "predict",
