@@ -30,7 +30,11 @@ from fedekd.federation.source_code import is_installed
 from fedekd.models.weights import read_weights
 
 #: Options that do not affect the results of a run and are not part of its key.
-_NOT_IN_KEY = (*RUNTIME_OPTIONS, "trainer", "data.eval_batch_size")
+_NOT_IN_KEY = (
+    *RUNTIME_OPTIONS,
+    *(f"trainer.{name}" for name in ("accelerator", "precision", "threads", "channels_last", "loop", "capture")),
+    "data.eval_batch_size",
+)
 
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
@@ -51,6 +55,8 @@ ADDED_OPTIONS: dict[str, Any] = {
     "client.class_weights": None,
     "client.freeze": None,
     "client.private_weights": None,
+    "client.scheduler": None,
+    "client.scheduler_interval": "epoch",
     "data.categorical_columns": None,
     "data.categories": None,
     "data.classes": None,
@@ -71,6 +77,10 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.value_range": None,
     "metrics": None,
     "privacy": None,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.callbacks": None,
+    "trainer.gradient_clip_algorithm": "norm",
+    "trainer.gradient_clip_val": None,
     "wire_dtype": "float32",
 }
 
@@ -323,6 +333,8 @@ def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None
     options = dict(_leaves({**plain, "client": client}))
     specs = {"method": values["method"]}
     specs |= {name: values["client"][name.partition(".")[2]] for name in _CLASSES[1:]}
+    if client.get("scheduler") is not None:
+        specs["client.scheduler"] = client.pop("scheduler")
     for index, model in enumerate(options.pop("client.private_models", None) or ()):
         specs[f"client.private_models.{index}"] = model
     for name, spec in specs.items():

@@ -96,8 +96,10 @@ def _class_paths(values: Any) -> Iterator[str]:
         for name, value in values.items():
             if name in ("class_path", "partition") and isinstance(value, str):
                 yield value
-            elif name == "private_models" and value is not None:
-                yield from (item for item in value if isinstance(item, str))
+            elif name in ("private_models", "callbacks") and value is not None:
+                yield from (item for item in ([value] if isinstance(value, str) else value) if isinstance(item, str))
+            elif name in ("lr_lambda", "scale_fn") and isinstance(value, str):  # of a scheduler
+                yield value
             if name not in ("logger", "engine"):
                 yield from _class_paths(value)
     elif isinstance(values, list):

@@ -185,6 +185,10 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
         r'(?s)^Parser key "privacy":.*import path.*Given value: (.*)',
         "--privacy: expected null or arguments such as --privacy.noise_multiplier 1.0, got {0!r}",
     ),
+    (
+        r'(?s)^Parser key "client.scheduler":.*avoid ambiguity: torch\.optim\.lr_scheduler\.(ReduceLROnPlateau)',
+        "--client.scheduler: expected a scheduler that needs no metric, got {0!r}",
+    ),
     (r"unrecognized arguments: ([^-]\S*)", "{0!r}: unexpected argument; options begin with --"),
     (r"unrecognized arguments: (\S+)", _unknown_option),
     (r"^Option '([^']+)' is not accepted", _unknown_option),

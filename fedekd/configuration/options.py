@@ -54,6 +54,7 @@ _TITLES = {
     "client.private_model": "Private model",
     "client.proxy_model": "Proxy model",
     "client.optimizer": "Optimizer",
+    "client.scheduler": "Scheduler",
     "trainer": "Trainer",
     "engine": "Engine",
 }
@@ -66,7 +67,8 @@ def federation_parser() -> ArgumentParser:
         usage="%(prog)s --config digits.yaml [--output runs/NAME] [OPTIONS]   |   %(prog)s --resume RUN",
         description="Run a federation, or resume one.",
         epilog="To list the arguments of a class, use --method.help, --engine.help, --logger.help,"
-        " --do_no_harm.help, --client.optimizer.help, --client.private_model.help or --client.proxy_model.help,"
+        " --do_no_harm.help, --client.optimizer.help, --client.scheduler.help, --client.private_model.help or"
+        " --client.proxy_model.help,"
         " followed by the name of the class.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
@@ -101,7 +103,7 @@ def federation_parser() -> ArgumentParser:
     parser.add_subclass_arguments(Method, "method", help="Federated method: a name in fedekd.methods or a class path.")
     parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
     parser.add_class_arguments(
-        ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer"}, instantiate=False
+        ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer", "scheduler"}, instantiate=False
     )
     for role in ("private_model", "proxy_model"):
         parser.add_subclass_arguments(
@@ -118,6 +120,15 @@ def federation_parser() -> ArgumentParser:
         skip={"params"},
         instantiate=False,
         help="Optimizer: a name in torch.optim or a class path. Arguments: --client.optimizer.lr 1e-3.",
+    )
+    parser.add_subclass_arguments(
+        torch.optim.lr_scheduler.LRScheduler,
+        "client.scheduler",
+        skip={"optimizer"},
+        instantiate=False,
+        required=False,
+        help="Learning rate scheduler: a name in torch.optim.lr_scheduler or a class path. Arguments:"
+        " --client.scheduler.step_size 5 (default: constant rates).",
     )
     parser.add_class_arguments(TrainerFactory, "trainer", instantiate=False)
     parser.add_subclass_arguments(

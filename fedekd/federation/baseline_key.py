@@ -15,6 +15,7 @@ from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.federation.object_state import StateReader
 from fedekd.federation.source_code import code_of, modules_of, package_code
 from fedekd.methods import Client
+from fedekd.methods.options import scheduler_paths
 
 #: Code that trains and scores a client: a baseline of other code is not reused.
 TRAINING_CODE = (
@@ -59,8 +60,9 @@ def baseline_key(client: Client) -> str:
     optimizer = client.spec.optimizer(network.parameters())
     class_paths = (model if isinstance(model, str) else model["class_path"], client.spec.client.optimizer["class_path"])
     transforms = tuple(class_paths_in(client.spec.transform))
-    # A bare name of a transform is one of torchvision, whose version is hashed instead of its code.
-    factories = {path.rpartition(".")[0] for path in (*class_paths, *transforms)} - {""}
+    others = (*class_paths_in(client.spec.trainer.callbacks), *scheduler_paths(client.spec.client.scheduler))
+    # A bare name is of torchvision or Lightning, whose versions are hashed instead of the code.
+    factories = {path.rpartition(".")[0] for path in (*class_paths, *transforms, *others)} - {""}
     reader = StateReader(network)
     attributes, settings = reader.attributes(), reader.read(optimizer.defaults)
     names = modules_of([*network.modules(), optimizer]) | factories | reader.modules

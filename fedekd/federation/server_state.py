@@ -61,7 +61,7 @@ class AggregateValidator:
 
     def __init__(self, spec: FederationSpec, warn: Callable[[str], None] = lambda text: None) -> None:
         # The optimizer is not used, and its option `capturable` would require CUDA.
-        client = replace(spec.client, optimizer=ClientOptions().optimizer)
+        client = replace(spec.client, optimizer=ClientOptions().optimizer, scheduler=None)
         self.spec = replace(spec, client=client, trainer=replace(spec.trainer, accelerator="cpu", precision="32-true"))
         self.warn, self._has_warned = warn, False
         self._networks: dict[str, tuple[nn.Module, Tensor] | None] = {}

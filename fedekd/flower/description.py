@@ -63,6 +63,7 @@ def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechani
         "optimizer": to_json_value(client.optimizer),
         "method": {type(method).__name__: to_json_value(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
+        **_training_options(spec),
         **({} if privacy is None else {"privacy": to_json_value(privacy)}),
         **({"frozen": _frozen_digest(spec)} if method.exchanges_private and client.freeze is not None else {}),
     }
@@ -78,6 +79,21 @@ def _frozen_digest(spec: FederationSpec) -> str:
         content.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         content.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
+
+
+def _training_options(spec: FederationSpec) -> dict[str, Any]:
+    """Return the scheduler, callbacks, clipping and accumulation where they are used."""
+    values = spec.hash_dict()
+    names = {
+        "client": ("scheduler", "scheduler_interval"),
+        "trainer": ("callbacks", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
+    }
+    return {
+        name: to_json_value(values[part][name])
+        for part, group in names.items()
+        for name in group
+        if name in values[part]
+    }
 
 
 def describe(

@@ -26,6 +26,7 @@ from fedekd.metrics import compute_metrics, score
 from fedekd.models import build_ensemble, eval_mode
 from fedekd.models.freezing import keeps_statistics
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
+from fedekd.modules.schedule import Schedule
 from fedekd.seeding import derive_seed
 
 #: Role of the ensemble that a client serves in place of its private model.
@@ -70,7 +71,7 @@ class PhaseOptions(TypedDict, total=False):
         positions: Positions within the training split of the samples to train on, int64, shape (n,), with which
             `teacher_outputs` are aligned (default: all).
         carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
-            (default: False).
+            (default: False). The schedule of the learning rate is carried likewise, and that of `private` always.
         decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
     """
 
@@ -97,6 +98,7 @@ class Client:
     Attributes:
         networks: Networks by role: `private`, and those that `Method.init_client` adds.
         optimizer_states: By role, the optimizer states that are carried from round to round.
+        scheduler_states: By role, the states of learning rate schedules that are carried, likewise.
         loss_scales: By role, the state of the float16 loss scaler; empty in other precisions.
         method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
         supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
@@ -110,6 +112,7 @@ class Client:
         self.number, self.splits, self.samples, self.spec = number, splits, samples, spec
         self.networks: dict[str, nn.Module] = {"private": spec.build_model("private", number)}
         self.optimizer_states: dict[str, dict[str, Any]] = {}
+        self.scheduler_states: dict[str, dict[str, Any]] = {}
         self.loss_scales: dict[str, dict[str, Any]] = {}
         self.method_state: dict[str, Any] = {}
         self.supervised_epochs = 0
@@ -279,6 +282,10 @@ class Client:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
+        carry_schedule = carry_optimizer or role == "private"
+        if spec.client.scheduler is not None:
+            state = self.scheduler_states.get(role) if carry_schedule else None
+            module.schedule = Schedule(spec.scheduler, spec.client.scheduler_interval, state)
         module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
         # Each epoch has its own seed.
         failure = _named_failure(f"{self.splits.label}: training '{role}'")
@@ -287,9 +294,16 @@ class Client:
         if carry_optimizer:
             assert module.optimizer_state is not None
             self.optimizer_states[role] = module.optimizer_state
+        if carry_schedule and module.schedule is not None and (state := module.schedule.state_dict()) is not None:
+            self.scheduler_states[role] = state
         if module.loss_scale:
             self.loss_scales[role] = module.loss_scale
         return module.epoch_means
+
+    def reset_optimizer(self, role: str) -> None:
+        """Let the next phase of a role start with a new optimizer and schedule."""
+        self.optimizer_states.pop(role, None)
+        self.scheduler_states.pop(role, None)
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
     def predict(
@@ -440,6 +454,7 @@ class Client:
             "loss_scales": self.loss_scales,
             "method_state": self.method_state,
             "supervised_epochs": self.supervised_epochs,
+            **({"scheduler_states": self.scheduler_states} if self.scheduler_states else {}),
             **serving,
         }
 
@@ -451,6 +466,7 @@ class Client:
                 self.networks[role] = self.spec.build_model("private", self.number)
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]
+        self.scheduler_states = state.get("scheduler_states", {})
         self.loss_scales = state["loss_scales"]
         self.method_state = state["method_state"]
         self.supervised_epochs = state["supervised_epochs"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fedekd.atomic import digest
-from fedekd.errors import UserError, require, shorten
+from fedekd.errors import UserError, require, require_choice, shorten
 from fedekd.global_state import isolated_rng
 from fedekd.models.build import parse_model
 from fedekd.models.freezing import BACKBONE
 from fedekd.models.pretrained import has_pretrained_weights
 from fedekd.models.weights import read_weights
+from fedekd.modules.schedule import Interval
 
 ModelSpec = Mapping[str, Any]
 """`class_path` and optionally `init_args`."""
@@ -33,21 +36,29 @@ _UNSUPPORTED_OPTIMIZERS = {
 #: Optimizers with a fused form that runs on CPUs and gives the same result.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
+#: Arguments of PyTorch's schedulers that are functions, given by their import path.
+_FUNCTIONS = ("lr_lambda", "scale_fn")
 
-def build_optimizer(spec: ModelSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+#: Scheduler steps that are tried before training.
+_MOST_STEPS = 10_000
+
+
+def build_optimizer(
+    spec: ModelSpec, parameters: Iterable[nn.Parameter], allow_fused: bool = True
+) -> torch.optim.Optimizer:
     """Create an optimizer, in fused form where the result is the same.
 
     Args:
         spec: `class_path` and optionally `init_args`.
         parameters: The parameters to train.
+        allow_fused: False for the plain form unless the arguments have another one.
     """
     init_args = dict(spec.get("init_args") or {})
-    module, _, name = spec["class_path"].rpartition(".")
-    optimizer_class = getattr(import_module(module), name)
+    optimizer_class: Any = _imported(spec["class_path"])
     # jsonargparse fills in defaults, so an option that was not given is None.
     is_default = init_args.get("fused") is None
     uses_other_form = init_args.get("foreach") or init_args.get("differentiable")
-    if is_default and optimizer_class in _FUSED and not uses_other_form:
+    if allow_fused and is_default and optimizer_class in _FUSED and not uses_other_form:
         init_args["fused"] = True
     optimizer: torch.optim.Optimizer = optimizer_class(parameters, **init_args)
     if optimizer_class is torch.optim.SGD and is_default and init_args.get("momentum"):
@@ -65,6 +76,35 @@ def _unfuse_partial_momentum(optimizer: torch.optim.Optimizer) -> None:
             group["fused"] = False
 
 
+def build_scheduler(spec: ModelSpec, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Create the learning rate scheduler of an optimizer.
+
+    Args:
+        spec: `class_path` and optionally `init_args`. Functions, such as `lr_lambda`, are given by their import path.
+        optimizer: The optimizer whose learning rates are scheduled.
+    """
+    arguments = {
+        name: _imported(value) if name in _FUNCTIONS and isinstance(value, str) else value
+        for name, value in (spec.get("init_args") or {}).items()
+    }
+    scheduler: LRScheduler = _imported(spec["class_path"])(optimizer, **arguments)
+    return scheduler
+
+
+def scheduler_paths(spec: ModelSpec | None) -> Iterator[str]:
+    """Yield the import paths in the specification of a scheduler."""
+    if spec is not None:
+        yield spec["class_path"]
+        for name, value in (spec.get("init_args") or {}).items():
+            if name in _FUNCTIONS and isinstance(value, str):
+                yield value
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
 def check_optimizer(spec: ModelSpec) -> None:
     """Build an optimizer and take one step on two small parameters.
 
@@ -74,25 +114,54 @@ def check_optimizer(spec: ModelSpec) -> None:
     Raises:
         UserError: If the optimizer rejects its arguments; the message names the argument whose default is accepted.
     """
-    error = _failure(spec)
+    _require_accepted("client.optimizer", spec, _failure)
+
+
+def check_scheduler(spec: ModelSpec, optimizer: ModelSpec, steps: int = 1) -> None:
+    """Build a scheduler and take steps on the optimizer of two small parameters.
+
+    Args:
+        spec: The scheduler: `class_path` and optionally `init_args`.
+        optimizer: The optimizer, likewise.
+        steps: Number of steps, of which the first 10,000 are taken. Default 1.
+
+    Raises:
+        UserError: If the scheduler needs a metric, rejects its arguments, ends before these steps, or has state other
+            than plain values; the message names the argument whose default is accepted.
+    """
+
+    def failure(scheduler: ModelSpec) -> Exception | None:
+        return _failure(optimizer, scheduler, min(steps, _MOST_STEPS))
+
+    _require_accepted("client.scheduler", spec, failure)
+
+
+def _require_accepted(option: str, spec: ModelSpec, failure: Callable[[ModelSpec], Exception | None]) -> None:
+    """Raise a UserError if a class fails.
+
+    It names the argument without which the class does not fail, if there is one.
+    """
+    error = failure(spec)
     if error is None:
         return
+    if isinstance(error, UserError):
+        raise error
     class_path, init_args = spec["class_path"], dict(spec.get("init_args") or {})
     for name, value in init_args.items():
         rest = {key: other for key, other in init_args.items() if key != name}
-        if _failure({"class_path": class_path, "init_args": rest}) is None:
-            option, expected, actual = f"client.optimizer.{name}", "a value that", value
+        if failure({"class_path": class_path, "init_args": rest}) is None:
+            option, expected, actual = f"{option}.{name}", "a value that", value
             break
     else:
-        option, expected, actual = "client.optimizer", "arguments that", init_args
+        expected, actual = "arguments that", init_args
     raise UserError(
         f"{option}: expected {expected} {shorten(class_path)} accepts, got {shorten(repr(actual))}."
         f" It reports: {shorten(str(error) or type(error).__name__, 160)}"
     ) from error
 
 
-def _failure(spec: ModelSpec) -> Exception | None:
-    """Return the error of building and using an optimizer, if there is one."""
+def _failure(spec: ModelSpec, scheduler: ModelSpec | None = None, steps: int = 1) -> Exception | None:
+    """Return the error of using an optimizer and a scheduler, if there is one."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((1, 1), (1,))]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -101,9 +170,48 @@ def _failure(spec: ModelSpec) -> Exception | None:
             optimizer = build_optimizer(spec, parameters)
             if not (spec.get("init_args") or {}).get("capturable"):  # needs parameters on CUDA
                 optimizer.step()
+            if scheduler is not None:
+                _use_scheduler(scheduler, optimizer, steps)
     except Exception as error:  # a user's optimizer may raise anything
         return error
     return None
+
+
+def _use_scheduler(spec: ModelSpec, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Build a scheduler, and take some steps.
+
+    Raises:
+        UserError: If it is no scheduler, needs a metric, or has state that no checkpoint can hold.
+    """
+    scheduler = build_scheduler(spec, optimizer)
+    allowed = isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau)
+    require(
+        allowed,
+        "client.scheduler",
+        "a scheduler that needs no metric",
+        spec["class_path"],
+        "A phase has no validation batches: use another, such as CosineAnnealingLR.",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`")
+        for _ in range(steps):
+            scheduler.step()
+    for name, value in scheduler.state_dict().items():
+        require(
+            _is_plain(value),
+            "client.scheduler",
+            f"a state_dict of numbers, text and tensors in {type(scheduler).__name__}",
+            {name: value},
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a checkpoint can hold a value."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
 
 
 @dataclass(frozen=True)
@@ -127,6 +235,10 @@ class ClientOptions:
         depths: Number of leading stages that a client holds, with their exits, at least 1; for clients with less
             compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
         lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
+        scheduler: A class of torch.optim.lr_scheduler, or a function of the optimizer that returns such an object:
+            class_path and init_args. The schedule of a private model goes on from round to round; another network has
+            a new one wherever its optimizer is new. lr_decay multiplies its rates. null keeps the rates.
+        scheduler_interval: epoch steps the scheduler after each epoch, step after each step of the optimizer.
         class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
             n training samples in class c and k classes among them, also in the local baseline; null weights all
             samples equally.
@@ -155,6 +267,8 @@ class ClientOptions:
     depths: int | Sequence[int] | None = None
     private_models: Sequence[str | ModelSpec] | None = None
     class_weights: str | None = None
+    scheduler: ModelSpec | None = None
+    scheduler_interval: Interval = "epoch"
     private_weights: str | None = None
     freeze: Sequence[str] | str | None = None
 
@@ -192,6 +306,15 @@ class ClientOptions:
             f"Choose another: {reason}.",
         )
         check_optimizer(self.optimizer)
+        require_choice("client.scheduler_interval", self.scheduler_interval, ("epoch", "step"))
+        if self.scheduler is not None:
+            require(
+                isinstance(self.scheduler, Mapping) and "class_path" in self.scheduler,
+                "client.scheduler",
+                "class_path and init_args, or null",
+                self.scheduler,
+            )
+            check_scheduler(self.scheduler, self.optimizer)
         require(
             depths is None or (len(depths) > 0 and min(depths) >= 1),
             "client.depths",

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
-from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer
+from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer, build_scheduler, check_scheduler
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.models.freezing import freeze
@@ -71,7 +72,8 @@ class FederationSpec:
         transform: Augmentation of training samples, as plain values; see `build_transform`. Default None.
 
     Raises:
-        UserError: If the numbers of models and of clients differ, or `client.depths` is given without exits.
+        UserError: If the numbers of models and of clients differ, `client.depths` is given without exits, or an option
+            needs another one.
     """
 
     task: Task
@@ -109,7 +111,14 @@ class FederationSpec:
             "null for regression",
             self.client.class_weights,
         )
-        capturable = bool((self.client.optimizer.get("init_args") or {}).get("capturable"))
+        init_args = self.client.optimizer.get("init_args") or {}
+        require(
+            self.trainer.allows_fused or not init_args.get("fused"),
+            "client.optimizer.fused",
+            f"null or false with --trainer.gradient_clip_val in precision {self.trainer.precision}",
+            init_args.get("fused"),
+        )
+        capturable = bool(init_args.get("capturable"))
         require(
             not capturable or self.trainer.accelerator == "cuda",
             "client.optimizer.capturable",
@@ -141,8 +150,13 @@ class FederationSpec:
             num_clients: Number of clients.
             default_exits: `Method.exits`: exits of the private model if `client.exits` is null.
             metrics: Metrics that the run reports, the primary one first; None for those of the task.
+
+        Raises:
+            UserError: If a part is invalid, or the scheduler has fewer steps than the rounds have epochs.
         """
         samples = data.samples
+        if client.scheduler is not None and client.scheduler_interval == "epoch":
+            check_scheduler(client.scheduler, client.optimizer, rounds * client.local_epochs)
         if default_exits is not None and client.exits is None:
             client = replace(client, exits=default_exits)
         return cls(
@@ -334,7 +348,12 @@ class FederationSpec:
         Raises:
             UserError: If the optimizer rejects its arguments.
         """
-        return build_optimizer(self.client.optimizer, parameters)
+        return build_optimizer(self.client.optimizer, parameters, self.trainer.allows_fused)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Create the scheduler of an optimizer; needs `client.scheduler`."""
+        assert self.client.scheduler is not None
+        return build_scheduler(self.client.scheduler, optimizer)
 
     def hash_dict(self) -> dict[str, Any]:
         """Return the values that determine local training, for content hashes.
@@ -346,6 +365,7 @@ class FederationSpec:
         for name in ("num_clients", "rounds", "metric"):
             values.pop(name)
         values["trainer"].pop("device")  # equal devices give equal results
+        self._drop_unused(values)
         if self.transform is None:
             values.pop("transform")
         values["client"].pop("private_weights")  # by content, wherever the file is
@@ -356,3 +376,17 @@ class FederationSpec:
             channels, *size = values.pop("input_shape")
             values |= {"in_channels": channels, "image_size": size}
         return values
+
+    def _drop_unused(self, values: dict[str, Any]) -> None:
+        """Remove callbacks, clipping, accumulation and scheduler where there is none."""
+        trainer, client = values["trainer"], values["client"]
+        if not self.trainer.callbacks:
+            trainer.pop("callbacks")
+        if self.trainer.gradient_clip_val is None:
+            trainer.pop("gradient_clip_val")
+            trainer.pop("gradient_clip_algorithm")
+        if self.trainer.accumulate_grad_batches == 1:
+            trainer.pop("accumulate_grad_batches")
+        if self.client.scheduler is None:
+            client.pop("scheduler")
+            client.pop("scheduler_interval")

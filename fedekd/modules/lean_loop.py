@@ -1,7 +1,8 @@
 """Training loop without a Trainer; on CUDA, full batches run as one CUDA graph.
 
 The loop calls the hooks of an `ObjectiveModule` in the order of a Lightning Trainer, with Lightning's own precision
-plugins, and gives the same weights to the last bit. It has no callbacks, no loggers and no progress bar.
+plugins, which also clip the gradients, and gives the same weights to the last bit. It has no callbacks, no loggers and
+no progress bar.
 
 Captured is the training step on a full batch: gathering the images, forward, backward, the optimizer's step, and the
 sums of what is recorded. The first step of a phase is eager; it creates the optimizer's state and the sums, and shows
@@ -13,7 +14,8 @@ captured as it behaved once: train it with `--trainer.capture false`.
 
 Eager steps are used for the last, smaller batch of an epoch, for modules that are not `capturable`, for optimizers
 other than SGD that have no `capturable` form, for phases of fewer than `MIN_CAPTURED_STEPS`, for batches that are
-augmented or read from files, and for steps that wait for the device, as `.item()` does.
+augmented or read from files, for steps that wait for the device, as `.item()` does, with a learning rate schedule,
+whose rates a graph would not follow, and where gradients are accumulated.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 
 from fedekd.data import TensorBatches
@@ -39,13 +43,28 @@ MIN_CAPTURED_STEPS = 8
 UNCALLED_HOOKS = (
     *("setup", "teardown", "configure_model", "configure_callbacks", "on_fit_end", "backward", "optimizer_zero_grad"),
     *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
-    *("on_before_optimizer_step", "configure_gradient_clipping", "lr_scheduler_step", "on_before_batch_transfer"),
+    *("on_before_optimizer_step", "configure_gradient_clipping", "on_before_batch_transfer"),
     *("transfer_batch_to_device", "on_after_batch_transfer"),
 )
 
 #: The last graph of each device, whose memory the next one takes over.
 _latest_graph: dict[torch.device, torch.cuda.CUDAGraph] = {}
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """Clipping and accumulation of gradients, named as the arguments of a Trainer.
+
+    Attributes:
+        gradient_clip_val: Largest norm or value, above 0; None does not clip.
+        gradient_clip_algorithm: `norm` or `value`.
+        accumulate_grad_batches: Batches per step of the optimizer, at least 1.
+    """
+
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    accumulate_grad_batches: int = 1
 
 
 class HookTrainer:
@@ -75,15 +94,23 @@ class LeanLoop:
         device: Device of the training.
         precision: `32-true`, `bf16-mixed` or `64-true`.
         capture: Capture the steps on full batches as a CUDA graph where that is possible.
+        gradients: Clipping and accumulation of gradients.
 
     Attributes:
         captured: The captured step; None where all steps are eager.
     """
 
     def __init__(
-        self, module: ObjectiveModule, batches: TensorBatches, device: torch.device, precision: str, capture: bool
+        self,
+        module: ObjectiveModule,
+        batches: TensorBatches,
+        device: torch.device,
+        precision: str,
+        capture: bool,
+        gradients: GradientOptions,
     ) -> None:
         self.module, self.batches, self.device, self.capture = module, batches, device, capture
+        self.gradients = gradients
         self.plugin = _precision_plugin(precision, device)
         self.trainer = HookTrainer(self.plugin)
         self.captured: CapturedStep | None = None
@@ -102,7 +129,8 @@ class LeanLoop:
             with torch.enable_grad(), _own_stream(self.device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*`Trainer\\(barebones=True\\)`")
                 warnings.filterwarnings("ignore", ".*constructed with capturable=True")  # some steps are eager
-                self.trainer.optimizers = [module.configure_optimizers()]
+                configured = module.configure_optimizers()
+                self.trainer.optimizers = [configured["optimizer"] if isinstance(configured, dict) else configured]
                 module.on_fit_start()
                 if epochs and len(self.batches):
                     self._train(epochs)
@@ -114,6 +142,7 @@ class LeanLoop:
     def _train(self, epochs: int) -> None:
         steps = epochs * (self.batches.num_visited // self.batches.batch_size)
         captures = self.capture and supports_graphs(self.device) and self.module.capturable and self.batches.is_plain
+        captures = captures and self.module.schedule is None and self.gradients.accumulate_grad_batches == 1
         flags = [group.get("capturable") for group in self.optimizer.param_groups]
         if captures and steps >= MIN_CAPTURED_STEPS and make_capturable(self.optimizer):
             self.captured = CapturedStep(lambda positions: self._step(self.batches.take(positions)), self.device)
@@ -130,8 +159,9 @@ class LeanLoop:
 
     def _train_epoch(self) -> None:
         if self.captured is None:
+            last = len(self.batches) - 1
             for number, batch in enumerate(self.batches):
-                self._step(batch, number)
+                self._step(batch, number, number == last)
         else:
             positions, size = self.batches.draw_positions(), self.batches.batch_size
             start = len(positions) // size * size
@@ -139,19 +169,36 @@ class LeanLoop:
             for first in range(start, len(positions), size):
                 self._step(self.batches.take(positions[first : first + size]), first // size)
         self.module.samples_seen = self.batches.num_visited  # a replay does not count
+        self._step_schedule("epoch")
 
-    def _step(self, batch: tuple[Any, ...], batch_idx: int = 0) -> None:
+    def _step(self, batch: tuple[Any, ...], batch_idx: int = 0, is_last: bool = False) -> None:
         """Train on one batch, like Lightning's automatic optimization."""
-        batch = self.plugin.convert_input(batch)
+        batch, accumulated = self.plugin.convert_input(batch), self.gradients.accumulate_grad_batches
 
-        def closure() -> Tensor:
+        def backward() -> Tensor:
             with self.plugin.train_step_context():
                 loss = self.module.training_step(batch, batch_idx)
-            self.optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            if batch_idx % accumulated == 0:
+                self.optimizer.zero_grad()
+            torch.autograd.backward(loss / accumulated if accumulated > 1 else loss)
             return loss
 
+        def closure() -> Tensor:
+            loss = backward()
+            algorithm = GradClipAlgorithmType(self.gradients.gradient_clip_algorithm)
+            self.plugin.clip_gradients(self.optimizer, self.gradients.gradient_clip_val or 0.0, algorithm)
+            return loss
+
+        if (batch_idx + 1) % accumulated and not is_last:
+            backward()
+            return
         self.module.optimizer_step(self.trainer.current_epoch, batch_idx, self.optimizer, closure)
+        self._step_schedule("step")
+
+    def _step_schedule(self, interval: str) -> None:
+        schedule = self.module.schedule
+        if schedule is not None and schedule.scheduler is not None and schedule.interval == interval:
+            self.module.lr_scheduler_step(schedule.scheduler, None)
 
 
 class CapturedStep:
@@ -192,7 +239,12 @@ class CapturedStep:
 
 
 def build_lean_loop(
-    module: LightningModule, batches: object, device: torch.device, precision: str, capture: bool
+    module: LightningModule,
+    batches: object,
+    device: torch.device,
+    precision: str,
+    capture: bool,
+    gradients: GradientOptions,
 ) -> LeanLoop | None:
     """Build the loop for a phase, or return None if it requires Lightning's loop.
 
@@ -207,7 +259,7 @@ def build_lean_loop(
         and type(module).configure_optimizers is ObjectiveModule.configure_optimizers
         and all(getattr(type(module), hook) is getattr(LightningModule, hook) for hook in UNCALLED_HOOKS)
     ):
-        return LeanLoop(module, batches, device, precision, capture)
+        return LeanLoop(module, batches, device, precision, capture, gradients)
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -17,6 +18,7 @@ from fedekd.metrics import build_metrics
 from fedekd.models.freezing import keep_frozen_statistics, trained_parameters
 from fedekd.modules.losses import LossTerm, SupervisedLoss
 from fedekd.modules.prediction import ModelOutput, predict, teacher_forward
+from fedekd.modules.schedule import Schedule
 from fedekd.tasks import TASKS, Task
 
 
@@ -49,6 +51,7 @@ class ObjectiveModule(LightningModule):
         epoch_means: Means that were logged in the last training epoch.
         carries_optimizer_state: If True, training starts from `optimizer_state` and sets it at the end.
         lr_factor: Factor of all learning rates.
+        schedule: Learning rate schedule of the phase; None (default) keeps the rates.
         samples_seen: Samples of the epoch so far.
         capturable: Whether a step depends on tensors only, not on values in Python that change during a phase: then
             `fedekd.modules.lean_loop` may capture it as a CUDA graph.
@@ -86,6 +89,7 @@ class ObjectiveModule(LightningModule):
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale: dict[str, Any] = {}
         self.lr_factor = 1.0
+        self.schedule: Schedule | None = None
         self.epoch_means: dict[str, float] = {}
         self.val_metrics = build_metrics(task).clone(prefix="val/")
         self.test_metrics = build_metrics(task).clone(prefix="test/")
@@ -199,16 +203,30 @@ class ObjectiveModule(LightningModule):
         self.log(f"{stage}/loss", loss, batch_size=len(targets), on_epoch=True)
         self.log_dict(metrics, batch_size=len(targets))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create the optimizer; apply `lr_factor` and a carried `optimizer_state`."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Create optimizer and schedule; apply `lr_factor` and carried states."""
         optimizer = self.make_optimizer(trained_parameters(self.network))
+        scheduler = None if self.schedule is None else self.schedule.attach(optimizer)
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
+        if self.schedule is not None and scheduler is not None:
+            self.schedule.begin(self.lr_factor)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval},
+            }
         if self.lr_factor != 1.0:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.lr_factor  # the loaded state has the rate of the last phase
         return optimizer
+
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any | None) -> None:
+        """Step the schedule, and apply `lr_factor` to its learning rates."""
+        if self.schedule is not None and scheduler is self.schedule.scheduler:
+            self.schedule.step()
+        else:
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_train_end(self) -> None:
         """Keep what a new Trainer resets: loss scale and carried optimizer state."""

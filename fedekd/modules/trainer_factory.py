@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from fedekd.errors import UserError, require, require_choice
+from fedekd.errors import UserError, describe_error, require, require_choice, shorten
 from fedekd.global_state import exclusive, intraop_threads
-from fedekd.modules.lean_loop import build_lean_loop
+from fedekd.modules.lean_loop import GradientOptions, build_lean_loop
+from fedekd.modules.phase_callbacks import CallbackSpec, build_callbacks
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
 
@@ -56,8 +58,16 @@ class TrainerFactory:
         threads: CPU threads per client, at least 1; `auto` uses all cores. The number affects results in the last bits.
         channels_last: Store images and convolutions in channels-last layout, which is faster on CPUs and tensor cores.
         loop: `lightning` trains by a Lightning Trainer; `lean` calls the module's hooks in a plain loop, to the same
-            bits, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean on CUDA.
+            bits, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean on CUDA without
+            callbacks.
         capture: In the lean loop on CUDA, run the training step as a CUDA graph where it can be captured.
+        callbacks: Lightning callbacks of each training phase: a name of lightning.pytorch.callbacks or a class path, a
+            mapping with class_path and init_args, or a list of these. Each client and phase has new objects, see
+            `fedekd.modules.phase_callbacks.build_callbacks`. Training then uses Lightning's loop.
+        gradient_clip_val: Largest norm of the gradient, or of each of its values, above 0; null does not clip.
+        gradient_clip_algorithm: norm clips the norm of the gradient of all parameters, value each value by itself.
+        accumulate_grad_batches: Batches per step of the optimizer, at least 1; the gradient is their mean. The last
+            step of an epoch may have fewer, whose sum is divided by the same number, as in Lightning.
 
     Raises:
         UserError: If a value is out of range.
@@ -70,23 +80,38 @@ class TrainerFactory:
     channels_last: bool = True
     loop: Literal["auto", "lightning", "lean"] = "auto"
     capture: bool = True
+    callbacks: CallbackSpec | None = None
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    accumulate_grad_batches: int = 1
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (
             ("accelerator", self.accelerator, ("auto", "cpu", "cuda")),
             ("precision", self.precision, ("auto", *_AUTOCAST, "32-true", "64-true")),
             ("loop", self.loop, ("auto", "lightning", "lean")),
+            ("gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value")),
         ):
             require_choice(f"trainer.{flag}", value, allowed)
         threads_allowed = self.threads == "auto" or (isinstance(self.threads, int) and self.threads >= 1)
         require(threads_allowed, "trainer.threads", "auto, or at least 1", self.threads)
         require(self.device >= 0, "trainer.device", "at least 0", self.device)
+        clip, batches = self.gradient_clip_val, self.accumulate_grad_batches
+        clips = clip is None or (math.isfinite(clip) and clip > 0)
+        require(clips, "trainer.gradient_clip_val", "a finite number above 0, or null", clip)
+        require(batches >= 1, "trainer.accumulate_grad_batches", "at least 1", batches)
+        require(
+            not (self.callbacks and self.loop == "lean"),
+            "trainer.loop",
+            "auto or lightning with --trainer.callbacks",
+            self.loop,
+        )
 
     def resolve(self) -> TrainerFactory:
         """Return a copy in which every `auto` is replaced by a value for this machine.
 
         Raises:
-            UserError: If the device does not exist, or the precision needs another device.
+            UserError: If the device does not exist, the precision needs another device, or a callback cannot be built.
         """
         accelerator = self.accelerator
         if accelerator == "auto":
@@ -102,7 +127,44 @@ class TrainerFactory:
         if precision == "16-mixed" and accelerator == "cpu":
             raise UserError("trainer.precision: expected bf16-mixed or 32-true on a CPU, got 16-mixed")
         threads = usable_cores() if self.threads == "auto" else self.threads
+        self._check_callbacks()
         return replace(self, accelerator=accelerator, precision=precision, threads=threads)
+
+    def _check_callbacks(self) -> None:
+        """Build the callbacks and a Trainer with them, on the CPU.
+
+        Raises:
+            UserError: If a callback cannot be built, or Lightning rejects one.
+        """
+        if not self.callbacks:
+            return
+        callbacks = build_callbacks(self.callbacks)
+        try:
+            with exclusive(), _quiet():
+                replace(self, accelerator="cpu", precision="32-true").build(1, callbacks)
+        except Exception as error:
+            raise UserError(
+                f"trainer.callbacks: expected callbacks that a Trainer accepts, got {shorten(repr(self.callbacks))}."
+                f" It reports: {describe_error(error)}"
+            ) from error
+
+    @property
+    def gradients(self) -> GradientOptions:
+        """Clipping and accumulation of gradients."""
+        return GradientOptions(self.gradient_clip_val, self.gradient_clip_algorithm, self.accumulate_grad_batches)
+
+    @property
+    def prefers_lean_loop(self) -> bool:
+        """Whether phases that need no Trainer are trained without one."""
+        return not self.callbacks and (self.loop == "lean" or (self.loop == "auto" and self.accelerator == "cuda"))
+
+    @property
+    def allows_fused(self) -> bool:
+        """Whether a fused optimizer can be used.
+
+        In mixed precision Lightning does not clip for optimizers that unscale the gradients themselves.
+        """
+        return self.gradient_clip_val is None or self.precision not in _AUTOCAST
 
     @property
     def torch_device(self) -> torch.device:
@@ -143,6 +205,7 @@ class TrainerFactory:
             devices=[self.device] if self.accelerator == "cuda" else 1,
             precision=self.precision if self.precision != "auto" else None,
             max_epochs=max_epochs,
+            **asdict(self.gradients),
             callbacks=list(callbacks),
             strategy=_Resident(self.torch_device),
             logger=False,
@@ -155,16 +218,28 @@ class TrainerFactory:
         )
 
     def fit(self, module: LightningModule, batches: Iterable[Any], epochs: int) -> None:
-        """Train a module by the loop of `loop`, and release what a Trainer holds."""
-        if self.loop == "lean" or (self.loop == "auto" and self.torch_device.type == "cuda"):
-            loop = build_lean_loop(module, batches, self.torch_device, self.precision, self.capture)
+        """Train a module by the loop of `loop`, and release what a Trainer holds.
+
+        Raises:
+            UserError: If a callback ends the phase early.
+        """
+        if self.prefers_lean_loop:
+            loop = build_lean_loop(module, batches, self.torch_device, self.precision, self.capture, self.gradients)
             if loop is not None:
                 with exclusive():
                     loop.fit(epochs)
                 return
         with exclusive(), _quiet():
-            trainer = self.build(epochs)
+            trainer = self.build(epochs, build_callbacks(self.callbacks))
             trainer.fit(module, train_dataloaders=batches)
+        if self.callbacks and trainer.num_training_batches:
+            # Delta compares with as many epochs of the local baseline.
+            require(
+                trainer.current_epoch == epochs,
+                "trainer.callbacks",
+                f"callbacks that keep the {epochs} epochs of a phase",
+                f"{trainer.current_epoch} epochs",
+            )
         # Trainers form reference cycles, which only the garbage collector frees: drop large objects now.
         trainer.strategy.optimizers = []
         module.zero_grad(set_to_none=True)
@@ -187,6 +262,7 @@ _EXPECTED = (
     ".*You defined a `validation_step` but have no `val_dataloader`",
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen teacher
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # raised by Lightning with newer torch
+    ".*`OneCycleLR` scheduler is using 'interval': 'epoch'",  # the default of client.scheduler_interval
 )
 
 

@@ -70,10 +70,26 @@ def test_options_of_stored_rows_are_frozen() -> None:
     assert gone == set(), f"options {sorted(gone)} are gone: add a renamed one to RENAMED_OPTIONS, else remove it here"
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"), [("certified", "certified"), ("do_no_harm", "do_no_harm"), ("cafedistill", "cafedistill")]
-)
-def test_grids_find_their_committed_rows(name: str, folder: str) -> None:
+def test_key_depends_on_scheduler_callbacks_and_gradients_but_not_on_the_machine() -> None:
+    step = {"client.scheduler": {"class_path": "StepLR", "init_args": {"step_size": 1}}}
+    different: list[dict[str, Any]] = [
+        {},
+        step,
+        {"client.scheduler": {"class_path": "StepLR", "init_args": {"step_size": 2}}},
+        {**step, "client.scheduler_interval": "step"},
+        {"trainer.callbacks": "LambdaCallback"},
+        {"trainer.gradient_clip_val": 1.0},
+        {"trainer.gradient_clip_val": 1.0, "trainer.gradient_clip_algorithm": "value"},
+        {"trainer.accumulate_grad_batches": 2},
+    ]
+    keys = [cells([Block(["digits"], [0.1], [0], LOCAL, options)])[0].key for options in different]
+    assert len(set(keys)) == len(keys)
+    machine = {"trainer.loop": "lean", "trainer.threads": 3, "trainer.precision": "64-true", "trainer.capture": False}
+    assert cells([Block(["digits"], [0.1], [0], LOCAL, machine)])[0].key == keys[0]
+
+
+@pytest.mark.parametrize("name", ["certified", "do_no_harm", "cafedistill"])
+def test_grids_find_their_committed_rows(name: str) -> None:
     own = cells(parse(benchmark_parser(), ["--config", str(ROOT / f"configs/benchmark/{name}.yaml")]).blocks)
     assert len(finished_rows(read_results(ROOT / "results" / name), own)) == len(own)
 

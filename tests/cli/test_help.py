@@ -16,6 +16,7 @@ FIT_TITLES = [
     "Private model",
     "Proxy model",
     "Optimizer",
+    "Scheduler",
     "Trainer",
     "Engine",
     "Do no harm",

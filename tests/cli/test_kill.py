@@ -144,6 +144,35 @@ def test_resume_after_sigkill_gives_same_files(
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+#: Training options, and the moments of a kill: in a local baseline, in a proxy, in a private model.
+TRAINING = {
+    "scheduler": [
+        *("--client.scheduler=OneCycleLR", "--client.scheduler.max_lr=1e-3", "--client.scheduler.total_steps=40"),
+        *("--client.scheduler_interval=step", "--client.lr_decay=0.9"),
+    ],
+    "callbacks": ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]"],
+    "clipping and accumulation": ["--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_resume_after_sigkill_with_training_options_gives_same_files(
+    name: str, undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    npz, plain = undisturbed_run
+    whole = options(npz, f"--output={tmp_path}/whole", f"--baseline_dir={tmp_path}/whole-local", "--logger=null")
+    assert main([*whole, *TRAINING[name]]) == 0
+    expected = contents(tmp_path / "whole")
+    assert all(expected[file] != plain[file] for file in expected if file.startswith("client"))
+    for moment in ("batch:5", "batch:33", "batch:46"):
+        run = tmp_path / moment.replace(":", "-")
+        arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null", *TRAINING[name])
+        assert kill(moment, arguments)
+        assert main(["fit", "--resume", str(run)]) == 0
+        assert contents(run) == expected
+
+
 @pytest.mark.slow
 def test_wandb_has_each_round_once_after_sigkill(
     undisturbed_run: tuple[Path, dict[str, bytes]],

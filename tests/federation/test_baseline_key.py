@@ -101,7 +101,9 @@ def new_key(federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A function that writes files of a user's code, and returns the key as a new process would compute it."""
     monkeypatch.syspath_prepend(tmp_path / "code")
 
-    def key(files: Mapping[str, str], model: str = "own.model.Net", **options: Any) -> str:
+    def key(
+        files: Mapping[str, str], model: str = "own.model.Net", trainer: TrainerFactory | None = None, **options: Any
+    ) -> str:
         for name, content in files.items():
             (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "code" / name).write_text(content)
@@ -109,7 +111,7 @@ def new_key(federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             del sys.modules[name]
         importlib.invalidate_caches()
         client = ClientOptions(private_model={"class_path": model}, **options)
-        return key_of(federate(Local(), client=client))
+        return key_of(federate(Local(), client=client, **({} if trainer is None else {"trainer": trainer})))
 
     return key
 
@@ -186,6 +188,35 @@ def test_baseline_key_depends_on_the_code_of_a_user_optimizer(new_key: Callable[
     plain = key("pass")
     assert key("pass") == plain
     assert len({plain, key("momentum = 0.9"), key("pass", "gain = 2.0")}) == 3
+
+
+@pytest.mark.parametrize("option", ["scheduler", "function of a scheduler", "callback"])
+def test_baseline_key_depends_on_the_code_of_a_user_part(option: str, new_key: Callable[..., str]) -> None:
+    code = """
+import torch
+from lightning.pytorch import Callback
+from torch.optim.lr_scheduler import StepLR
+
+class Own(Callback):
+    pass
+
+def own_factor(epoch):
+    return 0.5**epoch
+
+def own_scheduler(optimizer):
+    return StepLR(optimizer, 1)
+"""
+    scheduler = {"class_path": "own.part.own_scheduler"}
+    if option == "function of a scheduler":
+        arguments = {"lr_lambda": "own.part.own_factor"}
+        scheduler = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": arguments}
+    trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1, callbacks=["own.part.Own"])
+
+    def key(line: str) -> str:
+        files = {"own/__init__.py": "", "own/model.py": MODEL, "own/part.py": f"{code}\n{line}\n"}
+        return new_key(files, trainer=trainer) if option == "callback" else new_key(files, scheduler=scheduler)
+
+    assert key("") == key("") != key("more = 1")
 
 
 def test_baseline_key_depends_on_the_module_of_a_factory(new_key: Callable[..., str]) -> None:
@@ -342,9 +373,13 @@ def test_baseline_key_depends_on_everything_that_decides_the_number(
         key_of(federate(Local())),
         key_of(federate(Local(), client=client(proxy_model={"class_path": "fedekd.models.PrivateCNN"}))),
         key_of(federate(Local(), trainer=trainer(device=0))),
+        key_of(federate(Local(), trainer=trainer(gradient_clip_algorithm="value", callbacks=[]))),
+        key_of(federate(Local(), client=client(scheduler_interval="step"))),
     ]
     assert set(same) == {plain}
     narrow = {"class_path": "fedekd.models.PrivateCNN", "init_args": {"width": 0.5}}
+    step = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}
+    longer = {**step, "init_args": {"step_size": 2}}
     other_data = write_blobs(tmp_path / "other.npz", seed=1)
     different = {
         "pixels": key_of(federate(Local(), data=data(other_data))),
@@ -359,6 +394,9 @@ def test_baseline_key_depends_on_everything_that_decides_the_number(
         "local_epochs": key_of(federate(Local(), client=client(local_epochs=2))),
         "lr_decay": key_of(federate(Local(), client=client(lr_decay=0.5))),
         "optimizer": key_of(federate(Local(), client=client(optimizer={"class_path": "torch.optim.SGD"}))),
+        "scheduler": key_of(federate(Local(), client=client(scheduler=step))),
+        "argument of it": key_of(federate(Local(), client=client(scheduler=longer))),
+        "interval": key_of(federate(Local(), client=client(scheduler=step, scheduler_interval="step"))),
         **{
             str(changes): key_of(federate(Local(), trainer=trainer(**changes)))
             for changes in (
@@ -368,6 +406,11 @@ def test_baseline_key_depends_on_everything_that_decides_the_number(
                 {"channels_last": False},
                 {"loop": "lean"},
                 {"capture": False},
+                {"callbacks": "LambdaCallback"},
+                {"callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.5}}]},
+                {"gradient_clip_val": 1.0},
+                {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+                {"accumulate_grad_batches": 2},
             )
         },
     }

@@ -178,6 +178,11 @@ DIFFERENT = {
     "seed": (["--seed=1"], r"site 1: seed: expected 0, got 1\."),
     "rounds": (["--rounds=3"], r"site 1: rounds: expected 2, got 3\."),
     "epochs": (["--client.local_epochs=2"], r"site 1: local_epochs: expected 1, got 2\."),
+    "scheduler": (
+        ["--client.scheduler=StepLR", "--client.scheduler.step_size=1"],
+        r"site 1: scheduler: expected None, got .*StepLR.*",
+    ),
+    "clipping": (["--trainer.gradient_clip_val=1"], r"site 1: gradient_clip_algorithm: expected None, got norm\."),
     "task": (["--task=regression"], r"site 1: classes: expected 3, got 1\."),
 }
 

@@ -25,6 +25,7 @@ from fedekd.modules import (
     lean_loop,
 )
 from fedekd.modules.mutual import MutualModule
+from fedekd.modules.schedule import Schedule
 
 from .recorded_graph import RecordedGraph
 
@@ -51,6 +52,10 @@ class Synchronizing(Normalized):
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-2, fused=True)
+
+
+def unfused(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2)
 
 
 def two_exits() -> MultiExitNetwork:
@@ -144,6 +149,77 @@ def test_lean_loop_equals_lightning(name: str, precision: str) -> None:
     assert lightning["means"][0] != lightning["means"][1]
 
 
+#: Options that change the gradients; the last group of an epoch of 5 batches has 1 batch of 2, or 2 batches of 3.
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "norm": {"gradient_clip_val": 0.05},
+    "value": {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+    "two batches": {"accumulate_grad_batches": 2},
+    "three batches, norm": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05},
+    "more batches than there are": {"accumulate_grad_batches": 9},
+}
+
+
+@pytest.mark.parametrize("options", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("name", ["supervised", "gated", "multi-exit", "mutual"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_lean_loop_with_clipping_and_accumulation_equals_lightning(
+    name: str, precision: str, options: dict[str, Any]
+) -> None:
+    lightning = train(make(name, unfused), precision, loop="lightning", **options)
+    assert_equal(train(make(name, unfused), precision, loop="lean", **options), lightning)
+    assert lightning["means"] != train(make(name, unfused), precision, loop="lean")["means"]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("options", [{}, GRADIENTS["two batches"]], ids=["plain", "accumulated"])
+def test_lean_loop_with_schedule_equals_lightning(interval: Any, options: dict[str, Any]) -> None:
+    def module() -> tuple[ObjectiveModule, Schedule]:
+        module = make("supervised")
+        module.schedule = Schedule(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), interval)
+        module.lr_factor = 0.25
+        return module, module.schedule
+
+    results, states = [], []
+    for loop in ("lightning", "lean"):
+        trained, schedule = module()
+        results.append(train(trained, loop=loop, **options))
+        states.append(schedule.state_dict())
+    assert_equal(results[1], results[0])
+    assert_equal(states[1], states[0])
+    steps = -(-5 // options.get("accumulate_grad_batches", 1)) if interval == "step" else 1
+    assert states[0] is not None
+    assert states[0]["scheduler"]["last_epoch"] == EPOCHS * steps  # of one phase: nothing is carried here
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("algorithm", "value"), [("norm", 1e-3), ("value", 1e-4)])
+def test_steps_of_sgd_are_those_of_clipped_mean_gradients(algorithm: Any, value: float, accumulate: int) -> None:
+    """A literal loop in float64."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    targets = torch.randint(0, 4, (40,))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).double()
+    literal = copy.deepcopy(network)
+    weight, bias = literal[1].weight, literal[1].bias
+    batches = list(TensorBatches(images, targets, torch.arange(40), 16))
+    for start in range(0, len(batches), accumulate):
+        total = [torch.zeros_like(weight), torch.zeros_like(bias)]
+        for x, y in batches[start : start + accumulate]:
+            loss = nn.functional.cross_entropy(x.double().flatten(1) @ weight.T + bias, y) / accumulate
+            total = [sum_ + part for sum_, part in zip(total, torch.autograd.grad(loss, (weight, bias)), strict=True)]
+        norm = torch.sqrt(sum(part.square().sum() for part in total))
+        assert norm > value
+        for parameter, part in zip((weight, bias), total, strict=True):
+            clipped = part * value / (norm + 1e-6) if algorithm == "norm" else part.clamp(-value, value)
+            parameter.data -= 0.5 * clipped
+    module = SupervisedModule(network, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    options = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": accumulate}
+    trainer = TrainerFactory(accelerator="cpu", precision="64-true", threads=1, **options)
+    trainer.fit(module, TensorBatches(images, targets, torch.arange(40), 16), 1)
+    torch.testing.assert_close(network[1].weight, weight, rtol=0, atol=1e-14)
+    torch.testing.assert_close(network[1].bias, bias, rtol=0, atol=1e-14)
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
     """The graphs that were made, of a device that has them."""
@@ -171,6 +247,22 @@ def test_captured_step_with_sgd_equals_eager(graphs: list[RecordedGraph]) -> Non
     eager = train(make("gated", sgd), loop="lean", capture=False)
     assert_equal(train(make("gated", sgd), loop="lean"), eager)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_captured_step_with_clipping_equals_eager(algorithm: Any, graphs: list[RecordedGraph]) -> None:
+    clipping = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+    eager = train(make("gated"), loop="lean", capture=False, **clipping)
+    assert_equal(train(make("gated"), loop="lean", **clipping), eager)
+    assert len(graphs) == 2
+
+
+def test_step_with_schedule_or_accumulation_is_eager(graphs: list[RecordedGraph]) -> None:
+    module = make("supervised")
+    module.schedule = Schedule(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    train(module, loop="lean")
+    train(make("supervised"), loop="lean", accumulate_grad_batches=2)
+    assert not graphs
 
 
 @pytest.mark.parametrize("case", ["multi-exit", "mutual", "optimizer", "short", "full batches only"])
