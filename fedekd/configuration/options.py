@@ -179,15 +179,21 @@ def federation_parser() -> ArgumentParser:
     return parser
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+def parse(parser: ArgumentParser, argv: Sequence[str], values: Mapping[str, Any] | None = None) -> Namespace:
     """Parse arguments.
+
+    Args:
+        parser: Parser of a command.
+        argv: Its arguments.
+        values: A configuration as plain values, which `argv` overrides.
 
     Raises:
         UserError: If an option or value is invalid; one line, with the most similar valid name.
     """
+    first = [] if values is None else [f"--config={yaml.safe_dump(dict(values), sort_keys=False)}"]
     try:
         with patched_jsonargparse():
-            config = parser.parse_args(resolve_configs(argv))
+            config = parser.parse_args([*first, *resolve_configs(argv)])
     except ArgumentError as error:
         raise UserError(explain(str(error), parser)) from error
     _require_values(parser, config)

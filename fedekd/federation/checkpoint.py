@@ -146,6 +146,11 @@ class CheckpointStore:
         """Return whether there is a checkpoint, valid or not."""
         return bool(self._rounds())
 
+    @property
+    def newest(self) -> int:
+        """Round of the newest manifest, valid or not; 0 without one."""
+        return max(self._rounds(), default=0)
+
     def clear(self) -> None:
         """Remove the states of a first checkpoint that has no manifest."""
         remove_drafts(self.folder)

@@ -101,6 +101,16 @@ def train_local_baseline(
     return LocalBaseline(scores, losses[:rounds], metrics[:rounds], tuning_losses[:rounds])
 
 
+def read_local_baseline(client: Client, folder: Path | None) -> LocalBaseline:
+    """Return the cached results of the local baseline; empty without any.
+
+    Args:
+        client: Client in its initial state.
+        folder: Folder of the cache.
+    """
+    return _read(_path(client, folder))[0]
+
+
 def restore_local_baseline(client: Client, rounds: int, folder: Path | None) -> bool:
     """Load the cached local model of exactly `rounds` rounds into a new client.
 

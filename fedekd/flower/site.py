@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
 
 from fedekd.atomic import remove_drafts
-from fedekd.configuration.options import federation_parser, parse, parts_of
-from fedekd.data import ClientSplits, FederatedDataModule, data_warnings
-from fedekd.data.sites import require_site_name
-from fedekd.errors import UserError, nearest
+from fedekd.configuration.site_parts import SiteParts
+from fedekd.configuration.trained import save_site
+from fedekd.data import data_warnings
+from fedekd.errors import nearest
 from fedekd.federation import RoundRequest, SilentObserver
-from fedekd.federation.checks import check_models
 from fedekd.federation.engines.worker import ClientWorker, DamagedStateError, WorkerSetup, resident_array
 from fedekd.federation.local_baseline import DRAFT_SECONDS
 from fedekd.federation.references import reference_from_json
@@ -39,29 +36,10 @@ from fedekd.flower.messages import (
     values_of,
 )
 from fedekd.flower.site_errors import SiteError
-from fedekd.methods import Broadcast, FederationSpec
+from fedekd.methods import Broadcast
 
 #: Versions of the client state that a site keeps: the server may resume from a checkpoint older than its newest.
 KEPT_VERSIONS = 4
-
-#: In a simulation one process runs many sites with equal options; the parts are read-only.
-_parts_of = lru_cache(maxsize=1)(parts_of)
-
-
-def _own_data_options(options: Sequence[str], data: str) -> list[str]:
-    """Return the options of a site with its own file, which is one client.
-
-    Raises:
-        UserError: If the options divide the file into sites.
-    """
-    column = parse(federation_parser(), list(options)).data.site_column
-    if column is not None:
-        raise UserError(
-            f"data.site_column: expected null with data in --node-config, whose file is one site, got {column!r}. Set"
-            " --data.site_column=null, and leave the column out by --data.ignored_columns"
-        )
-    # One client: with `auto`, the number of threads depends on it.
-    return [*options, f"--data.dataset={data}", "--data.sites=null", "--data.num_clients=1", "--logger=null"]
 
 
 class Site:
@@ -89,54 +67,22 @@ class Site:
         data: str | None = None,
         name: str | None = None,
     ) -> None:
-        if name is not None:
-            require_site_name(name, "name")
-        if data is None:
-            parts = _parts_of((*options, "--logger=null"))
-        else:
-            parts = parts_of(_own_data_options(options, data))
-            parts["data"].assign_all(number, name)
-        module: FederatedDataModule = parts["data"]
-        splits = self._splits(module, number, sites, data)
-        if name is not None:
-            splits = replace(splits, name=name)
-        method, samples = parts["method"], module.samples
-        spec = FederationSpec.from_parts(
-            module,
-            parts["client"],
-            parts["trainer"],
-            rounds=parts["rounds"].rounds,
-            seed=parts["seed"],
-            num_clients=sites,
-            default_exits=method.exits,
-            metrics=parts["metrics"],
-        )
-        check_models(spec, [splits])
+        parts = SiteParts.from_options(options, number, sites, data, name)
+        method, spec, samples, splits = parts.method, parts.spec, parts.samples, parts.splits
         folder = folder / f"site-{number:03d}"
         # One folder of states per federation. The trainer is left out: device and threads may change between runs.
         model_spec = {name: value for name, value in spec.hash_dict().items() if name != "trainer"}
         identity = json.dumps(
-            [shared_config(method, spec, parts["privacy"]), to_json_value(model_spec), splits.digest(samples)]
+            [shared_config(method, spec, parts.privacy), to_json_value(model_spec), splits.digest(samples)]
         )
         states = folder / "states" / sha256(identity.encode()).hexdigest()[:16]
         states.mkdir(parents=True, exist_ok=True)
         remove_drafts(states, min_age=DRAFT_SECONDS)
         setup = WorkerSetup.build(method, samples, {number: splits}, spec, folder / "local", states)
+        self.parts, self.folder = parts, folder
         self.number, self.samples, self.splits = number, samples, splits
-        self.method, self.spec, self.privacy = method, spec, parts["privacy"]
+        self.method, self.spec, self.privacy = method, spec, parts.privacy
         self.worker = ClientWorker(setup, resident_array(samples.inputs))
-
-    @staticmethod
-    def _splits(module: FederatedDataModule, number: int, sites: int, data: str | None) -> ClientSplits:
-        if data is not None:
-            return module.clients[0]
-        if module.num_clients != sites:
-            raise UserError(
-                f"data.{'sites' if module.has_sites else 'num_clients'}: expected {sites} (sites), got"
-                f" {module.num_clients}."
-                " Set both to the same number, or data in --node-config to the site's own file."
-            )
-        return module.clients[number]
 
     @property
     def label(self) -> str:
@@ -205,6 +151,9 @@ class Site:
             has_seeded_noise=False,
         )
         result, _ = self.worker.run_client(self.number, version, request, {})
+        if not collect_updates and request.round_idx == self.spec.rounds:
+            with self.worker.loaded(self.number, version + 1):
+                save_site(self.folder, self.parts, self.worker.engine.client(self.number), result)
         store = self.worker.store
         for other in store.versions(self.number):
             if not version + 1 - KEPT_VERSIONS < other <= version + 1:

@@ -222,7 +222,7 @@ class ClientWorker:
             becomes: Version to write; None is `version` + 1.
         """
         broadcast = Broadcast(request.broadcast.shared, {number: personal} if personal else {})
-        with self._loaded(number, version):
+        with self.loaded(number, version):
             [result] = self.engine.run_clients(replace(request, participants=[number], broadcast=broadcast))
             self._save(number, version + 1 if becomes is None else becomes)
         if result.update is not None:
@@ -232,12 +232,12 @@ class ClientWorker:
 
     def evaluate(self, number: int, version: int) -> tuple[dict[str, float], list[Event]]:
         """Compute all metrics of a client in a version of its state."""
-        with self._loaded(number, version):
+        with self.loaded(number, version):
             return self.engine.evaluate(number), list(self.events)
 
     def write_initial_state(self, number: int) -> tuple[None, list[Event]]:
         """Write version 0 of a client's state."""
-        with self._loaded(number, 0):
+        with self.loaded(number, 0):
             self._save(number, 0)
         return None, list(self.events)
 
@@ -245,8 +245,13 @@ class ClientWorker:
         self.store.write(number, version, self.engine.client_state(number))
 
     @contextmanager
-    def _loaded(self, number: int, version: int) -> Iterator[None]:
-        """Context manager: load a client, and free its memory on exit."""
+    def loaded(self, number: int, version: int) -> Iterator[None]:
+        """Context manager: load a client into the engine, and free its memory on exit.
+
+        Args:
+            number: Client number.
+            version: Version of the state; 0 is the initial state.
+        """
         # A task that failed may have left the client half trained, and its events behind.
         self.engine.release(number)
         self.events.clear()

@@ -1,0 +1,265 @@
+"""Finished training that can be used: of all clients of a run, or of one site."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fedekd
+from fedekd.configuration.load_run import open_finished
+from fedekd.configuration.site_parts import SiteParts
+from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.policy_files import load_policy
+from fedekd.errors import UserError, describe_error, listed, require, shorten_path
+from fedekd.federation import ClientResult, SequentialEngine
+from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
+from fedekd.federation.local_baseline import read_local_baseline
+from fedekd.federation.results import ClientRecord
+from fedekd.methods import Client, FederationSpec, Method
+
+#: Folder of the finished training within the folder of a site.
+_TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Training from which a model comes.
+
+    Attributes:
+        method: Class name of the method.
+        rounds: Number of rounds.
+        seed: Seed of the run.
+        clients: Number of clients of the federation.
+        fedekd: Version of fedekd that trained.
+        config: All options as plain values.
+    """
+
+    method: str
+    rounds: int
+    seed: int
+    clients: int
+    fedekd: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, method: Method, spec: FederationSpec, version: str, config: Mapping[str, Any]) -> Provenance:
+        """Return the provenance of clients of a specification."""
+        name = type(method).__name__
+        return cls(name, spec.rounds, spec.seed, spec.num_clients, version, dict(config))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Clients of a finished training; the networks are those after the last round.
+
+    `client.deployed_model` is the network in use: the local model where do-no-harm chose it, or the ensemble of a
+    method that serves one.
+
+    Attributes:
+        folder: Folder whose subfolder `exits` has the exit policies: that of the run, or of the site.
+        argument: Argument of a command that opens the same training: `runs/NAME`, or `--site FOLDER`.
+        clients: All clients of a run, or the one of a site.
+        data: Data module, loaded. Its `read_options` decide how a new file is read.
+        method: The method.
+        spec: How networks are built.
+        do_no_harm: Rule by which a client deploys the federated model; None deploys it always.
+        records: By client number, the stored result of the last round: metrics of the served network on the test split,
+            and the do-no-harm comparison.
+        local_metrics: By client number, stored metrics of the local baseline after as many supervised rounds; empty
+            where they are not known.
+        provenance: Method, rounds, seed and options of the training.
+    """
+
+    folder: Path
+    argument: str
+    clients: Sequence[Client]
+    data: FederatedDataModule
+    method: Method
+    spec: FederationSpec
+    do_no_harm: DoNoHarm | None
+    records: Mapping[int, ClientRecord]
+    local_metrics: Mapping[int, Mapping[str, float]]
+    provenance: Provenance
+
+    def policy(self, client: Client) -> ExitPolicy | None:
+        """Load the exit policy of a client; None before `calibrate`.
+
+        Raises:
+            UserError: The file is not a valid policy.
+        """
+        return load_policy(self.folder, client.number)
+
+
+def open_trained(command: str, run: str, site: str | None) -> Trained:
+    """Load a run or a site.
+
+    Args:
+        command: Name of the calling command, for error messages.
+        run: Folder of a finished run; empty for a site.
+        site: Folder of a site of a Flower run; None for a run.
+
+    Raises:
+        UserError: If none or both are given, the training is not finished or damaged, or its data cannot be loaded.
+    """
+    if bool(run) == (site is not None):
+        given = "both" if run else "none"
+        raise UserError(
+            f"{command}: expected RUN or --site, got {given}. Give the folder of a run, as in {command} runs/NAME, or"
+            f" --site and the folder of a site of a Flower run"
+        )
+    return open_run(command, Path(run)) if site is None else open_site(command, Path(site))
+
+
+def open_run(command: str, folder: Path) -> Trained:
+    """Load the clients of a finished run into this process.
+
+    Args:
+        command: Name of the calling command, for error messages.
+        folder: Folder of the run.
+
+    Raises:
+        UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
+    """
+    orchestrator, _, summary = open_finished(command, folder, in_process=True)
+    clients = orchestrator.load_clients()
+    progress, spec = orchestrator.progress, orchestrator.spec
+    config = {} if orchestrator.folder is None else orchestrator.folder.config
+    version = summary.get("versions", {}).get("fedekd", "unknown")
+    return Trained(
+        folder=folder,
+        argument=shlex.quote(str(folder)),
+        clients=clients,
+        data=orchestrator.data,
+        method=orchestrator.method,
+        spec=spec,
+        do_no_harm=orchestrator.do_no_harm,
+        records=progress.records,
+        local_metrics={number: progress.local_values(number) for number in progress.records},
+        provenance=Provenance.of(orchestrator.method, spec, version, config),
+    )
+
+
+def open_site(command: str, folder: Path) -> Trained:
+    """Load the client of a site from its folder; needs no Flower.
+
+    Args:
+        command: Name of the calling command, for error messages.
+        folder: The `folder` of --node-config, or its subfolder `site-000`.
+
+    Raises:
+        UserError: If the folder has no finished training, the training is damaged, or the data of the site cannot be
+            loaded or have changed.
+    """
+    folder = _site_folder(command, folder)
+    checkpoint = _load(command, folder)
+    notes = checkpoint.notes
+    number, label = notes["number"], f"{command}: {shorten_path(folder)}"
+    parts = SiteParts.from_config(notes["config"], number, notes["sites"], notes["data"], notes["name"])
+    if parts.splits.digest(parts.samples) != notes["samples"]:
+        raise UserError(
+            f"{label}: expected the samples of the training, got others. Restore {_source(parts)}, or train again"
+        )
+    engine = SequentialEngine(parts.method, parts, parts.spec, folder / "local")
+    try:
+        engine.load_client_state(number, checkpoint.clients[number])
+    except Exception as error:  # torch and methods raise various errors for a state of other networks
+        raise UserError(
+            f"{label}: expected the code and the version of fedekd ({notes['fedekd']}) of the training; its state does"
+            f" not fit: {describe_error(error)}"
+        ) from error
+    return Trained(
+        folder=folder,
+        argument=f"--site {shlex.quote(str(folder))}",
+        clients=[engine.client(number)],
+        data=parts.data,
+        method=parts.method,
+        spec=parts.spec,
+        do_no_harm=parts.do_no_harm,
+        records={number: ClientRecord.from_json(notes["record"])},
+        local_metrics={number: notes["local_metrics"]},
+        provenance=Provenance.of(parts.method, parts.spec, notes["fedekd"], notes["config"]),
+    )
+
+
+def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResult) -> None:
+    """Write the finished training of a site; replaces an earlier one atomically.
+
+    A process that is killed at any moment leaves the earlier training or this one.
+
+    Args:
+        folder: Folder of the site, such as `site-000`.
+        parts: Its data, method and specification.
+        client: The client after the last round.
+        result: Its result of the last round.
+    """
+    record = ClientRecord(
+        *(result.score, result.supervised_rounds, result.logs, result.tradeoff, result.comparison, result.metrics),
+        parts.spec.rounds,
+    )
+    notes = {
+        "fedekd": fedekd.__version__,
+        "number": parts.number,
+        "sites": parts.sites,
+        "name": parts.splits.name,
+        "data": parts.own_data,
+        "samples": parts.splits.digest(parts.samples),
+        "config": parts.config,
+        "record": asdict(record),
+        "local_metrics": _local_metrics(folder, parts, client, result),
+    }
+    store = CheckpointStore(folder / _TRAINED)
+    store.save(store.newest + 1, notes, None, [(client.number, client.state_dict())])
+
+
+def _local_metrics(folder: Path, parts: SiteParts, client: Client, result: ClientResult) -> dict[str, float]:
+    """Return the metrics of the cached local baseline; empty without any."""
+    if parts.method.is_local_baseline:
+        return result.metrics
+    untrained = Client(client.number, client.splits, client.samples, client.spec)
+    return read_local_baseline(untrained, folder / "local").metrics_after(result.supervised_rounds)
+
+
+def _source(parts: SiteParts) -> str:
+    return shorten_path(parts.data.samples.name if parts.own_data is None else parts.config["data"]["dataset"])
+
+
+def _site_folder(command: str, folder: Path) -> Path:
+    """Return the folder `site-000` of a site: the given one, or the only one in it.
+
+    Raises:
+        UserError: If there is none, or more than one.
+    """
+    if (folder / _TRAINED).is_dir() or (folder / "states").is_dir():
+        return folder
+    sites = sorted(path for path in folder.glob("site-*") if path.is_dir())
+    option, expected = f"{command}: --site", "the folder of a site of a Flower run"
+    hint = "It is `folder` in the --node-config of the site"
+    require(len(sites) > 0, option, expected, shorten_path(folder), hint)
+    names = listed([path.name for path in sites])
+    require(len(sites) == 1, option, "the folder of one site", names, f"Give one, as in {shorten_path(sites[0])}")
+    return sites[0]
+
+
+def _load(command: str, folder: Path) -> Checkpoint:
+    """Load the newest training of a site.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    checkpoint, messages = CheckpointStore(folder / _TRAINED).load()
+    if messages:  # an earlier training would be another model
+        raise UserError(
+            f"{command}: {shorten_path(folder / _TRAINED)} is damaged: {messages[0]}. Restore the file, or repeat the"
+            " last round: start the server again with an earlier checkpoint, or a new run"
+        )
+    if checkpoint is None:
+        raise UserError(
+            f"{command}: --site: expected a site of a finished run, got {shorten_path(folder)}, which has not done the"
+            " last round. Go on with the run: start the server and the sites again"
+        )
+    return checkpoint
