@@ -1,0 +1,1 @@
+"""Private models that start from pretrained weights, and frozen parts."""

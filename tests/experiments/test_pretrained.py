@@ -1,0 +1,63 @@
+"""Pretrained against random initial weights: rows of small runs, frozen bytes, and the table of the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments.pretrained import __main__ as experiment
+from fedekd.configuration.load_run import open_finished
+
+FROZEN = "pretrained, first group frozen"
+
+
+def test_main_measures_each_run_once_and_finds_changed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedekd.federation.RunFolder.write_figures", lambda *arguments: None)
+    results = tmp_path / "rows.csv"
+    argv = ["--methods", "FedAvg", "--starts", experiment.RANDOM, FROZEN, "--seeds", "1", "--rounds", "1"]
+    argv += ["--source", "digits", "--source_samples", "60", "--max_samples", "120"]
+    argv += ["--output", str(tmp_path / "runs"), "--results", str(results)]
+    experiment.main(argv)
+    rows = pd.read_csv(results).set_index("start")
+    # Stem and first group: 3 weights, 3 BatchNorms of 5 tensors; 6 clients and their local baselines.
+    assert rows["frozen_tensors"].to_dict() == {experiment.RANDOM: 0, FROZEN: 12 * 18}
+    assert rows["changed_frozen_tensors"].sum() == 0
+    assert rows.loc[FROZEN, "bytes_up"] < rows.loc[experiment.RANDOM, "bytes_up"]
+
+    def fail(*arguments: Any) -> int:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(experiment, "fedekd", fail)
+    before = results.read_bytes()
+    experiment.main(argv)
+    assert results.read_bytes() == before
+    results.unlink()  # killed before the row was stored
+    experiment.main(argv)
+    assert results.read_bytes() == before
+
+    run = experiment.Run("FedAvg", FROZEN, 10, 1)
+    weights = experiment.pretrain(10, experiment.parse(argv))
+    folder = experiment.train(run, weights, experiment.parse(argv))
+    clients = open_finished("fit", folder, in_process=True)[0].load_clients()
+    file = torch.load(weights, weights_only=True)["networks"]["private"]
+    assert experiment.frozen_tensors(clients, file) == (6 * 18, 0)
+    name = next(name for name in file if name.startswith("stem.") and file[name].is_floating_point())
+    file[name] = file[name].nextafter(file[name] + 1)
+    assert experiment.frozen_tensors(clients, file) == (6 * 18, 6)
+
+
+def test_table_pairs_gains_by_seed_and_starts_with_random_weights() -> None:
+    shared = {"method": "FedAvg", "rounds": 10, "delta": 0.5, "bytes_up": 2e6}
+    rows = [
+        {**shared, "start": start, "seed": seed, "accuracy": seed / 10 + gain, "local_accuracy": 0.5}
+        for start, gain in (("pretrained", 0.03), (experiment.RANDOM, 0.0))
+        for seed in ((2, 1) if gain else (1, 2))
+    ]
+    assert experiment.table(pd.DataFrame(rows)).splitlines()[2:] == [
+        "| FedAvg | random | 0.1500 |  | 0.5000 |  | +0.5000 (0.0000) | 2.00 | 2 |",
+        "| FedAvg | pretrained | 0.1800 | +0.0300 (0.0000) | 0.5000 | +0.0000 (0.0000) | +0.5000 (0.0000) | 2.00 | 2 |",
+    ]
