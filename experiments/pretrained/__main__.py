@@ -151,9 +151,9 @@ def measure(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def table(results: pd.DataFrame) -> str:
-    """Return the table of the documentation: means over seeds, and gains over random weights.
+    """Return the table of the documentation: means over seeds, and gains.
 
-    A gain is paired by seed; its standard error is in parentheses.
+    A gain is over random weights, paired by seed; its standard error is in parentheses.
     """
     lines = [
         "| method | initial weights | accuracy | gain | Local | gain | Delta | MB sent | seeds |",
