@@ -79,6 +79,19 @@ def write_blobs() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return what was printed on stderr, which must be one line that starts with `error: `."""
+
+    def read() -> str:
+        text = capsys.readouterr().err
+        assert text.startswith("error: "), text
+        assert text.count("\n") == 1, text
+        return text
+
+    return read
+
+
+@pytest.fixture
 def npz(tmp_path: Path) -> Path:
     """The path of a small data set."""
     return write_npz(tmp_path / "blobs.npz")

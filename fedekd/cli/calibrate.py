@@ -14,10 +14,11 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
+from fedekd.cli.arguments import add_trained_arguments, select_clients
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
 from fedekd.configuration.help import BriefHelp
-from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
+from fedekd.configuration.trained import open_trained, require_one_source
 from fedekd.data import Samples, load_samples
 from fedekd.data.formats import format_of
 from fedekd.data.raw import ReadOptions
@@ -25,7 +26,7 @@ from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibra
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
-from fedekd.errors import UserError, listed, print_warning, require_choice, shorten, shorten_path
+from fedekd.errors import UserError, print_warning, require_choice, shorten_path
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -37,14 +38,15 @@ def calibrate_parser() -> ArgumentParser:
     guaranteed = " and ".join(name for name, mode in MODES.items() if mode.has_guarantee)
     parser = ArgumentParser(
         prog="orchestrator.py calibrate",
-        usage="%(prog)s RUN [--target_risk 0.05] [--confidence 0.9] [OPTIONS]",
+        usage="%(prog)s RUN | --site FOLDER [--target_risk 0.05] [--confidence 0.9] [OPTIONS]",
         description="Calibrate the early exits of a finished run: with the given confidence, the error rate among the"
-        " images that take an exit is at most the target risk at every exit. Writes RUN/exits/client-000.json etc.",
+        " images that take an exit is at most the target risk at every exit. Writes exits/client-000.json etc. into the"
+        " folder of the run or of the site.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("run", type=str, nargs="?", default="", help="Folder of a finished run.")
+    add_trained_arguments(parser)
     parser.add_argument(
         "--target_risk",
         type=float,
@@ -100,29 +102,29 @@ def calibrate_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `calibrate RUN`; writes policies and a table to RUN/exits."""
+    """Run `calibrate RUN` or `calibrate --site FOLDER`; writes policies to `exits`."""
     config = parse(calibrate_parser(), argv)
-    if not config.run:
-        raise UserError("run: expected the folder of a run, got none. Example: calibrate runs/NAME --target_risk 0.05")
+    require_one_source("calibrate", config.run, config.site)
     _calibrator(config.target_risk, config.confidence, config.mode)  # validates options before the run is loaded
     require_choice("--score", config.score, SCORES)
     if not 0 <= config.gamma < math.inf:
         raise UserError(f"--gamma: expected a finite number of at least 0, got {config.gamma}")
     if config.familywise and config.client is not None:
         raise UserError(f"--familywise: expected all clients, got --client {config.client}. Remove one of both")
-    folder = Path(config.run)
-    orchestrator, _, _ = open_finished("calibrate", folder, in_process=True)
-    clients = orchestrator.load_clients()
-    held_out = None if config.input is None else _load(config.input, clients[0].samples, orchestrator.data.read_options)
+    trained = open_trained("calibrate", config.run, config.site)
+    folder, clients = trained.folder, trained.clients
+    held_out = None if config.input is None else _load(config.input, clients[0].samples, trained.data.read_options)
     trained_on = torch.cat([training_indices(client) for client in clients])
-    rule = orchestrator.do_no_harm
+    rule = trained.do_no_harm
     compared_on = [] if rule is None else [getattr(client.splits, rule.split) for client in clients]
     seen = torch.cat([trained_on, *compared_on])
     selected = select_clients(clients, config.client)
     if config.client is None:
         # Architectures without exits are skipped; if no client has exits, the first raises the error.
         selected = [each for each in selected if isinstance(each.deployed_model, MultiExitNetwork)] or selected[:1]
-    simultaneous = len(selected) if config.familywise else 1
+    # A site has one of the clients, and counts all of them.
+    together = len(selected) if config.site is None else trained.provenance.clients
+    simultaneous = together if config.familywise else 1
     calibrator = _calibrator(config.target_risk, config.confidence, config.mode, simultaneous)
     # All policies before the first is written: after an error the run folder is unchanged.
     policies = [calibrate_client(client, calibrator, config.score, held_out, seen, config.gamma) for client in selected]
@@ -154,31 +156,6 @@ def run(argv: Sequence[str]) -> int:
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", highlight=False, soft_wrap=True, markup=False)
     return 0
-
-
-def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Client]:
-    """Return all clients, or the one with the given number or name of a site.
-
-    Args:
-        clients: All clients.
-        chosen: Name of a site, else a number from 0. A site whose name is a number comes first.
-
-    Raises:
-        UserError: There is no such client.
-    """
-    if chosen is None:
-        return clients
-    named = [client for client in clients if client.splits.name == chosen]
-    numbered = [client for client in clients if str(client.number) == chosen]
-    if not named and not numbered:
-        raise UserError(f"--client: expected {client_choices(clients)}, got {shorten(chosen)}")
-    return named or numbered
-
-
-def client_choices(clients: Sequence[Client]) -> str:
-    """Return the numbers of the clients, and the names of sites, in one line."""
-    names = [client.splits.name for client in clients if client.splits.name is not None]
-    return f"0..{len(clients) - 1}" + (f" or one of {listed(names)}" if names else "")
 
 
 def _calibrator(target_risk: float, confidence: float, mode: str, clients: int = 1) -> SelectiveRiskCalibrator:

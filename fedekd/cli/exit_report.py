@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 import fedekd
-from fedekd.cli.calibrate import select_clients
+from fedekd.cli.arguments import select_clients
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import federation_parser, parse
 from fedekd.early_exit.report.exit_report import ExitReport, ReportOptions, make_exit_report

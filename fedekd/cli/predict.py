@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fedekd.atomic import atomic_file
-from fedekd.cli.calibrate import client_choices, input_error, select_clients
+from fedekd.cli.arguments import add_trained_arguments, select_client
+from fedekd.cli.calibrate import input_error
 from fedekd.cli.label_prior import (
     ESTIMATED,
     TRAIN,
@@ -27,28 +25,21 @@ from fedekd.cli.label_prior import (
     parse_label_prior,
     resolve_label_prior,
 )
+from fedekd.cli.prediction_file import Outputs, check_output, prediction_rows, write_predictions
 from fedekd.configuration.help import BriefHelp
-from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
+from fedekd.configuration.trained import Trained, open_trained, require_one_source
 from fedekd.data import FederatedDataModule
 from fedekd.data.formats.table import is_table_file
 from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.latency import forward_milliseconds
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.policy_files import load_policy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
-from fedekd.errors import UserError, print_warning, shorten_path
-from fedekd.federation import Orchestrator
+from fedekd.errors import UserError, print_warning, require, shorten_path
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
-from fedekd.methods.client import ENSEMBLE
+from fedekd.methods.client import ENSEMBLE, LOCAL
 from fedekd.models import MultiExitNetwork, eval_mode, network_flops
-
-COLUMNS = ("label", "class", "value", "exit", "score")
-"""Columns after the number of the image, or of the row of a table, and the name of its file.
-
-`class` only if classes have names; `value` for regression, which has no label and score.
-"""
 
 
 class _Inputs(NamedTuple):
@@ -59,26 +50,18 @@ class _Inputs(NamedTuple):
     names: list[str] | None
 
 
-class _Outputs(NamedTuple):
-    """Outputs of one batch: logits (B, C) or values (B, 1), exits (B,), scores (B,)."""
-
-    logits: Tensor
-    exits: Tensor
-    scores: Tensor
-
-
 def predict_parser() -> ArgumentParser:
     """Create the parser of `predict`."""
     parser = ArgumentParser(
         prog="orchestrator.py predict",
-        usage="%(prog)s RUN --input FILE [--output predictions.csv] [--client K]",
+        usage="%(prog)s RUN | --site FOLDER --input FILE [--output predictions.csv] [--client K]",
         description="Predict classes or values of images or of the rows of a table with the network of one client of a"
-        " finished run.",
+        " finished run, or of a site of a Flower run.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("run", type=str, nargs="?", default="", help="Folder of a finished run.")
+    add_trained_arguments(parser)
     parser.add_argument(
         "--input",
         type=str,
@@ -89,14 +72,30 @@ def predict_parser() -> ArgumentParser:
         "--output",
         type=str,
         default="predictions.csv",
-        help="CSV file with the columns image (row in a table), file, label, class, exit and score; value and exit in"
-        " regression.",
+        help="CSV or Parquet file, by its suffix, with the columns image (row in a table), file, label, class, exit and"
+        " score; value and exit in regression.",
+    )
+    parser.add_argument(
+        "--probabilities",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Add a column probability_CLASS per class.",
+    )
+    parser.add_argument(
+        "--members",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Of an ensemble: add a column label_MEMBER per member, value_MEMBER in regression.",
     )
     parser.add_argument(
         "--client",
         type=str | None,
         default=None,
-        help="Number of the client, or name of its site; optional for a run with one client.",
+        help="Number of the client, or name of its site; optional with one client, and with --site.",
     )
     parser.add_argument(
         "--label_prior",
@@ -110,46 +109,27 @@ def predict_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `predict RUN`; writes one CSV file atomically."""
+    """Run `predict RUN` or `predict --site FOLDER`; writes one file atomically."""
     config = parse(predict_parser(), argv)
-    if not config.run or not config.input:
-        raise UserError("run and --input: expected both. Example: predict runs/NAME --input images.npz")
-    output = Path(config.output)
-    if output.suffix != ".csv" or output.is_dir():
-        raise UserError(f"--output: expected the name of a .csv file, got {config.output!r}")
+    require_one_source("predict", config.run, config.site)
+    if not config.input:
+        raise UserError("--input: expected a file or folder, got none. Example: predict runs/NAME --input images.npz")
+    output, source = Path(config.output), Path(config.input).expanduser()
+    check_output(config.output)
     label_prior = parse_label_prior(config.label_prior)
-    is_table = is_table_file(Path(config.input).expanduser())
-    orchestrator, _, _ = open_finished("predict", Path(config.run), in_process=True)
-    clients = orchestrator.load_clients()
-    if config.client is None and len(clients) > 1:
-        raise UserError(f"--client: expected {client_choices(clients)}, got none")
-    [client] = select_clients(clients, "0" if config.client is None else config.client)
+    trained = open_trained("predict", config.run, config.site)
+    client = select_client(trained, config.client)
+    _check_columns(client, config)
+    is_table = is_table_file(source)
     try:
-        inputs = _read(orchestrator.data, client, Path(config.input).expanduser(), is_table)
+        inputs = _read(trained.data, client, source, is_table)
     except UserError as error:
         raise input_error(error) from error
-    policy = load_policy(Path(config.run), client.number)
-    if label_prior != TRAIN:
-        check_label_prior(client, label_prior)
-        if client.deployed_role != "local":
-            _warn_of_federated_network(orchestrator, client)
-        if policy is not None:
-            # Both its thresholds and its guarantee are those of the uncorrected network.
-            print_warning(
-                f"--label_prior: the exit policy of {client.splits.label} is not used, because its guarantee does not"
-                " hold for another label prior. All images take the last exit"
-            )
-            policy = None
-    elif policy is None and isinstance(client.deployed_model, MultiExitNetwork):
-        print_warning(
-            f"{client.splits.label} has no exit policy, all images take the last exit; for early exits run: calibrate"
-            f" {config.run}"
-        )
-    if policy is not None and policy.has_no_guarantee:
-        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
-    rows = list(_predictions(client, policy, inputs, label_prior))
+    policy = _usable_policy(trained, client, label_prior)
     kind = "row" if is_table else "image"
-    _write(output, kind, rows, inputs.names)
+    batches = _predictions(client, policy, inputs, label_prior, config.members)
+    rows = [row for batch in batches for row in prediction_rows(client, batch, config.probabilities)]
+    write_predictions(output, kind, rows, inputs.names)
     counts = Counter(row["exit"] for row in rows)
     shares = ", ".join(f"exit {exit_}: {counts[exit_] / len(rows):.1%}" for exit_ in sorted(counts))
     print(f"{len(rows)} {kind}s ({shares}), written to {output}")
@@ -158,15 +138,57 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _warn_of_federated_network(orchestrator: Orchestrator, client: Client) -> None:
+def _check_columns(client: Client, config: Namespace) -> None:
+    """Check that the network has what the further columns show.
+
+    Raises:
+        UserError: Probabilities in regression, or members of a network that is no ensemble.
+    """
+    if config.probabilities:
+        require(client.spec.task == "classification", "--probabilities", "false for regression", True)
+    if config.members:
+        label = client.splits.label
+        expected = f"false for {label}, whose {client.deployed_role} model is a single network"
+        require(client.deployed_role == ENSEMBLE, "--members", expected, True)
+
+
+def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior) -> ExitPolicy | None:
+    """Return the policy with which samples exit early; warn where there is none.
+
+    Raises:
+        UserError: The policy is invalid, or the client cannot be served under the label prior.
+    """
+    policy = trained.policy(client)
+    if label_prior != TRAIN:
+        check_label_prior(client, label_prior)
+        if client.deployed_role != LOCAL:
+            _warn_of_federated_network(trained, client)
+        if policy is not None:
+            # Both its thresholds and its guarantee are those of the uncorrected network.
+            print_warning(
+                f"--label_prior: the exit policy of {client.splits.label} is not used, because its guarantee does not"
+                " hold for another label prior. All images take the last exit"
+            )
+        return None
+    if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
+        print_warning(
+            f"{client.splits.label} has no exit policy, all images take the last exit; for early exits run: calibrate"
+            f" {trained.argument}"
+        )
+    if policy is not None and policy.has_no_guarantee:
+        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    return policy
+
+
+def _warn_of_federated_network(trained: Trained, client: Client) -> None:
     """Warn where the correction of a federated network to a prior is not safe."""
-    if orchestrator.method.serves_average:
+    if trained.method.serves_average:
         print_warning(
             f"--label_prior: {client.splits.label} serves the server's average of"
-            f" {type(orchestrator.method).__name__}, which was not trained on its class mix: the correction can lower"
+            f" {type(trained.method).__name__}, which was not trained on its class mix: the correction can lower"
             " the accuracy. Use train, or a method that trains the served network at the client"
         )
-    if orchestrator.do_no_harm is not None:
+    if trained.do_no_harm is not None:
         print_warning(
             f"--label_prior: do_no_harm compared the uncorrected outputs of {client.splits.label}, and does not hold"
             " for another label prior"
@@ -206,41 +228,17 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool)
     return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)
 
 
-def _write(output: Path, kind: str, rows: Sequence[dict[str, Any]], names: Sequence[str] | None) -> None:
-    """Write the predictions; rows of a table are numbered from 1."""
-    text = io.StringIO(newline="")
-    columns = [kind, *(["file"] if names is not None else []), *(name for name in COLUMNS if name in rows[0])]
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    for index, row in enumerate(rows):
-        file = {} if names is None else {"file": names[index]}
-        table.writerow({kind: index + (kind == "row"), **file, **row})
-    with atomic_file(output) as stream:
-        stream.write(text.getvalue().encode())
-
-
 def _predictions(
-    client: Client, policy: ExitPolicy | None, inputs: _Inputs, label_prior: LabelPrior
-) -> Iterator[dict[str, Any]]:
-    """Yield the values of `COLUMNS` for each sample; exits are numbered from 1."""
-    classes = client.samples.class_names
-    is_named = classes != tuple(map(str, range(len(classes))))
-    batches: Iterable[_Outputs] = _outputs(client, policy, inputs)
-    if label_prior != TRAIN:
-        batches = _corrected(client, list(batches), label_prior)
-    for logits, exits, scores in batches:
-        if client.spec.task == "regression":
-            for value, exit_ in zip(logits[:, 0].tolist(), exits.tolist(), strict=True):
-                yield {"value": float(f"{value:.6g}"), "exit": exit_ + 1}
-            continue
-        for label, exit_, score in zip(logits.argmax(dim=1).tolist(), exits.tolist(), scores.tolist(), strict=True):
-            named = {"class": classes[label]} if is_named else {}
-            yield {"label": label, **named, "exit": exit_ + 1, "score": round(score, 6)}
+    client: Client, policy: ExitPolicy | None, inputs: _Inputs, label_prior: LabelPrior, with_members: bool
+) -> Iterable[Outputs]:
+    """Return the outputs of each batch, corrected to the label prior."""
+    batches = _outputs(client, policy, inputs, with_members)
+    return batches if label_prior == TRAIN else _corrected(client, list(batches), label_prior)
 
 
 @torch.no_grad()
-def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iterator[_Outputs]:
-    """Yield logits or values, exits from 0, and scores of each batch."""
+def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs, with_members: bool) -> Iterator[Outputs]:
+    """Yield the outputs of each batch."""
     network = client.deployed_model
     total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
@@ -260,16 +258,16 @@ def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs) -> Iter
                 f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} samples."
                 " The training of its network diverged"
             )
-        yield _Outputs(logits, exits, scores)
+        yield Outputs(logits, exits, scores, client.member_outputs(x, exits) if with_members else {})
 
 
-def _corrected(client: Client, batches: Sequence[_Outputs], label_prior: LabelPrior) -> Iterator[_Outputs]:
+def _corrected(client: Client, batches: Sequence[Outputs], label_prior: LabelPrior) -> Iterator[Outputs]:
     """Yield the outputs corrected from the network's prior to another one."""
     source = network_label_prior(client)
     target = resolve_label_prior(label_prior, torch.cat([batch.logits for batch in batches]), source)
     if label_prior == ESTIMATED:
         # 9 digits: the sum passes the check of a list that is given to --label_prior.
         print(f"estimated label prior: [{', '.join(f'{value:.9f}' for value in target.tolist())}]")
-    for logits, exits, _ in batches:
-        adjusted = adjust_log_prior(logits, source, target)
-        yield _Outputs(adjusted, exits, max_softmax_confidence(adjusted))
+    for batch in batches:
+        adjusted = adjust_log_prior(batch.logits, source, target)
+        yield batch._replace(logits=adjusted, scores=max_softmax_confidence(adjusted))

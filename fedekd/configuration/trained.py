@@ -15,12 +15,13 @@ from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
-from fedekd.errors import UserError, describe_error, listed, require, shorten_path
+from fedekd.errors import UserError, describe_error, listed, shorten_path
 from fedekd.federation import ClientResult, SequentialEngine
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.local_baseline import read_local_baseline
 from fedekd.federation.results import ClientRecord
 from fedekd.methods import Client, FederationSpec, Method
+from fedekd.methods.client import LOCAL
 
 #: Folder of the finished training within the folder of a site.
 _TRAINED = "trained"
@@ -95,6 +96,20 @@ class Trained:
         return load_policy(self.folder, client.number)
 
 
+def require_one_source(command: str, run: str, site: str | None) -> None:
+    """Check that a command has exactly one of RUN and --site.
+
+    Raises:
+        UserError: If it has none or both.
+    """
+    if bool(run) == bool(site):
+        given = "both" if run else "none"
+        raise UserError(
+            f"{command}: expected RUN or --site FOLDER, got {given}. Example: {command} runs/NAME; at a site of a"
+            f" Flower run: {command} --site FOLDER"
+        )
+
+
 def open_trained(command: str, run: str, site: str | None) -> Trained:
     """Load a run or a site.
 
@@ -106,13 +121,8 @@ def open_trained(command: str, run: str, site: str | None) -> Trained:
     Raises:
         UserError: If none or both are given, the training is not finished or damaged, or its data cannot be loaded.
     """
-    if bool(run) == (site is not None):
-        given = "both" if run else "none"
-        raise UserError(
-            f"{command}: expected RUN or --site, got {given}. Give the folder of a run, as in {command} runs/NAME, or"
-            f" --site and the folder of a site of a Flower run"
-        )
-    return open_run(command, Path(run)) if site is None else open_site(command, Path(site))
+    require_one_source(command, run, site)
+    return open_site(command, Path(site)) if site else open_run(command, Path(run))
 
 
 def open_run(command: str, folder: Path) -> Trained:
@@ -217,7 +227,10 @@ def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResu
 
 
 def _local_metrics(folder: Path, parts: SiteParts, client: Client, result: ClientResult) -> dict[str, float]:
-    """Return the metrics of the cached local baseline; empty without any."""
+    """Return metrics of the deployed local model or the cached baseline, if any."""
+    if client.deployed_role == LOCAL:
+        with client.spec.trainer.numerics():
+            return client.evaluate(role=LOCAL)[1]
     if parts.method.is_local_baseline:
         return result.metrics
     untrained = Client(client.number, client.splits, client.samples, client.spec)
@@ -237,11 +250,16 @@ def _site_folder(command: str, folder: Path) -> Path:
     if (folder / _TRAINED).is_dir() or (folder / "states").is_dir():
         return folder
     sites = sorted(path for path in folder.glob("site-*") if path.is_dir())
-    option, expected = f"{command}: --site", "the folder of a site of a Flower run"
-    hint = "It is `folder` in the --node-config of the site"
-    require(len(sites) > 0, option, expected, shorten_path(folder), hint)
-    names = listed([path.name for path in sites])
-    require(len(sites) == 1, option, "the folder of one site", names, f"Give one, as in {shorten_path(sites[0])}")
+    if not sites:
+        raise UserError(
+            f"{command}: --site: expected the folder of a site of a Flower run, got {shorten_path(folder)}. It is"
+            " `folder` in the --node-config of the site"
+        )
+    if len(sites) > 1:
+        raise UserError(
+            f"{command}: --site: expected the folder of one site, got {shorten_path(folder)} with"
+            f" {listed([path.name for path in sites])}. Give one of them"
+        )
     return sites[0]
 
 

@@ -404,7 +404,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         columns = self.samples.columns
         if not columns:
             raise UserError(f"data.dataset: expected images, as in training, got the table '{shorten_path(path)}'")
-        return transform(self._transformers[client], read_features(path, columns))
+        index = [splits.client for splits in self.clients].index(client)
+        return transform(self._transformers[index], read_features(path, columns))
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""

@@ -19,7 +19,7 @@ from fedekd.data import (
     input_batches,
     scale,
 )
-from fedekd.functional import log_label_prior
+from fedekd.functional import log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
@@ -31,6 +31,9 @@ from fedekd.seeding import derive_seed
 
 #: Role of the ensemble that a client serves in place of its private model.
 ENSEMBLE = "ensemble"
+
+#: Role of the local model that do-no-harm has deployed.
+LOCAL = "local"
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,30 @@ class Client:
         members = {name: self.networks[name] for name in self.serving.members}
         ensemble = build_ensemble(members, self.serving.weights, self.serving.offsets, self.spec.task)
         return ensemble.to(self.spec.trainer.torch_device)
+
+    @torch.no_grad()
+    def member_outputs(self, x: Tensor, exits: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of each member of the ensemble; empty without `serving`.
+
+        Args:
+            x: Inputs, shape (B, ...).
+            exits: Exit of each sample in the ensemble, from 0, shape (B,); members without exits have one output.
+
+        Returns:
+            By role, logits or values in the unit of the targets, with the offset of the member, shape (B, C).
+        """
+        outputs = {}
+        for role, offset in (
+            () if self.serving is None else zip(self.serving.members, self.serving.offsets, strict=True)
+        ):
+            network = self.networks[role]
+            with eval_mode(network):
+                every = predict(network, x).exits
+            stacked = torch.stack(every)
+            rows = torch.arange(len(x), device=stacked.device)
+            chosen = stacked[exits.to(stacked.device).clamp(max=len(every) - 1), rows]
+            outputs[role] = self.in_target_unit(upcast_to_float32(chosen) + offset.to(chosen.device))
+        return outputs
 
     @property
     def training_targets(self) -> Tensor:
@@ -414,7 +441,7 @@ class Client:
     @property
     def deployed_role(self) -> str:
         """Role of the deployed network: `local` after do-no-harm, or what is served."""
-        return "local" if "local" in self.networks else self.served_role
+        return LOCAL if LOCAL in self.networks else self.served_role
 
     @property
     def deployed_model(self) -> nn.Module:
@@ -427,9 +454,9 @@ class Client:
         Args:
             local: The client of the local baseline; None for the federated model.
         """
-        self.networks.pop("local", None)
+        self.networks.pop(LOCAL, None)
         if local is not None:
-            self.networks["local"] = local.networks["private"]
+            self.networks[LOCAL] = local.networks["private"]
 
     def load_received(self, received: Mapping[str, Tensor]) -> None:
         """Load received tensors into the private model, and keep its other tensors.
@@ -462,7 +489,7 @@ class Client:
         """Restore the state that `state_dict` returned."""
         self.use_local_model(None)
         for role, network_state in state["networks"].items():
-            if role == "local":
+            if role == LOCAL:
                 self.networks[role] = self.spec.build_model("private", self.number)
             self.networks[role].load_state_dict(network_state)
         self.optimizer_states = state["optimizer_states"]

@@ -54,16 +54,3 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[
 def finished_run(trained_run: Path, workdir: Path) -> Path:
     """A copy of the finished run, as folder `a` of the working folder."""
     return Path(shutil.copytree(trained_run, "a"))
-
-
-@pytest.fixture
-def error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """Return what was printed on stderr, which must be one line that starts with `error: `."""
-
-    def read() -> str:
-        text = capsys.readouterr().err
-        assert text.startswith("error: "), text
-        assert text.count("\n") == 1, text
-        return text
-
-    return read

@@ -203,7 +203,7 @@ def test_calibrate_mode_without_guarantee_prints_warning(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "run: expected the folder of a run, got none"),
+        ([], "calibrate: expected RUN or --site FOLDER, got none"),
         (["run", "--target_risk", "0"], "--target_risk: expected a number in (0, 1), got 0.0"),
         (["run", "--alpha", "0.1"], "--alpha: renamed to --target_risk"),
         (["run", "--delta=0.1"], "--delta: renamed to --confidence"),

@@ -139,16 +139,28 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "run and --input: expected both"),
-        (["one"], "run and --input: expected both"),
+        ([], "predict: expected RUN or --site FOLDER, got none"),
+        (["--input", "images.npz"], "predict: expected RUN or --site FOLDER, got none"),
+        (["one", "--site", "two", "--input", "images.npz"], "predict: expected RUN or --site FOLDER, got both"),
+        (
+            ["--site", "two", "--input", "images.npz"],
+            "predict: --site: expected the folder of a site of a Flower run, got",
+        ),
+        (["one"], "--input: expected a file or folder, got none"),
         (["one", "--input", "none.npz"], "--input: file 'none.npz' not found"),
         (["one", "--input", "one"], "--input: expected an .npz file; hf:NAME"),
         (["elsewhere", "--input", "images.npz"], "predict: expected the folder of a run, got 'elsewhere'"),
         (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
         (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
-        (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0..0, got -1"),
-        (["one", "--input", "images.npz", "--output", "two"], "--output: expected the name of a .csv file, got 'two'"),
-        (["one", "--input", "images.npz", "--output", ""], "--output: expected the name of a .csv file, got ''"),
+        (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0, got -1"),
+        (
+            ["one", "--input", "images.npz", "--output", "two"],
+            "--output: expected the name of a .csv or .parquet file, got 'two'",
+        ),
+        (
+            ["one", "--input", "images.npz", "--output", ""],
+            "--output: expected the name of a .csv or .parquet file, got ''",
+        ),
         (["one", "--input", "images.npz", "--output", "blobs.npz/x.csv"], "blobs.npz"),
         (["one", "--input", "images.npz", "--otput", "x.csv"], "--otput"),
         (

@@ -153,13 +153,26 @@ def _renamed(header: Sequence[str]) -> list[int]:
 
 
 def _read_parquet(path: Path) -> Any:
+    require_pyarrow(_where(path), "read")
+    return pd.read_parquet(path, engine="pyarrow").reset_index(drop=True)
+
+
+def require_pyarrow(option: str, action: str) -> None:
+    """Check that pyarrow is installed.
+
+    Args:
+        option: Option or file, for the message.
+        action: `read` or `write`.
+
+    Raises:
+        UserError: If it is not.
+    """
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{_where(path)}: expected the package pyarrow to read Parquet, got none. pip install 'fedekd[parquet]'"
+            f"{option}: expected the package pyarrow to {action} Parquet, got none. pip install 'fedekd[parquet]'"
         ) from error
-    return pd.read_parquet(path, engine="pyarrow").reset_index(drop=True)
 
 
 def _where(path: Path) -> str:

@@ -1,0 +1,60 @@
+"""Arguments of commands on finished training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from fedekd.configuration.trained import Trained
+from fedekd.errors import UserError, listed, shorten
+from fedekd.methods import Client
+
+
+def add_trained_arguments(parser: ArgumentParser) -> None:
+    """Add `RUN` and `--site`, of which a command needs exactly one."""
+    parser.add_argument("run", type=str, nargs="?", default="", help="Folder of a finished run.")
+    parser.add_argument(
+        "--site",
+        type=str | None,
+        default=None,
+        help="In place of RUN, at a site of a finished Flower run: the folder of its --node-config.",
+    )
+
+
+def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Client]:
+    """Return all clients, or the one with the given number or name of a site.
+
+    Args:
+        clients: All clients.
+        chosen: Name of a site, else a number from 0. A site whose name is a number comes first.
+
+    Raises:
+        UserError: There is no such client.
+    """
+    if chosen is None:
+        return clients
+    named = [client for client in clients if client.splits.name == chosen]
+    numbered = [client for client in clients if str(client.number) == chosen]
+    if not named and not numbered:
+        raise UserError(f"--client: expected {client_choices(clients)}, got {shorten(chosen)}")
+    return named or numbered
+
+
+def select_client(trained: Trained, chosen: str | None) -> Client:
+    """Return one client; the number or name is optional where there is only one.
+
+    Raises:
+        UserError: There is no such client, or several and none is chosen.
+    """
+    if chosen is None and len(trained.clients) > 1:
+        raise UserError(f"--client: expected {client_choices(trained.clients)}, got none")
+    [client] = select_clients(trained.clients, chosen)
+    return client
+
+
+def client_choices(clients: Sequence[Client]) -> str:
+    """Return the numbers of the clients, and the names of sites, in one line."""
+    names = [client.splits.name for client in clients if client.splits.name is not None]
+    numbers = f"{clients[0].number}..{clients[-1].number}" if len(clients) > 1 else str(clients[0].number)
+    return numbers + (f" or one of {listed(names)}" if names else "")

@@ -1,0 +1,117 @@
+"""Rows of `predict`, and their CSV or Parquet file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from torch import Tensor
+
+from fedekd.atomic import atomic_file
+from fedekd.data.formats.table import require_pyarrow
+from fedekd.errors import require
+from fedekd.methods import Client
+
+#: Suffixes of the files that can be written.
+SUFFIXES = (".csv", ".parquet")
+
+#: Decimals of scores and probabilities, and significant digits of values.
+_DECIMALS, _DIGITS = 6, 6
+
+
+class Outputs(NamedTuple):
+    """Outputs of one batch: logits (B, C) or values (B, 1), exits (B,), scores (B,).
+
+    Attributes:
+        logits: Unnormalised log-probabilities, or values in the unit of the targets.
+        exits: Exit of each sample, from 0.
+        scores: Confidence score of each sample.
+        members: By name of each member of an ensemble, its outputs at the sample's exit, as `logits`.
+    """
+
+    logits: Tensor
+    exits: Tensor
+    scores: Tensor
+    members: Mapping[str, Tensor]
+
+
+def check_output(output: str) -> None:
+    """Check that a file of predictions can be written, before anything is loaded.
+
+    Raises:
+        UserError: If its suffix is unknown, it is a directory, or pyarrow is missing.
+    """
+    path = Path(output)
+    is_file = path.suffix in SUFFIXES and not path.is_dir()
+    require(is_file, "--output", "the name of a .csv or .parquet file", output)
+    if path.suffix == ".parquet":
+        require_pyarrow("--output", "write")
+
+
+def prediction_rows(client: Client, outputs: Outputs, with_probabilities: bool) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each sample of a batch; exits are numbered from 1.
+
+    Classification has `label`, `class` if classes have names, `exit` and `score`; `probability_CLASS` if requested;
+    and `label_MEMBER` of each member. Regression has `value`, `exit` and `value_MEMBER`.
+
+    Args:
+        client: The client whose network predicts.
+        outputs: Outputs of a batch.
+        with_probabilities: Add the probability of each class.
+    """
+    is_regression = client.spec.task == "regression"
+    columns = _values(outputs) if is_regression else _labels(client, outputs, with_probabilities)
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))
+
+
+def _values(outputs: Outputs) -> dict[str, list[Any]]:
+    members = {f"value_{name}": _rounded(values) for name, values in outputs.members.items()}
+    return {"value": _rounded(outputs.logits), "exit": (outputs.exits + 1).tolist(), **members}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.{_DIGITS}g}") for value in values[:, 0].tolist()]
+
+
+def _labels(client: Client, outputs: Outputs, with_probabilities: bool) -> dict[str, list[Any]]:
+    labels, names = outputs.logits.argmax(dim=1).tolist(), client.samples.class_names
+    columns: dict[str, list[Any]] = {"label": labels}
+    if not client.samples.has_numbered_classes:
+        columns["class"] = [names[label] for label in labels]
+    columns["exit"] = (outputs.exits + 1).tolist()
+    columns["score"] = _decimals(outputs.scores)
+    if with_probabilities:
+        probabilities = outputs.logits.double().softmax(dim=1).unbind(dim=1)
+        columns |= {f"probability_{name}": _decimals(values) for name, values in zip(names, probabilities, strict=True)}
+    return columns | {f"label_{name}": logits.argmax(dim=1).tolist() for name, logits in outputs.members.items()}
+
+
+def _decimals(values: Tensor) -> list[float]:
+    return [round(value, _DECIMALS) for value in values.tolist()]
+
+
+def write_predictions(output: Path, kind: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> None:
+    """Write the predictions atomically.
+
+    Args:
+        output: A .csv or .parquet file.
+        kind: First column: `image`, numbered from 0, or `row` of a table, numbered from 1.
+        rows: Rows of `prediction_rows`, at least one.
+        names: Name of the file of each image, the second column; None without files.
+    """
+    frame = pd.DataFrame(rows)
+    if names is not None:
+        frame.insert(0, "file", list(names))
+    first = int(kind == "row")
+    frame.insert(0, kind, range(first, first + len(frame)))
+    content = io.BytesIO()
+    if output.suffix == ".parquet":
+        frame.to_parquet(content, engine="pyarrow", index=False)
+    else:
+        frame.to_csv(content, index=False, lineterminator="\n")
+    with atomic_file(output) as stream:
+        stream.write(content.getvalue())
