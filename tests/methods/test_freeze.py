@@ -37,8 +37,7 @@ from fedekd.models.freezing import frozen_names
 from fedekd.modules import ObjectiveModule, TrainerFactory
 from fedekd.privacy import GaussianMechanism
 
-from .conftest import Federate, make_spec, weights
-from .test_teacher import StopAfter
+from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
 
 RESNET = {"class_path": "fedekd.models.CIFARResNet", "init_args": {"base_width": 2, "norm": "batch"}}
 DECAY = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.5}}
@@ -175,7 +174,7 @@ def test_resume_with_freeze_gives_the_same_bytes(method: type[Method], federate:
 
     whole = run("whole")
     whole.run()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError):
         run("cut", observer=StopAfter(17)).run()
     again = run("cut")
     again.run()
