@@ -45,35 +45,50 @@ def read_weights(path: str, option: str) -> bytes:
         raise UserError(f"{option}: expected a file, got {shorten_path(repr(path))}, which {reason}") from error
 
 
-def unpack_weights(content: bytes, path: str, option: str) -> State:
+def unpack_weights(data: bytes, path: str, option: str) -> State:
     """Return the tensors of a file by name; no code in it is run.
 
     Args:
-        content: Content of the file.
+        data: Content of the file.
         path: Its path, for errors.
         option: Name of the option in errors.
 
     Raises:
-        UserError: If it is neither a `state_dict` nor the state of a client.
+        UserError: If it is neither a `state_dict` nor the state of a client, or its tensors are sparse,
+            quantized or complex.
     """
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind may raise any exception of torch
         reason = "objects other than tensors" if "unsupported" in str(error).lower() else describe_error(error, 80)
         raise UserError(
             f"{option}: expected tensors, which torch.load reads with weights_only=True, got"
-            f" {shorten_path(repr(path))} with {reason}. {_SAVE}"
+            f" {shorten_path(repr(path))} with {reason.rstrip('.')}. {_SAVE}"
         ) from error
     networks = state.get("networks") if isinstance(state, Mapping) else None
     if isinstance(networks, Mapping) and "private" in networks:
         state = networks["private"]
     if not (isinstance(state, Mapping) and state and all(isinstance(item, Tensor) for item in state.values())):
-        keys = f"with {', '.join(map(str, list(state)[:3]))}" if isinstance(state, Mapping) else type(state).__name__
+        content = type(state).__name__
+        if isinstance(state, Mapping):
+            content = f"with {', '.join(map(str, list(state)[:_NAMED]))}" if state else "empty"
         raise UserError(
             f"{option}: expected a state_dict or the state of a client, got {shorten_path(repr(path))}"
-            f" ({shorten(keys)}). {_SAVE}"
+            f" ({shorten(content)}). {_SAVE}"
         )
+    for name, tensor in state.items():
+        kind = _unsupported_kind(tensor)
+        require(kind is None, option, "dense tensors of real numbers", f"{shorten(str(name), 40)} of {kind}", _SAVE)
     return state
+
+
+def _unsupported_kind(tensor: Tensor) -> str | None:
+    """Return the kind of a tensor that cannot be a weight; None of one that can."""
+    if tensor.is_meta:
+        return "the meta device"
+    if tensor.is_quantized or tensor.is_complex():
+        return str(tensor.dtype)
+    return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
 def stored_weights(path: str, sha256: str, option: str) -> State:

@@ -17,12 +17,13 @@ from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.checkpoint import pack
+from fedekd.federation.run_folder import first_difference
 from fedekd.flower.description import shared_config
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local
 from fedekd.models import CIFARResNet, PrivateCNN, ProxyCNN, multi_exit
 
-from .conftest import Federate, make_spec, weights
-from .test_teacher import StopAfter, _wrong_files
+from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
+from .test_teacher import _wrong_files
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 ADAM = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
@@ -120,7 +121,7 @@ def test_private_weights_wrong_file_raises_one_line_user_error(federate: Federat
     cases[saved(tmp_path / "wide.pt", PrivateCNN(1, 8, 3, width=0.5))] = (
         r"expected convolutions\.0\.weight of shape \(64, 1, 3, 3\) for PrivateCNN, got \(32, 1, 3, 3\), and 8 more"
     )
-    for path, words in cases.items():
+    for path, words in {**cases, **_unsupported_tensors(tmp_path)}.items():
         with pytest.raises(UserError, match=words) as error:
             federate(Local(), client=options(private_model={"class_path": "PrivateCNN"}, private_weights=path)).run()
         assert str(error.value).startswith("client.private_weights: expected ")
@@ -129,6 +130,24 @@ def test_private_weights_wrong_file_raises_one_line_user_error(federate: Federat
     assert not (tmp_path / "harm").exists()
     with pytest.raises(UserError, match="private_weights: expected null with several private models"):
         options(private_models=["PrivateCNN", "ProxyCNN"], private_weights=str(tmp_path / "wide.pt"))
+
+
+def _unsupported_tensors(folder: Path) -> dict[str, str]:
+    """Return files whose tensors cannot be weights, and the words of their errors."""
+    state = PrivateCNN(1, 8, 3).state_dict()
+    kinds = {
+        "sparse": ({name: tensor.to_sparse() for name, tensor in state.items()}, "torch.sparse_coo"),
+        "complex": ({name: tensor.to(torch.complex64) for name, tensor in state.items()}, "torch.complex64"),
+        "meta": ({name: tensor.to("meta") for name, tensor in state.items()}, "the meta device"),
+    }
+    for name, (tensors, _) in kinds.items():
+        torch.save(tensors, folder / f"{name}.pt")
+    torch.save({}, folder / "empty.pt")
+    words = {
+        name: rf"expected dense tensors of real numbers, got 'convolutions\.0\.weight of {end}'"
+        for name, (_, end) in kinds.items()
+    }
+    return {str(folder / f"{name}.pt"): text for name, text in {**words, "empty": r"\(empty\)"}.items()}
 
 
 def test_fit_with_private_weights_and_freeze(
@@ -159,7 +178,7 @@ def test_private_weights_content_is_part_of_run_and_baseline(federate: Federate,
         saved(path, proxy())
     whole = run("whole", file)
     whole.run()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError):
         run("cut", file, observer=StopAfter(17)).run()
     again = run("cut", copy)  # the same content under another path
     again.run()
@@ -208,12 +227,23 @@ def test_key_of_a_grid_depends_on_the_content_of_the_weights(tmp_path: Path) -> 
     assert key(**{"client.freeze": "backbone"}) != plain
 
 
-def test_flower_sites_agree_on_frozen_tensors_that_are_not_sent(tmp_path: Path) -> None:
-    frozen = []
-    for seed in (0, 0, 1):
-        path = saved(tmp_path / f"{seed}.pt", proxy(seed=seed))
-        spec = make_spec(client=options(private_weights=path, freeze=["convolutions.*"]))
-        frozen.append(shared_config(FedAvg(), spec)["frozen"])
-        assert "frozen" not in shared_config(FedeKD(), spec)  # each site has its own private model
-    assert frozen[0] == frozen[1] != frozen[2]
-    assert "frozen" not in shared_config(FedAvg(), make_spec(client=options()))
+def test_flower_sites_agree_on_weights_of_exchanged_private_models(tmp_path: Path) -> None:
+    files = [saved(tmp_path / f"{name}.pt", proxy(seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    for freeze, names in ((["convolutions.*"], {"frozen", "pretrained"}), (None, {"pretrained"})):
+        values = []
+        for path in files:
+            spec = make_spec(client=options(private_weights=path, freeze=freeze))
+            config = shared_config(FedAvg(), spec)
+            values.append({name: config[name] for name in ("frozen", "pretrained") if name in config})
+            assert not {"frozen", "pretrained"} & set(shared_config(FedeKD(), spec))  # of each site's own model
+        assert set(values[0]) == names
+        assert values[0] == values[1]
+        assert all(values[0][name] != values[2][name] for name in names)
+    assert not {"frozen", "pretrained"} & set(shared_config(FedAvg(), make_spec(client=options())))
+    assert set(shared_config(FedAvg(), make_spec(client=options(freeze="backbone")))) >= {"frozen"}
+
+
+def test_flower_site_without_the_weights_of_the_server_raises(tmp_path: Path) -> None:
+    server = shared_config(FedAvg(), make_spec(client=options(private_weights=saved(tmp_path / "a.pt", proxy()))))
+    site = shared_config(FedAvg(), make_spec(client=options()))
+    assert first_difference(server, site) is not None
