@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedekd.errors import UserError
@@ -39,11 +40,27 @@ def network_fingerprint(network: nn.Module) -> str:
     digest = sha256()
     for name, part in network.named_modules():
         digest.update(f"{name}:{type(part).__qualname__}:{part.extra_repr()}:{_settings(part)};".encode())
-    for name, tensor in (network.state_dict() | dict(network.named_buffers())).items():  # with non-persistent buffers
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+    for content in _contents(network.state_dict() | dict(network.named_buffers())):  # with non-persistent buffers
+        digest.update(content)
     return digest.hexdigest()
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash the names, shapes, dtypes and values of tensors, as SHA-256 (hex).
+
+    Example:
+        >>> tensors_fingerprint({"bias": torch.zeros(2)}) == tensors_fingerprint({"bias": torch.zeros(1)})
+        False
+    """
+    return sha256(b"".join(_contents(tensors))).hexdigest()
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """Yield the bytes of a hash; memory layout and device do not matter."""
+    for name, tensor in tensors.items():
+        yield f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode()
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        yield content.view(torch.uint8).numpy().tobytes() if content.numel() else b""
 
 
 def _settings(part: nn.Module) -> str:

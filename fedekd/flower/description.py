@@ -17,6 +17,7 @@ import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sites import require_site_name
+from fedekd.early_exit.fingerprint import tensors_fingerprint
 from fedekd.errors import UserError, listed, require, shorten
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
@@ -43,7 +44,7 @@ def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechani
     """Return what the server and all sites must agree on, as JSON values.
 
     The private model is not part of it: each site may have its own. Where private models are exchanged, their frozen
-    tensors are part of it: they are not sent.
+    tensors and their file of weights are part of it.
     """
     proxy = spec.build_model("proxy", "server").state_dict()
     client = spec.client
@@ -65,20 +66,25 @@ def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechani
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
         **_training_options(spec),
         **({} if privacy is None else {"privacy": to_json_value(privacy)}),
-        **({"frozen": _frozen_digest(spec)} if method.exchanges_private and client.freeze is not None else {}),
+        **_initial_values(method, spec),
     }
 
 
-def _frozen_digest(spec: FederationSpec) -> str:
-    """Return the SHA-256 (hex) of the frozen tensors of the private model."""
+def _initial_values(method: Method, spec: FederationSpec) -> dict[str, Any]:
+    """Return what must be equal of private models that are exchanged.
+
+    Frozen tensors are not sent, and the server's initial weights replace those of the sites.
+    """
+    client = spec.client
+    if not method.exchanges_private or not client.starts_equal("server"):
+        return {}
     network = spec.build_model("private", "server")
     state = network.state_dict()
-    content = sha256()
-    for name in sorted(frozen_names(network)):
-        tensor = state[name].cpu().contiguous()
-        content.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        content.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
+    frozen = tensors_fingerprint({name: state[name] for name in sorted(frozen_names(network))})
+    return {
+        **({} if client.freeze is None else {"frozen": frozen}),
+        **({"pretrained": client.private_weights_sha256 or True} if client.is_pretrained("server") else {}),
+    }
 
 
 def _training_options(spec: FederationSpec) -> dict[str, Any]:
