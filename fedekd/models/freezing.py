@@ -40,10 +40,11 @@ def head_prefixes(network: nn.Module) -> list[str]:
 
 
 def freeze(network: nn.Module, patterns: Sequence[str] | str, option: str = "client.freeze") -> None:
-    """Freeze parameters by name, and the statistics of frozen normalisation layers.
+    """Freeze parameters by name, and the buffers of frozen layers.
 
-    A layer whose parameters are all frozen keeps its buffers, too; one without parameters, such as BatchNorm without
-    `affine`, if this holds for the smallest module with parameters around it.
+    A layer whose parameters are all frozen keeps its buffers, such as the statistics of BatchNorm, and stays in
+    evaluation mode; one without parameters, such as BatchNorm without `affine`, if this holds for the smallest module
+    with parameters around it.
 
     Args:
         network: The network; it is changed.
@@ -107,15 +108,15 @@ def frozen_names(network: nn.Module) -> set[str]:
 
 
 def keeps_statistics(part: nn.Module) -> bool:
-    """Return True for a normalisation layer whose statistics are frozen."""
-    return isinstance(part, nn.modules.batchnorm._NormBase) and "running_mean" in getattr(part, _MARK, ())
+    """Return True for a layer with frozen buffers, such as BatchNorm statistics."""
+    return any(name in part._buffers for name in getattr(part, _MARK, ()))
 
 
 def keep_frozen_statistics(network: nn.Module) -> None:
-    """Set the normalisation layers of frozen parts to evaluation mode."""
+    """Set the layers with frozen buffers to evaluation mode, without their submodules."""
     for part in network.modules():
         if keeps_statistics(part):
-            part.eval()
+            part.training = False
 
 
 def trained_parameters(network: nn.Module) -> list[nn.Parameter]:

@@ -107,7 +107,7 @@ class ObjectiveModule(LightningModule):
         return self._teacher[0]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; frozen normalisation layers stay in evaluation mode."""
+        """Set the mode; layers with frozen buffers stay in evaluation mode."""
         super().train(mode)
         keep_frozen_statistics(self)
         return self

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models import resnet18, vgg11
 
 from fedekd.errors import UserError
@@ -66,6 +67,24 @@ def test_freeze_marks_survive_copies_and_wrappers(wrap: Any) -> None:
         pass
     assert [norm.training for norm in norms] == [False, False]
     assert module.network.training
+
+
+def test_freeze_buffers_of_other_layers_keep_their_values() -> None:
+    """Spectral normalisation updates its vectors in training mode; its submodules keep their mode."""
+    network = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Dropout(), nn.Linear(4, 3))
+    module = SupervisedModule(network)
+    free, frozen = copy.deepcopy(module), module
+    freeze(frozen.network, ["0.*"])
+    before = copy.deepcopy(network.state_dict())
+    for trained_module, is_frozen in ((free, False), (frozen, True)):
+        trained_module.train()
+        trained_module.network(torch.randn(2, 4))
+        changed = {
+            name for name, tensor in trained_module.network.state_dict().items() if not tensor.equal(before[name])
+        }
+        assert bool(changed) != is_frozen
+        assert trained_module.network[1].training
+    assert {name for name in before if name.startswith("0.")} == frozen_names(network)
 
 
 @pytest.mark.parametrize(
