@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
+from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 
-from torch import nn
+from torch import hub, nn
 
 from fedekd.errors import UserError, describe_error
 from fedekd.global_state import isolated_rng
@@ -15,6 +16,9 @@ from fedekd.models.image_classifier import replace_head
 
 #: Networks with their weights, by builder and arguments. A process builds the networks of many clients.
 _built: dict[tuple[Any, bool, str], nn.Module] = {}
+
+#: Errors of a download (URLError is an OSError), and of a file that is cut or of another network.
+_UNREADABLE = (OSError, HTTPException, UnpicklingError, EOFError, RuntimeError)
 
 #: Arguments that torchvision's builders set by themselves for pretrained weights.
 _SET_BY_WEIGHTS = ("num_classes", "init_weights")
@@ -45,7 +49,7 @@ def build_pretrained(factory: Callable[..., Any], arguments: Mapping[str, Any], 
         num_classes: Number of classes; 1 for regression.
 
     Raises:
-        UserError: If the weights cannot be downloaded.
+        UserError: If the weights cannot be downloaded, or their file cannot be read.
     """
     given = {name: value for name, value in arguments.items() if name not in _SET_BY_WEIGHTS}
     has_auxiliary = given.get("aux_logits") is not False
@@ -56,10 +60,10 @@ def build_pretrained(factory: Callable[..., Any], arguments: Mapping[str, Any], 
         try:
             with isolated_rng(0):  # all initial weights are replaced
                 network = factory(**given)
-        except (URLError, ConnectionError, TimeoutError) as error:
+        except _UNREADABLE as error:
             raise UserError(
-                f"expected to download the weights {given['weights']}. It failed: {describe_error(error, 120)}. Copy"
-                " their file to torch.hub.get_dir()/checkpoints, or set --client.private_weights"
+                f"expected the weights {given['weights']}, downloaded or in {hub.get_dir()}/checkpoints. It failed:"
+                f" {describe_error(error, 120)}. Copy their file there, or set --client.private_weights"
             ) from error
         if not has_auxiliary and getattr(network, "aux_logits", False):  # of Inception
             network.aux_logits, network.AuxLogits = False, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from http.client import IncompleteRead
 from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
@@ -96,18 +97,27 @@ def test_weights_without_replaced_head_still_raise(install: Install) -> None:
         build("resnet18", 0, replaces_head=False)
 
 
-def test_weights_without_network_raise_one_line_user_error(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [URLError("no route to host"), IncompleteRead(b""), EOFError("cut")])
+def test_weights_that_cannot_be_read_raise_one_line_user_error(
+    error: Exception, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install({})
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        raise URLError("no route to host")
+        raise error
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
-    with pytest.raises(
-        UserError, match=r"expected to download .* IMAGENET1K_V1\. It failed: URLError.*private_weights"
-    ) as e:
+    words = rf"expected the weights .*IMAGENET1K_V1, downloaded or in .*checkpoints\. It failed: {type(error).__name__}"
+    with pytest.raises(UserError, match=words) as caught:
         build("resnet18", 0)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_raise_one_line_user_error(install: Install) -> None:
+    install({"fc.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"expected the weights .* It failed: RuntimeError") as caught:
+        build("resnet18", 0)
+    assert "\n" not in str(caught.value)
 
 
 class Head(nn.Module):
