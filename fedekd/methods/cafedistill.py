@@ -260,9 +260,8 @@ class CAFEDistill(Method):
         head: nn.Linear | None = None
         if self._uses_received_head:
             head = copy.deepcopy(network.head).requires_grad_(False)
-            head.load_state_dict(
-                {**head.state_dict(), **client.method_state[_TEACHER]}
-            )  # received without frozen tensors
+            # The head was received without frozen tensors.
+            head.load_state_dict({**head.state_dict(), **client.method_state[_TEACHER]})
         terms.append(SelfDistillationLoss(self.distillation_weight, self.temperature, weights, head, offset))
         return terms
 
