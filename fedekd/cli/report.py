@@ -52,6 +52,12 @@ def report_parser() -> ArgumentParser:
     parser.add_argument(
         "--client", type=str, default="0", help="Number of the client, or name of the site, whose exits are calibrated."
     )
+    parser.add_argument(
+        "--wandb",
+        type=bool,
+        default=False,
+        help="Log the page to the W&B run of the first folder, which must be on the server.",
+    )
     parser.add_argument("--draws", type=int, default=200, help="Number of calibrations per mode.")
     return parser
 
@@ -77,6 +83,10 @@ def run(argv: Sequence[str]) -> int:
     write_document(f"Report: {', '.join(config.runs)}", text, sections, output)
     for line in (*text, f"Report: {output / 'index.html'}"):
         print(line)
+    if config.wandb:
+        from fedekd.reporting.wandb_report import log_report  # not at the top: W&B is slow to import
+
+        print(f"logged at {log_report(folders[0], output)}")
     return 0
 
 

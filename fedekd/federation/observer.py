@@ -15,6 +15,10 @@ class Observer(Protocol):
         """Called once, with rounds, training steps, and steps done before a resume."""
         ...
 
+    def logged_at(self, url: str) -> None:
+        """Called once per logger that is online, with the address of its run."""
+        ...
+
     def round_started(self, round_idx: int) -> None:
         """Called before the participants receive aggregate `round_idx`."""
         ...
@@ -44,6 +48,9 @@ class SilentObserver:
     """Observer that prints warnings only; a base class for observers of few events."""
 
     def started(self, rounds: int, total_steps: int, done_steps: int) -> None:
+        """See `Observer`."""
+
+    def logged_at(self, url: str) -> None:
         """See `Observer`."""
 
     def round_started(self, round_idx: int) -> None:

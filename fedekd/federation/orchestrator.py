@@ -26,9 +26,9 @@ from fedekd.federation.options import BaselineOptions, RoundOptions, lost_update
 from fedekd.federation.references import Reference, check_baselines, plan_references
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
-from fedekd.federation.run_folder import RunFolder, to_json_value
+from fedekd.federation.run_folder import ARTIFACT_FILES, RunFolder, to_json_value
 from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
-from fedekd.federation.summary import summarize
+from fedekd.federation.summary import artifact_metadata, summarize
 from fedekd.federation.update_validation import (
     Change,
     ResultValidator,
@@ -478,7 +478,7 @@ class Orchestrator:
             with exclusive():  # matplotlib is not thread-safe
                 self.folder.write_figures(summary, self.progress.history, self.data)
             self.folder.finalize(summary, self.progress.history)
-            self.tracker.log_artifacts(self.folder.checkpoints.folder)
+            self.tracker.log_artifacts(self.folder.folder, ARTIFACT_FILES, artifact_metadata(self, summary))
         self.tracker.log_summary(summary)
         self.tracker.close()
         self.observer.finished()
@@ -495,6 +495,8 @@ class Orchestrator:
         if self.folder is not None:
             self.tracker.log_config(self.folder.config)
         self.tracker.replay(self.progress.history)
+        for url in self.tracker.urls():
+            self.observer.logged_at(url)
         steps = [self._steps(number) for number in range(self.num_clients)]
         epochs = self.spec.client.local_epochs
         local = epochs * sum(steps[number] * rounds for number, rounds in self._baseline_rounds().items())

@@ -47,7 +47,10 @@ _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 _CONFIG, _METRICS, _SUMMARY = "config.yaml", "metrics.csv", "summary.json"
 
-_FILES = {_CONFIG, _METRICS, _SUMMARY, SUMS_FILE, "checkpoints", "figures"}
+#: Files and folders of a finished run; a copy of them is a run folder.
+ARTIFACT_FILES = (_CONFIG, _METRICS, _SUMMARY, SUMS_FILE, "figures", "checkpoints")
+
+_FILES = set(ARTIFACT_FILES)
 
 
 def first_difference(

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fedekd
+from fedekd.atomic import digest
 from fedekd.data import Samples
 from fedekd.early_exit.client_tradeoff import mean_tradeoff
 from fedekd.federation.options import participants
@@ -25,6 +26,26 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
     All values except `seconds` and `versions` are repeatable; undefined ones are None.
     """
     return {name: _json_value(value) for name, value in _summary(run).items()}
+
+
+def artifact_metadata(run: Orchestrator, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what describes a stored model: method, scores, Delta, and the digest of the clients' data."""
+    names = (
+        "method",
+        "dataset",
+        "task",
+        "metric",
+        "rounds",
+        "seed",
+        "mean",
+        "worst",
+        "local_mean",
+        "delta",
+        "versions",
+    )
+    data = "".join(splits.digest(run.data.samples) for splits in run.data.clients)
+    values = {name: summary[name] for name in names}
+    return {**values, "clients": len(run.data.clients), "data_sha256": digest(data.encode())}
 
 
 def _summary(run: Orchestrator) -> dict[str, Any]:

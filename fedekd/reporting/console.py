@@ -352,6 +352,11 @@ class Display:
             with exclusive():
                 self._progress.stop()
 
+    def logged_at(self, url: str) -> None:
+        """Print the address of the run at a logger."""
+        if not self.quiet:
+            self.console.print(f"logged at {url}", markup=False, highlight=False, soft_wrap=True)
+
     def round_started(self, round_idx: int) -> None:
         """Show the number of the round."""
         if self._progress is not None and self._task is not None:

@@ -39,6 +39,16 @@ def client_prefix(client: int, name: str | None = None) -> str:
     return f"client_{client if name is None else name}/"
 
 
+def is_client_name(name: str) -> bool:
+    """Return whether a logged name is of a single client.
+
+    Example:
+        >>> is_client_name("client_3/delta"), is_client_name("delta/avg")
+        (True, False)
+    """
+    return _CLIENT.fullmatch(name) is not None
+
+
 def client_title(client: Mapping[str, Any]) -> str:
     """Return the name of the site of a client in a summary, or else its number."""
     return str(client.get("name", client["client"]))

@@ -71,8 +71,8 @@ class FederationLogger(Protocol):
     def log_summary(self, summary: Summary) -> None:
         """Log the summary of the run."""
 
-    def log_artifacts(self, folder: Path) -> None:
-        """Log the checkpoints of the run, if the logger stores them."""
+    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Log files and folders of the finished run, if the logger stores them."""
 
     def finish(self, status: str) -> None:
         """End the logger's run; Lightning's `finalize` is called after every fit."""
@@ -134,9 +134,21 @@ class Tracker:
         """Log the summary to each `FederationLogger`."""
         self._call_federation_loggers(lambda logger: logger.log_summary(summary))
 
-    def log_artifacts(self, folder: str | os.PathLike[str]) -> None:
-        """Log the folder of checkpoints to each `FederationLogger`."""
-        self._call_federation_loggers(lambda logger: logger.log_artifacts(Path(folder)))
+    def log_artifacts(self, folder: str | os.PathLike[str], names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Log the finished run to each `FederationLogger`.
+
+        Args:
+            folder: Run folder.
+            names: Its files and folders of the run; one may be missing.
+            metadata: JSON values that describe the run, with `rounds`.
+        """
+        self._call_federation_loggers(lambda logger: logger.log_artifacts(Path(folder), names, metadata))
+
+    def urls(self) -> list[str]:
+        """Return the address of the run at each logger that has one (attribute `url`)."""
+        found: list[Any] = []
+        self._call_each(lambda logger: found.append(getattr(logger, "url", None)))
+        return [url for url in found if isinstance(url, str)]
 
     def close(self, status: str = "success") -> None:
         """Close every logger, also one that failed; a second call does nothing.
@@ -146,7 +158,8 @@ class Tracker:
         """
         if self._is_open:
             self._is_open, self._is_started = False, True  # an error before would hide the one that ends the run
-            self._call_each(lambda logger: logger.finalize(status), closes=True)
+            lightning_status = "success" if status == "success" else "failed"  # MLflow rejects any other
+            self._call_each(lambda logger: logger.finalize(lightning_status), closes=True)
             self._call_federation_loggers(lambda logger: logger.finish(status), closes=True)
 
     def _rounds_held(self, logger: Logger) -> int:

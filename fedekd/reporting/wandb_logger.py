@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,8 +14,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fedekd.atomic import atomic_file
 from fedekd.errors import UserError, describe_error
-from fedekd.reporting.rows import Summary, references_of
+from fedekd.reporting.rows import Summary, is_client_name, references_of
 from fedekd.reporting.wandb_start import (
     ONLINE_MODES,
     choose_mode,
@@ -50,7 +51,9 @@ class WandbRunLogger(WandbLogger):
         save_dir: Parent of the folder `wandb`; None is the run folder.
         offline: True stays offline, False goes online; None goes online with credentials: `WANDB_API_KEY`,
             `WANDB_IDENTITY_TOKEN_FILE` or an entry in the netrc file. `WANDB_MODE` takes precedence.
-        log_checkpoints: Log the checkpoints of a finished run as an artifact.
+        log_checkpoints: Log a finished run as a `model` artifact: its configuration, results, figures and checkpoints.
+        log_clients: Log the values of each client per round. False keeps their histogram and final table, and avoids
+            W&B's limit of 10,000 names with more than about 250 clients.
     """
 
     def __init__(
@@ -64,11 +67,12 @@ class WandbRunLogger(WandbLogger):
         save_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
         log_checkpoints: bool = False,
+        log_clients: bool = True,
     ) -> None:
         super().__init__(name=name, project=project or os.environ.get("WANDB_PROJECT", "fedekd"))
         self._save_dir = None if save_dir is None else os.fspath(save_dir)
         self._offline_wanted = offline
-        self._log_checkpoints = log_checkpoints
+        self._log_checkpoints, self._log_clients = log_checkpoints, log_clients
         self._labels = {"entity": entity, "group": group, "job_type": job_type, "name": name, "tags": tags}
         self._run_dir: Path | None = None
         self._warn: Callable[[str], None] = warnings.warn
@@ -90,6 +94,12 @@ class WandbRunLogger(WandbLogger):
             self._experiment = wandb.run if wandb.run is not None else self._start()
         return self._experiment
 
+    @property
+    def url(self) -> str | None:
+        """Address of the run; None if it is offline or not started."""
+        run = self._experiment
+        return None if run is None or run.offline else run.url
+
     def _start(self) -> Any:
         save_dir = Path(self._save_dir or ".")
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -107,6 +117,9 @@ class WandbRunLogger(WandbLogger):
         # without `round` would get the last one, and that round would be logged twice.
         run.define_metric("*", step_metric="round", step_sync=False)
         self._owns_run = True
+        if self._run_dir is not None and not run.offline and run.url:
+            with atomic_file(self._run_dir / "wandb" / "url") as output:
+                output.write(f"{run.url}\n".encode())
         return run
 
     def _init(self, save_dir: Path) -> Any:
@@ -148,21 +161,42 @@ class WandbRunLogger(WandbLogger):
         return max(int(run.summary.get("round", 0)), int(run.step) - 1)
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log the nested configuration.
+
+        A sweep locks its own names: an update would skip the whole of a nested one, such as `client`, with a warning.
+        """
+        if os.environ.get("WANDB_SWEEP_ID"):
+            self.experiment.config.merge_locked(dict(params), _allow_val_change=True)
+        else:
+            super().log_hyperparams(params)
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log one row; in a run that this logger started, the step is its round."""
-        run = self.experiment
+        """Log one row with the histogram of Delta over its clients.
+
+        In a run that this logger started, the step is the round.
+        """
+        from fedekd.reporting.wandb_media import delta_histogram
+
+        run, histogram = self.experiment, delta_histogram(metrics)
+        values: dict[str, Any] = {
+            name: value for name, value in metrics.items() if self._log_clients or not is_client_name(name)
+        }
+        if histogram is not None:
+            values["delta/histogram"] = histogram
         # A run that was active before has its own steps, and drops rows of earlier ones.
         wandb_step = int(metrics["round"]) if self._owns_run and "round" in metrics else None
-        run.log(dict(metrics), step=wandb_step, commit=True)
+        run.log(values, step=wandb_step, commit=True)
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Log metrics, Delta, costs and the table `clients` as the summary of the run.
+        """Log metrics, Delta and costs as the summary of the run, then the table `clients` and its chart.
 
         A network with exits adds `budget_50/accuracy` and `budget_50/flops` per budget in percent; `do_no_harm` adds
         `deployed/delta/avg` and the other figures of the deployed models.
         """
-        import wandb
+        from fedekd.reporting.wandb_media import client_table, delta_chart
 
         metric = summary["metric"]
         scores = {f"{metric}/{name}": summary[name] for name in ("mean", "worst", "local_mean") if name in summary}
@@ -182,23 +216,30 @@ class WandbRunLogger(WandbLogger):
             scores |= {f"deployed/{metric}/mean": deployed["mean"], "deployed/federated": deployed["federated"]}
             deltas |= {f"deployed/delta/{name}": value for name, value in deployed["delta"].items()}
         costs = {name: summary[name] for name in ("seconds", "bytes_up", "bytes_down") if name in summary}
-        sites = ["name"] if any("name" in client for client in summary["clients"]) else []
-        names = ["client", *sites, "train", "test", "local", "score", "delta"]
-        names += [name for score, difference, *_ in references for name in (score, difference)]
-        table = wandb.Table(columns=names, data=[[client[name] for name in names] for client in summary["clients"]])
         defined = {name: value for name, value in {**scores, **deltas, **costs}.items() if value is not None}
-        self.experiment.summary.update({**defined, "clients": table})
+        run, table = self.experiment, client_table(summary)
+        run.summary.update(defined)
+        # Logged, not only in the summary: W&B opens panels for what has a history.
+        run.log({"clients": table, "delta/by_client": delta_chart(table)})
 
     @rank_zero_only
-    def log_artifacts(self, folder: Path) -> None:
-        """Log the checkpoints as a `model` artifact, if `log_checkpoints` is set."""
-        if self._log_checkpoints:
-            import wandb
+    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Log the run as a `model` artifact, if `log_checkpoints` is set.
 
-            artifact = wandb.Artifact(f"checkpoints-{self.experiment.id}", type="model")
-            # The checkpoints of a finished run do not change: W&B need not copy them first.
-            artifact.add_dir(os.fspath(folder), policy="immutable")
-            self.experiment.log_artifact(artifact)
+        It is named `model-ID` and has the aliases `latest` and `round-R`. Downloaded, it is a run folder.
+        """
+        if not self._log_checkpoints:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata=dict(metadata))
+        for path in (folder / name for name in names):
+            # The files of a finished run do not change: W&B need not copy them first.
+            if path.is_dir():
+                artifact.add_dir(os.fspath(path), name=path.name, policy="immutable")
+            elif path.exists():
+                artifact.add_file(os.fspath(path), policy="immutable")
+        self.experiment.log_artifact(artifact, aliases=["latest", f"round-{metadata['rounds']}"])
 
     @rank_zero_only
     def finish(self, status: str) -> None:

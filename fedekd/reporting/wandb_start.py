@@ -25,17 +25,25 @@ def own_run_id(run_dir: Path | None) -> str:
 
     It does not depend on the seed: two equal federations are two runs. A damaged file counts as missing.
     """
-    file = None if run_dir is None else run_dir / "wandb" / "run-id"
     given = os.environ.get("WANDB_RUN_ID")
-    if not given and file is not None and file.is_file():
-        stored = file.read_bytes().decode(errors="replace").strip()
-        if _RUN_ID.fullmatch(stored):
-            return stored
+    if not given and run_dir is not None and (stored := stored_run_id(run_dir)) is not None:
+        return stored
     run_id = given or secrets.token_hex(4)
-    if file is not None:
-        with atomic_file(file) as output:
+    if run_dir is not None:
+        with atomic_file(_id_file(run_dir)) as output:
             output.write(f"{run_id}\n".encode())
     return run_id
+
+
+def stored_run_id(run_dir: Path) -> str | None:
+    """Return the run id in a run folder; None if there is none, or its file is damaged."""
+    file = _id_file(run_dir)
+    stored = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    return stored if _RUN_ID.fullmatch(stored) else None
+
+
+def _id_file(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "run-id"
 
 
 def remove_offline_runs(save_dir: Path, run_id: str) -> None:

@@ -91,8 +91,8 @@ class HoldingLogger(RecordingLogger):
     def log_summary(self, summary):
         self.calls.append(("log_summary", summary))
 
-    def log_artifacts(self, folder):
-        self.calls.append(("log_artifacts", folder))
+    def log_artifacts(self, folder, names, metadata):
+        self.calls.append(("log_artifacts", folder, names, metadata))
 
     def finish(self, status):
         self.calls.append(("finish", status))
@@ -106,7 +106,7 @@ def test_tracker_sends_each_logger_the_rounds_it_lacks(tmp_path, make_row):
     tracker.log_round(make_row(3))
     tracker.log_round(make_row(3))
     tracker.log_summary({"mean": 1.0})
-    tracker.log_artifacts(tmp_path)
+    tracker.log_artifacts(tmp_path, ["checkpoints"], {"rounds": 3})
     tracker.close()
     tracker.close()
     logged = [("log_metrics", make_row(round_idx), round_idx) for round_idx in (1, 2, 3)]
@@ -119,7 +119,7 @@ def test_tracker_sends_each_logger_the_rounds_it_lacks(tmp_path, make_row):
         logged[2],
         ("save",),
         ("log_summary", {"mean": 1.0}),
-        ("log_artifacts", tmp_path),
+        ("log_artifacts", tmp_path, ["checkpoints"], {"rounds": 3}),
         ("finalize", "success"),
         ("finish", "success"),
     ]
@@ -150,7 +150,7 @@ def track(tracker, tmp_path, make_row):
     tracker.log_config({"seed": 0})
     tracker.replay([make_row(1)])
     tracker.log_round(make_row(2))
-    tracker.log_artifacts(tmp_path)
+    tracker.log_artifacts(tmp_path, ["checkpoints"], {"rounds": 3})
     tracker.log_summary({"mean": 1.0})
     tracker.close()
 
@@ -182,6 +182,20 @@ def test_tracker_user_error_is_raised_before_training_and_warned_of_later(tmp_pa
     tracker = Tracker([FailingLogger("log_summary", error)], tmp_path, warned.append)
     track(tracker, tmp_path, make_row)
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [("success", "success"), ("interrupted", "failed")])
+def test_tracker_close_gives_lightning_loggers_their_own_status(tmp_path, status, expected):
+    plain, holding = RecordingLogger(), HoldingLogger()
+    Tracker([plain, holding], tmp_path).close(status)
+    assert plain.calls == [("finalize", expected)]
+    assert holding.calls[1:] == [("finalize", expected), ("finish", status)]
+
+
+def test_tracker_urls_are_those_of_loggers_that_have_one(tmp_path):
+    online, offline = HoldingLogger(), HoldingLogger()
+    online.url, offline.url = "https://example.org/run", None
+    assert Tracker([RecordingLogger(), offline, online], tmp_path).urls() == ["https://example.org/run"]
 
 
 def test_tracker_interrupt_in_a_logger_is_raised(tmp_path, make_row):

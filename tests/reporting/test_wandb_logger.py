@@ -19,6 +19,8 @@ from fedekd.reporting import Tracker
 wandb = pytest.importorskip("wandb")
 
 from fedekd.reporting.wandb_logger import WandbRunLogger  # noqa: E402
+from fedekd.reporting.wandb_media import HISTOGRAM_BINS, client_table  # noqa: E402
+from fedekd.reporting.wandb_report import log_report  # noqa: E402
 from fedekd.reporting.wandb_start import choose_mode, is_logged_in, own_run_id  # noqa: E402
 
 KILLED_RUN = """
@@ -66,7 +68,7 @@ def test_offline_run_has_each_round_once_with_all_names(
 
     assert capfd.readouterr() == ("", "")
     (folder,) = run_folders(tmp_path)
-    assert read_history(folder) == rows
+    assert [row for row in read_history(folder) if "round" in row] == rows
     run = read_records(folder, "run")[0]
     assert (run.project, run.run_group, run.job_type, run.display_name) == ("fedekd", "g", "federation", "n")
     config = {item.key: item.value_json for record in read_records(folder, "config") for item in record.update}
@@ -90,7 +92,9 @@ def test_summary_has_flat_metric_names(tmp_path, make_row, make_summary):
     tracker.close()
 
 
-def test_sites_have_their_names_in_rows_and_table(tmp_path, make_row, make_summary, run_folders, read_history):
+def test_sites_have_their_names_in_rows_table_and_chart(
+    tmp_path, make_row, make_summary, run_folders, read_history, read_records
+):
     names = ["Zürich (CH) no. 1", "St. Gallen"]
     row = {"round": 1, **{f"client_{name}/delta": 0.5 for name in names}}
     summary = make_summary((0.5, 0.75), (0.5, 0.25))
@@ -102,10 +106,46 @@ def test_sites_have_their_names_in_rows_and_table(tmp_path, make_row, make_summa
     table = tracker.loggers[0].experiment.summary["clients"]
     tracker.close()
     [folder] = run_folders(tmp_path)
-    assert read_history(folder) == [row]
+    logged, media = read_history(folder)
+    assert row.items() <= logged.items()
+    assert media["clients/path"] == media["delta/by_client_table/path"] == table["path"]
     content = json.loads((folder / "files" / table["path"]).read_text(encoding="utf-8"))
-    assert content["columns"][:2] == ["client", "name"]
-    assert [line[1] for line in content["data"]] == names
+    assert [line[content["columns"].index("name")] for line in content["data"]] == names
+    items = [item for record in read_records(folder, "config") for item in record.update]
+    [chart] = [json.loads(item.value_json)["panel_config"] for item in items if "visualize" in item.nested_key]
+    assert chart["fieldSettings"] == {"label": "name", "value": "delta"}
+
+
+def test_client_table_has_every_value_of_the_summary(make_summary):
+    summary = make_summary((0.5, 0.75), (0.5, 0.25)) | {"class_names": [f"class {label}" for label in range(6)]}
+    undefined, defined = summary["clients"]
+    undefined |= {"score": None, "delta": None, "metrics": {"recall/1": dict.fromkeys(("score", "local", "delta"))}}
+    defined |= {"metrics": {"recall/1": {"score": 1.0, "local": 0.75, "delta": 0.25}}, "deployed": "local"}
+    table = client_table(summary)
+    rows = [dict(zip(table.columns, line, strict=True)) for line in table.data]
+    assert rows[0] == {
+        **{"client": 0, "train": 100, "test": 30, "classes": "class 0, class 1, class 2, class 4", "local": 0.5},
+        **{"score": None, "delta": None, "recall/1": None, "recall/1/local": None, "recall/1/delta": None},
+        "deployed": None,
+    }
+    assert rows[1]["recall/1/delta"] == 0.25
+    assert rows[1]["deployed"] == "local"
+
+
+def test_rows_have_the_histogram_of_delta(tmp_path, run_folders, read_history):
+    deltas = (-0.25, 0.5, 0.5, float("nan"), float("inf"))
+    row = {f"client_{number}/delta": delta for number, delta in enumerate(deltas)}
+    tracker = start(tmp_path, log_clients=False)
+    tracker.log_round({"round": 1, "delta/avg": 0.25, **row})
+    tracker.log_round({"round": 2, "client_0/delta": float("nan")})
+    tracker.close()
+    (folder,) = run_folders(tmp_path)
+    first, second = read_history(folder)
+    counts, edges = first.pop("delta/histogram/values"), first.pop("delta/histogram/bins")
+    assert (edges[0], edges[-1], len(counts)) == (-0.25, 0.5, HISTOGRAM_BINS)
+    assert (counts[0], counts[-1], sum(counts)) == (1, 2, 3)  # finite values only
+    assert first == {"round": 1, "delta/avg": 0.25, "delta/histogram/_type": "histogram"}  # log_clients
+    assert second == {"round": 2}
 
 
 def test_resume_has_each_round_once(tmp_path, make_row, run_folders, read_history):
@@ -153,22 +193,25 @@ def test_resume_keeps_other_runs(tmp_path, make_row, run_folders):
 
 
 def test_log_checkpoints_decides_on_the_artifact(tmp_path, make_row, run_folders, read_records):
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    (checkpoints / "server.pt").write_bytes(b"weights")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "server.pt").write_bytes(b"weights")
+    for name in ("config.yaml", "other.txt"):
+        (run / name).write_text("seed: 0")
+    names, metadata = ("config.yaml", "figures", "checkpoints"), {"rounds": 5, "delta": {"avg": 0.25}}
     for name, wanted in (("without", False), ("with", True)):
         tracker = start(tmp_path / name, log_checkpoints=wanted)
         tracker.log_round(make_row(1))
-        tracker.log_artifacts(checkpoints)
+        tracker.log_artifacts(run, names, metadata)
         tracker.close()
         (folder,) = run_folders(tmp_path / name)
-        entries = [
-            entry.path
-            for artifact in read_records(folder, "artifact")
-            if artifact.type == "model"
-            for entry in artifact.manifest.contents
-        ]
-        assert entries == (["server.pt"] if wanted else [])
+        models = [artifact for artifact in read_records(folder, "artifact") if artifact.type == "model"]
+        assert len(models) == wanted
+    [model] = models
+    assert model.name == f"model-{folder.name.rpartition('-')[2]}"
+    assert sorted(entry.path for entry in model.manifest.contents) == ["checkpoints/server.pt", "config.yaml"]
+    assert sorted(model.aliases) == ["latest", "round-5"]
+    assert json.loads(model.metadata) == metadata
 
 
 def test_active_run_is_used_and_stays_open(tmp_path, make_row):
@@ -187,6 +230,7 @@ class FakeRun:
 
     def __init__(self, summary, step):
         self.resumed, self.offline, self.logged = True, False, []
+        self.url = "https://wandb.example.org/team/project/runs/x"
         self.summary, self.step = summary, step
 
     def define_metric(self, *_, **__): ...
@@ -211,6 +255,8 @@ def test_online_resume_logs_only_missing_rounds(tmp_path, make_row, monkeypatch,
     tracker.close("failed")
     tracker.close("success")
     assert run.logged == [(3, 3), (4, 4)]
+    assert tracker.urls() == [run.url]
+    assert (tmp_path / "wandb" / "url").read_text() == f"{run.url}\n"
     assert run.exit_code == 1
     assert (given["mode"], given["resume"], given["project"]) == ("online", "allow", "fedekd")
     assert given["id"] == (tmp_path / "wandb" / "run-id").read_text().strip()
@@ -331,3 +377,61 @@ def test_disabled_mode_writes_no_file(tmp_path, make_row, make_summary, monkeypa
     tracker.log_summary(make_summary((0.5, 0.75)))
     tracker.close()
     assert run_folders(tmp_path) == []
+
+
+class FakeReportRun(FakeRun):
+    """Resumed online run of a report."""
+
+    def log_artifact(self, artifact, aliases):
+        self.artifact, self.aliases = artifact, aliases
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.exit_code = 0
+
+
+def report_folder(run_dir: Path, logger: str) -> Path:
+    (run_dir / "report").mkdir(parents=True)
+    (run_dir / "report" / "index.html").write_text("<p>Δ</p>", encoding="utf-8")
+    (run_dir / "config.yaml").write_text(f"logger:\n- class_path: {logger}\n  init_args: {{project: p, entity: e}}\n")
+    return run_dir / "report"
+
+
+@pytest.mark.parametrize("has_url", [False, True])
+def test_report_is_logged_to_the_run_of_its_folder(tmp_path, monkeypatch, has_url):
+    report = report_folder(tmp_path, "fedekd.reporting.wandb_logger.WandbRunLogger")
+    run_id = own_run_id(tmp_path)
+    if has_url:
+        (tmp_path / "wandb" / "url").write_text("https://wandb.example.org/team/project/runs/x\n")
+    run, given = FakeReportRun({}, 4), {}
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
+    monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
+    assert log_report(tmp_path, report) == run.url
+    assert (given["id"], given["resume"]) == (run_id, "must")
+    assert (given["entity"], given["project"]) == (("team", "project") if has_url else ("e", "p"))
+    assert (run.artifact.name, run.artifact.type, run.aliases) == (f"report-{run_id}", "report", ["latest"])
+    assert [*run.artifact.manifest.entries] == ["index.html"]
+    assert "<p>Δ</p>" in run.logged[0]["report"].html
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [("no run", "that W&B has logged"), ("offline", "a W&B server"), ("unknown", "wandb sync .*offline-run")],
+)
+def test_report_that_cannot_be_logged_is_one_line(tmp_path, monkeypatch, problem, words):
+    report = report_folder(tmp_path, "fedekd.reporting.wandb_logger.WandbRunLogger")
+    if problem != "no run":
+        own_run_id(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline" if problem == "offline" else "online")
+    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
+
+    def init(**_):
+        raise wandb.errors.UsageError("no such run")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=words) as raised:
+        log_report(tmp_path, report)
+    assert "\n" not in str(raised.value)
