@@ -63,13 +63,13 @@ PYTHON_GPU ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 	$(PYTHON_GPU) -m perf.gpu $(ARGS)
 
-# Ray, Flower, Hugging Face datasets and timm are optional; without them their tests are skipped.
+# Ray, Flower, Hugging Face datasets, timm and other loggers are optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm,loggers]'
 	touch $@
 
-## extras: install Ray, Flower, Hugging Face datasets and timm, for clusters, real sites, hf:NAME and networks
+## extras: install Ray, Flower, Hugging Face datasets, timm, TensorBoard and MLflow
 .PHONY: extras
 extras: $(EXTRAS)
 
@@ -99,10 +99,10 @@ test-all: $(INSTALLED)
 coverage: $(INSTALLED)
 	$(MAKE) test-all ARGS="--cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)"
 
-## test-extras: run the tests of Ray, Flower, Hugging Face datasets and timm
+## test-extras: run the tests of Ray, Flower, Hugging Face datasets, timm, TensorBoard and MLflow
 .PHONY: test-extras
 test-extras: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf or timm" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf or timm or loggers" tests $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint

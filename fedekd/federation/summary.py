@@ -29,7 +29,7 @@ def summarize(run: Orchestrator) -> dict[str, Any]:
 
 
 def artifact_metadata(run: Orchestrator, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what describes a stored model: method, scores, Delta, and the digest of the clients' data."""
+    """Return method, scores, Delta, and the digest of the clients' data."""
     names = (
         "method",
         "dataset",

@@ -191,7 +191,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_summary(self, summary: Summary) -> None:
-        """Log metrics, Delta and costs as the summary of the run, then the table `clients` and its chart.
+        """Log the summary of the run, then the table `clients` and its chart.
 
         A network with exits adds `budget_50/accuracy` and `budget_50/flops` per budget in percent; `do_no_harm` adds
         `deployed/delta/avg` and the other figures of the deployed models.

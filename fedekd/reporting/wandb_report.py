@@ -1,4 +1,4 @@
-"""Upload of a report to the Weights & Biases run of its run folder. Slow to import."""
+"""Upload of a report to a Weights & Biases run. Slow to import."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def log_report(run_dir: Path, report: Path) -> str:
 
 
 def _address(run_dir: Path) -> dict[str, Any]:
-    """Return entity and project: of the stored address, or else those of the logger's options."""
+    """Return entity and project, of the stored address or the logger's options."""
     file = run_dir / "wandb" / "url"
     match = _URL.fullmatch(file.read_text(encoding="utf-8").strip()) if file.is_file() else None
     if match is not None:

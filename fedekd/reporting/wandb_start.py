@@ -36,7 +36,7 @@ def own_run_id(run_dir: Path | None) -> str:
 
 
 def stored_run_id(run_dir: Path) -> str | None:
-    """Return the run id in a run folder; None if there is none, or its file is damaged."""
+    """Return the run id in a run folder; None if it is missing or damaged."""
     file = _id_file(run_dir)
     stored = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
     return stored if _RUN_ID.fullmatch(stored) else None

@@ -409,3 +409,19 @@ def test_run_writes_the_summary_before_loggers_are_closed(federate: Federate, tm
     with pytest.raises(KeyboardInterrupt):
         federate(output=tmp_path / "run", loggers=[StalledLogger(tmp_path / "log")]).run()
     assert len(rounds.read_text().splitlines()) == 3  # the header and a row per round
+
+
+def test_run_reports_the_address_of_an_online_logger_once(federate: Federate, tmp_path: Path) -> None:
+    class OnlineLogger(CSVLogger):
+        url = "https://example.org/run"
+
+    class Listener(SilentObserver):
+        def __init__(self) -> None:
+            self.urls: list[str] = []
+
+        def logged_at(self, url: str) -> None:
+            self.urls.append(url)
+
+    listener = Listener()
+    federate(loggers=[OnlineLogger(tmp_path / "log"), CSVLogger(tmp_path / "other")], observer=listener).run()
+    assert listener.urls == ["https://example.org/run"]
