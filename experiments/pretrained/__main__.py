@@ -164,7 +164,7 @@ def table(results: pd.DataFrame) -> str:
         part, random = groups[method, start], groups[method, RANDOM]
         cells = []
         for name in ("accuracy", "local_accuracy"):
-            gain = mean_and_error(part[name] - random[name]) if start != RANDOM else ""
+            gain = mean_and_error((part[name] - random[name]).dropna()) if start != RANDOM else ""
             cells += [f"{part[name].mean():.4f}", gain]
         size = part["bytes_up"].mean() / 1e6
         cells += [mean_and_error(part["delta"]), f"{size:.2f}", str(len(part))]

@@ -55,9 +55,9 @@ def test_table_pairs_gains_by_seed_and_starts_with_random_weights() -> None:
     rows = [
         {**shared, "start": start, "seed": seed, "accuracy": seed / 10 + gain, "local_accuracy": 0.5}
         for start, gain in (("pretrained", 0.03), (experiment.RANDOM, 0.0))
-        for seed in ((2, 1) if gain else (1, 2))
+        for seed in ((2, 1) if gain else (1, 2, 3))
     ]
     assert experiment.table(pd.DataFrame(rows)).splitlines()[2:] == [
-        "| FedAvg | random | 0.1500 |  | 0.5000 |  | +0.5000 (0.0000) | 2.00 | 2 |",
+        "| FedAvg | random | 0.2000 |  | 0.5000 |  | +0.5000 (0.0000) | 2.00 | 3 |",
         "| FedAvg | pretrained | 0.1800 | +0.0300 (0.0000) | 0.5000 | +0.0000 (0.0000) | +0.5000 (0.0000) | 2.00 | 2 |",
     ]
