@@ -152,6 +152,7 @@ TRAINING = {
     ],
     "callbacks": ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]"],
     "clipping and accumulation": ["--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"],
+    "weights and frozen parts": ["--client.private_weights=WEIGHTS", "--client.freeze=[convolutions.*]"],
 }
 
 
@@ -161,13 +162,15 @@ def test_resume_after_sigkill_with_training_options_gives_same_files(
     name: str, undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
     npz, plain = undisturbed_run
+    weights = str(npz.parent / "run" / "checkpoints" / "client-000-0004.pt")
+    training = [option.replace("WEIGHTS", weights) for option in TRAINING[name]]
     whole = options(npz, f"--output={tmp_path}/whole", f"--baseline_dir={tmp_path}/whole-local", "--logger=null")
-    assert main([*whole, *TRAINING[name]]) == 0
+    assert main([*whole, *training]) == 0
     expected = contents(tmp_path / "whole")
     assert all(expected[file] != plain[file] for file in expected if file.startswith("client"))
     for moment in ("batch:5", "batch:33", "batch:46"):
         run = tmp_path / moment.replace(":", "-")
-        arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null", *TRAINING[name])
+        arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null", *training)
         assert kill(moment, arguments)
         assert main(["fit", "--resume", str(run)]) == 0
         assert contents(run) == expected
