@@ -407,6 +407,12 @@ class FederatedDataModule(lightning.LightningDataModule):
         index = [splits.client for splits in self.clients].index(client)
         return transform(self._transformers[index], read_features(path, columns))
 
+    def transformer(self, client: int) -> Any:
+        """Return the fitted preprocessing of a client's table; None for images."""
+        transformers = self._transformers if self.samples.columns else []
+        numbered = {splits.client: each for splits, each in zip(self.clients, transformers, strict=False)}
+        return numbered.get(client)
+
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Return the samples per client and class, shape (num_clients, num_classes)."""
         labels = self.samples.labels

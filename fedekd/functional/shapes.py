@@ -31,6 +31,7 @@ def require_same_shape(**tensors: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: expected equal shapes, got student (4,), teacher (4, 1)
     """
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *rest = (tensor.shape for tensor in tensors.values())
+    if any(shape != first for shape in rest):  # not a set: sizes that torch.export traces have no hash
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"expected equal shapes, got {shapes}")

@@ -18,7 +18,9 @@ from fedekd.global_state import isolated_rng
 from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer, build_scheduler, check_scheduler
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
+from fedekd.models.build import parse_model
 from fedekd.models.freezing import freeze
+from fedekd.models.pretrained import without_pretrained_weights
 from fedekd.models.weights import State, count_exits, load_weights, stored_weights
 from fedekd.modules import TrainerFactory
 from fedekd.seeding import derive_seed
@@ -222,6 +224,32 @@ class FederationSpec:
         except UserError as error:
             raise UserError(f"client.depths {options.depths}: {error}") from error
 
+    def describe_model(self, role: str, client_id: int | str) -> dict[str, Any]:
+        """Return what `build_model` builds without its initial weights, as plain values.
+
+        Args:
+            role: `private` or `proxy`.
+            client_id: Number of a client, or `server`.
+
+        Returns:
+            `class_path`, `init_args`, and for `fedekd.models.multi_exit` `exits`, `exit_grid` and `cifar_stem`; `depth`
+            is the number of leading stages, None for all.
+        """
+        options, is_private = self.client, role == "private"
+        class_path, init_args = parse_model(options.model_for(client_id) if is_private else options.proxy_model)
+        exits = options.exits_for(client_id) if is_private else None
+        path = options.private_weights if is_private else None
+        state = {} if path is None else _stored_weights(path, options.private_weights_sha256, WEIGHTS)
+        keeps_stem = is_private and options.is_pretrained(client_id) and count_exits(state) is None
+        return {
+            "class_path": class_path if "." in class_path else f"fedekd.models.{class_path}",
+            "init_args": without_pretrained_weights(class_path, init_args),
+            "exits": exits,
+            "exit_grid": options.exit_grid,
+            "cifar_stem": self._has_small_images and not keeps_stem,
+            "depth": self.depth(client_id) if is_private else None,
+        }
+
     def _load_weights(self, network: nn.Module, state: State) -> None:
         channels = self.input_shape[0] if len(self.input_shape) == _IMAGE_DIMENSIONS else None
         load_weights(network, state, WEIGHTS, num_outputs=self.num_outputs, channels=channels, keeps_new_head=True)
@@ -266,8 +294,12 @@ class FederationSpec:
     def _split(
         self, network: nn.Module, exits: int | None, grid: int = 1, keeps_stem: bool = False
     ) -> MultiExitNetwork:
-        small = max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE
-        return multi_exit(network, self.num_outputs, exits, grid=grid, cifar_stem=small and not keeps_stem)
+        cifar_stem = self._has_small_images and not keeps_stem
+        return multi_exit(network, self.num_outputs, exits, grid=grid, cifar_stem=cifar_stem)
+
+    @property
+    def _has_small_images(self) -> bool:
+        return max(self.input_shape[1:], default=0) <= _CIFAR_STEM_SIZE
 
     def _with_exits(self, network: nn.Module, client_id: int | str, keeps_stem: bool) -> MultiExitNetwork:
         options = self.client

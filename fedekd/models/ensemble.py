@@ -74,7 +74,7 @@ def _last(output: Tensor | list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _StageOutput:
+class StageOutput:
     """Output of a stage, and the sum of the other members' terms (B, C).
 
     Early-exit inference removes rows between stages, as from a tensor.
@@ -86,13 +86,14 @@ class _StageOutput:
 
     @property
     def device(self) -> torch.device:
+        """Device of the tensors."""
         return self.hidden.device
 
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def __getitem__(self, rows: Tensor) -> _StageOutput:
-        return _StageOutput(self.hidden[rows], self.others[rows])
+    def __getitem__(self, rows: Tensor) -> StageOutput:
+        return StageOutput(self.hidden[rows], self.others[rows])
 
 
 class _FirstStage(nn.Module):
@@ -102,8 +103,8 @@ class _FirstStage(nn.Module):
         super().__init__()
         self.stage, self.others = stage, others
 
-    def forward(self, x: Tensor) -> _StageOutput:
-        return _StageOutput(self.stage(x), x.new_zeros(len(x), 1) if self.others is None else self.others(x))
+    def forward(self, x: Tensor) -> StageOutput:
+        return StageOutput(self.stage(x), x.new_zeros(x.shape[0], 1) if self.others is None else self.others(x))
 
 
 class _LaterStage(nn.Module):
@@ -111,8 +112,8 @@ class _LaterStage(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, x: _StageOutput) -> _StageOutput:
-        return _StageOutput(self.stage(x.hidden), x.others)
+    def forward(self, x: StageOutput) -> StageOutput:
+        return StageOutput(self.stage(x.hidden), x.others)
 
 
 class _Head(nn.Module):
@@ -127,7 +128,7 @@ class _Head(nn.Module):
         self.register_buffer("weight", weight.detach())
         self.register_buffer("offset", offset.detach())
 
-    def forward(self, x: _StageOutput) -> Tensor:
+    def forward(self, x: StageOutput) -> Tensor:
         return _term(self.head(x.hidden), self.weight, self.offset, self.task) + x.others
 
 

@@ -37,6 +37,21 @@ def has_pretrained_weights(class_path: str, arguments: Mapping[str, Any]) -> boo
     return option is not None and bool(arguments.get(option))
 
 
+def without_pretrained_weights(class_path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the same network with random weights.
+
+    Example:
+        >>> without_pretrained_weights("torchvision.models.resnet18", {"weights": "IMAGENET1K_V1"})
+        {}
+    """
+    if not has_pretrained_weights(class_path, arguments):
+        return dict(arguments)
+    kept = {name: value for name, value in arguments.items() if name not in ("weights", "pretrained")}
+    if class_path.rpartition(".")[2] in ("googlenet", "inception_v3"):
+        kept = {"transform_input": True, **kept}  # torchvision sets it for pretrained weights
+    return kept
+
+
 def build_pretrained(factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int) -> Any:
     """Build a network of torchvision with its weights, and a new last linear layer.
 

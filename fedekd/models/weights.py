@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ _SAVE = "Save it by torch.save(network.state_dict(), FILE)"
 
 #: Name of a tensor in a head of a `MultiExitNetwork`.
 _HEAD = re.compile(r"heads\.(\d+)\.")
+
+METADATA_KEY = "fedekd"
+"""Key of the specification in the metadata of an exported safetensors file."""
 
 #: Tensors that an error names.
 _NAMED = 3
@@ -57,6 +61,11 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
         UserError: If it is neither a `state_dict` nor the state of a client, or its tensors are sparse,
             quantized or complex.
     """
+    if path.endswith(".safetensors"):
+        tensors, metadata = unpack_safetensors(data, path, option)
+        state = _private_tensors(tensors, metadata)
+        require(bool(state), option, "a file with a private model", shorten_path(path))
+        return state
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind may raise any exception of torch
@@ -89,6 +98,45 @@ def _unsupported_kind(tensor: Tensor) -> str | None:
     if tensor.is_quantized or tensor.is_complex():
         return str(tensor.dtype)
     return None if tensor.layout is torch.strided else str(tensor.layout)
+
+
+def unpack_safetensors(content: bytes, path: str, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Args:
+        content: Content of the file.
+        path: Its path, for errors.
+        option: Name of the option in errors.
+
+    Raises:
+        UserError: If it is another file, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError as error:
+        raise UserError(
+            f"{option}: expected the package safetensors to read {shorten_path(repr(path))}. Install it by: pip install"
+            " 'fedekd[export]'"
+        ) from error
+    try:
+        tensors: dict[str, Tensor] = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header: dict[str, dict[str, str]] = json.loads(content[8 : 8 + length])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{option}: expected a safetensors file, got {shorten_path(repr(path))} with {describe_error(error, 80)}"
+        ) from error
+    return tensors, header.get("__metadata__", {})
+
+
+def _private_tensors(tensors: State, metadata: Mapping[str, str]) -> State:
+    """Return the tensors of the private model of an exported one."""
+    specification = json.loads(metadata.get(METADATA_KEY, "{}"))
+    if specification.get("members"):
+        return {name.removeprefix("private."): tensors[name] for name in tensors if name.startswith("private.")}
+    others = tuple(f"{role}." for role in list(specification.get("networks", {}))[1:])
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
 
 
 def stored_weights(path: str, sha256: str, option: str) -> State:
