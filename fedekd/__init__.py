@@ -28,6 +28,7 @@ _PACKAGES = (
     "data",
     "do_no_harm",
     "early_exit",
+    "export",
     "federation",
     "functional",
     "methods",

@@ -21,7 +21,7 @@ LAYERS = (
     ("modules",),
     ("methods",),
     ("do_no_harm", "early_exit", "privacy"),
-    ("federation",),
+    ("export", "federation"),
     ("configuration",),
     ("benchmark", "flower"),
     ("cli",),

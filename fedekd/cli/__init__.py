@@ -22,6 +22,10 @@ COMMANDS = {
         "calibrate early-exit thresholds with a guaranteed error rate: calibrate RUN",
     ),
     "predict": ("fedekd.cli.predict", "classify images with a finished run: predict RUN --input images.npz"),
+    "export": (
+        "fedekd.cli.export",
+        "write a client's model for other programs: export RUN --client K --format onnx",
+    ),
     "benchmark": ("fedekd.cli.benchmark", "run a grid of federations: benchmark --config benchmark/quick.yaml"),
     "report": ("fedekd.cli.report", "write a report of finished runs: report RUNS"),
 }

@@ -1,0 +1,248 @@
+"""Model card of an export: JSON with stable keys, and the same as Markdown."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import fedekd
+from fedekd.atomic import digest
+from fedekd.early_exit import ExitPolicy
+from fedekd.export.comparison import Difference
+from fedekd.export.served import OUTPUTS
+from fedekd.export.specification import ModelSpecification
+from fedekd.methods import Client
+
+CARD_FORMAT = 1
+"""Version of the keys of a card."""
+
+LICENSE_NOT_STATED = "not stated"
+
+_PACKAGES = ("torch", "lightning", "onnx", "onnxruntime", "safetensors")
+
+_INPUTS = {
+    "pixels": "uint8 pixels 0..255; the model scales them to [-1, 1]",
+    "scaled_pixels": "float32 in [-1, 1]: 2 (value - low) / (high - low) - 1",
+    "table": "float64 rows: numbers, the index of a category in its column, NaN for a missing value; the model imputes,"
+    " standardises and encodes them",
+}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts of a finished training for the card of one client.
+
+    Attributes:
+        method: Class name of the method.
+        rounds: Number of rounds.
+        seed: Seed of the run.
+        clients: Number of clients of the federation.
+        sites: Names of the known clients: all of a run, or the one of a site.
+        metrics: Metrics of the served network on the test split, by key.
+        local_metrics: Those of the local baseline; empty where they are not known.
+        policy: Exit policy of the client, if any.
+        policy_date: Date of the policy file, if any.
+        license: Value of `--license`.
+    """
+
+    method: str
+    rounds: int
+    seed: int
+    clients: int
+    sites: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    local_metrics: Mapping[str, float] = field(default_factory=dict)
+    policy: ExitPolicy | None = None
+    policy_date: datetime | None = None
+    license: str = LICENSE_NOT_STATED
+
+
+def card_values(
+    client: Client,
+    specification: ModelSpecification,
+    facts: RunFacts,
+    files: Mapping[str, bytes],
+    differences: Mapping[str, Difference],
+) -> dict[str, Any]:
+    """Return a card as plain values, whose keys are stable within `CARD_FORMAT`.
+
+    Args:
+        client: Client whose model is exported.
+        specification: Specification of the model.
+        facts: Facts of the run.
+        files: Content of the exported files by name.
+        differences: Difference of each file and the framework.
+    """
+    splits = client.splits
+    return {
+        "card_format": CARD_FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "license": facts.license,
+        "intended_use": f"{specification.task} of inputs from the distribution of the training data of {splits.label}",
+        "model": {
+            "task": specification.task,
+            "deployed": client.deployed_role,
+            "members": list(specification.members),
+            "class_path": {role: values["class_path"] for role, values in specification.networks.items()},
+            "inputs": specification.inputs.to_json() | {"description": _INPUTS[specification.inputs.kind]},
+            "outputs": list(OUTPUTS[specification.task]),
+            "classes": list(specification.classes),
+        },
+        "training": {
+            "method": facts.method,
+            "rounds": facts.rounds,
+            "seed": facts.seed,
+            "clients": facts.clients,
+            "sites": list(facts.sites),
+            "client": splits.label,
+        },
+        "data": {
+            "name": client.samples.name,
+            "digest": splits.digest(client.samples),
+            **{name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
+        },
+        "metrics": _metrics(client, facts),
+        "guarantee": _guarantee(facts),
+        "files": [
+            {"name": name, "bytes": len(content), "sha256": digest(content), "verification": vars(differences[name])}
+            for name, content in files.items()
+        ],
+        "versions": _versions(),
+    }
+
+
+def _metrics(client: Client, facts: RunFacts) -> dict[str, Any]:
+    """Return the metrics of the deployed model on the test split."""
+    name, is_local = client.spec.primary.name, client.deployed_role == "local"
+    values = facts.local_metrics if is_local else facts.metrics
+    score, local = values.get(name, math.nan), facts.local_metrics.get(name, math.nan)
+    others = {key: _defined(value) for key, value in values.items() if key != name}
+    return {
+        "metric": name,
+        "split": "test",
+        "score": _defined(score),
+        "local": _defined(local),
+        "delta": _defined(score - local),
+        "others": others,
+    }
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _guarantee(facts: RunFacts) -> dict[str, Any] | None:
+    """Return the guarantee of the exit policy; None without a certified exit."""
+    policy = facts.policy
+    if policy is None or not any(policy.certified):
+        return None
+    return {
+        "target_risk": policy.target_risk,
+        "confidence": policy.confidence,
+        "simultaneous_clients": policy.simultaneous_clients,
+        "samples": policy.samples,
+        "tuning_samples": policy.tuning_samples,
+        "mode": policy.mode,
+        "score": policy.score,
+        "date": None if facts.policy_date is None else facts.policy_date.date().isoformat(),
+        "exits": [
+            {"exit": number + 1, "threshold": policy.thresholds[number], "samples": policy.exit_counts[number]}
+            for number, is_certified in enumerate(policy.certified)
+            if is_certified
+        ],
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"fedekd": fedekd.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """Return the Markdown of a card.
+
+    Args:
+        card: Values of `card_values`.
+    """
+    model, training, data, metrics = card["model"], card["training"], card["data"], card["metrics"]
+    inputs = model["inputs"]
+    sections: list[tuple[str, Sequence[tuple[str, Any]]]] = [
+        (
+            "Model",
+            [
+                ("task", model["task"]),
+                ("network", ", ".join(f"{role}: {path}" for role, path in model["class_path"].items())),
+                ("deployed", model["deployed"]),
+                (
+                    "input",
+                    f"`{inputs['name']}` (batch, {', '.join(map(str, inputs['shape']))}): {inputs['description']}",
+                ),
+                *[("column", _column(column)) for column in inputs["columns"]],
+                ("outputs", ", ".join(model["outputs"])),
+                ("classes", ", ".join(model["classes"]) or "none"),
+                ("license", card["license"]),
+                ("intended use", card["intended_use"]),
+            ],
+        ),
+        ("Training", [(name, _listed(value)) for name, value in training.items()]),
+        ("Data of the client", list(data.items())),
+        (
+            f"Metrics on the {metrics['split']} split",
+            [
+                (f"{metrics['metric']}", _number(metrics["score"])),
+                ("local training", _number(metrics["local"])),
+                ("Delta", _number(metrics["delta"])),
+                *[(name, _number(value)) for name, value in metrics["others"].items()],
+            ],
+        ),
+        ("Guarantee of the early exits", _guarantee_rows(card["guarantee"])),
+        ("Files", [(entry["name"], f"{entry['bytes']} bytes, SHA-256 `{entry['sha256']}`") for entry in card["files"]]),
+        ("Software", list(card["versions"].items())),
+    ]
+    lines = [f"# {training['method']}, {training['client']}", "", f"Exported {card['created']}."]
+    for title, rows in sections:
+        lines += ["", f"## {title}", "", "| | |", "| --- | --- |"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _guarantee_rows(guarantee: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    if guarantee is None:
+        return [("guarantee", "none")]
+    exits = "; ".join(f"exit {row['exit']}: score at least {row['threshold']:.6g}" for row in guarantee["exits"])
+    return [
+        ("target risk", f"{guarantee['target_risk']:g}, error rate among the samples that take a certified exit"),
+        ("confidence", f"{guarantee['confidence']:g}, for {guarantee['simultaneous_clients']} clients at once"),
+        ("calibration samples", guarantee["samples"]),
+        ("rule and score", f"{guarantee['mode']}, {guarantee['score']}"),
+        ("certified exits", exits),
+        ("date", guarantee["date"]),
+        ("assumption", "inputs from the distribution of the calibration samples"),
+    ]
+
+
+def _column(column: Mapping[str, Any]) -> str:
+    names = f": {', '.join(column['categories'])}" if column["categories"] else ""
+    return f"`{column['name']}`, {column['kind']}{names}"
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", r"\|").replace("\n", " ")

@@ -1,0 +1,334 @@
+"""Comparison of an export with the framework on a client's held-out inputs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedekd.data import FederatedDataModule, split_inputs, take_inputs
+from fedekd.data.tables import transform
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.scoring import BATCH_SIZE, network_input
+from fedekd.errors import UserError
+from fedekd.export.inputs import TablePreprocessing
+from fedekd.export.served import OUTPUTS, ServedNetwork
+from fedekd.functional import max_softmax_confidence
+from fedekd.methods import Client
+from fedekd.models import MultiExitNetwork, eval_mode
+
+Outputs = dict[str, npt.NDArray[Any]]
+"""Arrays of all samples by the names of `OUTPUTS`."""
+
+MOST_SAMPLES = 1000
+"""Held-out samples that are compared, at regular steps."""
+
+TOLERANCE = 1e-4
+"""Largest difference of probabilities, or of values in units of the target scale."""
+
+MOST_MARGIN = 1e-6
+"""Largest margin of an exported threshold."""
+
+TIE = 1e-5
+"""A score this close to a threshold may fall on either side of it: round-off of float32 logits."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out inputs of a client, and what the framework returns for them.
+
+    Attributes:
+        raw: Raw inputs, shape (n, ...), as the exported model takes them.
+        outputs: Outputs of the framework.
+        near: Whether a score of the sample is within `TIE` of a threshold, shape (n,).
+    """
+
+    raw: Tensor
+    outputs: Outputs
+    near: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+
+def held_out_inputs(client: Client, served: ServedNetwork) -> Tensor:
+    """Return raw inputs of a client's validation and test splits, shape (n, ...).
+
+    Args:
+        client: Client of a finished run.
+        served: Its served network. The features of a table are turned back to rows by it, and one row per column is
+            added that misses its value.
+
+    Raises:
+        UserError: If a weight is not finite, as after diverged training.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in client.deployed_model.state_dict().values()):
+        raise UserError(
+            f"{client.splits.label}: expected a network with finite weights, got NaN or inf. Its training diverged"
+        )
+    splits = client.splits
+    indices = torch.cat([splits.validation, splits.test])
+    indices = indices if len(indices) else splits.train
+    steps = torch.linspace(0, len(indices) - 1, min(len(indices), MOST_SAMPLES)).round().long()
+    inputs = take_inputs(client.samples.inputs, indices[steps].sort().values)
+    raw = torch.cat([batch.cpu() for batch in split_inputs(inputs, BATCH_SIZE)])
+    if isinstance(served.preprocessing, TablePreprocessing):
+        raw = _with_missing(served.preprocessing.rows_of(raw))
+    return raw
+
+
+def held_out(
+    data: FederatedDataModule, client: Client, policy: ExitPolicy | None, served: ServedNetwork, raw: Tensor
+) -> HeldOut:
+    """Run the framework on held-out inputs of a client.
+
+    Args:
+        data: Data module of the run, which has the preprocessing of tables.
+        client: Client of a finished run.
+        policy: Its exit policy, if any.
+        served: Its served network.
+        raw: Held-out inputs, shape (n, ...).
+
+    Raises:
+        UserError: If an output is not finite.
+    """
+    is_table = isinstance(served.preprocessing, TablePreprocessing)
+    inputs = transform(data.transformer(client.number), raw.numpy()) if is_table else raw
+    return HeldOut(raw, framework_outputs(client, policy, inputs), near_thresholds(served, raw))
+
+
+def _with_missing(rows: Tensor) -> Tensor:
+    """Append one row per column without its value."""
+    count = rows.shape[1]
+    missing = rows[torch.arange(count) % len(rows)].clone()
+    missing[torch.arange(count), torch.arange(count)] = torch.nan
+    return torch.cat([rows, missing])
+
+
+@torch.no_grad()
+def framework_outputs(client: Client, policy: ExitPolicy | None, inputs: Tensor) -> Outputs:
+    """Return what `predict` computes for inputs of a client.
+
+    Args:
+        client: Client of a finished run.
+        policy: Its exit policy, if any.
+        inputs: Images as in `Samples.inputs`, or features, shape (n, ...).
+
+    Raises:
+        UserError: If an output is not finite.
+    """
+    network, parts = client.deployed_model, []
+    for batch in torch.split(inputs, BATCH_SIZE):
+        x = network_input(network, batch)
+        if policy is not None and isinstance(network, MultiExitNetwork):
+            logits, exits, scores = policy.predict_with_exits(network, x, client.networks.get("proxy"))
+        else:
+            with eval_mode(network):
+                output = network(x)
+            output = [output] if isinstance(output, Tensor) else output
+            logits, exits = output[-1], torch.full((len(x),), len(output) - 1)
+            scores = max_softmax_confidence(logits).double()
+        parts.append((logits.cpu(), exits.cpu() + 1, scores.cpu()))
+    logits, exits, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if non_finite := int((~logits.isfinite().all(dim=1)).sum()):
+        raise UserError(
+            f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(logits)} samples."
+            " The training of its network diverged"
+        )
+    if client.spec.task == "regression":
+        return {"value": client.in_target_unit(logits)[:, 0].double().numpy(), "exit": exits.numpy()}
+    tensors = (logits.argmax(dim=1), logits.softmax(dim=1), scores, exits, logits)
+    return {name: tensor.numpy() for name, tensor in zip(OUTPUTS["classification"], tensors, strict=True)}
+
+
+@torch.no_grad()
+def _exit_scores(served: ServedNetwork, raw: Tensor) -> npt.NDArray[np.float64]:
+    """Return the scores of the exits before the last, shape (n, E - 1)."""
+    rows = []
+    for batch in torch.split(raw, BATCH_SIZE):
+        x = served.preprocessing(batch)
+        proxy = None if served.proxy is None else served.proxy(x)
+        rows.append(torch.stack([served.score(logits, proxy) for logits in served.network(x)[:-1]], dim=1))
+    return np.asarray(torch.cat(rows).numpy())
+
+
+def round_off_margins(served: ServedNetwork, raw: Tensor) -> tuple[float, ...]:
+    """Return how much lower the exported thresholds are, shape (E - 1,).
+
+    A threshold is the score of a sample, which another runtime rounds to either side. The margin is half of the
+    distance to the next lower score, at most 1e-6: the held-out samples take the exits of the exact threshold.
+
+    Args:
+        served: Deployed model without margins.
+        raw: Held-out inputs, shape (n, ...).
+    """
+    if not served.early_exits:
+        return ()
+    scores, margins = _exit_scores(served, raw), []
+    for (threshold, bound, _), values in zip(served.early_exits, scores.T, strict=True):
+        gaps = [2 * MOST_MARGIN]
+        for limit in (threshold, bound):
+            lower = values[values < limit - _round_off(limit)]
+            gaps.append(limit - lower.max(initial=-np.inf))
+        margins.append(float(min(gaps)) / 2)
+    return tuple(margins)
+
+
+def _round_off(score: float) -> float:
+    """Return by how much the scores of a sample differ between runtimes.
+
+    Softmax scales errors of the logits by p (1 - p): less near 1, but for the spacing of 6e-8 of float32.
+    """
+    return max(3e-8, min(3e-7, 1e-5 * (1.0 - score)) * max(1.0, abs(score))) if math.isfinite(score) else 0.0
+
+
+def near_thresholds(served: ServedNetwork, raw: Tensor) -> npt.NDArray[np.bool_]:
+    """Return which samples have a score within `TIE` of a limit, shape (n,)."""
+    near = np.zeros(len(raw), dtype=bool)
+    if not served.early_exits:
+        return near
+    scores = _exit_scores(served, raw)
+    for number in (0, 1):
+        bounds = np.asarray([values[number] for values in served.early_exits])
+        near |= (np.abs(scores - bounds) <= TIE).any(axis=1)
+    return near
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of an export and the framework on n samples.
+
+    Attributes:
+        samples: n.
+        largest: Largest difference of probabilities, or of values in the unit of the targets.
+        exits: Samples with another exit.
+        ties: Those among them whose score equals a threshold up to round-off.
+        labels: Samples with another label.
+    """
+
+    samples: int
+    largest: float
+    exits: int
+    ties: int
+    labels: int
+
+    def __str__(self) -> str:
+        exits = "exits equal" if not self.exits else f"exits equal but for {self.exits} with a score on a threshold"
+        labels = "labels equal" if not self.labels else f"{self.labels} other labels"
+        return f"{self.samples:,} held-out samples, largest difference {self.largest:.2g}, {labels}, {exits}"
+
+
+def compare(name: str, outputs: Outputs, expected: HeldOut, target_scale: float = 1.0) -> Difference:
+    """Compare the outputs of an export with those of the framework.
+
+    Args:
+        name: Name of the file, for the error.
+        outputs: Outputs of the export for `expected.raw`.
+        expected: Held-out inputs and outputs of the framework.
+        target_scale: Unit of the tolerance in regression.
+
+    Raises:
+        UserError: If an exit differs whose score is not within `TIE` of a threshold, a value differs by more than
+            `TOLERANCE`, or a value is not finite.
+    """
+    framework = expected.outputs
+    is_other = outputs["exit"] != framework["exit"]
+    same = ~is_other  # another exit has other probabilities
+    key = "probabilities" if "probabilities" in framework else "value"
+    gaps = np.abs(outputs[key].astype(float) - framework[key].astype(float))
+    gaps = gaps.max(axis=1) if gaps.ndim == 2 else gaps
+    labels = (outputs["label"] != framework["label"])[same].sum() if "label" in framework else 0
+    largest = float(gaps[same].max(initial=0.0))
+    ties = int((is_other & expected.near).sum())
+    difference = Difference(len(expected), largest, int(is_other.sum()), ties, int(labels))
+    if difference.exits > ties:
+        raise UserError(
+            f"{name}: expected the exits of the framework, got {difference.exits - ties} others of {len(expected)}"
+            " held-out samples. Nothing was written"
+        )
+    if not largest <= TOLERANCE * (target_scale if key == "value" else 1.0):  # also NaN
+        raise UserError(
+            f"{name}: expected the {key} of the framework up to {TOLERANCE:g}, got a difference of {largest:.3g} on"
+            f" {len(expected)} held-out samples. Nothing was written"
+        )
+    return difference
+
+
+def module_outputs(module: Callable[[Tensor], tuple[Tensor, ...]], task: Any, raw: Tensor) -> Outputs:
+    """Return the outputs of a torch module or program for raw inputs, in batches."""
+    with torch.no_grad():
+        parts = [module(batch) for batch in _batches(raw)]
+    arrays = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
+    return dict(zip(OUTPUTS[task], arrays, strict=True))
+
+
+def session_outputs(session: Any, raw: Tensor, single: bool) -> Outputs:
+    """Return the outputs of an onnxruntime session for raw inputs.
+
+    Args:
+        session: An `onnxruntime.InferenceSession`.
+        raw: Raw inputs, shape (n, ...).
+        single: One sample per run; otherwise batches of different sizes.
+    """
+    [name] = (value.name for value in session.get_inputs())
+    names = [value.name for value in session.get_outputs()]
+    batches = torch.split(raw, 1) if single else _batches(raw)
+    parts = [session.run(None, {name: batch.numpy()}) for batch in batches]
+    return {key: np.concatenate(arrays) for key, arrays in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _batches(raw: Tensor) -> list[Tensor]:
+    """Return one sample, then batches of 128: a program for one size fails."""
+    return [raw[:1], *torch.split(raw[1:], BATCH_SIZE)] if len(raw) > 1 else [raw]
+
+
+def open_session(content: bytes) -> Any:
+    """Open an ONNX file in onnxruntime with one thread, without messages."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def exit_times(
+    full: Any, early: Any, raw: Tensor, exits: npt.NDArray[np.int64], runs: int = 300
+) -> Mapping[str, float]:
+    """Measure milliseconds per sample in onnxruntime, per exit.
+
+    Args:
+        full: Session of the file for batches; it runs with one sample, too.
+        early: Session of the file with exits.
+        raw: Raw inputs, shape (n, ...).
+        exits: Exit of each sample, from 1.
+        runs: Measured runs of each session; both alternate, to cancel the load of the machine.
+
+    Returns:
+        Medians: `full`; `exit N` of each exit; and `early`, their mean over the samples.
+    """
+    [name] = (value.name for value in early.get_inputs())
+    times: dict[str, list[float]] = {"full": []}
+    for run in range(-10, runs):  # ten for warm-up
+        index = run % len(raw)
+        sample = {name: raw[index : index + 1].numpy()}
+        start = time.perf_counter()
+        full.run(None, sample)
+        middle = time.perf_counter()
+        early.run(None, sample)
+        end = time.perf_counter()
+        if run >= 0:
+            times["full"].append(1000 * (middle - start))
+            times.setdefault(f"exit {exits[index]}", []).append(1000 * (end - middle))
+    medians = {key: statistics.median(values) for key, values in sorted(times.items())}
+    # Not the mean of all times, which single interruptions of the process dominate.
+    early = sum(len(times[key]) * medians[key] for key in times if key != "full") / runs
+    return medians | {"early": early}

@@ -1,0 +1,134 @@
+"""Export the deployed model of a client as verified files."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from fedekd.data import FederatedDataModule
+from fedekd.early_exit import ExitPolicy
+from fedekd.export.card import RunFacts, card_text, card_values
+from fedekd.export.comparison import (
+    Difference,
+    HeldOut,
+    compare,
+    exit_times,
+    held_out,
+    held_out_inputs,
+    module_outputs,
+    open_session,
+    round_off_margins,
+    session_outputs,
+)
+from fedekd.export.folder import CARD
+from fedekd.export.programs import onnx_program, torch_program
+from fedekd.export.served import ServedNetwork
+from fedekd.export.specification import ModelSpecification, deployed_tensors, specify
+from fedekd.export.weights_file import unpack_export, weights_file
+from fedekd.methods import Client
+from fedekd.models.weights import METADATA_KEY
+
+FORMATS = ("safetensors", "torch", "onnx")
+"""Formats of an export."""
+
+FULL, EARLY = "model.onnx", "model_early_exit.onnx"
+"""Names of the ONNX files: any batch size; one sample, which leaves at its exit."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Verified files of an export.
+
+    Attributes:
+        files: Content by name, the cards included.
+        differences: Difference of each model file and the framework.
+        times: Milliseconds per sample in onnxruntime, see `exit_times`; empty for other formats and without open exits.
+    """
+
+    files: Mapping[str, bytes]
+    differences: Mapping[str, Difference]
+    times: Mapping[str, float] = field(default_factory=dict)
+
+
+def export_model(data: FederatedDataModule, client: Client, format: str, facts: RunFacts) -> Export:
+    """Export the deployed model of a client, verified on its held-out inputs.
+
+    Args:
+        data: Data module of the run.
+        client: Client of a finished run.
+        format: One of `FORMATS`.
+        facts: Facts of the run for the card; its policy is exported.
+
+    Raises:
+        UserError: If the model diverged or cannot be exported, or the export differs from the framework.
+    """
+    specification = specify(data, client, facts.policy)
+    served = served_network(client, specification, facts.policy)
+    raw = held_out_inputs(client, served)
+    specification = replace(specification, margins=round_off_margins(served, raw))
+    served = served_network(client, specification, facts.policy)
+    expected = held_out(data, client, facts.policy, served, raw)
+    metadata = {METADATA_KEY: specification.to_json()}
+    times: Mapping[str, float] = {}
+    if format == "safetensors":
+        files = {"model.safetensors": weights_file(deployed_tensors(client, specification), specification)}
+        differences = {name: _verify_weights(name, content, expected) for name, content in files.items()}
+    elif format == "torch":
+        files = {"model.pt2": torch_program(served, specification.inputs, metadata)}
+        differences = {name: _verify_program(name, content, expected, specification) for name, content in files.items()}
+    else:
+        files = {FULL: onnx_program(served, specification.inputs, metadata, early_exit=False)}
+        if served.has_open_exits:
+            files[EARLY] = onnx_program(served, specification.inputs, metadata, early_exit=True)
+        differences, times = _verify_onnx(files, expected, specification)
+    card = card_values(client, specification, facts, files, differences)
+    cards = {CARD: json.dumps(card, indent=1).encode() + b"\n", "model_card.md": card_text(card).encode()}
+    return Export(files | cards, differences, times)
+
+
+def served_network(client: Client, specification: ModelSpecification, policy: ExitPolicy | None) -> ServedNetwork:
+    """Return a copy of the deployed model of a client, on the CPU."""
+    proxy = client.networks.get("proxy") if policy is not None and policy.uses_proxy else None
+    network = _copy(client.deployed_model)
+    return specification.serve(network, policy, None if proxy is None else _copy(proxy))
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+def _verify_weights(name: str, content: bytes, expected: HeldOut) -> Difference:
+    tensors, specification = unpack_export(content, name)
+    served = specification.build_served(tensors)
+    outputs = module_outputs(served, specification.task, expected.raw)
+    return compare(name, outputs, expected, specification.target_scale)
+
+
+def _verify_program(name: str, content: bytes, expected: HeldOut, specification: ModelSpecification) -> Difference:
+    program = torch.export.load(io.BytesIO(content)).module()
+    outputs = module_outputs(program, specification.task, expected.raw)
+    return compare(name, outputs, expected, specification.target_scale)
+
+
+def _verify_onnx(
+    files: Mapping[str, bytes], expected: HeldOut, specification: ModelSpecification
+) -> tuple[dict[str, Difference], Mapping[str, float]]:
+    sessions = {name: open_session(content) for name, content in files.items()}
+    differences = {
+        name: compare(
+            name,
+            session_outputs(session, expected.raw, single=name == EARLY),
+            expected,
+            specification.target_scale,
+        )
+        for name, session in sessions.items()
+    }
+    if EARLY not in sessions:
+        return differences, {}
+    return differences, exit_times(sessions[FULL], sessions[EARLY], expected.raw, expected.outputs["exit"])

@@ -1,0 +1,90 @@
+"""Weights with the specification of their model, in a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fedekd.errors import UserError, require
+from fedekd.export.served import ServedNetwork
+from fedekd.export.specification import ModelSpecification
+from fedekd.models.weights import METADATA_KEY, read_weights, unpack_safetensors
+
+
+def weights_file(tensors: Mapping[str, Tensor], specification: ModelSpecification) -> bytes:
+    """Return the content of a safetensors file with the specification.
+
+    Args:
+        tensors: Tensors by name, as `deployed_tensors` returns them.
+        specification: Specification of the model.
+
+    Raises:
+        UserError: If safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError(
+            "--format: expected the package safetensors. Install it by: pip install 'fedekd[export]'"
+        ) from error
+    metadata = {"format": "pt", METADATA_KEY: specification.to_json()}
+    content: bytes = save(dict(tensors), metadata)
+    return content
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """Load the network of a file that `fedekd export --format safetensors` wrote.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Network on the CPU in evaluation mode, for training or inference: a plain one, a
+        `fedekd.models.MultiExitNetwork`, or an ensemble. It takes preprocessed inputs: images in [-1, 1]. See
+        `load_served` for raw inputs.
+
+    Raises:
+        UserError: If the file cannot be read, or its network cannot be built.
+
+    Example:
+        >>> network = load_network("exported/model.safetensors")  # doctest: +SKIP
+    """
+    tensors, specification = read_export(path)
+    return specification.build(tensors)
+
+
+def load_served(path: str | Path) -> ServedNetwork:
+    """Load the deployed model of a file that `fedekd export` wrote.
+
+    Args:
+        path: Path of the safetensors file.
+
+    Returns:
+        Module on the CPU in evaluation mode; `network` and `policy` are its parts.
+
+    Raises:
+        UserError: As `load_network`.
+
+    Example:
+        >>> label, probabilities, *_ = load_served("exported/model.safetensors")(images)  # doctest: +SKIP
+    """
+    tensors, specification = read_export(path)
+    return specification.build_served(tensors)
+
+
+def read_export(path: str | Path) -> tuple[dict[str, Tensor], ModelSpecification]:
+    """Return the tensors and the specification of a safetensors file.
+
+    Raises:
+        UserError: If the file cannot be read, or has no specification.
+    """
+    return unpack_export(read_weights(str(path), "path"), str(path))
+
+
+def unpack_export(content: bytes, path: str) -> tuple[dict[str, Tensor], ModelSpecification]:
+    """Return the tensors and the specification of the content of a file."""
+    tensors, metadata = unpack_safetensors(content, path, "path")
+    require(METADATA_KEY in metadata, "path", "a file of fedekd export --format safetensors", path)
+    return tensors, ModelSpecification.from_json(metadata[METADATA_KEY])

@@ -1,0 +1,99 @@
+"""Served networks equal the framework: exits of policies, preprocessing of tables, margins of thresholds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from policies import calibrated, framework, images
+
+from fedekd.data.columns import Column
+from fedekd.data.tables import fit_transformer, transform
+from fedekd.early_exit import ExitPolicy
+from fedekd.errors import UserError
+from fedekd.export.comparison import HeldOut, compare, round_off_margins
+from fedekd.export.inputs import PixelScaling, TablePreprocessing
+from fedekd.export.served import OUTPUTS, ServedNetwork
+from fedekd.functional import SCORES
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_served_network_random_images_equals_policy(score: str) -> None:
+    network, proxy, policy = calibrated(score)
+    served = ServedNetwork(network, PixelScaling(torch.float32), "classification", policy, proxy)
+    expected = framework(network, proxy, policy, images())
+    assert np.bincount(expected["exit"], minlength=4)[1:].min() >= 20
+    with torch.no_grad():
+        outputs = dict(zip(OUTPUTS["classification"], served(images()), strict=True))
+    for name, values in expected.items():
+        np.testing.assert_allclose(outputs[name].numpy(), values, rtol=0, atol=2e-6, err_msg=name)
+        assert outputs[name].numpy().dtype == values.dtype
+
+
+def test_round_off_margin_separates_a_threshold_from_the_next_lower_score() -> None:
+    network, _, policy = calibrated("max_softmax")
+    served = ServedNetwork(network, PixelScaling(torch.float32), "classification", policy)
+    with torch.no_grad():
+        scores = served.score(network(PixelScaling(torch.float32)(images()))[0], None).sort().values
+    close = int((scores[1:] - scores[:-1])[:300].clamp_min(4e-7).argmin())
+    limit = float(scores[close + 1])
+    tied = ExitPolicy((limit, math.inf, -math.inf), (limit, math.inf, -math.inf), (True, False, False), 0.1, 0.9, "ltt")
+    [first, closed] = round_off_margins(
+        ServedNetwork(network, PixelScaling(torch.float32), "classification", tied), images()
+    )
+    assert closed == 1e-6  # of a closed exit: no effect
+    assert 0 < first <= 1e-6
+    below = scores[scores < limit - 3e-7].max()
+    assert below < limit - first < limit
+
+
+def test_compare_other_exit_raises_unless_its_score_is_on_a_threshold() -> None:
+    outputs = {
+        "label": np.array([0, 1]),
+        "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]], np.float32),
+        "score": np.array([0.9, 0.8]),
+        "exit": np.array([1, 2]),
+        "logits": np.zeros((2, 2), np.float32),
+    }
+    other = {**outputs, "exit": np.array([2, 2])}
+    raw = torch.zeros(2, 1)
+    assert compare("f", outputs, HeldOut(raw, outputs, np.zeros(2, bool))).exits == 0
+    assert compare("f", other, HeldOut(raw, outputs, np.array([True, False]))).ties == 1
+    with pytest.raises(UserError, match="f: expected the exits of the framework, got 1 others of 2"):
+        compare("f", other, HeldOut(raw, outputs, np.array([False, True])))
+    wrong = {**outputs, "probabilities": outputs["probabilities"] + np.float32(1e-3)}
+    with pytest.raises(UserError, match=r"up to 0\.0001, got a difference of 0\.001"):
+        compare("f", wrong, HeldOut(raw, outputs, np.ones(2, bool)))
+    with pytest.raises(UserError, match="got a difference of nan"):
+        compare(
+            "f", {**outputs, "probabilities": wrong["probabilities"] * np.nan}, HeldOut(raw, outputs, np.ones(2, bool))
+        )
+
+
+def test_table_preprocessing_equals_scikit_learn() -> None:
+    columns = (
+        Column("age", "numeric"),
+        Column("sex", "categorical", ("f", "m")),
+        Column("constant", "numeric"),
+        Column("empty", "categorical", ("x",)),
+        Column("site", "categorical", ("a", "b", "c")),
+    )
+    rng = np.random.default_rng(0)
+
+    def table(count: int) -> np.ndarray:
+        empty, sites = np.full(count, np.nan), rng.integers(0, 3, count)
+        parts = (rng.normal(50, 9, count), rng.integers(0, 2, count), np.full(count, 3.7), empty, sites)
+        values = np.stack(parts, axis=1).astype(float)
+        values[rng.random(values.shape) < 0.1] = np.nan
+        return values
+
+    transformer = fit_transformer(columns, table(200))
+    rows = table(100)
+    rows[0, 4] = 7  # an unknown category
+    expected = transform(transformer, rows)
+    module = TablePreprocessing.from_transformer(columns, transformer, torch.float32)
+    assert torch.equal(module(torch.from_numpy(rows)), expected)
+    again = module(module.rows_of(expected))
+    torch.testing.assert_close(again[1:], expected[1:], rtol=0, atol=1e-6)  # row 0 has no category to go back to
