@@ -1,0 +1,1 @@
+"""HTTP service of a model that `fedekd export --format onnx` wrote."""
