@@ -189,6 +189,10 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
         r'(?s)^Parser key "client.scheduler":.*avoid ambiguity: torch\.optim\.lr_scheduler\.(ReduceLROnPlateau)',
         "--client.scheduler: expected a scheduler that needs no metric, got {0!r}",
     ),
+    (
+        r'(?s)^Parser key "client.scheduler":.*?Parser key "(lr_lambda|scale_fn)":.*?Given value: ([^\n]*)',
+        "--client.scheduler.{0}: expected the import path of a function, got {1!r}",
+    ),
     (r"unrecognized arguments: ([^-]\S*)", "{0!r}: unexpected argument; options begin with --"),
     (r"unrecognized arguments: (\S+)", _unknown_option),
     (r"^Option '([^']+)' is not accepted", _unknown_option),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import nn
 
-from fedekd.data import ClientSplits, FederatedDataModule
+from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
 from fedekd.do_no_harm.rule import DoNoHarm
-from fedekd.errors import UserError
+from fedekd.errors import UserError, describe_error, shorten
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
+from fedekd.methods.options import check_scheduler
 from fedekd.models import check_model
+from fedekd.modules import SupervisedModule
+from fedekd.modules.phase_callbacks import of_lightning
 from fedekd.privacy import GaussianMechanism
 
 
@@ -27,8 +32,8 @@ def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
         clients: Splits of the clients whose models are checked.
 
     Raises:
-        UserError: If a model does not fit the images, has BatchNorm and would train on batches of one sample, or shares
-            what it trains with another one.
+        UserError: If a model does not fit the images, has BatchNorm and would train on batches of one sample, shares
+            what it trains with another one, or cannot be trained with a callback of Lightning.
     """
     smallest = min(clients, key=lambda splits: len(splits.train))
     has_single = spec.batch_size == 1 or len(smallest.train) == 1
@@ -49,12 +54,63 @@ def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
                 f" data.batch_size {spec.batch_size} and {len(smallest.train)} training samples of {smallest.label}."
                 f" Raise data.batch_size{'' if smallest.name else ' or data.min_samples'}."
             )
+        _try_callbacks(spec, spec.build_model(role, number))
         built.append(network)
         if _shares_parameters(spec.build_model(role, number), built):
             raise UserError(
                 f"client.{role}_model: expected new parameters in every model, got parameters that two models share."
                 " Create all layers when the model is built."
             )
+
+
+def _try_callbacks(spec: FederationSpec, network: nn.Module) -> None:
+    """Train a network for one step with the callbacks of Lightning, if any.
+
+    Some reject their arguments or the network only in a phase. A user's own callbacks are not tried: their hooks may
+    write files, and their exceptions need a traceback.
+
+    Raises:
+        UserError: If a callback fails.
+    """
+    callbacks = of_lightning(spec.trainer.callbacks)
+    if not callbacks:
+        return
+    trainer, kind = spec.trainer, spec.trainer.dtype if spec.task == "regression" else torch.int64
+    inputs, targets = torch.zeros(2, *spec.input_shape, dtype=trainer.dtype), torch.zeros(2, dtype=kind)
+    device = trainer.torch_device
+    batches = TensorBatches(
+        inputs.to(device), targets.to(device), torch.arange(2), 2, channels_last=trainer.channels_last
+    )
+    try:
+        replace(trainer, callbacks=callbacks).fit(SupervisedModule(network, spec.task, spec.optimizer), batches, 1)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"trainer.callbacks: expected callbacks that can train a {type(network).__name__}, got"
+            f" {shorten(repr(callbacks))}. Training failed with {describe_error(error)}"
+        ) from error
+
+
+def check_schedule(spec: FederationSpec, clients: Sequence[ClientSplits], epochs: int) -> None:
+    """Take the steps of the longest schedule of a run.
+
+    Args:
+        spec: The federation.
+        clients: Splits of the clients that are trained.
+        epochs: Most epochs of one network.
+
+    Raises:
+        UserError: If the scheduler ends before, as OneCycleLR does after `total_steps`.
+    """
+    options = spec.client
+    if options.scheduler is None:
+        return
+    if options.scheduler_interval == "step":
+        full, rest = divmod(max(len(splits.train) for splits in clients), spec.batch_size)
+        batches = max(full + (rest > 1), 1)  # a single sample may be left out, see `TensorBatches`
+        epochs *= -(-batches // spec.trainer.accumulate_grad_batches)
+    check_scheduler(options.scheduler, options.optimizer, epochs)
 
 
 def _shares_parameters(network: nn.Module, others: Sequence[nn.Module]) -> bool:

@@ -17,13 +17,13 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_do_no_harm, check_models, check_privacy
+from fedekd.federation.checks import check_do_no_harm, check_models, check_privacy, check_schedule
 from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import BaselineOptions, RoundOptions, lost_updates, participants
-from fedekd.federation.references import Reference, check_baselines, plan_references
+from fedekd.federation.references import Reference, check_baselines, plan_references, tuned_rounds
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
 from fedekd.federation.run_folder import ARTIFACT_FILES, RunFolder, to_json_value
@@ -139,6 +139,8 @@ class Orchestrator:
         self.metrics = ReportedMetrics(metrics, data.samples)
         check_models(self.spec, data.clients)
         check_baselines(self.baseline, method, self.spec)
+        tuned = tuned_rounds(self.baseline, self.spec) * self.spec.client.local_epochs
+        check_schedule(self.spec, data.clients, max(method.scheduled_epochs(self.spec), tuned))
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.options.rounds)
         self.engine = engine(

@@ -224,10 +224,16 @@ def plan_references(
             for number in clients
         }
     if options.tune:
-        local_epochs = spec.client.local_epochs
-        rounds = (options.epochs or 2 * spec.rounds * local_epochs) // local_epochs
+        rounds = tuned_rounds(options, spec)
         references[TunedLocal.kind] = dict.fromkeys(clients, TunedLocal(tuple(options.learning_rates), rounds))
     return references
+
+
+def tuned_rounds(options: BaselineOptions, spec: FederationSpec) -> int:
+    """Return the rounds of each candidate of the tuned baseline; 0 without it."""
+    if not options.tune:
+        return 0
+    return (options.epochs or 2 * spec.rounds * spec.client.local_epochs) // spec.client.local_epochs
 
 
 def learning_rate(client: Client) -> float:

@@ -90,6 +90,8 @@ def _initial_values(method: Method, spec: FederationSpec) -> dict[str, Any]:
 def _training_options(spec: FederationSpec) -> dict[str, Any]:
     """Return the scheduler, callbacks, clipping and accumulation where they are used."""
     values = spec.hash_dict()
+    if values["trainer"].get("gradient_clip_algorithm") == "norm":  # the value is compared first
+        del values["trainer"]["gradient_clip_algorithm"]
     names = {
         "client": ("scheduler", "scheduler_interval"),
         "trainer": ("callbacks", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),

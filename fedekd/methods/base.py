@@ -126,6 +126,10 @@ class Method(ABC):
         Called after `init_server`.
         """
 
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Return the most epochs of one network in a run, for `client.scheduler`."""
+        return spec.rounds * spec.client.local_epochs
+
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
         """Add networks and `method_state`; client, before its first round."""
 

@@ -74,7 +74,7 @@ class PhaseOptions(TypedDict, total=False):
         positions: Positions within the training split of the samples to train on, int64, shape (n,), with which
             `teacher_outputs` are aligned (default: all).
         carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
-            (default: False). The schedule of the learning rate is carried likewise, and that of `private` always.
+            (default: False). The schedule of the learning rate is carried in any case.
         decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
     """
 
@@ -101,7 +101,7 @@ class Client:
     Attributes:
         networks: Networks by role: `private`, and those that `Method.init_client` adds.
         optimizer_states: By role, the optimizer states that are carried from round to round.
-        scheduler_states: By role, the states of learning rate schedules that are carried, likewise.
+        scheduler_states: By role, the states of learning rate schedules, which are carried from phase to phase.
         loss_scales: By role, the state of the float16 loss scaler; empty in other precisions.
         method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
         supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
@@ -309,10 +309,8 @@ class Client:
             module.carries_optimizer_state = True
             module.optimizer_state = self.optimizer_states.get(role)
         module.loss_scale = self.loss_scales.get(role, {})
-        carry_schedule = carry_optimizer or role == "private"
         if spec.client.scheduler is not None:
-            state = self.scheduler_states.get(role) if carry_schedule else None
-            module.schedule = Schedule(spec.scheduler, spec.client.scheduler_interval, state)
+            module.schedule = Schedule(spec.scheduler, spec.client.scheduler_interval, self.scheduler_states.get(role))
         module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
         # Each epoch has its own seed.
         failure = _named_failure(f"{self.splits.label}: training '{role}'")
@@ -321,16 +319,11 @@ class Client:
         if carry_optimizer:
             assert module.optimizer_state is not None
             self.optimizer_states[role] = module.optimizer_state
-        if carry_schedule and module.schedule is not None and (state := module.schedule.state_dict()) is not None:
+        if module.schedule is not None and (state := module.schedule.state_dict()) is not None:
             self.scheduler_states[role] = state
         if module.loss_scale:
             self.loss_scales[role] = module.loss_scale
         return module.epoch_means
-
-    def reset_optimizer(self, role: str) -> None:
-        """Let the next phase of a role start with a new optimizer and schedule."""
-        self.optimizer_states.pop(role, None)
-        self.scheduler_states.pop(role, None)
 
     @torch.no_grad()  # not inference mode: a student's backward pass may save these tensors
     def predict(

@@ -66,6 +66,10 @@ class FedAvg(Method):
         spec.require_one_architecture(type(self).__name__)
         self.server_state = {"model": exchanged_tensors(spec.build_model("private", "server"))}
 
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Add the epochs of fine-tuning."""
+        return super().scheduled_epochs(spec) + self.finetune_epochs
+
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """Return the global model."""
         return Broadcast(self.server_state["model"])

@@ -266,6 +266,10 @@ class FedeKD(ProxyMethod):
         active: list[bool] = active_exits(torch.eye(1), round_idx, rounds, exits, schedule=self.schedule)[0].tolist()
         return active
 
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Return the most epochs of private model and proxy."""
+        return spec.rounds * max(spec.client.local_epochs, self.proxy_epochs or 0)
+
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Distil the private model into the proxies (lines 2-5), and return them."""
         halves: dict[str, Tensor] | None = self._halves(client) if self.cross_fit else None

@@ -65,6 +65,10 @@ class FedRep(FedPer):
             spec.client.freeze,
         )
 
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Return the most epochs of representation and head."""
+        return max(super().scheduled_epochs(spec), spec.rounds * self.head_epochs)
+
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train the head, then the representation, and return the representation."""
         network = client.networks["private"]

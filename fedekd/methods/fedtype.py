@@ -68,7 +68,7 @@ class FedType(ProxyMethod):
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train both networks in alternating epochs, and return the proxy."""
         anchor = copy_parameters(client.networks["proxy"])
-        client.reset_optimizer("proxy")
+        client.optimizer_states.pop("proxy", None)
         # Both networks have the learning rate of one round, the proxy also after the last supervised epoch.
         supervised_rounds = client.supervised_rounds
         for epoch in range(client.spec.client.local_epochs):

@@ -236,8 +236,8 @@ class ClientOptions:
             compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
         lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
         scheduler: A class of torch.optim.lr_scheduler, or a function of the optimizer that returns such an object:
-            class_path and init_args. The schedule of a private model goes on from round to round; another network has
-            a new one wherever its optimizer is new. lr_decay multiplies its rates. null keeps the rates.
+            class_path and init_args. The schedule of each network goes on from round to round, also where its
+            optimizer starts new. lr_decay multiplies its rates. null keeps the rates.
         scheduler_interval: epoch steps the scheduler after each epoch, step after each step of the optimizer.
         class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
             n training samples in class c and k classes among them, also in the local baseline; null weights all

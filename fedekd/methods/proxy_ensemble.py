@@ -170,6 +170,12 @@ class ProxyEnsemble(ProxyMethod):
             weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
         return logs | {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
 
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Return the most epochs of private model, proxy, tuned proxy and student."""
+        distillation = self.distillation_epochs if self.serve == "private" else 0
+        proxies = max(spec.rounds * self.proxy_epochs, self.finetune_epochs, distillation)
+        return max(super().scheduled_epochs(spec), proxies)
+
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         """Train the proxy on labels, and return what travels of it."""
         self._train_proxy(client, "proxy", round_idx, self.proxy_epochs)

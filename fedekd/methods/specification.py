@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fedekd.data import Samples
 from fedekd.errors import UserError, require
 from fedekd.global_state import isolated_rng
-from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer, build_scheduler, check_scheduler
+from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_optimizer, build_scheduler
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.models.build import parse_model
@@ -154,11 +154,9 @@ class FederationSpec:
             metrics: Metrics that the run reports, the primary one first; None for those of the task.
 
         Raises:
-            UserError: If a part is invalid, or the scheduler has fewer steps than the rounds have epochs.
+            UserError: If a part is invalid.
         """
         samples = data.samples
-        if client.scheduler is not None and client.scheduler_interval == "epoch":
-            check_scheduler(client.scheduler, client.optimizer, rounds * client.local_epochs)
         if default_exits is not None and client.exits is None:
             client = replace(client, exits=default_exits)
         return cls(

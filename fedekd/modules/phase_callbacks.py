@@ -26,6 +26,8 @@ _UNSUPPORTED: tuple[tuple[type[Callback], str], ...] = (
     (callbacks.DeviceStatsMonitor, "A phase has no logger"),
     (callbacks.ThroughputMonitor, "A phase has no logger"),
     (callbacks.ProgressBar, "A run has a progress bar of its own"),
+    (callbacks.ModelSummary, "It would print a table in every phase"),
+    (callbacks.SpikeDetection, "It ends the run at the first spike"),
 )
 
 
@@ -54,10 +56,18 @@ def build_callbacks(spec: CallbackSpec | None) -> list[Callback]:
         >>> [type(callback).__name__ for callback in build_callbacks(["LambdaCallback"])]
         ['LambdaCallback']
     """
+    return [_build(item) for item in _items(spec)]
+
+
+def of_lightning(spec: CallbackSpec | None) -> list[Any]:
+    """Return the parts of a specification that are callbacks of Lightning itself."""
+    return [item for item in _items(spec) if type(_build(item)).__module__.startswith(f"{_PACKAGE}.")]
+
+
+def _items(spec: CallbackSpec | None) -> Sequence[Any]:
     if spec is None:
         return []
-    specs = [spec] if isinstance(spec, str | Mapping) or not isinstance(spec, Sequence) else spec
-    return [_build(item) for item in specs]
+    return [spec] if isinstance(spec, str | Mapping) or not isinstance(spec, Sequence) else spec
 
 
 def _build(spec: Any) -> Callback:

@@ -308,6 +308,14 @@ def test_fit_existing_folder_is_refused_and_unchanged(
             ["--client.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
             "expected a scheduler that needs no metric",
         ),
+        (
+            ["--client.scheduler=LambdaLR", "--client.scheduler.lr_lambda=no.such"],
+            "--client.scheduler.lr_lambda: expected the import path of a function, got 'no.such'",
+        ),
+        (
+            ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decai: 0.5}}]"],
+            "trainer.callbacks: expected callbacks that can train a PrivateCNN, got",
+        ),
         (["--client.scheduler_interval=batch"], "client.scheduler_interval: expected one of 'epoch', 'step'"),
         (["--config=digit.yaml"], "Did you mean 'digits.yaml'"),
         (["--resume=nowhere"], "nowhere"),

@@ -182,7 +182,7 @@ DIFFERENT = {
         ["--client.scheduler=StepLR", "--client.scheduler.step_size=1"],
         r"site 1: scheduler: expected None, got .*StepLR.*",
     ),
-    "clipping": (["--trainer.gradient_clip_val=1"], r"site 1: gradient_clip_algorithm: expected None, got norm\."),
+    "clipping": (["--trainer.gradient_clip_val=1"], r"site 1: gradient_clip_val: expected None, got 1\.0\."),
     "task": (["--task=regression"], r"site 1: classes: expected 3, got 1\."),
 }
 

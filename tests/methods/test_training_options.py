@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedekd.data import FederatedDataModule, TensorBatches
 from fedekd.errors import UserError
-from fedekd.federation import BaselineOptions, MultiProcess, RoundOptions
-from fedekd.methods import FML, Client, ClientOptions, FedAvg, FedeKD, FedType, Local, Method, ProxyEnsemble
+from fedekd.federation import BaselineOptions, MultiProcess, Orchestrator, RoundOptions
+from fedekd.methods import FML, Client, ClientOptions, FedAvg, FedeKD, FedRep, FedType, Local, Method, ProxyEnsemble
 from fedekd.modules import SupervisedModule, TrainerFactory
 from fedekd.seeding import derive_seed
 
@@ -147,7 +147,7 @@ def test_scheduled_training_equals_literal_loop(interval: str, carry: bool, blob
     assert groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
 
 
-def test_schedule_of_another_role_starts_new_with_its_optimizer(blobs: FederatedDataModule) -> None:
+def test_schedule_of_another_role_goes_on_with_a_new_optimizer(blobs: FederatedDataModule) -> None:
     client = linear_client(blobs, scheduler=EXPONENTIAL)
 
     def steps(**options: Any) -> int:
@@ -159,13 +159,9 @@ def test_schedule_of_another_role_starts_new_with_its_optimizer(blobs: Federated
         assert module.schedule.scheduler is not None
         return module.schedule.scheduler.last_epoch
 
-    assert [steps(), steps()] == [2, 2]
-    assert "scheduler_states" not in client.state_dict()
-    assert [steps(carry_optimizer=True), steps(carry_optimizer=True)] == [2, 4]
+    assert [steps(), steps()] == [2, 4]
     client.load_state_dict(client.state_dict())
-    assert steps(carry_optimizer=True) == 6
-    client.reset_optimizer("proxy")
-    assert steps(carry_optimizer=True) == 2
+    assert [steps(carry_optimizer=True), steps(), steps(epochs=1)] == [6, 8, 9]
 
 
 def test_client_without_scheduler_has_no_state_of_one(blobs: FederatedDataModule) -> None:
@@ -236,6 +232,45 @@ def test_schedule_with_fewer_steps_than_epochs_is_refused_before_training(federa
     run(4)  # two rounds of two epochs
     with pytest.raises(UserError, match=r"client\.scheduler: .*OneCycleLR.* total steps is 3"):
         run(3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "steps"),
+    [
+        (FedAvg(finetune_epochs=3), {}, 7),
+        (FedRep(head_epochs=3), {}, 6),
+        (FedeKD(proxy_epochs=4), {}, 8),
+        (ProxyEnsemble(proxy_epochs=3), {}, 6),
+        (FedeKD(), {"baseline": BaselineOptions(tune=True)}, 8),
+        (FedeKD(), {"baseline": BaselineOptions(tune=True, epochs=5)}, 4),
+    ],
+)
+def test_longest_schedule_of_a_method_is_checked_before_training(
+    method: Method, options: dict[str, Any], steps: int, federate: Federate
+) -> None:
+    def run(total: int) -> None:
+        client = ClientOptions(scheduler=torch_scheduler("OneCycleLR", max_lr=1.0, total_steps=total))
+        federate(method, client=client, **options)
+
+    run(steps)
+    with pytest.raises(UserError, match=rf"client\.scheduler: .* total steps is {steps - 1}"):
+        run(steps - 1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_longest_schedule_in_steps_is_checked_before_training(accumulate: int, federate: Federate) -> None:
+    def run(total: int) -> Orchestrator:
+        scheduler = torch_scheduler("OneCycleLR", max_lr=1e-3, total_steps=total)
+        client = ClientOptions(scheduler=scheduler, scheduler_interval="step", local_epochs=1)
+        trainer = TrainerFactory(accelerator="cpu", precision="32-true", threads=1, accumulate_grad_batches=accumulate)
+        return federate(Local(), client=client, trainer=trainer, rounds=RoundOptions(rounds=1))
+
+    largest = max(len(splits.train) for splits in run(1000).data.clients)
+    assert largest % 8 > 1
+    steps = -(-(largest // 8 + 1) // accumulate)
+    run(steps).run()
+    with pytest.raises(UserError, match=rf"client\.scheduler: .* total steps is {steps - 1}"):
+        run(steps - 1)
 
 
 def test_clipping_in_mixed_precision_needs_the_plain_optimizer() -> None:

@@ -42,6 +42,11 @@ class Stopper(Callback):
         trainer.should_stop = True
 
 
+class EarlyStopper(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+        trainer.should_stop = True
+
+
 class Stateful(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"count": 0}
@@ -80,9 +85,13 @@ def test_each_phase_has_new_callbacks_that_see_its_hooks(monkeypatch: pytest.Mon
 
 
 def test_callback_that_ends_a_phase_early_raises() -> None:
-    with pytest.raises(UserError, match=r"trainer\.callbacks: .* keep the 3 epochs of a phase, got '1 epochs'"):
+    words = r"trainer\.callbacks: .* keep the {} epochs of 2 batches of a phase, got '{} batches'"
+    with pytest.raises(UserError, match=words.format(3, 2)):
         fit(3, callbacks=f"{HERE}.Stopper")
     fit(1, callbacks=f"{HERE}.Stopper")
+    with pytest.raises(UserError, match=words.format(1, 1)):
+        fit(1, callbacks=f"{HERE}.EarlyStopper")
+    fit(2, callbacks={"class_path": "StochasticWeightAveraging", "init_args": {"swa_lrs": 0.1}})
 
 
 @pytest.mark.parametrize(
@@ -106,6 +115,8 @@ def test_callback_that_ends_a_phase_early_raises() -> None:
         ("LearningRateMonitor", "A phase has no logger"),
         ("DeviceStatsMonitor", "A phase has no logger"),
         ("TQDMProgressBar", "A run has a progress bar"),
+        ("RichModelSummary", "would print a table in every phase"),
+        ("SpikeDetection", "ends the run"),
         ("LearningRateFinder", "Set --client.optimizer.lr"),
         ("BatchSizeFinder", "Set --data.batch_size"),
     ],
