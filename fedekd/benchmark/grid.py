@@ -77,6 +77,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.value_range": None,
     "metrics": None,
     "privacy": None,
+    "select_round": "last",
     "trainer.accumulate_grad_batches": 1,
     "trainer.callbacks": None,
     "trainer.gradient_clip_algorithm": "norm",

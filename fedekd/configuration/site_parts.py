@@ -13,7 +13,7 @@ from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_models, check_schedule
+from fedekd.federation.checks import check_models, check_round_selection, check_schedule
 from fedekd.methods import FederationSpec, Method
 from fedekd.privacy import GaussianMechanism
 
@@ -105,8 +105,10 @@ class SiteParts:
             num_clients=sites,
             default_exits=method.exits,
             metrics=parts["metrics"],
+            select_round=parts["rounds"].select_round,
         )
         check_models(spec, [splits])
+        check_round_selection(spec, [splits])
         check_schedule(spec, [splits], method.scheduled_epochs(spec))
         rules = parts["privacy"], parts["do_no_harm"]
         return cls(number, sites, own_data, data, splits, method, spec, *rules, parts["config"])

@@ -12,11 +12,13 @@ from torch import nn
 from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError, describe_error, shorten
+from fedekd.federation.options import RoundOptions
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
 from fedekd.methods.options import check_scheduler
+from fedekd.methods.round_selection import SELECTION_SPLIT
 from fedekd.models import check_model
 from fedekd.modules import SupervisedModule
 from fedekd.modules.phase_callbacks import of_lightning
@@ -122,7 +124,21 @@ def _shares_parameters(network: nn.Module, others: Sequence[nn.Module]) -> bool:
     return any(first & pointers for pointers in rest)
 
 
-def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, rounds: int) -> None:
+def check_round_selection(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
+    """Check that clients can compare rounds.
+
+    Raises:
+        UserError: If a client has no tuning samples.
+    """
+    for splits in clients if spec.select_round == "best" else ():
+        if not len(getattr(splits, SELECTION_SPLIT)):
+            raise UserError(
+                f"select_round: expected last, or tuning samples of every client; {splits.label} has none."
+                f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
+            )
+
+
+def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, options: RoundOptions) -> None:
     """Check that clients can compare two models on samples of neither's training.
 
     Raises:
@@ -143,8 +159,13 @@ def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, 
         )
     if data.task == "classification" and rule.margin >= 1:
         raise UserError(f"do_no_harm.margin: expected a difference of accuracies below 1, got {rule.margin}.")
-    if rule.looks > rounds:
-        raise UserError(f"do_no_harm.looks: expected at most {rounds} (rounds), got {rule.looks}.")
+    if options.select_round == "best" and rule.split == SELECTION_SPLIT:
+        raise UserError(
+            "do_no_harm.rule: expected certified with --select_round best, which chooses the round on the"
+            f" {SELECTION_SPLIT} split, got {rule.rule!r}."
+        )
+    if rule.looks > options.rounds:
+        raise UserError(f"do_no_harm.looks: expected at most {options.rounds} (rounds), got {rule.looks}.")
     for splits in data.clients:
         if not len(getattr(splits, rule.split)):
             raise UserError(

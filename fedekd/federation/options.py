@@ -26,6 +26,8 @@ class RoundOptions:
             only updates out of proportion to the others of their round are rejected.
         wire_dtype: Floating-point type in which messages travel, in both directions: float32 (dtypes of the models) or
             float16 (half the bytes; relative rounding error of at most 2^-11).
+        select_round: Round whose model each client deploys after the last one: last, or best, the round in which the
+            client's tuning split has the best primary metric (the latest of equal ones).
 
     Raises:
         UserError: If an option is out of range.
@@ -37,6 +39,7 @@ class RoundOptions:
     quorum: int = 1
     max_update_norm: float | None = None
     wire_dtype: str = "float32"
+    select_round: str = "last"
 
     def __post_init__(self) -> None:
         norm = self.max_update_norm
@@ -52,6 +55,7 @@ class RoundOptions:
             if not is_valid:
                 raise UserError(f"{name}: expected {allowed}, got {getattr(self, name)}.")
         require_choice("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        require_choice("select_round", self.select_round, ("last", "best"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_do_no_harm, check_models, check_privacy, check_schedule
+from fedekd.federation.checks import (
+    check_do_no_harm,
+    check_models,
+    check_privacy,
+    check_round_selection,
+    check_schedule,
+)
 from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
 from fedekd.federation.interrupts import Interrupted, Interrupts
@@ -135,14 +141,16 @@ class Orchestrator:
             num_clients=self.num_clients,
             default_exits=method.exits,
             metrics=metrics,
+            select_round=self.options.select_round,
         )
         self.metrics = ReportedMetrics(metrics, data.samples)
         check_models(self.spec, data.clients)
         check_baselines(self.baseline, method, self.spec)
         tuned = tuned_rounds(self.baseline, self.spec) * self.spec.client.local_epochs
         check_schedule(self.spec, data.clients, max(method.scheduled_epochs(self.spec), tuned))
+        check_round_selection(self.spec, data.clients)
         if do_no_harm is not None:
-            check_do_no_harm(do_no_harm, method, data, self.options.rounds)
+            check_do_no_harm(do_no_harm, method, data, self.options)
         self.engine = engine(
             method, data, self.spec, None if baseline_dir is None else Path(baseline_dir), self.observer
         )

@@ -21,6 +21,7 @@ from fedekd.federation.object_state import StateReader
 from fedekd.federation.options import BaselineOptions
 from fedekd.federation.source_code import SourceUnavailableError, code_of, modules_of, package_code
 from fedekd.methods import Client, FederationSpec, Method
+from fedekd.methods.round_selection import select_round, used_splits
 
 #: Code that a control runs besides that of the local baseline.
 _METHOD_CODE = ("federation/references.py", "methods", "models", "modules")
@@ -76,9 +77,9 @@ class Reference(Protocol):
 class Control:
     """Compute-matched local control: the method, run by a single client.
 
-    Models, epochs, learning rate and serving are those of the method; the server aggregates the updates of this client
-    only. The surplus of the federation is the score of the method minus that of its control. Nothing travels: messages
-    are neither rounded (`wire_dtype`) nor lost, and get no noise (`privacy`).
+    Models, epochs, learning rate, serving and the selection of the round are those of the method; the server aggregates
+    the updates of this client only. The surplus of the federation is the score of the method minus that of its control.
+    Nothing travels: messages are neither rounded (`wire_dtype`) nor lost, and get no noise (`privacy`).
 
     Args:
         rounds: Rounds in which the client takes part, ascending; the last is that of the run.
@@ -105,7 +106,7 @@ class Control:
         method.init_server(client.spec)
         path = None if folder is None else self._path(client, method, settings, folder)
         method.restrict_to_one_client()
-        client.training_splits = method.training_splits
+        client.training_splits = used_splits(method, client.spec)
         method.init_client(client)
         cached = read_cached(path) or {"metrics": [], "done": 0}
         if "client" in cached:
@@ -114,7 +115,9 @@ class Control:
         metrics = list(cached["metrics"])
         for done, round_idx in enumerate(self.rounds[cached["done"] :], start=cached["done"] + 1):
             broadcast = method.broadcast([client.number], round_idx)
-            method.receive(client, broadcast.to(client.number), round_idx)
+            logs = method.receive(client, broadcast.to(client.number), round_idx)
+            if round_idx > 0 and client.spec.select_round == "best":
+                select_round(client, round_idx, logs, deploy=done == len(self.rounds))
             if round_idx > 0:
                 metrics.append(client.evaluate()[1])
             if done < len(self.rounds):
@@ -139,6 +142,7 @@ class Control:
                 "attributes": reader.attributes(),
                 "rounds": [spec.rounds, *self.rounds],
                 "clients": spec.num_clients,
+                **({} if spec.select_round == "last" else {"select_round": [spec.select_round, spec.metric]}),
                 "code": package_code(_METHOD_CODE),
                 "objects": code_of(name for name in modules_of([method]) | reader.modules if not is_own(name)),
             }

@@ -69,6 +69,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
                 **_other_values(number, others),
                 **_reference_values(run, number),
                 **_missing(run, number),
+                **_selected(run, number),
             }
         )
         if run.do_no_harm is not None and comparison is not None:
@@ -169,6 +170,14 @@ def _missing(run: Orchestrator, number: int) -> dict[str, list[str]]:
     """Return the names of the classes that a client's test split lacks."""
     labels = run.progress.missing_classes(number, run.task) if run.progress.has_metrics else []
     return {"missing_in_test": [run.data.samples.class_names[label] for label in labels]} if labels else {}
+
+
+def _selected(run: Orchestrator, number: int) -> dict[str, Any]:
+    """Return the round that a client deploys and its tuning score."""
+    logs = run.progress.records[number].logs
+    if run.spec.select_round == "last" or "selected/round" not in logs:
+        return {}
+    return {"selected_round": int(logs["selected/round"]), "tuning_score": logs["selected/score"]}
 
 
 def _class_names(samples: Samples) -> dict[str, list[str]]:

@@ -65,6 +65,7 @@ def shared_config(method: Method, spec: FederationSpec, privacy: GaussianMechani
         "method": {type(method).__name__: to_json_value(settings)},
         "proxy": {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in proxy.items()},
         **_training_options(spec),
+        **({} if spec.select_round == "last" else {"select_round": spec.select_round}),
         **({} if privacy is None else {"privacy": to_json_value(privacy)}),
         **_initial_values(method, spec),
     }

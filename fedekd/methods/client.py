@@ -106,6 +106,7 @@ class Client:
         method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
         supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
         serving: How the networks are combined at serving time; None serves the private model.
+        selected: Best round so far, with `--select_round best`; see `fedekd.methods.round_selection`. None without one.
         training_splits: Splits that the method's training uses.
     """
 
@@ -120,6 +121,7 @@ class Client:
         self.method_state: dict[str, Any] = {}
         self.supervised_epochs = 0
         self.serving: Serving | None = None
+        self.selected: dict[str, Any] | None = None
 
     @property
     def served_role(self) -> str:
@@ -467,7 +469,6 @@ class Client:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the client's state as plain tensors, numbers and dicts."""
-        serving = {} if self.serving is None else {"serving": vars(self.serving) | {"members": [*self.serving.members]}}
         return {
             "networks": {role: network.state_dict() for role, network in self.networks.items()},
             "optimizer_states": self.optimizer_states,
@@ -475,7 +476,8 @@ class Client:
             "method_state": self.method_state,
             "supervised_epochs": self.supervised_epochs,
             **({"scheduler_states": self.scheduler_states} if self.scheduler_states else {}),
-            **serving,
+            **({} if self.selected is None else {"selected": self.selected}),
+            **self._serving_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -490,6 +492,27 @@ class Client:
         self.loss_scales = state["loss_scales"]
         self.method_state = state["method_state"]
         self.supervised_epochs = state["supervised_epochs"]
+        self.selected = state.get("selected")
+        self._load_serving(state)
+
+    def served_state(self) -> dict[str, Any]:
+        """Return the state of what is served: its networks, and how they are combined."""
+        roles = ("private",) if self.serving is None else self.serving.members
+        return {"networks": {role: self.networks[role].state_dict() for role in roles}, **self._serving_state()}
+
+    def load_served_state(self, state: Mapping[str, Any]) -> None:
+        """Serve what `served_state` returned."""
+        for role, network_state in state["networks"].items():
+            self.networks[role].load_state_dict(network_state)
+        self._load_serving(state)
+
+    def _serving_state(self) -> dict[str, Any]:
+        """Return `serving` as plain values; empty for the private model."""
+        if self.serving is None:
+            return {}
+        return {"serving": vars(self.serving) | {"members": [*self.serving.members]}}
+
+    def _load_serving(self, state: Mapping[str, Any]) -> None:
         self.serving = None
         if "serving" in state:
             values = state["serving"]

@@ -72,6 +72,7 @@ class FederationSpec:
         rounds: Number of rounds.
         metric: Name of the primary metric of the run; empty for that of the task.
         transform: Augmentation of training samples, as plain values; see `build_transform`. Default None.
+        select_round: Round that each client deploys: `last`, or `best` on its tuning split. Default last.
 
     Raises:
         UserError: If the numbers of models and of clients differ, `client.depths` is given without exits, or an option
@@ -90,6 +91,7 @@ class FederationSpec:
     rounds: int
     metric: str = ""
     transform: Any = None
+    select_round: str = "last"
 
     def __post_init__(self) -> None:
         models = self.client.private_model
@@ -140,6 +142,7 @@ class FederationSpec:
         num_clients: int,
         default_exits: int | None = None,
         metrics: Sequence[str] | None = None,
+        select_round: str = "last",
     ) -> FederationSpec:
         """Create the specification from the parts of a run.
 
@@ -152,6 +155,7 @@ class FederationSpec:
             num_clients: Number of clients.
             default_exits: `Method.exits`: exits of the private model if `client.exits` is null.
             metrics: Metrics that the run reports, the primary one first; None for those of the task.
+            select_round: Round that each client deploys: `last` or `best`.
 
         Raises:
             UserError: If a part is invalid.
@@ -172,6 +176,7 @@ class FederationSpec:
             rounds=rounds,
             metric=select_metrics(metrics, samples.task, samples.num_classes)[0].name,
             transform=data.transform,
+            select_round=select_round,
         )
 
     @property
@@ -392,7 +397,7 @@ class FederationSpec:
         these versions can go on.
         """
         values = asdict(self)
-        for name in ("num_clients", "rounds", "metric"):
+        for name in ("num_clients", "rounds", "metric", "select_round"):
             values.pop(name)
         values["trainer"].pop("device")  # equal devices give equal results
         self._drop_unused(values)

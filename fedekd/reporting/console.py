@@ -103,16 +103,20 @@ def client_table(summary: Summary) -> Table:
         summary: Content of `summary.json`; `classes` of a client, its labels, may be missing.
 
     Returns:
-        Samples, score of the local baseline, score of the method and Delta of each client; harm is red.
+        Samples, score of the local baseline, score of the method and Delta of each client, and the selected round if
+        there is one; harm is red.
     """
     metric, clients, delta = metric_spec(summary["metric"]), summary["clients"], summary["delta"]
     names = summary.get("class_names")
     with_classes = any(client.get("classes") for client in clients)
-    table = _empty_client_table(summary, with_classes)
+    with_round = any("selected_round" in client for client in clients)
+    table = _empty_client_table(summary, with_classes, with_round)
 
-    def add(name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text) -> None:
+    def add(
+        name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text, chosen: str = ""
+    ) -> None:
         shown = [_plain(classes)] if with_classes else []
-        table.add_row(_plain(name), *samples, *shown, local, method, change)
+        table.add_row(_plain(name), *samples, *shown, local, method, change, *([chosen] if with_round else []))
 
     for client in clients:
         labels = client.get("classes", [])
@@ -123,6 +127,7 @@ def client_table(summary: Summary) -> Table:
             metric.text(client["local"]),
             metric.text(client["score"]),
             _delta_text(client["delta"], summary),
+            str(client.get("selected_round", "")),
         )
     table.add_section()
     local_mean, mean = metric.text(summary["local_mean"]), metric.text(summary["mean"])
@@ -132,7 +137,7 @@ def client_table(summary: Summary) -> Table:
     return table
 
 
-def _empty_client_table(summary: Summary, with_classes: bool) -> Table:
+def _empty_client_table(summary: Summary, with_classes: bool, with_round: bool) -> Table:
     """Return the table of scores per client without rows."""
     title = f"{summary['method']} on {summary['dataset']}, {metric_spec(summary['metric']).title}"
     table = Table(title=_plain(title, "table.title"))
@@ -143,6 +148,8 @@ def _empty_client_table(summary: Summary, with_classes: bool) -> Table:
         table.add_column("classes", overflow="fold")
     for heading in ("Local", summary["method"], "Delta"):
         table.add_column(_plain(heading), justify="right", no_wrap=True)
+    if with_round:
+        table.add_column("round", justify="right")
     return table
 
 

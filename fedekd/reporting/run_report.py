@@ -77,7 +77,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def client_table(summary: Summary) -> pd.DataFrame:
-    """Return one row per client: classes, samples, scores, Delta, deployed model.
+    """Return one row per client: data, scores, Delta, deployed round and model.
 
     Args:
         summary: Content of `summary.json`.
@@ -93,6 +93,8 @@ def client_table(summary: Summary) -> pd.DataFrame:
         row["Delta"] = metric.difference_text(client["delta"])
         for score, difference, *heads in references_of(summary):
             row |= {heads[0]: metric.text(client[score]), heads[1]: metric.difference_text(client[difference])}
+        if "selected_round" in client:
+            row["round"] = client["selected_round"]
         if "deployed" in summary:
             p_value = client.get("p_value")
             # Without a comparison a client deploys the federated model.

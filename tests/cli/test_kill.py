@@ -153,6 +153,10 @@ TRAINING = {
     "callbacks": ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]"],
     "clipping and accumulation": ["--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"],
     "weights and frozen parts": ["--client.private_weights=WEIGHTS", "--client.freeze=[convolutions.*]"],
+    "schedule of epochs, best round, clipped values": [
+        *("--client.scheduler=StepLR", "--client.scheduler.step_size=1", "--client.scheduler.gamma=30"),
+        *("--select_round=best", "--trainer.gradient_clip_val=0.01", "--trainer.gradient_clip_algorithm=value"),
+    ],
 }
 
 
@@ -168,12 +172,16 @@ def test_resume_after_sigkill_with_training_options_gives_same_files(
     assert main([*whole, *training]) == 0
     expected = contents(tmp_path / "whole")
     assert all(expected[file] != plain[file] for file in expected if file.startswith("client"))
+    summary = repeatable(tmp_path / "whole")
+    if "--select_round=best" in TRAINING[name]:
+        assert min(client["selected_round"] for client in summary["clients"]) < 3
     for moment in ("batch:5", "batch:33", "batch:46"):
         run = tmp_path / moment.replace(":", "-")
         arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null", *training)
         assert kill(moment, arguments)
         assert main(["fit", "--resume", str(run)]) == 0
         assert contents(run) == expected
+        assert repeatable(run) == summary
 
 
 @pytest.mark.slow

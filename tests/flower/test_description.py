@@ -183,6 +183,7 @@ DIFFERENT = {
         r"site 1: scheduler: expected None, got .*StepLR.*",
     ),
     "clipping": (["--trainer.gradient_clip_val=1"], r"site 1: gradient_clip_val: expected None, got 1\.0\."),
+    "round": (["--select_round=best"], r"site 1: select_round: expected None, got best\."),
     "task": (["--task=regression"], r"site 1: classes: expected 3, got 1\."),
 }
 

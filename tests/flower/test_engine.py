@@ -103,6 +103,10 @@ METHODS = {
     "ensemble with references": ["--method=ProxyEnsemble", "--baseline.tune=true", "--baseline.epochs=2"],
     "two proxies": ["--method.cross_fit=true", "--method.gate=correctness_shuffled"],
     "partial participation": ["--participation=0.5", "--do_no_harm.looks=2"],
+    "best round and schedule": [
+        *("--select_round=best", "--baseline.control=true", "--trainer.gradient_clip_val=0.1"),
+        *("--client.scheduler=StepLR", "--client.scheduler.step_size=1", "--client.scheduler.gamma=1000"),
+    ],
 }
 
 

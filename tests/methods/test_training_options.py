@@ -51,10 +51,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "accumulation": ({}, {"accumulate_grad_batches": 2}),
     "epochs": ({"scheduler": EXPONENTIAL, "lr_decay": 0.5}, {}),
     "steps, lean": ({"scheduler": CYCLIC, "scheduler_interval": "step"}, {"loop": "lean"}),
+    "best round": ({"scheduler": {**EXPONENTIAL, "init_args": {"gamma": 100.0}}}, {}),
 }
 RUNS: list[tuple[str, type[Method]]] = [
     *((name, FedeKD) for name in OPTIONS),
     *(("steps, lean", method) for method in (Local, FedAvg, FedType, FML, ProxyEnsemble)),
+    *(("best round", method) for method in (FedAvg, ProxyEnsemble)),
 ]
 
 
@@ -64,6 +66,7 @@ def parts(name: str, **options: Any) -> dict[str, Any]:
     return {
         "client": ClientOptions(**{"local_epochs": 1, "private_model": model, **client, **options}),
         "trainer": TrainerFactory(accelerator="cpu", precision="32-true", threads=1, **trainer),
+        "rounds": RoundOptions(rounds=2, select_round="best" if name == "best round" else "last"),
     }
 
 
@@ -87,13 +90,10 @@ def test_resumed_run_with_other_client_order_is_identical(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["callbacks", "clipping", "steps, lean"])
+@pytest.mark.parametrize("name", ["callbacks", "clipping", "steps, lean", "best round"])
 def test_processes_give_the_numbers_of_one(name: str, federate: Federate, tmp_path: Path) -> None:
     baseline = BaselineOptions(control=True, tune=True, learning_rates=(1e-2,), epochs=2)
-    runs = [
-        federate(FedeKD(), **parts(name), engine=engine, baseline=baseline, rounds=RoundOptions(rounds=2))
-        for engine in (None, MultiProcess(2))
-    ]
+    runs = [federate(FedeKD(), **parts(name), engine=engine, baseline=baseline) for engine in (None, MultiProcess(2))]
     summaries = [run.run() for run in runs]
     assert repeatable(summaries[1]) == repeatable(summaries[0])
 

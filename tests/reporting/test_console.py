@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fedekd.reporting import Display, client_table, result_tables
 from fedekd.reporting.console import _ranges, deployed_table, other_metrics_table
+from fedekd.reporting.run_report import client_table as report_table
 
 
 def rendered(table, **options) -> str:
@@ -32,6 +33,16 @@ def test_client_table_has_rows_and_footer(make_summary):
     ]
     assert "FedeKD on digits, accuracy" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_client_tables_show_the_selected_round(make_summary):
+    summary = make_summary((0.5, 0.75), (0.75, 0.625))
+    assert "round" not in rendered(client_table(summary))
+    for client, selected in zip(summary["clients"], (3, 12), strict=True):
+        client["selected_round"] = selected
+    rows = cells(rendered(client_table(summary)))
+    assert [row[-1] for row in rows] == ["3", "12", "", "", ""]
+    assert report_table(summary)["round"].tolist() == [3, 12]
 
 
 @pytest.mark.parametrize(("metric", "harmed"), [("accuracy", "-0.125"), ("rmse", "+0.25")])

@@ -24,6 +24,7 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.federation.wire import from_wire, update_to_wire
 from fedekd.methods import Client, FederationSpec, Method
+from fedekd.methods.round_selection import select_round, used_splits
 from fedekd.models import MultiExitNetwork, network_flops
 from fedekd.seeding import derive_seed
 
@@ -86,7 +87,7 @@ class SequentialEngine:
         """Return a client, built at first use."""
         if number not in self.clients:
             client = self._new_client(number)
-            client.training_splits = self.method.training_splits
+            client.training_splits = used_splits(self.method, self.spec)
             self.method.init_client(client)
             self.clients[number] = client
         return self.clients[number]
@@ -151,6 +152,8 @@ class SequentialEngine:
             received = from_wire(request.broadcast.to(number), request.dtypes)
             logs = self.method.receive(client, received, round_idx)
             supervised_rounds = client.supervised_rounds
+            if round_idx and self.spec.select_round == "best":
+                logs = logs | select_round(client, round_idx, logs, deploy=not request.collect_updates)
             exit_scores, metrics = client.evaluate() if round_idx else ([math.nan], {})
         score = exit_scores[-1]
         if round_idx and isinstance(client.network(client.served_role), MultiExitNetwork):
