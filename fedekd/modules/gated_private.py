@@ -101,3 +101,15 @@ class GatedPrivateModule(ObjectiveModule):
         )
         # Registered, so that their tensors move to the device with the networks.
         self.energy, self.trust = energy_module, gated.trust
+        self._save_arguments(
+            task=task,
+            energy=energy,
+            beta=beta,
+            lambda_kd=lambda_kd,
+            gate=gate,
+            energy_of=energy_of,
+            active=active,
+            consistency_weight=consistency_weight,
+            consistency_temperature=consistency_temperature,
+            trust=trust,
+        )

@@ -153,6 +153,18 @@ class MultiExitModule(ObjectiveModule):
                 for stage in ("val", "test")
             }
         )
+        self._save_arguments(
+            teacher=teacher,
+            distillation_weight=distillation_weight,
+            consistency_weight=consistency_weight,
+            temperature=temperature,
+            dkd_alpha=dkd_alpha,
+            dkd_beta=dkd_beta,
+            warmup_epochs=warmup_epochs,
+            exit_weights=exit_weights,
+            ema_decay=ema_decay,
+            first_epoch=first_epoch,
+        )
 
     def on_train_epoch_start(self) -> None:
         """Reset the epoch's means, and increase the distillation weight (warm-up)."""

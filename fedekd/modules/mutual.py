@@ -58,3 +58,4 @@ class MutualModule(ObjectiveModule):
     ) -> None:
         loss = MutualLoss(task, private_weight, proxy_weight, adaptive)
         super().__init__(PrivateProxyPair(private, proxy), [loss], task, optimizer)
+        self._save_arguments(task=task, private_weight=private_weight, proxy_weight=proxy_weight, adaptive=adaptive)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -37,7 +39,13 @@ class ObjectiveModule(LightningModule):
 
     Logs per epoch `loss`, `loss/NAME` of each term and the scalars that terms record; in validation and test
     `val/loss` (the supervised loss) and `val/<metric>` with the task's primary metric (`fedekd.metrics`), and the same
-    under `test/`. Sums stay on the device, so no step synchronises.
+    under `test/`. Sums stay on the device, so no step synchronises. With several processes all values are means over
+    all of them.
+
+    A checkpoint of LightningCLI has the configuration of the module: `load_from_checkpoint(path)` builds its networks.
+    Otherwise it has the arguments that are plain values or tensors, and the class names of other optional ones but
+    `optimizer`: networks and such objects are passed again, as in `load_from_checkpoint(path, network=...)`. A
+    checkpoint of this base class from Python has no arguments.
 
     Args:
         network: The network to train.
@@ -50,6 +58,8 @@ class ObjectiveModule(LightningModule):
     Attributes:
         epoch_means: Means that were logged in the last training epoch.
         carries_optimizer_state: If True, training starts from `optimizer_state` and sets it at the end.
+        lr: Learning rate of all parameter groups, as Lightning's learning rate finder sets it; None (default) keeps
+            those of the optimizer.
         lr_factor: Factor of all learning rates.
         schedule: Learning rate schedule of the phase; None (default) keeps the rates.
         samples_seen: Samples of the epoch so far.
@@ -88,6 +98,7 @@ class ObjectiveModule(LightningModule):
         self.carries_optimizer_state = False
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale: dict[str, Any] = {}
+        self.lr: float | None = None
         self.lr_factor = 1.0
         self.schedule: Schedule | None = None
         self.epoch_means: dict[str, float] = {}
@@ -96,6 +107,18 @@ class ObjectiveModule(LightningModule):
         self._sums: dict[str, Tensor] = {}
         self.samples_seen = 0
         self._batch_size = 0
+        self._save_arguments()
+
+    def _save_arguments(self, **arguments: Any) -> None:
+        """Save the configuration of LightningCLI, or these arguments.
+
+        Objects are saved as their class name: the constructor refuses it, so that none is silently replaced by a
+        default.
+        """
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        else:
+            self.save_hyperparameters({name: _plain(value) for name, value in arguments.items()})
 
     def forward(self, x: Tensor) -> Any:
         """Return the network's output."""
@@ -141,8 +164,7 @@ class ObjectiveModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the sum of the loss terms, a scalar."""
         x, y, *teacher_outputs = batch
-        self._batch_size = len(x)
-        self.samples_seen += len(x)
+        self._count(len(x))
         teacher = self._teacher_output(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
         if teacher is not None:
@@ -153,6 +175,12 @@ class ObjectiveModule(LightningModule):
         total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
         self.record("loss", total)
         return total
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count(self, batch_size: int) -> None:
+        """Count a batch, outside of compiled steps: each count would be a new graph."""
+        self._batch_size = batch_size
+        self.samples_seen += batch_size
 
     def _teacher_output(self, x: Tensor, teacher_outputs: tuple[Tensor, ...]) -> ModelOutput | None:
         if self.teacher is None:
@@ -170,9 +198,13 @@ class ObjectiveModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch, and keep them as `epoch_means`."""
         if self.samples_seen:
-            names = list(self._sums)
-            means = torch.stack([self._sums[name].float() for name in names]).cpu().double() / self.samples_seen
-            self.epoch_means = dict(zip(names, means.tolist(), strict=True))
+            totals, samples = torch.stack([total.float() for total in self._sums.values()]), self.samples_seen
+            if getattr(self.trainer, "world_size", 1) > 1:
+                counted = torch.cat([totals, totals.new_tensor([samples])])
+                counted = self.trainer.strategy.reduce(counted, reduce_op="sum")
+                totals, samples = counted[:-1], int(counted[-1])
+            means = totals.cpu().double() / samples
+            self.epoch_means = dict(zip(self._sums, means.tolist(), strict=True))
             self.log_dict(self.epoch_means, batch_size=self.samples_seen, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -200,12 +232,14 @@ class ObjectiveModule(LightningModule):
         else:
             loss = torch.nn.functional.cross_entropy(output, targets)
         metrics.update(output, targets)
-        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_epoch=True)
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_epoch=True, sync_dist=True)
         self.log_dict(metrics, batch_size=len(targets))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create optimizer and schedule; apply `lr_factor` and carried states."""
         optimizer = self.make_optimizer(trained_parameters(self.network))
+        for group in optimizer.param_groups if self.lr is not None else []:
+            group["lr"] = self.lr
         scheduler = None if self.schedule is None else self.schedule.attach(optimizer)
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self.carries_optimizer_state and self.optimizer_state is not None:
@@ -256,6 +290,19 @@ class SupervisedModule(ObjectiveModule):
         offset: Tensor | None = None,
     ) -> None:
         super().__init__(network, [SupervisedLoss(task, offset=offset)], task, optimizer)
+        self._save_arguments(task=task, offset=offset)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value for a checkpoint that `torch.load` reads with `weights_only`."""
+    if isinstance(value, Tensor):
+        return value.detach()
+
+    def convert(item: Any) -> Any:
+        kind = type(item)
+        return item.tolist() if hasattr(item, "tolist") else f"{kind.__module__}.{kind.__qualname__}"
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def _supervised_losses(terms: Sequence[object]) -> Iterator[SupervisedLoss]:

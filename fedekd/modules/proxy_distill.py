@@ -47,3 +47,4 @@ class ProxyDistillModule(ObjectiveModule):
         optimizer: OptimizerCallable = fedekd_optimizer,
     ) -> None:
         super().__init__(proxy, [DistillationLoss(task, temperature)], task, optimizer, teacher=private)
+        self._save_arguments(task=task, temperature=temperature)

@@ -145,7 +145,7 @@ class GatedDistillationLoss:
         self.gate, self.exit_weights = GATES[gate], exit_weights
         self.trust = trust if self.gate.needs_trust else None
         require(
-            self.trust is not None or not (self.gate.needs_trust and lambda_kd),
+            callable(self.trust) or not (self.gate.needs_trust and lambda_kd),
             "trust",
             f"a HeldOutTrust for gate {gate!r}",
             trust,

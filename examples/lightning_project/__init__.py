@@ -1,0 +1,1 @@
+"""A LightningCLI project that trains its own networks with modules of fedekd."""
