@@ -25,7 +25,7 @@ from fedekd.cli.label_prior import (
     parse_label_prior,
     resolve_label_prior,
 )
-from fedekd.cli.prediction_file import Outputs, check_output, prediction_rows, write_predictions
+from fedekd.cli.prediction_file import Outputs, add_output_arguments, check_output, prediction_rows, write_predictions
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
@@ -68,29 +68,7 @@ def predict_parser() -> ArgumentParser:
         default="",
         help="A folder of images, a manifest, an .npz file, or a table; labels are not needed.",
     )
-    parser.add_argument(
-        "--output",
-        type=str,
-        default="predictions.csv",
-        help="CSV or Parquet file, by its suffix, with the columns image (row in a table), file, label, class, exit and"
-        " score; value and exit in regression.",
-    )
-    parser.add_argument(
-        "--probabilities",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Add a column probability_CLASS per class.",
-    )
-    parser.add_argument(
-        "--members",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Of an ensemble: add a column label_MEMBER per member, value_MEMBER in regression.",
-    )
+    add_output_arguments(parser)
     parser.add_argument(
         "--client",
         type=str | None,

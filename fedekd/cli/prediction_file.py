@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from fedekd.atomic import atomic_file
@@ -36,6 +37,33 @@ class Outputs(NamedTuple):
     exits: Tensor
     scores: Tensor
     members: Mapping[str, Tensor]
+
+
+def add_output_arguments(parser: ArgumentParser) -> None:
+    """Add the options of the file of predictions and of its columns."""
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="predictions.csv",
+        help="CSV or Parquet file, by its suffix, with the columns image (row in a table), file, label, class, exit and"
+        " score; value and exit in regression.",
+    )
+    parser.add_argument(
+        "--probabilities",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Add a column probability_CLASS per class.",
+    )
+    parser.add_argument(
+        "--members",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Of an ensemble: add a column label_MEMBER per member, value_MEMBER in regression.",
+    )
 
 
 def check_output(output: str) -> None:
