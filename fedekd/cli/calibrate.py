@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -215,9 +216,7 @@ def _report_key(folder: Path, number: int) -> str:
 
 def input_error(error: UserError) -> UserError:
     """Return the error of a file given by `--input`, without options of `fit`."""
-    message = str(error)
-    if message.startswith("data.dataset: "):
-        message = message.removeprefix("data.dataset: ")
+    message = re.sub(r"^data\.\w+: ", "", str(error))
     # The run decides on labels, sizes and ranges, which these commands cannot change.
     for hint in (" Leave out", " Set --data.", ", or set --data."):
         message = message.partition(hint)[0]
