@@ -124,6 +124,19 @@ def test_commands_of_a_site_give_the_files_of_the_run(
     assert "the same as after the last round" in capsys.readouterr().out
 
 
+def test_export_of_a_site_has_the_weights_of_the_run(
+    federations: Callable[..., Federation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    federation = federations(*EXITS)
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "--format=safetensors"]
+    assert main([*command, f"--site={federation.site[1]}", "--output=site"]) == 0
+    assert main([*command, str(federation.run.folder), "--client=1", "--output=run"]) == 0
+    ours, theirs = (safetensors.load_file(f"{name}/model.safetensors") for name in ("site", "run"))
+    assert is_equal(ours, theirs)
+
+
 def test_site_uses_the_ensemble_and_the_local_model_that_it_deploys(
     federations: Callable[..., Federation], images: Path, tmp_path: Path, error_line: Callable[[], str]
 ) -> None:
