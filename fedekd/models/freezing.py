@@ -113,7 +113,7 @@ def keeps_statistics(part: nn.Module) -> bool:
 
 
 def keep_frozen_statistics(network: nn.Module) -> None:
-    """Set the layers with frozen buffers to evaluation mode, without their submodules."""
+    """Set layers with frozen buffers to evaluation mode, without their submodules."""
     for part in network.modules():
         if keeps_statistics(part):
             part.training = False
