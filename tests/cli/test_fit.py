@@ -341,7 +341,7 @@ from collections import namedtuple
 import torch
 from torch import nn
 
-Pair = namedtuple("Pair", ["logits", "aux"])
+Pair = namedtuple("Pair", ["first", "second"])
 
 
 class Good(nn.Module):
