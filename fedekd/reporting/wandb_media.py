@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import wandb
 
 from fedekd.reporting.rows import Row, Summary, client_series
@@ -25,7 +27,23 @@ def delta_histogram(row: Row) -> wandb.Histogram | None:
     """
     series = client_series([row], "delta")
     values = [value for _, (value,) in series.values() if math.isfinite(value)]
-    return wandb.Histogram(values, num_bins=HISTOGRAM_BINS) if values else None
+    return wandb.Histogram(np_histogram=_histogram(values)) if values else None
+
+
+def _histogram(values: list[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return counts and edges; one bin where floats are too coarse for more.
+
+    NumPy raises an error for values that differ in the last bits, and for a range above the largest float.
+    """
+    low, high = min(values), max(values)
+    edges = np.array([low, high])
+    for margin in (0.0, 0.5):
+        # Of halves: the difference of two floats may be infinite.
+        candidate = 2 * np.linspace((low - margin) / 2, (high + margin) / 2, HISTOGRAM_BINS + 1)
+        if (np.diff(candidate) > 0).all():
+            edges = candidate
+            break
+    return np.histogram(values, edges)
 
 
 def client_table(summary: Summary) -> wandb.Table:

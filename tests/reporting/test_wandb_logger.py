@@ -19,7 +19,7 @@ from fedekd.reporting import Tracker
 wandb = pytest.importorskip("wandb")
 
 from fedekd.reporting.wandb_logger import WandbRunLogger  # noqa: E402
-from fedekd.reporting.wandb_media import HISTOGRAM_BINS, client_table  # noqa: E402
+from fedekd.reporting.wandb_media import HISTOGRAM_BINS, client_table, delta_histogram  # noqa: E402
 from fedekd.reporting.wandb_report import log_report  # noqa: E402
 from fedekd.reporting.wandb_start import choose_mode, is_logged_in, own_run_id  # noqa: E402
 
@@ -146,6 +146,21 @@ def test_rows_have_the_histogram_of_delta(tmp_path, run_folders, read_history):
     assert (counts[0], counts[-1], sum(counts)) == (1, 2, 3)  # finite values only
     assert first == {"round": 1, "delta/avg": 0.25, "delta/histogram/_type": "histogram"}  # log_clients
     assert second == {"round": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "bins"),
+    [
+        ((0.8 - 0.7, 0.9 - 0.8), HISTOGRAM_BINS),  # they differ in the last bits
+        ((1e308, -1e308), HISTOGRAM_BINS),  # their difference is infinite
+        ((0.25,), HISTOGRAM_BINS),
+        ((1e300, 1e300), 1),
+    ],
+)
+def test_delta_histogram_of_any_finite_values_counts_all(values, bins):
+    histogram = delta_histogram({"round": 1, **{f"client_{index}/delta": value for index, value in enumerate(values)}})
+    assert (len(histogram.histogram), sum(histogram.histogram)) == (bins, len(values))
+    assert histogram.bins[0] <= min(values) <= max(values) <= histogram.bins[-1]
 
 
 def test_resume_has_each_round_once(tmp_path, make_row, run_folders, read_history):
