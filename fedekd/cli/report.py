@@ -71,6 +71,10 @@ def run(argv: Sequence[str]) -> int:
     results, run_folders = _find(folders)
     if len(run_folders) > MAX_RUNS:
         raise UserError(f"report: expected at most {MAX_RUNS} runs, got {len(run_folders)}. Name some of them.")
+    if config.wandb:
+        from fedekd.reporting.wandb_report import log_report, require_online_run  # not at the top: slow to import
+
+        require_online_run(folders[0])  # first: a page takes minutes
     output = Path(config.output) if config.output else folders[0] / "report"
     sections: list[Section] = [] if results.empty else grid_sections(results)
     if run_folders:
@@ -84,8 +88,6 @@ def run(argv: Sequence[str]) -> int:
     for line in (*text, f"Report: {output / 'index.html'}"):
         print(line)
     if config.wandb:
-        from fedekd.reporting.wandb_report import log_report  # not at the top: W&B is slow to import
-
         print(f"logged at {log_report(folders[0], output)}")
     return 0
 

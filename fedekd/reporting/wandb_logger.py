@@ -135,7 +135,7 @@ class WandbRunLogger(WandbLogger):
             require_writable_folders()  # first: W&B's service starts with its settings
         mode, problem = choose_mode(self._offline_wanted), None
         try:
-            problem = unreachable() if (mode or wandb.setup().settings.mode) in ONLINE_MODES else None
+            problem = unreachable() if mode in ONLINE_MODES else None
             if problem is None:
                 return wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
         except (wandb.errors.Error, ValueError) as error:

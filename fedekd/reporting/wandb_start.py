@@ -56,8 +56,10 @@ def remove_offline_runs(save_dir: Path, run_id: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def choose_mode(offline: bool | None) -> str | None:
-    """Return the mode for `wandb.init`; None uses the settings of W&B.
+def choose_mode(offline: bool | None) -> str:
+    """Return the mode for `wandb.init`.
+
+    It is that of `WANDB_MODE`, of the argument, or with credentials of the settings of W&B; else `offline`.
 
     Raises:
         UserError: If `WANDB_MODE` is not a mode.
@@ -65,9 +67,11 @@ def choose_mode(offline: bool | None) -> str | None:
     if mode := os.environ.get("WANDB_MODE"):
         require_choice("WANDB_MODE", mode, (*ONLINE_MODES, *_OTHER_MODES))
         return mode
-    if offline is None:
-        return None if is_logged_in() else "offline"
-    return "offline" if offline else "online"
+    if offline is None and is_logged_in():
+        import wandb
+
+        return str(wandb.setup().settings.mode)
+    return "online" if offline is False else "offline"
 
 
 def is_logged_in() -> bool:

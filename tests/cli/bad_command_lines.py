@@ -170,7 +170,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "members": ("true", "maybe"),
         "label_prior": ("unifrom", "", "0.5", "[0.5, 0.5", "[2, -1]", "[.nan]", "[1]", "[[1]]", "[null]", LONG),
     },
-    "report": {"output": ("blobs.npz",)},
+    "report": {"output": ("blobs.npz",), "wandb": ("true", "maybe")},
     "benchmark": {
         "processes": ("0", "-1"),
         "threads": ("0", "-1", "", "x", "1.5", LONG),

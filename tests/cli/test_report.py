@@ -127,6 +127,22 @@ def test_report_invalid_input_prints_one_line_error(
     assert message.count("\n") == 1
 
 
+def test_report_for_wandb_offline_raises_before_the_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    shutil.copytree(here / "runs/1", here / "logged", dirs_exist_ok=True)
+    (here / "logged/wandb").mkdir(exist_ok=True)
+    (here / "logged/wandb/run-id").write_text("1a2b3c4d\n")
+    for folder, words in (("runs/0", "the folder of a run that W&B has logged"), ("logged", "a W&B server, got none")):
+        assert main(["report", folder, "--wandb=true", "--output=unwritten"]) == 2
+        message = capsys.readouterr().err
+        assert f"--wandb: expected {words}" in message
+        assert message.count("\n") == 1
+    assert not (here / "unwritten").exists()
+
+
 def test_report_of_too_many_runs_raises(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedekd.cli.report.MAX_RUNS", 2)
     with pytest.raises(ValueError, match="expected at most 2 runs, got 3"):

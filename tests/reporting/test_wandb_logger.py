@@ -368,18 +368,18 @@ def test_mode_prefers_wandb_mode_then_argument_then_credentials(monkeypatch, tmp
     monkeypatch.setattr(
         wandb,
         "setup",
-        lambda: SimpleNamespace(settings=SimpleNamespace(base_url="https://wandb.example.org")),
+        lambda: SimpleNamespace(settings=SimpleNamespace(base_url="https://wandb.example.org", mode="shared")),
     )
     assert (choose_mode(None), choose_mode(True), choose_mode(False)) == ("offline", "offline", "online")
     (tmp_path / "netrc").write_text("machine other.example.org login user password x\n")
     assert not is_logged_in()
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password x\n")
     assert is_logged_in()
-    assert choose_mode(None) is None  # the settings of W&B decide
+    assert choose_mode(None) == "shared"  # the settings of W&B decide
     (tmp_path / "netrc").write_text("not a netrc file")
     assert choose_mode(None) == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert choose_mode(None) is None
+    assert choose_mode(None) == "shared"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert (choose_mode(None), choose_mode(False)) == ("disabled", "disabled")
 
@@ -419,14 +419,14 @@ def test_report_is_logged_to_the_run_of_its_folder(tmp_path, monkeypatch, has_ur
     report = report_folder(tmp_path, "fedekd.reporting.wandb_logger.WandbRunLogger")
     run_id = own_run_id(tmp_path)
     if has_url:
-        (tmp_path / "wandb" / "url").write_text("https://wandb.example.org/team/project/runs/x\n")
+        (tmp_path / "wandb" / "url").write_text("https://wandb.example.org/team/my%20project/runs/x\n")
     run, given = FakeReportRun({}, 4), {}
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(requests, "head", lambda url, timeout: None)
     monkeypatch.setattr(wandb, "init", lambda **arguments: given.update(arguments) or run)
     assert log_report(tmp_path, report) == run.url
     assert (given["id"], given["resume"]) == (run_id, "must")
-    assert (given["entity"], given["project"]) == (("team", "project") if has_url else ("e", "p"))
+    assert (given["entity"], given["project"]) == (("team", "my project") if has_url else ("e", "p"))
     assert (run.artifact.name, run.artifact.type, run.aliases) == (f"report-{run_id}", "report", ["latest"])
     assert [*run.artifact.manifest.entries] == ["index.html"]
     assert "<p>Δ</p>" in run.logged[0]["report"].html
@@ -434,7 +434,13 @@ def test_report_is_logged_to_the_run_of_its_folder(tmp_path, monkeypatch, has_ur
 
 @pytest.mark.parametrize(
     ("problem", "words"),
-    [("no run", "that W&B has logged"), ("offline", "a W&B server"), ("unknown", "wandb sync .*offline-run")],
+    [
+        ("no run", "that W&B has logged"),
+        ("offline", "a W&B server"),
+        ("settings", "a W&B server"),
+        ("offline run", "an offline run"),
+        ("unknown", "wandb sync .*offline-run"),
+    ],
 )
 def test_report_that_cannot_be_logged_is_one_line(tmp_path, monkeypatch, problem, words):
     report = report_folder(tmp_path, "fedekd.reporting.wandb_logger.WandbRunLogger")
@@ -443,8 +449,17 @@ def test_report_that_cannot_be_logged_is_one_line(tmp_path, monkeypatch, problem
     monkeypatch.setenv("WANDB_MODE", "offline" if problem == "offline" else "online")
     monkeypatch.setattr(requests, "head", lambda url, timeout: None)
 
+    if problem == "settings":  # as `wandb offline` writes them
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("WANDB_API_KEY", "x")
+        settings = SimpleNamespace(base_url="https://wandb.example.org", mode="offline")
+        monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
     def init(**_):
-        raise wandb.errors.UsageError("no such run")
+        if problem == "unknown":
+            raise wandb.errors.UsageError("no such run")
+        run = FakeReportRun({}, 4)
+        run.offline = True
+        return run
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UserError, match=words) as raised:
