@@ -10,6 +10,7 @@ from typing import Any
 
 from fedekd.configuration.options import build_parts, federation_parser, parse, parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
+from fedekd.data.formats import format_of
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
@@ -35,7 +36,7 @@ class SiteParts:
         spec: How networks are built and trained.
         privacy: Noise of updates, if any.
         do_no_harm: Rule by which the site deploys the federated model; None deploys it always.
-        config: All options as plain values, the content of `config.yaml`.
+        config: All options as plain values, the content of `config.yaml`; paths of data and weights are absolute.
     """
 
     number: int
@@ -111,7 +112,8 @@ class SiteParts:
         check_round_selection(spec, [splits])
         check_schedule(spec, [splits], method.scheduled_epochs(spec))
         rules = parts["privacy"], parts["do_no_harm"]
-        return cls(number, sites, own_data, data, splits, method, spec, *rules, parts["config"])
+        config = _with_absolute_paths(parts["config"])
+        return cls(number, sites, own_data, data, splits, method, spec, *rules, config)
 
     @property
     def samples(self) -> Samples:
@@ -136,11 +138,28 @@ def _own_data_options(options: Sequence[str], data: str) -> list[str]:
             f"data.site_column: expected null with data in --node-config, whose file is one site, got {column!r}. Set"
             " --data.site_column=null, and leave the column out by --data.ignored_columns"
         )
-    path = Path(data).expanduser()
-    # Absolute: later commands run in another working folder.
-    data = str(path.resolve()) if path.exists() else data
     # One client: with `auto`, the number of threads depends on it.
     return [*options, f"--data.dataset={data}", "--data.sites=null", "--data.num_clients=1", "--logger=null"]
+
+
+def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with absolute paths, for commands in another working folder.
+
+    Symbolic links are kept: the suffix of a link, not of its target, is that of the format.
+    """
+    data, client = dict(config["data"]), dict(config["client"])
+    data["root"] = _absolute(data["root"])
+    if isinstance(data["sites"], str):
+        data["sites"] = _absolute(data["sites"])
+    if data["dataset"] is not None and format_of(Path(data["dataset"]).expanduser()) is not None:  # else a name
+        data["dataset"] = _absolute(data["dataset"])
+    if client["private_weights"] is not None:
+        client["private_weights"] = _absolute(client["private_weights"])
+    return {**config, "data": data, "client": client}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _splits(module: FederatedDataModule, number: int, sites: int, own_data: str | None) -> ClientSplits:

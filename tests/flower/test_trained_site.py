@@ -19,6 +19,7 @@ pytest.importorskip("flwr")
 from flwr.app import Message
 
 from fedekd.cli import main
+from fedekd.configuration.site_parts import SiteParts
 from fedekd.configuration.trained import open_run, open_site
 from fedekd.data.sources import SOURCES
 from fedekd.early_exit import ExitPolicy
@@ -189,15 +190,18 @@ def test_site_regression_of_a_table_predicts_values_of_its_own_file(
 ) -> None:
     table = pd.read_csv(str(SOURCES["heart_disease"].load))
     table = table[table["site"] == "hungarian"].drop(columns="site").dropna(subset=["chol"])
-    table.to_csv(tmp_path / "own.csv", index=False)
+    table.to_csv(tmp_path / "stored", index=False)
+    (tmp_path / "own.csv").symlink_to("stored")  # the link has the suffix
     mlp = "{class_path: fedekd.models.MLP, init_args: {hidden: [8]}}"
     options = [
         *(f"--client.private_model={mlp}", f"--client.proxy_model={mlp}", "--data.target_column=chol"),
         *("--task=regression", "--trainer.accelerator=cpu", "--rounds=1", "--client.local_epochs=1"),
     ]
     monkeypatch.chdir(tmp_path)
-    site = Site(options, 1, 3, tmp_path / "folder", data="own.csv", name="Budapest")
-    finish(site)
+    network = SiteParts.from_options(options, 1, 3, "own.csv").spec.build_model("private", "server")
+    torch.save(network.state_dict(), "weights.pt")
+    options.append("--client.private_weights=weights.pt")
+    finish(Site(options, 1, 3, tmp_path / "folder", data="own.csv", name="Budapest"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["predict", "--site", "../folder", "--input", "../own.csv"]) == 0
@@ -219,7 +223,36 @@ def test_site_regression_of_a_table_predicts_values_of_its_own_file(
     )
     table.iloc[1:].to_csv("../own.csv", index=False)
     assert main(["predict", "--site", "../folder", "--input", "less.csv"]) == 2
-    assert "expected the samples of the training, got others. Restore" in error_line()
+    assert "--site: ../folder/site-001: expected the samples of the training, got others. Restore" in error_line()
+
+
+@pytest.mark.parametrize("data", [["--data.dataset=blobs.npz"], ["--data.dataset=blobs", "--data.root=."]])
+def test_site_config_with_relative_paths_opens_in_another_folder(
+    data: list[str],
+    options: list[str],
+    write_blobs: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    write_blobs(tmp_path / "blobs.npz")
+    monkeypatch.chdir(tmp_path)
+    parts = SiteParts.from_options([*options, *data], 1, 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opened = SiteParts.from_config(parts.config, 1, 3, None, None)
+    assert opened.splits.digest(opened.samples) == parts.splits.digest(parts.samples)
+
+
+def test_site_stored_images_with_other_times_are_named_in_the_error(tmp_path: Path, options: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / f"scans/{'well' if number % 2 else 'sick'}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    finish(Site([*options, "--rounds=1", "--data.memory_limit=0"], 0, 3, tmp_path, data=str(tmp_path / "scans")))
+    os.utime(path, (0, 0))
+    with pytest.raises(UserError, match="got others, or files with other modification times"):
+        open_site("test", tmp_path)
 
 
 def test_site_of_unfinished_run_raises_one_line(sites: Sites, images: Path, error_line: Callable[[], str]) -> None:
