@@ -138,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
         reports += _other_reports(folder, [client for client in clients if client not in selected], console)
     for client, policy in pairs:
         path = policy_path(folder, client.number)
-        if config.client is not None:
+        if not config.familywise and (config.client is not None or config.site is not None):
             _warn_of_broken_family(folder, client.number, console)
         policy.save(path)
         console.print(exit_table(policy, client))

@@ -107,6 +107,9 @@ def test_commands_of_a_site_give_the_files_of_the_run(
     for more in (["--familywise"], []):
         for source in ([str(run)], ["--site", str(site)]):
             assert main(["calibrate", *source, "--target_risk=0.6", "--confidence=0.5", *more]) == 0
+            # A site replaces one of the policies of the federation, the run all of them.
+            is_broken = "the replaced policy was one of 3" in capsys.readouterr().out
+            assert is_broken == (source[0] == "--site" and not more)
         policies = [ExitPolicy.load(folder / "exits/client-001.json") for folder in (run, site / "site-001")]
         assert policies[0] == policies[1]
         assert policies[0].simultaneous_clients == (3 if more else 1)
