@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -488,7 +489,8 @@ class Orchestrator:
             with exclusive():  # matplotlib is not thread-safe
                 self.folder.write_figures(summary, self.progress.history, self.data)
             self.folder.finalize(summary, self.progress.history)
-            self.tracker.log_artifacts(self.folder.folder, ARTIFACT_FILES, artifact_metadata(self, summary))
+            metadata = partial(artifact_metadata, self, summary)
+            self.tracker.log_artifacts(self.folder.folder, ARTIFACT_FILES, metadata)
         self.tracker.log_summary(summary)
         self.tracker.close()
         self.observer.finished()
@@ -503,7 +505,8 @@ class Orchestrator:
         for line in self.data.warnings():
             self.observer.warn(line)
         if self.folder is not None:
-            self.tracker.log_config(self.folder.config)
+            # Without the options of loggers: the credentials of one are not for the others.
+            self.tracker.log_config({name: value for name, value in self.folder.config.items() if name != "logger"})
         self.tracker.replay(self.progress.history)
         for url in self.tracker.urls():
             self.observer.logged_at(url)
@@ -522,6 +525,11 @@ class Orchestrator:
             done += cost if round_idx < self.progress.round else 0
         self.observer.started(self.options.rounds, total, done)
 
+    @cached_property
+    def data_digests(self) -> list[str]:
+        """SHA-256 (hex) of the samples of each client."""
+        return [splits.digest(self.data.samples) for splits in self.data.clients]
+
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must agree with, in addition to the configuration."""
         settings = {name: value for name, value in vars(self.method).items() if name != "server_state"}
@@ -532,6 +540,6 @@ class Orchestrator:
             **({} if self.privacy is None else {"privacy": to_json_value(self.privacy)}),
             "spec": to_json_value(self.spec.hash_dict()),
             "metric": self.metrics.primary.name,
-            "data": [splits.digest(self.data.samples) for splits in self.data.clients],
+            "data": self.data_digests,
             **({"sites": self.names} if self.names else {}),
         }

@@ -43,9 +43,9 @@ def artifact_metadata(run: Orchestrator, summary: Mapping[str, Any]) -> dict[str
         "delta",
         "versions",
     )
-    data = "".join(splits.digest(run.data.samples) for splits in run.data.clients)
     values = {name: summary[name] for name in names}
-    return {**values, "clients": len(run.data.clients), "data_sha256": digest(data.encode())}
+    data = digest("".join(run.data_digests).encode())
+    return {**values, "clients": len(run.data.clients), "data_sha256": data}
 
 
 def _summary(run: Orchestrator) -> dict[str, Any]:

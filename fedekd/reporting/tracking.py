@@ -71,7 +71,7 @@ class FederationLogger(Protocol):
     def log_summary(self, summary: Summary) -> None:
         """Log the summary of the run."""
 
-    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Callable[[], Mapping[str, Any]]) -> None:
         """Log files and folders of the finished run, if the logger stores them."""
 
     def finish(self, status: str) -> None:
@@ -134,21 +134,23 @@ class Tracker:
         """Log the summary to each `FederationLogger`."""
         self._call_federation_loggers(lambda logger: logger.log_summary(summary))
 
-    def log_artifacts(self, folder: str | os.PathLike[str], names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    def log_artifacts(
+        self, folder: str | os.PathLike[str], names: Sequence[str], metadata: Callable[[], Mapping[str, Any]]
+    ) -> None:
         """Log the finished run to each `FederationLogger`.
 
         Args:
             folder: Run folder.
             names: Its files and folders of the run; one may be missing.
-            metadata: JSON values that describe the run, with `rounds`.
+            metadata: Returns JSON values that describe the run, with `rounds`. Called by a logger that stores them.
         """
         self._call_federation_loggers(lambda logger: logger.log_artifacts(Path(folder), names, metadata))
 
     def urls(self) -> list[str]:
         """Return the address of the run at each logger that has one (attribute `url`)."""
-        found: list[Any] = []
-        self._call_each(lambda logger: found.append(getattr(logger, "url", None)))
-        return [url for url in found if isinstance(url, str)]
+        urls: list[Any] = []
+        self._call_each(lambda logger: urls.append(getattr(logger, "url", None)))
+        return [url for url in urls if isinstance(url, str)]
 
     def close(self, status: str = "success") -> None:
         """Close every logger, also one that failed; a second call does nothing.

@@ -223,7 +223,7 @@ class WandbRunLogger(WandbLogger):
         run.log({"clients": table, "delta/by_client": delta_chart(table)})
 
     @rank_zero_only
-    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    def log_artifacts(self, folder: Path, names: Sequence[str], metadata: Callable[[], Mapping[str, Any]]) -> None:
         """Log the run as a `model` artifact, if `log_checkpoints` is set.
 
         It is named `model-ID` and has the aliases `latest` and `round-R`. Downloaded, it is a run folder.
@@ -232,14 +232,15 @@ class WandbRunLogger(WandbLogger):
             return
         import wandb
 
-        artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata=dict(metadata))
+        values = dict(metadata())
+        artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata=values)
         for path in (folder / name for name in names):
             # The files of a finished run do not change: W&B need not copy them first.
             if path.is_dir():
                 artifact.add_dir(os.fspath(path), name=path.name, policy="immutable")
             elif path.exists():
                 artifact.add_file(os.fspath(path), policy="immutable")
-        self.experiment.log_artifact(artifact, aliases=["latest", f"round-{metadata['rounds']}"])
+        self.experiment.log_artifact(artifact, aliases=["latest", f"round-{values['rounds']}"])
 
     @rank_zero_only
     def finish(self, status: str) -> None:

@@ -81,7 +81,7 @@ LOGGERS: dict[str, tuple[str, str, Callable[[Path], Content]]] = {
     ["CSVLogger", *(pytest.param(name, marks=pytest.mark.loggers) for name in ("TensorBoardLogger", "MLFlowLogger"))],
 )
 def test_logger_has_all_rounds_and_the_configuration_after_a_kill(name: str, npz: Path, tmp_path: Path) -> None:
-    package, place, content = LOGGERS[name]
+    package, option, content = LOGGERS[name]
     if package:
         pytest.importorskip(package)
     logs, run = tmp_path / "logs", tmp_path / "run"
@@ -89,7 +89,7 @@ def test_logger_has_all_rounds_and_the_configuration_after_a_kill(name: str, npz
     # MLflow stores at most 100 parameters per call, and 250 characters of a value.
     rates = f"--baseline.learning_rates=[{', '.join(str(number / 1024) for number in range(1, 61))}]"
     more = ["--logger.experiment_name=e"] if name == "MLFlowLogger" else []
-    more += [place.format(logs), rates, "--client.optimizer.lr=0.003", f"--baseline_dir={tmp_path}/local"]
+    more += [option.format(logs), rates, "--client.optimizer.lr=0.003", f"--baseline_dir={tmp_path}/local"]
     arguments = options(npz, f"--output={run}", f"{LIGHTNING}{name}", *more)
     assert kill("fsync:27", arguments)
     assert main(["fit", "--resume", str(run)]) == 0
@@ -144,6 +144,8 @@ def test_sweep_run_has_the_parameters_and_all_options(
     config = {item.key: json.loads(item.value_json) for item in items if item.key}
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["client"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert saved.pop("logger")  # its credentials are not for other loggers
+    assert "logger" not in config
     assert {name: config[name] for name in saved} == saved
     assert config.items() >= {name: value for name, value in parameters.items() if name != "client"}.items()
 

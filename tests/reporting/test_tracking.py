@@ -92,7 +92,7 @@ class HoldingLogger(RecordingLogger):
         self.calls.append(("log_summary", summary))
 
     def log_artifacts(self, folder, names, metadata):
-        self.calls.append(("log_artifacts", folder, names, metadata))
+        self.calls.append(("log_artifacts", folder, names, metadata()))
 
     def finish(self, status):
         self.calls.append(("finish", status))
@@ -106,7 +106,7 @@ def test_tracker_sends_each_logger_the_rounds_it_lacks(tmp_path, make_row):
     tracker.log_round(make_row(3))
     tracker.log_round(make_row(3))
     tracker.log_summary({"mean": 1.0})
-    tracker.log_artifacts(tmp_path, ["checkpoints"], {"rounds": 3})
+    tracker.log_artifacts(tmp_path, ["checkpoints"], lambda: {"rounds": 3})
     tracker.close()
     tracker.close()
     logged = [("log_metrics", make_row(round_idx), round_idx) for round_idx in (1, 2, 3)]
@@ -150,7 +150,7 @@ def track(tracker, tmp_path, make_row):
     tracker.log_config({"seed": 0})
     tracker.replay([make_row(1)])
     tracker.log_round(make_row(2))
-    tracker.log_artifacts(tmp_path, ["checkpoints"], {"rounds": 3})
+    tracker.log_artifacts(tmp_path, ["checkpoints"], lambda: {"rounds": 3})
     tracker.log_summary({"mean": 1.0})
     tracker.close()
 

@@ -214,10 +214,12 @@ def test_log_checkpoints_decides_on_the_artifact(tmp_path, make_row, run_folders
     for name in ("config.yaml", "other.txt"):
         (run / name).write_text("seed: 0")
     names, metadata = ("config.yaml", "figures", "checkpoints"), {"rounds": 5, "delta": {"avg": 0.25}}
+    calls = []
     for name, wanted in (("without", False), ("with", True)):
         tracker = start(tmp_path / name, log_checkpoints=wanted)
         tracker.log_round(make_row(1))
-        tracker.log_artifacts(run, names, metadata)
+        tracker.log_artifacts(run, names, lambda: calls.append(0) or metadata)
+        assert len(calls) == wanted  # metadata digest all data
         tracker.close()
         (folder,) = run_folders(tmp_path / name)
         models = [artifact for artifact in read_records(folder, "artifact") if artifact.type == "model"]
@@ -447,13 +449,13 @@ def test_report_that_cannot_be_logged_is_one_line(tmp_path, monkeypatch, problem
     if problem != "no run":
         own_run_id(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline" if problem == "offline" else "online")
-    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
-
     if problem == "settings":  # as `wandb offline` writes them
         monkeypatch.delenv("WANDB_MODE")
         monkeypatch.setenv("WANDB_API_KEY", "x")
         settings = SimpleNamespace(base_url="https://wandb.example.org", mode="offline")
         monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
+
     def init(**_):
         if problem == "unknown":
             raise wandb.errors.UsageError("no such run")
