@@ -95,6 +95,8 @@ def run(argv: Sequence[str]) -> int:
     output, source = Path(config.output), Path(config.input).expanduser()
     check_output(config.output)
     label_prior = parse_label_prior(config.label_prior)
+    expected = "false with --label_prior, which corrects the ensemble and not its members"
+    require(label_prior == TRAIN or not config.members, "--members", expected, True)
     trained = open_trained("predict", config.run, config.site)
     client = select_client(trained, config.client)
     _check_columns(client, config)

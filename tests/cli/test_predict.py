@@ -164,6 +164,10 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
         (["one", "--input", "images.npz", "--output", "blobs.npz/x.csv"], "blobs.npz"),
         (["one", "--input", "images.npz", "--otput", "x.csv"], "--otput"),
         (
+            ["one", "--input", "images.npz", "--members", "true", "--label_prior", "uniform"],
+            "--members: expected false with --label_prior",
+        ),
+        (
             ["one", "--input", "wide.npz"],
             "--input: expected images of (1, 8, 8) (channels, height, width), got (1, 8, 9)",
         ),
