@@ -42,6 +42,7 @@ def overview() -> str:
         "",
         *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         "",
+        "At a site of a Flower run, test, calibrate, predict and export take --site FOLDER in place of RUN.",
         "COMMAND --help lists the options of a command.",
     ]
     return "\n".join(lines)

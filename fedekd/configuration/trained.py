@@ -12,6 +12,7 @@ import fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.site_parts import SiteParts
 from fedekd.data import FederatedDataModule
+from fedekd.data.stored import StoredInputs
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
@@ -111,7 +112,7 @@ def require_one_source(command: str, run: str, site: str | None) -> None:
 
 
 def open_trained(command: str, run: str, site: str | None) -> Trained:
-    """Load a run or a site.
+    """Load a run, or a site where one is given.
 
     Args:
         command: Name of the calling command, for error messages.
@@ -119,9 +120,8 @@ def open_trained(command: str, run: str, site: str | None) -> Trained:
         site: Folder of a site of a Flower run; None for a run.
 
     Raises:
-        UserError: If none or both are given, the training is not finished or damaged, or its data cannot be loaded.
+        UserError: If the training is not finished or damaged, or its data cannot be loaded.
     """
-    require_one_source(command, run, site)
     return open_site(command, Path(site)) if site else open_run(command, Path(run))
 
 
@@ -168,11 +168,13 @@ def open_site(command: str, folder: Path) -> Trained:
     folder = _site_folder(command, folder)
     checkpoint = _load(command, folder)
     notes = checkpoint.notes
-    number, label = notes["number"], f"{command}: {shorten_path(folder)}"
+    number, label = notes["number"], f"{command}: --site: {shorten_path(folder)}"
     parts = SiteParts.from_config(notes["config"], number, notes["sites"], notes["data"], notes["name"])
     if parts.splits.digest(parts.samples) != notes["samples"]:
+        is_stored = isinstance(parts.samples.inputs, StoredInputs)
+        others = "others, or files with other modification times" if is_stored else "others"
         raise UserError(
-            f"{label}: expected the samples of the training, got others. Restore {_source(parts)}, or train again"
+            f"{label}: expected the samples of the training, got {others}. Restore {_source(parts)}, or train again"
         )
     engine = SequentialEngine(parts.method, parts, parts.spec, folder / "local")
     try:
@@ -272,12 +274,12 @@ def _load(command: str, folder: Path) -> Checkpoint:
     checkpoint, messages = CheckpointStore(folder / _TRAINED).load()
     if messages:  # an earlier training would be another model
         raise UserError(
-            f"{command}: {shorten_path(folder / _TRAINED)} is damaged: {messages[0]}. Restore the file, or repeat the"
-            " last round: start the server again with an earlier checkpoint, or a new run"
+            f"{command}: --site: {shorten_path(folder / _TRAINED)} is damaged: {messages[0]}. Restore the file, or"
+            " repeat the last round: start the server again with an earlier checkpoint, or a new run"
         )
     if checkpoint is None:
         raise UserError(
-            f"{command}: --site: expected a site of a finished run, got {shorten_path(folder)}, which has not done the"
-            " last round. Go on with the run: start the server and the sites again"
+            f"{command}: --site: expected a site of a finished run, got an unfinished one in {shorten_path(folder)}."
+            " Resume the run: start the server and the sites again"
         )
     return checkpoint

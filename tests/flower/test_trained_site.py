@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("flwr")
 
@@ -27,6 +29,7 @@ from fedekd.errors import UserError
 from fedekd.federation.run_folder import first_difference
 from fedekd.flower.messages import LAST_ROUND, ROUND, pack
 from fedekd.flower.site import Site
+from fedekd.methods.client import ENSEMBLE, LOCAL
 
 from .conftest import RecordingObserver, Run, ServerStoppedError, Sites, is_equal, run_in_process
 
@@ -141,22 +144,21 @@ def test_export_of_a_site_has_the_weights_of_the_run(
     assert is_equal(ours, theirs)
 
 
-def test_site_uses_the_ensemble_and_the_local_model_that_it_deploys(
-    federations: Callable[..., Federation], images: Path, tmp_path: Path, error_line: Callable[[], str]
+@pytest.mark.parametrize(("rule", "role"), [("true", LOCAL), ("null", ENSEMBLE)])  # few samples are no evidence
+def test_site_uses_the_model_that_it_deploys(
+    rule: str, role: str, federations: Callable[..., Federation], images: Path, tmp_path: Path
 ) -> None:
     federation = federations(
-        "--method=ProxyEnsemble", "--method.proxy_epochs=1", "--method.finetune_epochs=1", "--do_no_harm=true"
+        *("--method=ProxyEnsemble", "--method.proxy_epochs=1", "--method.finetune_epochs=1", "--rounds=1"),
+        f"--do_no_harm={rule}",
     )
-    roles, output = set(), tmp_path / "out.csv"
+    output = tmp_path / "out.csv"
     for number, client in enumerate(open_run("test", federation.run.folder).clients):
         site = ["--site", str(federation.site[number])]
         trained = open_site("test", federation.site[number])
-        deployed = trained.clients[0].deployed_role
-        roles.add(deployed)
-        assert deployed == client.deployed_role
+        assert trained.clients[0].deployed_role == client.deployed_role == role
         comparison = trained.records[number].comparison
-        assert comparison is not None
-        assert (comparison.deployed == "local") == (deployed == "local")
+        assert (None if comparison is None else comparison.deployed) == (LOCAL if role == LOCAL else None)
         predict = ["predict", *site, f"--input={images}", f"--output={output}"]
         assert main(predict) == 0
         x = torch.from_numpy(np.load(images)["images"])[:, None].float() / 127.5 - 1
@@ -164,7 +166,6 @@ def test_site_uses_the_ensemble_and_the_local_model_that_it_deploys(
             labels = client.deployed_model.eval()(x).argmax(1).tolist()
         assert [int(row["label"]) for row in rows(output)] == labels
         assert main(["test", *site]) == 0
-    assert roles == {"local"}  # so few samples are no evidence
 
 
 def test_predict_members_are_the_votes_of_the_ensemble(
@@ -264,7 +265,7 @@ def test_site_of_unfinished_run_raises_one_line(sites: Sites, images: Path, erro
     folder = sites.folder / "hospital-1"
     for command in (["predict", f"--input={images}"], ["calibrate"], ["test"]):
         assert main([*command, "--site", str(folder)]) == 2
-        assert "which has not done the last round" in error_line()
+        assert "--site: expected a site of a finished run, got an unfinished one in" in error_line()
     shutil.copytree(folder / "site-001", folder / "site-002")
     assert main(["test", "--site", str(folder)]) == 2
     assert "expected the folder of one site, got" in error_line()
