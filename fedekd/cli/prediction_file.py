@@ -1,9 +1,9 @@
-"""Rows of `predict`, and their CSV or Parquet file."""
+"""Columns of `predict`, and their CSV or Parquet file."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +79,8 @@ def check_output(output: str) -> None:
         require_pyarrow("--output", "write")
 
 
-def prediction_rows(client: Client, outputs: Outputs, with_probabilities: bool) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each sample of a batch; exits are numbered from 1.
+def prediction_columns(client: Client, outputs: Outputs, with_probabilities: bool) -> dict[str, list[Any]]:
+    """Return the columns of a batch; exits are numbered from 1.
 
     Classification has `label`, `class` if classes have names, `exit` and `score`; `probability_CLASS` if requested;
     and `label_MEMBER` of each member. Regression has `value`, `exit` and `value_MEMBER`.
@@ -91,9 +91,7 @@ def prediction_rows(client: Client, outputs: Outputs, with_probabilities: bool) 
         with_probabilities: Add the probability of each class.
     """
     is_regression = client.spec.task == "regression"
-    columns = _values(outputs) if is_regression else _labels(client, outputs, with_probabilities)
-    for row in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, row, strict=True))
+    return _values(outputs) if is_regression else _labels(client, outputs, with_probabilities)
 
 
 def _values(outputs: Outputs) -> dict[str, list[Any]]:
@@ -122,16 +120,16 @@ def _decimals(values: Tensor) -> list[float]:
     return [round(value, _DECIMALS) for value in values.tolist()]
 
 
-def write_predictions(output: Path, kind: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> None:
+def write_predictions(output: Path, kind: str, predictions: pd.DataFrame, names: Sequence[str] | None) -> None:
     """Write the predictions atomically.
 
     Args:
         output: A .csv or .parquet file.
         kind: First column: `image`, numbered from 0, or `row` of a table, numbered from 1.
-        rows: Rows of `prediction_rows`, at least one.
+        predictions: Columns of `prediction_columns` of all batches.
         names: Name of the file of each image, the second column; None without files.
     """
-    frame = pd.DataFrame(rows)
+    frame = predictions.copy(deep=False)
     if names is not None:
         frame.insert(0, "file", list(names))
     first = int(kind == "row")
