@@ -330,12 +330,17 @@ def resolved_options(values: Mapping[str, Any], coverage: CoverageOptions | None
     client = {name: value for name, value in values["client"].items() if f"client.{name}" not in _CLASSES}
     if client.get("private_weights") is not None:  # by content, wherever the file is
         client["private_weights"] = digest(read_weights(client["private_weights"], "client.private_weights"))
+    scheduler = client.pop("scheduler", None)
+    if scheduler is None:
+        client.pop("scheduler_interval", None)
     plain = {name: value for name, value in values.items() if name not in ("method", "client", "do_no_harm")}
+    if plain["trainer"].get("gradient_clip_val") is None:
+        plain["trainer"] = {k: v for k, v in plain["trainer"].items() if k != "gradient_clip_algorithm"}
     options = dict(_leaves({**plain, "client": client}))
     specs = {"method": values["method"]}
     specs |= {name: values["client"][name.partition(".")[2]] for name in _CLASSES[1:]}
-    if client.get("scheduler") is not None:
-        specs["client.scheduler"] = client.pop("scheduler")
+    if scheduler is not None:
+        specs["client.scheduler"] = scheduler
     for index, model in enumerate(options.pop("client.private_models", None) or ()):
         specs[f"client.private_models.{index}"] = model
     for name, spec in specs.items():

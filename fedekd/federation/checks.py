@@ -109,10 +109,17 @@ def check_schedule(spec: FederationSpec, clients: Sequence[ClientSplits], epochs
     if options.scheduler is None:
         return
     if options.scheduler_interval == "step":
-        full, rest = divmod(max(len(splits.train) for splits in clients), spec.batch_size)
-        batches = max(full + (rest > 1), 1)  # a single sample may be left out, see `TensorBatches`
+        # With a last batch of one sample, which networks without BatchNorm train on.
+        batches = -(-max(len(splits.train) for splits in clients) // spec.batch_size)
         epochs *= -(-batches // spec.trainer.accumulate_grad_batches)
-    check_scheduler(options.scheduler, options.optimizer, epochs)
+    try:
+        check_scheduler(options.scheduler, options.optimizer, epochs)
+    except UserError as error:
+        report = str(error).partition("It reports: ")[2] or str(error)
+        raise UserError(
+            f"client.scheduler: expected a schedule of at least {epochs} {options.scheduler_interval}s, got"
+            f" {shorten(repr(options.scheduler))}. It reports: {report}"
+        ) from error
 
 
 def _shares_parameters(network: nn.Module, others: Sequence[nn.Module]) -> bool:
@@ -133,7 +140,7 @@ def check_round_selection(spec: FederationSpec, clients: Sequence[ClientSplits])
     for splits in clients if spec.select_round == "best" else ():
         if not len(getattr(splits, SELECTION_SPLIT)):
             raise UserError(
-                f"select_round: expected last, or tuning samples of every client; {splits.label} has none."
+                f"select_round: expected tuning samples of every client for best, got none of {splits.label}."
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )
 

@@ -40,7 +40,7 @@ _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _FUNCTIONS = ("lr_lambda", "scale_fn")
 
 #: Scheduler steps that are tried before training.
-_MOST_STEPS = 10_000
+_MOST_STEPS = 100_000
 
 
 def build_optimizer(
@@ -123,7 +123,7 @@ def check_scheduler(spec: ModelSpec, optimizer: ModelSpec, steps: int = 1) -> No
     Args:
         spec: The scheduler: `class_path` and optionally `init_args`.
         optimizer: The optimizer, likewise.
-        steps: Number of steps, of which the first 10,000 are taken. Default 1.
+        steps: Number of steps, of which the first 100,000 are taken. Default 1.
 
     Raises:
         UserError: If the scheduler needs a metric, rejects its arguments, ends before these steps, or has state other

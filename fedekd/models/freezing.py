@@ -87,10 +87,10 @@ def _mark(part: nn.Module, frozen: set[int], within: bool) -> None:
     """Record the frozen tensors of a module and of its submodules."""
     parameters = [*part.parameters()]
     is_frozen = all(id(parameter) in frozen for parameter in parameters) if parameters else within
-    own = [name for name, tensor in part._parameters.items() if id(tensor) in frozen]
-    own += [name for name in part._buffers if is_frozen and name not in part._non_persistent_buffers_set]
-    if own:
-        setattr(part, _MARK, tuple(own))
+    names = [name for name, tensor in part._parameters.items() if id(tensor) in frozen]
+    names += [name for name in part._buffers if is_frozen and name not in part._non_persistent_buffers_set]
+    if names:
+        setattr(part, _MARK, tuple(names))
     for child in part.children():
         _mark(child, frozen, is_frozen)
 

@@ -77,7 +77,7 @@ def build_pretrained(factory: Callable[..., Any], arguments: Mapping[str, Any], 
                 network = factory(**given)
         except _UNREADABLE as error:
             raise UserError(
-                f"expected the weights {given['weights']}, downloaded or in {hub.get_dir()}/checkpoints. It failed:"
+                f"expected the weights {given['weights']}, by download or in {hub.get_dir()}/checkpoints, got"
                 f" {describe_error(error, 120)}. Copy their file there, or set --client.private_weights"
             ) from error
         if not has_auxiliary and getattr(network, "aux_logits", False):  # of Inception

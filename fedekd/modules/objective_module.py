@@ -250,9 +250,9 @@ class ObjectiveModule(LightningModule):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval},
             }
-        if self.lr_factor != 1.0:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.lr_factor  # the loaded state has the rate of the last phase
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if rate is not None:  # the loaded state has the rate of the last phase, which a callback may have changed
+                group["lr"] = rate * self.lr_factor
         return optimizer
 
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any | None) -> None:

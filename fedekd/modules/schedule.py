@@ -14,6 +14,9 @@ from fedekd.errors import UserError, describe_error
 
 Interval = Literal["epoch", "step"]
 
+#: Entries of a group that an optimizer decides anew in each phase, and no scheduler changes.
+_OF_OPTIMIZER = ("params", "fused", "foreach", "capturable", "differentiable")
+
 
 class Schedule:
     """Learning rate schedule of one training phase.
@@ -101,7 +104,7 @@ class Schedule:
         if self.scheduler is None:
             return None if self.state is None else dict(self.state)
         groups = [
-            {name: value for name, value in group.items() if name != "params"} | {"lr": rate}
+            {name: value for name, value in group.items() if name not in _OF_OPTIMIZER} | {"lr": rate}
             for group, rate in zip(self.scheduler.optimizer.param_groups, self._rates, strict=True)
         ]
         return copy.deepcopy({"scheduler": self.scheduler.state_dict(), "groups": groups})

@@ -235,11 +235,12 @@ class TrainerFactory:
         if self.callbacks:
             # Delta compares with as many epochs of the local baseline.
             batches_done, expected = trainer.fit_loop.total_batch_idx + 1, epochs * trainer.num_training_batches
+            epochs_done = trainer.current_epoch  # more than `epochs` with StochasticWeightAveraging and BatchNorm
             require(
-                not expected or (trainer.current_epoch == epochs and batches_done >= expected),  # SWA adds a pass
+                not expected or (epochs_done == epochs and batches_done >= expected),
                 "trainer.callbacks",
                 f"callbacks that keep the {epochs} epochs of {trainer.num_training_batches} batches of a phase",
-                f"{batches_done} batches",
+                f"{epochs_done} epochs and {batches_done} batches",
             )
         # Trainers form reference cycles, which only the garbage collector frees: drop large objects now.
         trainer.strategy.optimizers = []

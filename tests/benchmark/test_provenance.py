@@ -84,6 +84,10 @@ def test_key_depends_on_scheduler_callbacks_and_gradients_but_not_on_the_machine
     ]
     keys = [cells([Block(["digits"], [0.1], [0], LOCAL, options)])[0].key for options in different]
     assert len(set(keys)) == len(keys)
+    without = {"client.scheduler_interval": "step", "trainer.gradient_clip_algorithm": "value"}
+    assert cells([Block(["digits"], [0.1], [0], LOCAL, without)])[0].key == keys[0]
+    default = {"client.scheduler": {"class_path": "StepLR", "init_args": {"step_size": 1, "gamma": 0.1}}}
+    assert cells([Block(["digits"], [0.1], [0], LOCAL, default)])[0].key == keys[1]
     machine = {"trainer.loop": "lean", "trainer.threads": 3, "trainer.precision": "64-true", "trainer.capture": False}
     assert cells([Block(["digits"], [0.1], [0], LOCAL, machine)])[0].key == keys[0]
 

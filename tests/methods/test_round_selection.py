@@ -178,7 +178,9 @@ def test_selection_uses_the_tuning_split(federate: Federate) -> None:
 
 def test_selection_without_tuning_samples_raises(federate: Federate, npz: Path) -> None:
     data = FederatedDataModule(str(npz), num_clients=3, alpha=5.0, fractions=(0.8, 0.0, 0.2))
-    with pytest.raises(UserError, match=r"select_round: expected last, or tuning samples of every client; client 0"):
+    with pytest.raises(
+        UserError, match=r"select_round: expected tuning samples of every client for best, got none of client 0"
+    ):
         run_of(federate, FedAvg(), "best", data=data)
     with pytest.raises(UserError, match="select_round: expected one of last, best, got 'first'"):
         RoundOptions(select_round="first")

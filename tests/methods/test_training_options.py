@@ -51,11 +51,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "accumulation": ({}, {"accumulate_grad_batches": 2}),
     "epochs": ({"scheduler": EXPONENTIAL, "lr_decay": 0.5}, {}),
     "steps, lean": ({"scheduler": CYCLIC, "scheduler_interval": "step"}, {"loop": "lean"}),
+    "momentum": ({"scheduler": EXPONENTIAL, "optimizer": SGD}, {}),
     "best round": ({"scheduler": {**EXPONENTIAL, "init_args": {"gamma": 100.0}}}, {}),
 }
 RUNS: list[tuple[str, type[Method]]] = [
     *((name, FedeKD) for name in OPTIONS),
     *(("steps, lean", method) for method in (Local, FedAvg, FedType, FML, ProxyEnsemble)),
+    ("momentum", FML),
     *(("best round", method) for method in (FedAvg, ProxyEnsemble)),
 ]
 
@@ -230,7 +232,9 @@ def test_schedule_with_fewer_steps_than_epochs_is_refused_before_training(federa
         federate(Local(), client=ClientOptions(scheduler=torch_scheduler("OneCycleLR", max_lr=1.0, total_steps=steps)))
 
     run(4)  # two rounds of two epochs
-    with pytest.raises(UserError, match=r"client\.scheduler: .*OneCycleLR.* total steps is 3"):
+    with pytest.raises(
+        UserError, match=r"client\.scheduler: expected a schedule of at least 4 epochs, got .* total steps is 3"
+    ):
         run(3)
 
 

@@ -107,7 +107,7 @@ def test_weights_that_cannot_be_read_raise_one_line_user_error(
         raise error
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
-    words = rf"expected the weights .*IMAGENET1K_V1, downloaded or in .*checkpoints\. It failed: {type(error).__name__}"
+    words = rf"expected the weights .*IMAGENET1K_V1, by download or in .*checkpoints, got {type(error).__name__}"
     with pytest.raises(UserError, match=words) as caught:
         build("resnet18", 0)
     assert "\n" not in str(caught.value)
@@ -115,7 +115,7 @@ def test_weights_that_cannot_be_read_raise_one_line_user_error(
 
 def test_weights_of_another_network_raise_one_line_user_error(install: Install) -> None:
     install({"fc.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"expected the weights .* It failed: RuntimeError") as caught:
+    with pytest.raises(UserError, match=r"expected the weights .* got RuntimeError") as caught:
         build("resnet18", 0)
     assert "\n" not in str(caught.value)
 

@@ -85,7 +85,7 @@ def test_each_phase_has_new_callbacks_that_see_its_hooks(monkeypatch: pytest.Mon
 
 
 def test_callback_that_ends_a_phase_early_raises() -> None:
-    words = r"trainer\.callbacks: .* keep the {} epochs of 2 batches of a phase, got '{} batches'"
+    words = r"trainer\.callbacks: .* keep the {} epochs of 2 batches of a phase, got '[0-9] epochs and {} batches'"
     with pytest.raises(UserError, match=words.format(3, 2)):
         fit(3, callbacks=f"{HERE}.Stopper")
     fit(1, callbacks=f"{HERE}.Stopper")
