@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fedekd.cli import main
 from fedekd.configuration.trained import open_trained
+from fedekd.errors import UserError
 from fedekd.export import comparison, load_network, load_served
 from fedekd.export.comparison import framework_outputs, near_thresholds, open_session, session_outputs
-from fedekd.export.folder import write_folder
+from fedekd.export.folder import CARD, check_folder, write_folder
 from fedekd.models import MultiExitNetwork
 
 safetensors = pytest.importorskip("safetensors")
@@ -205,23 +206,42 @@ def test_export_unsupported_operator_names_the_layer(
 
 
 @pytest.mark.parametrize("has_earlier", [False, True])
-def test_write_folder_killed_leaves_no_part_of_it(tmp_path: Path, has_earlier: bool) -> None:
+@pytest.mark.parametrize(("function", "calls"), [("fsync", 2), ("rename", 1), ("rename", 2)])
+def test_write_folder_killed_leaves_no_part_of_it(tmp_path: Path, has_earlier: bool, function: str, calls: int) -> None:
     folder = tmp_path / "out"
     if has_earlier:
-        folder.mkdir()
-        (folder / "a").write_text("earlier")
-    sync, calls = os.fsync, []
+        write_folder(folder, {"a": b"earlier", CARD: b'{"files": [{"name": "a"}]}'})
+    elif calls == 2 and function == "rename":
+        return  # one rename is enough
+    owner = os if function == "fsync" else Path
+    wrapped, made = getattr(owner, function), []
 
-    def fsync(file: int) -> None:
-        calls.append(file)
-        if len(calls) == 2:
+    def kill_at(*arguments: object) -> object:
+        made.append(arguments)
+        if len(made) == calls:
             os.kill(os.getpid(), signal.SIGKILL)
-        sync(file)
+        return wrapped(*arguments)
 
     child = os.fork()
     if not child:
-        os.fsync = fsync
+        setattr(owner, function, kill_at)
         write_folder(folder, dict.fromkeys("abc", b"new"))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.read_text() for path in folder.glob("*")] == (["earlier"] if has_earlier else [])
+    check_folder(folder)  # as at the next start
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if has_earlier else [])
+    assert [(folder / "a").read_text()] == ["earlier"] if has_earlier else not folder.exists()
+
+
+def test_check_folder_with_files_of_the_user_raises_and_keeps_them(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    write_folder(folder, {"model.onnx": b"", CARD: b'{"files": [{"name": "model.onnx"}]}'})
+    check_folder(folder)
+    for name in ("notes.txt", "model.pt2"):
+        (folder / name).write_text("kept")
+        with pytest.raises(UserError, match="expected a new folder or one of an earlier export"):
+            check_folder(folder)
+        (folder / name).unlink()
+    (folder / CARD).write_text("[]")
+    with pytest.raises(UserError, match="which has other files"):
+        check_folder(folder)
