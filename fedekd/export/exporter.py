@@ -26,7 +26,7 @@ from fedekd.export.comparison import (
     round_off_margins,
     session_outputs,
 )
-from fedekd.export.folder import CARD
+from fedekd.export.folder import CARD, CARD_TEXT
 from fedekd.export.programs import onnx_program, torch_program
 from fedekd.export.served import ServedNetwork
 from fedekd.export.specification import ModelSpecification, deployed_tensors, specify
@@ -88,7 +88,7 @@ def export_model(data: FederatedDataModule, client: Client, format: str, facts: 
             files[EARLY] = onnx_program(served, specification.inputs, metadata, early_exit=True)
         differences, times = _verify_onnx(files, expected, specification)
     card = card_values(client, specification, facts, files, differences)
-    cards = {CARD: json.dumps(card, indent=1).encode() + b"\n", "model_card.md": card_text(card).encode()}
+    cards = {CARD: json.dumps(card, indent=1).encode() + b"\n", CARD_TEXT: card_text(card).encode()}
     return Export(files | cards, differences, times)
 
 
@@ -105,7 +105,7 @@ def _copy(network: nn.Module) -> nn.Module:
 
 def _verify_weights(name: str, content: bytes, expected: HeldOut) -> Difference:
     tensors, specification = unpack_export(content, name)
-    served = specification.build_served(tensors)
+    served = specification.build_served(tensors, specification.modules)
     outputs = module_outputs(served, specification.task, expected.raw)
     return compare(name, outputs, expected, specification.target_scale)
 

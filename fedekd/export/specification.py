@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from fedekd.tasks import Task, require_task
 FORMAT = 1
 """Version of the specification; other versions are rejected."""
 
+_PACKAGES = ("fedekd.models", "torchvision.models", "timm")
+"""Packages whose networks are built without `trusted_modules`."""
+
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 State = Mapping[str, Tensor]
@@ -31,7 +36,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ModelSpecification:
-    """What is needed to build a deployed model, except its tensors.
+    """Specification of a deployed model, without its tensors.
 
     Args:
         task: `classification` or `regression`.
@@ -94,24 +99,37 @@ class ModelSpecification:
         """
         try:
             values = json.loads(text)
-            require(values.pop("format") == FORMAT, "format of the export", FORMAT.__str__(), text[:40])
+            version = values.pop("format")
+            require(version == FORMAT, "format of the export", str(FORMAT), version)
             for name in ("input_shape", "classes", "members", "margins"):
                 values[name] = tuple(values[name])
             return cls(**values | {"inputs": InputFormat.from_json(values["inputs"])})
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"export: expected a specification of fedekd, got {describe_error(error)}") from error
 
-    def build(self, state: State) -> nn.Module:
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules of the class paths."""
+        return tuple(values["class_path"].rpartition(".")[0] for values in self.networks.values())
+
+    def build(self, state: State, trusted_modules: Sequence[str] = ()) -> nn.Module:
         """Build the network with its tensors.
 
         Args:
             state: Tensors by name; those of an ensemble have the prefix of their member.
+            trusted_modules: Modules or packages that may be imported for a network, besides `fedekd.models`,
+                `torchvision.models` and `timm`.
 
         Returns:
             Network on the CPU in evaluation mode: plain, with exits, or an ensemble. Its inputs are preprocessed ones.
+
+        Raises:
+            UserError: If a class path is not one of a network of these packages, or the network cannot be built.
         """
+        for values in self.networks.values():
+            _require_network(values["class_path"], trusted_modules)
         if not self.members:
             return self._network(self.deployed, _without_prefix(state, "", self._other_prefixes))
         members = {role: self._network(role, _without_prefix(state, f"{role}.")) for role in self.members}
@@ -122,13 +140,14 @@ class ModelSpecification:
     def _other_prefixes(self) -> tuple[str, ...]:
         return tuple(f"{role}." for role in self.networks if role != self.deployed)
 
-    def build_served(self, state: State) -> ServedNetwork:
-        """Build the deployed model, from raw inputs to predictions."""
+    def build_served(self, state: State, trusted_modules: Sequence[str] = ()) -> ServedNetwork:
+        """Build the deployed model, from raw inputs to predictions; see `build`."""
+        network = self.build(state, trusted_modules)
         policy = None if self.policy is None else ExitPolicy.from_json(self.policy)
         proxy = None
         if policy is not None and policy.uses_proxy:
             proxy = self._network("proxy", _without_prefix(state, "proxy."))
-        return self.serve(self.build(state), policy, proxy)
+        return self.serve(network, policy, proxy)
 
     def serve(self, network: nn.Module, policy: ExitPolicy | None, proxy: nn.Module | None) -> ServedNetwork:
         """Add preprocessing and exit policy to a network."""
@@ -159,6 +178,52 @@ class ModelSpecification:
             network = network.shallow(values["depth"])
         network.to(_DTYPES[self.dtype]).load_state_dict(state)
         return network.eval()
+
+
+def _require_network(class_path: str, trusted_modules: Sequence[str]) -> None:
+    """Check that a class path is one of a network, before anything is called.
+
+    Raises:
+        UserError: If it is neither an `nn.Module` of a known package, a builder of torchvision or timm, nor of a
+            trusted module.
+    """
+    module_name, _, name = class_path.rpartition(".")
+    if _is_within(module_name, trusted_modules):
+        return
+    factory = None
+    if _is_within(module_name, _PACKAGES):
+        try:
+            factory = getattr(import_module(module_name), name, None)
+        except ImportError as error:
+            raise UserError(f"class_path: expected a network, got {class_path!r}. {describe_error(error)}") from error
+    is_network = isinstance(factory, type) and issubclass(factory, nn.Module)
+    require(
+        is_network or _is_builder(factory),
+        "class_path",
+        f"a network of {', '.join(_PACKAGES)}",
+        class_path,
+        f"If you trust the file, load it with trusted_modules=({module_name!r},)",
+    )
+
+
+def _is_within(module_name: str, packages: Sequence[str]) -> bool:
+    return any(f"{module_name}.".startswith(f"{package}.") for package in packages)
+
+
+def _is_builder(factory: Any) -> bool:
+    """Check for a registered function of torchvision or timm that returns a network."""
+    if not inspect.isfunction(factory):
+        return False
+    package, name = factory.__module__.partition(".")[0], factory.__name__
+    if package == "torchvision":
+        from torchvision.models import list_models
+
+        return name in list_models()
+    if package == "timm":
+        from timm import create_model, is_model
+
+        return factory is create_model or is_model(name)
+    return False
 
 
 def _without_prefix(state: State, prefix: str, others: tuple[str, ...] = ()) -> State:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from fedekd.errors import UserError, require
+from fedekd.errors import UserError, describe_error, require, shorten_path
 from fedekd.export.served import ServedNetwork
 from fedekd.export.specification import ModelSpecification
 from fedekd.models.weights import METADATA_KEY, read_weights, unpack_safetensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def weights_file(tensors: Mapping[str, Tensor], specification: ModelSpecification) -> bytes:
@@ -34,11 +37,13 @@ def weights_file(tensors: Mapping[str, Tensor], specification: ModelSpecificatio
     return content
 
 
-def load_network(path: str | Path) -> nn.Module:
+def load_network(path: str | Path, trusted_modules: Sequence[str] = ()) -> nn.Module:
     """Load the network of a file that `fedekd export --format safetensors` wrote.
 
     Args:
         path: Path of the file.
+        trusted_modules: Modules or packages of your own networks, which the file may import. Without it, only networks
+            of `fedekd.models`, `torchvision.models` and `timm` are built. Default: none.
 
     Returns:
         Network on the CPU in evaluation mode, for training or inference: a plain one, a
@@ -52,17 +57,19 @@ def load_network(path: str | Path) -> nn.Module:
         >>> network = load_network("exported/model.safetensors")  # doctest: +SKIP
     """
     tensors, specification = read_export(path)
-    return specification.build(tensors)
+    return _built(path, lambda: specification.build(tensors, trusted_modules))
 
 
-def load_served(path: str | Path) -> ServedNetwork:
+def load_served(path: str | Path, trusted_modules: Sequence[str] = ()) -> ServedNetwork:
     """Load the deployed model of a file that `fedekd export` wrote.
 
     Args:
         path: Path of the safetensors file.
+        trusted_modules: As in `load_network`.
 
     Returns:
-        Module on the CPU in evaluation mode; `network` and `policy` are its parts.
+        Module on the CPU in evaluation mode, from raw inputs (B, ...) to the outputs named by `OUTPUTS`; `network` and
+        `policy` are its parts.
 
     Raises:
         UserError: As `load_network`.
@@ -71,7 +78,19 @@ def load_served(path: str | Path) -> ServedNetwork:
         >>> label, probabilities, *_ = load_served("exported/model.safetensors")(images)  # doctest: +SKIP
     """
     tensors, specification = read_export(path)
-    return specification.build_served(tensors)
+    return _built(path, lambda: specification.build_served(tensors, trusted_modules))
+
+
+def _built(path: str | Path, build: Callable[[], Model]) -> Model:
+    try:
+        return build()
+    except UserError as error:
+        raise UserError(f"path: {shorten_path(path)}: {error}") from error
+    except Exception as error:  # tensors that do not fit raise several classes
+        raise UserError(
+            f"path: expected tensors that fit the specification, got {shorten_path(path)} with"
+            f" {describe_error(error, 120)}"
+        ) from error
 
 
 def read_export(path: str | Path) -> tuple[dict[str, Tensor], ModelSpecification]:

@@ -63,7 +63,7 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
     """
     if path.endswith(".safetensors"):
         tensors, metadata = unpack_safetensors(data, path, option)
-        state = _private_tensors(tensors, metadata)
+        state = _private_tensors(tensors, metadata, path, option)
         require(bool(state), option, "a file with a private model", shorten_path(path))
         return state
     try:
@@ -130,12 +130,19 @@ def unpack_safetensors(content: bytes, path: str, option: str) -> tuple[dict[str
     return tensors, header.get("__metadata__", {})
 
 
-def _private_tensors(tensors: State, metadata: Mapping[str, str]) -> State:
+def _private_tensors(tensors: State, metadata: Mapping[str, str], path: str, option: str) -> State:
     """Return the tensors of the private model of an exported one."""
-    specification = json.loads(metadata.get(METADATA_KEY, "{}"))
-    if specification.get("members"):
+    try:
+        specification = json.loads(metadata.get(METADATA_KEY, "{}"))
+        is_ensemble, roles = bool(specification.get("members")), list(specification.get("networks", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{option}: expected a file of fedekd export, or one without the metadata '{METADATA_KEY}', got"
+            f" {shorten_path(repr(path))}"
+        ) from error
+    if is_ensemble:
         return {name.removeprefix("private."): tensors[name] for name in tensors if name.startswith("private.")}
-    others = tuple(f"{role}." for role in list(specification.get("networks", {}))[1:])
+    others = tuple(f"{role}." for role in roles[1:])
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
 
 
