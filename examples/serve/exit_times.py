@@ -26,11 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=300, help="Measured images.")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.runs < 1:
+            raise InputError(f"--runs: expected at least 1, got {arguments.runs}")
         model = OnnxModel(arguments.folder)
         paths = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        inputs = [model.decode_image(path.read_bytes()) for path in paths[: arguments.runs]]
-        if not inputs:
-            raise InputError(f"{arguments.images}: expected PNG or JPEG images")
+        if not paths:
+            raise InputError(f"{arguments.images}: expected PNG or JPEG images, got none")
+        count = min(arguments.runs, len(paths))  # regular steps: one folder may have one class
+        inputs = [model.decode_image(paths[run * len(paths) // count].read_bytes()) for run in range(count)]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

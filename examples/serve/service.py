@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -38,25 +39,27 @@ def create_app(model: OnnxModel) -> FastAPI:
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, Any]:
         """Return `predictions`, one row per sample."""
-        if int(request.headers.get("content-length", 0)) > LARGEST_BODY:
-            raise HTTPException(413, f"expected at most {LARGEST_BODY} bytes")
-        body = await request.body()
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST_BODY:
+                raise HTTPException(413, f"expected at most {LARGEST_BODY} bytes, got more")
         try:
-            inputs = _inputs(model, body, request.headers.get("content-type", ""))
+            content_type = request.headers.get("content-type", "")
+            return {"predictions": await run_in_threadpool(_predictions, model, bytes(body), content_type)}
         except InputError as error:
             raise HTTPException(422, str(error)) from error
-        return {"predictions": await run_in_threadpool(model.predict, inputs)}
 
     return app
 
 
-def _inputs(model: OnnxModel, body: bytes, content_type: str) -> Any:
+def _predictions(model: OnnxModel, body: bytes, content_type: str) -> list[dict[str, Any]]:
     if not content_type.startswith("application/json"):
-        return model.decode_image(body)
+        return model.predict(model.decode_image(body))
     try:
         values = json.loads(body)
-    except ValueError as error:
-        raise InputError("expected JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"expected JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict) or "inputs" not in values:
-        raise InputError('expected an object with "inputs"')
-    return model.decode_json(values["inputs"])
+        raise InputError(f'expected an object with "inputs", got {reprlib.repr(values)}')
+    return model.predict(model.decode_json(values["inputs"]))

@@ -38,7 +38,7 @@ FORMATS = ("safetensors", "torch", "onnx")
 """Formats of an export."""
 
 FULL, EARLY = "model.onnx", "model_early_exit.onnx"
-"""Names of the ONNX files: any batch size; one sample, which leaves at its exit."""
+"""Names of the ONNX files: any batch size; one sample, for which nothing is computed after its exit."""
 
 
 @dataclass(frozen=True)
