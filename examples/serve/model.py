@@ -106,7 +106,7 @@ class OnnxModel:
             raise InputError(f"expected JSON, got a file: the model takes {self.format['name']} of shape {self.shape}")
         channels, height, width = self.shape
         try:
-            image = Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content))
             self._check_header(image)
             image = ImageOps.exif_transpose(image)
             if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
