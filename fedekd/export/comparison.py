@@ -48,7 +48,7 @@ class HeldOut:
     Attributes:
         raw: Raw inputs, shape (n, ...), as the exported model takes them.
         outputs: Outputs of the framework.
-        near: Whether a score of the sample is within `TIE` of a threshold, shape (n,).
+        near: Whether the score of each exit before the last is within `TIE` of a threshold, shape (n, E - 1).
     """
 
     raw: Tensor
@@ -191,14 +191,14 @@ def _round_off(score: float) -> float:
 
 
 def near_thresholds(served: ServedNetwork, raw: Tensor) -> npt.NDArray[np.bool_]:
-    """Return which samples have a score within `TIE` of a limit, shape (n,)."""
-    near = np.zeros(len(raw), dtype=bool)
+    """Return which exits have a score within `TIE` of a limit, shape (n, E - 1)."""
+    near = np.zeros((len(raw), len(served.early_exits)), dtype=bool)
     if not served.early_exits:
         return near
     scores = _exit_scores(served, raw)
     for number in (0, 1):
         bounds = np.asarray([values[number] for values in served.early_exits])
-        near |= (np.abs(scores - bounds) <= TIE).any(axis=1)
+        near |= np.abs(scores - bounds) <= TIE
     return near
 
 
@@ -210,7 +210,8 @@ class Difference:
         samples: n.
         largest: Largest difference of probabilities, or of values in the unit of the targets.
         exits: Samples with another exit.
-        ties: Those among them whose score equals a threshold up to round-off.
+        ties: Those among them with a score within `TIE` of a threshold, up to the first of both exits. Their other
+            outputs are not compared.
         labels: Samples with another label.
     """
 
@@ -221,8 +222,8 @@ class Difference:
     labels: int
 
     def __str__(self) -> str:
-        exits = "exits equal" if not self.exits else f"exits equal but for {self.exits} with a score on a threshold"
-        labels = "labels equal" if not self.labels else f"{self.labels} other labels"
+        exits = "exits equal" if not self.exits else f"exits equal but for {self.exits} within {TIE:g} of a threshold"
+        labels = "labels equal" if not self.labels else f"other labels: {self.labels}"
         return f"{self.samples:,} held-out samples, largest difference {self.largest:.2g}, {labels}, {exits}"
 
 
@@ -236,27 +237,38 @@ def compare(name: str, outputs: Outputs, expected: HeldOut, target_scale: float 
         target_scale: Unit of the tolerance in regression.
 
     Raises:
-        UserError: If an exit differs whose score is not within `TIE` of a threshold, a value differs by more than
-            `TOLERANCE`, or a value is not finite.
+        UserError: If an exit differs without a score within `TIE` of a threshold at it or before it, a value or score
+            differs by more than `TOLERANCE`, or an output of any sample is not finite.
     """
     framework = expected.outputs
+    for output, values in outputs.items():
+        if non_finite := int((~np.isfinite(values.reshape(len(values), -1)).all(axis=1)).sum()):
+            raise UserError(
+                f"{name}: expected finite {output}, got NaN or infinity for {non_finite} of {len(expected)} held-out"
+                " samples. Nothing was written"
+            )
     is_other = outputs["exit"] != framework["exit"]
     same = ~is_other  # another exit has other probabilities
     key = "probabilities" if "probabilities" in framework else "value"
     gaps = np.abs(outputs[key].astype(float) - framework[key].astype(float))
     gaps = gaps.max(axis=1) if gaps.ndim == 2 else gaps
+    if "score" in framework:
+        gaps = np.maximum(gaps, np.abs(outputs["score"] - framework["score"]))
     labels = (outputs["label"] != framework["label"])[same].sum() if "label" in framework else 0
     largest = float(gaps[same].max(initial=0.0))
-    ties = int((is_other & expected.near).sum())
+    first = np.minimum(outputs["exit"], framework["exit"])
+    is_before = np.arange(1, expected.near.shape[1] + 1) <= first[:, None]
+    ties = int((is_other & (expected.near & is_before).any(axis=1)).sum())
     difference = Difference(len(expected), largest, int(is_other.sum()), ties, int(labels))
     if difference.exits > ties:
         raise UserError(
             f"{name}: expected the exits of the framework, got {difference.exits - ties} others of {len(expected)}"
             " held-out samples. Nothing was written"
         )
-    if not largest <= TOLERANCE * (target_scale if key == "value" else 1.0):  # also NaN
+    tolerance = TOLERANCE * (target_scale if key == "value" else 1.0)
+    if largest > tolerance:
         raise UserError(
-            f"{name}: expected the {key} of the framework up to {TOLERANCE:g}, got a difference of {largest:.3g} on"
+            f"{name}: expected the {key} of the framework up to {tolerance:g}, got a difference of {largest:.3g} on"
             f" {len(expected)} held-out samples. Nothing was written"
         )
     return difference

@@ -68,7 +68,7 @@ class ServedNetwork(nn.Module):
 
     @property
     def has_open_exits(self) -> bool:
-        """Whether a sample can take an exit before the last one."""
+        """True if an exit before the last one is open."""
         return self.policy is not None and any(threshold < torch.inf for threshold in self.policy.thresholds[:-1])
 
     @property

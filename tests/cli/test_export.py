@@ -55,7 +55,7 @@ def test_export_ensemble_with_exits_to_all_formats(blobs: Path, capsys: pytest.C
     assert len(set(expected["exit"].tolist())) == 2
     export("run", "safetensors")
     served = load_served("out/model.safetensors")
-    clear = ~near_thresholds(served, pixels)  # round-off moves scores on a threshold to either side
+    clear = ~near_thresholds(served, pixels).any(axis=1)  # round-off moves scores on a threshold to either side
     assert clear.mean() > 0.5
     assert served(pixels)[3].numpy()[clear].tolist() == expected["exit"][clear].tolist()
     capsys.readouterr()

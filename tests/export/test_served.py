@@ -59,17 +59,22 @@ def test_compare_other_exit_raises_unless_its_score_is_on_a_threshold() -> None:
     }
     other = {**outputs, "exit": np.array([2, 2])}
     raw = torch.zeros(2, 1)
-    assert compare("f", outputs, HeldOut(raw, outputs, np.zeros(2, bool))).exits == 0
-    assert compare("f", other, HeldOut(raw, outputs, np.array([True, False]))).ties == 1
+    assert compare("f", outputs, HeldOut(raw, outputs, np.zeros((2, 1), bool))).exits == 0
+    assert compare("f", other, HeldOut(raw, outputs, np.array([[True], [False]]))).ties == 1
     with pytest.raises(UserError, match="f: expected the exits of the framework, got 1 others of 2"):
-        compare("f", other, HeldOut(raw, outputs, np.array([False, True])))
+        compare("f", other, HeldOut(raw, outputs, np.array([[False], [True]])))
     wrong = {**outputs, "probabilities": outputs["probabilities"] + np.float32(1e-3)}
     with pytest.raises(UserError, match=r"up to 0\.0001, got a difference of 0\.001"):
-        compare("f", wrong, HeldOut(raw, outputs, np.ones(2, bool)))
-    with pytest.raises(UserError, match="got a difference of nan"):
-        compare(
-            "f", {**outputs, "probabilities": wrong["probabilities"] * np.nan}, HeldOut(raw, outputs, np.ones(2, bool))
-        )
+        compare("f", wrong, HeldOut(raw, outputs, np.ones((2, 1), bool)))
+    behind = np.array([[False, True], [False, False]])  # the exit is that of another threshold
+    with pytest.raises(UserError, match="got 1 others of 2"):
+        compare("f", other, HeldOut(raw, outputs, behind))
+    score = {**outputs, "score": outputs["score"] + 1e-3}
+    with pytest.raises(UserError, match=r"got a difference of 0\.001"):
+        compare("f", score, HeldOut(raw, outputs, np.ones((2, 1), bool)))
+    broken = {**other, "probabilities": np.array([[np.nan, 0.1], [0.2, 0.8]])}  # on a threshold
+    with pytest.raises(UserError, match="expected finite probabilities, got NaN or infinity for 1 of 2"):
+        compare("f", broken, HeldOut(raw, outputs, np.ones((2, 1), bool)))
 
 
 def test_table_preprocessing_equals_scikit_learn() -> None:
