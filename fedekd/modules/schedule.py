@@ -14,7 +14,7 @@ from fedekd.errors import UserError, describe_error
 
 Interval = Literal["epoch", "step"]
 
-#: Entries of a group that an optimizer decides anew in each phase, and no scheduler changes.
+#: Entries of a group that an optimizer decides again in each phase, and no scheduler changes.
 _OF_OPTIMIZER = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
