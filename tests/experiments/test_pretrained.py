@@ -61,3 +61,12 @@ def test_table_pairs_gains_by_seed_and_starts_with_random_weights() -> None:
         "| FedAvg | random | 0.2000 |  | 0.5000 |  | +0.5000 (0.0000) | 2.00 | 3 |",
         "| FedAvg | pretrained | 0.1800 | +0.0300 (0.0000) | 0.5000 | +0.0000 (0.0000) | +0.5000 (0.0000) | 2.00 | 2 |",
     ]
+
+
+def test_page_has_the_table_of_the_results() -> None:
+    results = pd.read_csv(experiment.RESULTS)
+    page = (experiment.RESULTS.parents[2] / "docs" / "how-to" / "pretrained.md").read_text(encoding="utf-8")
+    assert experiment.table(results) in page
+    assert set(results["rounds"]) == {10}
+    assert results["changed_frozen_tensors"].sum() == 0
+    assert (results["frozen_tensors"] > 0).any()
