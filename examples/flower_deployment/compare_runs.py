@@ -18,12 +18,12 @@ def has_equal_metrics(run: Path, other: Path) -> bool:
 def has_equal_server_state(run: Path, other: Path) -> bool:
     """Return True if two runs ended with bitwise equal server states."""
     state, other_state = last_server_state(run), last_server_state(other)
-    if not state or state.keys() != other_state.keys():
+    if state is None or other_state is None or state.keys() != other_state.keys():
         return False
     return all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-def last_server_state(run: Path) -> dict[str, Any]:
-    """Return the server state of the last checkpoint; empty without a checkpoint."""
+def last_server_state(run: Path) -> dict[str, Any] | None:
+    """Return the server state of the last checkpoint; None without a checkpoint."""
     checkpoint, _ = CheckpointStore(run / "checkpoints").load()
-    return {} if checkpoint is None else dict(checkpoint.server)
+    return None if checkpoint is None else dict(checkpoint.server)
