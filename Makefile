@@ -85,7 +85,7 @@ sites: $(EXTRAS)
 	rm -rf runs/sites
 	$(BIN)/python -m examples.flower_deployment.rehearsal $(ARGS)
 
-## test: run the fast tests, in under 4 minutes on two cores (options: ARGS="-k metrics")
+## test: run the fast tests (options: ARGS="-k metrics")
 .PHONY: test
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not (slow or ray or flower)" --doctest-modules tests fedekd experiments $(ARGS)
