@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from fedekd.configuration.trained import Trained
-from fedekd.errors import UserError, listed, shorten
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.errors import UserError, listed, print_warning, shorten
 from fedekd.methods import Client
+from fedekd.models import MultiExitNetwork
 
 
 def add_trained_arguments(parser: ArgumentParser) -> None:
@@ -20,6 +22,27 @@ def add_trained_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="In place of RUN, at a site of a finished Flower run: the folder of its --node-config.",
     )
+
+
+def add_client_argument(parser: ArgumentParser) -> None:
+    """Add `--client` of a command for one client."""
+    parser.add_argument(
+        "--client",
+        type=str | None,
+        default=None,
+        help="Number of the client, or name of its site; optional with one client, and with --site.",
+    )
+
+
+def warn_without_guarantee(trained: Trained, client: Client, policy: ExitPolicy | None) -> None:
+    """Warn if a network with exits has no policy, or a policy without guarantee."""
+    if policy is not None and policy.has_no_guarantee:
+        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
+        print_warning(
+            f"{client.splits.label} has no exit policy, all samples take the last exit; for early exits run: calibrate"
+            f" {trained.argument}"
+        )
 
 
 def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Client]:

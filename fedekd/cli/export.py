@@ -8,12 +8,17 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from fedekd.cli.arguments import add_trained_arguments, select_client
+from fedekd.cli.arguments import (
+    add_client_argument,
+    add_trained_arguments,
+    select_client,
+    warn_without_guarantee,
+)
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
 from fedekd.early_exit.policy_files import policy_path
-from fedekd.errors import UserError, print_warning, require_choice
+from fedekd.errors import UserError, require_choice
 from fedekd.export.card import LICENSE_NOT_STATED, RunFacts
 from fedekd.export.exporter import FORMATS, Export, export_model
 from fedekd.export.folder import check_folder, write_folder
@@ -33,12 +38,7 @@ def export_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     add_trained_arguments(parser)
-    parser.add_argument(
-        "--client",
-        type=str | None,
-        default=None,
-        help="Number of the client, or name of its site; optional with one client, and with --site.",
-    )
+    add_client_argument(parser)
     parser.add_argument(
         "--format",
         type=str,
@@ -86,19 +86,13 @@ def _facts(trained: Trained, client: Client, license: str) -> RunFacts:
     date = None
     if policy is not None:
         date = datetime.fromtimestamp(policy_path(trained.folder, number).stat().st_mtime, UTC)
-        if policy.has_no_guarantee:
-            print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
-    elif isinstance(client.deployed_model, MultiExitNetwork):
-        print_warning(
-            f"{client.splits.label} has no exit policy, the export takes the last exit; for early exits run: calibrate"
-            f" {trained.argument}"
-        )
+    warn_without_guarantee(trained, client, policy)
     return RunFacts(
         method=source.method,
         rounds=source.rounds,
         seed=source.seed,
         clients=source.clients,
-        sites=[each.splits.label for each in trained.clients],
+        sites=[known.splits.label for known in trained.clients],
         metrics=trained.records[number].metrics,
         local_metrics=trained.local_metrics.get(number, {}),
         policy=policy,

@@ -14,7 +14,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fedekd.cli.arguments import add_trained_arguments, select_client
+from fedekd.cli.arguments import (
+    add_client_argument,
+    add_trained_arguments,
+    select_client,
+    warn_without_guarantee,
+)
 from fedekd.cli.calibrate import input_error
 from fedekd.cli.label_prior import (
     ESTIMATED,
@@ -38,14 +43,15 @@ from fedekd.configuration.trained import Trained, open_trained, require_one_sour
 from fedekd.data import FederatedDataModule
 from fedekd.data.formats.table import is_table_file
 from fedekd.data.unlabelled import read_images
+from fedekd.early_exit.deployed import deployed_outputs
 from fedekd.early_exit.latency import forward_milliseconds
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.scoring import BATCH_SIZE, network_input
+from fedekd.early_exit.scoring import BATCH_SIZE
 from fedekd.errors import UserError, print_warning, require, shorten_path
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.methods.client import ENSEMBLE, LOCAL
-from fedekd.models import MultiExitNetwork, eval_mode, network_flops
+from fedekd.models import network_flops
 
 
 class _Inputs(NamedTuple):
@@ -75,12 +81,7 @@ def predict_parser() -> ArgumentParser:
         help="A folder of images, a manifest, an .npz file, or a table; labels are not needed.",
     )
     add_output_arguments(parser)
-    parser.add_argument(
-        "--client",
-        type=str | None,
-        default=None,
-        help="Number of the client, or name of its site; optional with one client, and with --site.",
-    )
+    add_client_argument(parser)
     parser.add_argument(
         "--label_prior",
         type=str,
@@ -158,13 +159,7 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior) ->
                 " hold for another label prior. All images take the last exit"
             )
         return None
-    if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
-        print_warning(
-            f"{client.splits.label} has no exit policy, all images take the last exit; for early exits run: calibrate"
-            f" {trained.argument}"
-        )
-    if policy is not None and policy.has_no_guarantee:
-        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    warn_without_guarantee(trained, client, policy)
     return policy
 
 
@@ -227,25 +222,10 @@ def _predictions(
 @torch.no_grad()
 def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs, with_members: bool) -> Iterator[Outputs]:
     """Yield the outputs of each batch."""
-    network = client.deployed_model
     total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
     for batch in track(inputs.batches, "predictions", total, console=bar, disable=is_quiet, transient=True):
-        x = network_input(network, batch)
-        if policy is not None and isinstance(network, MultiExitNetwork):
-            logits, exits, scores = policy.predict_with_exits(network, x, client.networks.get("proxy"))
-        else:
-            with eval_mode(network):
-                outputs = network(x)
-            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            logits = client.in_target_unit(outputs[-1])
-            scores = max_softmax_confidence(logits)
-            exits = torch.full((len(x),), len(outputs) - 1)
-        if non_finite := int((~logits.isfinite().all(dim=1)).sum()):
-            raise UserError(
-                f"{client.splits.label}: expected finite outputs, got NaN or inf for {non_finite} of {len(x)} samples."
-                " The training of its network diverged"
-            )
+        x, logits, exits, scores = deployed_outputs(client, policy, batch)
         yield Outputs(logits, exits, scores, client.member_outputs(x, exits) if with_members else {})
 
 

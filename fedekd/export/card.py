@@ -107,7 +107,7 @@ def card_values(
             **{name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
         },
         "metrics": _metrics(client, facts),
-        "guarantee": _guarantee(facts),
+        "guarantee": _guarantee(facts, specification),
         "files": [
             {"name": name, "bytes": len(content), "sha256": digest(content), "verification": vars(differences[name])}
             for name, content in files.items()
@@ -117,7 +117,7 @@ def card_values(
 
 
 def _metrics(client: Client, facts: RunFacts) -> dict[str, Any]:
-    """Return the metrics of the deployed model on the test split."""
+    """Return the metrics of the deployed model on the test split, at the last exit."""
     name, is_local = client.spec.primary.name, client.deployed_role == "local"
     values = facts.local_metrics if is_local else facts.metrics
     score, local = values.get(name, math.nan), facts.local_metrics.get(name, math.nan)
@@ -125,6 +125,7 @@ def _metrics(client: Client, facts: RunFacts) -> dict[str, Any]:
     return {
         "metric": name,
         "split": "test",
+        "exit": "last",
         "score": _defined(score),
         "local": _defined(local),
         "delta": _defined(score - local),
@@ -136,11 +137,15 @@ def _defined(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _guarantee(facts: RunFacts) -> dict[str, Any] | None:
-    """Return the guarantee of the exit policy; None without a certified exit."""
+def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, Any] | None:
+    """Return the guarantee of the exit policy; None without a certified exit.
+
+    It is that of the exact thresholds, from which those in the program differ by the margins.
+    """
     policy = facts.policy
     if policy is None or not any(policy.certified):
         return None
+    margins = (*specification.margins, 0.0)  # the last exit has none
     return {
         "target_risk": policy.target_risk,
         "confidence": policy.confidence,
@@ -151,7 +156,12 @@ def _guarantee(facts: RunFacts) -> dict[str, Any] | None:
         "score": policy.score,
         "date": None if facts.policy_date is None else facts.policy_date.date().isoformat(),
         "exits": [
-            {"exit": number + 1, "threshold": policy.thresholds[number], "samples": policy.exit_counts[number]}
+            {
+                "exit": number + 1,
+                "threshold": policy.thresholds[number],
+                "exported_threshold": policy.thresholds[number] - margins[number],
+                "samples": policy.exit_counts[number],
+            }
             for number, is_certified in enumerate(policy.certified)
             if is_certified
         ],
@@ -197,7 +207,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         ("Training", [(name, _listed(value)) for name, value in training.items()]),
         ("Data of the client", list(data.items())),
         (
-            f"Metrics on the {metrics['split']} split",
+            f"Metrics on the {metrics['split']} split, all samples at the {metrics['exit']} exit",
             [
                 (f"{metrics['metric']}", _number(metrics["score"])),
                 ("local training", _number(metrics["local"])),
@@ -219,14 +229,16 @@ def card_text(card: Mapping[str, Any]) -> str:
 def _guarantee_rows(guarantee: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     if guarantee is None:
         return [("guarantee", "none")]
-    exits = "; ".join(f"exit {row['exit']}: score at least {row['threshold']:.6g}" for row in guarantee["exits"])
+    exits = "; ".join(f"exit {row['exit']}: score at least {row['threshold']:.9g}" for row in guarantee["exits"])
+    exported = "; ".join(f"exit {row['exit']}: {row['exported_threshold']:.9g}" for row in guarantee["exits"])
     return [
         ("target risk", f"{guarantee['target_risk']:g}, error rate among the samples that take a certified exit"),
         ("confidence", f"{guarantee['confidence']:g}, for {guarantee['simultaneous_clients']} clients at once"),
         ("calibration samples", guarantee["samples"]),
         ("rule and score", f"{guarantee['mode']}, {guarantee['score']}"),
         ("certified exits", exits),
-        ("date", guarantee["date"]),
+        ("thresholds in the files", f"{exported}; lower for round-off. The guarantee is that of the certified ones"),
+        ("date of the policy file", guarantee["date"]),
         ("assumption", "inputs from the distribution of the calibration samples"),
     ]
 

@@ -15,6 +15,7 @@ from fedekd.data import FederatedDataModule
 from fedekd.early_exit import ExitPolicy
 from fedekd.export.card import RunFacts, card_text, card_values
 from fedekd.export.comparison import (
+    MOST_SAMPLES,
     Difference,
     HeldOut,
     compare,
@@ -65,14 +66,18 @@ def export_model(data: FederatedDataModule, client: Client, format: str, facts: 
         format: One of `FORMATS`.
         facts: Facts of the run for the card; its policy is exported.
 
+    Returns:
+        Files by name, not yet written, with their differences to the framework.
+
     Raises:
         UserError: If the model diverged or cannot be exported, or the export differs from the framework.
     """
     specification = specify(data, client, facts.policy)
     served = served_network(client, specification, facts.policy)
-    raw = held_out_inputs(client, served)
-    specification = replace(specification, margins=round_off_margins(served, raw))
+    margins = round_off_margins(served, held_out_inputs(client, served))
+    specification = replace(specification, margins=margins)
     served = served_network(client, specification, facts.policy)
+    raw = held_out_inputs(client, served, MOST_SAMPLES)
     expected = held_out(data, client, facts.policy, served, raw)
     metadata = {METADATA_KEY: specification.to_json()}
     times: Mapping[str, float] = {}

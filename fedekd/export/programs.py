@@ -159,8 +159,8 @@ def _layer(path: str, kind: str) -> str:
 
 def _not_convertible(error: Exception, program: torch.export.ExportedProgram) -> UserError:
     """Return the error of a layer that ONNX cannot express."""
-    texts, link = [], error
-    cause: BaseException | None = link
+    texts = []
+    cause: BaseException | None = error
     while cause is not None:
         texts.append(str(cause))
         cause = cause.__cause__ or cause.__context__

@@ -26,7 +26,7 @@ class ServedNetwork(nn.Module):
     """Deployed model of a client: from raw inputs to predictions.
 
     All exits of the batch are computed and the policy then selects one per sample, so that the outputs are those of
-    `ExitPolicy.predict_with_exits` for any batch size. `EarlyExitNetwork` does not compute what lies behind an exit.
+    `ExitPolicy.predict_with_exits` for any batch size. `EarlyExitNetwork` computes nothing after the exit of a sample.
 
     Args:
         network: Network in evaluation mode, on the CPU.
@@ -127,7 +127,7 @@ class ServedNetwork(nn.Module):
 
 
 class EarlyExitNetwork(nn.Module):
-    """Served network for one sample that computes nothing behind the exit it takes.
+    """Served network for one sample that computes nothing after its exit.
 
     The branches are `torch.cond`, which ONNX has as nested `If`.
 

@@ -98,7 +98,7 @@ def test_predict_without_policy_uses_last_exit_and_warns(here: Path, capsys: pyt
     np.savez("images.npz", images=NOISE)
     assert main(["predict", "one", "--input", "images.npz"]) == 0
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: client 0 has no exit policy, all images take the last exit")
+    assert warning.startswith("warning: client 0 has no exit policy, all samples take the last exit")
     assert warning.count("\n") == 1
     network, parts = batches("one", NOISE)
     with torch.no_grad():

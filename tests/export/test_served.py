@@ -57,24 +57,31 @@ def test_compare_other_exit_raises_unless_its_score_is_on_a_threshold() -> None:
         "exit": np.array([1, 2]),
         "logits": np.zeros((2, 2), np.float32),
     }
-    other = {**outputs, "exit": np.array([2, 2])}
     raw = torch.zeros(2, 1)
-    assert compare("f", outputs, HeldOut(raw, outputs, np.zeros((2, 1), bool))).exits == 0
-    assert compare("f", other, HeldOut(raw, outputs, np.array([[True], [False]]))).ties == 1
-    with pytest.raises(UserError, match="f: expected the exits of the framework, got 1 others of 2"):
-        compare("f", other, HeldOut(raw, outputs, np.array([[False], [True]])))
+    exits = np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.9, 0.1], [0.2, 0.8]]], np.float32)
+    other = {**outputs, "exit": np.array([2, 2]), "label": np.array([1, 1]), "probabilities": exits[:, 1]}
+
+    def held_out(near: np.ndarray) -> HeldOut:
+        return HeldOut(raw, outputs, exits, near)
+
+    assert compare("f", outputs, held_out(np.zeros((2, 1), bool))).exits == 0
+    assert compare("f", other, held_out(np.array([[True], [False]]))).exits == 1
+    with pytest.raises(UserError, match="f: expected the exits of the framework, got another one for 1 of 2"):
+        compare("f", other, held_out(np.array([[False], [True]])))
     wrong = {**outputs, "probabilities": outputs["probabilities"] + np.float32(1e-3)}
     with pytest.raises(UserError, match=r"up to 0\.0001, got a difference of 0\.001"):
-        compare("f", wrong, HeldOut(raw, outputs, np.ones((2, 1), bool)))
+        compare("f", wrong, held_out(np.ones((2, 1), bool)))
     behind = np.array([[False, True], [False, False]])  # the exit is that of another threshold
-    with pytest.raises(UserError, match="got 1 others of 2"):
-        compare("f", other, HeldOut(raw, outputs, behind))
+    with pytest.raises(UserError, match="got another one for 1 of 2"):
+        compare("f", other, held_out(behind))
     score = {**outputs, "score": outputs["score"] + 1e-3}
     with pytest.raises(UserError, match=r"got a difference of 0\.001"):
-        compare("f", score, HeldOut(raw, outputs, np.ones((2, 1), bool)))
+        compare("f", score, held_out(np.ones((2, 1), bool)))
+    with pytest.raises(UserError, match=r"got a difference of 0\.7"):  # probabilities of exit 1 at exit 2
+        compare("f", {**outputs, "exit": other["exit"]}, held_out(np.ones((2, 1), bool)))
     broken = {**other, "probabilities": np.array([[np.nan, 0.1], [0.2, 0.8]])}  # on a threshold
     with pytest.raises(UserError, match="expected finite probabilities, got NaN or infinity for 1 of 2"):
-        compare("f", broken, HeldOut(raw, outputs, np.ones((2, 1), bool)))
+        compare("f", broken, held_out(np.ones((2, 1), bool)))
 
 
 def test_table_preprocessing_equals_scikit_learn() -> None:
