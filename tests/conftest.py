@@ -45,6 +45,12 @@ def quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """Seed every test alike: its random numbers must not depend on the tests before it in the same process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Use one thread: small tensors gain nothing from more, and tests run in parallel."""
     before = torch.get_num_threads()
