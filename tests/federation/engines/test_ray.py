@@ -22,6 +22,7 @@ from fedekd.errors import UserError
 from fedekd.federation import Ray, RoundOptions, RoundRequest, SequentialEngine
 from fedekd.federation.checkpoint import pack
 from fedekd.federation.engines import pool as pool_module
+from fedekd.federation.engines.ray_engine import RayExecutor
 from fedekd.federation.options import participants
 from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, FedeKD
 from fedekd.methods.base import state_dict_bytes
@@ -134,10 +135,19 @@ def test_ray_address_without_cluster_raises_user_error(address: str, no_cluster:
 
 
 def test_ray_lost_machine_gives_equal_results(
-    no_cluster: None, federate: Federate, tmp_path: Path, temporary: Path
+    no_cluster: None, federate: Federate, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.cluster_utils import Cluster
 
+    started: list[Any] = []
+
+    def start(executor: RayExecutor, start: Callable[[RayExecutor], tuple[Any, Any]] = RayExecutor.start) -> Any:
+        started.append(start(executor))
+        if len(started) <= 2:  # on a slow machine, an actor may start only after the other one has run all rounds
+            ray.get(started[-1][1], timeout=200)
+        return started[-1]
+
+    monkeypatch.setattr(RayExecutor, "start", start)
     rounds = RoundOptions(rounds=3)
     federate(output=tmp_path / "one", rounds=rounds).run()
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
