@@ -63,14 +63,14 @@ PYTHON_GPU ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 	$(PYTHON_GPU) -m perf.gpu $(ARGS)
 
-# Ray, Flower, Hugging Face datasets, timm, other loggers and ONNX are optional; without them their tests are skipped.
+# Ray, Flower, Hugging Face datasets, timm, peft, other loggers and ONNX are optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
 $(EXTRAS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm,loggers,export]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm,lora,loggers,export]' \
 		-r examples/serve/requirements.txt
 	touch $@
 
-## extras: install Ray, Flower, Hugging Face datasets, timm, TensorBoard, MLflow, ONNX and FastAPI
+## extras: install Ray, Flower, Hugging Face datasets, timm, peft, TensorBoard, MLflow, ONNX and FastAPI
 .PHONY: extras
 extras: $(EXTRAS)
 
@@ -100,10 +100,10 @@ test-all: $(INSTALLED)
 coverage: $(INSTALLED)
 	$(MAKE) test-all ARGS="--cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)"
 
-## test-extras: run the tests of Ray, Flower, Hugging Face datasets, timm, TensorBoard, MLflow and exports
+## test-extras: run the tests of Ray, Flower, Hugging Face datasets, timm, peft, TensorBoard, MLflow and exports
 .PHONY: test-extras
 test-extras: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf or timm or loggers or export" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or flower or hf or timm or lora or loggers or export" tests $(ARGS)
 
 ## lint: check style and types
 .PHONY: lint

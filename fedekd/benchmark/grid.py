@@ -54,6 +54,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "baseline.tune": False,
     "client.class_weights": None,
     "client.freeze": None,
+    "client.lora": None,
     "client.private_weights": None,
     "client.scheduler": None,
     "client.scheduler_interval": "epoch",

@@ -179,6 +179,8 @@ def open_site(command: str, folder: Path) -> Trained:
     engine = SequentialEngine(parts.method, parts, parts.spec, folder / "local")
     try:
         engine.load_client_state(number, checkpoint.clients[number])
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
     except Exception as error:  # torch and methods raise various errors for a state of other networks
         raise UserError(
             f"{label}: expected the code and the version of fedekd ({notes['fedekd']}) of the training; its state does"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedekd.errors import UserError
+from fedekd.models.digest import tensor_contents
 
 
 def network_fingerprint(network: nn.Module) -> str:
@@ -31,6 +30,7 @@ def network_fingerprint(network: nn.Module) -> str:
         SHA-256 digest, 64 hexadecimal digits.
 
     Example:
+        >>> import torch
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
         <torch...>
         >>> layer = nn.Linear(2, 2)
@@ -40,27 +40,9 @@ def network_fingerprint(network: nn.Module) -> str:
     digest = sha256()
     for name, part in network.named_modules():
         digest.update(f"{name}:{type(part).__qualname__}:{part.extra_repr()}:{_settings(part)};".encode())
-    for content in _contents(network.state_dict() | dict(network.named_buffers())):  # with non-persistent buffers
+    for content in tensor_contents(network.state_dict() | dict(network.named_buffers())):  # with non-persistent buffers
         digest.update(content)
     return digest.hexdigest()
-
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash the names, shapes, dtypes and values of tensors, as SHA-256 (hex).
-
-    Example:
-        >>> tensors_fingerprint({"bias": torch.zeros(2)}) == tensors_fingerprint({"bias": torch.zeros(1)})
-        False
-    """
-    return sha256(b"".join(_contents(tensors))).hexdigest()
-
-
-def _contents(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """Yield the bytes of a hash; memory layout and device do not matter."""
-    for name, tensor in tensors.items():
-        yield f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode()
-        content = tensor.detach().cpu().contiguous().reshape(-1)
-        yield content.view(torch.uint8).numpy().tobytes() if content.numel() else b""
 
 
 def _settings(part: nn.Module) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedekd.data import FederatedDataModule
-from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit import ExitPolicy, network_fingerprint
 from fedekd.export.card import RunFacts, card_text, card_values
 from fedekd.export.comparison import (
     MOST_SAMPLES,
@@ -33,6 +33,8 @@ from fedekd.export.served import ServedNetwork
 from fedekd.export.specification import ModelSpecification, deployed_tensors, specify
 from fedekd.export.weights_file import unpack_export, weights_file
 from fedekd.methods import Client
+from fedekd.models import MultiExitNetwork
+from fedekd.models.lora import merged
 from fedekd.models.weights import METADATA_KEY
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -72,11 +74,12 @@ def export_model(data: FederatedDataModule, client: Client, format: str, facts: 
     Raises:
         UserError: If the model diverged or cannot be exported, or the export differs from the framework.
     """
-    specification = specify(data, client, facts.policy)
-    served = served_network(client, specification, facts.policy)
+    policy = exported_policy(client, facts.policy)
+    specification = specify(data, client, policy)
+    served = served_network(client, specification, policy)
     margins = round_off_margins(served, held_out_inputs(client, served))
     specification = replace(specification, margins=margins)
-    served = served_network(client, specification, facts.policy)
+    served = served_network(client, specification, policy)
     raw = held_out_inputs(client, served, MOST_SAMPLES)
     expected = held_out(data, client, facts.policy, served, raw)
     metadata = {METADATA_KEY: specification.to_json()}
@@ -97,15 +100,33 @@ def export_model(data: FederatedDataModule, client: Client, format: str, facts: 
     return Export(files | cards, differences, times)
 
 
+def exported_policy(client: Client, policy: ExitPolicy | None) -> ExitPolicy | None:
+    """Return the policy for the exported network, whose adapters are merged.
+
+    Scores of both networks differ by rounding only. The export is compared with the calibrated network.
+
+    Raises:
+        UserError: If the policy was calibrated for another network.
+    """
+    network = client.deployed_model
+    if policy is None or not policy.network or not isinstance(network, MultiExitNetwork):
+        return policy
+    exported = merged(network)
+    if exported is network:
+        return policy
+    policy.require(network, client.networks.get("proxy"))
+    return replace(policy, network=network_fingerprint(exported))
+
+
 def served_network(client: Client, specification: ModelSpecification, policy: ExitPolicy | None) -> ServedNetwork:
-    """Return a copy of the deployed model of a client, on the CPU."""
+    """Return a copy of the deployed model on the CPU, with merged adapters."""
     proxy = client.networks.get("proxy") if policy is not None and policy.uses_proxy else None
     network = _copy(client.deployed_model)
     return specification.serve(network, policy, None if proxy is None else _copy(proxy))
 
 
 def _copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()
+    return copy.deepcopy(merged(network)).cpu().to(memory_format=torch.contiguous_format).eval()
 
 
 def _verify_weights(name: str, content: bytes, expected: HeldOut) -> Difference:

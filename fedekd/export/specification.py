@@ -21,6 +21,7 @@ from fedekd.global_state import isolated_rng
 from fedekd.methods import Client
 from fedekd.methods.client import ENSEMBLE
 from fedekd.models import MultiExitNetwork, build_ensemble, build_model, multi_exit
+from fedekd.models.lora import merged
 from fedekd.tasks import Task, require_task
 
 FORMAT = 1
@@ -276,16 +277,20 @@ def specify(data: FederatedDataModule, client: Client, policy: ExitPolicy | None
 
 
 def deployed_tensors(client: Client, specification: ModelSpecification) -> dict[str, Tensor]:
-    """Return copies of the tensors of the deployed model by name, on the CPU."""
+    """Return copies of the tensors of the deployed model on the CPU.
+
+    Adapters are merged.
+    """
+    networks = {role: merged(client.networks[role]) for role in specification.networks}
     if not specification.members:
-        tensors = dict(client.networks[specification.deployed].state_dict())
+        tensors = dict(networks[specification.deployed].state_dict())
         others = [role for role in specification.networks if role != specification.deployed]
     else:
         assert client.serving is not None
         tensors = {"ensemble.weights": client.serving.weights, "ensemble.offsets": client.serving.offsets}
         others = list(specification.networks)
     for role in others:
-        tensors |= {f"{role}.{name}": tensor for name, tensor in client.networks[role].state_dict().items()}
+        tensors |= {f"{role}.{name}": tensor for name, tensor in networks[role].state_dict().items()}
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }

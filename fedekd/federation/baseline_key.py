@@ -82,6 +82,7 @@ def baseline_key(client: Client) -> str:
             "lightning": lightning.__version__,
             **{name: version(name) for name in ("torchmetrics", "scikit-learn", "scipy")},
             **({"torchvision": version("torchvision")} if transforms else {}),
+            **({} if client.spec.client.lora is None else {"peft": version("peft")}),
         },
         "numerics": numerics(client.spec.trainer.torch_device),
     }

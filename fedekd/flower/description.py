@@ -17,12 +17,12 @@ import fedekd
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.data.site_warnings import site_warnings
 from fedekd.data.sites import require_site_name
-from fedekd.early_exit.fingerprint import tensors_fingerprint
 from fedekd.errors import UserError, listed, require, shorten
 from fedekd.federation.run_folder import first_difference, to_json_value
 from fedekd.federation.update_validation import is_count
 from fedekd.methods import FederationSpec, Method
 from fedekd.metrics import METRICS
+from fedekd.models.digest import tensors_fingerprint
 from fedekd.models.freezing import frozen_names
 from fedekd.privacy import GaussianMechanism
 from fedekd.tasks import TASKS
@@ -83,7 +83,7 @@ def _initial_values(method: Method, spec: FederationSpec) -> dict[str, Any]:
     state = network.state_dict()
     frozen = tensors_fingerprint({name: state[name] for name in sorted(frozen_names(network))})
     return {
-        **({} if client.freeze is None else {"frozen": frozen}),
+        **({"frozen": frozen} if client.has_frozen_parts else {}),
         **({"pretrained": client.private_weights_sha256 or True} if client.is_pretrained("server") else {}),
     }
 
@@ -94,7 +94,7 @@ def _training_options(spec: FederationSpec) -> dict[str, Any]:
     if values["trainer"].get("gradient_clip_algorithm") == "norm":  # the value is compared first
         del values["trainer"]["gradient_clip_algorithm"]
     names = {
-        "client": ("scheduler", "scheduler_interval"),
+        "client": ("scheduler", "scheduler_interval", "lora"),
         "trainer": ("callbacks", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
     }
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
@@ -19,12 +19,14 @@ from fedekd.data import (
     input_batches,
     scale,
 )
+from fedekd.errors import require
 from fedekd.functional import log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
 from fedekd.models import build_ensemble, eval_mode
-from fedekd.models.freezing import keeps_statistics
+from fedekd.models.digest import tensors_fingerprint
+from fedekd.models.freezing import frozen_names, keeps_statistics
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.modules.schedule import Schedule
 from fedekd.seeding import derive_seed
@@ -468,9 +470,12 @@ class Client:
         network.load_state_dict({**personal, **received})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the client's state as plain tensors, numbers and dicts."""
+        """Return the client's state as plain tensors, numbers and dicts.
+
+        Frozen tensors of pretrained weights are left out; `load_state_dict` takes them from the new network.
+        """
         return {
-            "networks": {role: network.state_dict() for role, network in self.networks.items()},
+            **self._network_states(self.networks),
             "optimizer_states": self.optimizer_states,
             "loss_scales": self.loss_scales,
             "method_state": self.method_state,
@@ -486,7 +491,7 @@ class Client:
         for role, network_state in state["networks"].items():
             if role == LOCAL:
                 self.networks[role] = self.spec.build_model("private", self.number)
-            self.networks[role].load_state_dict(network_state)
+            self._load_network(role, network_state, state)
         self.optimizer_states = state["optimizer_states"]
         self.scheduler_states = state.get("scheduler_states", {})
         self.loss_scales = state["loss_scales"]
@@ -498,13 +503,58 @@ class Client:
     def served_state(self) -> dict[str, Any]:
         """Return the state of what is served: its networks, and how they are combined."""
         roles = ("private",) if self.serving is None else self.serving.members
-        return {"networks": {role: self.networks[role].state_dict() for role in roles}, **self._serving_state()}
+        return {**self._network_states(roles), **self._serving_state()}
 
     def load_served_state(self, state: Mapping[str, Any]) -> None:
         """Serve what `served_state` returned."""
         for role, network_state in state["networks"].items():
-            self.networks[role].load_state_dict(network_state)
+            self._load_network(role, network_state, state)
         self._load_serving(state)
+
+    def _network_states(self, roles: Iterable[str]) -> dict[str, Any]:
+        """Return the states of networks without those of the frozen base.
+
+        Omitted are the tensors of `FederationSpec.frozen_base`, and `base_sha256` is their digest; it is missing where
+        none are omitted. A network whose frozen tensors are not those of the base is stored in full.
+        """
+        networks = {role: self.networks[role].state_dict() for role in roles}
+        base = self.spec.frozen_base(self.number)
+        if base is None:
+            return {"networks": networks}
+        omitted, has_omitted = set(base.names), False
+        for role, state in networks.items():
+            if omitted <= frozen_names(self.networks[role]) and base.sha256 == tensors_fingerprint(
+                {name: state[name] for name in base.names}
+            ):
+                networks[role] = {name: tensor for name, tensor in state.items() if name not in omitted}
+                has_omitted = True
+        return {"networks": networks, **({"base_sha256": base.sha256} if has_omitted else {})}
+
+    def _load_network(self, role: str, stored: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Load a network of `_network_states`.
+
+        Args:
+            role: Role of the network, which has its initial weights or the same frozen tensors.
+            stored: Its stored tensors.
+            state: The state that has them.
+
+        Raises:
+            UserError: If the network has other frozen tensors than those that were omitted.
+        """
+        network = self.networks[role]
+        if "base_sha256" in state:
+            own = network.state_dict()
+            omitted = {name: own[name] for name in sorted(own.keys() - stored.keys())}
+            actual = tensors_fingerprint(omitted)
+            require(
+                not omitted or actual == state["base_sha256"],
+                "client.private_model",
+                f"the pretrained weights of the training, SHA-256 {state['base_sha256'][:12]}",
+                actual[:12],
+                "Restore their file, and the versions of torchvision or timm that trained",
+            )
+            stored = {**stored, **omitted}
+        network.load_state_dict(stored)
 
     def _serving_state(self) -> dict[str, Any]:
         """Return `serving` as plain values; empty for the private model."""

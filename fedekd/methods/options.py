@@ -17,6 +17,7 @@ from fedekd.errors import UserError, require, require_choice, shorten
 from fedekd.global_state import isolated_rng
 from fedekd.models.build import parse_model
 from fedekd.models.freezing import BACKBONE
+from fedekd.models.lora import LoraOptions
 from fedekd.models.pretrained import has_pretrained_weights
 from fedekd.models.weights import read_weights
 from fedekd.modules.schedule import Interval
@@ -250,6 +251,8 @@ class ClientOptions:
             linear layer, or for a network with exits all but the heads. BatchNorm in frozen parts keeps its
             statistics. Frozen tensors are not exchanged. With weights from a file, of torchvision or of timm, or with
             frozen parts, initial weights are equal at all clients; null trains all.
+        lora: Low-rank adapters of the private model, as in lora.r 8, through peft (pip install 'fedekd[lora]'). All
+            other weights are frozen but the last linear layer, or with exits the heads. null trains all.
 
     Raises:
         UserError: If a value is out of range, or the file of the weights cannot be read.
@@ -271,6 +274,7 @@ class ClientOptions:
     scheduler_interval: Interval = "epoch"
     private_weights: str | None = None
     freeze: Sequence[str] | str | None = None
+    lora: LoraOptions | None = None
 
     #: SHA-256 of the file `private_weights`; empty without one.
     private_weights_sha256: str = field(init=False, default="")
@@ -335,6 +339,9 @@ class ClientOptions:
             "a list of at least one pattern, backbone or null",
             self.freeze,
         )
+        if self.lora is not None:
+            object.__setattr__(self, "lora", LoraOptions.of(self.lora))
+            require(self.freeze is None, "client.freeze", "null with client.lora, which freezes the rest", self.freeze)
         self._read_weights()
 
     def _read_weights(self) -> None:
@@ -347,7 +354,12 @@ class ClientOptions:
 
     def starts_equal(self, client_id: int | str) -> bool:
         """Return True if all clients have the initial weights of the server."""
-        return self.freeze is not None or self.is_pretrained(client_id)
+        return self.has_frozen_parts or self.is_pretrained(client_id)
+
+    @property
+    def has_frozen_parts(self) -> bool:
+        """True if parameters of the private model are frozen."""
+        return self.freeze is not None or self.lora is not None
 
     def is_pretrained(self, client_id: int | str) -> bool:
         """Return True for a private model with pretrained weights."""

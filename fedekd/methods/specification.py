@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from fedekd.methods.options import WEIGHTS, ClientOptions, ModelSpec, build_opti
 from fedekd.metrics import METRICS, MetricSpec, primary_metric, select_metrics
 from fedekd.models import MultiExitNetwork, build_model, multi_exit
 from fedekd.models.build import parse_model
-from fedekd.models.freezing import freeze
+from fedekd.models.digest import tensors_fingerprint
+from fedekd.models.freezing import freeze, frozen_names
+from fedekd.models.lora import add_adapters
 from fedekd.models.pretrained import without_pretrained_weights
 from fedekd.models.weights import State, count_exits, load_weights, stored_weights
 from fedekd.modules import TrainerFactory
@@ -51,6 +53,18 @@ class DataSpec(Protocol):
     def samples(self) -> Samples:
         """The samples; only the shape of an input, the classes and the task are read."""
         ...
+
+
+class FrozenBase(NamedTuple):
+    """Frozen tensors of a private model that its specification gives again.
+
+    Attributes:
+        names: Names of the tensors, sorted.
+        sha256: `tensors_fingerprint` of them in this order.
+    """
+
+    names: tuple[str, ...]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -220,12 +234,42 @@ class FederationSpec:
             self._load_weights(network, state)
         if options.freeze is not None:
             freeze(network, options.freeze)
+        if options.lora is not None:
+            add_adapters(network, options.lora, self.input_shape)
         if depth is None or not isinstance(network, MultiExitNetwork):
             return network
         try:
             return network.shallow(depth)
         except UserError as error:
             raise UserError(f"client.depths {options.depths}: {error}") from error
+
+    def frozen_base(self, client_id: int | str) -> FrozenBase | None:
+        """Return the frozen tensors that come from pretrained weights.
+
+        These are the ones that do not depend on the seed. States of clients omit them.
+
+        Args:
+            client_id: Number of a client, or `server`.
+
+        Returns:
+            None without frozen parts, without pretrained weights, or if all frozen tensors depend on the seed.
+        """
+        if not self.client.has_frozen_parts or not self.client.is_pretrained(client_id):
+            return None
+        key = self.architecture_key(client_id)
+        if key not in self._frozen_bases:
+            network = self.build_model("private", client_id)
+            state, frozen = network.state_dict(), frozen_names(network)
+            other = replace(self, seed=self.seed + 1).build_model("private", client_id).state_dict()
+            names = tuple(sorted(name for name in frozen if torch.equal(state[name], other[name])))
+            fingerprint = tensors_fingerprint({name: state[name] for name in names})
+            self._frozen_bases[key] = FrozenBase(names, fingerprint) if names else None
+        return self._frozen_bases[key]
+
+    @cached_property
+    def _frozen_bases(self) -> dict[str, FrozenBase | None]:
+        """Results of `frozen_base` by architecture, for the life of this object."""
+        return {}
 
     def describe_model(self, role: str, client_id: int | str) -> dict[str, Any]:
         """Return what `build_model` builds without its initial weights, as plain values.
@@ -404,7 +448,7 @@ class FederationSpec:
         if self.transform is None:
             values.pop("transform")
         values["client"].pop("private_weights")  # by content, wherever the file is
-        for name in ("class_weights", "freeze", "private_weights_sha256"):
+        for name in ("class_weights", "freeze", "lora", "private_weights_sha256"):
             if not values["client"][name]:
                 values["client"].pop(name)
         if len(self.input_shape) == _IMAGE_DIMENSIONS:

@@ -45,7 +45,7 @@ class SubmodelFedAvg(FedAvg):
             key = spec.architecture_key(number)
             if key not in indices:
                 network = spec.build_model("private", number)
-                _require_equal_frozen(network, frozen, number)
+                _require_equal_frozen(network, frozen, number, spec)
                 part = exchanged_tensors(network)
                 indices[key] = len(shapes)
                 shapes.append({name: tuple(tensor.shape) for name, tensor in part.items()})
@@ -78,7 +78,7 @@ class SubmodelFedAvg(FedAvg):
         self.server_state = {**self.server_state, "model": model}
 
 
-def _require_equal_frozen(network: nn.Module, frozen: StateDict, number: int) -> None:
+def _require_equal_frozen(network: nn.Module, frozen: StateDict, number: int, spec: FederationSpec) -> None:
     """Check that a client's frozen tensors equal those of the server.
 
     Raises:
@@ -90,7 +90,7 @@ def _require_equal_frozen(network: nn.Module, frozen: StateDict, number: int) ->
     ]
     require(
         not different,
-        "client.freeze",
+        "client.freeze" if spec.client.lora is None else "client.lora",
         "null for networks of different width, whose frozen parts differ",
         f"{min(different, default='')} of client {number}",
     )

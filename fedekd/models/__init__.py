@@ -5,6 +5,7 @@ from fedekd.models.cnn import Conv3, PrivateCNN, ProxyCNN
 from fedekd.models.cost import ExitCosts, exit_costs, network_flops, num_parameters
 from fedekd.models.ensemble import Ensemble, MultiExitEnsemble, build_ensemble
 from fedekd.models.image_classifier import ImageClassifier
+from fedekd.models.lora import LoraOptions
 from fedekd.models.mlp import MLP
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
 from fedekd.models.resnet import CIFARResNet
@@ -18,6 +19,7 @@ __all__ = [
     "ExitCosts",
     "ExitHead",
     "ImageClassifier",
+    "LoraOptions",
     "MultiExitEnsemble",
     "MultiExitNetwork",
     "PrivateCNN",

@@ -76,7 +76,17 @@ def freeze(network: nn.Module, patterns: Sequence[str] | str, option: str = "cli
             frozen |= {id(named[name]) for name in names}
     left = any(parameter.requires_grad and id(parameter) not in frozen for parameter in named.values())
     require(left, option, "patterns that leave a parameter to train", patterns)
-    for parameter in named.values():
+    freeze_parameters(network, frozen)
+
+
+def freeze_parameters(network: nn.Module, frozen: set[int]) -> None:
+    """Freeze parameters by identity, and the buffers of frozen layers.
+
+    Args:
+        network: The network; it is changed.
+        frozen: `id` of each parameter to freeze.
+    """
+    for parameter in network.parameters():
         if id(parameter) in frozen:
             parameter.requires_grad_(False)
     _mark(network, frozen, within=False)

@@ -76,6 +76,11 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
         ) from error
     networks = state.get("networks") if isinstance(state, Mapping) else None
     if isinstance(networks, Mapping) and "private" in networks:
+        if "base_sha256" in state:
+            raise UserError(
+                f"{option}: expected all tensors of a network, got {shorten_path(repr(path))}, the state of a client"
+                " without its frozen tensors. Export the model: fedekd export RUN --client K --format safetensors"
+            )
         state = networks["private"]
     if not (isinstance(state, Mapping) and state and all(isinstance(item, Tensor) for item in state.values())):
         content = type(state).__name__

@@ -208,7 +208,7 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, path)
 
 
-NOISE = ("--privacy.noise_multiplier=1", "--privacy.clipping_norm=1")
+NESTED = ("--privacy.noise_multiplier=1", "--privacy.clipping_norm=1", "--client.lora.r=8")
 
 
 def test_every_option_in_the_text_exists(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_every_option_in_the_text_exists(work: Path, capsys: pytest.CaptureFixtu
         parameters = inspect.signature(getattr(fedekd.federation, engine)).parameters
         known |= {f"engine.{parameter}" for parameter in parameters}
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "digits.yaml", "--do_no_harm.margin=0.01", *NOISE, "--print_config"])
+        main(["fit", "--config", "digits.yaml", "--do_no_harm.margin=0.01", *NESTED, "--print_config"])
     known |= set(_keys(yaml.safe_load(capsys.readouterr().out)))
     named: dict[str, str] = {}
     for path in PAGES:
