@@ -45,10 +45,11 @@ from fedekd.functional.log_linear import (
     fit_sample_weights,
     sample_weights,
 )
-from fedekd.functional.paired_tests import betting_p_value, paired_p_value
+from fedekd.functional.paired_tests import betting_p_value, betting_stake, paired_p_value
 from fedekd.functional.precision import at_least_float32, upcast_to_float32
 from fedekd.functional.simplex import project_to_simplex
 from fedekd.functional.submodels import average_submodels, submodel_state_dict
+from fedekd.functional.unconditional_test import unconditional_p_value
 
 __all__ = [
     "AGREEMENT",
@@ -65,6 +66,7 @@ __all__ = [
     "average_state_dicts",
     "average_submodels",
     "betting_p_value",
+    "betting_stake",
     "combine_log_linear",
     "conformal_quantile",
     "correctness_trust",
@@ -102,5 +104,6 @@ __all__ = [
     "student_budget",
     "submodel_state_dict",
     "trust_weights",
+    "unconditional_p_value",
     "upcast_to_float32",
 ]

@@ -49,13 +49,22 @@ def paired_p_value(worse: int, better: int, samples: int, margin: float = 0.0, n
     Reference:
         Berger and Boos, P values maximized over a confidence set for the nuisance parameter, JASA 1994.
     """
+    require_paired_counts(worse, better, samples, margin, nuisance_level)
+    return float(paired_p_values(worse, samples, margin, nuisance_level)[better])
+
+
+def require_paired_counts(worse: int, better: int, samples: int, margin: float, nuisance_level: float) -> None:
+    """Check the arguments of a test of paired classifiers.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
     if not (min(worse, better) >= 0 and worse + better <= samples):
         raise ValueError(f"worse, better: expected at least 0 and a sum of at most {samples}, got {worse}, {better}")
     if not 0 <= margin < 1:
         raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
     if not 0 < nuisance_level < 1:
         raise ValueError(f"nuisance_level: expected a number in (0, 1), got {nuisance_level}")
-    return float(paired_p_values(worse, samples, margin, nuisance_level)[better])
 
 
 def paired_p_values(
@@ -82,23 +91,25 @@ def paired_p_values(
     return values
 
 
-def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0) -> float:
+def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0, stake: float | None = None) -> float:
     r"""Compute the p-value for "the mean gain is at most minus the margin" by betting.
 
     A bet of the fraction $\lambda$ on every sample has the wealth
     $\prod_i \big(1 + \lambda \frac{g_i + m}{1 - m}\big)$. Under the hypothesis it is a supermartingale that starts at
-    1, so its mean over several $\lambda$ is at least 1/p with probability of at most p (Markov). The order of the
-    samples has no influence, and their variances need not be known.
+    1, so it is at least 1/p with probability of at most p (Markov), as is its mean over several $\lambda$. The order of
+    the samples has no influence, and their variances need not be known.
 
     Args:
         gains: Improvement of the new model per sample, shape (n,), in [-1, 1]; clip losses before subtracting them.
         margin: m, in [0, 1).
+        stake: lambda, in (0, 1), chosen without these gains, see `betting_stake`. By default the mean over 16 stakes,
+            which needs no choice and is less powerful.
 
     Returns:
         A p-value in (0, 1]; 1 without samples.
 
     Raises:
-        ValueError: If a gain or the margin is out of range.
+        ValueError: If a gain, the margin or the stake is out of range.
 
     Example:
         >>> betting_p_value([]), betting_p_value([-0.2] * 50)
@@ -114,7 +125,40 @@ def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0) -> float:
         raise ValueError("gains: expected numbers in [-1, 1], one per sample")
     if not 0 <= margin < 1:
         raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
+    if stake is not None and not 0 < stake < 1:
+        raise ValueError(f"stake: expected a number in (0, 1), got {stake}")
+    stakes = _BETS if stake is None else np.array([stake])
     payoffs = (values + margin) / (1.0 - margin)
-    log_wealth = np.log1p(np.outer(_BETS, payoffs)).sum(axis=1)
-    log_mean = float(logsumexp(log_wealth)) - math.log(len(_BETS))
+    log_wealth = np.log1p(np.outer(stakes, payoffs)).sum(axis=1)
+    log_mean = float(logsumexp(log_wealth)) - math.log(len(stakes))
     return math.exp(min(0.0, -log_mean))
+
+
+def betting_stake(gains: npt.ArrayLike, margin: float, samples: int, level: float) -> float:
+    r"""Choose the stake of `betting_p_value` for gains of which none is known.
+
+    $\lambda = \sqrt{2 \ln(1 / \alpha) / (n \hat\sigma^2)}$ has the largest wealth at the smallest gain that n samples
+    can detect. The variance is estimated on other samples; every estimate gives an exact test, a good one a powerful
+    test.
+
+    Args:
+        gains: Improvements on other samples, shape (k,), in [-1, 1].
+        margin: m, in [0, 1).
+        samples: n, number of gains to test.
+        level: alpha, in (0, 1).
+
+    Returns:
+        A stake in (0, 0.9].
+
+    Example:
+        >>> round(betting_stake([0.1, -0.1] * 200, margin=0.0, samples=780, level=0.1), 3)
+        0.745
+
+    Reference:
+        Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 2024, equations 23 and
+        24: the predictable plug-in, whose variance also has one pseudo-observation of 1/4.
+    """
+    payoffs = (np.asarray(gains, dtype=np.float64) + margin) / (1.0 - margin)
+    deviations = payoffs - payoffs.mean() if len(payoffs) else payoffs
+    variance = (0.25 + float(deviations @ deviations)) / (len(payoffs) + 1)
+    return min(float(_BETS[-1]), math.sqrt(2.0 * math.log(1.0 / level) / (max(samples, 1) * variance)))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, multinomial
 
-from fedekd.functional import betting_p_value, paired_p_value
+from fedekd.functional import betting_p_value, betting_stake, paired_p_value
 from fedekd.functional.binomial import clopper_pearson
 
 MARGINS = (0.0, 0.05, 0.1, 0.3)
@@ -232,3 +232,35 @@ def test_betting_p_value_invalid_gains_raise_value_error(gains):
 def test_betting_p_value_invalid_margin_raises_value_error(margin):
     with pytest.raises(ValueError, match=f"margin: .* got {margin}"):
         betting_p_value([0.1], margin)
+
+
+@pytest.mark.parametrize("stake", [0.0, 1.0, -0.1, math.nan])
+def test_betting_p_value_invalid_stake_raises_value_error(stake):
+    with pytest.raises(ValueError, match=f"stake: .* got {stake}"):
+        betting_p_value([0.1], 0.0, stake)
+
+
+def test_betting_p_value_with_stake_is_one_bet():
+    gains = [0.3, -0.2, 0.0, 0.9]
+    assert betting_p_value(gains, 0.1, 0.4) == pytest.approx(1 / math.prod(1 + 0.4 * (g + 0.1) / 0.9 for g in gains))
+
+
+def test_betting_stake_is_optimal_for_the_variance():
+    payoffs = (np.array([0.2, -0.4, 0.1]) + 0.05) / 0.95
+    variance = (0.25 + ((payoffs - payoffs.mean()) ** 2).sum()) / 4
+    expected = math.sqrt(2 * math.log(10) / (500 * variance))
+    assert betting_stake([0.2, -0.4, 0.1], 0.05, 500, 0.1) == pytest.approx(expected, rel=1e-12)
+    assert betting_stake([], 0.0, 500, 0.1) == pytest.approx(math.sqrt(2 * math.log(10) / 125))
+    assert betting_stake([0.0] * 10_000, 0.0, 3, 0.1) == 0.9
+    assert betting_stake([0.1], 0.0, 0, 0.1) == 0.9
+
+
+def test_betting_p_value_with_stake_of_other_samples_is_exact_and_more_powerful():
+    """400 draws of 400 gains with standard deviation 0.1; the stake comes from 400 others."""
+    rng = np.random.default_rng(3)
+    for mean, least, most in ((0.0, 0.0, 0.11), (0.015, 0.6, 1.0)):
+        draws = np.clip(mean + 0.1 * rng.standard_normal((400, 800)), -1, 1)
+        staked = [betting_p_value(d[400:], 0.0, betting_stake(d[:400], 0.0, 400, 0.1)) <= 0.1 for d in draws]
+        mixed = [betting_p_value(d[400:]) <= 0.1 for d in draws]
+        assert least <= np.mean(staked) <= most
+        assert np.mean(staked) >= np.mean(mixed)
