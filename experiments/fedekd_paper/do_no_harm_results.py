@@ -52,7 +52,7 @@ def _table(name: str, runs: pd.DataFrame) -> HarmTable:
     clients = []
     for run in runs.sort_values(["method", "seed"]).itertuples():
         evidence = json.loads(getattr(run, EVIDENCE))
-        rule = replace(DoNoHarm(**evidence["rule"]), looks=1, rule="certified")
+        rule = replace(DoNoHarm.from_stored(evidence["rule"]), looks=1, rule="certified")
         clients.append(pd.DataFrame(evidence["clients"]).assign(method=run.method, seed=run.seed))
     # A client that took part in no round has compared nothing.
     frame = pd.concat(clients).dropna(subset=["samples"])

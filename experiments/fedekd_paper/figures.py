@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,6 @@ from experiments.fedekd_paper.exits import ExitComparison
 from experiments.fedekd_paper.load import display_name
 from experiments.fedekd_paper.statistics import LEVEL, Ranking
 from fedekd.do_no_harm.power import acceptance_probability
-from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.metrics import METRICS
 from fedekd.reporting.figures import BLACK, BLUE, CLIENT_COLOURS, GREY
 
@@ -148,7 +148,7 @@ def power_curves(table: HarmTable) -> Figure:
     gains = [step / 1000 for step in range(-20, 31, 2)]
     for axes, margin in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.01), strict=True):
         for colour, samples in zip(CLIENT_COLOURS, sorted({300, round(table.samples), 2300, 7000}), strict=False):
-            rule = DoNoHarm(confidence=table.rule.confidence, margin=margin)
+            rule = replace(table.rule, margin=margin)
             possible = [gain for gain in gains if abs(gain) <= table.differing]
             probabilities = [acceptance_probability(rule, gain, table.differing, samples) for gain in possible]
             axes.plot(possible, probabilities, color=colour, label=f"n = {samples:,}")

@@ -76,6 +76,8 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.target_column": None,
     "data.transform": None,
     "data.value_range": None,
+    "do_no_harm.splits": "holdout",
+    "do_no_harm.test": "sign",
     "metrics": None,
     "privacy": None,
     "select_round": "last",

@@ -23,6 +23,7 @@ from fedekd.configuration.trained import open_trained, require_one_source
 from fedekd.data import Samples, load_samples
 from fedekd.data.formats import format_of
 from fedekd.data.raw import ReadOptions
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
@@ -117,7 +118,7 @@ def run(argv: Sequence[str]) -> int:
     held_out = None if config.input is None else _load(config.input, clients[0].samples, trained.data.read_options)
     trained_on = torch.cat([training_indices(client) for client in clients])
     rule = trained.do_no_harm
-    compared_on = [] if rule is None else [getattr(client.splits, rule.split) for client in clients]
+    compared_on = [] if rule is None else [_compared(client, rule) for client in clients]
     seen = torch.cat([trained_on, *compared_on])
     selected = select_clients(clients, config.client)
     if config.client is None:
@@ -157,6 +158,12 @@ def run(argv: Sequence[str]) -> int:
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", highlight=False, soft_wrap=True, markup=False)
     return 0
+
+
+def _compared(client: Client, rule: DoNoHarm) -> torch.Tensor:
+    """Return the indices of the samples on which a client compared its models."""
+    names = rule.compared_splits(client.spec.task, client.training_splits)
+    return torch.cat([getattr(client.splits, name) for name in names])
 
 
 def _calibrator(target_risk: float, confidence: float, mode: str, clients: int = 1) -> SelectiveRiskCalibrator:

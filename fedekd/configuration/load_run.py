@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.configuration.yaml_files import load_yaml
+from fedekd.do_no_harm.rule import EARLIER_VALUES as EARLIER_RULE
 from fedekd.errors import UserError, shorten_path
 from fedekd.federation import Orchestrator, RunFolder, Sequential
 
@@ -31,10 +32,14 @@ def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) ->
     """
     path = folder / "config.yaml"
     saved = parse(parser, ["--config", str(path)])
-    added = _EARLIER_VALUES.get(saved.method.class_path.rpartition(".")[2], {})
-    method = (load_yaml(path.read_text(encoding="utf-8")) or {}).get("method")
+    content = load_yaml(path.read_text(encoding="utf-8")) or {}
+    method, rule = content.get("method"), content.get("do_no_harm")
     in_file = (method.get("init_args") or {}) if isinstance(method, dict) else {}
+    added = _EARLIER_VALUES.get(saved.method.class_path.rpartition(".")[2], {})
     earlier = [f"--method.{name}={value}" for name, value in added.items() if name not in in_file]
+    if rule is not None and rule is not False:
+        in_file = rule if isinstance(rule, dict) else {}
+        earlier += [f"--do_no_harm.{name}={value}" for name, value in EARLIER_RULE.items() if name not in in_file]
     return parse(parser, ["--config", str(path), *earlier, *argv]) if earlier or argv else saved
 
 

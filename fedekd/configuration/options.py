@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from dataclasses import fields as fields_of
-from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any, get_args
@@ -286,9 +286,12 @@ def _all_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
 def as_values(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """Return a configuration as plain values, the content of `config.yaml`.
 
-    Options of a partition are left out where sites are the clients.
+    Options of a partition are left out where sites are the clients. A rule `true` is written with all fields, because
+    later versions may have other defaults.
     """
     values = _all_values(parser, config)
+    if values["do_no_harm"] is True:
+        values["do_no_harm"] = asdict(DoNoHarm())
     if values["data"]["sites"] is not None or values["data"]["site_column"] is not None:
         values["data"] = {key: value for key, value in values["data"].items() if key not in PARTITION_OPTIONS}
     return {key: value for key, value in values.items() if key not in _TRANSIENT}

@@ -1,6 +1,6 @@
 """Do-no-harm model selection with exact tests on held-out samples."""
 
-from fedekd.do_no_harm.power import acceptance_probability
+from fedekd.do_no_harm.power import acceptance_probability, deciding_samples, fewest_samples
 from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 
-__all__ = ["Comparison", "DoNoHarm", "acceptance_probability"]
+__all__ = ["Comparison", "DoNoHarm", "acceptance_probability", "deciding_samples", "fewest_samples"]

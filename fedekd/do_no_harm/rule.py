@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fedekd.errors import UserError, require_choice
-from fedekd.functional import betting_p_value, paired_p_value
+from fedekd.functional import betting_p_value, betting_stake, paired_p_value, unconditional_p_value
 from fedekd.tasks import Task
 
 SelectionRule = Literal["certified", "better"]
+TestName = Literal["unconditional", "sign"]
+ComparedSplits = Literal["held_out", "holdout"]
 Deployed = Literal["federated", "local"]
 
 
@@ -39,18 +44,22 @@ class Comparison:
     level: float
 
 
+#: Values of fields with which earlier versions decided.
+EARLIER_VALUES = {"test": "sign", "splits": "holdout"}
+
+
 @dataclass(frozen=True)
 class DoNoHarm:
     """Rule by which a client deploys the federated model or its local model.
 
     Guarantee of the rule `certified`.
 
-    - Population: the distribution of the client's holdout samples.
+    - Population: the distribution of the client's held-out samples.
     - Target: the client never deploys a federated model whose accuracy is lower than that of its local model by the
       margin or more. For regression: whose mean squared error is larger by the margin or more, with each difference of
       squared errors clipped to [-clip, clip].
-    - Confidence: `confidence`, over the holdout samples, for all comparisons of the client together.
-    - Assumptions: holdout samples are independent draws; both models were trained without them.
+    - Confidence: `confidence`, over the compared samples, for all comparisons of the client together.
+    - Assumptions: these samples are independent draws; both models were trained without them.
 
     The models are compared by the 0/1 loss, or by squared errors, whatever the primary metric of the run: a certified
     model may have a worse AUROC than the local one.
@@ -66,13 +75,19 @@ class DoNoHarm:
         looks: Number of comparisons, at least 1, evenly spaced over the rounds, the last after the last round. Each
             comparison has the level (1 - confidence) / looks (Bonferroni).
         clip: Regression only: largest difference of squared errors, above 0 and finite.
+        test: `unconditional`, the more powerful one; or `sign`, that of earlier versions: the sign test, with a margin
+            conditional on the number of differing samples, and for regression a mixture of stakes.
+        splits: `held_out` compares classifiers on the tuning and holdout splits together if neither training nor the
+            selection of the round uses the tuning split; `holdout` on the holdout split only, as earlier versions did.
+            For regression the test `unconditional` takes its stake from the tuning split and compares on the holdout
+            split.
 
     Raises:
         UserError: An argument is out of its range.
 
     Reference:
-        Classification: exact sign test; with a margin, Berger and Boos (JASA 1994). Regression: testing by betting,
-        Waudby-Smith and Ramdas (JRSS B 2024). See `fedekd.functional.paired_p_value` and `betting_p_value`.
+        Classification: see `fedekd.functional.unconditional_p_value` and `paired_p_value`. Regression: testing by
+        betting, Waudby-Smith and Ramdas (JRSS B 2024), see `fedekd.functional.betting_p_value`.
     """
 
     confidence: float = 0.9
@@ -80,6 +95,8 @@ class DoNoHarm:
     rule: SelectionRule = "certified"
     looks: int = 1
     clip: float = 1.0
+    test: TestName = "unconditional"
+    splits: ComparedSplits = "held_out"
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
@@ -87,6 +104,8 @@ class DoNoHarm:
         if not self.margin >= 0:
             raise UserError(f"do_no_harm.margin: expected at least 0, got {self.margin}")
         require_choice("do_no_harm.rule", self.rule, get_args(SelectionRule))
+        require_choice("do_no_harm.test", self.test, get_args(TestName))
+        require_choice("do_no_harm.splits", self.splits, get_args(ComparedSplits))
         if self.looks < 1:
             raise UserError(f"do_no_harm.looks: expected at least 1, got {self.looks}")
         if not 0 < self.clip < math.inf:
@@ -94,10 +113,28 @@ class DoNoHarm:
         if self.margin >= self.clip:
             raise UserError(f"do_no_harm.margin: expected less than do_no_harm.clip, {self.clip}, got {self.margin}")
 
-    @property
-    def split(self) -> str:
-        """Split on which a client compares its models."""
-        return "holdout" if self.rule == "certified" else "tuning"
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> Self:
+        """Create a rule from stored fields; those of earlier versions lack the last ones.
+
+        Args:
+            values: Fields by name, as in `summary.json`.
+        """
+        return cls(**{**EARLIER_VALUES, **values})
+
+    def compared_splits(self, task: Task, used_splits: Sequence[str]) -> tuple[str, ...]:
+        """Return the splits on whose samples a client compares its models.
+
+        Args:
+            task: `classification` or `regression`.
+            used_splits: Splits that training and the selection of the round use.
+        """
+        if self.rule == "better":
+            return ("tuning",)
+        sets_stake = task == "regression" and self.test == "unconditional"
+        if self.splits == "holdout" or sets_stake or "tuning" in used_splits:
+            return ("holdout",)
+        return ("tuning", "holdout")
 
     @property
     def level(self) -> float:
@@ -107,8 +144,8 @@ class DoNoHarm:
 
     @property
     def nuisance_level(self) -> float:
-        """Part of the level that bounds the rate of differing samples (margin > 0)."""
-        return self.level / 10
+        """Part of the level that bounds the rate of differing samples."""
+        return self.level / (100 if self.test == "unconditional" else 10)
 
     def p_value(self, worse: int, better: int, samples: int) -> float:
         """Compute the p-value of a comparison of two classifiers.
@@ -121,19 +158,24 @@ class DoNoHarm:
         Returns:
             P-value of the hypothesis that the federated model is worse by at least the margin.
         """
-        return paired_p_value(worse, better, samples, self.margin, self.nuisance_level)
+        p_value = unconditional_p_value if self.test == "unconditional" else paired_p_value
+        return p_value(worse, better, samples, self.margin, self.nuisance_level)
 
     def compares_at(self, round_idx: int, rounds: int) -> bool:
         """Check whether clients compare their models after a round in 1..rounds."""
         return round_idx in {math.ceil(rounds * look / self.looks) for look in range(1, self.looks + 1)}
 
-    def compare(self, local: Tensor, federated: Tensor, task: Task) -> Comparison:
+    def compare(
+        self, local: Tensor, federated: Tensor, task: Task, tuning: tuple[Tensor, Tensor] | None = None
+    ) -> Comparison:
         """Compare two models by their losses on the same samples.
 
         Args:
             local: Losses of the local model, shape (n,): 0 and 1 for correct and wrong classes, or squared errors.
             federated: Losses of the federated model, shape (n,).
             task: `classification` or `regression`.
+            tuning: Losses of both models on other samples, which set the stake of the regression test; by default it is
+                a mixture of stakes.
 
         Returns:
             The decision and its evidence.
@@ -156,8 +198,16 @@ class DoNoHarm:
         if task == "classification":
             p_value = self.p_value(worse, better, samples)
         else:
-            # A sample with a non-finite federated output counts as the largest loss, also if both are non-finite.
-            gains = difference.nan_to_num(nan=-self.clip).clamp(-self.clip, self.clip) / self.clip
-            p_value = betting_p_value(gains.cpu().numpy(), self.margin / self.clip)
+            margin, stake = self.margin / self.clip, None
+            if self.test == "unconditional" and tuning is not None and len(tuning[0]):
+                stake = betting_stake(self._gains(*tuning), margin, samples, self.level)
+            p_value = betting_p_value(self._gains(local, federated), margin, stake)
         deployed = "federated" if p_value <= self.level else "local"
         return Comparison(deployed, samples, worse, better, gain, p_value, self.level)
+
+    def _gains(self, local: Tensor, federated: Tensor) -> npt.NDArray[np.float64]:
+        """Return clipped improvements of squared errors in units of `clip`, in [-1, 1]."""
+        # A sample with a non-finite federated output counts as the largest loss, also if both are non-finite.
+        difference = (local.double() - federated.double()).nan_to_num(nan=-self.clip)
+        gains: npt.NDArray[np.float64] = (difference.clamp(-self.clip, self.clip) / self.clip).cpu().numpy()
+        return gains

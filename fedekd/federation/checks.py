@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
+from fedekd.do_no_harm.power import fewest_samples
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError, describe_error, shorten
-from fedekd.federation.options import RoundOptions
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
 from fedekd.methods.options import check_scheduler
-from fedekd.methods.round_selection import SELECTION_SPLIT
+from fedekd.methods.round_selection import SELECTION_SPLIT, used_splits
 from fedekd.models import check_model
 from fedekd.modules import SupervisedModule
 from fedekd.modules.phase_callbacks import of_lightning
@@ -145,8 +145,12 @@ def check_round_selection(spec: FederationSpec, clients: Sequence[ClientSplits])
             )
 
 
-def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, options: RoundOptions) -> None:
+def check_do_no_harm(
+    rule: DoNoHarm, method: Method, data: FederatedDataModule, spec: FederationSpec, warn: Callable[[str], None]
+) -> None:
     """Check that clients can compare two models on samples of neither's training.
+
+    Clients with too few samples for any decision are a warning.
 
     Raises:
         UserError: If they have not, or an option of the rule does not fit the run.
@@ -159,25 +163,37 @@ def check_do_no_harm(rule: DoNoHarm, method: Method, data: FederatedDataModule, 
             f"do_no_harm: models are compared on the validation split, which method {name} trains on."
             " Choose another method."
         )
-    if rule.split in method.training_splits:
+    compared = rule.compared_splits(data.task, used_splits(method, spec))
+    if set(compared) & set(method.training_splits):
         raise UserError(
             f"do_no_harm.rule: expected a rule that compares on samples which the method does not use, got"
-            f" {rule.rule!r}, whose {rule.split} split method {name} uses. Choose certified."
+            f" {rule.rule!r}, whose tuning split method {name} uses. Choose certified."
         )
     if data.task == "classification" and rule.margin >= 1:
         raise UserError(f"do_no_harm.margin: expected a difference of accuracies below 1, got {rule.margin}.")
-    if options.select_round == "best" and rule.split == SELECTION_SPLIT:
+    if spec.select_round == "best" and SELECTION_SPLIT in compared:
         raise UserError(
             "do_no_harm.rule: expected certified with --select_round best, which chooses the round on the"
             f" {SELECTION_SPLIT} split, got {rule.rule!r}."
         )
-    if rule.looks > options.rounds:
-        raise UserError(f"do_no_harm.looks: expected at most {options.rounds} (rounds), got {rule.looks}.")
+    if rule.looks > spec.rounds:
+        raise UserError(f"do_no_harm.looks: expected at most {spec.rounds} (rounds), got {rule.looks}.")
     for splits in data.clients:
-        if not len(getattr(splits, rule.split)):
+        if not any(len(getattr(splits, split)) for split in compared):
             raise UserError(
-                f"do_no_harm: {splits.label} has no sample in the {rule.split} split, on which models are compared."
+                f"do_no_harm: {splits.label} has no sample in the {' or '.join(compared)} split, on which models are"
+                " compared."
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
+            )
+    if data.task == "classification" and rule.rule == "certified":
+        fewest = fewest_samples(rule)
+        counts = {each.title: sum(len(getattr(each, split)) for split in compared) for each in data.clients}
+        few = [f"{title} ({count})" for title, count in counts.items() if count < fewest]
+        if few:
+            warn(
+                f"do_no_harm: the test can deploy the federated model with at least {fewest} samples of the"
+                f" {' and '.join(compared)} split. These clients have fewer and deploy their local model: "
+                + shorten(", ".join(few), 200)
             )
 
 

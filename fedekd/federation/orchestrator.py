@@ -49,6 +49,7 @@ from fedekd.federation.wire import to_wire, updates_from_wire
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, Client, ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.methods.base import state_dict_bytes
+from fedekd.methods.round_selection import used_splits
 from fedekd.metrics import computed_metrics, metric_keys
 from fedekd.modules import TrainerFactory
 from fedekd.modules.trainer_factory import usable_cores
@@ -151,7 +152,7 @@ class Orchestrator:
         check_schedule(self.spec, data.clients, max(method.scheduled_epochs(self.spec), tuned))
         check_round_selection(self.spec, data.clients)
         if do_no_harm is not None:
-            check_do_no_harm(do_no_harm, method, data, self.options)
+            check_do_no_harm(do_no_harm, method, data, self.spec, self.observer.warn)
         self.engine = engine(
             method, data, self.spec, None if baseline_dir is None else Path(baseline_dir), self.observer
         )
@@ -262,7 +263,8 @@ class Orchestrator:
         broadcast, dtypes = to_wire(self.method.broadcast(numbers, round_idx), self.options.wire_dtype)
         comparison = None
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
-            comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds())
+            splits = self.do_no_harm.compared_splits(self.spec.task, used_splits(self.method, self.spec))
+            comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds(), splits)
         request = RoundRequest(numbers, broadcast, round_idx, not is_last, comparison, dtypes, self.privacy)
         updates: list[ClientUpdate] = []
         changed: list[int] = []

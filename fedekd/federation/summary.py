@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import fedekd
 from fedekd.atomic import digest
 from fedekd.data import Samples
+from fedekd.do_no_harm.power import deciding_samples
+from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import mean_tradeoff
 from fedekd.federation.options import participants
 from fedekd.federation.results import ScoreSummary
@@ -73,7 +75,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
             }
         )
         if run.do_no_harm is not None and comparison is not None:
-            clients[-1] |= asdict(comparison)
+            clients[-1] |= _compared(run, run.do_no_harm, comparison)
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.samples.name,
@@ -183,6 +185,15 @@ def _selected(run: Orchestrator, number: int) -> dict[str, Any]:
 def _class_names(samples: Samples) -> dict[str, list[str]]:
     """Return the names of the classes; empty if they are numbers."""
     return {} if samples.has_numbered_classes else {"class_names": list(samples.class_names)}
+
+
+def _compared(run: Orchestrator, rule: DoNoHarm, comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison; of classifiers also the samples that would decide."""
+    values = asdict(comparison)
+    if run.task == "classification" and rule.rule == "certified" and comparison.samples:
+        counts = comparison.worse, comparison.better, comparison.samples
+        values["deciding_samples"] = deciding_samples(rule, *counts)
+    return values
 
 
 def _deployed(run: Orchestrator) -> dict[str, Any]:

@@ -202,7 +202,8 @@ class ResultValidator:
             "update": update is None or (request.collect_updates and update.client == result.client),
         }
         if comparison is not None and request.comparison is not None:
-            held = len(getattr(self.clients[result.client], request.comparison.rule.split))
+            client = self.clients[result.client]
+            held = sum(len(getattr(client, split)) for split in request.comparison.splits)
             expected["comparison"] = comparison.samples <= held
         name = next((name for name, is_valid in expected.items() if not is_valid), None)
         if name is None:

@@ -155,7 +155,7 @@ def comparison_request_to_json(request: ComparisonRequest | None) -> dict[str, A
     if request is None:
         return None
     rounds = {str(client): count for client, count in request.rounds.items()}
-    return {"rule": asdict(request.rule), "rounds": rounds}
+    return {"rule": asdict(request.rule), "rounds": rounds, "splits": request.splits}
 
 
 def comparison_request_from_json(values: Mapping[str, Any] | None) -> ComparisonRequest | None:
@@ -163,7 +163,7 @@ def comparison_request_from_json(values: Mapping[str, Any] | None) -> Comparison
     if values is None:
         return None
     rounds = {int(client): count for client, count in values["rounds"].items()}
-    return ComparisonRequest(DoNoHarm(**values["rule"]), rounds)
+    return ComparisonRequest(DoNoHarm(**values["rule"]), rounds, tuple(values["splits"]))
 
 
 def dtypes_to_json(dtypes: Dtypes, state: StateDict) -> dict[str, Any]:

@@ -100,8 +100,19 @@ def client_table(summary: Summary) -> pd.DataFrame:
             # Without a comparison a client deploys the federated model.
             row |= {"deployed": client.get("deployed", "federated"), "compared on": client.get("samples", 0)}
             row["p"] = "" if p_value is None else f"{p_value:.2g}"
+            if any("deciding_samples" in each for each in summary["clients"]):
+                row["samples to decide"] = _deciding_text(client)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _deciding_text(client: Mapping[str, Any]) -> str:
+    """Return how many samples would have deployed the federated model."""
+    if client.get("deployed") != "local" or "deciding_samples" not in client:
+        return ""
+    if client["deciding_samples"] is not None:
+        return f"{client['deciding_samples']:,}"
+    return "none: no difference" if client["worse"] == client["better"] == 0 else "none: no gain"
 
 
 def other_metrics_table(summary: Summary) -> pd.DataFrame:

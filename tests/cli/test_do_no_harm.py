@@ -44,6 +44,7 @@ def parsed_rule(*options: str) -> Any:
         (["--do_no_harm.rule=better"], DoNoHarm(rule="better")),
         (["--do_no_harm.looks=2", "--do_no_harm.clip=4"], DoNoHarm(looks=2, clip=4.0)),
         (["--do_no_harm", "{confidence: 0.8, rule: better}"], DoNoHarm(0.8, rule="better")),
+        (["--do_no_harm.test=sign", "--do_no_harm.splits=holdout"], DoNoHarm(test="sign", splits="holdout")),
         (["--do_no_harm={}"], DoNoHarm()),
         (["--do_no_harm=null"], None),
         (["--do_no_harm", "true"], DoNoHarm()),  # as in the help text
@@ -117,6 +118,7 @@ def test_fit_stores_repeats_and_resumes_the_rule(
     assert "do no harm: confidence 0.9, margin 0.02" in printed
     assert "deployed" in printed
     rule = {"confidence": 0.9, "margin": 0.02, "rule": "certified", "looks": 1, "clip": 1.0}
+    rule |= {"test": "unconditional", "splits": "held_out"}
     assert yaml.safe_load(Path("a/config.yaml").read_text())["do_no_harm"] == rule
     summary = json.loads(Path("a/summary.json").read_text())
     assert summary["deployed"]["rule"] == rule

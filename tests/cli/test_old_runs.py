@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedekd.cli import main
 from fedekd.configuration.load_run import parse_run
-from fedekd.configuration.options import federation_parser
+from fedekd.configuration.options import as_values, do_no_harm_rule, federation_parser
 from fedekd.federation import RunFolder
 from fedekd.federation.run_folder import drop_unknown_keys
 
@@ -68,6 +69,26 @@ def test_identity_of_an_old_run_is_unchanged(old_run: Path, monkeypatch: pytest.
     expected = json.loads((Path(__file__).parent / "old_run/run/checkpoints/manifest-0001.json").read_text())
     # Options that were added since are not compared on resume.
     assert drop_unknown_keys(expected["notes"]["identity"], identities[0]) == expected["notes"]["identity"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        (True, ("sign", "holdout", 0.9)),
+        ({"confidence": 0.8, "margin": 0.0}, ("sign", "holdout", 0.8)),
+        ({"confidence": 0.8, "test": "unconditional", "splits": "held_out"}, ("unconditional", "held_out", 0.8)),
+    ],
+)
+def test_parse_run_keeps_the_test_of_do_no_harm(saved: Any, expected: tuple[Any, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"do_no_harm": saved, "data": {"dataset": "digits"}}))
+    rule = do_no_harm_rule(as_values(federation_parser(), parse_run(federation_parser(), tmp_path))["do_no_harm"])
+    assert rule is not None
+    assert (rule.test, rule.splits, rule.confidence) == expected
+
+
+def test_parse_run_without_do_no_harm_adds_none(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"do_no_harm": None, "data": {"dataset": "digits"}}))
+    assert parse_run(federation_parser(), tmp_path).do_no_harm is None
 
 
 @pytest.mark.parametrize(("saved", "variant"), [({}, "paper"), ({"variant": "corrected"}, "corrected")])

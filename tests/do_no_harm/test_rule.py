@@ -9,15 +9,17 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, multinomial
 
-from fedekd.do_no_harm import DoNoHarm, acceptance_probability
+from fedekd.do_no_harm import DoNoHarm, acceptance_probability, deciding_samples, fewest_samples
 from fedekd.errors import UserError
-from fedekd.functional import betting_p_value, paired_p_value
+from fedekd.functional import betting_p_value, betting_stake, paired_p_value, unconditional_p_value
 from fedekd.functional.binomial import clopper_pearson
 from fedekd.functional.paired_tests import paired_p_values
+from fedekd.functional.unconditional_test import critical_better_counts
 
 DELTA = 0.1
+TESTS = ("sign", "unconditional")
 FEDERATIONS = 2000
 
 
@@ -29,6 +31,8 @@ FEDERATIONS = 2000
             for bad in (0, 1, -0.1, math.nan)
         ],
         *[({"margin": bad}, rf"do_no_harm\.margin: expected at least 0, got {bad}") for bad in (-0.1, math.nan)],
+        ({"test": "exact"}, r"do_no_harm\.test: expected one of .*, got 'exact'"),
+        ({"splits": "tuning"}, r"do_no_harm\.splits: expected one of .*, got 'tuning'"),
         ({"rule": "beter"}, r"do_no_harm\.rule: expected one of .*, got 'beter'. Did you mean 'better'"),
         *[({"looks": bad}, rf"do_no_harm\.looks: expected at least 1, got {bad}") for bad in (0, -1)],
         *[
@@ -63,14 +67,17 @@ def losses(*parts: tuple[float, float, int]) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
-def test_compare_classification_depends_on_counts_only(margin):
-    rule = DoNoHarm(0.9, margin, looks=2)
+@pytest.mark.parametrize(
+    ("test", "p_value", "share"), [("sign", paired_p_value, 10), ("unconditional", unconditional_p_value, 100)]
+)
+def test_compare_classification_depends_on_counts_only(margin, test, p_value, share):
+    rule = DoNoHarm(0.9, margin, looks=2, test=test)
     pair = losses((0, 1, 2), (1, 0, 9), (0, 0, 150), (1, 1, 39))
     comparison = rule.compare(*pair, "classification")
     assert (comparison.worse, comparison.better, comparison.samples) == (2, 9, 200)
     assert comparison.gain == pytest.approx(7 / 200)
     assert comparison.level == 0.05
-    assert comparison.p_value == paired_p_value(2, 9, 200, margin, 0.005)
+    assert comparison.p_value == p_value(2, 9, 200, margin, 0.05 / share)
     assert comparison.deployed == "federated"
     assert rule.compare(*reversed(pair), "classification").deployed == "local"
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
@@ -79,9 +86,9 @@ def test_compare_classification_depends_on_counts_only(margin):
 
 def test_compare_p_value_equal_to_level_deploys_federated_model():
     half = losses((1, 0, 1), (0, 0, 5))  # p = 1/2
-    assert DoNoHarm(0.5).compare(*half, "classification").deployed == "federated"
-    assert DoNoHarm(0.5001).compare(*half, "classification").deployed == "local"
-    assert DoNoHarm(0.5, looks=2).compare(*half, "classification").deployed == "local"
+    assert DoNoHarm(0.5, test="sign").compare(*half, "classification").deployed == "federated"
+    assert DoNoHarm(0.5001, test="sign").compare(*half, "classification").deployed == "local"
+    assert DoNoHarm(0.5, looks=2, test="sign").compare(*half, "classification").deployed == "local"
 
 
 def test_compare_regression_depends_on_clipped_differences():
@@ -108,7 +115,35 @@ def test_compare_better_selects_lower_loss_without_test(task):
         assert math.isnan(comparison.level)
     comparison = rule.compare(*better, task)
     assert (comparison.worse, comparison.better) == ((2, 3) if task == "classification" else (0, 0))
-    assert (rule.split, DoNoHarm().split) == ("tuning", "holdout")
+
+
+def test_compared_splits_follow_rule_task_and_method():
+    assert DoNoHarm(rule="better").compared_splits("classification", ("train",)) == ("tuning",)
+    assert DoNoHarm().compared_splits("classification", ("train",)) == ("tuning", "holdout")
+    assert DoNoHarm().compared_splits("classification", ("train", "tuning")) == ("holdout",)
+    assert DoNoHarm(splits="holdout").compared_splits("classification", ("train",)) == ("holdout",)
+    assert DoNoHarm().compared_splits("regression", ("train",)) == ("holdout",)  # the tuning split sets the stake
+    assert DoNoHarm(test="sign").compared_splits("regression", ("train",)) == ("tuning", "holdout")
+
+
+def test_from_stored_rule_of_earlier_version_keeps_its_test():
+    stored = {"confidence": 0.8, "margin": 0.01, "rule": "certified", "looks": 1, "clip": 1.0}
+    assert DoNoHarm.from_stored(stored) == DoNoHarm(0.8, 0.01, test="sign", splits="holdout")
+    assert DoNoHarm.from_stored({**stored, "test": "unconditional"}).test == "unconditional"
+
+
+def test_compare_regression_takes_its_stake_from_tuning_losses():
+    generator = torch.Generator().manual_seed(2)
+    local, federated, *tuning = (torch.rand(90, generator=generator, dtype=torch.float64) for _ in range(4))
+    rule, gains = DoNoHarm(0.9, margin=0.2), (local - federated).numpy()
+    stake = betting_stake((tuning[0] - tuning[1]).numpy(), 0.2, 90, rule.level)
+    comparison = rule.compare(local, federated, "regression", tuple(tuning))
+    assert comparison.p_value == pytest.approx(betting_p_value(gains, 0.2, stake), rel=1e-12)
+    mixture = betting_p_value(gains, 0.2)
+    empty = torch.zeros(0), torch.zeros(0)
+    assert rule.compare(local, federated, "regression", empty).p_value == pytest.approx(mixture)
+    sign = DoNoHarm(0.9, margin=0.2, test="sign").compare(local, federated, "regression", tuple(tuning))
+    assert sign.p_value == pytest.approx(mixture)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -140,8 +175,12 @@ def test_compare_different_shapes_raise(shapes):
 
 
 @cache
-def p_values(rule: DoNoHarm, worse: int, samples: int) -> np.ndarray:
-    return paired_p_values(worse, samples, rule.margin, rule.nuisance_level)
+def accepted(rule: DoNoHarm, worse: int, samples: int) -> np.ndarray:
+    """By the number of better samples."""
+    if rule.test == "sign":
+        return paired_p_values(worse, samples, rule.margin, rule.nuisance_level) <= rule.level
+    critical = critical_better_counts(samples, rule.margin, rule.level, rule.nuisance_level)
+    return np.arange(samples - worse + 1) >= critical[worse:]
 
 
 def decisions(rule: DoNoHarm, counts: np.ndarray) -> np.ndarray:
@@ -152,8 +191,8 @@ def decisions(rule: DoNoHarm, counts: np.ndarray) -> np.ndarray:
     flat = counts.reshape(-1, 3)
     if rule.rule == "better":
         return (flat[:, 1] > flat[:, 0]).reshape(counts.shape[:-1])
-    accepted = [p_values(rule, b, b + c + rest)[c] <= rule.level for b, c, rest in flat.tolist()]
-    return np.array(accepted).reshape(counts.shape[:-1])
+    found = [accepted(rule, b, b + c + rest)[c] for b, c, rest in flat.tolist()]
+    return np.array(found).reshape(counts.shape[:-1])
 
 
 def agrees(errors: np.ndarray, delta: float = DELTA) -> bool:
@@ -266,7 +305,7 @@ def test_error_rate_of_regression_is_at_most_delta(margin):
 @pytest.mark.parametrize(("differing", "power"), [(0.04, 0.427), (0.05, 0.382), (0.06, 0.350)])
 def test_acceptance_probability_equals_sum_over_differing_samples(differing, power):
     """A gain of 0.5 points on 2,300 samples, as few data sets have per client, is detected in two of five cases."""
-    samples, rule, gain = 2300, DoNoHarm(1 - DELTA), 0.005
+    samples, rule, gain = 2300, DoNoHarm(1 - DELTA, test="sign"), 0.005
     differ = binom.pmf(np.arange(samples + 1), samples, differing)
     total = 0.0
     for n in np.flatnonzero(differ > 1e-5).tolist():
@@ -280,3 +319,48 @@ def test_acceptance_probability_equals_sum_over_differing_samples(differing, pow
 def test_acceptance_probability_argument_out_of_range_raises(arguments):
     with pytest.raises(ValueError, match="expected"):
         acceptance_probability(DoNoHarm(), *arguments)
+
+
+@pytest.mark.parametrize(("margin", "gain"), [(0.0, 0.01), (0.01, 0.0), (0.01, -0.01)])
+def test_acceptance_probability_of_unconditional_test_equals_sum_over_outcomes(margin, gain):
+    samples, differing, rule = 60, 0.05, DoNoHarm(1 - DELTA, margin)
+    worse, better = (differing - gain) / 2, (differing + gain) / 2
+    every = [(b, c) for b in range(9) for c in range(10)]
+    total = 0.0
+    for b, c in every:
+        if rule.p_value(b, c, samples) <= rule.level:
+            total += multinomial.pmf([b, c, samples - b - c], samples, [worse, better, 1 - differing])
+    assert acceptance_probability(rule, gain, differing, samples) == pytest.approx(total, abs=1e-4)
+    assert total <= DELTA or gain > -margin
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.01])
+def test_acceptance_probability_of_unconditional_test_is_larger(margin):
+    """Figures of the table in docs/explanation/certified_federation.md."""
+    power = {test: acceptance_probability(DoNoHarm(margin=margin, test=test), 0.01, 0.05, 300) for test in TESTS}
+    assert power["sign"] == pytest.approx({0.0: 0.22, 0.01: 0.35}[margin], abs=0.005)
+    assert power["unconditional"] == pytest.approx({0.0: 0.28, 0.01: 0.58}[margin], abs=0.005)
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_fewest_samples_is_the_first_number_that_can_decide(test):
+    for rule in (DoNoHarm(test=test), DoNoHarm(0.99, 0.05, test=test)):
+        fewest = fewest_samples(rule)
+        assert rule.p_value(0, fewest, fewest) <= rule.level < rule.p_value(0, fewest - 1, fewest - 1)
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_deciding_samples_accept_at_the_observed_rates(test):
+    rule = DoNoHarm(test=test)
+    number = deciding_samples(rule, 10, 20, 300)
+    assert number is not None
+    scaled = [round(count * number / 300) for count in (10, 20)]
+    assert rule.p_value(*scaled, number) <= rule.level
+    if number > 300:
+        assert rule.p_value(10, 20, 300) > rule.level
+    assert deciding_samples(rule, 2, 30, 300) == 300
+    assert deciding_samples(rule, 6, 4, 300) is None  # no gain
+    assert deciding_samples(rule, 0, 0, 20) is None  # without a margin
+    more = deciding_samples(DoNoHarm(margin=0.01, test=test), 0, 0, 20)
+    assert more is not None
+    assert more > 20

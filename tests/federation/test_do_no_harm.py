@@ -30,7 +30,7 @@ from fedekd.federation import (
 )
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.source_code import SourceUnavailableError
-from fedekd.functional import betting_p_value
+from fedekd.functional import betting_p_value, betting_stake
 from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType, Local, Method
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 from fedekd.reporting import metrics_csv
@@ -137,15 +137,19 @@ def right(client: Any, network: Any, split: str) -> list[bool]:
 
 @pytest.mark.parametrize("keep", ["certified", "better"])
 def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_path: Path, keep: Any) -> None:
-    run, local_run = harmless(do_no_harm=DoNoHarm(0.5, rule=keep), output=tmp_path), harmless(Local(), do_no_harm=None)
+    rule = DoNoHarm(0.5, rule=keep, test="sign")
+    run, local_run = harmless(do_no_harm=rule, output=tmp_path), harmless(Local(), do_no_harm=None)
     summary = run.run()
     local_run.run()
     engines: Any = run.engine, local_run.engine
     before, after = [], []
     for number, client_summary in enumerate(summary["clients"]):
         ours, theirs = (engine.clients[number] for engine in engines)
-        split = "holdout" if keep == "certified" else "tuning"
-        federated, local = (right(each, each.networks["private"], split) for each in (ours, theirs))
+        splits = ("tuning", "holdout") if keep == "certified" else ("tuning",)
+        federated, local = (
+            [is_right for split in splits for is_right in right(each, each.networks["private"], split)]
+            for each in (ours, theirs)
+        )
         worse = sum(a and not b for a, b in zip(local, federated, strict=True))
         better = sum(b and not a for a, b in zip(local, federated, strict=True))
         assert (client_summary["samples"], client_summary["worse"], client_summary["better"]) == (
@@ -171,7 +175,10 @@ def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_pa
     own = [client["local"] + change for client, change in zip(summary["clients"], after, strict=True)]
     assert (kept["mean"], kept["worst"]) == pytest.approx((np.mean(own), min(own)))
     assert kept["federated"] == pytest.approx(1 / 3)
-    assert kept["rule"] == {"confidence": 0.5, "margin": 0.0, "rule": keep, "looks": 1, "clip": 1.0}
+    assert kept["rule"] == {"confidence": 0.5, "margin": 0.0, "rule": keep, "looks": 1, "clip": 1.0} | {
+        "test": "sign",
+        "splits": "held_out",
+    }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     last = list(csv.DictReader((tmp_path / "metrics.csv").open()))[-1]
     flat = {"federated": kept["federated"], "accuracy/mean": kept["mean"], "accuracy/worst": kept["worst"]}
@@ -188,6 +195,34 @@ def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_pa
         }
 
 
+@pytest.mark.parametrize(
+    ("parts", "splits"),
+    [
+        ({}, ("tuning", "holdout")),
+        ({"rounds": RoundOptions(rounds=1, select_round="best")}, ("holdout",)),
+        ({"method": FedeKD(gate="correctness")}, ("holdout",)),
+        ({"do_no_harm": DoNoHarm(splits="holdout")}, ("holdout",)),
+    ],
+)
+def test_comparison_leaves_out_a_tuning_split_that_is_used(
+    harmless: Federate, parts: dict[str, Any], splits: tuple[str, ...]
+) -> None:
+    run = harmless(**{"rounds": RoundOptions(rounds=1), **parts})
+    summary = run.run()
+    for client, held in zip(summary["clients"], run.data.clients, strict=True):
+        assert client["samples"] == sum(len(getattr(held, split)) for split in splits)
+        assert ("deciding_samples" in client) == (client["samples"] > 0)
+
+
+def test_clients_with_too_few_samples_for_a_decision_are_a_warning(harmless: Federate) -> None:
+    recorder = Recorder()
+    harmless(do_no_harm=DoNoHarm(1 - 1e-13), observer=recorder)
+    [warning] = [line for line in recorder.warnings if "do_no_harm" in line]
+    assert "with at least 44 samples of the tuning and holdout split" in warning
+    assert "fewer and deploy their local model: 0 (" in warning
+    assert "\n" not in warning
+
+
 def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> None:
     rule = DoNoHarm(0.1, clip=0.5)
     run, local_run = harmless(task="regression", do_no_harm=rule), harmless(Local(), task="regression", do_no_harm=None)
@@ -195,13 +230,16 @@ def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> Non
     local_run.run()
     engines: Any = run.engine, local_run.engine
     for number, client_summary in enumerate(summary["clients"]):
-        errors = []
-        for engine in engines:
-            client = engine.clients[number]
-            output = client.predict("private", "holdout").output.double().squeeze(1)
-            errors.append((output - client.samples.targets[client.splits.holdout].double()) ** 2)
-        gains = (errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5
-        assert client_summary["p_value"] == pytest.approx(betting_p_value(gains.numpy()))
+        gains = {}
+        for split in ("tuning", "holdout"):
+            errors = []
+            for engine in engines:
+                client = engine.clients[number]
+                output = client.predict("private", split).output.double().squeeze(1)
+                errors.append((output - client.samples.targets[getattr(client.splits, split)].double()) ** 2)
+            gains[split] = ((errors[1] - errors[0]).clamp(-0.5, 0.5) / 0.5).numpy()
+        stake = betting_stake(gains["tuning"], 0.0, len(gains["holdout"]), rule.level)
+        assert client_summary["p_value"] == pytest.approx(betting_p_value(gains["holdout"], 0.0, stake))
         assert client_summary["deployed"] == ("federated" if client_summary["p_value"] <= 0.9 else "local")
     assert {client["deployed"] for client in summary["clients"]} == {"federated", "local"}
 
@@ -324,7 +362,7 @@ def test_every_method_deploys_the_model_that_delta_is_computed_with(
             r"do_no_harm\.rule: expected .*, got 'better', whose tuning split method FedeKD uses\. Choose certified",
         ),
         ({"do_no_harm": DoNoHarm(looks=3)}, r"do_no_harm\.looks: expected at most 2 \(rounds\), got 3"),
-        ({"fractions": (0.8, 0.0, 0.2)}, "client 0 has no sample in the holdout split, .* Raise"),
+        ({"fractions": (0.8, 0.0, 0.2)}, "client 0 has no sample in the tuning or holdout split, .* Raise"),
         (
             {"fractions": (0.8, 0.0, 0.2), "do_no_harm": DoNoHarm(rule="better")},
             "client 0 has no sample in the tuning split",

@@ -26,10 +26,12 @@ class ComparisonRequest:
     Attributes:
         rule: Decision rule.
         rounds: By client, the most rounds for which its local baseline is trained. Delta uses the same limit.
+        splits: Splits on whose samples the models are compared.
     """
 
     rule: DoNoHarm
     rounds: Mapping[int, int]
+    splits: tuple[str, ...] = ("holdout",)
 
 
 @dataclass(frozen=True)

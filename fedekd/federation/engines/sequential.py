@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedekd.data import FederatedDataModule, close_inputs
 from fedekd.do_no_harm.rule import Comparison
 from fedekd.early_exit.client_tradeoff import exit_tradeoff
@@ -183,11 +186,18 @@ class SequentialEngine:
 
     def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
         """Compare the local model with the federated one; `final` deploys one of them."""
-        rounds, split = min(max(client.supervised_rounds, 1), request.rounds[client.number]), request.rule.split
+        rounds = min(max(client.supervised_rounds, 1), request.rounds[client.number])
         local = self._new_client(client.number)
         baseline = train_local_baseline(local, rounds, self.baseline_dir, memory=self.compared)
-        losses = baseline.losses_after(rounds, split), client.losses(split).cpu()
-        comparison = request.rule.compare(*losses, self.spec.task)
+
+        def losses(*splits: str) -> tuple[Tensor, Tensor]:
+            return (
+                torch.cat([baseline.losses_after(rounds, split) for split in splits]),
+                torch.cat([client.losses(split).cpu() for split in splits]),
+            )
+
+        tuning = losses("tuning") if self.spec.task == "regression" else None
+        comparison = request.rule.compare(*losses(*request.splits), self.spec.task, tuning)
         if final and comparison.deployed == "local":
             if local.supervised_rounds != rounds:  # the stored model was trained further: train again, up to `rounds`
                 local = self._new_client(client.number)
