@@ -10,8 +10,9 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +21,7 @@ import jinja2
 import pandas as pd
 from scipy.stats import binomtest, ttest_ind_from_stats, ttest_rel, wilcoxon
 
-from fedekd.functional import paired_p_value
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.metrics import METRICS, MetricSpec
 
 DOCS = Path(__file__).resolve().parent
@@ -585,10 +586,14 @@ def best_static(grid: str) -> str:
 # ---------------------------------------------------------------- do no harm
 
 
-def _p_values(clients: pd.DataFrame, margin: float, level: float) -> pd.Series:
-    """P-value per client of "the federated model is worse by the margin or more"."""
+#: Tests, as printed.
+TESTS = {"sign": "sign test", "unconditional": "unconditional test"}
+
+
+def _accepted(clients: pd.DataFrame, rule: DoNoHarm) -> pd.Series:
+    """True for each client whose comparison deploys the federated model."""
     counts = clients[["worse", "better", "samples"]].astype(int).itertuples(index=False)
-    return pd.Series([paired_p_value(*row, margin, level / 10) for row in counts], index=clients.index)
+    return pd.Series([rule.p_value(*row) <= rule.level for row in counts], index=clients.index)
 
 
 def do_no_harm(grid: str) -> str:
@@ -596,18 +601,19 @@ def do_no_harm(grid: str) -> str:
     rows = []
     for method, group in read(f"{grid}/fashionmnist.csv").groupby("method"):
         runs = [json.loads(text) for text in group.sort_values("seed")["evidence"]]
-        rule = runs[0]["rule"]
-        level = round(1 - rule["confidence"], 12)
+        rule = DoNoHarm.from_stored(runs[0]["rule"])
         frames = [pd.DataFrame(run["clients"]).assign(run=index) for index, run in enumerate(runs)]
         clients = pd.concat(frames, ignore_index=True).dropna(subset=["samples"])
         gain = clients["score"] - clients["local"]
-        p_value = {margin: _p_values(clients, margin, level) for margin in MARGINS}
         adopted = {"all clients adopt it": gain.notna()}
-        adopted |= {f"test, margin {margin:g}": p_value[margin] <= level for margin in MARGINS}
+        for margin, test in product(MARGINS, TESTS):
+            decisions = _accepted(clients, replace(rule, margin=margin, test=test))
+            adopted[f"{TESTS[test]}, margin {margin:g}"] = decisions
         for rule_name, takes in adopted.items():
             of_run = gain.where(takes, 0.0).groupby(clients["run"])
             deltas = [minus(spread(values, True)) for values in (of_run.mean(), of_run.min())]
-            rows.append([method, rule_name, f"{takes.mean():.0%}", *deltas, str(len(runs))])
+            share = f"{takes.sum()} of {len(takes)}"
+            rows.append([method, rule_name, share, *deltas, str(len(runs))])
     title = "FashionMNIST, alpha 0.1, confidence 0.9"
     return markdown([title, "rule", "clients that adopt it", "Delta avg", "Delta worst", "seeds"], rows)
 
