@@ -16,7 +16,7 @@ from fedekd.functional.unconditional_test import critical_better_counts, outcome
 _NEGLIGIBLE = 1e-9
 
 #: Largest number of samples that is searched.
-MOST_SAMPLES = 1_000_000
+MOST_SAMPLES = 100_000
 
 
 def acceptance_probability(rule: DoNoHarm, gain: float, differing: float, samples: int) -> float:
@@ -84,8 +84,8 @@ def deciding_samples(rule: DoNoHarm, worse: int, better: int, samples: int) -> i
         samples: All compared samples, at least 1.
 
     Returns:
-        The smallest number, `samples` if they did; None if at these rates no number up to 1,000,000 does: the gain does
-        not exceed minus the margin.
+        The smallest number, `samples` if they did; None if at these rates no number up to 100,000 does, as where the
+        gain does not exceed minus the margin.
 
     Example:
         >>> deciding_samples(DoNoHarm(), worse=4, better=6, samples=702), deciding_samples(DoNoHarm(), 0, 0, 195)
