@@ -29,7 +29,7 @@ from fedekd.methods import ClientOptions, Method
 from fedekd.metrics import METRICS
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import TrainerFactory
-from fedekd.modules.trainer_factory import usable_cores
+from fedekd.modules.trainer_factory import usable_threads
 from fedekd.privacy import GaussianMechanism
 from fedekd.tasks import TASKS
 
@@ -346,7 +346,7 @@ def build_parts(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     options = {**plain["data"], "fractions": tuple(plain["data"]["fractions"])}
     data = FederatedDataModule(**options, seed=config.seed, task=config.task)
     if plain["trainer"]["threads"] == "auto":
-        plain["trainer"]["threads"] = built.engine.threads(usable_cores(), data.num_clients)
+        plain["trainer"]["threads"] = built.engine.threads(usable_threads(), data.num_clients)
     trainer = TrainerFactory(**plain["trainer"]).resolve()
     for name in plain["trainer"]:
         config.trainer[name] = getattr(trainer, name)

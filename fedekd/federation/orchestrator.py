@@ -52,7 +52,7 @@ from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.round_selection import used_splits
 from fedekd.metrics import computed_metrics, metric_keys
 from fedekd.modules import TrainerFactory
-from fedekd.modules.trainer_factory import usable_cores
+from fedekd.modules.trainer_factory import usable_threads
 from fedekd.privacy import GaussianMechanism
 from fedekd.reporting import Tracker
 
@@ -131,7 +131,7 @@ class Orchestrator:
         engine = engine if engine is not None else Sequential()
         trainer = trainer or TrainerFactory()
         if trainer.threads == "auto" and isinstance(engine, EngineConfig):
-            trainer = replace(trainer, threads=engine.threads(usable_cores(), self.num_clients))
+            trainer = replace(trainer, threads=engine.threads(usable_threads(), self.num_clients))
         client = client or ClientOptions()
         self.adds_exits = method.exits is not None and client.exits is None
         self.spec = FederationSpec.from_parts(

@@ -44,6 +44,15 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
+def usable_threads() -> int:
+    """Return the number of CPU threads for training.
+
+    These are all usable cores, or `OMP_NUM_THREADS` if it is lower.
+    """
+    cores, limit = usable_cores(), os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) > 0 else cores
+
+
 @dataclass(frozen=True)
 class TrainerFactory:
     """Device, precision and threads of training.
@@ -55,7 +64,8 @@ class TrainerFactory:
         device: Index of the CUDA device, at least 0.
         precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`, or `auto`: bf16-mixed on CUDA (16-mixed on cards
             without bf16), bf16-mixed on a CPU with native bf16, else 32-true.
-        threads: CPU threads per client, at least 1; `auto` uses all cores. The number affects results in the last bits.
+        threads: CPU threads per client, at least 1; `auto` uses all cores, or OMP_NUM_THREADS if it is lower. The
+            number affects results in the last bits.
         channels_last: Store images and convolutions in channels-last layout, which is faster on CPUs and tensor cores.
         loop: `lightning` trains by a Lightning Trainer; `lean` calls the module's hooks in a plain loop, to the same
             bits, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean on CUDA without
@@ -126,7 +136,7 @@ class TrainerFactory:
             precision = _cuda_precision() if accelerator == "cuda" else _cpu_precision()
         if precision == "16-mixed" and accelerator == "cpu":
             raise UserError("trainer.precision: expected bf16-mixed or 32-true on a CPU, got 16-mixed")
-        threads = usable_cores() if self.threads == "auto" else self.threads
+        threads = usable_threads() if self.threads == "auto" else self.threads
         self._check_callbacks()
         return replace(self, accelerator=accelerator, precision=precision, threads=threads)
 

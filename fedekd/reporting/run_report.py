@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from fedekd.do_no_harm.power import MOST_SAMPLES
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
@@ -113,7 +112,7 @@ def _deciding_text(client: Mapping[str, Any]) -> str:
         return ""
     if client["deciding_samples"] is not None:
         return f"{client['deciding_samples']:,}"
-    return "none: no difference" if client["worse"] == client["better"] == 0 else f"none up to {MOST_SAMPLES:,}"
+    return "none: no difference" if client["worse"] == client["better"] == 0 else "none found"
 
 
 def other_metrics_table(summary: Summary) -> pd.DataFrame:
