@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedekd.errors import require, shorten
+from fedekd.models.image_classifier import last_linear
 from fedekd.models.multi_exit import ExitHead, MultiExitNetwork
 
 BACKBONE = "backbone"
@@ -35,8 +36,8 @@ def head_prefixes(network: nn.Module) -> list[str]:
         return [f"heads.{number}.{'linear.' if isinstance(head, ExitHead) else ''}" for number, head in exits]
     if isinstance(getattr(network, "head", None), nn.Linear):
         return ["head."]
-    names = [name for name, part in network.named_modules() if isinstance(part, nn.Linear) and name]
-    return [f"{names[-1]}."] if names else []
+    name, head = last_linear(network)
+    return [] if head is None else [f"{name}."]
 
 
 def freeze(network: nn.Module, patterns: Sequence[str] | str, option: str = "client.freeze") -> None:

@@ -67,14 +67,14 @@ def replace_head(backbone: nn.Module, num_classes: int) -> None:
         backbone: The network; it is changed.
         num_classes: Number of classes; 1 for regression.
     """
-    name, head = _last_linear(backbone)
+    name, head = last_linear(backbone)
     if head is not None and head.out_features != num_classes:
         new = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
         _replace(backbone, name, new.to(head.weight))
 
 
 def _take_head(backbone: nn.Module, num_classes: int) -> nn.Linear:
-    name, head = _last_linear(backbone)
+    name, head = last_linear(backbone)
     if head is None or head.out_features != num_classes:
         actual = "none" if head is None else f"one with {head.out_features} outputs"
         raise UserError(
@@ -84,7 +84,12 @@ def _take_head(backbone: nn.Module, num_classes: int) -> nn.Linear:
     return head
 
 
-def _last_linear(backbone: nn.Module) -> tuple[str, nn.Linear | None]:
+def last_linear(backbone: nn.Module) -> tuple[str, nn.Linear | None]:
+    """Return the name of the last linear layer of a network, and the layer.
+
+    The order is that of `named_modules`. Without one, and for a network that is itself a linear layer, the result is an
+    empty name and None.
+    """
     linear = {name: part for name, part in backbone.named_modules() if name and isinstance(part, nn.Linear)}
     return next(reversed(linear.items()), ("", None))
 
