@@ -54,6 +54,9 @@ class Run(NamedTuple):
     start: str
     seed: int
     rounds: int
+    source: str
+    source_samples: int
+    max_samples: int
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,7 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     """Yield the runs of the command line, seed by seed."""
     for seed, method, start in product(seeds(arguments), arguments.methods, arguments.starts):
-        yield Run(method, start, seed, arguments.rounds)
+        sizes = arguments.source_samples, arguments.max_samples
+        yield Run(method, start, seed, arguments.rounds, arguments.source, *sizes)
 
 
 def fit(folder: Path, options: Iterable[str]) -> None:
@@ -87,20 +91,21 @@ def fit(folder: Path, options: Iterable[str]) -> None:
         sys.exit(code)
 
 
-def pretrain(seed: int, arguments: argparse.Namespace) -> Path:
+def pretrain(run: Run, arguments: argparse.Namespace) -> Path:
     """Return the checkpoint of a private model trained on the source data."""
-    folder = arguments.output / f"source-{seed:02d}"
-    data = [f"--data.dataset={arguments.source}", f"--data.root={arguments.root}", "--data.num_clients=1"]
-    size = [f"--data.max_samples={arguments.source_samples}", "--data.batch_size=64", "--rounds=3"]
-    fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={seed}", f"--output={folder}"])
+    folder = arguments.output / f"{Path(run.source).stem}-{run.source_samples}-{run.seed:02d}"
+    data = [f"--data.dataset={run.source}", f"--data.root={arguments.root}", "--data.num_clients=1"]
+    size = [f"--data.max_samples={run.source_samples}", "--data.batch_size=64", "--rounds=3"]
+    fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={run.seed}", f"--output={folder}"])
     return max((folder / "checkpoints").glob("client-000-*.pt"))
 
 
 def train(run: Run, weights: Path, arguments: argparse.Namespace) -> Path:
     """Train a run on digits unless it is finished, and return its folder."""
     start = run.start.replace(", ", "-").replace(" ", "-")
-    folder = arguments.output / f"{run.method.lower()}-{start}-{run.rounds}-{run.seed:02d}"
-    size = [f"--data.max_samples={arguments.max_samples}", "--data.extra_test=100", "--data.alpha=0.5"]
+    source = f"{Path(run.source).stem}-{run.source_samples}"
+    folder = arguments.output / f"{run.method.lower()}-{start}-{source}-{run.max_samples}-{run.rounds}-{run.seed:02d}"
+    size = [f"--data.max_samples={run.max_samples}", "--data.extra_test=100", "--data.alpha=0.5"]
     options = [f"--method={run.method}", *(option.format(weights=weights) for option in STARTS[run.start])]
     fixed = [f"--rounds={run.rounds}", f"--seed={run.seed}", f"--baseline_dir={arguments.output / 'local'}"]
     fit(folder, ["--config=digits.yaml", *options, *size, *fixed, f"--output={folder}"])
@@ -146,7 +151,7 @@ def measure(run: Run, arguments: argparse.Namespace) -> None:
     """Train and measure a run whose row is not stored."""
     if is_stored(run._asdict(), arguments.results):
         return
-    weights = pretrain(run.seed, arguments)
+    weights = pretrain(run, arguments)
     store(run._asdict(), [row_of(train(run, weights, arguments), weights)], arguments.results)
 
 
@@ -179,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(run, arguments)
         print(*run, flush=True)
     results = pd.read_csv(arguments.results)
+    for name in ("rounds", "source", "source_samples", "max_samples"):
+        results = results[results[name] == getattr(arguments, name)]
     print(table(results))
     print(f"{results['changed_frozen_tensors'].sum()} of {results['frozen_tensors'].sum()} frozen tensors changed")
 

@@ -39,9 +39,10 @@ def test_main_measures_each_run_once_and_finds_changed_bytes(tmp_path: Path, mon
     experiment.main(argv)
     assert results.read_bytes() == before
 
-    run = experiment.Run("FedAvg", FROZEN, 10, 1)
-    weights = experiment.pretrain(10, experiment.parse(argv))
-    folder = experiment.train(run, weights, experiment.parse(argv))
+    arguments = experiment.parse(argv)
+    [run] = [run for run in experiment.runs(arguments) if run.start == FROZEN]
+    weights = experiment.pretrain(run, arguments)
+    folder = experiment.train(run, weights, arguments)
     clients = open_finished("fit", folder, in_process=True)[0].load_clients()
     file = torch.load(weights, weights_only=True)["networks"]["private"]
     assert experiment.frozen_tensors(clients, file) == (6 * 18, 0)
