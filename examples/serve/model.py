@@ -117,7 +117,10 @@ class OnnxModel:
         except InputError:
             raise
         except UnidentifiedImageError as error:
-            raise InputError(f"expected an image file, got {len(content)} bytes of another type") from error
+            raise InputError(
+                f"expected an image file as the body, got {len(content)} bytes of another type. JSON needs"
+                " content-type: application/json; a form (curl -F) is not accepted"
+            ) from error
         except Exception as error:  # plugins of PIL raise various errors
             raise InputError(f"expected an image file, got {_text(error)}") from error
         if image.size != (width, height):

@@ -221,9 +221,16 @@ def _report_key(folder: Path, number: int) -> str:
     return f"{number} {digest(policy_path(folder, number).read_bytes())}"
 
 
-def input_error(error: UserError) -> UserError:
-    """Return the error of a file given by `--input`, without options of `fit`."""
+def input_error(error: UserError, options: Sequence[str] = ()) -> UserError:
+    """Return the error of a file given by `--input`, without options of `fit`.
+
+    Args:
+        error: Its text may begin with `data.NAME:` and end with a hint on another option.
+        options: Options of `data` that the command has, too.
+    """
     message = re.sub(r"^data\.\w+: ", "", str(error))
+    for name in options:
+        message = message.replace(f"--data.{name}", f"--{name}")
     # The run decides on labels, sizes and ranges, which these commands cannot change.
     for hint in (" Leave out", " Set --data.", ", or set --data."):
         message = message.partition(hint)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,12 @@ def predict_parser() -> ArgumentParser:
         default="",
         help="A folder of images, a manifest, an .npz file, or a table; labels are not needed.",
     )
+    parser.add_argument(
+        "--skip_unreadable",
+        type=bool,
+        default=False,
+        help="Leave out images that cannot be read, with a warning. Default: they are errors.",
+    )
     add_output_arguments(parser)
     add_client_argument(parser)
     parser.add_argument(
@@ -109,9 +116,9 @@ def run(argv: Sequence[str]) -> int:
     _check_columns(client, config)
     is_table = is_table_file(source)
     try:
-        inputs = _read(trained.data, client, source, is_table)
+        inputs = _read(trained.data, client, source, is_table, config.skip_unreadable)
     except UserError as error:
-        raise input_error(error) from error
+        raise input_error(error, ["skip_unreadable"]) from error
     policy = _usable_policy(trained, client, label_prior)
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members)
@@ -191,8 +198,8 @@ def _serving_cost(client: Client) -> str:
     )
 
 
-def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool) -> _Inputs:
-    """Read new samples as the run reads its own.
+def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool, skip_unreadable: bool) -> _Inputs:
+    """Read new samples as the run reads its own, but for unreadable ones.
 
     Raises:
         UserError: If the file cannot be read, or does not have what the network takes.
@@ -203,11 +210,11 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool)
         return _Inputs(torch.split(features, BATCH_SIZE), len(features), None)
     if len(shape) == 1:
         raise UserError(f"expected a .csv or .parquet table, as in training, got {shorten_path(path)}")
-    images = read_images(path, data.read_options, shape[0])
+    images = read_images(path, replace(data.read_options, skip_unreadable=skip_unreadable), shape[0])
     if images.input_shape != shape:
         raise UserError(f"expected images of {shape} (channels, height, width), got {images.input_shape}")
     for line in images.warnings:
-        print_warning(line)
+        print_warning(line.replace("data.skip_unreadable", "--skip_unreadable"))
     return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)
 
 

@@ -61,8 +61,9 @@ def open_finished(
         UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
     """
     if not (folder / "config.yaml").exists():
+        found = "has no config.yaml" if folder.exists() else "does not exist"
         raise UserError(
-            f"{command}: expected the folder of a run, got {shorten_path(repr(str(folder)))}, which has no config.yaml."
+            f"{command}: expected the folder of a run, got {shorten_path(repr(str(folder)))}, which {found}."
         )
     run = RunFolder(folder, {})
     if run.is_finished:

@@ -85,8 +85,9 @@ def error_at_site(error: UserError, site: str) -> UserError:
 
 def _in_folder(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
+        absent = "" if folder.exists() else ", which does not exist"
         raise UserError(
-            f"data.sites: expected a folder with a file or subfolder per site, got '{shorten_path(folder)}'"
+            f"data.sites: expected a folder with a file or subfolder per site, got '{shorten_path(folder)}'{absent}"
         )
     found: dict[str, Any] = {}
     paths = _visible(folder)

@@ -17,6 +17,7 @@ from fedekd.export.comparison import Difference
 from fedekd.export.served import OUTPUTS
 from fedekd.export.specification import ModelSpecification
 from fedekd.methods import Client
+from fedekd.metrics import METRICS, column_names
 
 CARD_FORMAT = 1
 """Version of the keys of a card."""
@@ -121,7 +122,8 @@ def _metrics(client: Client, facts: RunFacts) -> dict[str, Any]:
     name, is_local = client.spec.primary.name, client.deployed_role == "local"
     values = facts.local_metrics if is_local else facts.metrics
     score, local = values.get(name, math.nan), facts.local_metrics.get(name, math.nan)
-    others = {key: _defined(value) for key, value in values.items() if key != name}
+    titles = column_names(METRICS.values(), client.samples.class_names)
+    others = {titles.get(key, key): _defined(value) for key, value in values.items() if key != name}
     return {
         "metric": name,
         "split": "test",

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fedekd.federation.orchestrator import Orchestrator
 
 #: Characters of a class or client, and classes of a client, that a warning names.
+#: Classes are uneven if the largest has this many times the samples of the smallest.
+_UNEVEN = 1.5
+
 _LONGEST_NAME, _MOST_CLASSES = 24, 4
 
 
@@ -57,14 +60,18 @@ def _one_class(run: Orchestrator) -> list[str]:
     ]
     if not found:
         return []
+    titles = listed(clients[number].title for number in found)
+    line = f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({titles})"
+    if all(counts[number].max() < _UNEVEN * counts[number].min() for number in found):
+        return [
+            f"{line}. Their classes are balanced: raise --rounds, --client.local_epochs or --client.optimizer.lr"
+        ]
     advice = []
     if not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
         advice.append(f"--metrics [{BALANCED}]")
     # Weights do not help a client that lacks a class.
     if run.spec.client.class_weights is None and any(counts[number].min() > 0 for number in found):
         advice.append("--client.class_weights balanced")
-    titles = listed(clients[number].title for number in found)
-    line = f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({titles})"
     return [f"{line}. Try {' and '.join(advice)}" if advice else line]
 
 

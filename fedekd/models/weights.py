@@ -20,6 +20,7 @@ from fedekd.models.multi_exit import MultiExitNetwork
 State = Mapping[str, Tensor]
 
 #: How to write a file that can be read.
+_SAME_NETWORK = "Give class_path and init_args of the trained network"
 _SAVE = "Save it by torch.save(network.state_dict(), FILE)"
 
 #: Name of a tensor in a head of a `MultiExitNetwork`.
@@ -238,10 +239,12 @@ def _require_names(state: State, expected: State, name: str, option: str) -> Non
     ):
         if keys:
             rest = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+            exits = count_exits(state)
+            has_only_exits = exits is not None and count_exits(expected) is None
+            hint = f"Its network has exits: set client.exits {exits}" if has_only_exits else _SAME_NETWORK
             raise UserError(
                 f"{option}: expected the tensors of {name}, got a file {words}"
-                f" {', '.join(repr(shorten(key, 40)) for key in keys[:_NAMED])}{rest}. Give class_path and init_args of"
-                " the trained network"
+                f" {', '.join(repr(shorten(key, 40)) for key in keys[:_NAMED])}{rest}. {hint}"
             )
 
 

@@ -231,6 +231,26 @@ def test_predict_of_a_run_on_a_folder_resizes_and_names_classes(
     assert "expected images of (1, 10, 9) (channels, height, width), got (3, 10, 9)" in error_line()
 
 
+def test_predict_unreadable_image_is_an_error_also_if_training_left_such_out(
+    here: Path, capsys: pytest.CaptureFixture[str], error_line: Callable[[], str]
+) -> None:
+    write_files(here / "train", ("ant", "bee", "cat"))
+    assert fit(here / "train", "lenient", "--method=Local", "--data.skip_unreadable=true") == 0
+    write_files(here / "new")
+    (here / "new" / "0" / "scan.png").write_bytes(b"no image")
+    Path("predictions.csv").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert main(["predict", "lenient", "--input", "new"]) == 2
+    assert error_line() == (
+        "error: --input: image '0/scan.png' cannot be read (not an image). Replace or remove it, or set"
+        " --skip_unreadable true\n"
+    )
+    assert not Path("predictions.csv").exists()
+    assert main(["predict", "lenient", "--input", "new", "--skip_unreadable", "true"]) == 0
+    assert "--skip_unreadable: 1 of 151 images cannot be read" in capsys.readouterr().err
+    assert len(rows()) == 150
+
+
 def test_predict_policy_of_other_network_raises(here: Path, error_line: Callable[[], str]) -> None:
     Path("two/exits").mkdir()
     shutil.copy("one/exits/client-000.json", "two/exits/client-001.json")

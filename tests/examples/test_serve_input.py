@@ -121,11 +121,15 @@ def test_decode_image_unlike_training_raises_before_decoding(tmp_path: Path, mon
     model = OnnxModel(write(tmp_path))
     assert model.decode_image(picture("L")).shape == (1, 1, 8, 8)
     frames = picture("L", format="GIF", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+    other = (
+        "expected an image file as the body, got 8 bytes of another type. JSON needs content-type: application/json;"
+        " a form (curl -F) is not accepted"
+    )
     for content, text in (
         (picture("RGB"), "expected a grey image, got the mode RGB"),
         (picture("I;16"), "expected an image with 8 bits, got the mode I;16"),
         (frames, "expected one image per file, got 2"),
-        (b"no image", "expected an image file, got 8 bytes of another type"),
+        (b"no image", other),
     ):
         with pytest.raises(InputError) as error:
             model.decode_image(content)

@@ -108,6 +108,13 @@ def test_private_weights_of_a_client_with_exits(tmp_path: Path) -> None:
         )
 
 
+def test_private_weights_with_exits_for_a_plain_network_names_the_option(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "w.pt", multi_exit(PrivateCNN(1, 8, 3), 3, 2))
+    client = options(private_model={"class_path": "PrivateCNN"}, private_weights=weights)
+    with pytest.raises(UserError, match=r"got a file without .*\. Its network has exits: set client\.exits 2$"):
+        make_spec(client=client).build_model("private", 0)
+
+
 def test_private_weights_wrong_file_raises_one_line_user_error(federate: Federate, tmp_path: Path) -> None:
     cases = {value["weights"]: words for value, words in _wrong_files(tmp_path).values()}
     cases.pop(str(tmp_path / "classes.pt"))

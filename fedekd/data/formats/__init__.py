@@ -24,12 +24,14 @@ class Format(NamedTuple):
         matches: Whether a path, which may not exist, has this format.
         read: Returns the samples of a file or folder.
         read_unlabelled: Returns the images of a file or folder whose labels may be missing. None: it has no images.
+        unlabelled_title: The title for `read_unlabelled`, if it differs.
     """
 
     title: str
     matches: Callable[[Path], bool]
     read: Callable[[Path, ReadOptions], RawSamples]
     read_unlabelled: Callable[[Path, ReadOptions], Unlabelled] | None = None
+    unlabelled_title: str = ""
 
 
 FORMATS = {
@@ -38,7 +40,11 @@ FORMATS = {
         "hf:NAME of a Hugging Face dataset", is_hugging_face, read_hugging_face, read_unlabelled_hugging_face
     ),
     "image_folder": Format(
-        "a folder with images in a subfolder per class", is_image_folder, read_image_folder, read_unlabelled_folder
+        "a folder with images in a subfolder per class",
+        is_image_folder,
+        read_image_folder,
+        read_unlabelled_folder,
+        "a folder of images, with or without subfolders",
     ),
     "manifest": Format("a CSV file with a column path", is_manifest, read_manifest, read_unlabelled_manifest),
     "table": Format("a table in a .csv or .parquet file", is_table_file, read_table),
@@ -60,7 +66,7 @@ def read_path(path: Path, options: ReadOptions) -> RawSamples:
     """
     row = format_of(path)
     if row is None:
-        raise _unknown(path, FORMATS.values())
+        raise _unknown(path, (row.title for row in FORMATS.values()))
     return row.read(path, options)
 
 
@@ -72,11 +78,12 @@ def read_unlabelled(path: Path, options: ReadOptions) -> Unlabelled:
     """
     row = format_of(path)
     if row is None or row.read_unlabelled is None:
-        raise _unknown(path, (row for row in FORMATS.values() if row.read_unlabelled is not None))
+        rows = (row for row in FORMATS.values() if row.read_unlabelled is not None)
+        raise _unknown(path, (row.unlabelled_title or row.title for row in rows))
     return row.read_unlabelled(path, options)
 
 
-def _unknown(path: Path, rows: Iterable[Format]) -> UserError:
-    known = "; ".join(row.title for row in rows if row.title)
+def _unknown(path: Path, titles: Iterable[str]) -> UserError:
+    known = "; ".join(filter(None, titles))
     found = "" if path.exists() else ", which does not exist"
     return UserError(f"data.dataset: expected {known}, got '{shorten_path(path)}'{found}")
