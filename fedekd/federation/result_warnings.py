@@ -63,9 +63,7 @@ def _one_class(run: Orchestrator) -> list[str]:
     titles = listed(clients[number].title for number in found)
     line = f"scores of {len(found)} of {len(clients)} clients are not better than predicting one class ({titles})"
     if all(counts[number].max() < _UNEVEN * counts[number].min() for number in found):
-        return [
-            f"{line}. Their classes are balanced: raise --rounds, --client.local_epochs or --client.optimizer.lr"
-        ]
+        return [f"{line}. Their classes are balanced: raise --rounds, --client.local_epochs or --client.optimizer.lr"]
     advice = []
     if not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
         advice.append(f"--metrics [{BALANCED}]")
