@@ -153,6 +153,7 @@ TRAINING = {
     "callbacks": ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]"],
     "clipping and accumulation": ["--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"],
     "weights and frozen parts": ["--client.private_weights=WEIGHTS", "--client.freeze=[convolutions.*]"],
+    "adapters": ["--client.private_weights=WEIGHTS", "--client.lora.r=2", "--client.lora.lora_dropout=0.2"],
     "schedule of epochs, best round, clipped values": [
         *("--client.scheduler=StepLR", "--client.scheduler.step_size=1", "--client.scheduler.gamma=30"),
         *("--select_round=best", "--trainer.gradient_clip_val=0.01", "--trainer.gradient_clip_algorithm=value"),
@@ -161,10 +162,14 @@ TRAINING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.lora) if name == "adapters" else name for name in TRAINING]
+)
 def test_resume_after_sigkill_with_training_options_gives_same_files(
     name: str, undisturbed_run: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
+    if name == "adapters":
+        pytest.importorskip("peft")
     npz, plain = undisturbed_run
     weights = str(npz.parent / "run" / "checkpoints" / "client-000-0004.pt")
     training = [option.replace("WEIGHTS", weights) for option in TRAINING[name]]
