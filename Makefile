@@ -90,10 +90,11 @@ sites: $(EXTRAS)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not (slow or ray or flower)" --doctest-modules tests fedekd experiments $(ARGS)
 
-## test-all: run all tests and the notebooks (options: ARGS="-k metrics")
+# Tests of Ray and Flower start clusters, of which one at a time runs: see test-extras.
+## test-all: run all tests but those of Ray and Flower, and the notebooks (options: ARGS="-k metrics")
 .PHONY: test-all
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not (ray or flower)" --doctest-modules --nbmake --nbmake-timeout=600 $(ARGS)
 
 ## coverage: run all tests with the coverage of fedekd/, at least 90%; takes a third longer than test-all
 .PHONY: coverage
