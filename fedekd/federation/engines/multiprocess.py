@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from fedekd.federation.engines.pool import PoolEngine, WorkerLostError
 from fedekd.federation.engines.worker import ClientWorker, WorkerSetup, replay_events
 from fedekd.federation.observer import Observer
 from fedekd.methods import FederationSpec, Method
-
-Context = ForkServerContext | SpawnContext
 
 
 class MultiProcess(EngineConfig):
@@ -55,8 +52,7 @@ class MultiProcess(EngineConfig):
         observer: Observer,
     ) -> Engine:
         """See `EngineConfig`."""
-        device = spec.trainer.torch_device
-        executor = ProcessExecutor(min(self.processes, len(data.clients)), observer, _context(device.type))
+        executor = ProcessExecutor(min(self.processes, len(data.clients)), observer)
         return PoolEngine(method, data, spec, baseline_dir, observer, executor)
 
 
@@ -66,12 +62,10 @@ class ProcessExecutor:
     Args:
         processes: Number of processes.
         observer: Called with the events of clients as they happen.
-        context: How processes start.
     """
 
-    def __init__(self, processes: int, observer: Observer, context: Context) -> None:
+    def __init__(self, processes: int, observer: Observer) -> None:
         self.processes, self.observer = processes, observer
-        self._context = context
         self._setup, self._folder = b"", Path()
 
     def state_folder(self) -> None:
@@ -98,7 +92,7 @@ class ProcessExecutor:
 
     def start(self) -> tuple[_Process, _Process]:
         """See `Executor`; a process has at most one pending call, and stands for it."""
-        process = _Process(self._context, self._folder, self._setup)
+        process = _Process(self._folder, self._setup)
         return process, process
 
     def submit(self, worker: _Process, task: str, *arguments: Any) -> _Process:
@@ -136,19 +130,6 @@ class ProcessExecutor:
         """See `Executor`."""
 
 
-def _context(device: str) -> Context:
-    """Return how to start processes that train on a device.
-
-    A fork of this process could use neither CUDA nor its thread pools. A fork of a server that has only imported the
-    packages can use threads, starts faster, and shares the memory of the packages. CUDA needs a new process.
-    """
-    if device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([ClientWorker.__module__])
-    return context
-
-
 def _pickled(setup: WorkerSetup, layout: Any) -> bytes:
     try:
         return pickle.dumps((setup, layout))
@@ -164,9 +145,11 @@ def _pickled(setup: WorkerSetup, layout: Any) -> bytes:
 class _Process:
     """A worker process and its connection."""
 
-    def __init__(self, context: Context, folder: Path, setup: bytes) -> None:
+    def __init__(self, folder: Path, setup: bytes) -> None:
         self.answer: tuple[str, Any] = ("", None)
         self.has_answered = False
+        # A forked process could use neither CUDA nor the thread pools of its parent.
+        context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, folder), daemon=True)
         with _signals_masked():
