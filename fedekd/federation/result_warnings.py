@@ -14,10 +14,10 @@ from fedekd.metrics import BALANCED, predicts_like_one_class
 if TYPE_CHECKING:
     from fedekd.federation.orchestrator import Orchestrator
 
-#: Characters of a class or client, and classes of a client, that a warning names.
 #: Classes are uneven if the largest has this many times the samples of the smallest.
 _UNEVEN = 1.5
 
+#: Characters of a class or client, and classes of a client, that a warning names.
 _LONGEST_NAME, _MOST_CLASSES = 24, 4
 
 

@@ -543,12 +543,13 @@ class Client:
         """
         network = self.networks[role]
         if "base_sha256" in state:
-            own = network.state_dict()
-            omitted = {name: own[name] for name in sorted(own.keys() - stored.keys())}
+            own, base = network.state_dict(), self.spec.frozen_base(self.number)
+            names = () if base is None or set(base.names) & stored.keys() else base.names
+            omitted = {name: own[name] for name in names if name in own}
             actual = tensors_fingerprint(omitted)
             require(
                 not omitted or actual == state["base_sha256"],
-                "client.private_model",
+                "client.private_model" if self.spec.client.private_weights is None else "client.private_weights",
                 f"the pretrained weights of the training, SHA-256 {state['base_sha256'][:12]}",
                 actual[:12],
                 "Restore their file, and the versions of torchvision or timm that trained",

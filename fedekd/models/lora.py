@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -20,6 +22,15 @@ from fedekd.models.multi_exit import MultiExitNetwork
 
 #: Layers that can have an adapter; subclasses may compute something else, as those of timm with standardised weights.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+#: Attribute of the layers to which `add_adapters` has added one: a user's network may have adapters of its own.
+_MARK = "_has_added_adapter"
+
+#: Layers without an adapter, in errors.
+_WITHOUT = (
+    "Layers with groups, dilation or another padding than zeros, shared layers, and those whose weights the network"
+    " reads without calling them have none."
+)
 
 ALL_LINEAR = "all-linear"
 """Value of `target_modules`: all linear layers."""
@@ -63,17 +74,19 @@ class LoraOptions:
         r, scale, dropout, targets = self.r, self.lora_alpha, self.lora_dropout, self.target_modules
         is_whole = isinstance(r, int) and not isinstance(r, bool)
         require(is_whole and r >= 1, "client.lora.r", "a whole number of at least 1", r)
-        require(isinstance(scale, int | float) and scale > 0, "client.lora.lora_alpha", "a number above 0", scale)
-        is_rate = isinstance(dropout, int | float) and 0 <= dropout < 1
+        require(_is_number(scale) and scale > 0, "client.lora.lora_alpha", "a number above 0", scale)
+        is_rate = _is_number(dropout) and 0 <= dropout < 1
         require(is_rate, "client.lora.lora_dropout", "a number in [0, 1)", dropout)
         allowed = "at least one name, a regular expression, all-linear or null"
-        require(targets is None or len(targets) > 0, "client.lora.target_modules", allowed, targets)
+        is_valid = targets is None or (isinstance(targets, str | Sequence) and len(targets) > 0)
+        require(is_valid, "client.lora.target_modules", allowed, targets)
         if isinstance(targets, str):
             try:
                 re.compile(targets)
             except re.error as error:
                 require(False, "client.lora.target_modules", "a regular expression", targets, f"It has {error}")
-        is_list = self.modules_to_save is None or not isinstance(self.modules_to_save, str)
+        saved = self.modules_to_save
+        is_list = saved is None or (isinstance(saved, Sequence) and not isinstance(saved, str))
         require(is_list, "client.lora.modules_to_save", "a list of names, or null", self.modules_to_save)
 
     @classmethod
@@ -94,9 +107,9 @@ class LoraOptions:
 def add_adapters(network: nn.Module, options: LoraOptions, input_shape: Sequence[int]) -> None:
     """Add adapters to layers of a network, and freeze all but them and the heads.
 
-    Layers with groups, dilation or another padding than zeros, whose adapters cannot be merged, and layers whose
-    weights the network reads without calling them, as in `nn.MultiheadAttention`, have none. Initial adapters come from
-    torch's global generator.
+    Layers with groups, dilation or another padding than zeros, layers that are used in several places or share weights,
+    and layers with hooks, whose adapters cannot be merged, have none; nor have layers whose weights the network reads
+    without calling them, as in `nn.MultiheadAttention`. Initial adapters come from torch's global generator.
 
     Args:
         network: The network on the CPU; it is changed.
@@ -109,6 +122,8 @@ def add_adapters(network: nn.Module, options: LoraOptions, input_shape: Sequence
     peft = _import_peft()
     named = dict(network.named_modules())
     kind = type(getattr(network, "backbone", network)).__name__
+    has_adapters = any(hasattr(part, "lora_A") for part in network.modules())
+    require(not has_adapters, "client.lora", "null for a network with adapters of its own", kind)
     heads = ["heads"] if isinstance(network, MultiExitNetwork) else [name[:-1] for name in head_prefixes(network)]
     saved = _matching(list(named), options.modules_to_save or (), "modules_to_save", kind)
     kept = tuple(f"{name}." for name in (*heads, *saved))
@@ -118,7 +133,7 @@ def add_adapters(network: nn.Module, options: LoraOptions, input_shape: Sequence
         "client.lora",
         "a network with linear or convolutional layers besides its head",
         kind,
-        "Layers with groups or dilation do not count.",
+        _WITHOUT,
     )
     targets = _targets(layers, named, options.target_modules, kind)
     config = peft.LoraConfig(
@@ -135,6 +150,9 @@ def _inject(peft: Any, config: Any, network: nn.Module, kept: tuple[str, ...]) -
     before = {id(parameter): parameter.requires_grad for parameter in network.parameters()}
     peft.inject_adapter_in_model(config, network)
     vars(network).pop("peft_config", None)  # of peft's own functions
+    for part in network.modules():
+        if hasattr(part, "lora_A"):
+            setattr(part, _MARK, True)
     frozen = set()
     for name, parameter in network.named_parameters():
         if id(parameter) in before:
@@ -191,7 +209,9 @@ def _matching(names: list[str], ends: Sequence[str], option: str, kind: str) -> 
 
 def _called_layers(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
     """Return the names of the layers that can have an adapter, in order."""
-    named = {name: part for name, part in network.named_modules() if _can_adapt(part)}
+    places = Counter(id(part) for _, part in network.named_modules(remove_duplicate=False))
+    places += Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    named = {name: part for name, part in network.named_modules() if _can_adapt(part) and _is_single(part, places)}
     called = set[str]()
 
     def recorded(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -214,9 +234,19 @@ def _called_layers(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
     return [name for name in named if name in called]
 
 
+def _is_single(part: nn.Module, places: Counter[int]) -> bool:
+    """Return True for a layer that is in one place, as are its weights.
+
+    Args:
+        part: The layer.
+        places: Number of places of each module and parameter, by `id`.
+    """
+    return all(places[id(item)] == 1 for item in (part, *part.parameters()))
+
+
 def _can_adapt(part: nn.Module) -> bool:
     """Return True for a layer whose adapter is a layer of the same kind."""
-    if type(part) not in _LAYERS or "forward" in vars(part):
+    if type(part) not in _LAYERS or "forward" in vars(part) or part._forward_pre_hooks or part._forward_hooks:
         return False
     if isinstance(part, nn.Linear):
         return True
@@ -226,7 +256,7 @@ def _can_adapt(part: nn.Module) -> bool:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return a network with its adapters merged into the frozen weights.
+    """Return a network with the adapters of `add_adapters` merged into its weights.
 
     Args:
         network: Any network; it is not changed.
@@ -240,7 +270,7 @@ def merged(network: nn.Module) -> nn.Module:
     if not any(_is_adapted(part) for part in network.modules()):
         return network
     network = copy.deepcopy(network)
-    for name, part in [*network.named_modules(remove_duplicate=False)]:  # a stage may be in two places
+    for name, part in [*network.named_modules()]:
         if _is_adapted(part):
             layer: Any = part
             try:
@@ -254,4 +284,8 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def _is_adapted(part: nn.Module) -> bool:
-    return hasattr(part, "lora_A") and hasattr(part, "get_base_layer")
+    return getattr(part, _MARK, False)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

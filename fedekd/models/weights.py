@@ -19,8 +19,10 @@ from fedekd.models.multi_exit import MultiExitNetwork
 
 State = Mapping[str, Tensor]
 
-#: How to write a file that can be read.
 _SAME_NETWORK = "Give class_path and init_args of the trained network"
+_EXPORT = "Export the model: fedekd export RUN --client K --format safetensors"
+
+#: How to write a file that can be read.
 _SAVE = "Save it by torch.save(network.state_dict(), FILE)"
 
 #: Name of a tensor in a head of a `MultiExitNetwork`.
@@ -80,7 +82,7 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
         if "base_sha256" in state:
             raise UserError(
                 f"{option}: expected all tensors of a network, got {shorten_path(repr(path))}, the state of a client"
-                " without its frozen tensors. Export the model: fedekd export RUN --client K --format safetensors"
+                f" without its frozen tensors. {_EXPORT}"
             )
         state = networks["private"]
     if not (isinstance(state, Mapping) and state and all(isinstance(item, Tensor) for item in state.values())):
@@ -240,8 +242,12 @@ def _require_names(state: State, expected: State, name: str, option: str) -> Non
         if keys:
             rest = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
             exits = count_exits(state)
-            has_only_exits = exits is not None and count_exits(expected) is None
-            hint = f"Its network has exits: set client.exits {exits}" if has_only_exits else _SAME_NETWORK
+            if any(".lora_A." in key for key in state):
+                hint = f"Its network has adapters. {_EXPORT}"
+            elif exits is not None and count_exits(expected) is None:
+                hint = f"Its network has exits: set client.exits {exits}"
+            else:
+                hint = _SAME_NETWORK
             raise UserError(
                 f"{option}: expected the tensors of {name}, got a file {words}"
                 f" {', '.join(repr(shorten(key, 40)) for key in keys[:_NAMED])}{rest}. {hint}"

@@ -86,7 +86,7 @@ def test_client_state_in_full_still_loads_and_another_base_is_rejected(federate:
     other.load_state_dict(full)
     assert torch.equal(other.networks["private"].state_dict()["convolutions.0.weight"], proxy().convolutions[0].weight)
     other = client(str(tmp_path / "other.pt"))
-    with pytest.raises(UserError, match=r"client.private_model: expected the pretrained weights of the train") as error:
+    with pytest.raises(UserError, match=r"client.private_weights: expected the pretrained weights of the") as error:
         other.load_state_dict(state)
     assert "\n" not in str(error.value)
 

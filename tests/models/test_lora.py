@@ -134,6 +134,42 @@ def test_layers_whose_weights_are_read_directly_have_no_adapter() -> None:
     assert targets(network) == {"0"}
 
 
+class Shared(nn.Module):
+    """A layer in two places, two layers with one weight, and one with weight normalisation by hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again = self.first
+        self.right.weight = self.left.weight
+        self.normed = nn.utils.weight_norm(nn.Linear(4, 4))
+        self.single, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.first, self.left, self.right, self.normed, self.again, self.single):
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_shared_layers_and_layers_with_hooks_have_no_adapter() -> None:
+    """Their adapters could not be merged."""
+    network = adapted(Shared(), (4,))
+    assert targets(network) == {"single"}
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(merged(network)(x), network(x))
+
+
+def test_merged_keeps_adapters_that_the_user_has_added() -> None:
+    network = PrivateCNN(1, 32, 5)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules="convolutions.0"), network)
+    assert merged(network) is network
+    with pytest.raises(
+        UserError, match=r"^client\.lora: expected null for a network with adapters of its own, got Priv"
+    ):
+        adapted(network)
+
+
 def test_target_modules_select_layers_as_in_peft() -> None:
     def chosen(value: Any) -> set[str]:
         return targets(adapted(PrivateCNN(1, 32, 5), target_modules=value))
@@ -150,7 +186,10 @@ def test_target_modules_select_layers_as_in_peft() -> None:
         ({"r": 0}, r"client.lora.r: expected a whole number of at least 1, got 0"),
         ({"lora_alpha": 0}, r"client.lora.lora_alpha: expected a number above 0, got 0"),
         ({"lora_dropout": 1}, r"client.lora.lora_dropout: expected a number in \[0, 1\), got 1"),
+        ({"lora_alpha": math.inf}, r"client.lora.lora_alpha: expected a number above 0, got inf"),
         ({"target_modules": []}, r"client.lora.target_modules: expected at least one name"),
+        ({"target_modules": 5}, r"client.lora.target_modules: expected at least one name"),
+        ({"modules_to_save": 5}, r"client.lora.modules_to_save: expected a list of names, or null, got 5"),
         ({"target_modules": "("}, r"client.lora.target_modules: expected a regular expression, got '\('"),
         (
             {"target_modules": "layer"},
