@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,17 @@ from fedekd.federation import Orchestrator, RunFolder, Sequential
 
 #: Values with which runs of earlier versions ran, of options that were added since with another default.
 _EARLIER_VALUES = {"CAFEDistill": {"variant": "paper"}}
+
+
+def with_earlier_rule(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a stored configuration whose do-no-harm rule has all fields.
+
+    Those that it lacks have the values with which earlier versions decided.
+    """
+    rule = config.get("do_no_harm")
+    if rule is None or rule is False:
+        return config
+    return {**config, "do_no_harm": {**EARLIER_RULE, **(rule if isinstance(rule, Mapping) else {})}}
 
 
 def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) -> Namespace:

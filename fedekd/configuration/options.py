@@ -140,7 +140,7 @@ def federation_parser() -> ArgumentParser:
         "--do_no_harm",
         type=DoNoHarm | bool | None,
         default=None,
-        help="Clients deploy the federated model only if their holdout samples show that it is not worse than their"
+        help="Clients deploy the federated model only if their held-out samples show that it is not worse than their"
         " local model: true, or arguments such as --do_no_harm.confidence 0.9 (default: they always deploy it).",
     )
     parser.add_argument_group("Privacy").add_argument(

@@ -75,7 +75,10 @@ def fewest_samples(rule: DoNoHarm) -> int:
 
 
 def deciding_samples(rule: DoNoHarm, worse: int, better: int, samples: int) -> int | None:
-    """Estimate how many samples would have accepted, at the observed rates.
+    """Estimate how many samples would accept, at the observed rates.
+
+    The search is by bisection. Counts are rounded to whole samples, so some smaller numbers may accept, too. If the
+    observed rates are the true ones, about half of all draws of so many samples accept.
 
     Args:
         rule: The decision rule; its `rule` must be `certified`.
@@ -84,12 +87,12 @@ def deciding_samples(rule: DoNoHarm, worse: int, better: int, samples: int) -> i
         samples: All compared samples, at least 1.
 
     Returns:
-        The smallest number, `samples` if they did; None if at these rates no number up to 100,000 does, as where the
-        gain does not exceed minus the margin.
+        The number, `samples` if they accept; None if the search finds none up to 100,000, as where the gain does not
+        exceed minus the margin.
 
     Example:
         >>> deciding_samples(DoNoHarm(), worse=4, better=6, samples=702), deciding_samples(DoNoHarm(), 0, 0, 195)
-        (2878, None)
+        (2984, None)
     """
     p_value = _plain_p_value(rule)
 

@@ -44,6 +44,9 @@ class Comparison:
     level: float
 
 
+#: Smallest level, and smallest confidence: tails of at most 1e-12 are left out of p-values.
+_SMALLEST = 1e-9
+
 #: Values of fields with which earlier versions decided.
 EARLIER_VALUES = {"test": "sign", "splits": "holdout"}
 
@@ -99,8 +102,8 @@ class DoNoHarm:
     splits: ComparedSplits = "held_out"
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise UserError(f"do_no_harm.confidence: expected a number in (0, 1), got {self.confidence}")
+        if not _SMALLEST <= self.confidence <= 1 - _SMALLEST:
+            raise UserError(f"do_no_harm.confidence: expected a number in [1e-9, 1 - 1e-9], got {self.confidence}")
         if not self.margin >= 0:
             raise UserError(f"do_no_harm.margin: expected at least 0, got {self.margin}")
         require_choice("do_no_harm.rule", self.rule, get_args(SelectionRule))
@@ -131,7 +134,7 @@ class DoNoHarm:
         """
         if self.rule == "better":
             return ("tuning",)
-        sets_stake = task == "regression" and self.test == "unconditional"
+        sets_stake = task == "regression" and self.test == "unconditional"  # on the tuning split
         if self.splits == "holdout" or sets_stake or "tuning" in used_splits:
             return ("holdout",)
         return ("tuning", "holdout")
@@ -199,7 +202,7 @@ class DoNoHarm:
             p_value = self.p_value(worse, better, samples)
         else:
             margin, stake = self.margin / self.clip, None
-            if self.test == "unconditional" and tuning is not None and len(tuning[0]):
+            if self.test == "unconditional" and self.splits == "held_out" and tuning is not None and len(tuning[0]):
                 stake = betting_stake(self._gains(*tuning), margin, samples, self.level)
             p_value = betting_p_value(self._gains(local, federated), margin, stake)
         deployed = "federated" if p_value <= self.level else "local"

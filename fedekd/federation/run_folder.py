@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from fedekd.atomic import DRAFTS, atomic_file, digest, remove_drafts
 from fedekd.data import FederatedDataModule
+from fedekd.do_no_harm.rule import EARLIER_VALUES
 from fedekd.errors import NO_ROOM, UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.results import Progress
@@ -206,9 +207,12 @@ class RunFolder:
         if checkpoint is not None:
             notes = checkpoint.notes
             config = drop_unknown_keys(notes["config"], self.config)
-            now_identity = drop_unknown_keys(notes["identity"], dict(identity))
+            before_identity = dict(notes["identity"])
+            if "do_no_harm" in before_identity:  # fields of earlier versions had other values than today's defaults
+                before_identity["do_no_harm"] = EARLIER_VALUES | before_identity["do_no_harm"]
+            now_identity = drop_unknown_keys(before_identity, dict(identity))
             difference = first_difference(notes["config"], config, RUNTIME_OPTIONS)
-            if difference := difference or first_difference(notes["identity"], now_identity):
+            if difference := difference or first_difference(before_identity, now_identity):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder}: {key}: expected the saved value {before!r}, got {now!r}."

@@ -192,7 +192,8 @@ def _compared(run: Orchestrator, rule: DoNoHarm, comparison: Comparison) -> dict
     values = asdict(comparison)
     if run.task == "classification" and rule.rule == "certified" and comparison.samples:
         counts = comparison.worse, comparison.better, comparison.samples
-        values["deciding_samples"] = deciding_samples(rule, *counts)
+        is_local = comparison.deployed == "local"
+        values["deciding_samples"] = deciding_samples(rule, *counts) if is_local else comparison.samples
     return values
 
 

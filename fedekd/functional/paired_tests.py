@@ -152,7 +152,7 @@ def betting_stake(gains: npt.ArrayLike, margin: float, samples: int, level: floa
 
     Example:
         >>> round(betting_stake([0.1, -0.1] * 200, margin=0.0, samples=780, level=0.1), 3)
-        0.745
+        0.746
 
     Reference:
         Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 2024, equations 23 and

@@ -25,8 +25,8 @@ _TIE = 1e-9
 #: Distance of neighbouring rates of the grid, in units of 1 / sqrt(n) on the arcsine scale.
 _STEP = 0.05
 
-#: Factor on probabilities at the rates of the grid. Between them a probability rises by at most 0.05% (measured for
-#: n of 60 to 2,300), most where few samples differ.
+#: Factor on probabilities at the rates of the grid. Half a step has the length 0.025 / sqrt(n), and the information is
+#: at most 4 n, so that between rates a probability rises by 0.13% to leading order; 0.08% was measured.
 _BETWEEN_RATES = 1.002
 
 #: Smallest tail, as a share of gamma. Smaller ones need not be compared with those of other outcomes.
@@ -117,7 +117,7 @@ def unconditional_p_value(
     for step, candidates in ((-1, np.arange(last + 1)), (1, np.arange(first, len(rates)))):
         b, c = worse, better
         # Along a chain T increases, so a rate whose tail is at most the value stays so.
-        while len(candidates) and (b > 0 if step < 0 else b + c < samples):
+        while value < 1 and len(candidates) and (b > 0 if step < 0 else b + c < samples):
             b, c = (b - 1, c) if step < 0 else (b, c + 1)
             tails = _tails(rates[candidates], b + c, c, samples, margin)
             low, high = _interval(b + c, samples, margin, nuisance_level)

@@ -15,9 +15,14 @@ SELECTION_SPLIT = "tuning"
 
 
 def used_splits(method: Method, spec: FederationSpec) -> tuple[str, ...]:
-    """Return the splits that training and the selection of the round use."""
+    """Return the splits that training and the selection of the round use.
+
+    A file of weights, or of a teacher, may come from an earlier run on the same data that has used the tuning split.
+    """
     splits = method.training_splits
-    return splits if spec.select_round == "last" or SELECTION_SPLIT in splits else (*splits, SELECTION_SPLIT)
+    has_file = spec.client.private_weights is not None or getattr(method, "teacher", None) is not None
+    uses_tuning = spec.select_round == "best" or has_file
+    return (*splits, SELECTION_SPLIT) if uses_tuning and SELECTION_SPLIT not in splits else splits
 
 
 def select_round(client: Client, round_idx: int, logs: Mapping[str, float], deploy: bool) -> dict[str, float]:

@@ -112,7 +112,7 @@ def _deciding_text(client: Mapping[str, Any]) -> str:
         return ""
     if client["deciding_samples"] is not None:
         return f"{client['deciding_samples']:,}"
-    return "none: no difference" if client["worse"] == client["better"] == 0 else "none found"
+    return "none found"
 
 
 def other_metrics_table(summary: Summary) -> pd.DataFrame:

@@ -78,7 +78,7 @@ def test_configuration_file_forms_are_parsed(text: str, rule: DoNoHarm | None, w
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--do_no_harm.confidence=2", "do_no_harm.confidence: expected a number in (0, 1), got 2.0"),
+        ("--do_no_harm.confidence=2", "do_no_harm.confidence: expected a number in [1e-9, 1 - 1e-9], got 2.0"),
         ("--do_no_harm.confidence=abc", "--do_no_harm.confidence: expected a number, got 'abc'"),
         ("--do_no_harm.confidence=nan", "--do_no_harm.confidence: expected a finite number, got 'nan'"),
         ("--do_no_harm.confidence=null", "--do_no_harm.confidence: expected a value, got null"),

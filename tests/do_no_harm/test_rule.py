@@ -27,7 +27,7 @@ FEDERATIONS = 2000
     ("arguments", "words"),
     [
         *[
-            ({"confidence": bad}, rf"do_no_harm\.confidence: expected a number in \(0, 1\), got {bad}")
+            ({"confidence": bad}, rf"do_no_harm\.confidence: expected a number in \[1e-9, 1 - 1e-9\], got {bad}")
             for bad in (0, 1, -0.1, math.nan)
         ],
         *[({"margin": bad}, rf"do_no_harm\.margin: expected at least 0, got {bad}") for bad in (-0.1, math.nan)],

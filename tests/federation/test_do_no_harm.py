@@ -214,9 +214,12 @@ def test_comparison_leaves_out_a_tuning_split_that_is_used(
         assert ("deciding_samples" in client) == (client["samples"] > 0)
 
 
-def test_clients_with_too_few_samples_for_a_decision_are_a_warning(harmless: Federate) -> None:
+def test_clients_with_too_few_samples_for_a_decision_are_a_warning(
+    harmless: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedekd.federation.checks.fewest_samples", lambda rule: 44)
     recorder = Recorder()
-    harmless(do_no_harm=DoNoHarm(1 - 1e-13), observer=recorder)
+    harmless(do_no_harm=DoNoHarm(0.9), observer=recorder)
     [warning] = [line for line in recorder.warnings if "do_no_harm" in line]
     assert "with at least 44 samples of the tuning and holdout split" in warning
     assert "fewer and deploy their local model: 0 (" in warning
@@ -274,6 +277,29 @@ def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path
         again = harmless(**parts)
         again.load_clients()
         assert_equal_weights(deployed_local(again), deployed_local(whole))
+
+
+def test_resume_of_an_earlier_version_needs_its_rule(
+    harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints lack the fields, whose defaults have changed."""
+    parts = {"rounds": RoundOptions(rounds=2), "output": tmp_path}
+    earlier = DoNoHarm(0.1, looks=2, test="sign", splits="holdout")
+    identity = Orchestrator._identity
+
+    def without_fields(run: Orchestrator) -> dict[str, Any]:
+        values = identity(run)
+        for name in ("test", "splits"):
+            del values["do_no_harm"][name]
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Orchestrator, "_identity", without_fields)
+        with pytest.raises(StoppedError):
+            harmless(**parts, do_no_harm=earlier, observer=StopAfterRound(1)).run()
+    with pytest.raises(UserError, match=r"do_no_harm\.splits: expected the saved value 'holdout', got 'held_out'"):
+        harmless(**parts, do_no_harm=DoNoHarm(0.1, looks=2)).run()
+    harmless(**parts, do_no_harm=earlier).run()
 
 
 class Backwards(SequentialEngine):

@@ -164,9 +164,7 @@ def test_merged_keeps_adapters_that_the_user_has_added() -> None:
     network = PrivateCNN(1, 32, 5)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules="convolutions.0"), network)
     assert merged(network) is network
-    with pytest.raises(
-        UserError, match=r"^client\.lora: expected null for a network with adapters of its own"
-    ):
+    with pytest.raises(UserError, match=r"^client\.lora: expected null for a network with adapters of its own"):
         adapted(network)
 
 
