@@ -281,7 +281,7 @@ def assert_ended(group: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "engine"),
-    [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, MULTIPROCESS), (signal.SIGTERM, MULTIPROCESS)],
+    [(signal.SIGTERM, ()), (signal.SIGINT, MULTIPROCESS)],
 )
 def test_signal_prints_resume_command_and_ends_all_processes(
     number: signal.Signals,
