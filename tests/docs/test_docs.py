@@ -139,17 +139,22 @@ WALKED = {
     "README.md": (),
     "docs/how-to/own_data.md": (),
     "docs/how-to/early_exits.md": (),
+    "docs/how-to/export.md": (),
     "docs/how-to/resume.md": ("fit --config digits.yaml",),
     "docs/explanation/certified_federation.md": (),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WALKED)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.export) if page.endswith("export.md") else page for page in WALKED]
+)
 def test_commands_run_in_order(page: str, work: Path) -> None:
+    if page.endswith("export.md"):
+        pytest.importorskip("onnxruntime", reason="needs the extra fedekd[export]")
     np.savez("images.npz", images=np.zeros((3, 8, 8), np.uint8))
     for block in blocks(ROOT / page, "python"):
-        if "mine.npz" in block or "hospitals" in block:
+        if any(written in block for written in ("mine.npz", "hospitals", '"scans"')):
             exec(compile(block, page, "exec"), {"__name__": "__main__"})
     for words in [*map(str.split, WALKED[page]), *filter(None, map(_of_fedekd, commands(ROOT / page)))]:
         if words[0] == "benchmark":
@@ -165,7 +170,7 @@ def test_commands_run_in_order(page: str, work: Path) -> None:
 
 def _is_embedded(words: list[str]) -> bool:
     """Whether a command needs no file of a real data set."""
-    is_example = "hospitals" in words and Path("hospitals").is_dir()
+    is_example = any(folder in words and Path(folder).is_dir() for folder in ("hospitals", "scans"))
     return is_example or any(
         word.endswith(("digits.yaml", "heart_disease.yaml")) or word.startswith("runs/digits") for word in words
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,11 @@ from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.flower.description import shared_config
 from fedekd.methods import (
-    FML,
-    CAFEDistill,
     ClientOptions,
-    DepthFL,
-    Ditto,
     FedAvg,
-    FedDyn,
     FedeKD,
-    FedPer,
-    FedRep,
     Local,
     Method,
-    ProxyEnsemble,
-    SafeKD,
     ScaleFL,
 )
 from fedekd.models.freezing import frozen_names
@@ -36,18 +26,16 @@ from fedekd.models.lora import LoraOptions
 from fedekd.privacy import GaussianMechanism
 
 from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
-from .test_freeze import assert_frozen
+from .test_freeze import DECAY, RESNET, ROUNDS, assert_frozen
+from .test_freeze import METHODS as FROZEN
 from .test_frozen_base import networks_in
 from .test_private_weights import proxy, saved
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.lora
 
-RESNET = {"class_path": "fedekd.models.CIFARResNet", "init_args": {"base_width": 2, "norm": "batch"}}
-DECAY = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.5}}
 #: One norm is trained, so that there are statistics that change.
 LORA = LoraOptions(r=2, lora_dropout=0.1, modules_to_save=["0.norm1"])
-ROUNDS = RoundOptions(rounds=3)
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 
 
@@ -56,27 +44,15 @@ def options(**values: Any) -> ClientOptions:
     return ClientOptions(**{**defaults, **values})
 
 
-METHODS: dict[str, tuple[Callable[[], Method], dict[str, Any]]] = {
-    "Local": (Local, {}),
-    "FedeKD": (FedeKD, {}),
-    "ProxyEnsemble": (lambda: ProxyEnsemble(serve="private"), {}),
-    "FML": (FML, {}),
-    "FedAvg": (lambda: FedAvg(finetune_epochs=1), {}),
-    "FedDyn": (FedDyn, {}),
-    "Ditto": (Ditto, {}),
-    "FedPer": (FedPer, {}),
-    "FedRep": (FedRep, {}),
-    "SafeKD": (SafeKD, {"exits": 2}),
-    "CAFEDistill": (CAFEDistill, {"exits": 2}),
-    "CAFEDistill paper": (lambda: CAFEDistill("paper", conflict="trunk_gradient"), {"exits": 2}),
-    "DepthFL": (DepthFL, {"exits": 3, "depths": [2, 3]}),
-}
+#: The methods of `test_freeze`, with adapters in place of frozen parts.
+METHODS = {name: row for name, row in FROZEN.items() if not name.endswith("frozen head")}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_lora_changes_adapters_and_heads_only_in_every_method(name: str, federate: Federate) -> None:
     method, values = METHODS[name]
-    run = federate(method(), client=options(**values), rounds=ROUNDS)
+    adapted = {key: value for key, value in values.items() if key != "freeze"}
+    run = federate(method(), client=options(**adapted), rounds=ROUNDS)
     run.run()
     assert_frozen(run)
 
