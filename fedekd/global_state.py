@@ -74,7 +74,11 @@ def intraop_threads(threads: int) -> Iterator[None]:
     import torch
 
     with _lock:
-        own, shared = torch.get_num_threads(), _in_new_thread(torch.get_num_threads)
+        own = torch.get_num_threads()
+        if own == threads:
+            yield
+            return
+        shared = _in_new_thread(torch.get_num_threads)
         torch.set_num_threads(threads)
         try:
             yield

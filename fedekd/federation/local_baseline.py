@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from fedekd.methods import Client, Local
 
 #: Splits on which a client may compare its local model with the federated one.
 COMPARED_SPLITS = ("tuning", "holdout")
+
+#: Least time between two writes of an unfinished baseline; a killed run repeats what it trained since the last.
+WRITE_SECONDS = 10.0
 
 #: Age from which the draft of a baseline belongs to a killed process: runs share the folder.
 DRAFT_SECONDS = 3600.0
@@ -55,6 +59,20 @@ class LocalBaseline:
         return min(max(rounds, 1), len(self.scores or self.metrics)) - 1
 
 
+class WriteInterval:
+    """Time since the last write of an unfinished baseline."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Return whether the next write is due; if so, the interval starts again."""
+        now = time.monotonic()
+        if is_over := now - self._start >= WRITE_SECONDS:
+            self._start = now
+        return is_over
+
+
 def train_local_baseline(
     client: Client,
     rounds: int,
@@ -64,7 +82,7 @@ def train_local_baseline(
 ) -> LocalBaseline:
     """Train the local baseline, continuing from the cached rounds.
 
-    Every finished round is cached, so that a killed run loses at most one round of one client.
+    It is cached after the last round, and every `WRITE_SECONDS` at the end of a round.
 
     Args:
         client: Client in its initial state; it is changed.
@@ -85,12 +103,13 @@ def train_local_baseline(
     metrics, losses, tuning_losses = baseline.metrics, baseline.losses, baseline.tuning_losses
     if state is not None:
         client.load_state_dict(state)
+    interval = WriteInterval()
     for round_idx in range(len(metrics) + 1, rounds + 1):
         method.receive(client, {}, round_idx)
         metrics.append(client.evaluate()[1])
         losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
         tuning_losses.append(client.supervised_loss("tuning"))
-        if path is None and memory is None:
+        if (path is None and memory is None) or not (round_idx == rounds or interval.is_over()):
             continue
         content = {"metrics": metrics, "losses": losses, "tuning": tuning_losses, "state": client.state_dict()}
         write_cached(path, content)

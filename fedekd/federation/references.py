@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from fedekd.atomic import digest
 from fedekd.errors import UserError, require
 from fedekd.federation.baseline_key import baseline_key, is_own
-from fedekd.federation.local_baseline import read_cached, train_local_baseline, write_cached
+from fedekd.federation.local_baseline import WriteInterval, read_cached, train_local_baseline, write_cached
 from fedekd.federation.object_state import StateReader
 from fedekd.federation.options import BaselineOptions
 from fedekd.federation.source_code import SourceUnavailableError, code_of, modules_of, package_code
@@ -100,7 +100,7 @@ class Control:
         return len(self.scored_rounds) + len(self.rounds) - 1
 
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
-        """See `Reference`; every finished round is cached."""
+        """See `Reference`; cached every `WRITE_SECONDS` and at the end."""
         settings = {name: value for name, value in vars(method).items() if name != "server_state"}
         method = copy.copy(method)
         method.init_server(client.spec)
@@ -112,7 +112,7 @@ class Control:
         if "client" in cached:
             client.load_state_dict(cached["client"])
             method.server_state = cached["server"]
-        metrics = list(cached["metrics"])
+        metrics, interval = list(cached["metrics"]), WriteInterval()
         for done, round_idx in enumerate(self.rounds[cached["done"] :], start=cached["done"] + 1):
             broadcast = method.broadcast([client.number], round_idx)
             logs = method.receive(client, broadcast.to(client.number), round_idx)
@@ -124,8 +124,9 @@ class Control:
                 method.aggregate([method.prepare_update(client, round_idx)], round_idx)
             # A finished control is never continued: only its scores are kept.
             is_finished = done == len(self.rounds)
-            state = {} if is_finished else {"client": client.state_dict(), "server": method.server_state}
-            write_cached(path, {"metrics": metrics, "done": done, **state})
+            if is_finished or interval.is_over():
+                state = {} if is_finished else {"client": client.state_dict(), "server": method.server_state}
+                write_cached(path, {"metrics": metrics, "done": done, **state})
         return ReferenceScores(self.scored_rounds, metrics)
 
     def _path(self, client: Client, method: Method, settings: Mapping[str, Any], folder: Path) -> Path | None:

@@ -9,11 +9,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchmetrics import MetricCollection
 
 from fedekd.errors import require
 from fedekd.functional import upcast_to_float32
-from fedekd.metrics import build_metrics
 from fedekd.modules.losses import DKDLoss, LossTerm, SelfDistillationLoss, SupervisedLoss, require_exit_weights
 from fedekd.modules.objective_module import ObjectiveModule
 from fedekd.modules.prediction import ModelOutput
@@ -144,15 +142,6 @@ class MultiExitModule(ObjectiveModule):
         self.distillation, self.warmup_epochs, self.first_epoch = distillation, warmup_epochs, first_epoch
         # Registered, so that checkpoints contain it; another frozen teacher is not part of this module.
         self.average = teacher_network if isinstance(teacher_network, MovingAverage) else None
-        exits = range(1, getattr(network, "num_exits", 0) + 1)
-        self.exit_metrics = nn.ModuleDict(
-            {
-                stage: nn.ModuleList(
-                    build_metrics("classification").clone(prefix=f"{stage}/exit_{number}/") for number in exits
-                )
-                for stage in ("val", "test")
-            }
-        )
         self._save_arguments(
             teacher=teacher,
             distillation_weight=distillation_weight,
@@ -179,10 +168,12 @@ class MultiExitModule(ObjectiveModule):
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
-        super()._log_evaluation(prediction, targets, metrics, stage)
-        exits: Any = self.exit_metrics[stage]
+    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, stage: str) -> None:
+        super()._log_evaluation(prediction, targets, stage)
         # Not strict: a user's network without num_exits is evaluated at its last exit only.
-        for exit_metrics, logits in zip(exits, prediction.exits, strict=False):
-            exit_metrics.update(upcast_to_float32(logits), targets)
-            self.log_dict(exit_metrics, batch_size=len(targets))
+        for metrics, logits in zip(self._stage_metrics(stage)[1:], prediction.exits, strict=False):
+            self._log_metrics(metrics, upcast_to_float32(logits), targets)
+
+    def _metric_prefixes(self) -> list[str]:
+        exits = range(1, getattr(self.network, "num_exits", 0) + 1)
+        return [*super()._metric_prefixes(), *(f"exit_{number}/" for number in exits)]

@@ -102,8 +102,7 @@ class ObjectiveModule(LightningModule):
         self.lr_factor = 1.0
         self.schedule: Schedule | None = None
         self.epoch_means: dict[str, float] = {}
-        self.val_metrics = build_metrics(task).clone(prefix="val/")
-        self.test_metrics = build_metrics(task).clone(prefix="test/")
+        self.evaluation_metrics = nn.ModuleDict()  # see `_stage_metrics`
         self._sums: dict[str, Tensor] = {}
         self.samples_seen = 0
         self._batch_size = 0
@@ -209,21 +208,21 @@ class ObjectiveModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a test batch."""
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the output of the last exit for a batch `(x, y)` or for images only."""
         return predict(self.network, batch[0] if isinstance(batch, list | tuple) else batch).output
 
-    def _evaluate(self, batch: Any, metrics: MetricCollection, stage: str) -> None:
+    def _evaluate(self, batch: Any, stage: str) -> None:
         x, y, *_ = batch
-        self._log_evaluation(predict(self.network, x), y, metrics, stage)
+        self._log_evaluation(predict(self.network, x), y, stage)
 
-    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, metrics: MetricCollection, stage: str) -> None:
+    def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, stage: str) -> None:
         """Log loss and metric of the last exit for one evaluation batch."""
         output = upcast_to_float32(prediction.output)
         if self.task == "regression":
@@ -231,9 +230,30 @@ class ObjectiveModule(LightningModule):
             loss = torch.nn.functional.mse_loss(output, targets.to(output.dtype))
         else:
             loss = torch.nn.functional.cross_entropy(output, targets)
-        metrics.update(output, targets)
         self.log(f"{stage}/loss", loss, batch_size=len(targets), on_epoch=True, sync_dist=True)
+        self._log_metrics(self._stage_metrics(stage)[0], output, targets)
+
+    def _log_metrics(self, metrics: MetricCollection, output: Tensor, targets: Tensor) -> None:
+        metrics.update(output, targets)
         self.log_dict(metrics, batch_size=len(targets))
+
+    def _stage_metrics(self, stage: str) -> list[MetricCollection]:
+        """Return the metrics of a stage, one collection per name of `_metric_prefixes`.
+
+        They are built at the first evaluation: for small clients they cost more than a training step.
+        """
+        if not self.evaluation_metrics:
+            for name in ("val", "test"):
+                metrics = build_metrics(self.task)
+                clones = [metrics.clone(prefix=f"{name}/{prefix}") for prefix in self._metric_prefixes()]
+                self.evaluation_metrics[name] = nn.ModuleList(clones).to(self.device)
+            self._metric_attributes = None  # Lightning's cache of the metrics that a module may log
+        collections: Any = self.evaluation_metrics[stage]
+        return list(collections)
+
+    def _metric_prefixes(self) -> list[str]:
+        """Return prefixes of the names of metrics in the logs, the last exit's first."""
+        return [""]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create optimizer and schedule; apply `lr_factor` and carried states."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from fedekd.atomic import unseal
+from fedekd.federation import local_baseline
 from fedekd.federation.checkpoint import pack, unpack
 from fedekd.methods import Local
 
@@ -38,3 +42,27 @@ def test_old_draft_of_a_baseline_is_removed_and_a_new_one_is_kept(federate: Fede
     federate(Local(), baseline_dir=tmp_path).engine.local_baselines({0: 1})
     assert not old.exists()
     assert new.exists()  # of another run that writes now
+
+
+@pytest.mark.parametrize(("seconds", "trained_again"), [(0.0, 2), (1000.0, 3)])
+def test_interrupted_baseline_repeats_rounds_since_the_last_write(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, trained_again: int
+) -> None:
+    monkeypatch.setattr(local_baseline, "WRITE_SECONDS", seconds)
+    client = federate(baseline_dir=tmp_path).engine._new_client
+    expected = local_baseline.train_local_baseline(client(0), 3, None)
+    receive, rounds = Local.receive, list[int]()
+
+    def stop_in_round_2(self: Local, client: Any, message: Any, round_idx: int) -> Any:
+        if rounds == [1]:
+            raise KeyboardInterrupt
+        rounds.append(round_idx)
+        return receive(self, client, message, round_idx)
+
+    monkeypatch.setattr(Local, "receive", stop_in_round_2)
+    with pytest.raises(KeyboardInterrupt):
+        local_baseline.train_local_baseline(client(0), 3, tmp_path)
+    rounds.append(0)
+    baseline = local_baseline.train_local_baseline(client(0), 3, tmp_path)
+    assert len(rounds) == 2 + trained_again
+    assert baseline.metrics == expected.metrics

@@ -329,7 +329,7 @@ def test_module_with_another_hook_is_trained_by_lightning() -> None:
     assert module.batches == 2 * EPOCHS * -(-SAMPLES // BATCH)
 
 
-@pytest.mark.parametrize(("loop", "expected"), [("auto", "lightning"), ("lean", "lean"), ("lightning", "lightning")])
+@pytest.mark.parametrize(("loop", "expected"), [("auto", "lean"), ("lean", "lean"), ("lightning", "lightning")])
 def test_loop_of_a_cpu(loop: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     fit, build = lean_loop.LeanLoop.fit, TrainerFactory.build
