@@ -618,6 +618,34 @@ def do_no_harm(grid: str) -> str:
     return markdown([title, "rule", "clients that adopt it", "Delta avg", "Delta worst", "seeds"], rows)
 
 
+def _cells(frame: pd.DataFrame, column: str, text: pd.Series) -> list[list[str]]:
+    """One row of texts per number of samples, margin and rate, if any; one cell per value of `column`."""
+    keys = [name for name in ("samples", "margin", "differing") if name in frame]
+    table = frame.assign(text=text).pivot(index=keys, columns=column, values="text")
+    return [[f"{key[0]:,.0f}", *(f"{value:g}" for value in key[1:]), *texts] for key, texts in table.T.items()]
+
+
+def exact_level() -> str:
+    """Largest probability of a wrong decision by number of samples, margin and level."""
+    frame = read("do_no_harm/level.csv").sort_values("level", ascending=False).drop(columns="differing")
+    levels = [f"level {level:g}" for level in sorted(frame["level"].unique())]
+    return markdown(["n", "margin", *levels], _cells(frame, "level", frame["worst"].map("{:.5f}".format)))
+
+
+def exact_power() -> str:
+    """Power of the sign test and of the unconditional test, and their bound."""
+    frame = read("do_no_harm/power.csv")
+    parts = [frame[name].map("{:.2f}".format) for name in ("sign", "unconditional", "bound")]
+    gains = [f"gain {gain:g}" for gain in sorted(frame["gain"].unique())]
+    return markdown(["n", "margin", "q", *gains], _cells(frame, "gain", parts[0] + ", " + parts[1] + ", " + parts[2]))
+
+
+def exact_loss() -> str:
+    """Largest difference of the bound and the power where the bound is at least 0.3."""
+    frame = read("do_no_harm/power.csv")
+    return f"{(frame['bound'] - frame['unconditional'])[frame['bound'] >= 0.3].max():.3f}"
+
+
 # ---------------------------------------------------------------- exits calibrated by each client
 
 
@@ -719,8 +747,8 @@ def factors(grid: str) -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_savings, exit_calibration, exit_corruptions,
-    exit_methods, best_static, do_no_harm, savings, coverage, factors, hospital, hospital_summary, proxies,
-    natural_sites,
+    exit_methods, best_static, do_no_harm, exact_level, exact_power, exact_loss, savings, coverage, factors, hospital,
+    hospital_summary, proxies, natural_sites,
 )  # fmt: skip
 
 
