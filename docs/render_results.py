@@ -619,7 +619,7 @@ def do_no_harm(grid: str) -> str:
 
 
 def _cells(frame: pd.DataFrame, column: str, text: pd.Series) -> list[list[str]]:
-    """One row of texts per number of samples, margin and rate, if any; one cell per value of `column`."""
+    """Rows of texts per setting, one cell per value of `column`."""
     keys = [name for name in ("samples", "margin", "differing") if name in frame]
     table = frame.assign(text=text).pivot(index=keys, columns=column, values="text")
     return [[f"{key[0]:,.0f}", *(f"{value:g}" for value in key[1:]), *texts] for key, texts in table.T.items()]

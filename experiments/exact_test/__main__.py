@@ -58,7 +58,7 @@ def differing_rates(samples: int, margin: float) -> npt.NDArray[np.float64]:
 
 
 def level_row(samples: int, margin: float, level: float) -> Row:
-    """Compute the largest probability of a wrong decision over the nuisance parameter.
+    """Compute the largest probability of a wrong decision over all rates.
 
     Args:
         samples: Number of compared samples.
@@ -81,7 +81,7 @@ def level_row(samples: int, margin: float, level: float) -> Row:
 def neyman_pearson_power(
     samples: int, null: tuple[float, float], alternative: tuple[float, float], level: float
 ) -> float:
-    """Compute the power of the most powerful test of one distribution against another.
+    """Compute the power of the most powerful test between two distributions.
 
     It is randomised at its critical value, so that its level is exact.
 
