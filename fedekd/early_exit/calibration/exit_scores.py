@@ -21,11 +21,14 @@ class ExitScores:
         scores: Confidence, float64, shape (n, E).
         correct: Whether the prediction of the exit is correct, bool, shape (n, E).
         true_class_probability: Predicted probability of the true class, shape (n, E), or None.
+        groups: Number of the group of each sample at each exit, int64, shape (n, E), or None. A predicted class may
+            differ between exits.
     """
 
     scores: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
     true_class_probability: npt.NDArray[np.float64] | None = None
+    groups: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def from_arrays(cls, scores: Any, correct: Any, true_class_probability: Any = None, name: str = "") -> ExitScores:
@@ -67,12 +70,14 @@ class ExitScores:
 
     @classmethod
     def concatenate(cls, parts: Sequence[ExitScores]) -> ExitScores:
-        """Concatenate samples in order; probabilities only if each part has them."""
+        """Concatenate samples in order; optional arrays only if each part has them."""
         probabilities = [part.true_class_probability for part in parts if part.true_class_probability is not None]
+        groups = [part.groups for part in parts if part.groups is not None]
         return cls(
             np.concatenate([part.scores for part in parts]),
             np.concatenate([part.correct for part in parts]),
             np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
+            np.concatenate(groups) if len(groups) == len(parts) else None,
         )
 
     def __len__(self) -> int:
@@ -85,10 +90,16 @@ class ExitScores:
 
     def take(self, indices: npt.NDArray[Any]) -> ExitScores:
         """Select samples by index (repeats allowed) or by mask."""
-        probability = self.true_class_probability
+        optional = (self.true_class_probability, self.groups)
         return ExitScores(
-            self.scores[indices], self.correct[indices], None if probability is None else probability[indices]
+            self.scores[indices],
+            self.correct[indices],
+            *(None if array is None else array[indices] for array in optional),
         )
+
+    def groups_at(self, exit_: int) -> npt.NDArray[np.int64]:
+        """Return the group of each sample at an exit, shape (n,); 0 without groups."""
+        return np.zeros(len(self), dtype=np.int64) if self.groups is None else self.groups[:, exit_]
 
 
 def _to_array(values: Any) -> npt.NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ class RiskCurve(NamedTuple):
 
     Attributes:
         thresholds: Distinct scores in decreasing order, shape (t,).
-        samples: Number m of samples with at least that score, shape (t,).
-        errors: Number k of errors among them, shape (t,).
+        samples: Number m of samples with at least that score, shape (t,); of g groups, shape (t, g).
+        errors: Number k of errors among them, of the same shape.
     """
 
     thresholds: Scores
@@ -32,8 +33,9 @@ class RiskCurve(NamedTuple):
 
     @property
     def risk(self) -> Scores:
-        """Error rate k / m among the samples that exit at each threshold."""
-        return self.errors / self.samples
+        """Error rate k / m among the samples that exit at each threshold; NaN without."""
+        with np.errstate(invalid="ignore"):
+            return self.errors / self.samples
 
     def take(self, index: slice | npt.NDArray[Any]) -> RiskCurve:
         """Select thresholds by slice, index or mask."""
@@ -60,6 +62,30 @@ def risk_curve(scores: Scores, correct: Flags) -> RiskCurve:
     return RiskCurve(decreasing[is_last_of_ties], samples, np.cumsum(~correct[order])[is_last_of_ties])
 
 
+def group_curve(scores: Scores, correct: Flags, groups: npt.NDArray[np.int64], tested: Sequence[int]) -> RiskCurve:
+    """Count samples and errors of several groups at each distinct score.
+
+    Args:
+        scores: Scores of the samples that reach this exit, shape (n,).
+        correct: Whether the exit's prediction is correct, shape (n,).
+        groups: Number of the group of each sample, shape (n,).
+        tested: Numbers of the g groups that are counted.
+
+    Returns:
+        Counts of shape (t,) for one group that has all samples, else (t, g).
+    """
+    curve = risk_curve(scores, correct)
+    if len(tested) == 1:
+        return curve
+    counts = []
+    for group in tested:
+        mask = groups == group
+        ascending = np.sort(scores[mask]), np.sort(scores[mask & ~correct])
+        counts.append([len(part) - np.searchsorted(part, curve.thresholds) for part in ascending])
+    samples, errors = np.moveaxis(np.asarray(counts, dtype=np.int64), 0, -1)
+    return RiskCurve(curve.thresholds, samples, errors)
+
+
 def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scores:
     """Compute the p-value expected at each threshold for another sample size.
 
@@ -71,9 +97,10 @@ def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scor
         ratio: Size of the other sample divided by the size of this one.
 
     Returns:
-        P-values, shape (t,).
+        P-values, shape (t,); of several groups the largest, for "the error rate of some group exceeds the target".
     """
-    return error_p_value(curve.errors * ratio, curve.samples * ratio, target_risk)
+    p = error_p_value(curve.errors * ratio, curve.samples * ratio, target_risk)
+    return p if p.ndim == 1 else p.max(axis=1)
 
 
 def required_samples(curve: RiskCurve, target_risk: float, level: float, samples: int) -> int | None:
@@ -90,6 +117,8 @@ def required_samples(curve: RiskCurve, target_risk: float, level: float, samples
         or more than 1e9 samples are needed.
     """
     below = curve.risk < target_risk * (1.0 - 1e-9)  # in floating point 1 - 0.95 > 1 / 20
+    if below.ndim == 2:
+        below = below.all(axis=1)
     if not below.any():
         return None
     promising = curve.take(below)

@@ -15,6 +15,8 @@ from fedekd.early_exit.calibration.exit_scores import ExitScores
 class SelectedThresholds:
     """Thresholds of the E - 1 exits before the last.
 
+    With one search per group there is one entry per exit and group, in the order of exits and within an exit of groups.
+
     Attributes:
         thresholds: Lowest score at which a sample exits; inf closes the exit.
         search_bounds: Lowest threshold that was tested, at most the threshold; equal to it for a rule without tests.
@@ -40,11 +42,22 @@ class CalibrationTarget:
         target_risk: Maximum error rate among the samples that take an exit, in (0, 1).
         failure_probability: Probability, in (0, 1), that the error rate of some exit exceeds the target.
         cost: Cost of a sample at each exit, shape (E,), in any unit.
+        groups: Number of groups whose error rates are bounded, at least 1.
+        shared: True for one threshold per exit, at which the error rate of each group is bounded; False for one
+            threshold per exit and group.
     """
 
     target_risk: float
     failure_probability: float
     cost: npt.NDArray[np.float64]
+    groups: int = 1
+    shared: bool = False
+
+    @property
+    def searches(self) -> list[list[int]]:
+        """Groups whose error rates are tested together, per search for a threshold."""
+        numbers = list(range(self.groups))
+        return [numbers] if self.shared else [[number] for number in numbers]
 
 
 #: (calibration samples, tuning samples, target) -> thresholds.
