@@ -16,6 +16,10 @@ from fedekd.functional import AGREEMENT, CONFIDENCES, SCORES, score_exit
 from fedekd.models import MultiExitNetwork, eval_mode
 
 
+Limits = Sequence[float] | Sequence[Sequence[float]]
+"""Threshold or search bound of each exit: one number, or one per class that the exit predicts."""
+
+
 class EarlyExitOutput(NamedTuple):
     """Predictions of a network with E exits for B samples.
 
@@ -31,7 +35,9 @@ class EarlyExitOutput(NamedTuple):
 
 
 def exit_index(
-    scores: npt.NDArray[np.float64], thresholds: Sequence[float], search_bounds: Sequence[float]
+    scores: npt.NDArray[np.float64],
+    thresholds: Sequence[float | npt.NDArray[np.float64]],
+    search_bounds: Sequence[float | npt.NDArray[np.float64]],
 ) -> npt.NDArray[np.int64]:
     """Assign samples to exits from the scores of all exits.
 
@@ -41,8 +47,9 @@ def exit_index(
 
     Args:
         scores: Confidence at each exit, shape (n, E); NaN reaches no threshold.
-        thresholds: Threshold of each exit, shape (E,); the last is -inf, and inf closes an exit.
-        search_bounds: Search bound of each exit, at most its threshold, shape (E,).
+        thresholds: Threshold of each exit, shape (E,), or of each exit and sample, shape (E, n); the last is -inf, and
+            inf closes an exit.
+        search_bounds: Search bound of each exit, at most its threshold, shape (E,) or (E, n).
 
     Returns:
         Indices of exits, 0..E-1, shape (n,).
@@ -51,32 +58,39 @@ def exit_index(
     exits = np.full(samples, num_exits - 1)
     eligible = np.ones(samples, dtype=bool)
     for exit_, (threshold, search_bound) in enumerate(zip(thresholds[:-1], search_bounds[:-1], strict=True)):
-        if search_bound == math.inf:  # the head is not evaluated, so a NaN score has no effect
+        if np.all(search_bound == math.inf):  # the head is not evaluated, so a NaN score has no effect
             continue
         exits[eligible & (scores[:, exit_] >= threshold)] = exit_
         eligible &= scores[:, exit_] < search_bound
     return exits
 
 
-def evaluated_exits(thresholds: Sequence[float], search_bounds: Sequence[float]) -> tuple[bool, ...]:
+def evaluated_exits(thresholds: Limits, search_bounds: Limits) -> tuple[bool, ...]:
     """Determine which exits' heads are evaluated.
 
-    A head is evaluated if its exit is open, or if its search bound is finite and a later exit is open. The last head
-    always is.
+    A head is evaluated if its exit is open, or if its search bound is finite and a later exit is open, for some class.
+    The last head always is.
     """
-    is_open = [threshold < math.inf for threshold in thresholds[:-1]]
+    is_open = [bool(np.min(threshold) < math.inf) for threshold in thresholds[:-1]]
     return *(
-        is_open[exit_] or (search_bound < math.inf and any(is_open[exit_ + 1 :]))
+        is_open[exit_] or (bool(np.min(search_bound) < math.inf) and any(is_open[exit_ + 1 :]))
         for exit_, search_bound in enumerate(search_bounds[:-1])
     ), True
+
+
+def limit_of(limit: float | Sequence[float], logits: Tensor) -> float | Tensor:
+    """Return the limit of an exit, or of each sample by the class it predicts."""
+    if isinstance(limit, int | float):
+        return limit
+    return torch.tensor(limit, dtype=torch.float64, device=logits.device)[logits.argmax(dim=1)]
 
 
 @torch.no_grad()
 def early_exit_forward(
     network: MultiExitNetwork,
     x: Tensor,
-    thresholds: Sequence[float],
-    search_bounds: Sequence[float] | None = None,
+    thresholds: Limits,
+    search_bounds: Limits | None = None,
     score: str = "max_softmax",
     proxy: nn.Module | None = None,
     gamma: float = 1.0,
@@ -90,9 +104,10 @@ def early_exit_forward(
     Args:
         network: Network with E exits.
         x: Images, shape (B, C, H, W), on the network's device.
-        thresholds: Threshold of each exit, shape (E,); the last is treated as -inf.
-        search_bounds: Search bound of each exit, at most its threshold (default: the thresholds). A sample whose score
-            lies between bound and threshold takes the last exit.
+        thresholds: Threshold of each exit, shape (E,), or of each exit and predicted class, shape (E, C); the last is
+            treated as -inf.
+        search_bounds: Search bound of each exit, at most its threshold (default: the thresholds), of the same shape. A
+            sample whose score lies between bound and threshold takes the last exit.
         score: A key of `fedekd.functional.SCORES`.
         proxy: Second network for the score `agreement`; it processes all images, unless all early exits are closed.
         gamma: Weight of the disagreement in the score `agreement`.
@@ -133,8 +148,8 @@ def early_exit_forward(
 def _forward(
     network: MultiExitNetwork,
     x: Tensor,
-    thresholds: Sequence[float],
-    search_bounds: Sequence[float],
+    thresholds: Limits,
+    search_bounds: Limits,
     confidence: Callable[[Tensor, Tensor], Tensor],
 ) -> EarlyExitOutput:
     evaluated = evaluated_exits(thresholds, search_bounds)
@@ -152,12 +167,12 @@ def _forward(
             logits = head(x)
             emit(remaining, logits, confidence(logits, remaining), exit_)
             break
-        threshold, search_bound = thresholds[exit_], search_bounds[exit_]
         if not evaluated[exit_] or (eligible is not None and not eligible.any()):
             continue
         logits = head(x if eligible is None else x[eligible])
         rows = remaining if eligible is None else remaining[eligible]
         scores = confidence(logits, rows).double()  # thresholds are float64: float32(0.9) is not 0.9
+        threshold, search_bound = (limit_of(limits[exit_], logits) for limits in (thresholds, search_bounds))
         exits_here, goes_on = scores >= threshold, scores < search_bound
         num_exits_here, num_goes_on = int(exits_here.sum()), int(goes_on.sum())
         if eligible is None and num_exits_here == len(x):

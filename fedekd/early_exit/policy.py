@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,43 @@ from torch import Tensor, nn
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.early_exit.fingerprint import FingerprintCheck
-from fedekd.early_exit.inference import EarlyExitOutput, early_exit_forward, evaluated_exits, exit_index
-from fedekd.errors import UserError, describe_error
+from fedekd.early_exit.grouping import PREDICTED_CLASS, Grouping
+from fedekd.early_exit.inference import EarlyExitOutput, Limits, early_exit_forward, evaluated_exits, exit_index
+from fedekd.errors import UserError, describe_error, listed, shorten
 from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
-#: Version of the file layout; other versions are rejected. Since 4 the file ends with its SHA-256.
-FORMAT = 4
+#: Version of the file layout. Since 4 the file ends with its SHA-256; 5 adds groups and the unit of calibration.
+FORMAT = 5
+
+#: Versions that can be read; fields that 4 lacks have their defaults.
+_READABLE = (4, 5)
+
+
+@dataclass(frozen=True)
+class GroupExits:
+    """Exits of one group of samples.
+
+    Args:
+        name: Name of the group.
+        thresholds: As in `ExitPolicy`, shape (E,).
+        search_bounds: As in `ExitPolicy`, shape (E,).
+        certified: Whether the guarantee covers the group at each exit, shape (E,).
+        samples: Number of calibration samples of the group; of a predicted class, those that exit as it.
+        exit_counts: Calibration samples of the group that take each exit, shape (E,).
+        error_counts: Errors among them, shape (E,).
+        required_samples: For a closed exit the estimated number of calibration samples of the group that would open
+            it, or None, shape (E,).
+    """
+
+    name: str
+    thresholds: tuple[float, ...]
+    search_bounds: tuple[float, ...]
+    certified: tuple[bool, ...]
+    samples: int = 0
+    exit_counts: tuple[int, ...] = ()
+    error_counts: tuple[int, ...] = ()
+    required_samples: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +85,13 @@ class ExitPolicy:
         gamma: Weight of the disagreement in the score `agreement`.
         proxy: Fingerprint of the proxy for the score `agreement`; empty accepts any proxy.
         simultaneous_clients: Number of clients whose guarantees hold at once with probability `confidence`.
+        group_by: `true_class`, `predicted_class` or a column of the data, whose groups have the guarantee each, all at
+            once; empty without groups.
+        shared_thresholds: Whether `thresholds` hold for all groups. Otherwise those of `groups` do, and `thresholds`
+            close all exits: a sample of an unknown group takes the last exit.
+        groups: Exits of each group.
+        unit: Column of the data, such as the patient, of whose samples one was drawn for calibration; empty if all
+            samples are independent.
 
     Raises:
         UserError: Values are inconsistent.
@@ -76,6 +114,10 @@ class ExitPolicy:
     gamma: float = 1.0
     proxy: str = ""
     simultaneous_clients: int = 1
+    group_by: str = ""
+    shared_thresholds: bool = False
+    groups: tuple[GroupExits, ...] = ()
+    unit: str = ""
     _check: FingerprintCheck = field(default_factory=FingerprintCheck, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +145,13 @@ class ExitPolicy:
             )
         if self.thresholds[-1] != -math.inf:
             raise UserError(f"exit policy: expected -inf as the threshold of the last exit, got {self.thresholds[-1]}")
+        if bool(self.group_by) != bool(self.groups):
+            raise UserError(f"exit policy: expected groups of {self.group_by!r}, got {len(self.groups)} groups")
+        for group in self.groups:
+            try:  # the same checks as without groups
+                replace(self, **_exits_of(group), group_by="", groups=(), shared_thresholds=False)
+            except UserError as error:
+                raise UserError(f"{error} (group {group.name!r})") from error
 
     @property
     def num_exits(self) -> int:
@@ -117,16 +166,89 @@ class ExitPolicy:
     @property
     def has_no_guarantee(self) -> bool:
         """Whether samples can exit early without any guarantee."""
-        return not any(self.certified) and any(threshold < math.inf for threshold in self.thresholds[:-1])
+        return not self.is_certified and any(threshold < math.inf for threshold in self.thresholds[:-1])
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether the guarantee covers an exit, of some group."""
+        return any(self.certified) or any(any(group.certified) for group in self.groups)
+
+    @property
+    def open_exits(self) -> tuple[bool, ...]:
+        """Whether each exit before the last is open, for some group, shape (E - 1,)."""
+        rows = [self.thresholds, *(group.thresholds for group in self.groups)]
+        return tuple(min(column) < math.inf for column in zip(*rows, strict=True))[:-1]
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """How samples are grouped; None without groups."""
+        if not self.group_by:
+            return None
+        return Grouping(self.group_by, tuple(group.name for group in self.groups), self.shared_thresholds)
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether the thresholds of a sample depend on its value in a column."""
+        return bool(self.group_by) and not self.shared_thresholds and self.group_by != PREDICTED_CLASS
+
+    @property
+    def limits(self) -> tuple[Limits, Limits]:
+        """Thresholds and search bounds, shape (E,); (E, C) if they depend on the class."""
+        if self.group_by != PREDICTED_CLASS or self.shared_thresholds:
+            return self.thresholds, self.search_bounds
+        rows = [[group.thresholds for group in self.groups], [group.search_bounds for group in self.groups]]
+        thresholds, search_bounds = (tuple(zip(*row, strict=True)) for row in rows)
+        return thresholds, search_bounds
 
     @property
     def evaluated(self) -> tuple[bool, ...]:
         """Whether the head of each exit is evaluated, shape (E,)."""
-        return evaluated_exits(self.thresholds, self.search_bounds)
+        return evaluated_exits(*self.limits)
 
-    def assign(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Assign samples to exits, shape (n,), from their scores, shape (n, E)."""
-        return exit_index(scores, self.thresholds, self.search_bounds)
+    def assign(
+        self, scores: npt.NDArray[np.float64], groups: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Assign samples to exits, shape (n,), from their scores, shape (n, E).
+
+        Args:
+            scores: Scores of all exits.
+            groups: Number of the group of each sample at each exit, see `Grouping.index`; required where the thresholds
+                depend on it, else all samples take the last exit.
+        """
+        if groups is None or not self.groups or self.shared_thresholds:
+            return exit_index(scores, self.thresholds, self.search_bounds)
+        tables = [
+            np.asarray([getattr(group, name) for group in (*self.groups, self)])  # the last closes, also at index -1
+            for name in ("thresholds", "search_bounds")
+        ]
+        exits = np.arange(self.num_exits)[:, None]
+        thresholds, search_bounds = (table[groups.T, exits] for table in tables)
+        return exit_index(scores, thresholds, search_bounds)
+
+    def for_group(self, name: str) -> ExitPolicy:
+        """Return the policy of one group, whose thresholds need no group.
+
+        Args:
+            name: Name of a group of a policy with thresholds per group.
+
+        Raises:
+            UserError: The policy has no such group.
+        """
+        if name not in self._by_group:
+            known = listed(self._by_group) if self._by_group else f"a policy of which {self.group_by or 'none'} is known"
+            raise UserError(f"group: expected one of {known}, got {shorten(repr(name))}")
+        return self._by_group[name]
+
+    @cached_property
+    def _by_group(self) -> dict[str, ExitPolicy]:
+        if not self.needs_group:
+            return {}
+        policies = {}
+        for group in self.groups:
+            policy = replace(self, **_exits_of(group), groups=(group,), shared_thresholds=True)
+            object.__setattr__(policy, "_check", self._check)  # the networks are hashed once
+            policies[group.name] = policy
+        return policies
 
     def require(self, network: MultiExitNetwork, proxy: nn.Module | None = None) -> None:
         """Check that the network, and the proxy, are the calibrated ones.
@@ -170,14 +292,16 @@ class ExitPolicy:
     ) -> EarlyExitOutput:
         """Classify images as `predict` does, and return the scores as well."""
         self.require(network, proxy)
-        return early_exit_forward(network, x, self.thresholds, self.search_bounds, self.score, proxy, self.gamma)
+        return early_exit_forward(network, x, *self.limits, self.score, proxy, self.gamma)
 
     def to_json(self) -> str:
         """Serialize without loss; `from_json` is the inverse."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         values["versions"] = dict(self.versions)
-        for name in ("thresholds", "search_bounds"):  # JSON has no infinity
-            values[name] = [value if math.isfinite(value) else str(value) for value in values[name]]
+        values["groups"] = [vars(group).copy() for group in self.groups]
+        for part in (values, *values["groups"]):
+            for name in ("thresholds", "search_bounds"):  # JSON has no infinity
+                part[name] = [value if math.isfinite(value) else str(value) for value in part[name]]
         return seal_json({"format": FORMAT, **values}).decode()
 
     @classmethod
@@ -190,14 +314,12 @@ class ExitPolicy:
         """
         try:
             layout = json.loads(text)["format"]
-            if layout != FORMAT:
+            if layout not in _READABLE:
                 raise UserError(f"exit policy: expected format {FORMAT}, got {layout!s:.20}. Run `calibrate` again")
             values = unseal_json(text.encode())
             del values["format"]
-            for name in ("thresholds", "search_bounds"):
-                values[name] = [float(value) for value in values[name]]
-            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**arguments)
+            values["groups"] = [GroupExits(**_from_json(group)) for group in values.get("groups", ())]
+            return cls(**_from_json(values))
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -224,3 +346,14 @@ class ExitPolicy:
             raise UserError(f"{path}: {error}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: exit policy: invalid content: not UTF-8 text. Run `calibrate` again") from error
+
+
+def _exits_of(group: GroupExits) -> dict[str, Any]:
+    """Return the fields that a group and a policy have in common."""
+    return {name: value for name, value in vars(group).items() if name != "name"}
+
+
+def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with tuples and infinite numbers, which JSON has as lists and texts."""
+    limits = {name: [float(value) for value in values[name]] for name in ("thresholds", "search_bounds")}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in ({**values, **limits}).items()}

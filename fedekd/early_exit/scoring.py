@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,13 @@ class ExitOutputs:
         logits: Shape (n, E, C), on the CPU, at least float32.
         labels: Class indices, int64, shape (n,).
         proxy: Logits of a proxy for the same images, shape (n, C), or None.
+        groups: Name of the group of each image in a column of the data, shape (n,), or None.
     """
 
     logits: Tensor
     labels: Tensor
     proxy: Tensor | None = None
+    groups: npt.NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,18 +59,21 @@ class ExitOutputs:
 
     @classmethod
     def concatenate(cls, parts: Sequence[ExitOutputs]) -> ExitOutputs:
-        """Concatenate outputs in order; proxy logits only if each part has them."""
+        """Concatenate outputs in order; proxy logits and groups only if all have them."""
         proxies = [part.proxy for part in parts if part.proxy is not None]
+        groups = [part.groups for part in parts if part.groups is not None]
         return cls(
             torch.cat([part.logits for part in parts]),
             torch.cat([part.labels for part in parts]),
             torch.cat(proxies) if len(proxies) == len(parts) else None,
+            np.concatenate(groups) if len(groups) == len(parts) else None,
         )
 
     def take(self, indices: Tensor) -> ExitOutputs:
         """Select images by index or by mask."""
         proxy = None if self.proxy is None else self.proxy[indices]
-        return ExitOutputs(self.logits[indices], self.labels[indices], proxy)
+        groups = None if self.groups is None else self.groups[indices.cpu().numpy()]
+        return ExitOutputs(self.logits[indices], self.labels[indices], proxy, groups)
 
     def to_scores(self, score: str = "max_softmax", gamma: float = 1.0) -> ExitScores:
         """Compute the confidence score of each exit.

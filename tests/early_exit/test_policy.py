@@ -78,7 +78,7 @@ def test_json_round_trip_is_lossless(thresholds, data):
         assert repr(getattr(after, name)) == repr(getattr(before, name)), name  # -0.0 and 0.0, tuples and lists
     assert after.to_json() == text
     strict = json.loads(text, parse_constant=pytest.fail)  # no Infinity or NaN: JSON has none
-    assert strict["format"] == 4
+    assert strict["format"] == 5
 
 
 def test_save_and_load_round_trip(tmp_path):
@@ -106,8 +106,8 @@ def changed_file(**values) -> str:
         (policy(0.5).to_json()[:-20], "exit policy: invalid content"),
         (changed_file(simultaneous_clients=0), "expected simultaneous_clients of at least 1, got 0"),
         (changed_file(simultaneous_clients="two"), "expected simultaneous_clients of at least 1, got 'two'"),
-        (changed_file(format=2), "expected format 4, got 2. Run `calibrate` again"),
-        (changed_file(format=3), "expected format 4, got 3. Run `calibrate` again"),
+        (changed_file(format=2), "expected format 5, got 2. Run `calibrate` again"),
+        (changed_file(format=3), "expected format 5, got 3. Run `calibrate` again"),
         (policy(0.5).to_json().replace("0.5", "0.4"), "does not match its SHA-256. Run `calibrate` again"),
         (changed_file(thresholds=None), "exit policy: invalid content"),
         (changed_file(thresholds=["many", "-inf"]), "exit policy: invalid content"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import fedekd
@@ -16,7 +17,8 @@ from fedekd.early_exit.calibration.exit_scores import ExitScores
 from fedekd.early_exit.calibration.ltt import survivor_fixed_sequence
 from fedekd.early_exit.calibration.ltt_joint import ltt_joint
 from fedekd.early_exit.calibration.types import CalibrationRule, CalibrationTarget, SelectedThresholds
-from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.grouping import Grouping
+from fedekd.early_exit.policy import ExitPolicy, GroupExits
 from fedekd.errors import UserError, require_choice
 
 
@@ -138,7 +140,11 @@ class SelectiveRiskCalibrator:
         return replace(policy, score=score, network=network, gamma=gamma, proxy=proxy)
 
     def fit_scores(
-        self, calibration: ExitScores, tuning: ExitScores, cost: Sequence[float] | None = None
+        self,
+        calibration: ExitScores,
+        tuning: ExitScores,
+        cost: Sequence[float] | None = None,
+        grouping: Grouping | None = None,
     ) -> ExitPolicy:
         """Calibrate on validated samples; the policy has no fingerprint.
 
@@ -146,10 +152,12 @@ class SelectiveRiskCalibrator:
             calibration: Calibration samples.
             tuning: Tuning samples.
             cost: Cost of a sample at each exit, shape (E,), used by `ltt_joint` (default: 1, 2, ..., E).
+            grouping: Groups of `ExitScores.groups`, whose error rates are bounded all at once. Default: none.
 
         Raises:
-            UserError: The number of exits or costs differs.
+            UserError: The number of exits or costs differs, or the mode has no groups.
         """
+        require_mode_with_groups(self.mode, grouping)
         num_exits = calibration.num_exits
         if tuning.num_exits != num_exits:
             raise UserError(f"tuning scores: expected {num_exits} exits as in calibration, got {tuning.num_exits}")
@@ -158,28 +166,99 @@ class SelectiveRiskCalibrator:
             raise UserError(f"cost: expected {num_exits} finite numbers, one per exit, got an array {costs.shape}")
         mode = MODES[self.mode]
         target = CalibrationTarget(self.target_risk, self.failure_probability, costs)
-        return self._policy(mode.rule(calibration, tuning, target), calibration, len(tuning), mode.has_guarantee)
+        if grouping is not None:
+            if calibration.groups is None or tuning.groups is None:
+                raise UserError("groups: expected groups of all calibration and tuning samples, got none")
+            target = replace(target, groups=len(grouping.names), shared=grouping.is_shared)
+        selected = mode.rule(calibration, tuning, target)
+        return self._policy(selected, calibration, len(tuning), mode.has_guarantee, grouping)
 
     def _policy(
-        self, selected: SelectedThresholds, calibration: ExitScores, tuning_samples: int, has_guarantee: bool
+        self,
+        selected: SelectedThresholds,
+        calibration: ExitScores,
+        tuning_samples: int,
+        has_guarantee: bool,
+        grouping: Grouping | None,
     ) -> ExitPolicy:
+        exits = selected
+        if grouping is not None and not grouping.is_shared:  # an unknown group takes the last exit
+            exits = SelectedThresholds.without_tests([math.inf] * (calibration.num_exits - 1))
         policy = ExitPolicy(
-            thresholds=(*selected.thresholds, -math.inf),
-            search_bounds=(*selected.search_bounds, -math.inf),
-            certified=(*(has_guarantee and threshold < math.inf for threshold in selected.thresholds), False),
+            thresholds=(*exits.thresholds, -math.inf),
+            search_bounds=(*exits.search_bounds, -math.inf),
+            certified=(*(has_guarantee and threshold < math.inf for threshold in exits.thresholds), False),
             target_risk=self.target_risk,
             confidence=self.confidence,
             mode=self.mode,
             simultaneous_clients=self.simultaneous_clients,
         )
-        exits = policy.assign(calibration.scores)
-        masks = [exits == exit_ for exit_ in range(policy.num_exits)]
+        if grouping is not None:
+            policy = replace(
+                policy,
+                group_by=grouping.by,
+                shared_thresholds=grouping.is_shared,
+                groups=_group_exits(selected, grouping, has_guarantee),
+            )
+            policy = replace(policy, groups=_with_counts(policy, calibration))
+        exit_counts, error_counts = _counts(policy.assign(calibration.scores, calibration.groups), calibration)
         return replace(
             policy,
             samples=len(calibration),
             tuning_samples=tuning_samples,
-            exit_counts=tuple(int(mask.sum()) for mask in masks),
-            error_counts=tuple(int((mask & ~calibration.correct[:, e]).sum()) for e, mask in enumerate(masks)),
-            required_samples=(*selected.required_samples, None),
+            exit_counts=exit_counts,
+            error_counts=error_counts,
+            required_samples=(*exits.required_samples, None),
             versions={"fedekd": fedekd.__version__, "torch": torch.__version__},
         )
+
+
+def require_mode_with_groups(mode: str, grouping: Grouping | None) -> None:
+    """Check that a calibration rule can bound the error rate of each group.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if grouping is not None and mode != "ltt":
+        raise UserError(f"mode: expected ltt with groups, got {mode}")
+
+
+def _group_exits(selected: SelectedThresholds, grouping: Grouping, has_guarantee: bool) -> tuple[GroupExits, ...]:
+    """Return the exits of each group, without counts."""
+    searches = 1 if grouping.is_shared else len(grouping.names)
+    groups = []
+    for number, name in enumerate(grouping.names):
+        cells = slice(0 if grouping.is_shared else number, None, searches)
+        thresholds = selected.thresholds[cells]
+        groups.append(
+            GroupExits(
+                name,
+                (*thresholds, -math.inf),
+                (*selected.search_bounds[cells], -math.inf),
+                (*(has_guarantee and threshold < math.inf for threshold in thresholds), False),
+                required_samples=(*selected.required_samples[cells], None),
+            )
+        )
+    return tuple(groups)
+
+
+def _with_counts(policy: ExitPolicy, calibration: ExitScores) -> tuple[GroupExits, ...]:
+    """Return the groups of a policy with the counts of the calibration samples."""
+    assert calibration.groups is not None
+    exits = policy.assign(calibration.scores, calibration.groups)
+    at_exit = calibration.groups[np.arange(len(exits)), exits]  # the predicted class is that of the exit taken
+    groups = []
+    for number, group in enumerate(policy.groups):
+        members = at_exit == number
+        exit_counts, error_counts = _counts(exits[members], calibration.take(members))
+        groups.append(
+            replace(group, samples=int(members.sum()), exit_counts=exit_counts, error_counts=error_counts)
+        )
+    return tuple(groups)
+
+
+def _counts(exits: npt.NDArray[np.int64], samples: ExitScores) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Count the samples and the errors at each exit."""
+    masks = [exits == exit_ for exit_ in range(samples.num_exits)]
+    errors = (int((mask & ~samples.correct[:, exit_]).sum()) for exit_, mask in enumerate(masks))
+    return tuple(int(mask.sum()) for mask in masks), tuple(errors)

@@ -1,0 +1,1 @@
+"""Coverage of exit guarantees per class, per group and per patient."""
