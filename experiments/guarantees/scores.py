@@ -15,6 +15,7 @@ from fedekd.cli import main as fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.data import take_inputs
 from fedekd.data.corruptions import corrupt
+from fedekd.early_exit import ExitPolicy
 from fedekd.early_exit.client_calibration import exit_network, image_costs
 from fedekd.early_exit.scoring import exit_outputs
 
@@ -55,12 +56,17 @@ class Cached(NamedTuple):
     Attributes:
         images: One image per patient, of scanner A or B.
         patients: `COPIES` noisy copies per patient.
-        costs: Cost of a sample at each exit if all heads are evaluated, shape (E,).
+        costs: Cost of a sample at each exit by which of the two early heads are evaluated, shape (2, 2, E).
     """
 
     images: Population
     patients: Population
     costs: npt.NDArray[np.float64]
+
+    def mean_cost(self, policy: ExitPolicy, exits: npt.NDArray[np.int64]) -> float:
+        """Return the mean cost of samples that take the given exits."""
+        first, second, _ = (int(is_evaluated) for is_evaluated in policy.evaluated)
+        return float(self.costs[first, second][exits].mean())
 
 
 def cached_scores(folder: Path, root: str, seed: int) -> Cached:
@@ -105,8 +111,10 @@ def _scores(folder: Path, root: str, seed: int) -> dict[str, npt.NDArray[np.gene
         "images": (noisy, labels, is_b, np.arange(len(labels))),
         "patients": (copies, of_few.repeat(COPIES), np.zeros(len(copies)), np.tile(np.arange(len(few)), COPIES)),
     }
+    costs = image_costs(network, client.samples)
+    heads = (False, True)
     arrays: dict[str, npt.NDArray[np.generic]] = {
-        "costs": np.asarray(image_costs(network, client.samples).shares([True] * network.num_exits))
+        "costs": np.asarray([[costs.shares([first, second, True]) for second in heads] for first in heads])
     }
     for name, (pixels, classes, scanner, patient) in parts.items():
         outputs = exit_outputs(network, pixels, classes)

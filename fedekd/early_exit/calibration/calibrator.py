@@ -166,7 +166,9 @@ class SelectiveRiskCalibrator:
             raise UserError(f"cost: expected {num_exits} finite numbers, one per exit, got an array {costs.shape}")
         mode = MODES[self.mode]
         target = CalibrationTarget(self.target_risk, self.failure_probability, costs)
-        if grouping is not None:
+        if grouping is None:
+            calibration, tuning = (replace(part, groups=None) for part in (calibration, tuning))
+        else:
             if calibration.groups is None or tuning.groups is None:
                 raise UserError("groups: expected groups of all calibration and tuning samples, got none")
             target = replace(target, groups=len(grouping.names), shared=grouping.is_shared)
