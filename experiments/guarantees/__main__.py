@@ -134,9 +134,7 @@ def rows_of(setting: Setting, cached: Cached) -> list[Row]:
     return rows
 
 
-def cost_of(
-    cached: Cached, policy: ExitPolicy, exits: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]
-) -> float:
+def cost_of(cached: Cached, policy: ExitPolicy, exits: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]) -> float:
     """Return the mean cost of a sample; each group has its policy if it needs one."""
     if not policy.needs_group:
         return cached.mean_cost(policy, exits)

@@ -94,7 +94,13 @@ def _scores(folder: Path, root: str, seed: int) -> dict[str, npt.NDArray[np.gene
     run = folder / f"network-{seed}"
     if not (run / "summary.json").is_file():
         is_started = (run / "config.yaml").is_file()
-        new = (*OPTIONS, f"--data.root={root}", f"--seed={seed}", f"--output={run}", f"--baseline_dir={folder / 'local'}")
+        new = (
+            *OPTIONS,
+            f"--data.root={root}",
+            f"--seed={seed}",
+            f"--output={run}",
+            f"--baseline_dir={folder / 'local'}",
+        )
         if code := fedekd(["fit", *(("--quiet", "--resume", str(run)) if is_started else new)]):
             sys.exit(code)
     orchestrator, _, _ = open_finished("fit", run, in_process=True)
@@ -119,5 +125,7 @@ def _scores(folder: Path, root: str, seed: int) -> dict[str, npt.NDArray[np.gene
     for name, (pixels, classes, scanner, patient) in parts.items():
         outputs = exit_outputs(network, pixels, classes)
         values = (outputs.to_scores().scores, outputs.logits.argmax(dim=2).numpy(), classes.numpy(), scanner, patient)
-        arrays |= {f"{name}_{field}": np.asarray(value) for field, value in zip(Population._fields, values, strict=True)}
+        arrays |= {
+            f"{name}_{field}": np.asarray(value) for field, value in zip(Population._fields, values, strict=True)
+        }
     return arrays

@@ -45,6 +45,20 @@ def warn_without_guarantee(trained: Trained, client: Client, policy: ExitPolicy 
         )
 
 
+def policy_of_group(policy: ExitPolicy | None, group: str) -> ExitPolicy:
+    """Return the exit policy of the group that `--group` names.
+
+    Raises:
+        UserError: There is no policy, its thresholds do not depend on a column, or it has no such group.
+    """
+    if policy is None:
+        raise UserError(f"--group: expected none, because no exit policy is used, got {shorten(repr(group))}. Omit it")
+    try:
+        return policy.for_group(group)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+
+
 def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Client]:
     """Return all clients, or the one with the given number or name of a site.
 

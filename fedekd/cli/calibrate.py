@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
@@ -19,14 +19,17 @@ from fedekd.cli.arguments import add_trained_arguments, select_clients
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
-from fedekd.configuration.trained import open_trained, require_one_source
+from fedekd.configuration.trained import Trained, open_trained, require_one_source
 from fedekd.data import Samples, load_samples
 from fedekd.data.formats import format_of
+from fedekd.data.group_values import group_values
 from fedekd.data.raw import ReadOptions
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
-from fedekd.early_exit.client_calibration import calibrate_client, exit_network, training_indices
+from fedekd.early_exit.client_calibration import GroupColumn, calibrate_client, exit_network, training_indices
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
+from fedekd.early_exit.grouping import CLASSES, TRUE_CLASS
+from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
 from fedekd.errors import UserError, print_warning, require_choice, shorten_path
 from fedekd.functional import SCORES
@@ -94,6 +97,22 @@ def calibrate_parser() -> ArgumentParser:
         help="The confidence holds for all clients at once (default: for each client separately).",
     )
     parser.add_argument(
+        "--groups",
+        type=str | None,
+        default=None,
+        help="Bound the error rate of each group, all at once: a column of the data, predicted_class, or true_class"
+        " (with shared thresholds, because it is unknown at deployment). Default: one bound for all samples.",
+    )
+    parser.add_argument(
+        "--shared_thresholds",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="With --groups: one threshold per exit for all groups (default: one per group, which must be known at"
+        " deployment).",
+    )
+    parser.add_argument(
         "--input",
         type=str | None,
         default=None,
@@ -113,9 +132,15 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--gamma: expected a finite number of at least 0, got {config.gamma}")
     if config.familywise and config.client is not None:
         raise UserError(f"--familywise: expected all clients, got --client {config.client}. Remove one of both")
+    if config.shared_thresholds and config.groups is None:
+        raise UserError("--shared_thresholds: expected --groups, got none. Name a column, or omit it")
+    if config.groups is not None and config.mode != "ltt":
+        raise UserError(f"--mode: expected ltt with --groups, got {config.mode}. Omit one of both")
     trained = open_trained("calibrate", config.run, config.site)
     folder, clients = trained.folder, trained.clients
-    held_out = None if config.input is None else _load(config.input, clients[0].samples, trained.data.read_options)
+    options = trained.data.read_options
+    held_out = None if config.input is None else _load(config.input, clients[0].samples, options)
+    groups = None if config.groups is None else _groups(config, trained, held_out)
     trained_on = torch.cat([training_indices(client) for client in clients])
     rule = trained.do_no_harm
     compared_on = [] if rule is None else [_compared(client, rule) for client in clients]
@@ -129,14 +154,21 @@ def run(argv: Sequence[str]) -> int:
     simultaneous = together if config.familywise else 1
     calibrator = _calibrator(config.target_risk, config.confidence, config.mode, simultaneous)
     # All policies before the first is written: after an error the run folder is unchanged.
-    policies = [calibrate_client(client, calibrator, config.score, held_out, seen, config.gamma) for client in selected]
+    unit = options.group_column or "group"
+    try:
+        policies = [
+            calibrate_client(client, calibrator, config.score, held_out, seen, config.gamma, groups, unit)
+            for client in selected
+        ]
+    except UserError as error:
+        raise UserError(re.sub("^groups:", "--groups:", str(error))) from error
     table = client_table_path(folder)
     has_table = table.is_file() if config.client is not None else len(clients) > 1
     pairs = list(zip(selected, policies, strict=True))
     console = Console()
-    reports = [client_exit_report(client, policy) for client, policy in pairs] if has_table else []
+    reports = [_report(trained, client, policy) for client, policy in pairs] if has_table else []
     if has_table and config.client is not None:
-        reports += _other_reports(folder, [client for client in clients if client not in selected], console)
+        reports += _other_reports(trained, [client for client in clients if client not in selected])
     for client, policy in pairs:
         path = policy_path(folder, client.number)
         if not config.familywise and (config.client is not None or config.site is not None):
@@ -186,11 +218,42 @@ def _warn_of_broken_family(folder: Path, number: int, console: Console) -> None:
         )
 
 
-def _other_reports(folder: Path, clients: Sequence[Client], console: Console) -> list[ClientExitReport]:
+def _groups(config: Namespace, trained: Trained, held_out: Samples | None) -> GroupColumn:
+    """Return the groups that `--groups` names, with the values of a column.
+
+    Raises:
+        UserError: The data, or those of `--input`, have no such column.
+    """
+    name = config.groups
+    if name in CLASSES:
+        return GroupColumn(name, config.shared_thresholds or name == TRUE_CLASS)
+    try:
+        if held_out is None:
+            values = trained.data.group_values(name)
+        else:
+            like = trained.clients[0].samples
+            values = group_values(name, held_out, **_source(config.input, like, trained.data.read_options))
+    except UserError as error:
+        hint = f"{str(error).rstrip('.')}. Other groups: {' and '.join(CLASSES)}"
+        raise UserError(re.sub(r"^(groups|data\.\w+): ", "--groups: ", hint)) from error
+    return GroupColumn(name, config.shared_thresholds, values)
+
+
+def _report(trained: Trained, client: Client, policy: ExitPolicy) -> ClientExitReport:
+    """Evaluate a policy on the test split, with the groups that its thresholds need."""
+    groups = None
+    if policy.needs_group:
+        with suppress(UserError):  # a column of --input only: all samples take the last exit
+            groups = trained.data.group_values(policy.group_by)
+    return client_exit_report(client, policy, groups)
+
+
+def _other_reports(trained: Trained, clients: Sequence[Client]) -> list[ClientExitReport]:
     """Return the stored rows; evaluate policies that have none or were changed.
 
     A damaged policy has no row in the table.
     """
+    folder = trained.folder
     stored: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # missing or changed: evaluate again
         stored = unseal_json(report_path(folder).read_bytes())
@@ -204,7 +267,7 @@ def _other_reports(folder: Path, clients: Sequence[Client], console: Console) ->
             row = stored.get(_report_key(folder, client.number))
             if row is not None:
                 row.pop("site", None)
-            reports.append(client_exit_report(client, policy) if row is None else ClientExitReport(**row))
+            reports.append(_report(trained, client, policy) if row is None else ClientExitReport(**row))
         except UserError as error:
             print_warning(f"{client.splits.label} has no row in the table: {error}")
     return reports
@@ -237,24 +300,34 @@ def input_error(error: UserError, options: Sequence[str] = ()) -> UserError:
     return UserError(f"--input: {message.rstrip('.')}")
 
 
+def _source(path: str, like: Samples, options: ReadOptions) -> dict[str, Any]:
+    """Return the arguments with which `--input` is read as the run reads its own."""
+    names = ("target_column", "image_size", "value_range", "skip_unreadable", "group_column")
+    return {
+        "name": path,
+        "task": like.task,
+        "num_classes": like.num_classes,
+        "ignore_label": like.ignore_label,
+        "classes": like.class_names,
+        "memory_limit": math.inf,
+        **{name: getattr(options, name) for name in names},
+    }
+
+
 def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
     """Read labelled images as the run reads its own."""
     try:
         row = format_of(Path(path).expanduser())
         if row is None or row.read_unlabelled is None:
             raise UserError(f"expected labelled images: an .npz file, a folder or a manifest, got {shorten_path(path)}")
-        columns = {
-            name: getattr(options, name) for name in ("target_column", "image_size", "value_range", "skip_unreadable")
-        }
-        samples = load_samples(
-            path,
-            task=like.task,
-            num_classes=like.num_classes,
-            ignore_label=like.ignore_label,
-            classes=like.class_names,
-            memory_limit=math.inf,
-            **columns,
-        )
+        source = _source(path, like, options)
+        try:
+            samples = load_samples(**source)
+        except UserError as error:
+            if not str(error).startswith("data.group_column"):
+                raise
+            samples = load_samples(**source | {"group_column": None})
+            print_warning(f"--input: the images have no {options.group_column!r} and count as independent")
     except UserError as error:
         raise input_error(error) from error
     if samples.input_shape == (1, *like.input_shape[1:]):

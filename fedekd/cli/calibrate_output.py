@@ -10,8 +10,9 @@ from torch import Tensor, cat
 from fedekd.data import take_inputs
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
 from fedekd.early_exit.client_calibration import count_shared_images, exit_network, image_costs
-from fedekd.early_exit.client_report import ClientExitReport, exit_statistics, mean_saved
+from fedekd.early_exit.client_report import ClientExitReport, exit_statistics, group_policies, mean_saved
 from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.statement import closed_exits, exit_guarantee
 from fedekd.methods import Client
 from fedekd.models import ExitCosts
 
@@ -22,16 +23,25 @@ def exit_table(policy: ExitPolicy, client: Client) -> Table:
         f"{client.splits.label}: target risk {policy.target_risk:g}, confidence {policy.confidence:g}, {policy.mode},"
         f" {policy.score}"
     )
+    if policy.group_by:
+        shared = "shared thresholds" if policy.shared_thresholds else "thresholds per group"
+        title += f", {shared}, groups of {policy.group_by}"
     rows = []
-    for line in exit_statistics(policy, _costs(client)):
-        is_last = line.exit == policy.num_exits
-        threshold = "all" if is_last else "closed" if line.threshold is None else f"{line.threshold:.4f}"
-        counts = str(line.samples), str(line.errors)
-        rows.append(
-            (str(line.exit), threshold, *counts, _bound(line.certified_risk), f"{line.share:.1%}", f"{line.saved:.1%}")
-        )
-    headings = ("exit", "threshold", "samples", "errors", "guaranteed risk", "share", "FLOPs saved")
-    return _table(title, headings, rows)
+    for group, part in _parts(policy).items():
+        for line in exit_statistics(part, _costs(client), group):
+            is_last = line.exit == policy.num_exits
+            threshold = "all" if is_last else "closed" if line.threshold is None else f"{line.threshold:.4f}"
+            counts = str(line.samples), str(line.errors)
+            shares = percent(line.share), percent(line.saved)
+            name = [group] if policy.group_by else []
+            rows.append((*name, str(line.exit), threshold, *counts, _bound(line.certified_risk), *shares))
+    headings = ("exit", "threshold", "samples", "errors", "guaranteed\nrisk", "share", "FLOPs\nsaved")
+    return _table(title, ("group", *headings) if policy.group_by else headings, rows)
+
+
+def _parts(policy: ExitPolicy) -> dict[str, ExitPolicy]:
+    """Return the policy, or one with the counts of each group."""
+    return group_policies(policy) if policy.group_by else {"": policy}
 
 
 def client_table(
@@ -50,15 +60,15 @@ def client_table(
         f" {calibrator.confidence:g} {scope}"
     )
     headings = (
-        *("client", "open exits", "early exits", "FLOPs saved", "guaranteed risk", "test risk"),
+        *("client", "open\nexits", "early\nexits", "FLOPs\nsaved", "guaranteed\nrisk", "test\nrisk"),
         *("accuracy", "change"),
     )
     rows = (
         (
             titles[report.client],
             f"{report.open_exits} of {report.exits - 1}",
-            f"{report.early_share:.1%}",
-            f"{report.saved:.1%}",
+            percent(report.early_share),
+            percent(report.saved),
             _bound(report.certified_risk),
             "" if report.test_risk is None else f"{report.test_risk:.4f}",
             f"{report.accuracy:.4f}",
@@ -78,11 +88,23 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
         trained_on: Indices of all images used for training, if the client's own splits were used for calibration.
     """
     costs = _costs(client)
-    lines = [f"exit {line.exit}: {line.note}" for line in exit_statistics(policy, costs) if line.note]
-    lines.append(f"mean FLOPs saved per calibration image: {mean_saved(policy, costs):.1%}")
+    shown: dict[str, ExitPolicy] = {"": policy} if policy.shared_thresholds else _parts(policy)
+    lines = [
+        f"exit {line.exit}{f', group {group}' if group else ''}: {line.note}"
+        for group, part in shown.items()
+        for line in exit_statistics(part, costs, group)
+        if line.note
+    ]
+    if hint := closed_exits(policy):
+        lines.append(hint)
+    lines.append(f"mean FLOPs saved per calibration image: {percent(mean_saved(policy, costs))}")
     if not MODES[policy.mode].has_guarantee:
         guaranteed = " and ".join(name for name, mode in MODES.items() if mode.has_guarantee)
         lines.append(f"warning: mode {policy.mode} has no guarantee; {guaranteed} have one")
+    else:
+        lines.append(exit_guarantee(policy))
+    if policy.needs_group:
+        lines.append(f"a sample without a value of {policy.group_by}, or with another one, takes the last exit")
     if trained_on is not None:
         pixels, splits = client.samples.inputs, client.splits
         # A tuning split that training uses is seen by design: it only orders the tests.
@@ -96,6 +118,12 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
     return lines
 
 
+def percent(share: float) -> str:
+    """Return a share in percent, without the sign of a rounded zero."""
+    text = f"{share:.1%}"
+    return "0.0%" if text == "-0.0%" else text
+
+
 def _bound(risk: float | None) -> str:
     return "" if risk is None else f"≤ {risk:g}"
 
@@ -105,9 +133,9 @@ def _costs(client: Client) -> ExitCosts:
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = Table(title=title, collapse_padding=True, pad_edge=False)
+    for heading in headings:  # folded where the console is narrow, not cut
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -11,14 +11,16 @@ from jsonargparse import ArgumentParser
 from fedekd.cli.arguments import (
     add_client_argument,
     add_trained_arguments,
+    policy_of_group,
     select_client,
     warn_without_guarantee,
 )
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
+from fedekd.do_no_harm.statement import do_no_harm_guarantee
 from fedekd.early_exit.policy_files import policy_path
-from fedekd.errors import UserError, require_choice
+from fedekd.errors import UserError, listed, print_warning, require_choice
 from fedekd.export.card import LICENSE_NOT_STATED, RunFacts
 from fedekd.export.exporter import FORMATS, Export, export_model
 from fedekd.export.folder import check_folder, write_folder
@@ -52,6 +54,13 @@ def export_parser() -> ArgumentParser:
         default="",
         help="New folder, or one of an earlier export, which is replaced (default: RUN/export/client-000-FORMAT).",
     )
+    parser.add_argument(
+        "--group",
+        type=str | None,
+        default=None,
+        help="Group of all inputs of the exported model, if the exit policy has thresholds per group of a column;"
+        " without it all exits are closed.",
+    )
     parser.add_argument("--license", type=str, default=LICENSE_NOT_STATED, help="License of the model, for its card.")
     return parser
 
@@ -71,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     client = select_client(trained, config.client)
     output = Path(config.output or trained.folder / "export" / f"client-{client.number:03d}-{config.format}")
     check_folder(output)
-    result = export_model(trained.data, client, config.format, _facts(trained, client, config.license))
+    result = export_model(trained.data, client, config.format, _facts(trained, client, config.license, config.group))
     write_folder(output, result.files)
     for line in _lines(result):
         print(line)
@@ -79,7 +88,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _facts(trained: Trained, client: Client, license: str) -> RunFacts:
+def _facts(trained: Trained, client: Client, license: str, group: str | None) -> RunFacts:
     """Collect the facts of the card; warn if the model has exits without a policy."""
     source, number = trained.provenance, client.number
     policy = trained.policy(client) if isinstance(client.deployed_model, MultiExitNetwork) else None
@@ -87,6 +96,16 @@ def _facts(trained: Trained, client: Client, license: str) -> RunFacts:
     if policy is not None:
         date = datetime.fromtimestamp(policy_path(trained.folder, number).stat().st_mtime, UTC)
     warn_without_guarantee(trained, client, policy)
+    if group is not None:
+        policy = policy_of_group(policy, group)
+    elif policy is not None and policy.needs_group:
+        print_warning(
+            f"--group: the exit policy has thresholds per group of {policy.group_by!r}, and the exported model takes"
+            f" the last exit. Export one model per group: {listed(each.name for each in policy.groups)}"
+        )
+    record, rule = trained.records[number], trained.do_no_harm
+    compared = None if record.comparison is None else record.comparison.samples
+    is_grouped = client.samples.group is not None
     return RunFacts(
         method=source.method,
         rounds=source.rounds,
@@ -98,6 +117,7 @@ def _facts(trained: Trained, client: Client, license: str) -> RunFacts:
         policy=policy,
         policy_date=date,
         license=license,
+        do_no_harm=None if rule is None else do_no_harm_guarantee(rule, client.spec.task, compared, is_grouped),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedekd.cli.arguments import (
     add_client_argument,
     add_trained_arguments,
+    policy_of_group,
     select_client,
     warn_without_guarantee,
 )
@@ -43,12 +44,13 @@ from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
 from fedekd.data import FederatedDataModule
 from fedekd.data.formats.table import is_table_file
+from fedekd.data.group_values import input_values
 from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.deployed import deployed_outputs
 from fedekd.early_exit.latency import forward_milliseconds
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import BATCH_SIZE
-from fedekd.errors import UserError, print_warning, require, shorten_path
+from fedekd.errors import UserError, listed, print_warning, require, shorten, shorten_path
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.methods.client import ENSEMBLE, LOCAL
@@ -61,6 +63,7 @@ class _Inputs(NamedTuple):
     batches: Iterable[Tensor]
     size: int
     names: list[str] | None
+    groups: Sequence[str | None] | None = None
 
 
 def predict_parser() -> ArgumentParser:
@@ -89,6 +92,13 @@ def predict_parser() -> ArgumentParser:
     )
     add_output_arguments(parser)
     add_client_argument(parser)
+    parser.add_argument(
+        "--group",
+        type=str | None,
+        default=None,
+        help="Group of all inputs, if the exit policy has thresholds per group of a column. Default: read the column"
+        " from the inputs; without it all samples take the last exit.",
+    )
     parser.add_argument(
         "--label_prior",
         type=str,
@@ -120,6 +130,7 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         raise input_error(error, ["skip_unreadable"]) from error
     policy = _usable_policy(trained, client, label_prior)
+    policy, inputs = _with_groups(policy, inputs, source, config.group)
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members)
     # One dict per sample took 98 MiB for 200,000 samples, a frame per batch 29 MiB.
@@ -168,6 +179,37 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior) ->
         return None
     warn_without_guarantee(trained, client, policy)
     return policy
+
+
+def _with_groups(
+    policy: ExitPolicy | None, inputs: _Inputs, source: Path, group: str | None
+) -> tuple[ExitPolicy | None, _Inputs]:
+    """Return the policy of the named group, or the inputs with their groups.
+
+    Raises:
+        UserError: The policy has no such group.
+    """
+    if group is not None:
+        return policy_of_group(policy, group), inputs
+    if policy is None or not policy.needs_group:
+        return policy, inputs
+    column = policy.group_by
+    values = input_values(source, column, inputs.names)
+    if values is None or len(values) != inputs.size:
+        print_warning(
+            f"--input: expected a column {column!r}, by whose values the exit policy has its thresholds, got none. All"
+            " samples take the last exit. Name the group by --group"
+        )
+        return policy, inputs
+    known = {each.name for each in policy.groups}
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        names = listed(dict.fromkeys("none" if value is None else repr(shorten(value)) for value in unknown))
+        print_warning(
+            f"--input: {len(unknown)} of {len(values)} samples have a value of {column!r} that the exit policy does not"
+            f" have ({names}) and take the last exit"
+        )
+    return policy, inputs._replace(groups=values)
 
 
 def _warn_of_federated_network(trained: Trained, client: Client) -> None:
@@ -231,8 +273,11 @@ def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs, with_me
     """Yield the outputs of each batch."""
     total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
+    start = 0
     for batch in track(inputs.batches, "predictions", total, console=bar, disable=is_quiet, transient=True):
-        x, logits, exits, scores = deployed_outputs(client, policy, batch)
+        groups = None if inputs.groups is None else inputs.groups[start : start + len(batch)]
+        start += len(batch)
+        x, logits, exits, scores = deployed_outputs(client, policy, batch, groups)
         yield Outputs(logits, exits, scores, client.member_outputs(x, exits) if with_members else {})
 
 

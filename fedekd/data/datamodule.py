@@ -18,6 +18,7 @@ from fedekd.data.batches import TensorBatches
 from fedekd.data.client_splits import ClientSplits, split_client
 from fedekd.data.formats.table import read_features
 from fedekd.data.group_checks import group_warnings, require_groups_in_one_split
+from fedekd.data.group_values import group_values
 from fedekd.data.partition import (
     PARTITIONS,
     Indices,
@@ -406,6 +407,18 @@ class FederatedDataModule(lightning.LightningDataModule):
             raise UserError(f"data.dataset: expected images, as in training, got the table '{shorten_path(path)}'")
         index = [splits.client for splits in self.clients].index(client)
         return transform(self._transformers[index], read_features(path, columns))
+
+    def group_values(self, name: str) -> npt.NDArray[np.str_]:
+        """Return the values of a column of the data as names, shape (N,).
+
+        Args:
+            name: A column of a table or a manifest, which may be a feature, an array of an .npz file, or an attribute
+                of a data set.
+
+        Raises:
+            UserError: The data have no such column, or a value is missing.
+        """
+        return group_values(name, self.samples, **self._source)
 
     def transformer(self, client: int) -> Any:
         """Return the fitted preprocessing of a client's table; None for images."""

@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fedekd.data import Inputs, Samples, split_inputs, take_inputs
+from fedekd.data.raw import sorted_texts
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.fingerprint import network_fingerprint
+from fedekd.early_exit.grouping import CLASSES, Grouping, class_numbers
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import BATCH_SIZE, ExitOutputs, exit_outputs
-from fedekd.errors import UserError
+from fedekd.errors import UserError, shorten
 from fedekd.functional import AGREEMENT
 from fedekd.methods import Client
 from fedekd.models import ExitCosts, MultiExitNetwork, exit_costs
 from fedekd.seeding import derive_seed
+
+#: Largest number of groups of a calibration.
+MAX_GROUPS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class GroupColumn:
+    """Groups for the calibration of a client.
+
+    Args:
+        by: `true_class`, `predicted_class`, or the name of a column of the data.
+        is_shared: True for one threshold per exit that holds for each group.
+        values: Value of each sample in the column, in the order of the client's samples or of those that replace them;
+            None for classes.
+    """
+
+    by: str
+    is_shared: bool
+    values: npt.NDArray[np.str_] | None = None
+
+    def grouping(self, client: Client, *parts: ExitOutputs) -> Grouping:
+        """Return the grouping: the classes or values of the given samples.
+
+        Thresholds per predicted class are those of all classes. Of others only the names of the samples enter: given
+        the group of each sample, the tests are those of a fixed list.
+
+        Raises:
+            UserError: The column has too many values.
+        """
+        if self.by in CLASSES:
+            classes, titles = list(range(client.spec.num_outputs)), client.samples.class_names
+            if self.is_shared:
+                classes = sorted({int(number) for part in parts for number in np.unique(class_numbers(self.by, part))})
+            return Grouping(self.by, tuple(titles[number] for number in classes), self.is_shared, tuple(classes))
+        names = sorted_texts({str(name) for part in parts for name in (() if part.groups is None else part.groups)})
+        if len(names) > MAX_GROUPS:
+            raise UserError(
+                f"groups: expected a column with at most {MAX_GROUPS} values, got {len(names)} in {shorten(self.by)!r}."
+                " Add a column with ranges of its values, such as age bands"
+            )
+        return Grouping(self.by, tuple(names), self.is_shared)
 
 
 def exit_network(client: Client) -> MultiExitNetwork:
@@ -67,11 +112,17 @@ def calibrate_client(
     held_out: Samples | None = None,
     trained_on: Tensor | None = None,
     gamma: float = 1.0,
+    groups: GroupColumn | None = None,
+    unit: str = "group",
 ) -> ExitPolicy:
     """Calibrate the exits of one client's network.
 
     The sequence of tests is fixed on the tuning split, and the tests are made on the calibration split. Training does
     not use the calibration split. It may use the tuning split, which only orders the tests: the guarantee still holds.
+
+    If the samples have groups such as patients, whose samples depend on each other, one sample per patient is drawn for
+    the tests: these are independent draws, and all tests stay exact. The target is the error rate of a random sample of
+    a random patient. Tests of the mean error per patient would break the independence of the survivors between exits.
 
     Args:
         client: A trained client.
@@ -81,20 +132,34 @@ def calibrate_client(
         trained_on: Indices of all images with which the network was trained or selected (default: the client's training
             splits). A federated network depends on the training images of all clients.
         gamma: Weight of the disagreement in the score `agreement`.
+        groups: Groups whose error rates are bounded, all at once. Default: one bound for all samples.
+        unit: Name of what `Samples.group` numbers, for the policy.
 
     Raises:
-        UserError: The network has no exits, there are no samples, samples were used for training, or `held_out`
-            contains repeated images.
+        UserError: The network has no exits, there are no samples, samples were used for training, `held_out` contains
+            repeated images, or there are too many groups.
     """
     if client.spec.task == "regression":
         raise UserError("task: expected classification, got regression. Exits are calibrated on the error rate")
     network, proxy = exit_network(client), client.networks.get("proxy")
     if held_out is None:
         require_unused_validation(client)
-        tuning, calibration = (split_outputs(client, split) for split in ("tuning", "calibration"))
+        tuning, calibration = (
+            split_outputs(client, split, independent=split == "calibration") for split in ("tuning", "calibration")
+        )
+        if groups is not None and groups.values is not None:
+            indices = {"tuning": client.splits.tuning, "calibration": independent_indices(client, "calibration")}
+            tuning, calibration = (
+                replace(part, groups=groups.values[indices[split].cpu().numpy()])
+                for split, part in (("tuning", tuning), ("calibration", calibration))
+            )
     else:
         _require_unseen(client, held_out, training_indices(client) if trained_on is None else trained_on)
         outputs = exit_outputs(network, held_out.inputs, held_out.labels, proxy=proxy)
+        if groups is not None and groups.values is not None:
+            outputs = replace(outputs, groups=groups.values)
+        if held_out.group is not None:
+            outputs = outputs.take(one_per_group(held_out.group, derive_seed(client.spec.seed, client.number, "unit")))
         # Shuffled, because a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.spec.seed, client.number, "held out"))
         order = torch.randperm(len(outputs), generator=generator)
@@ -106,7 +171,10 @@ def calibrate_client(
             f" {len(calibration)}. {remedy}"
         )
     costs = image_costs(network, client.samples, proxy)
-    return fit_policy(calibrator, network, costs, tuning, calibration, score, gamma, proxy)
+    grouping = None if groups is None else groups.grouping(client, tuning, calibration)
+    policy = fit_policy(calibrator, network, costs, tuning, calibration, score, gamma, proxy, grouping)
+    is_grouped = (client.samples if held_out is None else held_out).group is not None
+    return replace(policy, unit=unit) if is_grouped else policy
 
 
 def fit_policy(
@@ -118,8 +186,11 @@ def fit_policy(
     score: str = "max_softmax",
     gamma: float = 1.0,
     proxy: nn.Module | None = None,
+    grouping: Grouping | None = None,
 ) -> ExitPolicy:
     """Calibrate a network from its outputs on tuning and calibration samples.
+
+    The calibration samples must be independent.
 
     Raises:
         UserError: The rule cannot use the score.
@@ -127,11 +198,12 @@ def fit_policy(
     if calibrator.mode == "safekd_code" and score != "max_softmax":
         raise UserError(f"score: expected max_softmax for mode 'safekd_code', got {score!r}")
     uses_proxy = score == AGREEMENT and proxy is not None
-    policy = calibrator.fit_scores(
-        calibration.to_scores(score, gamma),
-        tuning.to_scores(score, gamma),
-        costs.shares([True] * network.num_exits, uses_proxy),
+    calibrated, tuned = (
+        replace(part.to_scores(score, gamma), groups=None if grouping is None else grouping.index(part))
+        for part in (calibration, tuning)
     )
+    cost = costs.shares([True] * network.num_exits, uses_proxy)
+    policy = calibrator.fit_scores(calibrated, tuned, cost, grouping)
     return replace(
         policy,
         score=score,
@@ -141,15 +213,43 @@ def fit_policy(
     )
 
 
-def split_outputs(client: Client, split: str) -> ExitOutputs:
-    """Compute the outputs of all exits on one of a client's splits."""
+def split_outputs(client: Client, split: str, independent: bool = False) -> ExitOutputs:
+    """Compute the outputs of all exits on one of a client's splits.
+
+    Args:
+        client: The client.
+        split: Name of the split.
+        independent: Take one sample of each group, see `independent_indices`. Default: all samples.
+    """
     network = exit_network(client)
-    indices = getattr(client.splits, split).to(client.samples.inputs.device)
+    indices = independent_indices(client, split) if independent else getattr(client.splits, split)
+    indices = indices.to(client.samples.inputs.device)
     if not len(indices):
         classes = client.spec.num_outputs
         return ExitOutputs(torch.empty(0, network.num_exits, classes), torch.empty(0, dtype=torch.int64))
     images, labels = take_inputs(client.samples.inputs, indices), client.samples.labels[indices]
     return exit_outputs(network, images, labels, proxy=client.networks.get("proxy"))
+
+
+def independent_indices(client: Client, split: str) -> Tensor:
+    """Return a split's samples, one of each group such as a patient, drawn uniformly."""
+    indices: Tensor = getattr(client.splits, split)
+    if client.samples.group is None:
+        return indices
+    groups = client.samples.group[indices]
+    return indices[one_per_group(groups, derive_seed(client.spec.seed, client.number, "unit", split))]
+
+
+def one_per_group(groups: Tensor, seed: int) -> Tensor:
+    """Draw one position of each group uniformly; ascending, int64.
+
+    Args:
+        groups: Number of the group of each sample, shape (n,).
+        seed: Seed of the draw.
+    """
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    _, first = np.unique(groups[order].numpy(), return_index=True)
+    return order[torch.from_numpy(first)].sort().values
 
 
 def count_shared_images(images: Inputs, others: Inputs) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
-from fedekd.early_exit.calibration.calibrator import MODES
 from fedekd.early_exit.client_calibration import exit_network, image_costs, split_outputs
-from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.grouping import Names
+from fedekd.early_exit.policy import ExitPolicy, GroupExits
 from fedekd.early_exit.policy_metrics import evaluate_policy
+from fedekd.early_exit.statement import why_closed
 from fedekd.methods import Client
 from fedekd.models import ExitCosts
 
@@ -67,26 +68,52 @@ class ClientExitReport:
     full_accuracy: float
 
 
-def client_exit_report(client: Client, policy: ExitPolicy) -> ClientExitReport:
-    """Evaluate a client's policy on its test split."""
+def client_exit_report(client: Client, policy: ExitPolicy, groups: Names | None = None) -> ClientExitReport:
+    """Evaluate a client's policy on its test split.
+
+    Args:
+        client: The client.
+        policy: Its policy.
+        groups: Value of each of the client's samples in the column of the policy, if its thresholds depend on it.
+    """
     costs = image_costs(exit_network(client), client.samples, client.networks.get("proxy"))
-    metrics = evaluate_policy(policy, split_outputs(client, "test"), costs)
+    outputs = split_outputs(client, "test")
+    if groups is not None:
+        outputs = replace(outputs, groups=groups[client.splits.test.cpu().numpy()])
+    metrics = evaluate_policy(policy, outputs, costs)
     return ClientExitReport(
         client=client.number,
         model=client.deployed_role,
         exits=policy.num_exits,
-        open_exits=sum(threshold < math.inf for threshold in policy.thresholds[:-1]),
+        open_exits=sum(policy.open_exits),
         early_share=sum(metrics.exit_shares[:-1]),
         saved=1.0 - metrics.point.cost,
-        certified_risk=policy.target_risk if any(policy.certified) else None,
+        certified_risk=policy.target_risk if policy.is_certified else None,
         test_risk=None if math.isnan(metrics.worst_risk) else metrics.worst_risk,
         accuracy=metrics.point.accuracy,
         full_accuracy=metrics.full_accuracy,
     )
 
 
-def exit_statistics(policy: ExitPolicy, costs: ExitCosts) -> list[ExitStatistics]:
-    """Summarise a policy exit by exit, the last included."""
+def group_policies(policy: ExitPolicy) -> dict[str, ExitPolicy]:
+    """Return a policy with the counts of each group, for statistics; by name."""
+    names = [entry.name for entry in fields(GroupExits) if entry.name != "name"]
+    return {
+        group.name: replace(
+            policy, **{name: getattr(group, name) for name in names}, group_by="", groups=(), shared_thresholds=False
+        )
+        for group in policy.groups
+    }
+
+
+def exit_statistics(policy: ExitPolicy, costs: ExitCosts, group: str = "") -> list[ExitStatistics]:
+    """Summarise a policy exit by exit, the last included.
+
+    Args:
+        policy: A policy without groups, or one of `group_policies`.
+        costs: Costs of the network.
+        group: Name of the group, for the notes. Default: none.
+    """
     shares = costs.shares(policy.evaluated, policy.uses_proxy)
     rows = []
     for index, threshold in enumerate(policy.thresholds):
@@ -98,9 +125,9 @@ def exit_statistics(policy: ExitPolicy, costs: ExitCosts) -> list[ExitStatistics
                 samples=policy.exit_counts[index],
                 errors=policy.error_counts[index],
                 certified_risk=policy.target_risk if policy.certified[index] else None,
-                share=policy.exit_counts[index] / policy.samples,
+                share=policy.exit_counts[index] / max(policy.samples, 1),
                 saved=1.0 - shares[index],
-                note="" if is_open else _why_closed(policy, index),
+                note="" if is_open else why_closed(policy, index, group),
             )
         )
     return rows
@@ -108,21 +135,10 @@ def exit_statistics(policy: ExitPolicy, costs: ExitCosts) -> list[ExitStatistics
 
 def mean_saved(policy: ExitPolicy, costs: ExitCosts) -> float:
     """Mean fraction of the plain network's FLOPs that a calibration sample saves."""
+    if policy.needs_group:
+        parts = group_policies(policy).values()
+        return sum(part.samples * mean_saved(part, costs) for part in parts) / policy.samples
+    if not policy.samples:
+        return 0.0
     shares = costs.shares(policy.evaluated, policy.uses_proxy)
     return 1.0 - sum(n * share for n, share in zip(policy.exit_counts, shares, strict=True)) / policy.samples
-
-
-def _why_closed(policy: ExitPolicy, index: int) -> str:
-    estimate = policy.required_samples[index]
-    if estimate is not None and estimate > policy.samples:
-        return f"closed: about {estimate} calibration samples would open it, there are {policy.samples}"
-    if policy.mode == "ltt_joint" and any(policy.certified):
-        return "closed: closed in the cheapest certified threshold vector"
-    if policy.search_bounds[index] < math.inf or estimate is not None:
-        return "closed: the first test failed on the calibration samples"
-    if MODES[policy.mode].has_guarantee:
-        return (
-            f"closed: no threshold reaches error rate {policy.target_risk:g} on the tuning samples, or no sample"
-            " reaches this exit"
-        )
-    return "closed: no threshold fulfils the rule"

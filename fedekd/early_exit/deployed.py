@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,17 +33,23 @@ class DeployedOutputs(NamedTuple):
 
 
 @torch.no_grad()
-def deployed_outputs(client: Client, policy: ExitPolicy | None, batch: Tensor) -> DeployedOutputs:
+def deployed_outputs(
+    client: Client, policy: ExitPolicy | None, batch: Tensor, groups: Sequence[str | None] | None = None
+) -> DeployedOutputs:
     """Run the deployed model of a client on a batch.
 
     Args:
         client: Client of a finished run.
         policy: Its exit policy; None takes the last exit.
         batch: Images as in `Samples.inputs`, or features, shape (B, ...).
+        groups: Value of each sample in the column of the policy, if its thresholds depend on it. Samples without one,
+            or of a group that the policy does not have, take the last exit; so do all by default.
 
     Raises:
         UserError: If an output is not finite.
     """
+    if policy is not None and policy.needs_group and groups is not None:
+        return _by_group(client, policy, batch, groups)
     network = client.deployed_model
     x = network_input(network, batch)
     if policy is not None and isinstance(network, MultiExitNetwork):
@@ -57,6 +64,20 @@ def deployed_outputs(client: Client, policy: ExitPolicy | None, batch: Tensor) -
             " The training of its network diverged"
         )
     return DeployedOutputs(x, logits, exits, scores)
+
+
+def _by_group(client: Client, policy: ExitPolicy, batch: Tensor, groups: Sequence[str | None]) -> DeployedOutputs:
+    """Run the samples of each group with the policy of the group."""
+    known = {group.name for group in policy.groups}
+    names = [group if group in known else None for group in groups]
+    parts, rows = [], []
+    for name in dict.fromkeys(names):
+        index = torch.tensor([row for row, other in enumerate(names) if other == name])
+        part = policy if name is None else policy.for_group(name)
+        parts.append(deployed_outputs(client, part, batch[index.to(batch.device)]))
+        rows.append(index)
+    order = torch.cat(rows).argsort()
+    return DeployedOutputs(*(torch.cat(tensors)[order.to(tensors[0].device)] for tensors in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

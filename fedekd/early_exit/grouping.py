@@ -32,11 +32,13 @@ class Grouping:
         names: Names of the groups; of classes in the order of their numbers.
         is_shared: True for one threshold per exit that holds for each group; False for thresholds per group, which need
             the group of a sample at deployment.
+        classes: Number of the class of each group. Default: 0, 1, ... for classes; not used for a column.
     """
 
     by: str
     names: tuple[str, ...]
     is_shared: bool
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
@@ -56,9 +58,12 @@ class Grouping:
         Returns:
             Index into `names`; -1 for an unknown group.
         """
-        if self.by == PREDICTED_CLASS:
-            return np.asarray(outputs.logits.argmax(dim=2).numpy())
-        numbers = outputs.labels.numpy() if self.by == TRUE_CLASS else self.numbers(outputs.groups)
+        if self.by in CLASSES:
+            classes = class_numbers(self.by, outputs)
+            numbers = np.full(max(classes.max(initial=-1), *self.classes, len(self.names)) + 1, -1)
+            numbers[list(self.classes) or np.arange(len(self.names))] = np.arange(len(self.names))
+            return np.asarray(numbers[classes])
+        numbers = self.numbers(outputs.groups)
         if len(numbers) != len(outputs):
             numbers = np.full(len(outputs), -1)
         return np.repeat(numbers[:, None], outputs.num_exits, axis=1)
@@ -67,3 +72,10 @@ class Grouping:
         """Return the number of each named group, shape (n,); -1 if it is unknown or None."""
         known = {name: number for number, name in enumerate(self.names)}
         return np.asarray([known.get(value, -1) for value in ([] if values is None else values)], dtype=np.int64)
+
+
+def class_numbers(by: str, outputs: ExitOutputs) -> npt.NDArray[np.int64]:
+    """Return the true or predicted class of each sample at each exit, shape (n, E)."""
+    if by == PREDICTED_CLASS:
+        return np.asarray(outputs.logits.argmax(dim=2).numpy())
+    return np.repeat(outputs.labels.numpy()[:, None], outputs.num_exits, axis=1)

@@ -113,7 +113,8 @@ class CoverageResult:
 def federation_coverage(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:
     """Calibrate all clients of a finished federation and count violations.
 
-    The population of a client is all its samples that training does not use, its test split included.
+    The population of a client is all its samples that training does not use, its test split included; of groups such
+    as patients one sample each, because their samples are not independent.
 
     Args:
         clients: Clients whose networks have the same number of exits.
@@ -128,7 +129,7 @@ def federation_coverage(clients: Sequence[Client], options: CoverageOptions, see
     """
     if not clients:
         raise UserError("clients: expected at least 1, got 0")
-    outputs = [{split: split_outputs(client, split) for split in HELD_OUT} for client in clients]
+    outputs = [{split: split_outputs(client, split, independent=True) for split in HELD_OUT} for client in clients]
     joined = [ExitOutputs.concatenate(list(splits.values())) for splits in outputs]
     if not all(bool(part.logits.isfinite().all()) for part in joined):
         return []

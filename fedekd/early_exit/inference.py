@@ -15,7 +15,6 @@ from fedekd.errors import UserError, require_choice
 from fedekd.functional import AGREEMENT, CONFIDENCES, SCORES, score_exit
 from fedekd.models import MultiExitNetwork, eval_mode
 
-
 Limits = Sequence[float] | Sequence[Sequence[float]]
 """Threshold or search bound of each exit: one number, or one per class that the exit predicts."""
 
@@ -71,11 +70,16 @@ def evaluated_exits(thresholds: Limits, search_bounds: Limits) -> tuple[bool, ..
     A head is evaluated if its exit is open, or if its search bound is finite and a later exit is open, for some class.
     The last head always is.
     """
-    is_open = [bool(np.min(threshold) < math.inf) for threshold in thresholds[:-1]]
+    is_open = [lowest(thresholds[exit_]) < math.inf for exit_ in range(len(thresholds) - 1)]
     return *(
-        is_open[exit_] or (bool(np.min(search_bound) < math.inf) and any(is_open[exit_ + 1 :]))
-        for exit_, search_bound in enumerate(search_bounds[:-1])
+        is_open[exit_] or (lowest(search_bounds[exit_]) < math.inf and any(is_open[exit_ + 1 :]))
+        for exit_ in range(len(is_open))
     ), True
+
+
+def lowest(limit: float | Sequence[float]) -> float:
+    """Return the limit of an exit, or the lowest of all classes."""
+    return limit if isinstance(limit, int | float) else min(limit)
 
 
 def limit_of(limit: float | Sequence[float], logits: Tensor) -> float | Tensor:

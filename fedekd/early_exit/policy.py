@@ -222,7 +222,7 @@ class ExitPolicy:
             for name in ("thresholds", "search_bounds")
         ]
         exits = np.arange(self.num_exits)[:, None]
-        thresholds, search_bounds = (table[groups.T, exits] for table in tables)
+        thresholds, search_bounds = (list(table[groups.T, exits]) for table in tables)
         return exit_index(scores, thresholds, search_bounds)
 
     def for_group(self, name: str) -> ExitPolicy:
@@ -235,8 +235,8 @@ class ExitPolicy:
             UserError: The policy has no such group.
         """
         if name not in self._by_group:
-            known = listed(self._by_group) if self._by_group else f"a policy of which {self.group_by or 'none'} is known"
-            raise UserError(f"group: expected one of {known}, got {shorten(repr(name))}")
+            known = f"one of {listed(self._by_group)}" if self._by_group else "none, because the policy needs no group"
+            raise UserError(f"group: expected {known}, got {shorten(repr(name))}")
         return self._by_group[name]
 
     @cached_property

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fedekd.early_exit.cost_curves import Point
 from fedekd.early_exit.policy import ExitPolicy
@@ -40,17 +41,30 @@ def evaluate_policy(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) 
 
     Args:
         policy: Policy with E exits.
-        outputs: Outputs of all exits for n images.
+        outputs: Outputs of all exits for n images, with their groups if the policy needs them.
         costs: Costs of the network.
     """
     scores = outputs.to_scores(policy.score, policy.gamma)
-    exits = policy.assign(scores.scores)
+    groups = None if policy.grouping is None else policy.grouping.index(outputs)
+    exits = policy.assign(scores.scores, groups)
     correct = scores.correct[np.arange(len(outputs)), exits]
-    exit_costs = np.asarray(costs.shares(policy.evaluated, policy.uses_proxy))
     masks = [exits == exit_ for exit_ in range(policy.num_exits)]
     return PolicyMetrics(
-        Point(float(exit_costs[exits].mean()), float(correct.mean())),
+        Point(_mean_cost(policy, exits, groups, costs), float(correct.mean())),
         tuple(float(mask.mean()) for mask in masks),
         tuple(float((~correct[mask]).mean()) if mask.any() else math.nan for mask in masks),
         outputs.accuracies[-1],
     )
+
+
+def _mean_cost(
+    policy: ExitPolicy, exits: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None, costs: ExitCosts
+) -> float:
+    """Return the mean cost of samples; which heads are evaluated may depend on the group."""
+    numbers = np.full(len(exits), -1) if groups is None or not policy.needs_group else groups[:, 0]
+    result = np.empty(len(exits))
+    for number in np.unique(numbers):
+        part = policy if number < 0 else policy.for_group(policy.groups[number].name)
+        mask = numbers == number
+        result[mask] = np.asarray(costs.shares(part.evaluated, policy.uses_proxy))[exits[mask]]
+    return float(result.mean())

@@ -13,6 +13,7 @@ from typing import Any
 import fedekd
 from fedekd.atomic import digest
 from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.statement import closed_exits, exit_guarantee
 from fedekd.export.comparison import Difference
 from fedekd.export.served import OUTPUTS
 from fedekd.export.specification import ModelSpecification
@@ -49,6 +50,7 @@ class RunFacts:
         policy: Exit policy of the client, if any.
         policy_date: Date of the policy file, if any.
         license: Value of `--license`.
+        do_no_harm: Guarantee of do no harm in words; None for a run without it.
     """
 
     method: str
@@ -61,6 +63,7 @@ class RunFacts:
     policy: ExitPolicy | None = None
     policy_date: datetime | None = None
     license: str = LICENSE_NOT_STATED
+    do_no_harm: str | None = None
 
 
 def card_values(
@@ -108,6 +111,7 @@ def card_values(
             **{name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
         },
         "metrics": _metrics(client, facts),
+        "do_no_harm": facts.do_no_harm,
         "guarantee": _guarantee(facts, specification),
         "files": [
             {"name": name, "bytes": len(content), "sha256": digest(content), "verification": vars(differences[name])}
@@ -145,8 +149,10 @@ def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, 
     It is that of the exact thresholds, from which those in the program differ by the margins.
     """
     policy = facts.policy
-    if policy is None or not any(policy.certified):
+    if policy is None or not policy.is_certified:
         return None
+    flags = [policy.certified, *(group.certified for group in policy.groups)]
+    covered = {exit_ for row in flags for exit_, flag in enumerate(row) if flag}
     margins = (*specification.margins, 0.0)  # the last exit has none
     return {
         "target_risk": policy.target_risk,
@@ -156,18 +162,29 @@ def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, 
         "tuning_samples": policy.tuning_samples,
         "mode": policy.mode,
         "score": policy.score,
+        "statement": exit_guarantee(policy),
+        "closed": closed_exits(policy),
+        "groups": {"column": policy.group_by, "names": [group.name for group in policy.groups]},
+        "unit": policy.unit,
         "date": None if facts.policy_date is None else facts.policy_date.date().isoformat(),
         "exits": [
             {
                 "exit": number + 1,
-                "threshold": policy.thresholds[number],
-                "exported_threshold": policy.thresholds[number] - margins[number],
+                **_thresholds(policy, number, margins[number]),
                 "samples": policy.exit_counts[number],
             }
-            for number, is_certified in enumerate(policy.certified)
-            if is_certified
+            for number in sorted(covered)
         ],
     }
+
+
+def _thresholds(policy: ExitPolicy, exit_: int, margin: float) -> dict[str, Any]:
+    """Return the threshold of an exit, or those of the groups for which it is open."""
+    limit = policy.limits[0][exit_]
+    if isinstance(limit, int | float):
+        return {"threshold": limit, "exported_threshold": limit - margin}
+    limits = {group.name: value for group, value in zip(policy.groups, limit, strict=True) if value < math.inf}
+    return {"threshold": limits, "exported_threshold": {name: value - margin for name, value in limits.items()}}
 
 
 def _versions() -> dict[str, str]:
@@ -218,6 +235,7 @@ def card_text(card: Mapping[str, Any]) -> str:
             ],
         ),
         ("Guarantee of the early exits", _guarantee_rows(card["guarantee"])),
+        ("Do no harm", [("guarantee", card["do_no_harm"] or "none")]),
         ("Files", [(entry["name"], f"{entry['bytes']} bytes, SHA-256 `{entry['sha256']}`") for entry in card["files"]]),
         ("Software", list(card["versions"].items())),
     ]
@@ -231,18 +249,23 @@ def card_text(card: Mapping[str, Any]) -> str:
 def _guarantee_rows(guarantee: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     if guarantee is None:
         return [("guarantee", "none")]
-    exits = "; ".join(f"exit {row['exit']}: score at least {row['threshold']:.9g}" for row in guarantee["exits"])
-    exported = "; ".join(f"exit {row['exit']}: {row['exported_threshold']:.9g}" for row in guarantee["exits"])
+    exits = "; ".join(f"exit {row['exit']}: score at least {_limit(row['threshold'])}" for row in guarantee["exits"])
+    exported = "; ".join(f"exit {row['exit']}: {_limit(row['exported_threshold'])}" for row in guarantee["exits"])
     return [
-        ("target risk", f"{guarantee['target_risk']:g}, error rate among the samples that take a certified exit"),
-        ("confidence", f"{guarantee['confidence']:g}, for {guarantee['simultaneous_clients']} clients at once"),
-        ("calibration samples", guarantee["samples"]),
+        ("guarantee", guarantee["statement"]),
+        *([("closed exits", guarantee["closed"])] if guarantee["closed"] else []),
         ("rule and score", f"{guarantee['mode']}, {guarantee['score']}"),
         ("certified exits", exits),
         ("thresholds in the files", f"{exported}; lower for round-off. The guarantee is that of the certified ones"),
         ("date of the policy file", guarantee["date"]),
-        ("assumption", "inputs from the distribution of the calibration samples"),
     ]
+
+
+def _limit(value: Any) -> str:
+    """Return one threshold, or those of several groups."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{limit:.9g} ({name})" for name, limit in value.items())
+    return f"{value:.9g}"
 
 
 def _column(column: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError
 from fedekd.export.inputs import TablePreprocessing
-from fedekd.export.served import OUTPUTS, ServedNetwork
+from fedekd.export.served import OUTPUTS, Limit, ServedNetwork
 from fedekd.methods import Client
 
 Outputs = dict[str, npt.NDArray[Any]]
@@ -171,7 +171,7 @@ def round_off_margins(served: ServedNetwork, raw: Tensor) -> tuple[float, ...]:
     scores, margins = _exit_scores(served, raw), []
     for (threshold, bound, _), values in zip(served.early_exits, scores.T, strict=True):
         gaps = [2 * MOST_MARGIN]
-        for limit in (threshold, bound):
+        for limit in {*_numbers(threshold), *_numbers(bound)}:
             lower = values[values < limit - _round_off(limit)]
             gaps.append(limit - lower.max(initial=-np.inf))
         margins.append(float(min(gaps)) / 2)
@@ -192,10 +192,15 @@ def near_thresholds(served: ServedNetwork, raw: Tensor) -> npt.NDArray[np.bool_]
     if not served.early_exits:
         return near
     scores = _exit_scores(served, raw)
-    for number in (0, 1):
-        bounds = np.asarray([values[number] for values in served.early_exits])
-        near |= np.abs(scores - bounds) <= TIE
+    for exit_, (threshold, bound, _) in enumerate(served.early_exits):
+        for limit in {*_numbers(threshold), *_numbers(bound)}:
+            near[:, exit_] |= np.abs(scores[:, exit_] - limit) <= TIE
     return near
+
+
+def _numbers(limit: Limit) -> tuple[float, ...]:
+    """Return the limit of an exit, or those of all classes."""
+    return limit if isinstance(limit, tuple) else (limit,)
 
 
 @dataclass(frozen=True)

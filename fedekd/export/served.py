@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.inference import limit_of
 from fedekd.errors import require
 from fedekd.functional import max_softmax_confidence, score_exit
 from fedekd.models import MultiExitNetwork
@@ -20,6 +21,9 @@ OUTPUTS: dict[Task, tuple[str, ...]] = {
     "regression": ("value", "exit"),
 }
 """Names of the outputs of an exported model, in order."""
+
+
+Limit = float | tuple[float, ...]
 
 
 class ServedNetwork(nn.Module):
@@ -69,18 +73,21 @@ class ServedNetwork(nn.Module):
     @property
     def has_open_exits(self) -> bool:
         """True if an exit before the last one is open."""
-        return self.policy is not None and any(threshold < torch.inf for threshold in self.policy.thresholds[:-1])
+        return self.policy is not None and any(self.policy.evaluated[:-1])
 
     @property
-    def early_exits(self) -> list[tuple[float, float, bool]]:
-        """Threshold, search bound, and if the head is evaluated, of early exits."""
+    def early_exits(self) -> list[tuple[Limit, Limit, bool]]:
+        """Threshold, search bound, and if the head is evaluated, of early exits.
+
+        A limit is a number, or one per class that the exit predicts.
+        """
         if self.policy is None:
             return []
-        exits = list(zip(self.policy.thresholds, self.policy.search_bounds, self.policy.evaluated, strict=True))[:-1]
-        margins = self.margins or (0.0,) * len(exits)
+        thresholds, search_bounds = self.policy.limits
+        margins = self.margins or (0.0,) * (self.policy.num_exits - 1)
         return [
-            (threshold - margin, bound - margin, is_evaluated)
-            for (threshold, bound, is_evaluated), margin in zip(exits, margins, strict=True)
+            (_minus(thresholds[exit_], margin), _minus(search_bounds[exit_], margin), self.policy.evaluated[exit_])
+            for exit_, margin in enumerate(margins)
         ]
 
     def score(self, logits: Tensor, proxy_logits: Tensor | None) -> Tensor:
@@ -118,8 +125,8 @@ class ServedNetwork(nn.Module):
             if not is_evaluated:
                 continue
             exit_score = self.score(exit_logits, proxy_logits)
-            here = eligible & (exit_score >= threshold)
-            eligible = eligible & (exit_score < bound)
+            here = eligible & (exit_score >= limit_of(threshold, exit_logits))
+            eligible = eligible & (exit_score < limit_of(bound, exit_logits))
             logits = torch.where(here[:, None], exit_logits, logits)
             score = torch.where(here, exit_score, score)
             exits = torch.where(here, number, exits)
@@ -163,8 +170,8 @@ class EarlyExitNetwork(nn.Module):
             return self._from_stage(exit_ + 1, state, eligible, proxy)
         logits = network.heads[exit_](state)
         score = served.score(logits, *proxy or (None,))
-        here = eligible & (score >= threshold)
-        stays = eligible & (score < bound)
+        here = eligible & (score >= limit_of(threshold, logits))
+        stays = eligible & (score < limit_of(bound, logits))
         tensors, restore = _flatten(state)
 
         def emit(logits: Tensor, stays: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -179,6 +186,12 @@ class EarlyExitNetwork(nn.Module):
     def _emit(self, exit_: int, logits: Tensor, proxy: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         exits = torch.full((1,), exit_ + 1, dtype=torch.int64, device=logits.device)
         return self.served.outputs(logits, self.served.score(logits, *proxy or (None,)), exits)
+
+
+def _minus(limit: float | Sequence[float], margin: float) -> Limit:
+    if isinstance(limit, int | float):
+        return limit - margin
+    return tuple(value - margin for value in limit)
 
 
 def _flatten(state: Any) -> tuple[tuple[Tensor, ...], Any]:

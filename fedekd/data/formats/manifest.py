@@ -43,7 +43,7 @@ def read_manifest(path: Path, options: ReadOptions) -> RawSamples:
     Raises:
         UserError: If a column, a value or an image is missing, a split has another name, or images do not fit.
     """
-    table = _read_table(path)
+    table = read_texts(path)
     label = options.target_column or LABEL_COLUMN
     if label not in table:
         raise missing_column("data.target_column", label, table, path.name)
@@ -73,7 +73,7 @@ def read_unlabelled_manifest(path: Path, options: ReadOptions) -> Unlabelled:
     Raises:
         UserError: As `read_manifest`.
     """
-    names, images = _images(path, _read_table(path), options)
+    names, images = _images(path, read_texts(path), options)
     kept = [name for name, is_read in zip(names, images.is_read.tolist(), strict=True) if is_read]
     return Unlabelled(images.inputs, kept, images.warnings)
 
@@ -92,8 +92,12 @@ def _images(path: Path, table: dict[str, list[str]], options: ReadOptions) -> tu
     return names, read_images(files, names, options)
 
 
-def _read_table(path: Path) -> dict[str, list[str]]:
-    """Return the texts of each column."""
+def read_texts(path: Path) -> dict[str, list[str]]:
+    """Return the texts of each column.
+
+    Raises:
+        UserError: The file cannot be read, or has no rows.
+    """
     import pandas as pd
 
     try:

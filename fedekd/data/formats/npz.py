@@ -86,6 +86,21 @@ def read_unlabelled_arrays(path: Path, options: ReadOptions) -> Unlabelled:
     return Unlabelled(images[0] if len(images) == 1 else np.concatenate(images), None, ())
 
 
+def read_column(path: Path, name: str) -> list[Any] | None:
+    """Return one value per image: the array `name`, or `{train,val,test}_name`.
+
+    None if there is no such array.
+
+    Raises:
+        UserError: If the file is missing or corrupt.
+    """
+    with _open(path) as file:
+        arrays = [name] if _IMAGES in file else [f"{split}_{name}" for split in SPLITS if _keys(split)[0] in file]
+        if not all(array in file for array in arrays):
+            return None
+        return [value for array in arrays for value in np.asarray(file[array]).reshape(-1).tolist()]
+
+
 def read_npz(path: Path) -> Splits:
     """Read an .npz file in MedMNIST's layout.
 

@@ -253,9 +253,7 @@ def _with_counts(policy: ExitPolicy, calibration: ExitScores) -> tuple[GroupExit
     for number, group in enumerate(policy.groups):
         members = at_exit == number
         exit_counts, error_counts = _counts(exits[members], calibration.take(members))
-        groups.append(
-            replace(group, samples=int(members.sum()), exit_counts=exit_counts, error_counts=error_counts)
-        )
+        groups.append(replace(group, samples=int(members.sum()), exit_counts=exit_counts, error_counts=error_counts))
     return tuple(groups)
 
 

@@ -24,7 +24,7 @@ last exit.
 
 Groups. Let $R_{e,g}$ be the error rate of group g at exit e. With a threshold per group, the loop runs per exit and
 group on the survivors of the group, and $\#open$ counts pairs of exit and group. Groups are disjoint samples: given
-their sizes and the tests of earlier exits, the tests are independent, so the level of Sidak holds for all pairs at once.
+their sizes and the tests of earlier exits, the tests are independent, so Sidak's level holds for all pairs at once.
 
 With shared thresholds a candidate passes if the test of each group passes. Where $R_{e,g} > \alpha$ for some g, that
 test passes with probability at most $\delta_e$ (intersection-union test): groups cost nothing, power is that of the

@@ -118,7 +118,7 @@ def required_samples(curve: RiskCurve, target_risk: float, level: float, samples
     """
     below = curve.risk < target_risk * (1.0 - 1e-9)  # in floating point 1 - 0.95 > 1 / 20
     if below.ndim == 2:
-        below = below.all(axis=1)
+        below = np.asarray(below.all(axis=1))
     if not below.any():
         return None
     promising = curve.take(below)

@@ -14,6 +14,7 @@ from fedekd.early_exit.client_calibration import (
     exit_network,
     fit_policy,
     image_costs,
+    independent_indices,
     require_unused_validation,
     split_outputs,
 )
@@ -64,6 +65,7 @@ class EvaluatedNetwork:
         costs: Costs per image.
         splits: Outputs by split, for all splits that training does not use.
         curve: Accuracy against cost with one threshold for all exits.
+        independent: As `splits`, with one sample of each group such as a patient; None if samples have no groups.
     """
 
     name: str
@@ -71,6 +73,7 @@ class EvaluatedNetwork:
     costs: ExitCosts
     splits: Mapping[str, ExitOutputs]
     curve: Sequence[Point]
+    independent: Mapping[str, ExitOutputs] | None = None
 
     @classmethod
     def from_client(cls, client: Client, name: str) -> EvaluatedNetwork:
@@ -84,7 +87,15 @@ class EvaluatedNetwork:
             raise UserError(f"{client.splits.label}: expected a network with at least 2 exits, got one with 1 exit")
         splits = {split: split_outputs(client, split) for split in HELD_OUT}
         costs = image_costs(network, client.samples)
-        return cls(name, network, costs, splits, accuracy_cost_curve(splits["test"], costs))
+        independent = None
+        if client.samples.group is not None:
+            independent = {split: split_outputs(client, split, independent=True) for split in HELD_OUT}
+        return cls(name, network, costs, splits, accuracy_cost_curve(splits["test"], costs), independent)
+
+    @property
+    def units(self) -> Mapping[str, ExitOutputs]:
+        """Outputs by split for independent samples."""
+        return self.splits if self.independent is None else self.independent
 
     @property
     def test(self) -> ExitOutputs:
@@ -93,8 +104,8 @@ class EvaluatedNetwork:
 
     @property
     def held_out(self) -> ExitOutputs:
-        """Outputs for all images that training does not use."""
-        return ExitOutputs.concatenate(list(self.splits.values()))
+        """Outputs for all independent images that training does not use."""
+        return ExitOutputs.concatenate(list(self.units.values()))
 
     @property
     def points(self) -> list[Point]:
@@ -109,7 +120,7 @@ class EvaluatedNetwork:
     def calibrate(self, target_risk: float, confidence: float) -> ExitPolicy:
         """Calibrate with the rule `ltt`, as the command `calibrate` does."""
         calibrator = SelectiveRiskCalibrator(target_risk, confidence)
-        return fit_policy(calibrator, self.network, self.costs, self.splits["tuning"], self.splits["calibration"])
+        return fit_policy(calibrator, self.network, self.costs, self.splits["tuning"], self.units["calibration"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +238,7 @@ def policy_latency(client: Client, network: EvaluatedNetwork, policy: ExitPolicy
 
 def _validity(network: EvaluatedNetwork, options: ReportOptions, on_step: Callable[[str], None]) -> list[Validity]:
     population = network.held_out.to_scores()
-    samples, tuning = len(network.splits["calibration"]), len(network.splits["tuning"])
+    samples, tuning = len(network.units["calibration"]), len(network.units["tuning"])
     results = []
     for target_risk in options.target_risks:
         for mode in MODES:
@@ -262,7 +273,8 @@ def corruption_results(
         return LabelledImages(client.samples.inputs[chosen], client.samples.labels[chosen])
 
     policy = network.calibrate(options.target_risk, options.confidence)
-    parts = (spread(getattr(client.splits, split)) for split in ("tuning", "calibration", "test"))
+    splits = client.splits
+    parts = map(spread, (splits.tuning, independent_indices(client, "calibration"), splits.test))
     results = []
     for result in evaluate_corruptions(network.network, policy, network.costs, *parts):
         results.append(result)

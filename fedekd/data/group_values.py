@@ -1,0 +1,71 @@
+"""Values of a column that groups samples: of the data of a run, and of new inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedekd.data.formats.columns import is_missing
+from fedekd.data.formats.manifest import PATH_COLUMN, is_manifest, read_texts
+from fedekd.data.formats.npz import read_column
+from fedekd.data.formats.table import is_table_file, read_frame
+from fedekd.data.raw import text_of
+from fedekd.data.samples import Samples
+from fedekd.data.sources import load_samples
+from fedekd.errors import UserError
+
+Names = npt.NDArray[np.str_]
+
+
+def group_values(name: str, like: Samples, **source: Any) -> Names:
+    """Return the values of a column of the data, which may be a feature, as names.
+
+    Args:
+        name: A column of a table or a manifest, an array of an .npz file, or an attribute of a data set.
+        like: The samples of the data.
+        **source: Arguments of `load_samples` with which they were loaded.
+
+    Returns:
+        One name per sample, shape (N,).
+
+    Raises:
+        UserError: The data have no such column, a value is missing, or the data have changed.
+    """
+    try:
+        samples = load_samples(**{**source, "group_column": name})
+    except UserError as error:
+        raise UserError(str(error).replace("data.group_column", "groups")) from error
+    if samples.group is None or len(samples) != len(like):
+        raise UserError(f"groups: expected {len(like)} samples with the column {name!r}, got {len(samples)} without it")
+    names: Names = np.asarray(samples.group_names)[samples.group.numpy()]
+    return names
+
+
+def input_values(path: Path, name: str, files: Sequence[str] | None = None) -> list[str | None] | None:
+    """Return the values of a column of new inputs, None where missing.
+
+    Args:
+        path: A table, a manifest or an .npz file; other inputs have no columns.
+        name: Name of the column.
+        files: Images that were read from a manifest. Default: all.
+
+    Returns:
+        One value per input; None if the inputs have no such column.
+    """
+    values: Sequence[Any] | None = None
+    if is_table_file(path):
+        frame = read_frame(path)
+        values = frame[name].astype(object).tolist() if name in frame else None
+    elif is_manifest(path):
+        table = read_texts(path)
+        if name in table:
+            read = None if files is None else set(files)
+            pairs = zip(table[PATH_COLUMN], table[name], strict=True)
+            values = [value for file, value in pairs if read is None or file.strip() in read]
+    elif path.suffix == ".npz":
+        values = read_column(path, name)
+    return None if values is None else [None if is_missing(value) else text_of(value) for value in values]

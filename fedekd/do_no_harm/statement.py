@@ -1,0 +1,34 @@
+"""The guarantee of do no harm in words; cards and reports print it."""
+
+from __future__ import annotations
+
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.tasks import Task
+
+
+def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None, is_grouped: bool = False) -> str:
+    """Return population, target, confidence, n, assumptions and limits in words.
+
+    Args:
+        rule: The rule of a run.
+        task: `classification` or `regression`.
+        samples: Number of compared samples of the client. Default: not stated.
+        is_grouped: Whether samples have groups such as patients. The comparison counts samples, not groups.
+
+    Example:
+        >>> do_no_harm_guarantee(DoNoHarm(rule="better"), "classification")
+        'No guarantee of do no harm: the model with the lower loss on the tuning split is deployed.'
+    """
+    if rule.rule != "certified":
+        return "No guarantee of do no harm: the model with the lower loss on the tuning split is deployed."
+    loss = "accuracy is lower" if task == "classification" else "mean squared error is larger"
+    amount = f" by {rule.margin:g} or more" if rule.margin else ""
+    compared = f"the {samples} compared samples" if samples is not None else "its compared samples"
+    grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * is_grouped
+    return (
+        f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys no federated"
+        f" model whose {loss}{amount} than that of its local model. Population: future samples from the distribution of"
+        " the compared samples, all at the last exit. Assumed: these samples are independent draws that were not used"
+        f" in training.{grouped} Void: for other devices, sites or class mixes, for other metrics, or after a change of"
+        " a model."
+    )
