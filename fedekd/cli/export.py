@@ -95,10 +95,10 @@ def _facts(trained: Trained, client: Client, license: str, group: str | None) ->
     date = None
     if policy is not None:
         date = datetime.fromtimestamp(policy_path(trained.folder, number).stat().st_mtime, UTC)
-    warn_without_guarantee(trained, client, policy)
     if group is not None:
         policy = policy_of_group(policy, group)
-    elif policy is not None and policy.needs_group:
+    warn_without_guarantee(trained, client, policy)
+    if policy is not None and policy.needs_group:
         print_warning(
             f"--group: the exit policy has thresholds per group of {policy.group_by!r}, and the exported model takes"
             f" the last exit. Export one model per group: {listed(each.name for each in policy.groups)}"

@@ -129,8 +129,8 @@ def run(argv: Sequence[str]) -> int:
         inputs = _read(trained.data, client, source, is_table, config.skip_unreadable)
     except UserError as error:
         raise input_error(error, ["skip_unreadable"]) from error
-    policy = _usable_policy(trained, client, label_prior)
-    policy, inputs = _with_groups(policy, inputs, source, config.group)
+    policy = _usable_policy(trained, client, label_prior, config.group)
+    inputs = _with_groups(policy, inputs, source)
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members)
     # One dict per sample took 98 MiB for 200,000 samples, a frame per batch 29 MiB.
@@ -159,13 +159,17 @@ def _check_columns(client: Client, config: Namespace) -> None:
         require(client.deployed_role == ENSEMBLE, "--members", expected, True)
 
 
-def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior) -> ExitPolicy | None:
+def _usable_policy(
+    trained: Trained, client: Client, label_prior: LabelPrior, group: str | None
+) -> ExitPolicy | None:
     """Return the policy with which samples exit early; warn where there is none.
 
     Raises:
-        UserError: The policy is invalid, or the client cannot be served under the label prior.
+        UserError: The policy is invalid or lacks the group, or the client cannot be served under the label prior.
     """
     policy = trained.policy(client)
+    if group is not None and label_prior == TRAIN:
+        policy = policy_of_group(policy, group)
     if label_prior != TRAIN:
         check_label_prior(client, label_prior)
         if client.deployed_role != LOCAL:
@@ -181,18 +185,10 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior) ->
     return policy
 
 
-def _with_groups(
-    policy: ExitPolicy | None, inputs: _Inputs, source: Path, group: str | None
-) -> tuple[ExitPolicy | None, _Inputs]:
-    """Return the policy of the named group, or the inputs with their groups.
-
-    Raises:
-        UserError: The policy has no such group.
-    """
-    if group is not None:
-        return policy_of_group(policy, group), inputs
+def _with_groups(policy: ExitPolicy | None, inputs: _Inputs, source: Path) -> _Inputs:
+    """Return the inputs with their groups, if the policy needs them; warn of unknown ones."""
     if policy is None or not policy.needs_group:
-        return policy, inputs
+        return inputs
     column = policy.group_by
     values = input_values(source, column, inputs.names)
     if values is None or len(values) != inputs.size:
@@ -200,7 +196,7 @@ def _with_groups(
             f"--input: expected a column {column!r}, by whose values the exit policy has its thresholds, got none. All"
             " samples take the last exit. Name the group by --group"
         )
-        return policy, inputs
+        return inputs
     known = {each.name for each in policy.groups}
     unknown = [value for value in values if value not in known]
     if unknown:
@@ -209,7 +205,7 @@ def _with_groups(
             f"--input: {len(unknown)} of {len(values)} samples have a value of {column!r} that the exit policy does not"
             f" have ({names}) and take the last exit"
         )
-    return policy, inputs._replace(groups=values)
+    return inputs._replace(groups=values)
 
 
 def _warn_of_federated_network(trained: Trained, client: Client) -> None:

@@ -408,17 +408,17 @@ class FederatedDataModule(lightning.LightningDataModule):
         index = [splits.client for splits in self.clients].index(client)
         return transform(self._transformers[index], read_features(path, columns))
 
-    def group_values(self, name: str) -> npt.NDArray[np.str_]:
+    def group_values(self, column: str) -> npt.NDArray[np.str_]:
         """Return the values of a column of the data as names, shape (N,).
 
         Args:
-            name: A column of a table or a manifest, which may be a feature, an array of an .npz file, or an attribute
+            column: A column of a table or a manifest, which may be a feature, an array of an .npz file, or an attribute
                 of a data set.
 
         Raises:
             UserError: The data have no such column, or a value is missing.
         """
-        return group_values(name, self.samples, **self._source)
+        return group_values(column, self.samples, **self._source)
 
     def transformer(self, client: int) -> Any:
         """Return the fitted preprocessing of a client's table; None for images."""

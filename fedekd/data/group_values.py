@@ -21,11 +21,11 @@ from fedekd.errors import UserError
 Names = npt.NDArray[np.str_]
 
 
-def group_values(name: str, like: Samples, **source: Any) -> Names:
+def group_values(column: str, like: Samples, **source: Any) -> Names:
     """Return the values of a column of the data, which may be a feature, as names.
 
     Args:
-        name: A column of a table or a manifest, an array of an .npz file, or an attribute of a data set.
+        column: A column of a table or a manifest, an array of an .npz file, or an attribute of a data set.
         like: The samples of the data.
         **source: Arguments of `load_samples` with which they were loaded.
 
@@ -36,11 +36,11 @@ def group_values(name: str, like: Samples, **source: Any) -> Names:
         UserError: The data have no such column, a value is missing, or the data have changed.
     """
     try:
-        samples = load_samples(**{**source, "group_column": name})
+        samples = load_samples(**{**source, "group_column": column})
     except UserError as error:
         raise UserError(str(error).replace("data.group_column", "groups")) from error
     if samples.group is None or len(samples) != len(like):
-        raise UserError(f"groups: expected {len(like)} samples with the column {name!r}, got {len(samples)} without it")
+        raise UserError(f"groups: expected {len(like)} samples with the column {column!r}, got {len(samples)} without it")
     names: Names = np.asarray(samples.group_names)[samples.group.numpy()]
     return names
 

@@ -1,0 +1,158 @@
+"""Calibration per group of a column, per class and with patients, and its use by `predict` and `export`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedekd.cli import main
+from fedekd.early_exit import ExitPolicy
+from fedekd.export.exporter import FORMATS
+
+FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def ready(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with the arrays scanner and patient, two images each, and a finished run of one client."""
+    folder = tmp_path_factory.mktemp("groups")
+    plain = write_blobs(folder / "plain.npz", num_samples=900)
+    with np.load(plain) as file:
+        arrays = dict(file)
+    for split in ("train", "val", "test"):
+        count = len(arrays.get(f"{split}_labels", ()))
+        if count:
+            arrays[f"{split}_scanner"] = np.where(np.arange(count) % 4 > 0, "A", "B")
+            arrays[f"{split}_patient"] = np.asarray([f"{split} {index // 2}" for index in range(count)])
+    np.savez(folder / "blobs.npz", **arrays)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("fedekd.federation.RunFolder.write_figures", lambda *arguments: None)
+        data = ["--data.dataset=blobs.npz", "--data.num_clients=1", "--data.fractions=[0.3,0.6,0.1]"]
+        options = ["--method=SafeKD", "--client.exits=2", "--data.group_column=patient", "--rounds=2"]
+        assert main(["fit", *FAST, *data, *options, "--output=run", "--client.optimizer.lr=0.002"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ready / "run", tmp_path / "run")
+    shutil.copy(ready / "blobs.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RISK = ["--target_risk=0.6", "--confidence=0.8"]
+
+
+def calibrate(*options: str) -> ExitPolicy:
+    assert main(["calibrate", "run", *RISK, *options]) == 0
+    return ExitPolicy.load(Path("run/exits/client-000.json"))
+
+
+def exits_of(*options: str) -> list[dict[str, str]]:
+    assert main(["predict", "run", *options]) == 0
+    with Path("predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_calibrate_patients_draws_one_sample_of_each(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = calibrate()
+    assert policy.unit == "patient"
+    with np.load("blobs.npz") as file:
+        patients = sum(len(set(file[name].tolist())) for name in file.files if name.endswith("_patient"))
+    assert policy.samples <= patients * 0.25
+    assert policy.tuning_samples > policy.samples * 1.5
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"over the draw of {policy.samples} calibration samples, one per patient" in printed
+    assert "Population: a random sample of a random patient" in printed
+    assert "-0.0%" not in printed
+
+
+def test_column_groups_are_read_by_predict_and_named_for_export(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = calibrate("--groups=scanner")
+    assert [group.name for group in policy.groups] == ["A", "B"]
+    assert policy.needs_group
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "groups of scanner" in printed
+    assert "a sample without a value of scanner, or with another one, takes the last exit" in printed
+    is_open = {group.name: group.thresholds[0] < np.inf for group in policy.groups}
+    assert is_open["A"]
+
+    rows = exits_of("--input=blobs.npz")
+    with np.load("blobs.npz") as file:
+        names = [name for name in ("train_scanner", "val_scanner", "test_scanner") if name in file]
+        scanner = np.concatenate([file[name] for name in names])
+        images = np.concatenate([file[name.replace("scanner", "images")] for name in names])
+    assert len(rows) == len(scanner)
+    capsys.readouterr()
+    for name in ("A", "B"):
+        named = exits_of("--input=blobs.npz", f"--group={name}")
+        own = [(row, other) for row, other, group in zip(rows, named, scanner, strict=True) if group == name]
+        assert all((row["exit"], row["label"]) == (other["exit"], other["label"]) for row, other in own)
+    assert "warning" not in capsys.readouterr().err
+
+    np.savez("new.npz", images=images[:4], scanner=np.asarray(["A", "C", "", "C"]))
+    assert {row["exit"] for row in exits_of("--input=new.npz")[1:]} == {"2"}
+    assert "3 of 4 samples have a value of 'scanner' that the exit policy does not have ('C' and none)" in (
+        capsys.readouterr().err
+    )
+    np.savez("none.npz", images=images[:4])
+    assert {row["exit"] for row in exits_of("--input=none.npz")} == {"2"}
+    assert "expected a column 'scanner'" in capsys.readouterr().err
+
+    for group, has_exits in (("A", True), (None, False)):
+        option = [] if group is None else [f"--group={group}"]
+        assert main(["export", "run", "--format", FORMATS[0], "--output=export", *option]) == 0
+        card = json.loads(Path("export/model_card.json").read_text())
+        if has_exits:
+            assert "with scanner A" in card["guarantee"]["statement"]
+            assert card["guarantee"]["exits"][0]["threshold"] == policy.groups[0].thresholds[0]
+    assert "Export one model per group: A and B" in capsys.readouterr().err
+
+
+def test_class_groups_are_known_to_predict_or_share_thresholds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = calibrate("--groups=true_class")
+    assert policy.shared_thresholds
+    assert len({group.thresholds for group in policy.groups}) == 1
+    assert "shared thresholds" in " ".join(capsys.readouterr().out.split())
+    policy = calibrate("--groups=predicted_class")
+    assert not policy.needs_group
+    assert policy.is_certified
+    assert "that the exit predicts as a class, for each class" in " ".join(capsys.readouterr().out.split())
+    for row in exits_of("--input=blobs.npz"):
+        limit = policy.groups[int(row["label"])].thresholds[0]
+        assert row["exit"] == "2" or float(row["score"]) >= limit - 1e-6
+    rows = {row["exit"] for row in exits_of("--input=blobs.npz")}
+    assert "1" in rows
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("calibrate run --groups scaner", "--groups: expected an array"),
+        ("calibrate run --groups patient", "--groups: expected a column with at most 100 values"),
+        ("calibrate run --groups scanner --mode empirical", "--mode: expected ltt with --groups, got empirical"),
+        ("calibrate run --shared_thresholds", "--shared_thresholds: expected --groups, got none"),
+        ("predict run --input blobs.npz --group A", "--group: expected none, because"),
+        ("export run --format safetensors --group A", "--group: expected none, because"),
+    ],
+)
+def test_invalid_groups_print_one_line(here: Path, error_line: Callable[[], str], command: str, words: str) -> None:
+    assert main(command.split()) == 2
+    assert words in error_line()
+    assert not Path("run/exits").exists()
+
+
+def test_predict_unknown_group_prints_the_known_ones(here: Path, error_line: Callable[[], str]) -> None:
+    calibrate("--groups=scanner")
+    assert main(["predict", "run", "--input=blobs.npz", "--group=C"]) == 2
+    assert "--group: expected one of A, B, got 'C'" in error_line().replace(" and ", ", ")
