@@ -12,7 +12,7 @@ from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibra
 from fedekd.early_exit.client_calibration import count_shared_images, exit_network, image_costs
 from fedekd.early_exit.client_report import ClientExitReport, exit_statistics, group_policies, mean_saved
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.statement import closed_exits, exit_guarantee
+from fedekd.early_exit.statement import closed_exits, exit_guarantee, percent
 from fedekd.methods import Client
 from fedekd.models import ExitCosts
 
@@ -116,12 +116,6 @@ def remarks(policy: ExitPolicy, client: Client, trained_on: Tensor | None) -> li
                 " The guarantee then covers only deployment data with the same fraction of repeated images"
             )
     return lines
-
-
-def percent(share: float) -> str:
-    """Return a share in percent, without the sign of a rounded zero."""
-    text = f"{share:.1%}"
-    return "0.0%" if text == "-0.0%" else text
 
 
 def _bound(risk: float | None) -> str:

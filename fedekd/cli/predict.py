@@ -159,9 +159,7 @@ def _check_columns(client: Client, config: Namespace) -> None:
         require(client.deployed_role == ENSEMBLE, "--members", expected, True)
 
 
-def _usable_policy(
-    trained: Trained, client: Client, label_prior: LabelPrior, group: str | None
-) -> ExitPolicy | None:
+def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, group: str | None) -> ExitPolicy | None:
     """Return the policy with which samples exit early; warn where there is none.
 
     Raises:

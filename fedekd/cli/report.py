@@ -17,6 +17,8 @@ from fedekd.cli.exit_report import exit_report, has_exits
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import parse_run
 from fedekd.configuration.options import as_values, federation_parser, parse
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.do_no_harm.statement import do_no_harm_guarantee
 from fedekd.early_exit.report.page import exit_sections, finding
 from fedekd.errors import UserError
 from fedekd.federation import RunFolder
@@ -77,9 +79,10 @@ def run(argv: Sequence[str]) -> int:
         require_online_run(folders[0])  # first: a page takes minutes
     output = Path(config.output) if config.output else folders[0] / "report"
     sections: list[Section] = [] if results.empty else grid_sections(results)
-    if run_folders:
-        sections += run_sections([_read_run(folder) for folder in run_folders])
-    text = []
+    runs = [_read_run(folder) for folder in run_folders]
+    if runs:
+        sections += run_sections(runs)
+    text = _do_no_harm(runs)
     if config.exits or (config.exits is None and has_exits(folders[0])):
         report = exit_report(folders, config)
         sections += exit_sections(report)
@@ -90,6 +93,18 @@ def run(argv: Sequence[str]) -> int:
     if config.wandb:
         print(f"logged at {log_report(folders[0], output)}")
     return 0
+
+
+def _do_no_harm(runs: Sequence[Run]) -> list[str]:
+    """Return the guarantee of each run with do no harm in words."""
+    lines = []
+    for run in runs:
+        if "deployed" in run.summary:
+            is_grouped = run.settings.get("data.group_column") not in (None, "", "null", "None")
+            rule = DoNoHarm.from_stored(run.summary["deployed"]["rule"])
+            statement = do_no_harm_guarantee(rule, run.summary["task"], is_grouped=is_grouped)
+            lines.append(f"{run.name}: {statement}" if len(runs) > 1 else statement)
+    return lines
 
 
 def _find(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path]]:

@@ -40,7 +40,7 @@ def group_values(column: str, like: Samples, **source: Any) -> Names:
     except UserError as error:
         raise UserError(str(error).replace("data.group_column", "groups")) from error
     if samples.group is None or len(samples) != len(like):
-        raise UserError(f"groups: expected {len(like)} samples with the column {column!r}, got {len(samples)} without it")
+        raise UserError(f"groups: expected {len(like)} samples with {column!r}, got {len(samples)}. The data changed")
     names: Names = np.asarray(samples.group_names)[samples.group.numpy()]
     return names
 

@@ -104,3 +104,9 @@ def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:
             " reaches this exit"
         )
     return "closed: no threshold fulfils the rule"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, without the sign of a rounded zero."""
+    text = f"{share:.1%}"
+    return "0.0%" if text == "-0.0%" else text

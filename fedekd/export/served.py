@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.early_exit import ExitPolicy
-from fedekd.early_exit.inference import limit_of
 from fedekd.errors import require
 from fedekd.functional import max_softmax_confidence, score_exit
 from fedekd.models import MultiExitNetwork
@@ -125,8 +124,8 @@ class ServedNetwork(nn.Module):
             if not is_evaluated:
                 continue
             exit_score = self.score(exit_logits, proxy_logits)
-            here = eligible & (exit_score >= limit_of(threshold, exit_logits))
-            eligible = eligible & (exit_score < limit_of(bound, exit_logits))
+            here = eligible & (exit_score >= _limit_of(threshold, exit_logits, exit_score))
+            eligible = eligible & (exit_score < _limit_of(bound, exit_logits, exit_score))
             logits = torch.where(here[:, None], exit_logits, logits)
             score = torch.where(here, exit_score, score)
             exits = torch.where(here, number, exits)
@@ -170,8 +169,8 @@ class EarlyExitNetwork(nn.Module):
             return self._from_stage(exit_ + 1, state, eligible, proxy)
         logits = network.heads[exit_](state)
         score = served.score(logits, *proxy or (None,))
-        here = eligible & (score >= limit_of(threshold, logits))
-        stays = eligible & (score < limit_of(bound, logits))
+        here = eligible & (score >= _limit_of(threshold, logits, score))
+        stays = eligible & (score < _limit_of(bound, logits, score))
         tensors, restore = _flatten(state)
 
         def emit(logits: Tensor, stays: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -186,6 +185,16 @@ class EarlyExitNetwork(nn.Module):
     def _emit(self, exit_: int, logits: Tensor, proxy: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         exits = torch.full((1,), exit_ + 1, dtype=torch.int64, device=logits.device)
         return self.served.outputs(logits, self.served.score(logits, *proxy or (None,)), exits)
+
+
+def _limit_of(limit: Limit, logits: Tensor, score: Tensor) -> float | Tensor:
+    """Return the limit of an exit, or of each sample by the class it predicts."""
+    if isinstance(limit, float):
+        return limit
+    predicted, result = logits.argmax(dim=1), torch.full_like(score, limit[0])
+    for number, value in enumerate(limit[1:], start=1):  # ONNX cannot have a tensor of constants within `torch.cond`
+        result = torch.where(predicted == number, torch.full_like(score, value), result)
+    return result
 
 
 def _minus(limit: float | Sequence[float], margin: float) -> Limit:

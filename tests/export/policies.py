@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.policy import GroupExits
 from fedekd.export.inputs import PixelScaling
 from fedekd.export.served import OUTPUTS
 from fedekd.functional import score_exit
@@ -55,3 +57,24 @@ def framework(network: MultiExitNetwork, proxy: nn.Module, policy: ExitPolicy, r
     logits, exits, scores = policy.predict_with_exits(network, PixelScaling(torch.float32)(raw), proxy)
     tensors = (logits.argmax(1), logits.softmax(1), scores, exits + 1, logits)
     return dict(zip(OUTPUTS["classification"], (tensor.numpy() for tensor in tensors), strict=True))
+
+
+def by_class(policy: ExitPolicy) -> ExitPolicy:
+    """A policy with thresholds per predicted class: closed for class 0, higher ones for class 1."""
+    groups = []
+    for number in range(4):
+        shift = (math.inf, 0.02, 0.0, -0.02)[number]
+        limits = [
+            tuple(value if value == -math.inf else value + shift for value in row)
+            for row in (policy.thresholds, policy.search_bounds)
+        ]
+        groups.append(GroupExits(str(number), *limits, certified=(shift < math.inf, shift < math.inf, False)))
+    closed = (math.inf, math.inf, -math.inf)
+    return replace(
+        policy,
+        thresholds=closed,
+        search_bounds=closed,
+        certified=(False,) * 3,
+        group_by="predicted_class",
+        groups=tuple(groups),
+    )

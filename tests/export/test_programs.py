@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from policies import SHAPE, calibrated, framework, images
+from policies import SHAPE, by_class, calibrated, framework, images
 from torch import Tensor, nn
 
 from fedekd.errors import UserError
@@ -83,3 +83,14 @@ def test_torch_program_takes_any_batch_size() -> None:
     expected = framework(network, proxy, policy, images())
     parts = [program(batch)[3] for batch in images().split([1, 2, 197, 200])]
     assert torch.cat(parts).tolist() == expected["exit"].tolist()
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_onnx_programs_thresholds_per_predicted_class_have_the_exits_of_the_policy(early_exit: bool) -> None:
+    network, proxy, policy = calibrated("max_softmax")
+    policy = by_class(policy)
+    served = ServedNetwork(network, PixelScaling(torch.float32), "classification", policy)
+    raw = images(100)
+    content = onnx_program(served, InputFormat("pixels", SHAPE), {}, early_exit)
+    outputs = session_outputs(open_session(content), raw, single=early_exit)
+    assert outputs["exit"].tolist() == framework(network, proxy, policy, raw)["exit"].tolist()

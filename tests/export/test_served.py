@@ -7,13 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from policies import calibrated, framework, images
+from policies import by_class, calibrated, framework, images
 
 from fedekd.data.columns import Column
 from fedekd.data.tables import fit_transformer, transform
 from fedekd.early_exit import ExitPolicy
 from fedekd.errors import UserError
-from fedekd.export.comparison import HeldOut, compare, round_off_margins
+from fedekd.export.comparison import (
+    HeldOut,
+    compare,
+    module_outputs,
+    round_off_margins,
+)
 from fedekd.export.inputs import PixelScaling, TablePreprocessing
 from fedekd.export.served import OUTPUTS, ServedNetwork
 from fedekd.functional import SCORES
@@ -109,3 +114,20 @@ def test_table_preprocessing_equals_scikit_learn() -> None:
     assert torch.equal(module(torch.from_numpy(rows)), expected)
     again = module(module.rows_of(expected))
     torch.testing.assert_close(again[1:], expected[1:], rtol=0, atol=1e-6)  # row 0 has no category to go back to
+
+
+def test_thresholds_per_predicted_class_equal_the_framework() -> None:
+    network, proxy, policy = calibrated("max_softmax")
+    policy = by_class(policy)
+    served = ServedNetwork(network, PixelScaling(torch.float32), "classification", policy)
+    raw = images(200)
+    expected = framework(network, proxy, policy, raw)
+    assert len(set(expected["exit"].tolist())) == 3
+    with torch.no_grad():
+        logits = network(served.preprocessing(raw))
+    scores = np.stack([each.softmax(1).amax(1).double().numpy() for each in logits], axis=1)
+    predicted = np.stack([each.argmax(1).numpy() for each in logits], axis=1)
+    assert (policy.assign(scores, predicted) + 1).tolist() == expected["exit"].tolist()
+    assert not (predicted[expected["exit"] == 1, 0] == 0).any()  # closed for class 0
+    assert module_outputs(served, "classification", raw)["exit"].tolist() == expected["exit"].tolist()
+    assert len(round_off_margins(served, raw)) == 2

@@ -89,14 +89,15 @@ def read_unlabelled_arrays(path: Path, options: ReadOptions) -> Unlabelled:
 def read_column(path: Path, name: str) -> list[Any] | None:
     """Return one value per image: the array `name`, or `{train,val,test}_name`.
 
-    None if there is no such array.
+    None if there is no such array; an empty split needs none.
 
     Raises:
         UserError: If the file is missing or corrupt.
     """
     with _open(path) as file:
-        arrays = [name] if _IMAGES in file else [f"{split}_{name}" for split in SPLITS if _keys(split)[0] in file]
-        if not all(array in file for array in arrays):
+        arrays = [name] if _IMAGES in file else [f"{split}_{name}" for split in SPLITS]
+        arrays = [array for array in arrays if array in file]
+        if not arrays:
             return None
         return [value for array in arrays for value in np.asarray(file[array]).reshape(-1).tolist()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,8 @@ class EvaluatedNetwork:
     def calibrate(self, target_risk: float, confidence: float) -> ExitPolicy:
         """Calibrate with the rule `ltt`, as the command `calibrate` does."""
         calibrator = SelectiveRiskCalibrator(target_risk, confidence)
-        return fit_policy(calibrator, self.network, self.costs, self.splits["tuning"], self.units["calibration"])
+        policy = fit_policy(calibrator, self.network, self.costs, self.splits["tuning"], self.units["calibration"])
+        return policy if self.independent is None else replace(policy, unit="group")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import pandas as pd
 from fedekd.early_exit.report import figures
 from fedekd.early_exit.report.exit_report import ExitReport
 from fedekd.early_exit.report.tables import report_tables
+from fedekd.early_exit.statement import exit_guarantee, percent
 from fedekd.reporting.document import Picture, Section
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def exit_sections(report: ExitReport) -> list[Section]:
 
 
 def finding(report: ExitReport) -> str:
-    """Summarise the main result in one or two sentences."""
+    """Summarise the main result, with the guarantee of its policy."""
     distance = lambda result: abs(result.policy.target_risk - report.options.target_risk)  # noqa: E731
     result = min(report.policies, key=distance, default=None)
     if result is None:
@@ -101,10 +102,9 @@ def finding(report: ExitReport) -> str:
     metrics = result.metrics
     change = 100 * (metrics.point.accuracy - metrics.full_accuracy)
     sentence = (
-        f"With an error rate of at most {result.policy.target_risk:.0%} guaranteed at each exit (confidence"
-        f" {result.policy.confidence:g}), {1 - metrics.exit_shares[-1]:.1%} of the test images exit early and"
-        f" {1 - metrics.point.cost:.1%} of the FLOPs are saved. Accuracy changes by {change:+.2f} points, from"
-        f" {metrics.full_accuracy:.4f} to {metrics.point.accuracy:.4f}."
+        f"{1 - metrics.exit_shares[-1]:.1%} of the test images exit early and {percent(1 - metrics.point.cost)} of the"
+        f" FLOPs are saved at target risk {result.policy.target_risk:g}. Accuracy changes by {change:+.2f} points, from"
+        f" {metrics.full_accuracy:.4f} to {metrics.point.accuracy:.4f}. {exit_guarantee(result.policy)}"
     )
     first, *others = report.networks
     ranges = {(round(network.curve[0].cost, 9), round(network.curve[-1].cost, 9)) for network in (first, *others[:1])}

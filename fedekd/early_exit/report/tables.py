@@ -74,11 +74,13 @@ def _exits(report: ExitReport) -> ReportTable:
 
 
 def _policies(report: ExitReport) -> ReportTable:
+    unit = report.policies[0].policy.unit if report.policies else ""
+    per = f", one per {unit}" if unit else ""
     samples = report.policies[0].policy.samples if report.policies else 0
     description = (
-        f"Calibrated with ltt on {samples} images: with probability {report.options.confidence:g} no exit's error rate"
-        f" exceeds the target risk. Evaluated on {len(report.networks[0].test)} test images. FLOPs saved are relative"
-        " to the plain network. A time ratio is the time with early exits divided by the time without, on one machine."
+        f"Calibrated with ltt on {samples} images{per}. Evaluated on {len(report.networks[0].test)} test images. FLOPs"
+        " saved are relative to the plain network. A time ratio is the time with early exits divided by the time"
+        " without, on one machine."
     )
     frame = pd.DataFrame([_policy_row(result) for result in report.policies])
     return ReportTable("policies", "Savings and accuracy of calibrated policies", description, frame)
