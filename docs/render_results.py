@@ -807,13 +807,29 @@ def single_groups(by: str, risk: float) -> str:
     return markdown([GROUPINGS[by], *(CALIBRATIONS[name] for name in calibrations)], rows)
 
 
+def patient_power() -> str:
+    """Power of three tests of the error rate of patients."""
+    names = ["one_image", "mean_bets", "mean_bentkus"]
+    rows = [
+        [
+            str(int(row["patients"])),
+            str(int(row["images"])),
+            f"{row['correlation']:g}",
+            *(f"{row[n]:.2f}" for n in names),
+        ]
+        for _, row in read("guarantees/patients.csv").iterrows()
+    ]
+    heads = ["patients", "images of each", "correlation of errors", "one image, binomial", "mean, bets"]
+    return markdown([*heads, "mean, Bentkus"], rows)
+
+
 # ---------------------------------------------------------------- pages
 
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_savings, exit_calibration, exit_corruptions,
     exit_methods, best_static, do_no_harm, exact_level, exact_power, exact_loss, savings, coverage, factors, hospital,
-    hospital_summary, proxies, natural_sites, group_coverage, single_groups,
+    hospital_summary, proxies, natural_sites, group_coverage, single_groups, patient_power,
 )  # fmt: skip
 
 
