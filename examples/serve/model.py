@@ -96,6 +96,20 @@ class OnnxModel:
         rows = [{name: array[index].tolist() for name, array in arrays.items()} for index in range(len(inputs))]
         return [row | {"class": self.classes[row["label"]]} if "label" in row else row for row in rows]
 
+    def check_group(self, group: Any) -> None:
+        """Check that a request is of the group whose exit thresholds the model has.
+
+        Args:
+            group: Group that the request names; None is not checked.
+
+        Raises:
+            InputError: If the model is of another group.
+        """
+        groups = (self.card.get("guarantee") or {}).get("groups", {"column": "", "names": []})
+        if group is not None and groups["column"] and group not in groups["names"]:
+            names = ", ".join(groups["names"])
+            raise InputError(f"group: expected {groups['column']} {names}, got {reprlib.repr(group)}")
+
     def decode_image(self, content: bytes) -> Array:
         """Decode an image file as in training, shape (1, C, H, W).
 

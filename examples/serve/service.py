@@ -19,7 +19,8 @@ def create_app(model: OnnxModel) -> FastAPI:
     """Create the application.
 
     Routes: `GET /health`, `GET /card`, and `POST /predict` with the bytes of an image file, or JSON
-    `{"inputs": [...]}` with one or more samples.
+    `{"inputs": [...]}` with one or more samples, and optionally `"group"`: the group of all of them, which must be one
+    that the model was exported for.
 
     Args:
         model: The loaded model.
@@ -62,4 +63,5 @@ def _predictions(model: OnnxModel, body: bytes, content_type: str) -> list[dict[
         raise InputError(f"expected JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict) or "inputs" not in values:
         raise InputError(f'expected an object with "inputs", got {reprlib.repr(values)}')
+    model.check_group(values.get("group"))
     return model.predict(model.decode_json(values["inputs"]))

@@ -157,6 +157,8 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "mode": ("lt", "path", "released", "plug_in", "", LONG),
         "score": ("margn", "", LONG),
         "gamma": ("-1",),
+        "groups": ("nope", "", LONG),
+        "shared_thresholds": ("true",),
         "client": ("-1", "3", "9223372036854775807"),
         "input": ("nowhere.npz", "", "fit.yaml", "a", LONG),
         "site": ("nowhere", "a", LONG),
@@ -357,7 +359,7 @@ def unknown_argument(draw: random.Random) -> CommandLine:
 
 def missing_value(draw: random.Random) -> CommandLine:
     command = draw.choice([command for command in sorted(PARSERS) if typed_options(command)])
-    names = [name for name in typed_options(command) if name not in ("quiet", "familywise")]
+    names = [name for name in typed_options(command) if name not in ("quiet", "familywise", "shared_thresholds")]
     return CommandLine((*VALID[command], f"--{draw.choice(names)}"), "missing value")
 
 
@@ -448,6 +450,8 @@ def wrong_combination(draw: random.Random) -> CommandLine:
             ("fit", "--config=fit.yaml", "--", "--rounds=1"),
             ("fit", "--data.dataset"),
             ("calibrate", "a", "--familywise", "--client=0"),
+            ("calibrate", "a", "--groups=true_class", "--mode=ltt_joint"),
+            ("predict", "a", "--input=blobs.npz", "--client=0", "--group=A"),
             ("calibrate", "a", "b"),
             ("calibrate",),
             ("predict", "a"),

@@ -178,3 +178,15 @@ def test_exit_times_takes_images_at_regular_steps(tmp_path: Path, capsys: pytest
         patch.setattr(OnnxModel, "predict", lambda self, *arguments, **options: [{"exit": 1}])
         assert exit_times.main([str(folder), str(tmp_path), "--runs=3"]) == 0
     assert decoded == [(tmp_path / f"{number:02}.png").read_bytes() for number in (0, 4, 8)]
+
+
+def test_service_other_group_than_exported_is_422(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    card = json.loads((folder / "model_card.json").read_text())
+    card["guarantee"] = {"groups": {"column": "scanner", "names": ["A"]}}
+    (folder / "model_card.json").write_text(json.dumps(card))
+    inputs = np.zeros((1, 1, 8, 8), int).tolist()
+    for group, status in (("A", 200), (None, 200), ("B", 422)):
+        answer = client(folder).post("/predict", json={"inputs": inputs, "group": group})
+        assert answer.status_code == status
+    assert answer.json()["detail"] == "group: expected scanner A, got 'B'"
