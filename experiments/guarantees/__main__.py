@@ -1,4 +1,4 @@
-"""Count violated guarantees per class, group and patient over resampled calibration sets.
+"""Count violated guarantees per class, group and patient over many draws.
 
 Run `python -m experiments.guarantees`. A network with three exits is trained on 12,000 images of FashionMNIST, and its
 scores on 18,000 others are cached. They are the population, so that true error rates are exact. Each draw takes tuning
@@ -173,7 +173,7 @@ def draw_indices(
 def group_rates(
     policy: ExitPolicy, exits: npt.NDArray[np.int64], scores: ExitScores, is_member: npt.NDArray[np.bool_]
 ) -> list[float]:
-    """Return the true error rate of a group at each exit before the last that it takes."""
+    """Return the true error rate of a group at each early exit that it takes."""
     rates = []
     for exit_ in range(policy.num_exits - 1):
         mask = (exits == exit_) & is_member[:, exit_]

@@ -53,7 +53,7 @@ def powers(patients: int, images: int, correlation: float, draws: int, seed: int
 
 
 def betting_p_values(means: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the p-value of each set of means, shape (draws, patients): one divided by the wealth of the mixture."""
+    """Return p-values of means, shape (draws, patients), from a mixture of bets."""
     stakes = STAKES / (1 - TARGET_RISK)
     wealth = [np.exp(np.log1p(stake * (TARGET_RISK - means)).sum(axis=1)) for stake in stakes]
     return np.asarray(1 / np.mean(wealth, axis=0))

@@ -184,7 +184,7 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, gr
 
 
 def _with_groups(policy: ExitPolicy | None, inputs: _Inputs, source: Path) -> _Inputs:
-    """Return the inputs with their groups, if the policy needs them; warn of unknown ones."""
+    """Add the groups that the policy needs to the inputs; warn of unknown ones."""
     if policy is None or not policy.needs_group:
         return inputs
     column = policy.group_by

@@ -20,7 +20,7 @@ from fedekd.configuration.options import as_values, federation_parser, parse
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.do_no_harm.statement import do_no_harm_guarantee
 from fedekd.early_exit.report.page import exit_sections, finding
-from fedekd.errors import UserError
+from fedekd.errors import UserError, listed
 from fedekd.federation import RunFolder
 from fedekd.reporting import read_metrics_csv
 from fedekd.reporting.document import Section, write_document
@@ -82,12 +82,12 @@ def run(argv: Sequence[str]) -> int:
     runs = [_read_run(folder) for folder in run_folders]
     if runs:
         sections += run_sections(runs)
-    text = _do_no_harm(runs)
+    text = []
     if config.exits or (config.exits is None and has_exits(folders[0])):
         report = exit_report(folders, config)
         sections += exit_sections(report)
         text.append(finding(report))
-    write_document(f"Report: {', '.join(config.runs)}", text, sections, output)
+    write_document(f"Report: {', '.join(config.runs)}", [*text, *_do_no_harm(runs)], sections, output)
     for line in (*text, f"Report: {output / 'index.html'}"):
         print(line)
     if config.wandb:
@@ -96,15 +96,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _do_no_harm(runs: Sequence[Run]) -> list[str]:
-    """Return the guarantee of each run with do no harm in words."""
-    lines = []
+    """Return the guarantees of do no harm in words, with the runs that have them."""
+    names: dict[str, list[str]] = {}
     for run in runs:
         if "deployed" in run.summary:
             is_grouped = run.settings.get("data.group_column") not in (None, "", "null", "None")
             rule = DoNoHarm.from_stored(run.summary["deployed"]["rule"])
             statement = do_no_harm_guarantee(rule, run.summary["task"], is_grouped=is_grouped)
-            lines.append(f"{run.name}: {statement}" if len(runs) > 1 else statement)
-    return lines
+            names.setdefault(statement, []).append(run.name)
+    return [f"{listed(of)}: {statement}" if len(runs) > 1 else statement for statement, of in names.items()]
 
 
 def _find(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path]]:

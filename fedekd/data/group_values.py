@@ -1,4 +1,4 @@
-"""Values of a column that groups samples: of the data of a run, and of new inputs."""
+"""Values of a column that groups samples, of a run or of new inputs."""
 
 from __future__ import annotations
 

@@ -354,6 +354,6 @@ def _exits_of(group: GroupExits) -> dict[str, Any]:
 
 
 def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields with tuples and infinite numbers, which JSON has as lists and texts."""
+    """Return fields with tuples and infinities, which JSON has as lists and texts."""
     limits = {name: [float(value) for value in values[name]] for name in ("thresholds", "search_bounds")}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in ({**values, **limits}).items()}

@@ -60,7 +60,7 @@ def evaluate_policy(policy: ExitPolicy, outputs: ExitOutputs, costs: ExitCosts) 
 def _mean_cost(
     policy: ExitPolicy, exits: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None, costs: ExitCosts
 ) -> float:
-    """Return the mean cost of samples; which heads are evaluated may depend on the group."""
+    """Return the mean cost of samples; evaluated heads may depend on the group."""
     numbers = np.full(len(exits), -1) if groups is None or not policy.needs_group else groups[:, 0]
     result = np.empty(len(exits))
     for number in np.unique(numbers):

@@ -75,11 +75,14 @@ def closed_exits(policy: ExitPolicy) -> str:
     Args:
         policy: Any exit policy.
     """
-    numbers = [str(exit_ + 1) for exit_, is_open in enumerate(policy.open_exits) if not is_open]
-    if not numbers:
-        return ""
-    exits = f"exit {numbers[0]} is" if len(numbers) == 1 else f"exits {' and '.join(numbers)} are"
-    return f"{exits} closed. To open: {OPENING}"
+    places = []
+    for exit_, is_open in enumerate(policy.open_exits):
+        closed = [group.name for group in policy.groups if group.thresholds[exit_] == math.inf]
+        if not is_open:
+            places.append(f"exit {exit_ + 1}")
+        elif closed and not policy.shared_thresholds:
+            places.append(f"exit {exit_ + 1} for {policy.group_by} {listed(closed)}")
+    return f"closed: {'; '.join(places)}. To open: {OPENING}" if places else ""
 
 
 def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:

@@ -149,7 +149,7 @@ def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, 
     It is that of the exact thresholds, from which those in the program differ by the margins.
     """
     policy = facts.policy
-    if policy is None or not policy.is_certified:
+    if policy is None or policy.needs_group or not policy.is_certified:
         return None
     flags = [policy.certified, *(group.certified for group in policy.groups)]
     covered = {exit_ for row in flags for exit_, flag in enumerate(row) if flag}

@@ -115,7 +115,7 @@ def test_calibrate_single_client_updates_table_and_warns_of_broken_family(
     stored = Path("run/exits/clients.json")
     evaluated: list[int] = []
 
-    def count(client: Any, policy: ExitPolicy) -> Any:
+    def count(client: Any, policy: ExitPolicy, groups: Any = None) -> Any:
         evaluated.append(client.number)
         return client_exit_report(client, policy)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedekd.cli import main
+from fedekd.cli import export, main
+from fedekd.configuration.trained import open_trained
 from fedekd.early_exit import ExitPolicy
-from fedekd.export.exporter import FORMATS
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
 
@@ -108,14 +108,15 @@ def test_column_groups_are_read_by_predict_and_named_for_export(here: Path, caps
     assert {row["exit"] for row in exits_of("--input=none.npz")} == {"2"}
     assert "expected a column 'scanner'" in capsys.readouterr().err
 
-    for group, has_exits in (("A", True), (None, False)):
-        option = [] if group is None else [f"--group={group}"]
-        assert main(["export", "run", "--format", FORMATS[0], "--output=export", *option]) == 0
-        card = json.loads(Path("export/model_card.json").read_text())
-        if has_exits:
-            assert "with scanner A" in card["guarantee"]["statement"]
-            assert card["guarantee"]["exits"][0]["threshold"] == policy.groups[0].thresholds[0]
-    assert "Export one model per group: A and B" in capsys.readouterr().err
+    assert main(["export", "run", "--format", "torch", "--output=export", "--group=A"]) == 0
+    card = json.loads(Path("export/model_card.json").read_text())
+    assert "with scanner A" in card["guarantee"]["statement"]
+    assert card["guarantee"]["statement"] in Path("export/model_card.md").read_text()
+    assert card["guarantee"]["exits"][0]["threshold"] == policy.groups[0].thresholds[0]
+    capsys.readouterr()
+    trained = open_trained("export", "run", None)
+    assert not export._facts(trained, trained.clients[0], "", None).policy.for_group("A").needs_group
+    assert "takes the last exit. Export one model per group: A" in capsys.readouterr().err
 
 
 def test_class_groups_are_known_to_predict_or_share_thresholds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,3 +301,33 @@ def test_policy_in_use_can_be_pickled():
     policy_of_model = policy_for(model)
     policy_of_model.require(model)
     assert pickle.loads(pickle.dumps(policy_of_model)) == policy_of_model
+
+
+def test_policy_of_format_4_loads_with_the_same_decisions():
+    values = unseal_json(policy(0.7, 0.6, search_bounds=(0.65, 0.6, -INF)).to_json().encode())
+    for name in ("group_by", "shared_thresholds", "groups", "unit"):
+        del values[name]
+    old = ExitPolicy.from_json(seal_json({**values, "format": 4}).decode())
+    scores = np.asarray([[0.8, 0.1, 0.1], [0.66, 0.9, 0.9], [0.1, 0.61, 0.2], [0.1, 0.1, 0.1]])
+    assert old.assign(scores).tolist() == [0, 2, 1, 2]
+    assert (old.group_by, old.groups, old.unit, old.grouping) == ("", (), "", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"group_by": "scanner"}, "expected groups of 'scanner', got 0 groups"),
+        ({"groups": [{"name": "A", "thresholds": ["inf"], "search_bounds": ["inf"], "certified": [False]}]}, "got 1"),
+        (
+            {
+                "group_by": "scanner",
+                "groups": [{"name": "A", "thresholds": [0.5], "search_bounds": [0.6], "certified": [False]}],
+            },
+            "at exit 1, got 0.6 .group 'A'.",
+        ),
+        ({"group_by": "x", "groups": [3]}, "invalid content"),
+    ],
+)
+def test_load_invalid_groups_raises_one_line_error(values, words):
+    with pytest.raises(UserError, match=words):
+        ExitPolicy.from_json(changed_file(**values))

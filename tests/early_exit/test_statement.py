@@ -1,0 +1,86 @@
+"""The guarantee of a policy in words: each field of the policy is in it, and limits are stated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.do_no_harm.statement import do_no_harm_guarantee
+from fedekd.early_exit import ExitPolicy
+from fedekd.early_exit.policy import GroupExits
+from fedekd.early_exit.statement import closed_exits, exit_guarantee, percent
+
+INF = math.inf
+POLICY = ExitPolicy(
+    (0.9, INF, -INF), (0.8, INF, -INF), (True, False, False), 0.05, 0.9, "ltt", samples=400, tuning_samples=390
+)
+
+
+def grouped(by: str, shared: bool, *limits: float) -> ExitPolicy:
+    groups = tuple(
+        GroupExits(name, (limit, INF, -INF), (limit, INF, -INF), (limit < INF, False, False), 50)
+        for name, limit in zip("ABC", limits, strict=False)
+    )
+    top = (limits[0] if shared else INF, INF, -INF)
+    return replace(
+        POLICY,
+        thresholds=top,
+        search_bounds=top,
+        certified=(shared, False, False),
+        group_by=by,
+        groups=groups,
+        shared_thresholds=shared,
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "parts"),
+    [
+        (POLICY, ["at least 0.9 over the draw of 400", "exit 1 is at most 0.05", "Assumed:", "390 other", "Void:"]),
+        (replace(POLICY, simultaneous_clients=6), ["of each of 6 clients at once"]),
+        (replace(POLICY, unit="patient"), ["one per patient", "a random sample of a random patient"]),
+        (grouped("scanner", False, 0.9, 0.8, INF), ["of each group, scanner A and B,", "in all groups at once"]),
+        (grouped("scanner", False, 0.9, 0.8).for_group("B"), ["with scanner B, that take exit 1"]),
+        (grouped("true_class", True, 0.9, 0.9), ["of each true class (A and B)", "unknown at deployment"]),
+        (grouped("predicted_class", False, 0.9, INF), ["that the exit predicts as a class, for each class (A)"]),
+        (
+            replace(POLICY, thresholds=(INF, INF, -INF), certified=(False,) * 3),
+            ["all exits before the last are closed"],
+        ),
+        (replace(POLICY, mode="crc", certified=(False,) * 3), ["No guarantee: mode crc has none"]),
+    ],
+)
+def test_exit_guarantee_states_the_fields_of_the_policy(policy: ExitPolicy, parts: list[str]) -> None:
+    text = exit_guarantee(policy)
+    assert [part for part in parts if part.replace(" and ", ", ") not in text.replace(" and ", ", ")] == []
+    assert "\n" not in text
+
+
+def test_exit_guarantee_names_only_covered_groups() -> None:
+    text = exit_guarantee(grouped("scanner", False, 0.9, 0.8, INF))
+    assert "C" not in text.partition("Population")[0].partition("scanner")[2].partition(" that take")[0]
+
+
+def test_closed_exits_names_exits_groups_and_options() -> None:
+    assert closed_exits(POLICY).startswith("closed: exit 2. To open: raise --target_risk")
+    assert closed_exits(grouped("scanner", False, 0.9, INF)).startswith("closed: exit 1 for scanner B; exit 2. To open")
+    assert closed_exits(replace(POLICY, thresholds=(0.9, 0.9, -INF))) == ""
+
+
+def test_percent_rounded_zero_has_no_sign() -> None:
+    assert [percent(value) for value in (-0.0001, 0.0, -0.02, 0.5)] == ["0.0%", "0.0%", "-2.0%", "50.0%"]
+
+
+def test_do_no_harm_guarantee_states_the_rule_and_the_unit() -> None:
+    text = do_no_harm_guarantee(DoNoHarm(0.95, 0.01), "classification", 300, is_grouped=True)
+    for part in (
+        "at least 0.95 over the 300 compared samples",
+        "accuracy is lower by 0.01 or more",
+        "such as a patient",
+    ):
+        assert part in text
+    assert "patient" not in do_no_harm_guarantee(DoNoHarm(), "regression")
+    assert "mean squared error is larger than" in do_no_harm_guarantee(DoNoHarm(), "regression")
