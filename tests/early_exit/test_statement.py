@@ -48,7 +48,7 @@ def grouped(by: str, shared: bool, *limits: float) -> ExitPolicy:
         (grouped("predicted_class", False, 0.9, INF), ["that the exit predicts as a class, for each class (A)"]),
         (
             replace(POLICY, thresholds=(INF, INF, -INF), certified=(False,) * 3),
-            ["all exits before the last are closed"],
+            ["exits before the last are closed"],
         ),
         (replace(POLICY, mode="crc", certified=(False,) * 3), ["No guarantee: mode crc has none"]),
     ],
@@ -67,7 +67,7 @@ def test_exit_guarantee_names_only_covered_groups() -> None:
 def test_closed_exits_names_exits_groups_and_options() -> None:
     assert closed_exits(POLICY).startswith("closed: exit 2. To open: raise --target_risk")
     assert closed_exits(grouped("scanner", False, 0.9, INF)).startswith("closed: exit 1 for scanner B; exit 2. To open")
-    assert closed_exits(replace(POLICY, thresholds=(0.9, 0.9, -INF))) == ""
+    assert closed_exits(replace(POLICY, thresholds=(0.9, 0.9, -INF), search_bounds=(0.9, 0.9, -INF))) == ""
 
 
 def test_percent_rounded_zero_has_no_sign() -> None:
