@@ -121,6 +121,8 @@ def run(argv: Sequence[str]) -> int:
     label_prior = parse_label_prior(config.label_prior)
     expected = "false with --label_prior, which corrects the ensemble and not its members"
     require(label_prior == TRAIN or not config.members, "--members", expected, True)
+    is_used = label_prior == TRAIN or config.group is None
+    require(is_used, "--group", "none with --label_prior, which uses no exit policy", config.group)
     trained = open_trained("predict", config.run, config.site)
     client = select_client(trained, config.client)
     _check_columns(client, config)
@@ -166,7 +168,7 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, gr
         UserError: The policy is invalid or lacks the group, or the client cannot be served under the label prior.
     """
     policy = trained.policy(client)
-    if group is not None and label_prior == TRAIN:
+    if group is not None:
         policy = policy_of_group(policy, group)
     if label_prior != TRAIN:
         check_label_prior(client, label_prior)

@@ -62,7 +62,7 @@ def _population(policy: ExitPolicy) -> str:
     covered = [group.name for group in policy.groups if any(group.certified)]
     if not covered:
         return ""
-    names = listed(covered)
+    names = ", ".join(covered)  # all of them, however many
     if policy.group_by in _POPULATIONS:
         return f" {_POPULATIONS[policy.group_by].format(names=names)},"
     each = "with" if len(covered) == 1 else "of each group,"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedekd.cli import main
 from fedekd.configuration.trained import open_trained
+from fedekd.early_exit.statement import exit_guarantee
 from fedekd.errors import UserError
 from fedekd.export import comparison, load_network, load_served
 from fedekd.export.comparison import framework_outputs, near_thresholds, open_session, session_outputs
@@ -75,7 +76,8 @@ def test_export_ensemble_with_exits_to_all_formats(blobs: Path, capsys: pytest.C
     assert card["guarantee"]["samples"] == policy.samples
     assert card["metrics"]["delta"] == pytest.approx(card["metrics"]["score"] - card["metrics"]["local"])
     assert card["data"]["digest"] == client.splits.digest(client.samples)
-    assert "| target risk | 0.3" in Path("out/model_card.md").read_text()
+    assert card["guarantee"]["statement"] == exit_guarantee(policy)
+    assert f"| guarantee | {exit_guarantee(policy)} |" in Path("out/model_card.md").read_text()
     assert export("run", "safetensors")["files"][0]["name"] == "model.safetensors"  # replaces the folder
     assert sorted(path.name for path in Path("out").iterdir()) == [
         *("model.safetensors", "model_card.json", "model_card.md")
