@@ -27,8 +27,9 @@ def exit_table(policy: ExitPolicy, client: Client) -> Table:
         shared = "shared thresholds" if policy.shared_thresholds else "thresholds per group"
         title += f", {shared}, groups of {policy.group_by}"
     rows = []
+    evaluated = None if policy.needs_group else policy.evaluated  # of all classes, which differ between samples
     for group, part in _parts(policy).items():
-        for line in exit_statistics(part, _costs(client), group):
+        for line in exit_statistics(part, _costs(client), group, evaluated):
             is_last = line.exit == policy.num_exits
             threshold = "all" if is_last else "closed" if line.threshold is None else f"{line.threshold:.4f}"
             counts = str(line.samples), str(line.errors)

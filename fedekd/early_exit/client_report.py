@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from fedekd.early_exit.client_calibration import exit_network, image_costs, split_outputs
@@ -106,15 +107,18 @@ def group_policies(policy: ExitPolicy) -> dict[str, ExitPolicy]:
     }
 
 
-def exit_statistics(policy: ExitPolicy, costs: ExitCosts, group: str = "") -> list[ExitStatistics]:
+def exit_statistics(
+    policy: ExitPolicy, costs: ExitCosts, group: str = "", evaluated: Sequence[bool] | None = None
+) -> list[ExitStatistics]:
     """Summarise a policy exit by exit, the last included.
 
     Args:
         policy: A policy without groups, or one of `group_policies`.
         costs: Costs of the network.
         group: Name of the group, for the notes. Default: none.
+        evaluated: Whether the head of each exit is evaluated, shape (E,). Default: as for this policy.
     """
-    shares = costs.shares(policy.evaluated, policy.uses_proxy)
+    shares = costs.shares(policy.evaluated if evaluated is None else evaluated, policy.uses_proxy)
     rows = []
     for index, threshold in enumerate(policy.thresholds):
         is_last, is_open = index == policy.num_exits - 1, threshold < math.inf
