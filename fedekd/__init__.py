@@ -35,6 +35,7 @@ _PACKAGES = (
     "metrics",
     "models",
     "modules",
+    "monitoring",
     "privacy",
     "reporting",
 )

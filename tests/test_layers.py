@@ -21,7 +21,7 @@ LAYERS = (
     ("modules",),
     ("methods",),
     ("do_no_harm", "early_exit", "privacy"),
-    ("export", "federation"),
+    ("export", "federation", "monitoring"),
     ("configuration",),
     ("benchmark", "flower"),
     ("cli",),

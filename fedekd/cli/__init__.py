@@ -22,6 +22,10 @@ COMMANDS = {
         "calibrate early-exit thresholds with a guaranteed error rate: calibrate RUN",
     ),
     "predict": ("fedekd.cli.predict", "classify images with a finished run: predict RUN --input images.npz"),
+    "monitor": (
+        "fedekd.cli.monitor",
+        "follow the guarantees of a deployed model: monitor RUN --arrivals arrivals.csv",
+    ),
     "export": (
         "fedekd.cli.export",
         "write a client's model for other programs: export RUN --client K --format onnx",
@@ -42,7 +46,7 @@ def overview() -> str:
         "",
         *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         "",
-        "At a site of a Flower run, test, calibrate, predict and export take --site FOLDER in place of RUN.",
+        "At a site of a Flower run, test, calibrate, predict, monitor and export take --site FOLDER in place of RUN.",
         "COMMAND --help lists the options of a command.",
     ]
     return "\n".join(lines)
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if `test` found a difference or a cell of a benchmark failed; 2 for invalid input, with
-        one line on stderr; 130 after Ctrl-C; 143 after SIGTERM.
+        one line on stderr; 3 after an alarm of `monitor`; 130 after Ctrl-C; 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if sys.stdout is None:  # closed by the parent process, as in `fedekd fit ... >&-`

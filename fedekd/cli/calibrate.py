@@ -26,11 +26,23 @@ from fedekd.data.group_values import group_values
 from fedekd.data.raw import ReadOptions
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
-from fedekd.early_exit.client_calibration import GroupColumn, calibrate_client, exit_network, training_indices
+from fedekd.early_exit.client_calibration import (
+    GroupColumn,
+    calibrate_client,
+    exit_network,
+    input_digests,
+    training_indices,
+)
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.grouping import CLASSES, TRUE_CLASS
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.policy_files import client_table_path, load_policy, policy_path, report_path
+from fedekd.early_exit.policy_files import (
+    calibrated_samples_path,
+    client_table_path,
+    load_policy,
+    policy_path,
+    report_path,
+)
 from fedekd.errors import UserError, print_warning, require_choice, shorten_path
 from fedekd.functional import SCORES
 from fedekd.methods import Client
@@ -173,6 +185,10 @@ def run(argv: Sequence[str]) -> int:
         path = policy_path(folder, client.number)
         if not config.familywise and (config.client is not None or config.site is not None):
             _warn_of_broken_family(folder, client.number, console)
+        if held_out is None:
+            calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
+        else:
+            write_text(calibrated_samples_path(folder, client.number), "\n".join(input_digests(held_out.inputs)))
         policy.save(path)
         console.print(exit_table(policy, client))
         lines = remarks(policy, client, trained_on if held_out is None else None)

@@ -55,6 +55,7 @@ from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
 from fedekd.methods.client import ENSEMBLE, LOCAL
 from fedekd.models import network_flops
+from fedekd.monitoring.columns import MonitoredColumns
 
 
 class _Inputs(NamedTuple):
@@ -123,9 +124,12 @@ def run(argv: Sequence[str]) -> int:
     require(label_prior == TRAIN or not config.members, "--members", expected, True)
     is_used = label_prior == TRAIN or config.group is None
     require(is_used, "--group", "none with --label_prior, which uses no exit policy", config.group)
+    expected = "false with --label_prior, because the monitored guarantees are those of uncorrected outputs"
+    require(label_prior == TRAIN or not config.monitoring, "--monitoring", expected, True)
     trained = open_trained("predict", config.run, config.site)
     client = select_client(trained, config.client)
     _check_columns(client, config)
+    monitored = _monitored_columns(trained, client) if config.monitoring else None
     is_table = is_table_file(source)
     try:
         inputs = _read(trained.data, client, source, is_table, config.skip_unreadable)
@@ -134,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
     policy = _usable_policy(trained, client, label_prior, config.group)
     inputs = _with_groups(policy, inputs, source)
     kind = "row" if is_table else "image"
-    batches = _predictions(client, policy, inputs, label_prior, config.members)
+    batches = _predictions(client, policy, inputs, label_prior, config.members, monitored)
     # One dict per sample took 98 MiB for 200,000 samples, a frame per batch 29 MiB.
     frames = [pd.DataFrame(prediction_columns(client, batch, config.probabilities)) for batch in batches]
     predictions = pd.concat(frames, ignore_index=True)
@@ -159,6 +163,12 @@ def _check_columns(client: Client, config: Namespace) -> None:
         label = client.splits.label
         expected = f"false for {label}, whose {client.deployed_role} model is a single network"
         require(client.deployed_role == ENSEMBLE, "--members", expected, True)
+
+
+def _monitored_columns(trained: Trained, client: Client) -> MonitoredColumns:
+    """Return what `--monitoring` adds, with the local model after do-no-harm."""
+    is_compared = trained.do_no_harm is not None and client.deployed_role != LOCAL
+    return MonitoredColumns(client, trained.local_model(client) if is_compared else None)
 
 
 def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, group: str | None) -> ExitPolicy | None:
@@ -257,15 +267,26 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool,
 
 
 def _predictions(
-    client: Client, policy: ExitPolicy | None, inputs: _Inputs, label_prior: LabelPrior, with_members: bool
+    client: Client,
+    policy: ExitPolicy | None,
+    inputs: _Inputs,
+    label_prior: LabelPrior,
+    with_members: bool,
+    monitored: MonitoredColumns | None,
 ) -> Iterable[Outputs]:
     """Return the outputs of each batch, corrected to the label prior."""
-    batches = _outputs(client, policy, inputs, with_members)
+    batches = _outputs(client, policy, inputs, with_members, monitored)
     return batches if label_prior == TRAIN else _corrected(client, list(batches), label_prior)
 
 
 @torch.no_grad()
-def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs, with_members: bool) -> Iterator[Outputs]:
+def _outputs(
+    client: Client,
+    policy: ExitPolicy | None,
+    inputs: _Inputs,
+    with_members: bool,
+    monitored: MonitoredColumns | None,
+) -> Iterator[Outputs]:
     """Yield the outputs of each batch."""
     total, bar = -(-inputs.size // BATCH_SIZE), Console(stderr=True)
     is_quiet = not sys.stderr.isatty()
@@ -274,7 +295,8 @@ def _outputs(client: Client, policy: ExitPolicy | None, inputs: _Inputs, with_me
         groups = None if inputs.groups is None else inputs.groups[start : start + len(batch)]
         start += len(batch)
         x, logits, exits, scores = deployed_outputs(client, policy, batch, groups)
-        yield Outputs(logits, exits, scores, client.member_outputs(x, exits) if with_members else {})
+        members = client.member_outputs(x, exits) if with_members else {}
+        yield Outputs(logits, exits, scores, members, {} if monitored is None else monitored.of_batch(batch))
 
 
 def _corrected(client: Client, batches: Sequence[Outputs], label_prior: LabelPrior) -> Iterator[Outputs]:

@@ -31,12 +31,14 @@ class Outputs(NamedTuple):
         exits: Exit of each sample, from 0.
         scores: Confidence score of each sample.
         members: By name of each member of an ensemble, its outputs at the sample's exit, as `logits`.
+        monitored: Columns that `monitor` follows, by name.
     """
 
     logits: Tensor
     exits: Tensor
     scores: Tensor
     members: Mapping[str, Tensor]
+    monitored: Mapping[str, list[Any]] = {}
 
 
 def add_output_arguments(parser: ArgumentParser) -> None:
@@ -64,6 +66,15 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         default=False,
         help="Of an ensemble: add a column label_MEMBER per member, value_MEMBER in regression.",
     )
+    parser.add_argument(
+        "--monitoring",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Add the columns that `monitor` follows: sample, model, confidence, disagreement, and the outputs of the"
+        " federated and of the local model. Costs complete forward passes.",
+    )
 
 
 def check_output(output: str) -> None:
@@ -83,7 +94,8 @@ def prediction_columns(client: Client, outputs: Outputs, with_probabilities: boo
     """Return the columns of a batch; exits are numbered from 1.
 
     Classification has `label`, `class` if classes have names, `exit` and `score`; `probability_CLASS` if requested;
-    and `label_MEMBER` of each member. Regression has `value`, `exit` and `value_MEMBER`.
+    and `label_MEMBER` of each member. Regression has `value`, `exit` and `value_MEMBER`. The columns of `monitor` are
+    last.
 
     Args:
         client: The client whose network predicts.
@@ -91,7 +103,8 @@ def prediction_columns(client: Client, outputs: Outputs, with_probabilities: boo
         with_probabilities: Add the probability of each class.
     """
     is_regression = client.spec.task == "regression"
-    return _values(outputs) if is_regression else _labels(client, outputs, with_probabilities)
+    columns = _values(outputs) if is_regression else _labels(client, outputs, with_probabilities)
+    return {**columns, **outputs.monitored}
 
 
 def _values(outputs: Outputs) -> dict[str, list[Any]]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.site_parts import SiteParts
@@ -16,10 +18,10 @@ from fedekd.data.stored import StoredInputs
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import load_policy
-from fedekd.errors import UserError, describe_error, listed, shorten_path
+from fedekd.errors import UserError, describe_error, listed, print_warning, shorten_path
 from fedekd.federation import ClientResult, SequentialEngine
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
-from fedekd.federation.local_baseline import read_local_baseline
+from fedekd.federation.local_baseline import read_local_baseline, train_local_baseline
 from fedekd.federation.results import ClientRecord
 from fedekd.methods import Client, FederationSpec, Method
 from fedekd.methods.client import LOCAL
@@ -75,6 +77,7 @@ class Trained:
         local_metrics: By client number, stored metrics of the local baseline after as many supervised rounds; empty
             where they are not known.
         provenance: Method, rounds, seed and options of the training.
+        baseline_dir: Folder of the cached local baselines; None without one.
     """
 
     folder: Path
@@ -87,6 +90,7 @@ class Trained:
     records: Mapping[int, ClientRecord]
     local_metrics: Mapping[int, Mapping[str, float]]
     provenance: Provenance
+    baseline_dir: Path | None
 
     def policy(self, client: Client) -> ExitPolicy | None:
         """Load the exit policy of a client; None before `calibrate`.
@@ -95,6 +99,22 @@ class Trained:
             UserError: The file is not a valid policy.
         """
         return load_policy(self.folder, client.number)
+
+    def local_model(self, client: Client) -> nn.Module:
+        """Return the local model with which do-no-harm compares the federated one.
+
+        It is trained again if the cache of local baselines does not have it: with the same result by the versions and
+        on the device of the run.
+        """
+        if client.deployed_role == LOCAL:
+            return client.networks[LOCAL]
+        rounds, parts = max(client.supervised_rounds, 1), (client.number, client.splits, client.samples, client.spec)
+        local = Client(*parts)
+        train_local_baseline(local, rounds, self.baseline_dir, print_warning)
+        if local.supervised_rounds != rounds:  # the cached model was trained further
+            local = Client(*parts)
+            train_local_baseline(local, rounds, None)
+        return local.networks["private"]
 
 
 def require_one_source(command: str, run: str, site: str | None) -> None:
@@ -135,7 +155,7 @@ def open_run(command: str, folder: Path) -> Trained:
     Raises:
         UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
     """
-    orchestrator, _, summary = open_finished(command, folder, in_process=True)
+    orchestrator, options, summary = open_finished(command, folder, in_process=True)
     clients = orchestrator.load_clients()
     progress, spec = orchestrator.progress, orchestrator.spec
     config = {} if orchestrator.folder is None else orchestrator.folder.config
@@ -151,6 +171,7 @@ def open_run(command: str, folder: Path) -> Trained:
         records=progress.records,
         local_metrics={number: progress.local_values(number) for number in progress.records},
         provenance=Provenance.of(orchestrator.method, spec, version, config),
+        baseline_dir=Path(options.baseline_dir),
     )
 
 
@@ -165,7 +186,7 @@ def open_site(command: str, folder: Path) -> Trained:
         UserError: If the folder has no finished training, the training is damaged, or the data of the site cannot be
             loaded or have changed.
     """
-    folder = _site_folder(command, folder)
+    folder = site_folder(command, folder)
     checkpoint = _load(command, folder)
     notes = checkpoint.notes
     number, label = notes["number"], f"{command}: --site: {shorten_path(folder)}"
@@ -197,6 +218,7 @@ def open_site(command: str, folder: Path) -> Trained:
         records={number: ClientRecord.from_json(notes["record"])},
         local_metrics={number: notes["local_metrics"]},
         provenance=Provenance.of(parts.method, parts.spec, notes["fedekd"], notes["config"]),
+        baseline_dir=folder / "local",
     )
 
 
@@ -245,7 +267,7 @@ def _source(parts: SiteParts) -> str:
     return shorten_path(parts.data.samples.name if parts.own_data is None else parts.config["data"]["dataset"])
 
 
-def _site_folder(command: str, folder: Path) -> Path:
+def site_folder(command: str, folder: Path) -> Path:
     """Return the folder `site-000` of a site: the given one, or the only one in it.
 
     Raises:

@@ -261,14 +261,19 @@ def count_shared_images(images: Inputs, others: Inputs) -> int:
         images: uint8, shape (n, C, H, W).
         others: uint8, shape (m, C, H, W).
     """
-    known = set(_digests(others))
-    return sum(digest in known for digest in _digests(images))
+    known = set(input_digests(others))
+    return sum(digest in known for digest in input_digests(images))
 
 
-def _digests(images: Inputs) -> Iterator[bytes]:
-    for batch in split_inputs(images, BATCH_SIZE):
-        for image in batch:
-            yield blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+def input_digests(inputs: Inputs) -> Iterator[str]:
+    """Yield the hash of each input, 32 hexadecimal digits (BLAKE2b).
+
+    Args:
+        inputs: Images or features, shape (n, ...), as in `Samples.inputs`; stored ones are read in batches.
+    """
+    for batch in split_inputs(inputs, BATCH_SIZE):
+        for sample in batch:
+            yield blake2b(sample.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> None:
@@ -283,7 +288,7 @@ def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> No
             f"--input: expected unseen images, got {shared} of {len(held_out)} with which the network was trained or"
             " selected. A guarantee from them would be invalid"
         )
-    if repeats := len(held_out) - len(set(_digests(held_out.inputs))):
+    if repeats := len(held_out) - len(set(input_digests(held_out.inputs))):
         raise UserError(
             f"--input: expected independent images, got {repeats} of {len(held_out)} that repeat another one pixel by"
             " pixel. Remove the copies"

@@ -92,6 +92,8 @@ class ExitPolicy:
         groups: Exits of each group.
         unit: Column of the data, such as the patient, of whose samples one was drawn for calibration; empty if all
             samples are independent.
+        closed: For an exit that `close` closed after calibration the reason, else an empty text, shape (E,); empty
+            if none was closed.
 
     Raises:
         UserError: Values are inconsistent.
@@ -118,6 +120,7 @@ class ExitPolicy:
     shared_thresholds: bool = False
     groups: tuple[GroupExits, ...] = ()
     unit: str = ""
+    closed: tuple[str, ...] = ()
     _check: FingerprintCheck = field(default_factory=FingerprintCheck, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +146,8 @@ class ExitPolicy:
             raise UserError(
                 f"exit policy: expected simultaneous_clients of at least 1, got {self.simultaneous_clients!r}"
             )
+        if self.closed and len(self.closed) != num_exits:
+            raise UserError(f"exit policy: expected {num_exits} reasons of closed exits, got {len(self.closed)}")
         if self.thresholds[-1] != -math.inf:
             raise UserError(f"exit policy: expected -inf as the threshold of the last exit, got {self.thresholds[-1]}")
         if bool(self.group_by) != bool(self.groups):
@@ -204,6 +209,27 @@ class ExitPolicy:
     def evaluated(self) -> tuple[bool, ...]:
         """Whether the head of each exit is evaluated, shape (E,)."""
         return evaluated_exits(*self.limits)
+
+    def close(self, exit_: int, reason: str) -> ExitPolicy:
+        """Return a policy with one more closed exit.
+
+        Samples that would take it take the last exit, because the search bound remains. So the samples of all other
+        early exits, and their guarantees, are unchanged.
+
+        Args:
+            exit_: Index of an exit before the last.
+            reason: Why it is closed, one line.
+
+        Returns:
+            The policy. Its calibration samples of the exit count for the last exit, at which their errors are unknown
+            and not counted.
+        """
+        if not 0 <= exit_ < self.num_exits - 1:
+            raise ValueError(f"exit_: expected an index in 0..{self.num_exits - 2}, got {exit_}")
+        reasons = list(self.closed or ("",) * self.num_exits)
+        reasons[exit_] = reason
+        groups = tuple(replace(group, **_without_exit(group, exit_)) for group in self.groups)
+        return replace(self, **_without_exit(self, exit_), groups=groups, closed=tuple(reasons))
 
     def assign(
         self, scores: npt.NDArray[np.float64], groups: npt.NDArray[np.int64] | None = None
@@ -299,6 +325,8 @@ class ExitPolicy:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         values["versions"] = dict(self.versions)
         values["groups"] = [vars(group).copy() for group in self.groups]
+        if not self.closed:  # the same bytes as before the exit was closed
+            del values["closed"]
         for part in (values, *values["groups"]):
             for name in ("thresholds", "search_bounds"):  # JSON has no infinity
                 part[name] = [value if math.isfinite(value) else str(value) for value in part[name]]
@@ -346,6 +374,20 @@ class ExitPolicy:
             raise UserError(f"{path}: {error}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: exit policy: invalid content: not UTF-8 text. Run `calibrate` again") from error
+
+
+def _without_exit(exits: ExitPolicy | GroupExits, closed: int) -> dict[str, Any]:
+    """Return the fields that change with a closed exit, whose search bound remains."""
+    counts, errors = list(exits.exit_counts), list(exits.error_counts)
+    if counts:
+        counts[-1] += counts[closed]
+        counts[closed] = errors[closed] = 0
+    return {
+        "thresholds": tuple(math.inf if e == closed else value for e, value in enumerate(exits.thresholds)),
+        "certified": tuple(flag and e != closed for e, flag in enumerate(exits.certified)),
+        "exit_counts": tuple(counts),
+        "error_counts": tuple(errors),
+    }
 
 
 def _exits_of(group: GroupExits) -> dict[str, Any]:

@@ -22,6 +22,17 @@ def report_path(run: Path) -> Path:
     return run / "exits" / "clients.json"
 
 
+def calibrated_samples(run: Path, client: int) -> list[str]:
+    """Return the hashes of the samples of `calibrate --input`; empty without."""
+    path = calibrated_samples_path(run, client)
+    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+
+
+def calibrated_samples_path(run: Path, client: int) -> Path:
+    """Return the path of the hashes of other samples that calibrated a policy."""
+    return run / "exits" / f"client-{client:03d}.samples"
+
+
 def load_policy(run: Path, client: int) -> ExitPolicy | None:
     """Load one client's policy; None if the run was not calibrated.
 

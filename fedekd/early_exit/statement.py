@@ -93,6 +93,8 @@ def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:
         index: Number of the closed exit, from 0.
         group: Name of the group. Default: none.
     """
+    if policy.closed and policy.closed[index]:
+        return f"closed: {policy.closed[index]}"
     estimate, unit = policy.required_samples[index], f"samples (one per {policy.unit})" if policy.unit else "samples"
     of_group = f" of group {group}" if group else ""
     if estimate is not None and estimate > policy.samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -208,6 +208,34 @@ def gate_weights(history: Sequence[Row], summary: Summary | None = None) -> Figu
     )
     _round_axis(axes, [int(row["round"]) for row in history])
     _legend_below(figure, axes)
+    return figure
+
+
+def evidence(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], threshold: float, alarms: Mapping[str, int], title: str
+) -> Figure:
+    """Draw the evidence of a monitor over the arrivals.
+
+    Args:
+        curves: By quantity, numbers of arrivals, shape (m,), and the evidence after them, above 0, shape (m,).
+        threshold: Evidence of an alarm.
+        alarms: By quantity with an alarm, the number of its arrival.
+        title: Title of the figure.
+    """
+    figure, axes = _figure(8.0, 4.2)
+    for index, (name, (arrivals, values)) in enumerate(curves.items()):
+        colour = CLIENT_COLOURS[index % len(CLIENT_COLOURS)]
+        numbers, height = np.asarray(arrivals), np.asarray(values)
+        axes.plot(numbers, height, color=colour, linewidth=1.4, label=_tick_label(name))
+        if name in alarms:
+            place = int(np.searchsorted(numbers, alarms[name]))
+            axes.plot(numbers[place], height[place], color=colour, marker=MARKERS[index % len(MARKERS)], markersize=8)
+    axes.axhline(threshold, color=BLACK, linewidth=1.2, linestyle="--", label=f"alarm at {threshold:.4g}")
+    axes.set_yscale("log")
+    # Evidence far above the threshold would hide all curves below it.
+    axes.set_ylim(1e-2, threshold * 1e3)
+    axes.set(title=title, xlabel="arrivals", ylabel="evidence (e-value)")
+    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
     return figure
 
 

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from fedekd.cli.benchmark import benchmark_parser
 from fedekd.cli.calibrate import calibrate_parser
+from fedekd.cli.monitor import monitor_parser
 from fedekd.cli.predict import predict_parser
 from fedekd.cli.report import report_parser
 from fedekd.configuration.options import federation_parser
@@ -34,11 +35,12 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "fit": cache(federation_parser),
     "calibrate": cache(calibrate_parser),
     "predict": cache(predict_parser),
+    "monitor": cache(monitor_parser),
     "report": cache(report_parser),
     "benchmark": cache(benchmark_parser),
 }
 
-#: A working folder has the data set blobs.npz, the finished run `a` of three clients, fit.yaml and grid.yaml.
+#: A working folder has the data set blobs.npz, the finished run `a` of three clients, and the files below.
 FIT_YAML = """\
 rounds: 1
 quiet: true
@@ -51,11 +53,14 @@ output: grid
 blocks:
   - {datasets: [blobs.npz], alphas: [1.0], seeds: [0], methods: {A: {class_path: FedAvg}}, config: fit.yaml}
 """
+#: Arrivals of which none has come.
+ARRIVALS = "sample,model,exit,confidence,disagreement\n"
 VALID = {
     "fit": ("fit", "--config=fit.yaml", "--output=new"),
     "test": ("test", "a"),
     "calibrate": ("calibrate", "a"),
     "predict": ("predict", "a", "--input=blobs.npz", "--client=0"),
+    "monitor": ("monitor", "a", "--arrivals=arrivals.csv", "--client=0"),
     "benchmark": ("benchmark", "--config=grid.yaml"),
     "report": ("report", "a", "--exits=false"),
 }
@@ -170,7 +175,17 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "site": ("nowhere", "a", LONG),
         "probabilities": ("5", "maybe"),
         "members": ("true", "maybe"),
+        "monitoring": ("maybe", "5"),
         "label_prior": ("unifrom", "", "0.5", "[0.5, 0.5", "[2, -1]", "[.nan]", "[1]", "[[1]]", "[null]", LONG),
+    },
+    "monitor": {
+        "client": ("-1", "3", "9223372036854775807"),
+        "arrivals": ("nowhere.csv", "", "fit.yaml", "blobs.npz", "a", LONG),
+        "confidence": ("0", "1", "-1", "2"),
+        "coverage": ("0", "1", "nan"),
+        "state": ("blobs.npz", LONG),
+        "apply": ("5", "maybe"),
+        "site": ("nowhere", "a", LONG),
     },
     "report": {"output": ("blobs.npz",), "wandb": ("true", "maybe")},
     "benchmark": {
@@ -357,9 +372,13 @@ def unknown_argument(draw: random.Random) -> CommandLine:
     )
 
 
+#: Options whose value may be left out.
+FLAGS = ("quiet", "familywise", "probabilities", "members", "monitoring", "apply", "shared_thresholds")
+
+
 def missing_value(draw: random.Random) -> CommandLine:
     command = draw.choice([command for command in sorted(PARSERS) if typed_options(command)])
-    names = [name for name in typed_options(command) if name not in ("quiet", "familywise", "shared_thresholds")]
+    names = [name for name in typed_options(command) if name not in FLAGS]
     return CommandLine((*VALID[command], f"--{draw.choice(names)}"), "missing value")
 
 
@@ -455,6 +474,10 @@ def wrong_combination(draw: random.Random) -> CommandLine:
             ("calibrate", "a", "b"),
             ("calibrate",),
             ("predict", "a"),
+            ("monitor",),
+            ("monitor", "a"),
+            ("monitor", "--arrivals=blobs.npz"),
+            ("predict", "a", "--input=blobs.npz", "--client=0", "--monitoring", "--label_prior=uniform"),
             ("predict", "--input=blobs.npz"),
             ("predict", "a", "--input=blobs.npz"),
             ("report",),

@@ -18,7 +18,7 @@ import pytest
 from fedekd.cli import main
 from fedekd.federation import Orchestrator
 
-from .bad_command_lines import COUNT, FIT_YAML, GRID_YAML, SEED, VALID, CommandLine, command_lines
+from .bad_command_lines import ARRIVALS, COUNT, FIT_YAML, GRID_YAML, SEED, VALID, CommandLine, command_lines
 
 LONGEST, MOST_LINES = 400, 3
 
@@ -70,6 +70,7 @@ def folder(finished_run: Path, write_blobs: Any, monkeypatch: pytest.MonkeyPatch
     write_blobs(Path("blobs.npz"))
     Path("fit.yaml").write_text(FIT_YAML)
     Path("grid.yaml").write_text(GRID_YAML)
+    Path("arrivals.csv").write_text(ARRIVALS)
     monkeypatch.setattr(Orchestrator, "run", start)
     monkeypatch.setattr("fedekd.cli.fit.result_tables", lambda summary: [])
     monkeypatch.setattr("fedekd.cli.benchmark.run_grid", lambda *arguments: [])

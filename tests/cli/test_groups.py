@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedekd.cli import export, main
@@ -156,3 +157,19 @@ def test_predict_unknown_group_prints_the_known_ones(here: Path, error_line: Cal
     calibrate("--groups=scanner")
     assert main(["predict", "run", "--input=blobs.npz", "--group=C"]) == 2
     assert "--group: expected one of A, B, got 'C'" in error_line().replace(" and ", ", ")
+
+
+def test_monitor_follows_exits_over_all_groups(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = calibrate("--groups=scanner")
+    assert policy.open_exits == (True,)
+    with np.load("blobs.npz") as file:
+        arrays = dict(file)
+    np.savez("new.npz", images=arrays["test_images"] ^ 1, scanner=arrays["test_scanner"])
+    assert main(["predict", "run", "--input=new.npz", "--monitoring", "--output=new.csv"]) == 0
+    table = pd.read_csv("new.csv")
+    table.assign(target=(table["label"] + 1) % 3).to_csv("wrong.csv", index=False)
+    assert main(["monitor", "run", "--arrivals=wrong.csv", "--apply"]) == 0
+    assert "ALARM exit 1" in capsys.readouterr().out
+    closed = ExitPolicy.load(Path("run/exits/client-000.json"))
+    assert closed.open_exits == (False,)
+    assert [group.search_bounds for group in closed.groups] == [group.search_bounds for group in policy.groups]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from documents import DOCS, ROOT, blocks, commands, documents, inline_code, load, name, prose, text
+from documents import DOCS, FENCE, ROOT, blocks, commands, documents, inline_code, load, name, prose, text
 
 import fedekd
 from fedekd import methods
@@ -21,7 +21,9 @@ from fedekd.cli import COMMANDS, main
 
 README = ROOT / "README.md"
 PAGES = documents()
-WITH_PYTHON = [path for path in PAGES if blocks(path, "python")]
+#: Pages whose Python blocks need the commands before them: `test_commands_run_in_order` runs both.
+STEPS = {"docs/how-to/monitor.md"}
+WITH_PYTHON = [path for path in PAGES if blocks(path, "python") and name(path) not in STEPS]
 COMMANDS_OF_ALL = sorted({command for path in PAGES for command in commands(path)})
 FEDEKD = {"fedekd": 1, "python orchestrator.py": 2}
 
@@ -139,6 +141,7 @@ WALKED = {
     "README.md": (),
     "docs/how-to/own_data.md": (),
     "docs/how-to/early_exits.md": (),
+    "docs/how-to/monitor.md": (),
     "docs/how-to/export.md": (),
     "docs/how-to/resume.md": ("fit --config digits.yaml",),
     "docs/explanation/certified_federation.md": (),
@@ -156,7 +159,10 @@ def test_commands_run_in_order(page: str, work: Path) -> None:
     for block in blocks(ROOT / page, "python"):
         if any(written in block for written in ("mine.npz", "hospitals", '"scans"')):
             exec(compile(block, page, "exec"), {"__name__": "__main__"})
-    for words in [*map(str.split, WALKED[page]), *filter(None, map(_of_fedekd, commands(ROOT / page)))]:
+    for words in [*map(str.split, WALKED[page]), *_steps(page)]:
+        if isinstance(words, str):
+            exec(compile(words, page, "exec"), {"__name__": "__main__"})
+            continue
         if words[0] == "benchmark":
             continue
         if words[0] == "fit" and "--resume" not in words:
@@ -165,7 +171,17 @@ def test_commands_run_in_order(page: str, work: Path) -> None:
             words = [*words, *(option for option in SMALL if option.split("=")[0] not in words)]
         if words[0] == "report":
             words = [*words, "--draws=2"]
-        assert main(words) == 0, words
+        assert main(words) in ((0, 3) if words[0] == "monitor" else (0,)), words
+
+
+def _steps(page: str) -> Iterator[list[str] | str]:
+    """Yield the commands of fedekd, and of `STEPS` also the Python blocks, in order."""
+    for language, content in FENCE.findall(text(ROOT / page)):
+        if language == "python" and page in STEPS:
+            yield content
+        if language == "bash":
+            lines = (line.strip() for line in content.replace("\\\n", " ").splitlines() if line.strip())
+            yield from filter(None, map(_of_fedekd, lines))
 
 
 def _is_embedded(words: list[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedekd.atomic import seal_json, unseal_json
 from fedekd.early_exit import ExitPolicy, early_exit_forward, network_fingerprint
+from fedekd.early_exit.policy import GroupExits
 from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork, PrivateCNN, multi_exit
 
@@ -294,6 +295,48 @@ def test_evaluated_heads(thresholds, search_bounds, evaluated):
 def test_policy_search_bound_above_threshold_raises():
     with pytest.raises(UserError, match=r"expected a search bound of at most the threshold 0\.5 at exit 1, got 0\.9"):
         policy(0.5, 0.2, search_bounds=(0.9, 0.2, -INF))
+
+
+def test_close_exit_leaves_the_samples_of_other_exits():
+    scores = np.random.default_rng(0).uniform(size=(200, 4))
+    before = policy(
+        *(0.8, 0.7, 0.6),
+        search_bounds=(0.6, 0.65, 0.6, -INF),
+        certified=(True, True, True, False),
+        exit_counts=(5, 4, 3, 2),
+        error_counts=(1, 1, 0, 1),
+    )
+    after = before.close(1, "too many errors")
+    exits, closed = before.assign(scores), after.assign(scores)
+    assert (exits == 1).any()
+    assert (closed[exits != 1] == exits[exits != 1]).all()
+    assert (closed[exits == 1] == 3).all()
+    assert (after.certified, after.closed) == ((True, False, True, False), ("", "too many errors", "", ""))
+    assert (after.exit_counts, after.error_counts) == ((5, 0, 3, 6), (1, 0, 0, 1))
+    assert ExitPolicy.from_json(after.to_json()) == after
+    assert after.close(0, "late").closed == ("late", "too many errors", "", "")
+    assert "closed" not in json.loads(before.to_json())
+    with pytest.raises(ValueError, match="exit_: expected an index"):
+        before.close(3, "last")
+    with pytest.raises(UserError, match="expected 2 reasons"):
+        policy(0.5, closed=("x",))
+
+
+def test_close_exit_closes_it_for_each_group():
+    parts = [
+        GroupExits(name, (threshold, 0.7, -INF), (0.4, 0.7, -INF), (True, True, False), 6, (1, 2, 3), (1, 0, 1))
+        for name, threshold in (("A", 0.5), ("B", 0.6))
+    ]
+    before = policy(INF, INF, search_bounds=(INF, INF, -INF), group_by="scanner", groups=tuple(parts))
+    after = before.close(0, "drift")
+    assert [group.thresholds for group in after.groups] == [(INF, 0.7, -INF)] * 2
+    assert [group.search_bounds for group in after.groups] == [(0.4, 0.7, -INF)] * 2
+    assert [group.exit_counts for group in after.groups] == [(0, 2, 4)] * 2
+    assert (after.open_exits, before.open_exits) == ((False, True), (True, True))
+    scores, groups = np.array([[0.9, 0.9, 0.0], [0.3, 0.9, 0.0]]), np.zeros((2, 3), dtype=np.int64)
+    assert before.assign(scores, groups).tolist() == [0, 1]
+    assert after.assign(scores, groups).tolist() == [2, 1]
+    assert ExitPolicy.from_json(after.to_json()) == after
 
 
 def test_policy_in_use_can_be_pickled():

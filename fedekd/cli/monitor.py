@@ -1,0 +1,307 @@
+"""`monitor`: follow the guarantees of a deployed model on new samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from fedekd.atomic import atomic_file, digest, remove_drafts
+from fedekd.cli.arguments import add_client_argument, add_trained_arguments, select_client
+from fedekd.configuration.help import BriefHelp
+from fedekd.configuration.options import parse
+from fedekd.configuration.trained import Trained, open_trained, require_one_source, site_folder
+from fedekd.data import split_inputs, take_inputs
+from fedekd.data.client_splits import client_label
+from fedekd.early_exit.client_calibration import independent_indices, input_digests
+from fedekd.early_exit.fingerprint import network_fingerprint
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.early_exit.policy_files import calibrated_samples, load_policy, policy_path
+from fedekd.early_exit.scoring import BATCH_SIZE
+from fedekd.errors import UserError, print_warning, require, shorten_path
+from fedekd.methods import Client
+from fedekd.methods.client import LOCAL
+from fedekd.models import MultiExitNetwork
+from fedekd.monitoring import (
+    Followed,
+    MonitoredColumns,
+    MonitorStart,
+    MonitorState,
+    Quantity,
+    close_exits,
+    follow,
+    open_alarms,
+    read_arrivals,
+)
+from fedekd.monitoring.arrivals import TARGET, read_header
+from fedekd.monitoring.start import SAMPLE_DIGITS, exit_limits
+from fedekd.monitoring.state import exits_to_close
+from fedekd.reporting import figures
+
+#: Exit code of an alarm; 2 is invalid input.
+ALARM = 3
+
+#: Confidence of a new monitor without --confidence.
+CONFIDENCE = 0.9
+
+#: Splits whose samples a monitor refuses: the network, its policy or its choice depend on them.
+_USED_SPLITS = ("train", "tuning", "calibration", "holdout")
+
+#: What to do after an alarm that closes no exit.
+_REMEDIES = {
+    "do_no_harm": "Deploy the local model of this client",
+    "coverage": "Calibrate the prediction sets again",
+    "drift": "Calibrate again on labelled samples of today: the assumption of every guarantee is violated",
+}
+
+
+def monitor_parser() -> ArgumentParser:
+    """Create the parser of `monitor`."""
+    parser = ArgumentParser(
+        prog="orchestrator.py monitor",
+        usage="%(prog)s RUN | --site FOLDER --arrivals FILE [--client K] [--confidence 0.9] [--apply true]",
+        description="Follow the guarantees of a deployed model on the samples of a CSV file that grows: error rates of"
+        " exits, do-no-harm and coverage where the file has a column target, drift tests otherwise. The exit code is 0"
+        " without an alarm, 3 with one, and 2 for invalid input. A later call goes on with the new rows.",
+        formatter_class=BriefHelp,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add_trained_arguments(parser)
+    add_client_argument(parser)
+    parser.add_argument(
+        "--arrivals",
+        type=str,
+        default="",
+        help="CSV file of `predict --monitoring true`, to which rows are appended; with a column target for labels.",
+    )
+    parser.add_argument(
+        "--state",
+        type=str | None,
+        default=None,
+        help="Folder of settings, state and plot (default: the arrivals' name with the suffix .monitor).",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float | None,
+        default=None,
+        help=f"Probability of no false alarm, ever, in (0, 1); set by the first call (default {CONFIDENCE}).",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float | None,
+        default=None,
+        help="Also follow the coverage of prediction sets (column set) or intervals (columns lower and upper): its"
+        " smallest allowed value, in (0, 1); set by the first call.",
+    )
+    parser.add_argument(
+        "--apply",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="After an alarm, write a policy with the exit closed; the old policy is kept.",
+    )
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `monitor RUN`; returns 0 without an alarm and 3 with one."""
+    config = parse(monitor_parser(), argv)
+    require_one_source("monitor", config.run, config.site)
+    for option in ("confidence", "coverage"):
+        value = getattr(config, option)
+        require(value is None or 0 < value < 1, f"--{option}", "a number in (0, 1)", value)
+    if not config.arrivals:
+        raise UserError("--arrivals: expected a CSV file, got none. Example: monitor runs/NAME --arrivals arrivals.csv")
+    path = Path(config.arrivals).expanduser()
+    folder = path.with_suffix(".monitor") if config.state is None else Path(config.state)
+    header = read_header(path)
+    start, run_folder = _start(config, folder / "start.json", header)
+    if start.is_labelled != (TARGET in header):
+        expected = "a column target as at the start" if start.is_labelled else "no column target as at the start"
+        raise UserError(
+            f"--arrivals: expected {expected}, got {shorten_path(path)} {'without' if start.is_labelled else 'with'}"
+            " one. Use another --state"
+        )
+    policy = load_policy(run_folder, start.client)
+    start.require_policy(policy)
+    remove_drafts(folder, min_age=3600.0)
+    before = MonitorState.load(folder / "state.json").consumed
+    arrivals = read_arrivals(path, start, before.size, before.sha256)
+    followed = follow(start, arrivals)
+    if not (folder / "start.json").is_file():  # invalid arrivals of a first call fix nothing
+        start.save(folder / "start.json")
+    # The plot comes first: a process that is killed in between draws it again.
+    _draw(start, followed, folder / "evidence.png")
+    MonitorState.of(arrivals, followed).save(folder / "state.json")
+    console = Console()
+    console.print(_table(start, followed, policy))
+    new = arrivals.rows - before.rows
+    console.print(f"{arrivals.rows} arrivals, {new} of them new; {folder}", highlight=False, soft_wrap=True)
+    alarms = open_alarms(followed, policy)
+    if alarms and config.apply and policy is not None:
+        policy = _apply(policy, alarms, policy_path(run_folder, start.client), console)
+    for alarm in alarms:
+        console.print(_message(start, alarm, policy), highlight=False, soft_wrap=True, markup=False)
+    return ALARM if open_alarms(followed, policy) else 0
+
+
+def _start(config: Namespace, path: Path, header: Sequence[str]) -> tuple[MonitorStart, Path]:
+    """Return the settings of the monitor, and the folder of the policies.
+
+    The run is opened by the first call only.
+    """
+    if not path.is_file():
+        trained = open_trained("monitor", config.run, config.site)
+        return _new_start(trained, select_client(trained, config.client), config, TARGET in header), trained.folder
+    start = MonitorStart.load(path)
+    if config.client is not None:
+        is_same = config.client in (str(start.client), start.name)
+        require(is_same, "--client", f"{start.name or start.client} as at the start", config.client)
+    if config.confidence is not None:
+        is_same, hint = config.confidence == start.confidence, "Start a new monitor with another --state"
+        require(is_same, "--confidence", f"{start.confidence} as at the start", config.confidence, hint)
+    covered = next((round(1 - each.limit, 12) for each in start.quantities if each.kind == "coverage"), None)
+    if config.coverage is not None:
+        hint = "Start a new monitor with another --state"
+        require(config.coverage == covered, "--coverage", f"{covered} as at the start", config.coverage, hint)
+    folder = Path(config.run) if config.site is None else site_folder("monitor", Path(config.site))
+    return start, folder
+
+
+def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled: bool) -> MonitorStart:
+    """Fix what a new monitor follows."""
+    network, policy = client.deployed_model, trained.policy(client)
+    if policy is not None and isinstance(network, MultiExitNetwork):
+        policy.require(network, client.networks.get("proxy"))
+    if not is_labelled and config.coverage is not None:
+        raise UserError("--coverage: expected arrivals with a column target, got none. Append the true labels")
+    splits, inputs, rule = client.splits, client.samples.inputs, trained.do_no_harm
+    reference: dict[str, tuple[float, ...]] = {}
+    if is_labelled:
+        quantities = [] if policy is None else _exits(policy)
+        if rule is not None and client.deployed_role != LOCAL:
+            quantities.append(Quantity("do_no_harm", "do_no_harm", rule.margin))
+        if config.coverage is not None:
+            quantities.append(Quantity("coverage", "coverage", round(1 - config.coverage, 12)))
+        if not quantities:
+            raise UserError(
+                f"monitor: expected open exits, do_no_harm or --coverage to follow, got none of {splits.label}."
+                f" Calibrate its exits: calibrate {trained.argument}; or follow arrivals without labels"
+            )
+    else:
+        reference = _reference(client, independent_indices(client, "calibration"))
+        quantities = [Quantity("drift", name) for name in reference]
+    used = [
+        each
+        for name in _USED_SPLITS
+        for each in input_digests(take_inputs(inputs, getattr(splits, name).to(inputs.device)))
+    ]
+    used += calibrated_samples(trained.folder, client.number)
+    return MonitorStart(
+        task=client.spec.task,
+        client=client.number,
+        name=splits.name or "",
+        network=network_fingerprint(network),
+        is_labelled=is_labelled,
+        quantities=tuple(quantities),
+        confidence=CONFIDENCE if config.confidence is None else config.confidence,
+        limits=() if policy is None else exit_limits(policy),
+        class_names=() if client.spec.task == "regression" else tuple(client.samples.class_names),
+        clip=1.0 if rule is None or client.spec.task != "regression" else rule.clip,
+        reference=reference,
+        used=frozenset(each[:SAMPLE_DIGITS] for each in used),
+        seed=client.spec.seed,
+    )
+
+
+def _exits(policy: ExitPolicy) -> list[Quantity]:
+    """Return the open exits, with their target risk."""
+    if policy.has_no_guarantee:
+        print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    return [
+        Quantity("exit", f"exit {e + 1}", policy.target_risk, e + 1)
+        for e, is_open in enumerate(policy.open_exits)
+        if is_open
+    ]
+
+
+def _reference(client: Client, indices: torch.Tensor) -> dict[str, tuple[float, ...]]:
+    """Return the drift columns of the calibration split."""
+    columns = MonitoredColumns(client)
+    values: dict[str, list[float]] = {}
+    for batch in split_inputs(take_inputs(client.samples.inputs, indices.to(client.samples.inputs.device)), BATCH_SIZE):
+        for name, part in columns.drift_values(batch).items():
+            values.setdefault(name, []).extend(part)
+    if not values:
+        raise UserError(
+            f"monitor: expected calibration samples of {client.splits.label} as a reference, got none. Change"
+            " data.fractions or data.min_samples"
+        )
+    return {name: tuple(numbers) for name, numbers in values.items()}
+
+
+def _apply(policy: ExitPolicy, alarms: Sequence[Followed], path: Path, console: Console) -> ExitPolicy:
+    """Write the policy with closed exits, and a copy of the old one before."""
+    changed = close_exits(policy, alarms)
+    if changed == policy:
+        return policy
+    copy = path.with_name(f"{path.stem}.before-{digest(path.read_bytes())[:8]}.json")
+    with atomic_file(copy) as file:
+        file.write(path.read_bytes())
+    changed.save(path)
+    console.print(f"written to {path}; the old policy is {copy}", highlight=False, soft_wrap=True, markup=False)
+    return changed
+
+
+def _message(start: MonitorStart, alarm: Followed, policy: ExitPolicy | None) -> str:
+    """Describe an alarm, and what to close, in one line."""
+    quantity, exits = alarm.quantity, exits_to_close(alarm, policy)
+    assert alarm.alarm is not None
+    allowed = "" if quantity.kind == "drift" else f", at most {quantity.limit:g} allowed"
+    close = f"Close exit {', '.join(str(e + 1) for e in exits)}: --apply true. " if exits else ""
+    if not exits and quantity.kind in ("exit", "drift") and policy is not None:
+        close = "The exit is closed now. " if quantity.kind == "exit" else "All early exits are closed now. "
+    remedy = _REMEDIES.get(quantity.kind, "")
+    text = (
+        f"ALARM {quantity.name}: evidence {alarm.largest:.4g} (alarm at {1 / start.level:.4g}), first at line"
+        f" {alarm.alarm + 2}; observed {alarm.observed:.4g} on {len(alarm.rows)} samples{allowed}. {close}{remedy}"
+    )
+    return text.strip()
+
+
+def _table(start: MonitorStart, followed: Sequence[Followed], policy: ExitPolicy | None) -> Table:
+    """Format the quantities and their evidence."""
+    table = Table(title=f"{_label(start)}: alarm at evidence {1 / start.level:.4g}, confidence {start.confidence:g}")
+    table.add_column("quantity", justify="right", no_wrap=True)
+    for heading in ("samples", "observed", "allowed", "evidence", "largest", "alarm at line"):
+        table.add_column(heading, justify="right")
+    for each in followed:
+        kind = each.quantity.kind
+        is_closed = kind == "exit" and policy is not None and not policy.open_exits[each.quantity.exit - 1]
+        table.add_row(
+            each.quantity.name + (" (closed)" if is_closed else ""),
+            str(len(each.rows)),
+            f"{each.observed:.4f}" if len(each.rows) else "",
+            "exchangeable" if kind == "drift" else f"≤ {each.quantity.limit:g}",
+            f"{each.last:.3g}",
+            f"{each.largest:.3g}",
+            "" if each.alarm is None else str(each.alarm + 2),
+        )
+    return table
+
+
+def _label(start: MonitorStart) -> str:
+    return client_label(start.client, start.name or None)
+
+
+def _draw(start: MonitorStart, followed: Sequence[Followed], path: Path) -> None:
+    curves = {each.quantity.name: (each.rows + 1, each.evidence) for each in followed}
+    alarms = {each.quantity.name: each.alarm + 1 for each in followed if each.alarm is not None}
+    figure = figures.evidence(curves, 1 / start.level, alarms, f"Monitor of {_label(start)}")
+    figures.save(figure, path)
