@@ -44,6 +44,8 @@ DELTAS = {"delta_avg": "average", "delta_worst": "worst client"}
 MARGINS = (0.0, 0.005, 0.01, 0.02)
 BUDGETS = (25, 50, 75)
 LEVEL = 0.05
+#: Gain in test accuracy that a rule should find.
+LARGE_GAIN = 0.05
 #: Fewest pairs for Wilcoxon's test: with five pairs its smallest two-sided p is 2 / 2^5 = 0.0625.
 MIN_PAIRS = 6
 MIN_SEEDS = 3
@@ -646,6 +648,45 @@ def exact_loss() -> str:
     return f"{(frame['bound'] - frame['unconditional'])[frame['bound'] >= 0.3].max():.3f}"
 
 
+def _compared_clients(method: str) -> pd.DataFrame:
+    """One row per client of the hospital grid that compared classifiers."""
+    clients = []
+    for path in sorted((RESULTS / "hospital").glob("*.csv")):
+        frame = pd.read_csv(path)
+        for run in frame[(frame["method"] == method) & (frame["metric"] == "accuracy")].itertuples():
+            of_run = pd.DataFrame(json.loads(run.evidence)["clients"])
+            clients.append(of_run.assign(run=f"{run.dataset} {run.alpha} {run.seed}"))
+    return pd.concat(clients, ignore_index=True).dropna(subset=["samples"])
+
+
+def hospital_decisions(method: str) -> str:
+    """Clients of the hospital grid that take the model, by both tests."""
+    clients, rows = _compared_clients(method), []
+    gain = clients["score"] - clients["local"]
+    is_large = gain > LARGE_GAIN
+    adopted = {("", "all clients take it"): gain.notna()}
+    for margin, test in product((0.0, 0.01), TESTS):
+        adopted[f"{margin:g}", TESTS[test]] = _accepted(clients, DoNoHarm(margin=margin, test=test))
+    for (margin, name), takes in adopted.items():
+        of_run = gain.where(takes, 0.0).groupby(clients["run"])
+        deltas = [minus(f"{value:+.4f}") for value in (of_run.mean().mean(), of_run.min().mean())]
+        taken = [f"{takes.sum()} of {len(takes)}", f"{(takes & is_large).sum()} of {is_large.sum()}"]
+        rows.append([margin, name, *taken, *deltas, minus(f"{gain.where(takes, 0.0).min():+.4f}")])
+    heads = ["margin", "rule", "clients that take it", "of those with a gain over 5 points", "Delta avg", "Delta worst"]
+    return markdown([*heads, "worst client of all"], rows)
+
+
+def deployment() -> str:
+    """Models that clients of ProxyEnsemble deploy by each rule, and Delta."""
+    frame, rows = read("do_no_harm/deployment/summary.csv"), []
+    for row in frame.itertuples():
+        taken = [f"{row.taken} of {row.clients}", f"{row.large_taken} of {row.large}"]
+        deltas = [minus(f"{value:+.4f}") for value in (row.delta_avg, row.delta_worst, row.delta_min)]
+        rows.append([f"{row.margin:g}", row.rule, *taken, *deltas, str(row.harmed)])
+    heads = ["margin", "rule", "clients that take a model", "of those with a gain over 5 points", "Delta avg"]
+    return markdown([*heads, "Delta worst", "worst client of all", "clients that lose the margin or more"], rows)
+
+
 # ---------------------------------------------------------------- exits calibrated by each client
 
 
@@ -887,9 +928,9 @@ def monitoring_delays() -> str:
 
 FUNCTIONS = (
     methods, sweep, gate, verdicts, exits, policies, validity, exit_savings, exit_calibration, exit_corruptions,
-    exit_methods, best_static, do_no_harm, exact_level, exact_power, exact_loss, savings, coverage, factors, hospital,
-    hospital_summary, proxies, natural_sites, group_coverage, single_groups, patient_power, monitoring_pools,
-    monitoring_false_alarms, monitoring_delays,
+    exit_methods, best_static, do_no_harm, exact_level, exact_power, exact_loss, hospital_decisions, deployment,
+    savings, coverage, factors, hospital, hospital_summary, proxies, natural_sites, group_coverage, single_groups,
+    patient_power, monitoring_pools, monitoring_false_alarms, monitoring_delays,
 )  # fmt: skip
 
 

@@ -80,14 +80,28 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
         yield Run(dataset, alpha, method, seed)
 
 
-def clients_of(run: Run, arguments: argparse.Namespace) -> list[Client]:
-    """Train a run unless it is finished, and return its clients."""
+def clients_of(run: Run, arguments: argparse.Namespace, options: Sequence[str] = ()) -> list[Client]:
+    """Train a run unless it is finished, and return its clients.
+
+    Args:
+        run: The run.
+        arguments: Folders, as those of `parser`.
+        options: Further options of `fit` for a new run.
+    """
     name = f"{run.dataset}-{run.alpha:g}-{run.method.lower()}-{run.seed:02d}"
     folder = arguments.output / name
     if not (folder / "summary.json").is_file():
         local = f"--baseline_dir={arguments.output / 'local'}"
         fixed = [f"--data.alpha={run.alpha}", f"--method={run.method}", f"--seed={run.seed}", f"--output={folder}"]
-        new = [f"--config={run.dataset}.yaml", f"--data.root={arguments.root}", *SETTING, "--quiet", *fixed, local]
+        new = [
+            f"--config={run.dataset}.yaml",
+            f"--data.root={arguments.root}",
+            *SETTING,
+            "--quiet",
+            *fixed,
+            local,
+            *options,
+        ]
         is_started = (folder / "config.yaml").is_file()
         if code := fedekd(["fit", *(["--quiet", "--resume", str(folder)] if is_started else new)]):
             sys.exit(code)

@@ -76,6 +76,8 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.target_column": None,
     "data.transform": None,
     "data.value_range": None,
+    "do_no_harm.candidates": [],
+    "do_no_harm.metric": "accuracy",
     "do_no_harm.splits": "holdout",
     "do_no_harm.test": "sign",
     "metrics": None,

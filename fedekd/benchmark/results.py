@@ -48,7 +48,10 @@ REFERENCE_COLUMNS = tuple(
 #: Additional columns of runs with `do_no_harm`: Delta of the deployed models.
 DEPLOYED_COLUMNS = tuple(f"deployed_delta_{part}" for part in _PARTS)
 
-_EVIDENCE_FIELDS = ("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed")
+_EVIDENCE_FIELDS = (
+    *("client", "local", "score", "samples", "worse", "better", "gain", "p_value", "deployed"),
+    *("candidates", "deployed_score"),
+)
 _NUMBERS = ("alpha", "mean", "worst", "local_mean", "delta_avg", "delta_worst", "delta_tail", "seconds")
 
 Row = dict[str, str]

@@ -112,7 +112,7 @@ def _facts(trained: Trained, client: Client, license: str, group: str | None) ->
         seed=source.seed,
         clients=source.clients,
         sites=[known.splits.label for known in trained.clients],
-        metrics=trained.records[number].metrics,
+        metrics=record.metrics if client.candidate is None else record.deployed_metrics,
         local_metrics=trained.local_metrics.get(number, {}),
         policy=policy,
         policy_date=date,

@@ -24,7 +24,7 @@ from fedekd.early_exit.policy_files import calibrated_samples, load_policy, poli
 from fedekd.early_exit.scoring import BATCH_SIZE
 from fedekd.errors import UserError, print_warning, require, shorten_path
 from fedekd.methods import Client
-from fedekd.methods.client import LOCAL
+from fedekd.methods.serving import LOCAL
 from fedekd.models import MultiExitNetwork
 from fedekd.monitoring import (
     Followed,
@@ -186,7 +186,10 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
     if is_labelled:
         quantities = [] if policy is None else _exits(policy)
         if rule is not None and client.deployed_role != LOCAL:
-            quantities.append(Quantity("do_no_harm", "do_no_harm", rule.margin))
+            if rule.metric == "accuracy":
+                quantities.append(Quantity("do_no_harm", "do_no_harm", rule.margin))
+            else:
+                print_warning(f"do no harm is followed in accuracy only: this run compared {rule.metric}")
         if config.coverage is not None:
             quantities.append(Quantity("coverage", "coverage", round(1 - config.coverage, 12)))
         if not quantities:

@@ -53,7 +53,7 @@ from fedekd.early_exit.scoring import BATCH_SIZE
 from fedekd.errors import UserError, listed, print_warning, require, shorten, shorten_path
 from fedekd.functional import adjust_log_prior, max_softmax_confidence
 from fedekd.methods import Client
-from fedekd.methods.client import ENSEMBLE, LOCAL
+from fedekd.methods.serving import LOCAL
 from fedekd.models import network_flops
 from fedekd.monitoring.columns import MonitoredColumns
 
@@ -146,7 +146,7 @@ def run(argv: Sequence[str]) -> int:
     exits = predictions["exit"].value_counts(normalize=True, sort=False).sort_index()
     shares = ", ".join(f"exit {exit_}: {share:.1%}" for exit_, share in exits.items())
     print(f"{len(predictions)} {kind}s ({shares}), written to {output}")
-    if client.deployed_role == ENSEMBLE:
+    if client.deployed_serving is not None:
         print(_serving_cost(client))
     return 0
 
@@ -161,8 +161,8 @@ def _check_columns(client: Client, config: Namespace) -> None:
         require(client.spec.task == "classification", "--probabilities", "false for regression", True)
     if config.members:
         label = client.splits.label
-        expected = f"false for {label}, whose {client.deployed_role} model is a single network"
-        require(client.deployed_role == ENSEMBLE, "--members", expected, True)
+        expected = f"false for {label}, whose {client.deployed_name} model is a single network"
+        require(client.deployed_serving is not None, "--members", expected, True)
 
 
 def _monitored_columns(trained: Trained, client: Client) -> MonitoredColumns:
@@ -235,13 +235,15 @@ def _warn_of_federated_network(trained: Trained, client: Client) -> None:
 
 def _serving_cost(client: Client) -> str:
     """Describe members, FLOPs and latency of the ensemble that a client serves."""
-    assert client.serving is not None
+    serving = client.deployed_serving
+    assert serving is not None
     shape, network, private = client.samples.input_shape, client.deployed_model, client.networks["private"]
     x = torch.zeros(BATCH_SIZE, *shape).to(next(private.parameters()))
+    kind = "ensemble of " if len(serving.members) > 1 else ""
     flops = network_flops(network, shape) / network_flops(private, shape)
     milliseconds, single = forward_milliseconds(network, x), forward_milliseconds(private, x)
     return (
-        f"ensemble of {', '.join(client.serving.members)}: {flops:.2f} times the FLOPs of the private model,"
+        f"{kind}{', '.join(serving.members)}: {flops:.2f} times the FLOPs of the private model,"
         f" {milliseconds:.3g} ms per sample ({single:.3g} ms for the private model) in batches of {BATCH_SIZE}"
     )
 

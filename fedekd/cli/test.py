@@ -17,7 +17,7 @@ from fedekd.configuration.options import parse
 from fedekd.configuration.trained import open_site, require_one_source
 from fedekd.federation.run_folder import RunFolder, first_difference
 from fedekd.methods import Client
-from fedekd.methods.client import LOCAL
+from fedekd.methods.serving import CANDIDATE, LOCAL
 from fedekd.reporting import metrics_csv, result_tables
 
 #: Keys of `summary.json` that depend on the machine and the date.
@@ -51,6 +51,10 @@ def _test_site(folder: Path) -> int:
         now = {client.served_role: client.evaluate()[1]}
         if client.deployed_role == LOCAL:
             stored[LOCAL], now[LOCAL] = dict(trained.local_metrics[client.number]), client.evaluate(role=LOCAL)[1]
+        elif client.candidate is not None:
+            name = f"candidate {client.candidate.name}"
+            stored[name] = dict(trained.records[client.number].deployed_metrics)
+            now[name] = client.evaluate(role=CANDIDATE)[1]
     console.print(_metrics_table(client, now))
     if difference := first_difference(stored, now):
         key, old, new = difference
@@ -62,7 +66,7 @@ def _test_site(folder: Path) -> int:
 
 def _metrics_table(client: Client, metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """Format the metrics of the networks of a site on its test split."""
-    title = f"{client.splits.label}: {len(client.splits.test)} test samples, deployed: {client.deployed_role}"
+    title = f"{client.splits.label}: {len(client.splits.test)} test samples, deployed: {client.deployed_name}"
     table = Table("metric", title=title)
     for role in metrics:
         table.add_column(role, justify="right")

@@ -24,7 +24,7 @@ from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.local_baseline import read_local_baseline, train_local_baseline
 from fedekd.federation.results import ClientRecord
 from fedekd.methods import Client, FederationSpec, Method
-from fedekd.methods.client import LOCAL
+from fedekd.methods.serving import LOCAL
 
 #: Folder of the finished training within the folder of a site.
 _TRAINED = "trained"
@@ -236,6 +236,7 @@ def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResu
     record = ClientRecord(
         *(result.score, result.supervised_rounds, result.logs, result.tradeoff, result.comparison, result.metrics),
         parts.spec.rounds,
+        result.deployed_metrics,
     )
     notes = {
         "fedekd": fedekd.__version__,

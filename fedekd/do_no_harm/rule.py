@@ -11,14 +11,18 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fedekd.errors import UserError, require_choice
+from fedekd.do_no_harm.evidence import METRICS, CandidateResult, Evidence, HeldOut, Labels
+from fedekd.errors import UserError, require, require_choice
 from fedekd.functional import betting_p_value, betting_stake, paired_p_value, unconditional_p_value
 from fedekd.tasks import Task
 
 SelectionRule = Literal["certified", "better"]
 TestName = Literal["unconditional", "sign"]
 ComparedSplits = Literal["held_out", "holdout"]
-Deployed = Literal["federated", "local"]
+MetricName = Literal["accuracy", "balanced_accuracy", "recall", "auroc", "auroc_delong"]
+
+#: Names of the two models without named candidates.
+FEDERATED, LOCAL = "federated", "local"
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,45 @@ class Comparison:
     """Result of one client's comparison of its two models.
 
     Attributes:
-        deployed: Model that the client uses: `federated` or `local`.
-        samples: Number of samples on which both models were evaluated.
+        deployed: Model that the client uses: `federated` or `local`, or the name of a candidate.
+        samples: Number of samples on which both models were evaluated; for AUROC of pairs.
         worse: Number of samples that only the local model classifies correctly; 0 for regression.
         better: Number of samples that only the federated model classifies correctly; 0 for regression.
-        gain: Mean loss of the local model minus mean loss of the federated model.
+        gain: Mean loss of the local model minus mean loss of the federated model, or the gain in another metric; for
+            recall that of the class with the smallest one.
         p_value: P-value of the hypothesis that the federated model is worse by at least the margin; NaN without a test.
         level: Largest p-value at which the federated model is deployed; NaN without a test.
+        candidates: Outcome of each candidate in order, if the rule names them; the fields above are those of the
+            deployed candidate, or of the first one.
+        deciding: Estimate of the number of samples that would have been enough, where the server cannot compute it from
+            the counts; 0 if none was found, None if it is not estimated.
     """
 
-    deployed: Deployed
+    deployed: str
     samples: int
     worse: int
     better: int
     gain: float
     p_value: float
     level: float
+    candidates: tuple[CandidateResult, ...] = ()
+    deciding: int | None = None
+
+    def __post_init__(self) -> None:
+        # JSON has lists and mappings.
+        rows = (row if isinstance(row, CandidateResult) else CandidateResult(**row) for row in self.candidates)
+        object.__setattr__(self, "candidates", tuple(rows))
+
+    @property
+    def is_local(self) -> bool:
+        """True if the client deploys its local model."""
+        return self.deployed == LOCAL
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers of a metrics row; NaN for a candidate that was not tested."""
+        names = ("samples", "worse", "better", "gain", "p_value", "level")
+        values = {"federated": float(not self.is_local), **{name: getattr(self, name) for name in names}}
+        return values | {f"{row.name}/p_value": row.p_value for row in self.candidates}
 
 
 #: Smallest level, and smallest confidence: tails of at most 1e-12 are left out of p-values.
@@ -64,8 +91,14 @@ class DoNoHarm:
     - Confidence: `confidence`, over the compared samples, for all comparisons of the client together.
     - Assumptions: these samples are independent draws; both models were trained without them.
 
-    The models are compared by the 0/1 loss, or by squared errors, whatever the primary metric of the run: a certified
-    model may have a worse AUROC than the local one.
+    The models are compared in `metric`, whatever the primary metric of the run: a model that is certified in accuracy
+    may have a worse AUROC than the local one. With another metric it takes the place of the accuracy in the target.
+
+    With `candidates` each one is tested against the local model in the declared order, at the full level, up to the
+    first one that fails (fixed-sequence testing). The probability that a harmful one passes is at most the level: the
+    first harmful one in the order would have to pass its own test. Any choice among those that passed is therefore
+    valid. The one with the largest observed gain is deployed, the first of equal ones: it has been compared on most
+    samples, and the order states no preference.
 
     Without evidence the local model is deployed: of two models with equal accuracy the local one is used most of the
     time. `acceptance_probability` computes the power.
@@ -84,6 +117,11 @@ class DoNoHarm:
             selection of the round uses the tuning split; `holdout` on the holdout split only, as earlier versions did.
             For regression the test `unconditional` takes its stake from the tuning split and compares on the holdout
             split.
+        candidates: Names of the method's models among which a client chooses, in the order of the tests, declared
+            before data are seen. Empty: what the method serves.
+        metric: `accuracy`, for regression the squared error; `balanced_accuracy`; `recall`: no class gets worse by the
+            margin or more; `auroc` of two classes, on disjoint pairs; or `auroc_delong` on all samples. All but
+            `auroc_delong`, which is asymptotic, are exact.
 
     Raises:
         UserError: An argument is out of its range.
@@ -100,6 +138,8 @@ class DoNoHarm:
     clip: float = 1.0
     test: TestName = "unconditional"
     splits: ComparedSplits = "held_out"
+    candidates: tuple[str, ...] = ()
+    metric: MetricName = "accuracy"
 
     def __post_init__(self) -> None:
         if not _SMALLEST <= self.confidence <= 1 - _SMALLEST:
@@ -109,6 +149,11 @@ class DoNoHarm:
         require_choice("do_no_harm.rule", self.rule, get_args(SelectionRule))
         require_choice("do_no_harm.test", self.test, get_args(TestName))
         require_choice("do_no_harm.splits", self.splits, get_args(ComparedSplits))
+        require_choice("do_no_harm.metric", self.metric, get_args(MetricName))
+        names = self.candidates
+        are_names = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+        require(are_names and len(set(names)) == len(names), "do_no_harm.candidates", "different names", names)
+        object.__setattr__(self, "candidates", tuple(names))  # a list cannot be hashed
         if self.looks < 1:
             raise UserError(f"do_no_harm.looks: expected at least 1, got {self.looks}")
         if not 0 < self.clip < math.inf:
@@ -168,6 +213,19 @@ class DoNoHarm:
         """Check whether clients compare their models after a round in 1..rounds."""
         return round_idx in {math.ceil(rounds * look / self.looks) for look in range(1, self.looks + 1)}
 
+    def evidence(self, local: HeldOut, federated: HeldOut, labels: Labels) -> Evidence | None:
+        """Compute the evidence in a metric that needs labels; None in accuracy."""
+        test = METRICS[self.metric].test
+        return None if test is None else test(self, local, federated, labels)
+
+    def decide(self, evidence: Evidence) -> Comparison:
+        """Return the decision by the evidence in a metric that needs labels."""
+        counts = evidence.samples, evidence.worse, evidence.better, evidence.gain
+        if self.rule == "better":
+            return Comparison(FEDERATED if evidence.gain > 0 else LOCAL, *counts, math.nan, math.nan)
+        deployed = FEDERATED if evidence.p_value <= self.level else LOCAL
+        return Comparison(deployed, *counts, evidence.p_value, self.level)
+
     def compare(
         self, local: Tensor, federated: Tensor, task: Task, tuning: tuple[Tensor, Tensor] | None = None
     ) -> Comparison:
@@ -196,19 +254,24 @@ class DoNoHarm:
             worse, better = int((difference < 0).sum()), int((difference > 0).sum())
         gain = float(difference.mean()) if samples else 0.0
         if self.rule == "better":
-            deployed: Deployed = "federated" if gain > 0 else "local"
+            deployed = FEDERATED if gain > 0 else LOCAL
             return Comparison(deployed, samples, worse, better, gain, math.nan, math.nan)
         if task == "classification":
             p_value = self.p_value(worse, better, samples)
         else:
             margin, stake = self.margin / self.clip, None
-            if self.test == "unconditional" and self.splits == "held_out" and tuning is not None and len(tuning[0]):
-                stake = betting_stake(self._gains(*tuning), margin, samples, self.level)
-            p_value = betting_p_value(self._gains(local, federated), margin, stake)
-        deployed = "federated" if p_value <= self.level else "local"
+            if self.takes_stake and tuning is not None and len(tuning[0]):
+                stake = betting_stake(self.clipped_gains(*tuning), margin, samples, self.level)
+            p_value = betting_p_value(self.clipped_gains(local, federated), margin, stake)
+        deployed = FEDERATED if p_value <= self.level else LOCAL
         return Comparison(deployed, samples, worse, better, gain, p_value, self.level)
 
-    def _gains(self, local: Tensor, federated: Tensor) -> npt.NDArray[np.float64]:
+    @property
+    def takes_stake(self) -> bool:
+        """True if the test of regression takes its stake from the tuning split."""
+        return self.test == "unconditional" and self.splits == "held_out"
+
+    def clipped_gains(self, local: Tensor, federated: Tensor) -> npt.NDArray[np.float64]:
         """Return clipped improvements of squared errors in units of `clip`, in [-1, 1]."""
         # A sample with a non-finite federated output counts as the largest loss, also if both are non-finite.
         difference = (local.double() - federated.double()).nan_to_num(nan=-self.clip)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.do_no_harm.rule import DoNoHarm, MetricName
 from fedekd.tasks import Task
+
+#: What is not lower than that of the local model.
+_METRICS: dict[MetricName, str] = {
+    "accuracy": "accuracy is lower",
+    "balanced_accuracy": "balanced accuracy is lower",
+    "recall": "recall of a class is lower",
+    "auroc": "AUROC is lower",
+    "auroc_delong": "AUROC is lower",
+}
 
 
 def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None, is_grouped: bool = False) -> str:
@@ -12,7 +21,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     Args:
         rule: The rule of a run.
         task: `classification` or `regression`.
-        samples: Number of compared samples of the client. Default: not stated.
+        samples: Number of compared samples of the client; pairs of samples for AUROC. Default: not stated.
         is_grouped: Whether samples have groups such as patients. The comparison counts samples, not groups.
 
     Example:
@@ -21,14 +30,17 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     """
     if rule.rule != "certified":
         return "No guarantee of do no harm: the model with the lower loss on the tuning split is deployed."
-    loss = "accuracy is lower" if task == "classification" else "mean squared error is larger"
+    loss = _METRICS[rule.metric] if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
-    compared = f"the {samples} compared samples" if samples is not None else "its compared samples"
+    unit = "pairs of samples" if rule.metric.startswith("auroc") else "samples"
+    compared = f"the {samples} compared {unit}" if samples is not None else f"its compared {unit}"
+    models = f"none of the models {', '.join(rule.candidates)}" if rule.candidates else "no federated model"
+    limit = " The probability is that of many samples (asymptotic)." if rule.metric == "auroc_delong" else ""
     grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * is_grouped
     return (
-        f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys no federated"
-        f" model whose {loss}{amount} than that of its local model. Population: future samples from the distribution of"
-        " the compared samples, all at the last exit. Assumed: these samples are independent draws that were not used"
-        f" in training.{grouped} Void: for other devices, sites or class mixes, for other metrics, or after a change of"
-        " a model."
+        f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys {models} whose"
+        f" {loss}{amount} than that of its local model.{limit} Population: future samples from the distribution of the"
+        " compared samples, all at the last exit. Assumed: these samples are independent draws that were not used in"
+        f" training.{grouped} Void: for other devices, sites or class mixes, for other metrics, or after a change of a"
+        " model."
     )

@@ -75,7 +75,7 @@ def exit_network(client: Client) -> MultiExitNetwork:
     network = client.deployed_model
     if not isinstance(network, MultiExitNetwork):
         raise UserError(
-            f"{client.deployed_role} model of {client.splits.label}: expected a network with exits, got a"
+            f"{client.deployed_name} model of {client.splits.label}: expected a network with exits, got a"
             f" {type(network).__name__} without exits. Train with --method SafeKD, or with --client.exits 3 and any"
             " other method"
         )

@@ -84,7 +84,7 @@ def client_exit_report(client: Client, policy: ExitPolicy, groups: Names | None 
     metrics = evaluate_policy(policy, outputs, costs)
     return ClientExitReport(
         client=client.number,
-        model=client.deployed_role,
+        model=client.deployed_name,
         exits=policy.num_exits,
         open_exits=sum(policy.open_exits),
         early_share=sum(metrics.exit_shares[:-1]),

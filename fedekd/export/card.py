@@ -45,7 +45,7 @@ class RunFacts:
         seed: Seed of the run.
         clients: Number of clients of the federation.
         sites: Names of the known clients: all of a run, or the one of a site.
-        metrics: Metrics of the served network on the test split, by key.
+        metrics: Metrics of the served network, or of the deployed candidate, on the test split, by key.
         local_metrics: Those of the local baseline; empty where they are not known.
         policy: Exit policy of the client, if any.
         policy_date: Date of the policy file, if any.
@@ -90,7 +90,7 @@ def card_values(
         "intended_use": f"{specification.task} of inputs from the distribution of the training data of {splits.label}",
         "model": {
             "task": specification.task,
-            "deployed": client.deployed_role,
+            "deployed": client.deployed_name,
             "members": list(specification.members),
             "class_path": {role: values["class_path"] for role, values in specification.networks.items()},
             "inputs": specification.inputs.to_json() | {"description": _INPUTS[specification.inputs.kind]},

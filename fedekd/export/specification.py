@@ -19,7 +19,7 @@ from fedekd.export.inputs import InputFormat, PixelScaling, TablePreprocessing
 from fedekd.export.served import ServedNetwork
 from fedekd.global_state import isolated_rng
 from fedekd.methods import Client
-from fedekd.methods.client import ENSEMBLE
+from fedekd.methods.serving import CANDIDATE
 from fedekd.models import MultiExitNetwork, build_ensemble, build_model, multi_exit
 from fedekd.models.lora import merged
 from fedekd.tasks import Task, require_task
@@ -248,7 +248,9 @@ def specify(data: FederatedDataModule, client: Client, policy: ExitPolicy | None
     """
     spec, samples, role = client.spec, client.samples, client.deployed_role
     task = require_task(spec.task)
-    members = client.serving.members if role == ENSEMBLE and client.serving is not None else ()
+    serving = client.deployed_serving
+    members = () if serving is None else serving.members
+    role = "private" if role == CANDIDATE else role  # a candidate without members is the private model
     roles = [*(members or (role,)), *(["proxy"] if policy is not None and policy.uses_proxy else [])]
     dtype = str(spec.trainer.dtype).removeprefix("torch.")
     require(
@@ -286,8 +288,9 @@ def deployed_tensors(client: Client, specification: ModelSpecification) -> dict[
         tensors = dict(networks[specification.deployed].state_dict())
         others = [role for role in specification.networks if role != specification.deployed]
     else:
-        assert client.serving is not None
-        tensors = {"ensemble.weights": client.serving.weights, "ensemble.offsets": client.serving.offsets}
+        serving = client.deployed_serving
+        assert serving is not None
+        tensors = {"ensemble.weights": serving.weights, "ensemble.offsets": serving.offsets}
         others = list(specification.networks)
     for role in others:
         tensors |= {f"{role}.{name}": tensor for name, tensor in networks[role].state_dict().items()}

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
+from fedekd.do_no_harm.evidence import METRICS
 from fedekd.do_no_harm.power import fewest_samples
 from fedekd.do_no_harm.rule import DoNoHarm
-from fedekd.errors import UserError, describe_error, shorten
+from fedekd.errors import UserError, describe_error, require, shorten
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
@@ -176,6 +177,8 @@ def check_do_no_harm(
             "do_no_harm.rule: expected certified with --select_round best, which chooses the round on the"
             f" {SELECTION_SPLIT} split, got {rule.rule!r}."
         )
+    _check_candidates(rule, method, spec)
+    _check_metric(rule, data)
     if rule.looks > spec.rounds:
         raise UserError(f"do_no_harm.looks: expected at most {spec.rounds} (rounds), got {rule.looks}.")
     for splits in data.clients:
@@ -185,8 +188,10 @@ def check_do_no_harm(
                 " compared."
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )
-    if data.task == "classification" and rule.rule == "certified":
-        fewest = fewest_samples(rule)
+    if rule.rule == "certified" and METRICS[rule.metric].per_class:
+        warn_of_few(rule, data, compared, warn)
+    elif rule.rule == "certified":
+        fewest = fewest_samples(rule, data.task)
         counts = {each.title: sum(len(getattr(each, split)) for split in compared) for each in data.clients}
         few = [f"{title} ({count})" for title, count in counts.items() if count < fewest]
         if few:
@@ -195,6 +200,76 @@ def check_do_no_harm(
                 f" {' and '.join(compared)} split. These clients have fewer and deploy their local model: "
                 + shorten(", ".join(few), 200)
             )
+
+
+def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> None:
+    """Check that the method has the candidates.
+
+    Raises:
+        UserError: If it has not, or the round is selected.
+    """
+    known = list(method.candidates())
+    for name in rule.candidates:
+        require(
+            name in known,
+            "do_no_harm.candidates",
+            f"names among {', '.join(known)} for method {type(method).__name__}",
+            name,
+        )
+    require(
+        not rule.candidates or spec.select_round == "last",
+        "do_no_harm.candidates",
+        "none with --select_round best, which keeps the networks of the served model only",
+        list(rule.candidates),
+        "Choose --select_round last.",
+    )
+
+
+def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:
+    """Check that the metric fits the task.
+
+    Raises:
+        UserError: If it does not.
+    """
+    metric, option = METRICS[rule.metric], "do_no_harm.metric"
+    is_classifier = data.task == "classification"
+    require(is_classifier or metric.test is None, option, "accuracy for regression, the squared error", rule.metric)
+    require(
+        not metric.is_binary or data.num_classes == 2,
+        option,
+        f"accuracy, balanced_accuracy or recall for {data.num_classes} classes",
+        rule.metric,
+    )
+
+
+def warn_of_few(
+    rule: DoNoHarm, data: FederatedDataModule, compared: Sequence[str], warn: Callable[[str], None]
+) -> None:
+    """Warn of the clients that have too few samples of one of their classes.
+
+    The server of a federation of sites has no labels, and warns of none.
+    """
+    targets = data.samples.targets
+    if not len(targets):
+        return
+    fewest, parts = fewest_samples(rule), []
+    for splits in data.clients:
+        held_out = torch.cat([targets[getattr(splits, split)] for split in compared])
+        classes = sorted({*targets[splits.train].tolist(), *held_out.tolist()})
+        counts = {label: int((held_out == label).sum()) for label in classes}
+        few = [
+            f"{shorten(data.samples.class_names[label], 24)}: {count}"
+            for label, count in counts.items()
+            if count < fewest
+        ]
+        if few or len(classes) < 2:
+            parts.append(f"{splits.label} ({', '.join(few) or 'one class'})")
+    if parts:
+        warn(
+            f"do_no_harm: the test of {METRICS[rule.metric].title} can deploy the federated model with at least"
+            f" {fewest} samples of each class of a client in the {' and '.join(compared)} split. These clients have"
+            " fewer and deploy their local model: " + shorten("; ".join(parts), 160)
+        )
 
 
 def check_privacy(mechanism: GaussianMechanism, method: Method, participants: Sequence[int]) -> None:

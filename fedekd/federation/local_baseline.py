@@ -36,12 +36,14 @@ class LocalBaseline:
         losses: Loss per sample of the splits `tuning` and `holdout`, see `Client.losses`. They stay on the client.
         metrics: All metrics on the test split by key; empty in results of earlier versions.
         tuning_losses: Mean supervised loss on the tuning split, see `Client.supervised_loss`; NaN without samples.
+        held_out_scores: Scores of two classes on the splits of `losses`, see `Client.held_out`; likewise.
     """
 
     scores: list[float]
     losses: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     tuning_losses: list[float] = field(default_factory=list)
+    held_out_scores: list[dict[str, Tensor]] = field(default_factory=list)
 
     def after(self, rounds: int) -> float:
         """Return the score after a number of rounds, clipped to those trained."""
@@ -54,6 +56,10 @@ class LocalBaseline:
     def losses_after(self, rounds: int, split: str) -> Tensor:
         """Return the losses (n,) on a split after a number of rounds, clipped likewise."""
         return self.losses[self._index(rounds)][split]
+
+    def scores_after(self, rounds: int, split: str) -> Tensor:
+        """Return the scores of two classes on a split, likewise."""
+        return self.held_out_scores[self._index(rounds)][split]
 
     def _index(self, rounds: int) -> int:
         return min(max(rounds, 1), len(self.scores or self.metrics)) - 1
@@ -101,23 +107,32 @@ def train_local_baseline(
     kept = None if memory is None or path is not None else memory.get(client.number)
     baseline, state = _read(path) if kept is None else _parts(unpack(kept))
     metrics, losses, tuning_losses = baseline.metrics, baseline.losses, baseline.tuning_losses
+    held_out_scores = baseline.held_out_scores
     if state is not None:
         client.load_state_dict(state)
     interval = WriteInterval()
     for round_idx in range(len(metrics) + 1, rounds + 1):
         method.receive(client, {}, round_idx)
         metrics.append(client.evaluate()[1])
-        losses.append({split: client.losses(split).cpu() for split in COMPARED_SPLITS})
+        held_out = {split: client.held_out(split) for split in COMPARED_SPLITS}
+        losses.append({split: values.cpu() for split, (values, _) in held_out.items()})
+        held_out_scores.append({split: values.cpu() for split, (_, values) in held_out.items()})
         tuning_losses.append(client.supervised_loss("tuning"))
         if (path is None and memory is None) or not (round_idx == rounds or interval.is_over()):
             continue
-        content = {"metrics": metrics, "losses": losses, "tuning": tuning_losses, "state": client.state_dict()}
+        content = {
+            "metrics": metrics,
+            "losses": losses,
+            "tuning": tuning_losses,
+            "held_out_scores": held_out_scores,
+            "state": client.state_dict(),
+        }
         write_cached(path, content)
         if path is None and memory is not None:
             memory[client.number] = pack(content)
     name = client.spec.primary.name  # not part of the key: one baseline serves every choice of metrics
     scores = [values[name] for values in metrics[:rounds]]
-    return LocalBaseline(scores, losses[:rounds], metrics[:rounds], tuning_losses[:rounds])
+    return LocalBaseline(scores, losses[:rounds], metrics[:rounds], tuning_losses[:rounds], held_out_scores[:rounds])
 
 
 def read_local_baseline(client: Client, folder: Path | None) -> LocalBaseline:
@@ -180,5 +195,5 @@ def _read(path: Path | None) -> tuple[LocalBaseline, Any]:
 
 def _parts(content: Any) -> tuple[LocalBaseline, Any]:
     """Return a stored baseline without `scores`, and the client's state."""
-    parts = (list(content[name]) for name in ("losses", "metrics", "tuning"))
+    parts = (list(content[name]) for name in ("losses", "metrics", "tuning", "held_out_scores"))
     return LocalBaseline([], *parts), content["state"]

@@ -244,6 +244,8 @@ class Orchestrator:
                 record = self.progress.records[number]
                 record.score = metrics[self.metrics.primary.name]
                 record.metrics = metrics if record.metrics else {}
+                if isinstance(self.engine, SequentialEngine):  # other engines keep the stored values
+                    record.deployed_metrics = self.engine.evaluate_candidate(number)
             return summarize(self)
         finally:
             self.engine.close()

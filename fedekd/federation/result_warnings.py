@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedekd.do_no_harm.power import fewest_samples
 from fedekd.errors import LONGEST_ERROR, listed, shorten
 from fedekd.metrics import BALANCED, predicts_like_one_class
 
@@ -28,7 +30,29 @@ def result_warnings(run: Orchestrator) -> list[str]:
         run: A run whose last round is finished. Undefined metrics are named only if the run's metrics were chosen.
     """
     lines = _undefined_metrics(run) if run.metrics.are_chosen else []
-    return [*lines, *_one_class(run)]
+    return [*lines, *_one_class(run), *_without_difference(run)]
+
+
+def _without_difference(run: Orchestrator) -> list[str]:
+    """Return a line that names the clients whose two models never differ."""
+    rule = run.do_no_harm
+    if rule is None or run.task != "classification" or rule.rule != "certified" or rule.margin > 0:
+        return []
+    parts, fewest = [], fewest_samples(rule)
+    for number, record in sorted(run.progress.records.items()):
+        result = record.comparison
+        if result is None or not result.is_local or result.worse + result.better or result.samples < fewest:
+            continue
+        # Upper bound of the rate at confidence 0.95 where none of n samples differs.
+        needed = math.ceil(fewest / (1 - 0.05 ** (1 / result.samples)))
+        parts.append(f"{shorten(run.data.clients[number].label, _LONGEST_NAME)}: more than {needed:,}")
+    if not parts:
+        return []
+    start = (
+        f"do_no_harm: no compared sample differs between the models, and margin 0 needs at least {fewest} samples that"
+        " only the federated model classifies correctly. Set do_no_harm.margin above 0, or compare on more samples"
+    )
+    return [_joined(start, parts)]
 
 
 def _undefined_metrics(run: Orchestrator) -> list[str]:

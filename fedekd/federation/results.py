@@ -46,6 +46,7 @@ class ClientRecord:
         tradeoff: Accuracy against cost of a network with exits, after the last round.
         comparison: Latest do-no-harm comparison.
         metrics: All metrics of that scoring by key; empty in records of earlier versions.
+        deployed_metrics: Those of the candidate of `comparison`; empty without one.
     """
 
     score: float
@@ -55,6 +56,7 @@ class ClientRecord:
     comparison: Comparison | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     round: int = 0
+    deployed_metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -160,10 +162,11 @@ class Progress:
     def add_result(self, result: ClientResult, round_idx: int) -> None:
         """Replace the record of a client, except a comparison that the round lacks."""
         before = self.records.get(result.client)
-        comparison = result.comparison or (before.comparison if before else None)
-        self.records[result.client] = ClientRecord(
-            result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison, result.metrics, round_idx
-        )
+        comparison, deployed = result.comparison, result.deployed_metrics
+        if comparison is None and before is not None:
+            comparison, deployed = before.comparison, before.deployed_metrics
+        values = result.score, result.supervised_rounds, result.logs, result.tradeoff, comparison, result.metrics
+        self.records[result.client] = ClientRecord(*values, round_idx, deployed)
 
     def add_bytes_down(self, size: int) -> None:
         """Count bytes sent to a client."""
@@ -232,10 +235,11 @@ class Progress:
         else:
             local = [self.local_values(number).get(key, math.nan) for number in numbers]
             scores = [self.records[number].metrics.get(key, math.nan) for number in numbers]
-        scores = [
-            baseline if deployed and not self._deploys_federated(number) else score
-            for number, baseline, score in zip(numbers, local, scores, strict=True)
-        ]
+        if deployed:
+            scores = [
+                self._deployed_score(number, key or metric.name, score, baseline)
+                for number, baseline, score in zip(numbers, local, scores, strict=True)
+            ]
         counted = [
             (score, baseline)
             for number, baseline, score in zip(numbers, local, scores, strict=True)
@@ -284,9 +288,7 @@ class Progress:
             record = self.records[number]
             columns = {metric: score, "local": local, "delta": delta, **record.logs}
             if record.comparison is not None:
-                comparison = asdict(record.comparison)
-                columns["deployed/federated"] = float(comparison.pop("deployed") == "federated")
-                columns |= {f"deployed/{name}": value for name, value in comparison.items()}
+                columns |= {f"deployed/{name}": value for name, value in record.comparison.scalars().items()}
             for name, summary in others.items():
                 columns |= dict(zip((name, f"local/{name}", f"delta/{name}"), summary.clients[number], strict=True))
             for name, summary in references.items():
@@ -324,12 +326,19 @@ class Progress:
         return {name: self.scores(metric, key) for key, (name, metric) in reported.others.items()}
 
     def share_federated(self) -> float:
-        """Return the share of clients that deploy the federated model."""
+        """Return the share of clients that deploy the federated model, or a candidate."""
         return sum(map(self._deploys_federated, self.records)) / len(self.records)
 
     def _deploys_federated(self, number: int) -> bool:
         comparison = self.records[number].comparison
-        return comparison is None or comparison.deployed == "federated"
+        return comparison is None or not comparison.is_local
+
+    def _deployed_score(self, number: int, key: str, score: float, baseline: float) -> float:
+        """Return the score of the deployed model of a client."""
+        if not self._deploys_federated(number):
+            return baseline
+        metrics = self.records[number].deployed_metrics
+        return metrics.get(key, math.nan) if metrics else score
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, exact."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import fedekd
 from fedekd.atomic import digest
 from fedekd.data import Samples
+from fedekd.do_no_harm.evidence import METRICS
 from fedekd.do_no_harm.power import deciding_samples
 from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.early_exit.client_tradeoff import mean_tradeoff
@@ -54,7 +55,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
     """Return the summary with NaN where a value is undefined."""
     primary, records = run.metrics.primary, run.progress.records
     scores, others = run.progress.scores(primary), run.progress.other_scores(run.metrics)
-    counts = run.data.class_counts()
+    counts, deployed = run.data.class_counts(), run.progress.scores(primary, deployed=True)
     clients: list[dict[str, Any]] = []
     for number, (score, local, delta) in scores.clients.items():
         splits, comparison = run.data.clients[number], records[number].comparison
@@ -76,6 +77,9 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
         )
         if run.do_no_harm is not None and comparison is not None:
             clients[-1] |= _compared(run, run.do_no_harm, comparison)
+            if run.do_no_harm.candidates:
+                score, _, delta = deployed.clients[number]
+                clients[-1] |= {"deployed_score": score, "deployed_delta": delta}
     tradeoffs = [record.tradeoff for record in records.values() if record.tradeoff is not None]
     return {
         "dataset": run.data.samples.name,
@@ -190,11 +194,21 @@ def _class_names(samples: Samples) -> dict[str, list[str]]:
 def _compared(run: Orchestrator, rule: DoNoHarm, comparison: Comparison) -> dict[str, Any]:
     """Return a comparison; of classifiers also the samples that would decide."""
     values = asdict(comparison)
-    if run.task == "classification" and rule.rule == "certified" and comparison.samples:
+    deciding = values.pop("deciding")
+    if rows := {row.pop("name"): row for row in values.pop("candidates")}:
+        # A row has no evidence after the first candidate that failed.
+        values["candidates"] = {name: row if row.pop("tested") else "not tested" for name, row in rows.items()}
+    if deciding is not None:
+        values["deciding_samples"] = deciding or None
+    elif run.task == "classification" and rule.metric == "accuracy" and _has_test(rule, comparison):
         counts = comparison.worse, comparison.better, comparison.samples
         is_local = comparison.deployed == "local"
         values["deciding_samples"] = deciding_samples(rule, *counts) if is_local else comparison.samples
     return values
+
+
+def _has_test(rule: DoNoHarm, comparison: Comparison) -> bool:
+    return rule.rule == "certified" and comparison.samples > 0
 
 
 def _deployed(run: Orchestrator) -> dict[str, Any]:
@@ -205,6 +219,7 @@ def _deployed(run: Orchestrator) -> dict[str, Any]:
     return {
         "deployed": {
             "rule": asdict(run.do_no_harm),
+            **({} if METRICS[run.do_no_harm.metric].is_exact else {"asymptotic": True}),
             "federated": run.progress.share_federated(),
             "mean": scores.mean,
             "worst": scores.worst,

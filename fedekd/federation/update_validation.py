@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.data import ClientSplits
-from fedekd.do_no_harm.rule import Comparison
+from fedekd.do_no_harm.rule import FEDERATED, LOCAL, Comparison
 from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.early_exit.cost_curves import BUDGETS
 from fedekd.errors import shorten
@@ -41,6 +41,7 @@ _EXPECTED = {
     "tradeoff": "pairs and triples of numbers",
     "comparison": "consistent counts",
     "metrics": "a dict of numbers by name",
+    "deployed_metrics": "a dict of numbers by name",
     "update": "a ClientUpdate with a number of samples",
 }
 
@@ -95,9 +96,8 @@ def invalid_field(result: ClientResult) -> str | None:
         and all(map(is_number, logs.values())),
         "tradeoff": result.tradeoff is None or _is_tradeoff(result.tradeoff),
         "comparison": result.comparison is None or _is_comparison(result.comparison),
-        "metrics": isinstance(result.metrics, dict)
-        and all(map(is_log_name, result.metrics))
-        and all(map(is_number, result.metrics.values())),
+        "metrics": _are_metrics(result.metrics),
+        "deployed_metrics": _are_metrics(result.deployed_metrics),
         "update": update is None or (isinstance(update, ClientUpdate) and is_count(update.num_samples)),
     }
     name = next((name for name, is_valid in valid.items() if not is_valid), None)
@@ -135,6 +135,11 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, np.floating | np.integer)
 
 
+def _are_metrics(value: Any) -> bool:
+    """Return True for numbers by name."""
+    return isinstance(value, dict) and all(map(is_log_name, value)) and all(map(is_number, value.values()))
+
+
 def _is_tradeoff(value: Any) -> bool:
     """Return True for an `ExitTradeoff` of pairs and triples of numbers."""
     return isinstance(value, ExitTradeoff) and all(
@@ -149,10 +154,21 @@ def _is_comparison(value: Any) -> bool:
     """Return True for a `Comparison` of consistent counts."""
     return (
         isinstance(value, Comparison)
-        and value.deployed in ("federated", "local")
-        and all(map(is_count, (value.samples, value.worse, value.better)))
+        and isinstance(value.deployed, str)
+        and value.deployed in (FEDERATED, LOCAL, *(row.name for row in value.candidates))
+        and all(map(_has_counts, (value, *value.candidates)))
+        and all(isinstance(row.name, str) and isinstance(row.tested, bool) for row in value.candidates)
+        and (value.deciding is None or is_count(value.deciding))
+        and is_number(value.level)
+    )
+
+
+def _has_counts(value: Any) -> bool:
+    """Return True for consistent counts, a gain and a p-value."""
+    return (
+        all(map(is_count, (value.samples, value.worse, value.better)))
         and value.worse + value.better <= value.samples
-        and all(map(is_number, (value.gain, value.p_value, value.level)))
+        and all(map(is_number, (value.gain, value.p_value)))
     )
 
 
@@ -204,7 +220,13 @@ class ResultValidator:
         if comparison is not None and request.comparison is not None:
             client = self.clients[result.client]
             held = sum(len(getattr(client, split)) for split in request.comparison.splits)
-            expected["comparison"] = comparison.samples <= held
+            rule = request.comparison.rule
+            allowed = {*(rule.candidates or (FEDERATED,)), LOCAL}
+            has_names = tuple(row.name for row in comparison.candidates) == rule.candidates
+            is_within = max([comparison.samples, *(row.samples for row in comparison.candidates)]) <= held
+            expected["comparison"] = has_names and is_within and comparison.deployed in allowed
+            needs_metrics = bool(rule.candidates) and not comparison.is_local
+            expected["deployed_metrics"] = self._has_deployed_metrics(result, needs_metrics)
         name = next((name for name, is_valid in expected.items() if not is_valid), None)
         if name is None:
             return None
@@ -230,6 +252,11 @@ class ResultValidator:
             if not is_value(self.metrics[key], value):
                 return f"score: expected a value of {key}, got {_short(value)}"
         return None
+
+    def _has_deployed_metrics(self, result: ClientResult, needed: bool) -> bool:
+        """Return True for valid metrics of a candidate, or none where none is needed."""
+        metrics = result.deployed_metrics
+        return self.metrics_problem(metrics) is None if needed else not metrics
 
     def _fits(self, result: ClientResult) -> bool:
         """Return True for valid metrics with the score among them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.client import Client
+from fedekd.methods.serving import Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.models.freezing import exchanged_tensors
 
 StateDict = Mapping[str, Tensor]
 """Tensors by name, as in `torch.nn.Module.state_dict`."""
+
+Candidates = Mapping[str, Callable[[Client], Serving | None]]
+"""By name, how a client serves a model; None is its private model."""
 
 
 def state_dict_bytes(state: StateDict) -> int:
@@ -133,6 +137,14 @@ class Method(ABC):
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
         """Add networks and `method_state`; client, before its first round."""
 
+    def candidates(self) -> Candidates:
+        """Return the models that a client can deploy, for `do_no_harm.candidates`.
+
+        A function gets the client after `receive`, and returns how the model is served. By default there is one, what
+        the method serves, named `private`.
+        """
+        return {"private": lambda client: client.serving}
+
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """Return the message to the participants of a round; server."""
         return Broadcast()
@@ -194,6 +206,10 @@ class ProxyMethod(Method):
     def init_client(self, client: Client) -> None:
         """Add the proxy to the client's networks."""
         client.networks["proxy"] = client.spec.build_model("proxy", "server")
+
+    def candidates(self) -> Candidates:
+        """Return the private model, and the global proxy that was received."""
+        return {**super().candidates(), "proxy": lambda client: client.single("proxy")}
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
         """Return the global proxy."""

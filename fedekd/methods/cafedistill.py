@@ -14,7 +14,8 @@ from fedekd.functional import Mean, active_exits, average_state_dicts, cosine_si
 from fedekd.functional.exit_scheduling import ORDERS, SCHEDULES, Order, Schedule
 from fedekd.functional.label_prior import SERVING_SMOOTHING, TRAINING_SMOOTHING
 from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean
-from fedekd.methods.client import Client, Serving
+from fedekd.methods.client import Client
+from fedekd.methods.serving import Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.models import MultiExitNetwork
 from fedekd.models.freezing import exchanged_tensors

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -19,40 +18,17 @@ from fedekd.data import (
     input_batches,
     scale,
 )
-from fedekd.errors import require
 from fedekd.functional import log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
+from fedekd.methods.client_state import client_state, load_client_state, load_served_state, served_state
+from fedekd.methods.serving import CANDIDATE, ENSEMBLE, LOCAL, Candidate, Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
 from fedekd.models import build_ensemble, eval_mode
-from fedekd.models.digest import tensors_fingerprint
-from fedekd.models.freezing import frozen_names, keeps_statistics
+from fedekd.models.freezing import keeps_statistics
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.modules.schedule import Schedule
 from fedekd.seeding import derive_seed
-
-#: Role of the ensemble that a client serves in place of its private model.
-ENSEMBLE = "ensemble"
-
-#: Role of the local model that do-no-harm has deployed.
-LOCAL = "local"
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Combination of a client's networks at serving time.
-
-    See `fedekd.models.Ensemble`.
-
-    Attributes:
-        members: Roles of the M networks, the private model first if it is a member.
-        weights: Weight of each member, shape (M,).
-        offsets: Added to the outputs of each member, shape (M, C).
-    """
-
-    members: tuple[str, ...]
-    weights: Tensor
-    offsets: Tensor
 
 
 @contextmanager
@@ -108,6 +84,8 @@ class Client:
         method_state: State that the method keeps on the client: tensors, numbers and dicts of them.
         supervised_epochs: Epochs of supervised training of the private model; counted by `train_supervised`.
         serving: How the networks are combined at serving time; None serves the private model.
+        candidate: Model that do-no-harm deploys in place of what is served; None deploys what is served, or the local
+            model.
         selected: Best round so far, with `--select_round best`; see `fedekd.methods.round_selection`. None without one.
         training_splits: Splits that the method's training uses.
     """
@@ -123,6 +101,7 @@ class Client:
         self.method_state: dict[str, Any] = {}
         self.supervised_epochs = 0
         self.serving: Serving | None = None
+        self.candidate: Candidate | None = None
         self.selected: dict[str, Any] | None = None
 
     @property
@@ -134,17 +113,34 @@ class Client:
         """Return the network of a role; `ensemble` is built from its members.
 
         Args:
-            role: A key of `networks`, or `ensemble` where `serving` is set.
+            role: A key of `networks`, `ensemble` where `serving` is set, or `candidate` where a candidate is deployed.
         """
-        if role != ENSEMBLE or self.serving is None:
-            return self.networks[role]
-        members = {name: self.networks[name] for name in self.serving.members}
-        ensemble = build_ensemble(members, self.serving.weights, self.serving.offsets, self.spec.task)
+        if role == CANDIDATE and self.candidate is not None:
+            return self.combined(self.candidate.serving)
+        return self.networks[role] if role != ENSEMBLE or self.serving is None else self.combined(self.serving)
+
+    def combined(self, serving: Serving | None) -> nn.Module:
+        """Return the network that a combination serves; None is the private model."""
+        if serving is None:
+            return self.networks["private"]
+        members = {name: self.networks[name] for name in serving.members}
+        ensemble = build_ensemble(members, serving.weights, serving.offsets, self.spec.task)
         return ensemble.to(self.spec.trainer.torch_device)
+
+    def single(self, role: str, offset: Tensor | None = None) -> Serving:
+        """Return how one of the networks is served.
+
+        Args:
+            role: A key of `networks`.
+            offset: Added to its outputs, shape (C,). Default 0.
+        """
+        zeros = torch.zeros(1, self.spec.num_outputs, dtype=self.spec.trainer.dtype)
+        offsets = zeros if offset is None else offset.detach().cpu()[None].to(zeros)
+        return Serving((role,), torch.ones(1, dtype=zeros.dtype), offsets)
 
     @torch.no_grad()
     def member_outputs(self, x: Tensor, exits: Tensor) -> dict[str, Tensor]:
-        """Return the outputs of each member of the ensemble; empty without `serving`.
+        """Return the outputs of each deployed member; empty for one network.
 
         Args:
             x: Inputs, shape (B, ...).
@@ -154,9 +150,8 @@ class Client:
             By role, logits or values in the unit of the targets, with the offset of the member, shape (B, C).
         """
         outputs = {}
-        for role, offset in (
-            () if self.serving is None else zip(self.serving.members, self.serving.offsets, strict=True)
-        ):
+        serving = self.deployed_serving
+        for role, offset in () if serving is None else zip(serving.members, serving.offsets, strict=True):
             network = self.networks[role]
             with eval_mode(network):
                 every = predict(network, x).exits
@@ -417,8 +412,31 @@ class Client:
         Returns:
             Losses of the split's samples in order, float64, shape (n,).
         """
+        return self.held_out(split, role)[0]
+
+    def held_out(self, split: str, role: str | None = None) -> tuple[Tensor, Tensor]:
+        """Return the served network's losses and class scores of a split.
+
+        Args:
+            split: Name of the split.
+            role: Network; None is what is served.
+
+        Returns:
+            Losses as in `losses`, and of two classes the log odds of class 1, float64, shape (n,), which rank the
+            samples; for other tasks shape (0,). A non-finite output has the score that is wrong for its target.
+        """
         output = self.in_target_unit(self.predict(role or self.served_role, split, mixed=False).output)
         targets = self.targets(split)
+        losses = self._losses(output, targets)
+        if self.spec.task == "regression" or self.spec.num_outputs != 2:
+            return losses, losses.new_empty(0)
+        odds = (output[:, 1] - output[:, 0]).double()
+        is_finite = output.isfinite().all(dim=1)
+        wrong = torch.where(targets == 1, -torch.inf, torch.inf).to(odds)
+        return losses, torch.where(is_finite, odds, wrong)
+
+    def _losses(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses of outputs in the unit of the targets."""
         finite = output.isfinite().all(dim=1)
         if self.spec.task == "regression":
             return torch.where(finite, (output.double().squeeze(1) - targets.double()).square(), torch.inf)
@@ -437,8 +455,23 @@ class Client:
 
     @property
     def deployed_role(self) -> str:
-        """Role of the deployed network: `local` after do-no-harm, or what is served."""
-        return LOCAL if LOCAL in self.networks else self.served_role
+        """Role of the deployed network: `local`, `candidate`, or what is served."""
+        if LOCAL in self.networks:
+            return LOCAL
+        return self.served_role if self.candidate is None else CANDIDATE
+
+    @property
+    def deployed_name(self) -> str:
+        """Name of the deployed model: the role, or the name of the candidate."""
+        is_candidate = self.deployed_role == CANDIDATE and self.candidate is not None
+        return self.candidate.name if is_candidate and self.candidate is not None else self.deployed_role
+
+    @property
+    def deployed_serving(self) -> Serving | None:
+        """Combination of networks that is deployed; None for one of `networks`."""
+        if self.deployed_role == CANDIDATE and self.candidate is not None:
+            return self.candidate.serving
+        return self.serving if self.deployed_role == ENSEMBLE else None
 
     @property
     def deployed_model(self) -> nn.Module:
@@ -452,8 +485,23 @@ class Client:
             local: The client of the local baseline; None for the federated model.
         """
         self.networks.pop(LOCAL, None)
+        self.candidate = None
         if local is not None:
             self.networks[LOCAL] = local.networks["private"]
+
+    def use_candidate(self, candidate: Candidate) -> None:
+        """Deploy one of the models that the method declares."""
+        self.use_local_model(None)
+        self.candidate = candidate
+
+    @contextmanager
+    def trial(self, candidate: Candidate) -> Iterator[None]:
+        """Context manager: `candidate` is the network of the role of this name."""
+        before, self.candidate = self.candidate, candidate
+        try:
+            yield
+        finally:
+            self.candidate = before
 
     def load_received(self, received: Mapping[str, Tensor]) -> None:
         """Load received tensors into the private model, and keep its other tensors.
@@ -474,100 +522,19 @@ class Client:
 
         Frozen tensors of pretrained weights are left out; `load_state_dict` takes them from the new network.
         """
-        return {
-            **self._network_states(self.networks),
-            "optimizer_states": self.optimizer_states,
-            "loss_scales": self.loss_scales,
-            "method_state": self.method_state,
-            "supervised_epochs": self.supervised_epochs,
-            **({"scheduler_states": self.scheduler_states} if self.scheduler_states else {}),
-            **({} if self.selected is None else {"selected": self.selected}),
-            **self._serving_state(),
-        }
+        return client_state(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.use_local_model(None)
-        for role, network_state in state["networks"].items():
-            if role == LOCAL:
-                self.networks[role] = self.spec.build_model("private", self.number)
-            self._load_network(role, network_state, state)
-        self.optimizer_states = state["optimizer_states"]
-        self.scheduler_states = state.get("scheduler_states", {})
-        self.loss_scales = state["loss_scales"]
-        self.method_state = state["method_state"]
-        self.supervised_epochs = state["supervised_epochs"]
-        self.selected = state.get("selected")
-        self._load_serving(state)
+        load_client_state(self, state)
 
     def served_state(self) -> dict[str, Any]:
         """Return the state of what is served: its networks, and how they are combined."""
-        roles = ("private",) if self.serving is None else self.serving.members
-        return {**self._network_states(roles), **self._serving_state()}
+        return served_state(self)
 
     def load_served_state(self, state: Mapping[str, Any]) -> None:
         """Serve what `served_state` returned."""
-        for role, network_state in state["networks"].items():
-            self._load_network(role, network_state, state)
-        self._load_serving(state)
-
-    def _network_states(self, roles: Iterable[str]) -> dict[str, Any]:
-        """Return the states of networks without those of the frozen base.
-
-        Omitted are the tensors of `FederationSpec.frozen_base`, and `base_sha256` is their digest; it is missing where
-        none are omitted. A network whose frozen tensors are not those of the base is stored in full.
-        """
-        networks = {role: self.networks[role].state_dict() for role in roles}
-        base = self.spec.frozen_base(self.number)
-        if base is None:
-            return {"networks": networks}
-        omitted, has_omitted = set(base.names), False
-        for role, state in networks.items():
-            if omitted <= frozen_names(self.networks[role]) and base.sha256 == tensors_fingerprint(
-                {name: state[name] for name in base.names}
-            ):
-                networks[role] = {name: tensor for name, tensor in state.items() if name not in omitted}
-                has_omitted = True
-        return {"networks": networks, **({"base_sha256": base.sha256} if has_omitted else {})}
-
-    def _load_network(self, role: str, stored: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Load a network of `_network_states`.
-
-        Args:
-            role: Role of the network, which has its initial weights or the same frozen tensors.
-            stored: Its stored tensors.
-            state: The state that has them.
-
-        Raises:
-            UserError: If the network has other frozen tensors than those that were omitted.
-        """
-        network = self.networks[role]
-        if "base_sha256" in state:
-            own, base = network.state_dict(), self.spec.frozen_base(self.number)
-            names = () if base is None or set(base.names) & stored.keys() else base.names
-            omitted = {name: own[name] for name in names if name in own}
-            actual = tensors_fingerprint(omitted)
-            require(
-                not omitted or actual == state["base_sha256"],
-                "client.private_model" if self.spec.client.private_weights is None else "client.private_weights",
-                f"the pretrained weights of the training, SHA-256 {state['base_sha256'][:12]}",
-                actual[:12],
-                "Restore their file, and the versions of torchvision or timm that trained",
-            )
-            stored = {**stored, **omitted}
-        network.load_state_dict(stored)
-
-    def _serving_state(self) -> dict[str, Any]:
-        """Return `serving` as plain values; empty for the private model."""
-        if self.serving is None:
-            return {}
-        return {"serving": vars(self.serving) | {"members": [*self.serving.members]}}
-
-    def _load_serving(self, state: Mapping[str, Any]) -> None:
-        self.serving = None
-        if "serving" in state:
-            values = state["serving"]
-            self.serving = Serving(tuple(values["members"]), values["weights"], values["offsets"])
+        load_served_state(self, state)
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedekd.errors import require
 from fedekd.functional import Aggregator
-from fedekd.methods.base import ClientUpdate, StateDict
+from fedekd.methods.base import Candidates, ClientUpdate, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
 from fedekd.models.freezing import load_exchanged
@@ -45,6 +45,10 @@ class Ditto(FedAvg):
     def init_client(self, client: Client) -> None:
         """Add the global model to the client's networks."""
         client.networks["global"] = client.spec.build_model("private", "server")
+
+    def candidates(self) -> Candidates:
+        """Return the personal model, and the global model that was received."""
+        return {**super().candidates(), "global": lambda client: client.single("global")}
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         """Load the global model, and train the personal one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -12,9 +13,10 @@ from fedekd.errors import require, require_choice
 from fedekd.functional import Aggregator, Mean, fit_linear_weights, fit_log_linear_weights
 from fedekd.functional.label_prior import SERVING_SMOOTHING, TRAINING_SMOOTHING
 from fedekd.global_state import isolated_rng
-from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
-from fedekd.methods.client import Client, Serving
+from fedekd.methods.base import Candidates, ClientUpdate, ProxyMethod, StateDict
+from fedekd.methods.client import Client
 from fedekd.methods.fedper import is_in_module
+from fedekd.methods.serving import Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import GatedPrivateModule, SupervisedModule
 from fedekd.seeding import derive_seed
@@ -169,6 +171,20 @@ class ProxyEnsemble(ProxyMethod):
         if serving is not None:
             weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
         return logs | {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
+
+    def candidates(self) -> Candidates:
+        """Return the networks with the client's prior, and what is served."""
+        tuned: Candidates = {"tuned": partial(self._corrected, role="tuned")} if self.finetune_epochs else {}
+        return {
+            "private": lambda client: None,
+            "proxy": partial(self._corrected, role="proxy"),
+            **tuned,
+            "ensemble" if self.serve == "ensemble" else "student": lambda client: client.serving,
+        }
+
+    def _corrected(self, client: Client, role: str) -> Serving:
+        """Return a proxy with the client's prior."""
+        return client.single(role, self._offset(client, SERVING_SMOOTHING))
 
     def scheduled_epochs(self, spec: FederationSpec) -> int:
         """Return the most epochs of private model, proxy, tuned proxy and student."""

@@ -23,7 +23,17 @@ from rich.text import Text
 
 from fedekd.errors import print_warning, shorten
 from fedekd.global_state import exclusive
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, references_of, value_title
+from fedekd.reporting.rows import (
+    Row,
+    Summary,
+    candidate_rows,
+    client_title,
+    is_harm,
+    metric_note,
+    metric_spec,
+    references_of,
+    value_title,
+)
 
 _MAX_CLASS_RANGES = 8  # with more, a table would exceed 80 columns
 
@@ -43,6 +53,7 @@ def result_tables(summary: Summary, metrics: Sequence[str] | None = None) -> lis
         *([others] if others is not None else []),
         *([reference_table(summary)] if references_of(summary) else []),
         *([deployed_table(summary)] if "deployed" in summary else []),
+        *([candidates_table(summary)] if candidate_rows(summary) else []),
     ]
 
 
@@ -188,7 +199,7 @@ def deployed_table(summary: Summary) -> Table:
     """
     rule, delta, after = summary["deployed"]["rule"], summary["delta"], summary["deployed"]["delta"]
     by_class, tail = summary["task"] == "classification", metric_spec(summary["metric"]).tail
-    guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}"
+    guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}{metric_note(rule)}"
     title = f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}"
     table = Table(title=title, collapse_padding=True, pad_edge=False)  # as narrow as possible, for names of sites
     _add_client_column(table, summary)
@@ -206,12 +217,28 @@ def deployed_table(summary: Summary) -> Table:
         # As in Progress.scores: the local model's Delta is 0, or undefined with its score.
         local_delta = None if client["local"] is None else 0.0
         deployed_delta = client["delta"] if client["deployed"] == "federated" else local_delta
+        deployed_delta = client.get("deployed_delta", deployed_delta)
         changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
         table.add_row(_plain(title), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
     for name, key in (("mean", "avg"), ("worst", "worst"), (tail.upper(), tail)):
         table.add_row(name, *blank, _delta_text(delta[key], summary), _delta_text(after[key], summary))
+    return table
+
+
+def candidates_table(summary: Summary) -> Table:
+    """Build the table of p-values of the candidates, in the order of the tests.
+
+    Args:
+        summary: Content of `summary.json` of a run with `do_no_harm.candidates`.
+    """
+    rows = candidate_rows(summary)
+    table = Table(title="candidates: p-values")
+    for name in rows[0]:
+        table.add_column(_plain(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_plain, row.values()))
     return table
 
 

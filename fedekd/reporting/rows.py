@@ -152,3 +152,31 @@ def is_harm(delta: float | None, metric: str) -> bool:
     if delta is None:
         return False
     return delta < 0 if metric_spec(metric).higher_is_better else delta > 0
+
+
+def candidate_rows(summary: Summary) -> list[dict[str, str]]:
+    """Return the p-values of each client's candidates in order, as text.
+
+    Args:
+        summary: Content of `summary.json`.
+    """
+    rows = []
+    for client in summary["clients"]:
+        row = {"site" if "name" in client else "client": client_title(client)}
+        for name, result in client.get("candidates", {}).items():
+            tested = isinstance(result, Mapping)
+            p_value = result["p_value"] if isinstance(result, Mapping) else None
+            row[name] = result if not tested else "" if p_value is None else f"{p_value:.3g}"
+        if "candidates" in client:
+            rows.append({**row, "deployed": client["deployed"]})
+    return rows
+
+
+def metric_note(rule: Mapping[str, Any]) -> str:
+    """Return the metric of a do-no-harm rule as a part of a text; empty for accuracy.
+
+    Args:
+        rule: Fields of the rule, as in `summary.json`.
+    """
+    name = rule.get("metric", "accuracy")
+    return "" if name == "accuracy" else f", {name}" + (" (asymptotic)" if name == "auroc_delong" else "")

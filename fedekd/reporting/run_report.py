@@ -11,7 +11,17 @@ import pandas as pd
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
 from fedekd.reporting.figures import delta_per_client, gate_weights, score_per_round
-from fedekd.reporting.rows import Row, Summary, client_title, is_harm, metric_spec, references_of, value_title
+from fedekd.reporting.rows import (
+    Row,
+    Summary,
+    candidate_rows,
+    client_title,
+    is_harm,
+    metric_note,
+    metric_spec,
+    references_of,
+    value_title,
+)
 
 #: Settings with a column of their own, or without meaning in a comparison of runs.
 _SHOWN = ("method.class_path", "data.dataset", "data.partition", "data.alpha", "rounds", "seed")
@@ -157,7 +167,9 @@ def _run_section(name: str, run: Run) -> Section:
         tables["Other metrics"] = other_metrics_table(summary)
     if "deployed" in summary:
         rule, deployed = summary["deployed"]["rule"], summary["deployed"]
-        guarantee = f"confidence {rule['confidence']:g}, margin {rule['margin']:g}"
+        guarantee = f"confidence {rule['confidence']:g}, margin {rule['margin']:g}{metric_note(rule)}"
+        if rows := candidate_rows(summary):
+            tables["Candidates: p-values in the order of the tests"] = pd.DataFrame(rows)
         text.append(
             f"Do no harm ({guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}):"
             f" {deployed['federated']:.0%} of the clients deploy the federated model. With the deployed models: mean"

@@ -118,7 +118,7 @@ def test_fit_stores_repeats_and_resumes_the_rule(
     assert "do no harm: confidence 0.9, margin 0.02" in printed
     assert "deployed" in printed
     rule = {"confidence": 0.9, "margin": 0.02, "rule": "certified", "looks": 1, "clip": 1.0}
-    rule |= {"test": "unconditional", "splits": "held_out"}
+    rule |= {"test": "unconditional", "splits": "held_out", "candidates": [], "metric": "accuracy"}
     assert yaml.safe_load(Path("a/config.yaml").read_text())["do_no_harm"] == rule
     summary = json.loads(Path("a/summary.json").read_text())
     assert summary["deployed"]["rule"] == rule

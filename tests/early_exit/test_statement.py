@@ -75,7 +75,7 @@ def test_percent_rounded_zero_has_no_sign() -> None:
 
 
 def test_do_no_harm_guarantee_states_the_rule_and_the_unit() -> None:
-    text = do_no_harm_guarantee(DoNoHarm(0.95, 0.01), "classification", 300, is_grouped=True)
+    text = do_no_harm_guarantee(DoNoHarm(confidence=0.95, margin=0.01), "classification", 300, is_grouped=True)
     for part in (
         "at least 0.95 over the 300 compared samples",
         "accuracy is lower by 0.01 or more",
@@ -84,3 +84,12 @@ def test_do_no_harm_guarantee_states_the_rule_and_the_unit() -> None:
         assert part in text
     assert "patient" not in do_no_harm_guarantee(DoNoHarm(), "regression")
     assert "mean squared error is larger than" in do_no_harm_guarantee(DoNoHarm(), "regression")
+
+
+def test_do_no_harm_guarantee_names_candidates_and_asymptotic_metrics() -> None:
+    rule = DoNoHarm(candidates=("ensemble", "tuned"), metric="auroc_delong", margin=0.02)
+    text = do_no_harm_guarantee(rule, "classification", 40)
+    assert "deploys none of the models ensemble, tuned whose AUROC is lower by 0.02 or more" in text
+    assert "the 40 compared pairs of samples" in text
+    assert "asymptotic" in text
+    assert "recall of a class is lower" in do_no_harm_guarantee(DoNoHarm(metric="recall"), "classification")

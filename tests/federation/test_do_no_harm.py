@@ -178,6 +178,8 @@ def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_pa
     assert kept["rule"] == {"confidence": 0.5, "margin": 0.0, "rule": keep, "looks": 1, "clip": 1.0} | {
         "test": "sign",
         "splits": "held_out",
+        "candidates": [],
+        "metric": "accuracy",
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     last = list(csv.DictReader((tmp_path / "metrics.csv").open()))[-1]
@@ -217,7 +219,7 @@ def test_comparison_leaves_out_a_tuning_split_that_is_used(
 def test_clients_with_too_few_samples_for_a_decision_are_a_warning(
     harmless: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedekd.federation.checks.fewest_samples", lambda rule: 44)
+    monkeypatch.setattr("fedekd.federation.checks.fewest_samples", lambda rule, task: 44)
     recorder = Recorder()
     harmless(do_no_harm=DoNoHarm(0.9), observer=recorder)
     [warning] = [line for line in recorder.warnings if "do_no_harm" in line]

@@ -29,7 +29,7 @@ from fedekd.errors import UserError
 from fedekd.federation.run_folder import first_difference
 from fedekd.flower.messages import LAST_ROUND, ROUND, pack
 from fedekd.flower.site import Site
-from fedekd.methods.client import ENSEMBLE, LOCAL
+from fedekd.methods.serving import ENSEMBLE, LOCAL
 
 from .conftest import RecordingObserver, Run, ServerStoppedError, Sites, is_equal, run_in_process
 

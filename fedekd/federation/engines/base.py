@@ -79,6 +79,7 @@ class ClientResult:
         tradeoff: Accuracy against cost of a network with exits; only after the last aggregate.
         comparison: Result of the do-no-harm comparison, in rounds that have one.
         metrics: All metrics on the test split by key, including the primary one; empty in round 0.
+        deployed_metrics: Those of the candidate that do-no-harm has chosen; empty without one.
     """
 
     client: int
@@ -89,6 +90,7 @@ class ClientResult:
     tradeoff: ExitTradeoff | None = None
     comparison: Comparison | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    deployed_metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

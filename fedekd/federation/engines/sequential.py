@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedekd.data import FederatedDataModule, close_inputs
-from fedekd.do_no_harm.rule import Comparison
+from fedekd.do_no_harm.evidence import METRICS, HeldOut, labels_of
+from fedekd.do_no_harm.rule import FEDERATED, Comparison, DoNoHarm
+from fedekd.do_no_harm.selection import select_model
 from fedekd.early_exit.client_tradeoff import exit_tradeoff
 from fedekd.federation.engines.base import (
     ClientResult,
@@ -28,6 +31,7 @@ from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.federation.wire import from_wire, update_to_wire
 from fedekd.methods import Client, FederationSpec, Method
 from fedekd.methods.round_selection import select_round, used_splits
+from fedekd.methods.serving import CANDIDATE, Candidate
 from fedekd.models import MultiExitNetwork, network_flops
 from fedekd.seeding import derive_seed
 
@@ -166,9 +170,12 @@ class SequentialEngine:
             self.observer.warn(f"round {round_idx}: {client.splits.label} has no score; its outputs are not finite")
         self.observer.phase_finished(number, "receive", self.client_steps(number) if round_idx else 0)
         update, tradeoff, comparison = None, None, None
+        deployed_metrics: dict[str, float] = {}
         if request.comparison is not None:
             with numerics():
-                comparison = self._compare(client, request.comparison, final=not request.collect_updates)
+                comparison, deployed_metrics = self._compare(
+                    client, request.comparison, final=not request.collect_updates
+                )
         if request.collect_updates:
             self.observer.phase_started(number, "update")
             with numerics():
@@ -182,35 +189,63 @@ class SequentialEngine:
             with numerics():
                 tradeoff = exit_tradeoff(client)
                 logs = logs | (_serving_costs(client) if self.method.serves_more else {})
-        return ClientResult(number, score, supervised_rounds, logs, update, tradeoff, comparison, metrics)
+        return ClientResult(
+            number, score, supervised_rounds, logs, update, tradeoff, comparison, metrics, deployed_metrics
+        )
 
-    def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> Comparison:
-        """Compare the local model with the federated one; `final` deploys one of them."""
+    def _compare(self, client: Client, request: ComparisonRequest, final: bool) -> tuple[Comparison, dict[str, float]]:
+        """Compare the local model with the candidates; `final` deploys one of them.
+
+        Returns:
+            The comparison, and all metrics of a named candidate that is chosen on the test split.
+        """
         rounds = min(max(client.supervised_rounds, 1), request.rounds[client.number])
         local = self._new_client(client.number)
         baseline = train_local_baseline(local, rounds, self.baseline_dir, memory=self.compared)
+        rule = request.rule
+        candidates = _candidates(self.method, client, rule)
 
-        def losses(*splits: str) -> tuple[Tensor, Tensor]:
-            return (
-                torch.cat([baseline.losses_after(rounds, split) for split in splits]),
-                torch.cat([client.losses(split).cpu() for split in splits]),
-            )
+        def of_local(splits: tuple[str, ...]) -> HeldOut:
+            losses = torch.cat([baseline.losses_after(rounds, split) for split in splits])
+            return HeldOut(losses, torch.cat([baseline.scores_after(rounds, split) for split in splits]))
 
-        tuning = losses("tuning") if self.spec.task == "regression" else None
-        comparison = request.rule.compare(*losses(*request.splits), self.spec.task, tuning)
-        if final and comparison.deployed == "local":
+        def of_candidate(candidate: Candidate | None, splits: tuple[str, ...]) -> HeldOut:
+            with nullcontext() if candidate is None else client.trial(candidate):
+                rows = [client.held_out(split, None if candidate is None else CANDIDATE) for split in splits]
+            losses, scores = (torch.cat([row[index].cpu() for row in rows]) for index in range(2))
+            return HeldOut(losses, scores)
+
+        labels = None
+        if METRICS[rule.metric].test is not None:
+            targets = torch.cat([client.targets(split).cpu() for split in request.splits])
+            labels = labels_of(targets, client.targets("train"))
+        evaluations = {name: partial(of_candidate, candidate) for name, candidate in candidates.items()}
+        comparison = select_model(rule, of_local, evaluations, self.spec.task, request.splits, labels)
+        chosen, metrics = candidates.get(comparison.deployed), {}
+        if chosen is not None:
+            with client.trial(chosen):
+                metrics = client.evaluate(role=CANDIDATE)[1]
+        if final and comparison.is_local:
             if local.supervised_rounds != rounds:  # the stored model was trained further: train again, up to `rounds`
                 local = self._new_client(client.number)
                 train_local_baseline(local, rounds, None)
             client.use_local_model(local)
+        elif final and chosen is not None:
+            client.use_candidate(chosen)
         elif final:
             client.use_local_model(None)
-        return comparison
+        return comparison, metrics
 
     def evaluate(self, number: int) -> dict[str, float]:
         """See `Engine`."""
         with self.spec.trainer.numerics():
             return self.client(number).evaluate()[1]
+
+    def evaluate_candidate(self, number: int) -> dict[str, float]:
+        """Return all metrics of the candidate that a client deploys; empty without one."""
+        with self.spec.trainer.numerics():
+            client = self.client(number)
+            return {} if client.candidate is None else client.evaluate(role=CANDIDATE)[1]
 
     def client_state(self, number: int) -> Any:
         """See `Engine`."""
@@ -223,6 +258,14 @@ class SequentialEngine:
     def close(self) -> None:
         """End the processes that read inputs, if any."""
         close_inputs(self.samples.inputs)
+
+
+def _candidates(method: Method, client: Client, rule: DoNoHarm) -> dict[str, Candidate | None]:
+    """Return the candidates in the order of the tests; None is what is served."""
+    if not rule.candidates:
+        return {FEDERATED: None}
+    known = method.candidates()
+    return {name: Candidate(name, known[name](client)) for name in rule.candidates}
 
 
 def _serving_costs(client: Client) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Models that do-no-harm deploys among the candidates of ProxyEnsemble."""

@@ -1,0 +1,174 @@
+"""Paired tests of two classifiers in balanced accuracy and AUROC.
+
+The labels are given: the samples of a class are independent draws of that class.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+from scipy.stats import rankdata
+
+Floats = npt.NDArray[np.float64]
+
+#: Largest stake, as a share of the largest possible loss.
+LARGEST_STAKE = 0.9
+
+
+def balanced_gains(gains: npt.ArrayLike, labels: npt.ArrayLike, classes: npt.ArrayLike) -> Floats:
+    r"""Compute independent unbiased estimates of the gain in balanced accuracy.
+
+    With $k = \min_c n_c$, the $n_c$ samples of class c are divided, in order, into k blocks of nearly equal size. Entry
+    i is $\frac1C \sum_c \bar g_{ci}$, where $\bar g_{ci}$ is the mean gain of block i of class c. The entries are
+    independent, are in [-1, 1] and have the mean $\frac1C \sum_c E[g \mid c]$: all samples are used, although classes
+    have different sizes.
+
+    Args:
+        gains: Correct predictions of the new model minus those of the old one per sample, shape (n,), in [-1, 1].
+        labels: Classes of the samples, shape (n,).
+        classes: Classes of the mean, shape (C,), at least one.
+
+    Returns:
+        Estimates, shape (k,); empty if a class has no samples.
+
+    Example:
+        >>> balanced_gains([1, 0, 0, -1, 1], [0, 0, 1, 1, 1], [0, 1]).tolist()
+        [0.25, 0.5]
+    """
+    values, targets = np.asarray(gains, dtype=np.float64), np.asarray(labels)
+    of_class = [values[targets == label] for label in np.asarray(classes).tolist()]
+    size = min(map(len, of_class))
+    if size == 0:
+        return np.empty(0)
+    means = [[float(block.mean()) for block in np.array_split(own, size)] for own in of_class]
+    return np.asarray(np.mean(means, axis=0), dtype=np.float64)
+
+
+def plugin_betting_p_value(gains: npt.ArrayLike, margin: float, level: float) -> float:
+    r"""Compute the p-value for "the mean gain is at most minus the margin" by betting.
+
+    The wealth is $W = \prod_i \big(1 + \lambda_i \frac{g_i + m}{1 - m}\big)$ with the stakes
+    $\lambda_i = \min\big(0.9, \sqrt{2 \ln(1 / \alpha) / (n \hat\sigma^2_{i - 1})}\big)$ of the predictable plug-in:
+    $\hat\sigma^2_{i - 1}$ is the variance of the entries before i, with one pseudo-observation of 1/4. Under the
+    hypothesis W is a supermartingale that starts at 1, so $P(1 / W \le p) \le p$ for every n (Markov). Unlike one stake
+    from another split, it needs no samples besides the compared ones.
+
+    Args:
+        gains: Independent gains with one mean, in [-1, 1], in an order that does not depend on them, shape (n,).
+        margin: m, in [0, 1).
+        level: alpha, in (0, 1), at which the stakes are most powerful; the p-value is valid at every level.
+
+    Returns:
+        A p-value in (0, 1]; 1 without gains.
+
+    Raises:
+        ValueError: If a gain, the margin or the level is out of range.
+
+    Example:
+        >>> plugin_betting_p_value([], 0.0, 0.1), round(plugin_betting_p_value([0.1] * 200, 0.0, 0.1), 4)
+        (1.0, 0.0)
+
+    Reference:
+        Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 2024, equations 23 to
+        26.
+    """
+    values = np.asarray(gains, dtype=np.float64)
+    if values.ndim != 1 or not bool((np.abs(values) <= 1).all()):
+        raise ValueError("gains: expected numbers in [-1, 1], one per sample")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number in (0, 1), got {level}")
+    if not len(values):
+        return 1.0
+    payoffs = (values + margin) / (1.0 - margin)
+    before = np.arange(len(payoffs))
+    means = np.concatenate([[0.0], np.cumsum(payoffs)[:-1]]) / np.maximum(before, 1)
+    squares = np.concatenate([[0.0], np.cumsum(payoffs**2)[:-1]])
+    variances = (0.25 + np.maximum(squares - before * means**2, 0.0)) / (before + 1)
+    stakes = np.minimum(LARGEST_STAKE, np.sqrt(2.0 * math.log(1.0 / level) / (len(payoffs) * variances)))
+    return math.exp(min(0.0, -float(np.log1p(stakes * payoffs).sum())))
+
+
+def pair_outcomes(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[int, int, int]:
+    r"""Compare two rankings on disjoint pairs of a positive and a negative sample.
+
+    Pair i has the i-th positive and the i-th negative sample. A model is right about a pair if the positive sample has
+    the larger score, and half right if the scores are equal, so that the mean is the AUROC. The difference of the two
+    models is rounded down to -1, 0 or 1: its mean is at most the gain in AUROC, so that a test of worse and better
+    pairs remains valid. The pairs are independent.
+
+    Args:
+        old: Scores of the old model, shape (n,).
+        new: Scores of the new model, shape (n,).
+        labels: 1 for positive samples, else 0, shape (n,).
+
+    Returns:
+        Numbers of worse pairs, better pairs and all pairs.
+
+    Example:
+        >>> pair_outcomes([0.9, 0.2, 0.5, 0.5], [0.9, 0.8, 0.1, 0.5], [1, 1, 0, 0])
+        (0, 1, 2)
+    """
+    targets = np.asarray(labels)
+    size = min(int((targets == 1).sum()), int((targets == 0).sum()))
+    right = []
+    for scores in (np.asarray(old, dtype=np.float64), np.asarray(new, dtype=np.float64)):
+        positive, negative = scores[targets == 1][:size], scores[targets == 0][:size]
+        right.append((positive > negative) + 0.5 * (positive == negative))
+    difference = np.floor(right[1] - right[0])
+    return int((difference < 0).sum()), int((difference > 0).sum()), size
+
+
+def auroc_gain(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Compute the gain in AUROC; 0 without both classes."""
+    placements = [_placements(scores, labels) for scores in (old, new)]
+    return float(placements[1][0].mean() - placements[0][0].mean()) if len(placements[0][0]) else 0.0
+
+
+def delong_p_value(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike, margin: float) -> float:
+    r"""Compute DeLong's p-value for "the AUROC is lower by the margin or more".
+
+    $z = (\hat A_{new} - \hat A_{old} + m) / s$, $p = 1 - \Phi(z)$. With the differences of the placement values,
+    $s^2 = \mathrm{var}(D^+) / n^+ + \mathrm{var}(D^-) / n^-$. It is asymptotic: for small samples, or an AUROC near 1,
+    its error rate may exceed the level.
+
+    Args:
+        old: Scores of the old model, shape (n,).
+        new: Scores of the new model, shape (n,).
+        labels: 1 for positive samples, else 0, shape (n,).
+        margin: m, in [0, 1).
+
+    Returns:
+        A p-value in [0, 1]; 1 with fewer than 2 samples of a class, or without variance.
+
+    Reference:
+        DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver operating
+        characteristic curves, Biometrics 44 (1988).
+    """
+    first, second = _placements(old, labels), _placements(new, labels)
+    differences = [new - old for old, new in zip(first, second, strict=True)]
+    if min(map(len, differences)) < 2:
+        return 1.0
+    variance = sum(float(values.var(ddof=1)) / len(values) for values in differences)
+    if variance <= 0:
+        return 1.0
+    return float(ndtr(-(float(differences[0].mean()) + margin) / math.sqrt(variance)))
+
+
+def _placements(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Return the share of the other class that each sample is ranked against rightly.
+
+    Of positive samples the negative ones below it, of negative samples the positive ones above it; ties count half.
+    """
+    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    positive, negative = values[targets == 1], values[targets == 0]
+    if not len(positive) or not len(negative):
+        return np.empty(0), np.empty(0)
+    ranks = rankdata(np.concatenate([positive, negative]))
+    above = (ranks[: len(positive)] - rankdata(positive)) / len(negative)
+    below = 1.0 - (ranks[len(positive) :] - rankdata(negative)) / len(positive)
+    return above, below
