@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.deployment.rules import deployed, summary
 from experiments.hospital_runs import Row, clients_of, is_stored, parser, runs, store
+from fedekd.atomic import atomic_file
 from fedekd.methods import Client, ProxyEnsemble
 from fedekd.methods.serving import CANDIDATE, Candidate, Serving
 
@@ -69,7 +70,8 @@ def main() -> None:
             store(run._asdict(), rows_of(clients), arguments.results)
         print(*run, flush=True)
     table = summary(deployed(pd.read_csv(arguments.results)))
-    table.to_csv(arguments.results.with_name("summary.csv"), index=False, float_format="%.6g", lineterminator="\n")
+    with atomic_file(arguments.results.with_name("summary.csv")) as file:
+        file.write(table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     print(table.to_string(index=False))
 
 

@@ -220,7 +220,10 @@ def _with_groups(policy: ExitPolicy | None, inputs: _Inputs, source: Path) -> _I
 
 def _warn_of_federated_network(trained: Trained, client: Client) -> None:
     """Warn where the correction of a federated network to a prior is not safe."""
-    if trained.method.serves_average:
+    serving = client.deployed_serving
+    # A candidate is one network; its offsets are 0 if it is served as the server sent it.
+    serves_average = serving is not None and serving.members in (("proxy",), ("global",)) and not serving.offsets.any()
+    if trained.method.serves_average or serves_average:
         print_warning(
             f"--label_prior: {client.splits.label} serves the server's average of"
             f" {type(trained.method).__name__}, which was not trained on its class mix: the correction can lower"

@@ -97,8 +97,7 @@ class DoNoHarm:
     With `candidates` each one is tested against the local model in the declared order, at the full level, up to the
     first one that fails (fixed-sequence testing). The probability that a harmful one passes is at most the level: the
     first harmful one in the order would have to pass its own test. Any choice among those that passed is therefore
-    valid. The one with the largest observed gain is deployed, the first of equal ones: it has been compared on most
-    samples, and the order states no preference.
+    valid. The one with the largest observed gain is deployed, the first of equal ones.
 
     Without evidence the local model is deployed: of two models with equal accuracy the local one is used most of the
     time. `acceptance_probability` computes the power.

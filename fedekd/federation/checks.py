@@ -12,7 +12,7 @@ from torch import nn
 from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
 from fedekd.do_no_harm.evidence import METRICS
 from fedekd.do_no_harm.power import fewest_samples
-from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.do_no_harm.rule import FEDERATED, LOCAL, DoNoHarm
 from fedekd.errors import UserError, describe_error, require, shorten
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
@@ -216,6 +216,15 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
             f"names among {', '.join(known)} for method {type(method).__name__}",
             name,
         )
+        require(
+            rule.looks == 1 or name not in method.last_round_candidates,
+            "do_no_harm.candidates",
+            "models that exist at each of several do_no_harm.looks",
+            name,
+            "It is trained in the last round: choose --do_no_harm.looks 1.",
+        )
+    if reserved := {FEDERATED, LOCAL} & {*known}:
+        raise ValueError(f"candidates of {type(method).__name__}: reserved names {', '.join(sorted(reserved))}")
     require(
         not rule.candidates or spec.select_round == "last",
         "do_no_harm.candidates",
@@ -262,7 +271,7 @@ def warn_of_few(
             for label, count in counts.items()
             if count < fewest
         ]
-        if few or len(classes) < 2:
+        if few or (METRICS[rule.metric].is_binary and len(classes) < 2):
             parts.append(f"{splits.label} ({', '.join(few) or 'one class'})")
     if parts:
         warn(

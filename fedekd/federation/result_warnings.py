@@ -38,6 +38,8 @@ def _without_difference(run: Orchestrator) -> list[str]:
     rule = run.do_no_harm
     if rule is None or run.task != "classification" or rule.rule != "certified" or rule.margin > 0:
         return []
+    if rule.metric != "accuracy":  # the numbers below count samples
+        return []
     parts, fewest = [], fewest_samples(rule)
     for number, record in sorted(run.progress.records.items()):
         result = record.comparison

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,9 @@ class Method(ABC):
 
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
         """Add networks and `method_state`; client, before its first round."""
+
+    #: Candidates that are trained in the last round: a comparison before would be with an untrained network.
+    last_round_candidates: ClassVar[tuple[str, ...]] = ()
 
     def candidates(self) -> Candidates:
         """Return the models that a client can deploy, for `do_no_harm.candidates`.

@@ -172,6 +172,8 @@ class ProxyEnsemble(ProxyMethod):
             weights = dict(zip(serving.members, serving.weights.tolist(), strict=True))
         return logs | {f"serving/weight_{name}": weights.get(name, 0.0) for name in self._members(spec)}
 
+    last_round_candidates = ("tuned", "student")
+
     def candidates(self) -> Candidates:
         """Return the networks with the client's prior, and what is served."""
         tuned: Candidates = {"tuned": partial(self._corrected, role="tuned")} if self.finetune_epochs else {}

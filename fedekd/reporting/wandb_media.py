@@ -66,6 +66,8 @@ def _columns(client: Mapping[str, Any], class_names: list[str] | None) -> dict[s
     columns = dict(client)
     for name, values in columns.pop("metrics", {}).items():
         columns |= {name: values["score"], f"{name}/local": values["local"], f"{name}/delta": values["delta"]}
+    for name, result in columns.pop("candidates", {}).items():
+        columns[f"{name}/p_value"] = result["p_value"] if isinstance(result, Mapping) else None  # None: not tested
     if class_names and "classes" in columns:
         columns["classes"] = [class_names[label] for label in columns["classes"]]
     return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in columns.items()}

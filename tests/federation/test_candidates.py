@@ -168,6 +168,12 @@ def test_auroc_compares_pairs_of_the_stored_scores(
         (FedeKD, {"candidates": ("tuned",)}, {}, "expected names among private, proxy for method FedeKD, got 'tuned'"),
         (ProxyEnsemble, {"candidates": ("local",)}, {}, "expected names among private, proxy, tuned, ensemble for"),
         (Ditto, {"candidates": ("global", "x")}, {}, "expected names among private, global for method Ditto, got 'x'"),
+        (
+            ProxyEnsemble,
+            {"candidates": ("ensemble", "tuned"), "looks": 2},
+            {"rounds": RoundOptions(rounds=2)},
+            "do_no_harm.candidates: expected models that exist at each of several do_no_harm.looks, got 'tuned'",
+        ),
         (FedAvg, {"metric": "auroc"}, {}, "do_no_harm.metric: expected accuracy, balanced_accuracy or recall for"),
         (
             FedeKD,

@@ -132,6 +132,17 @@ def test_client_table_has_every_value_of_the_summary(make_summary):
     assert rows[1]["deployed"] == "local"
 
 
+def test_client_table_has_one_p_value_per_candidate(make_summary):
+    summary = make_summary((0.5, 0.75), (0.5, 0.25))
+    results = {"tuned": {"p_value": 0.3, "gain": 0.01}, "ensemble": "not tested"}
+    for client in summary["clients"]:
+        client["candidates"] = results
+    table = client_table(summary)
+    row = dict(zip(table.columns, table.data[0], strict=True))
+    assert (row["tuned/p_value"], row["ensemble/p_value"]) == (0.3, None)
+    assert "candidates" not in row
+
+
 def test_rows_have_the_histogram_of_delta(tmp_path, run_folders, read_history):
     deltas = (-0.25, 0.5, 0.5, float("nan"), float("inf"))
     row = {f"client_{number}/delta": delta for number, delta in enumerate(deltas)}
