@@ -26,6 +26,9 @@ MARKERS = "os^Dv<>P"
 
 _LONGEST_LABEL = 24  # characters of a name at an axis
 
+#: More clients than these are drawn as a distribution: a mark for each would be neither legible nor fast.
+MOST_CLIENTS = 100
+
 
 def partition(
     counts: ArrayLike, class_names: Sequence[str] | None = None, client_names: Sequence[str] | None = None
@@ -38,7 +41,8 @@ def partition(
         client_names: Labels of the rows; None is 0, 1, ...
 
     Returns:
-        Heat map that grows with clients and classes, with the total per client on the right.
+        Heat map that grows with clients and classes, with the counts in its cells and the total per client on the
+        right; for more than `MOST_CLIENTS` clients of a fixed height, with a colour scale in their place.
 
     Raises:
         ValueError: If `counts` is not two-dimensional, or the names do not match it.
@@ -55,17 +59,24 @@ def partition(
 
     cell_width = 0.2 + 0.085 * max(2, len(str(table.max())))
     slanted = max(map(len, names)) * 0.085 > cell_width
-    axes_height = clients * (0.3 if clients <= 20 else 0.21)
+    are_many = clients > MOST_CLIENTS
+    axes_height = 8.0 if are_many else clients * (0.3 if clients <= 20 else 0.21)
     margin = 2.2 if client_names is None else 2.2 + 0.075 * max(0, max(map(len, rows)) - 3)
     figure, axes = _figure(max(1.8 + margin, classes * cell_width + margin), axes_height + (1.9 if slanted else 1.3))
     # The square root makes small counts, which decide the skew of a client, differ visibly from 0.
     norm = PowerNorm(0.5, vmin=0, vmax=max(1, int(table.max())))
-    axes.imshow(table, cmap=colormaps["Blues"], norm=norm, aspect="auto")
+    image = axes.imshow(table, cmap=colormaps["Blues"], norm=norm, aspect="auto")
+    row = _client_label(client_names)
+    axes.set_xticks(range(classes), names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
+    axes.set(title=f"Samples per {row} and class", xlabel="class", ylabel=row)
+    if are_many:
+        figure.colorbar(image, label="samples")
+        axes.tick_params(labelsize=8)
+        return figure
     for client, class_ in np.ndindex(clients, classes):
         count = int(table[client, class_])
         colour = "white" if norm(count) > 0.6 else (BLACK if count else GREY)
         axes.text(class_, client, str(count), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(classes), names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(clients), rows)
     # A tall table has the names at both ends.
     axes.tick_params(length=0, labelsize=8, labeltop=clients > 20 and not slanted)
@@ -77,8 +88,6 @@ def partition(
     totals.set_yticks(range(clients), [str(total) for total in table.sum(axis=1)])
     totals.tick_params(length=0, labelsize=8)
     totals.set_ylabel("total")
-    row = _client_label(client_names)
-    axes.set(title=f"Samples per {row} and class", xlabel="class", ylabel=row)
     return figure
 
 
@@ -89,14 +98,22 @@ def delta_per_client(summary: Summary) -> Figure:
         summary: Content of `summary.json`.
 
     Returns:
-        One bar per client, with lines at the average, the worst and zero.
+        One bar per client, with lines at the average, the worst and zero. More than `MOST_CLIENTS` are in the order of
+        Delta, the worst first.
     """
     metric, clients, delta = summary["metric"], summary["clients"], summary["delta"]
     values = [_number(client["delta"]) for client in clients]
-    positions = range(len(clients))
+    are_many = len(clients) > MOST_CLIENTS
+    if are_many:
+        defined = sorted(value for value in values if not math.isnan(value))
+        values = defined if metric_spec(metric).higher_is_better else defined[::-1]
+    positions = range(len(values))
     figure, axes = _figure(min(max(5.5, 0.32 * len(clients) + 2.0), 16.0), 4.2)
     colours = [VERMILLION if is_harm(value, metric) else BLUE for value in values]
-    bars = axes.bar(positions, values, color=colours, width=0.7)
+    if are_many:
+        axes.vlines(positions, 0.0, values, colors=colours, linewidth=1.0)
+    else:
+        bars = axes.bar(positions, values, color=colours, width=0.7)
     if len(clients) <= 12:
         axes.bar_label(bars, fmt="%+.3f", fontsize=8, padding=3)
         axes.margins(y=0.12)
@@ -108,19 +125,20 @@ def delta_per_client(summary: Summary) -> Figure:
     has_names = any("name" in client for client in clients)
     row = _client_label(names if has_names else None)
     slanted = has_names and max(map(len, names)) * 0.085 > max(0.32, 4.2 / len(clients))
-    axes.set_xticks(
-        positions[::step],
-        names[::step],
-        fontsize=8,
-        rotation=45 if slanted else 0,
-        ha="right" if slanted else "center",
-    )
-    axes.set_xlim(-0.8, len(clients) - 0.2)
+    if not are_many:
+        axes.set_xticks(
+            positions[::step],
+            names[::step],
+            fontsize=8,
+            rotation=45 if slanted else 0,
+            ha="right" if slanted else "center",
+        )
+    axes.set_xlim(-0.8, len(values) - 0.2)
     axes.set_title(
         f"Delta per {row}: {summary['method']} minus local baseline, {summary['dataset']}", fontsize=11, wrap=True
     )
     axes.set(
-        xlabel=row,
+        xlabel=f"{row}s in the order of Delta, the worst first" if are_many else row,
         ylabel=f"Delta of {_axis_label(metric)}",
     )
     labels = [f"average {_number(delta['avg']):+.4f}", f"worst {_number(delta['worst']):+.4f}"]
@@ -131,7 +149,8 @@ def delta_per_client(summary: Summary) -> Figure:
 def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     """Draw the score per round.
 
-    Clients are faint, their mean is bold, and the mean of the local baselines is dashed.
+    Clients are faint, or bands if they are more than `MOST_CLIENTS`; their mean is bold, and the mean of the local
+    baselines is dashed.
 
     Args:
         history: Rows of the rounds.
@@ -141,7 +160,9 @@ def score_per_round(history: Sequence[Row], summary: Summary) -> Figure:
     title = metric_spec(metric).title
     figure, axes = _figure(6.8, 4.4)
     series = client_series(history, metric, client_titles(summary))
-    for rounds, values in series.values() if len(series) > 1 else ():
+    if len(series) > MOST_CLIENTS:
+        _draw_bands(axes, series)
+    for rounds, values in series.values() if 1 < len(series) <= MOST_CLIENTS else ():
         axes.plot(rounds, values, color=BLUE, alpha=0.3, linewidth=1.0, marker=".", markersize=4, label="one client")
     mean = [(int(row["round"]), row[f"{metric}/mean"]) for row in history if f"{metric}/mean" in row]
     if mean:
@@ -164,7 +185,7 @@ def gate_weights(history: Sequence[Row], summary: Summary | None = None) -> Figu
     The gate ranks samples within a batch, so that the mean is about 1/2 for any proxy. The band of one standard
     deviation within a batch shows how distinct the ranking is.
 
-    Up to eight clients have their own colour and marker; more are drawn faint.
+    Up to eight clients have their own colour and marker; more are drawn faint, and more than `MOST_CLIENTS` as bands.
 
     Args:
         history: Rows of the rounds.
@@ -186,7 +207,9 @@ def gate_weights(history: Sequence[Row], summary: Summary | None = None) -> Figu
         high = [row["gate/weight_mean"] + row["gate/weight_std"] for row in gated]
         label = "spread within a batch"
         axes.fill_between([row["round"] for row in gated], low, high, color=GREY, alpha=0.2, linewidth=0, label=label)
-    for index, (client, (rounds, values)) in enumerate(series.items()):
+    if len(series) > MOST_CLIENTS:
+        _draw_bands(axes, series)
+    for index, (client, (rounds, values)) in enumerate(series.items() if len(series) <= MOST_CLIENTS else ()):
         if len(series) <= len(CLIENT_COLOURS):
             style: dict[str, Any] = {
                 "color": CLIENT_COLOURS[index],
@@ -258,6 +281,19 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _draw_bands(axes: Axes, series: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
+    """Draw how the values of many clients are distributed in each round."""
+    by_round: dict[int, list[float]] = {}
+    for rounds, values in series.values():
+        for round_idx, value in zip(rounds, values, strict=True):
+            if not math.isnan(value):
+                by_round.setdefault(round_idx, []).append(value)
+    drawn = sorted(by_round)
+    for low, high, alpha, label in ((0, 1, 0.12, "all clients"), (0.1, 0.9, 0.2, "80% of the clients")):
+        limits = np.array([np.quantile(by_round[round_idx], (low, high)) for round_idx in drawn]).reshape(-1, 2)
+        axes.fill_between(drawn, *limits.T, color=BLUE, alpha=alpha, linewidth=0, label=label)
 
 
 def _names(argument: str, count: int, names: Sequence[str] | None) -> list[str]:

@@ -76,6 +76,22 @@ def test_delta_per_client_many_clients_have_fewer_labels_than_bars(make_summary)
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
+@pytest.mark.parametrize(("metric", "first"), [("accuracy", -0.4), ("rmse", 0.45)])
+def test_figures_of_many_clients_are_distributions(make_summary, metric, first):
+    summary = make_summary(*[(0.5, 0.1 + 0.85 * k / 199) for k in range(200)], metric=metric)
+    (axes,) = figures.delta_per_client(summary).axes
+    heights = [segment[1][1] for segment in axes.collections[0].get_segments()]
+    assert (len(heights), heights[0]) == (200, pytest.approx(first))
+    assert heights == sorted(heights, reverse=metric == "rmse")
+    history = [{"round": 1, **{f"client_{k}/{metric}": k / 199 for k in range(200)}}]
+    (axes,) = figures.score_per_round(history, summary).axes
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [(band.min(), band.max()) for band in bands] == [(0.0, 1.0), pytest.approx((0.1, 0.9))]
+    (axes, scale) = figures.partition(np.ones((200, 3), dtype=int)).axes
+    assert not axes.texts
+    assert scale.get_ylabel() == "samples"
+
+
 def test_score_per_round_draws_clients_mean_and_baseline(make_row, make_summary):
     history = [make_row(round_idx) for round_idx in (1, 2, 3)]
     del history[1]["client_1/accuracy"]  # did not take part
