@@ -13,7 +13,16 @@ from torch import Tensor
 
 from fedekd.data.columns import Column, is_table, join_tables
 from fedekd.data.join_images import join_images
-from fedekd.data.raw import SPLIT_COLUMN, SPLITS, RawSamples, ReadOptions, first_repeated, sorted_texts, text_of
+from fedekd.data.raw import (
+    SPLIT_COLUMN,
+    SPLITS,
+    RawSamples,
+    ReadOptions,
+    first_repeated,
+    names_of,
+    sorted_texts,
+    text_of,
+)
 from fedekd.data.samples import Samples, one_column
 from fedekd.data.sites import require_site_names
 from fedekd.errors import UserError, listed, shorten
@@ -128,7 +137,7 @@ def _groups(
             raise UserError(f"data.group_column: expected a column or array of {where}, got {options.group_column!r}")
         # Of equal length, so that the order of names is that of the samples.
         groups = np.asarray([f"sample {index:09}" for index in range(len(part))]) if groups is None else groups
-        values, number = np.unique(groups.astype(str), return_inverse=True)
+        values, number = np.unique(names_of(groups), return_inverse=True)
         numbers.append(number.astype(np.int64) + len(names))
         names += values.tolist()
     return np.concatenate(numbers), tuple(names)

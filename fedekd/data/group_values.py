@@ -13,7 +13,7 @@ from fedekd.data.formats.columns import is_missing
 from fedekd.data.formats.manifest import PATH_COLUMN, is_manifest, read_texts
 from fedekd.data.formats.npz import read_column
 from fedekd.data.formats.table import is_table_file, read_frame
-from fedekd.data.raw import text_of
+from fedekd.data.raw import name_of
 from fedekd.data.samples import Samples
 from fedekd.data.sources import load_samples
 from fedekd.errors import UserError
@@ -45,6 +45,21 @@ def group_values(column: str, like: Samples, **source: Any) -> Names:
     return names
 
 
+def is_one_to_one(names: Names, labels: npt.NDArray[np.int64]) -> bool:
+    """Return True if each value has one label and each label one value.
+
+    Args:
+        names: Value of each sample, shape (N,).
+        labels: Label of each sample, shape (N,).
+
+    Returns:
+        False for a single value.
+    """
+    pairs = set(zip(names.tolist(), labels.tolist(), strict=True))
+    values, classes = (set(column) for column in zip(*pairs, strict=True)) if pairs else (set(), set())
+    return 1 < len(pairs) == len(values) == len(classes)
+
+
 def input_values(path: Path, name: str, files: Sequence[str] | None = None) -> list[str | None] | None:
     """Return the values of a column of new inputs, None where missing.
 
@@ -68,4 +83,4 @@ def input_values(path: Path, name: str, files: Sequence[str] | None = None) -> l
             values = [value for file, value in pairs if read is None or file.strip() in read]
     elif path.suffix == ".npz":
         values = read_column(path, name)
-    return None if values is None else [None if is_missing(value) else text_of(value) for value in values]
+    return None if values is None else [None if is_missing(value) else name_of(value) for value in values]

@@ -112,6 +112,16 @@ def text_of(value: Any) -> str:
     return str(value).strip()
 
 
+def name_of(value: Any) -> str:
+    """Return the name of a group or category as `text_of`; bytes are UTF-8."""
+    return text_of(value.decode(errors="replace") if isinstance(value, bytes) else value)
+
+
+def names_of(values: Array) -> npt.NDArray[np.str_]:
+    """Return the names of the groups of N samples, shape (N,)."""
+    return np.asarray([name_of(value) for value in values.tolist()], dtype=np.str_)
+
+
 def first_repeated(names: Iterable[str]) -> str | None:
     """Return the first name that occurs twice; None if all are different."""
     seen: set[str] = set()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedekd.data import FederatedDataModule
-from fedekd.data.group_values import input_values
+from fedekd.data import FederatedDataModule, load_samples
+from fedekd.data.group_values import input_values, is_one_to_one
 from fedekd.errors import UserError
 
 
@@ -52,3 +52,26 @@ def test_input_values_of_tables_manifests_and_arrays(table: Path, tmp_path: Path
     assert input_values(tmp_path / "new.npz", "scanner") == ["1", "2"]
     assert input_values(tmp_path / "new.npz", "site") is None
     assert input_values(tmp_path, "scanner") is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.asarray([1.0, 2.5, 1.0]), np.asarray(["A ", "B", "A"]), np.asarray([b"A", b"B", b"A"])],
+    ids=["floats", "spaces", "bytes"],
+)
+def test_group_values_have_the_names_of_input_values(tmp_path: Path, values: np.ndarray) -> None:
+    arrays = {"images": np.arange(192, dtype=np.uint8).reshape(3, 8, 8), "labels": np.asarray([0, 1, 1])}
+    np.savez(tmp_path / "data.npz", **arrays, scanner=values)
+    samples = load_samples(str(tmp_path / "data.npz"), group_column="scanner")
+    names = [samples.group_names[number] for number in samples.group]
+    assert names == input_values(tmp_path / "data.npz", "scanner")
+    assert names[0] == names[2] in ("1", "A")
+    assert samples.group.tolist() == [0, 1, 0]
+
+
+def test_is_one_to_one_is_true_for_renamed_labels_only() -> None:
+    labels = np.asarray([0, 1, 2, 0])
+    assert is_one_to_one(np.asarray(["b", "c", "a", "b"]), labels)
+    assert not is_one_to_one(np.asarray(["b", "c", "a", "c"]), labels)
+    assert not is_one_to_one(np.asarray(["a", "b", "b", "a"]), labels)
+    assert not is_one_to_one(np.asarray(["a", "a"]), np.asarray([0, 0]))

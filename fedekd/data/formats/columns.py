@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedekd.data.raw import SPLIT_NAMES, SPLITS, text_of
+from fedekd.data.raw import SPLIT_NAMES, SPLITS, name_of
 from fedekd.errors import UserError, listed, nearest, shorten
 
 #: Texts that mean a missing value. UCI's tables have `?`.
@@ -92,7 +92,7 @@ def require_present(present: Sequence[bool], option: str, what: str, where: str,
 
 def is_missing(value: Any) -> bool:
     """Return True for None, NaN and the texts in `MISSING`."""
-    return text_of(value) in MISSING
+    return name_of(value) in MISSING
 
 
 def number_of(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.class_paths import build_object
-from fedekd.data.raw import SPLITS, RawSamples, ReadOptions
+from fedekd.data.raw import SPLITS, RawSamples, ReadOptions, names_of
 from fedekd.data.readers import StoredPart
 from fedekd.data.stored import StoredInputs
 from fedekd.errors import UserError, describe_error, shorten
@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 
 #: Attributes that may hold the labels of all samples.
 _TARGETS = ("targets", "labels")
+
+GROUP_ATTRIBUTE = "groups"
+"""Name of the attribute with groups if `data.group_column` is not given."""
 
 
 def is_dataset(source: Any) -> bool:
@@ -67,7 +70,7 @@ def read_dataset(site: str, source: Any, options: ReadOptions) -> RawSamples:
             [
                 np.asarray([f"{split} {index:09}" for index in range(len(one.part))])
                 if one.groups is None
-                else one.groups.astype(str)
+                else names_of(one.groups)
                 for split, one in zip(parts, read, strict=True)
             ]
         )
@@ -92,7 +95,7 @@ class _Read(NamedTuple):
 def _read_part(title: str, dataset: Any, identity: str, options: ReadOptions) -> _Read:
     part = StoredPart(dataset, title, identity, is_pair=True)
     targets = _targets(part)
-    column = options.group_column or "groups"
+    column = options.group_column or GROUP_ATTRIBUTE
     groups = _attribute(dataset, column)
     if groups is None and options.group_column is not None:
         raise UserError(f"data.group_column: {title}: expected an attribute of the data set, got {column!r}")
