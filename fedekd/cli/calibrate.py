@@ -22,7 +22,8 @@ from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
 from fedekd.data import Samples, load_samples
 from fedekd.data.formats import format_of
-from fedekd.data.group_values import group_values
+from fedekd.data.formats.torch_dataset import GROUP_ATTRIBUTE
+from fedekd.data.group_values import group_values, is_one_to_one
 from fedekd.data.raw import ReadOptions
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.calibration.calibrator import MODES, SelectiveRiskCalibrator
@@ -43,7 +44,7 @@ from fedekd.early_exit.policy_files import (
     policy_path,
     report_path,
 )
-from fedekd.errors import UserError, print_warning, require_choice, shorten_path
+from fedekd.errors import UserError, print_warning, require_choice, shorten, shorten_path
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
@@ -252,6 +253,12 @@ def _groups(config: Namespace, trained: Trained, held_out: Samples | None) -> Gr
     except UserError as error:
         hint = f"{str(error).rstrip('.')}. Other groups: {' and '.join(CLASSES)}"
         raise UserError(re.sub(r"^(groups|data\.\w+): ", "--groups: ", hint)) from error
+    labels = (trained.clients[0].samples if held_out is None else held_out).labels
+    if is_one_to_one(values, labels.cpu().numpy()):
+        raise UserError(
+            f"--groups: expected a column other than the target, got {shorten(name)!r}, whose values are the classes."
+            f" Use --groups {TRUE_CLASS}"
+        )
     return GroupColumn(name, config.shared_thresholds, values)
 
 
@@ -316,9 +323,18 @@ def input_error(error: UserError, options: Sequence[str] = ()) -> UserError:
     return UserError(f"--input: {message.rstrip('.')}")
 
 
+def _group_error(message: UserError, error: UserError) -> UserError:
+    """Return the error of `--input`; for a group column with the reason for it."""
+    if not str(error).startswith("data.group_column"):
+        return message
+    text = str(message).partition(". Choose from")[0].rstrip(".")
+    return UserError(f"{text}. Add it: images of one group, such as a patient, are not independent")
+
+
 def _source(path: str, like: Samples, options: ReadOptions) -> dict[str, Any]:
     """Return the arguments with which `--input` is read as the run reads its own."""
-    names = ("target_column", "image_size", "value_range", "skip_unreadable", "group_column")
+    names = ("target_column", "image_size", "value_range", "skip_unreadable")
+    default = None if like.group is None else GROUP_ATTRIBUTE  # groups of a data set without an option
     return {
         "name": path,
         "task": like.task,
@@ -326,6 +342,7 @@ def _source(path: str, like: Samples, options: ReadOptions) -> dict[str, Any]:
         "ignore_label": like.ignore_label,
         "classes": like.class_names,
         "memory_limit": math.inf,
+        "group_column": options.group_column or default,
         **{name: getattr(options, name) for name in names},
     }
 
@@ -336,16 +353,9 @@ def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
         row = format_of(Path(path).expanduser())
         if row is None or row.read_unlabelled is None:
             raise UserError(f"expected labelled images: an .npz file, a folder or a manifest, got {shorten_path(path)}")
-        source = _source(path, like, options)
-        try:
-            samples = load_samples(**source)
-        except UserError as error:
-            if not str(error).startswith("data.group_column"):
-                raise
-            samples = load_samples(**source | {"group_column": None})
-            print_warning(f"--input: the images have no {options.group_column!r} and count as independent")
+        samples = load_samples(**_source(path, like, options))
     except UserError as error:
-        raise input_error(error) from error
+        raise _group_error(input_error(error), error) from error
     if samples.input_shape == (1, *like.input_shape[1:]):
         pixels = cast(torch.Tensor, samples.inputs)  # memory_limit is infinite
         samples = replace(samples, inputs=pixels.expand(-1, *like.input_shape).contiguous())

@@ -276,12 +276,31 @@ def input_digests(inputs: Inputs) -> Iterator[str]:
             yield blake2b(sample.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
+def _shared_groups(client: Client, held_out: Samples, trained_on: Tensor) -> int:
+    """Count the groups of other images that were used in training.
+
+    Equal names at two sites are different groups: then those of the client's own training count.
+    """
+    samples = client.samples
+    if held_out.group is None or samples.group is None or not samples.group_names:
+        return 0
+    is_unique = len(set(samples.group_names)) == len(samples.group_names)
+    used = trained_on if is_unique else training_indices(client)
+    known = {samples.group_names[number] for number in samples.group[used.cpu()].unique().tolist()}
+    return len(known.intersection(held_out.group_names[number] for number in held_out.group.unique().tolist()))
+
+
 def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> None:
     pixels = client.samples.inputs
     if held_out.inputs.shape[1:] != pixels.shape[1:]:
         raise UserError(
             f"--input: expected images of {tuple(pixels.shape[1:])} (channels, height, width) as in training, got"
             f" {tuple(held_out.inputs.shape[1:])}"
+        )
+    if patients := _shared_groups(client, held_out, trained_on):
+        raise UserError(
+            f"--input: expected images of groups, such as patients, that training has not used, got {patients} groups"
+            " of training or selection. A guarantee from them would be invalid"
         )
     if shared := count_shared_images(held_out.inputs, take_inputs(pixels, trained_on.to(pixels.device))):
         raise UserError(

@@ -140,6 +140,7 @@ def test_class_groups_are_known_to_predict_or_share_thresholds(here: Path, capsy
     ("command", "words"),
     [
         ("calibrate run --groups scaner", "--groups: expected an array"),
+        ("calibrate run --groups labels", "'labels', whose values are the classes. Use --groups true_class"),
         ("calibrate run --groups patient", "--groups: expected a column with at most 100 values"),
         ("calibrate run --groups scanner --mode empirical", "--mode: expected ltt with --groups, got empirical"),
         ("calibrate run --shared_thresholds", "--shared_thresholds: expected --groups, got none"),
@@ -149,6 +150,30 @@ def test_class_groups_are_known_to_predict_or_share_thresholds(here: Path, capsy
 )
 def test_invalid_groups_print_one_line(here: Path, error_line: Callable[[], str], command: str, words: str) -> None:
     assert main(command.split()) == 2
+    assert words in error_line()
+    assert not Path("run/exits").exists()
+
+
+@pytest.mark.parametrize(
+    ("patients", "words"),
+    [
+        (None, "got 'patient'. Add it: images of one group, such as a patient, are not independent"),
+        (["", *"abcdefg"], "got none in row 1 (1 in all). Add it"),
+        (["train 0 ", *"abcdefg"], "got 1 groups of training or selection"),
+    ],
+    ids=["no column", "missing value", "patient of training"],
+)
+def test_calibrate_input_patients_must_be_known_and_unseen(
+    here: Path, error_line: Callable[[], str], patients: list[str] | None, words: str
+) -> None:
+    trained = open_trained("calibrate", "run", None)
+    [client] = trained.clients
+    names = {trained.data.samples.group_names[number] for number in client.samples.group[client.splits.train].tolist()}
+    arrays = {"images": np.random.default_rng(0).integers(0, 255, (8, 8, 8), np.uint8), "labels": np.arange(8) % 3}
+    if patients is not None:
+        arrays["patient"] = np.asarray([f"{min(names)} " if name.startswith("train") else name for name in patients])
+    np.savez("more.npz", **arrays)
+    assert main(["calibrate", "run", "--input=more.npz"]) == 2
     assert words in error_line()
     assert not Path("run/exits").exists()
 
