@@ -19,6 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FULL, EARLY = "model.onnx", "model_early_exit.onnx"
 
+#: Groups of a card that are no column of the data: a request does not name them.
+CLASSES = ("true_class", "predicted_class")
+
 #: Pixels of an image file that is resized.
 MOST_PIXELS = 50_000_000
 
@@ -97,18 +100,18 @@ class OnnxModel:
         return [row | {"class": self.classes[row["label"]]} if "label" in row else row for row in rows]
 
     def check_group(self, group: Any) -> None:
-        """Check that a request is of the group whose exit thresholds the model has.
+        """Check that a request is of a group that the guarantee of the model covers.
 
         Args:
-            group: Group that the request names; None is not checked.
+            group: Group that the request names, or None. Not checked if the card has no groups, or classes as groups.
 
         Raises:
-            InputError: If the model is of another group.
+            InputError: If the request names no group, or another one than the card.
         """
         groups = (self.card.get("guarantee") or {}).get("groups", {"column": "", "names": []})
-        if group is not None and groups["column"] and group not in groups["names"]:
-            names = ", ".join(groups["names"])
-            raise InputError(f"group: expected {groups['column']} {names}, got {reprlib.repr(group)}")
+        if groups["column"] and groups["column"] not in CLASSES and group not in groups["names"]:
+            names, value = ", ".join(groups["names"]), "none" if group is None else reprlib.repr(group)
+            raise InputError(f"group: expected {groups['column']} {names}, got {value}")
 
     def decode_image(self, content: bytes) -> Array:
         """Decode an image file as in training, shape (1, C, H, W).

@@ -19,8 +19,8 @@ def create_app(model: OnnxModel) -> FastAPI:
     """Create the application.
 
     Routes: `GET /health`, `GET /card`, and `POST /predict` with the bytes of an image file, or JSON
-    `{"inputs": [...]}` with one or more samples, and optionally `"group"`: the group of all of them, which must be one
-    that the model was exported for.
+    `{"inputs": [...]}` with one or more samples. If the guarantee of the card is for groups of a column, a request
+    names the group of its samples: `"group"` in JSON, or the query parameter `group`.
 
     Args:
         model: The loaded model.
@@ -47,15 +47,17 @@ def create_app(model: OnnxModel) -> FastAPI:
                 raise HTTPException(413, f"expected at most {LARGEST_BODY} bytes, got more")
         try:
             content_type = request.headers.get("content-type", "")
-            return {"predictions": await run_in_threadpool(_predictions, model, bytes(body), content_type)}
+            group = request.query_params.get("group")
+            return {"predictions": await run_in_threadpool(_predictions, model, bytes(body), content_type, group)}
         except InputError as error:
             raise HTTPException(422, str(error)) from error
 
     return app
 
 
-def _predictions(model: OnnxModel, body: bytes, content_type: str) -> list[dict[str, Any]]:
+def _predictions(model: OnnxModel, body: bytes, content_type: str, group: str | None) -> list[dict[str, Any]]:
     if not content_type.startswith("application/json"):
+        model.check_group(group)
         return model.predict(model.decode_image(body))
     try:
         values = json.loads(body)
@@ -63,5 +65,5 @@ def _predictions(model: OnnxModel, body: bytes, content_type: str) -> list[dict[
         raise InputError(f"expected JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict) or "inputs" not in values:
         raise InputError(f'expected an object with "inputs", got {reprlib.repr(values)}')
-    model.check_group(values.get("group"))
+    model.check_group(values.get("group", group))
     return model.predict(model.decode_json(values["inputs"]))

@@ -185,8 +185,22 @@ def test_service_other_group_than_exported_is_422(tmp_path: Path) -> None:
     card = json.loads((folder / "model_card.json").read_text())
     card["guarantee"] = {"groups": {"column": "scanner", "names": ["A"]}}
     (folder / "model_card.json").write_text(json.dumps(card))
-    inputs = np.zeros((1, 1, 8, 8), int).tolist()
-    for group, status in (("A", 200), (None, 200), ("B", 422)):
-        answer = client(folder).post("/predict", json={"inputs": inputs, "group": group})
+    inputs, app = np.zeros((1, 1, 8, 8), int).tolist(), client(folder)
+    for group, status in (("A", 200), (None, 422), (["A"], 422), ("B", 422)):
+        answer = app.post("/predict", json={"inputs": inputs, "group": group})
         assert answer.status_code == status
     assert answer.json()["detail"] == "group: expected scanner A, got 'B'"
+    for query, status in (("?group=A", 200), ("?group=B", 422), ("", 422)):
+        assert app.post(f"/predict{query}", json={"inputs": inputs}).status_code == status
+        answer = app.post(f"/predict{query}", content=picture("L"))
+        assert answer.status_code == status
+    assert answer.json()["detail"] == "group: expected scanner A, got none"
+
+
+@pytest.mark.parametrize("column", ["", "predicted_class", "true_class"])
+def test_service_without_groups_of_a_column_needs_none(tmp_path: Path, column: str) -> None:
+    folder = write(tmp_path / "model")
+    card = json.loads((folder / "model_card.json").read_text())
+    card["guarantee"] = {"groups": {"column": column, "names": ["A"] if column else []}}
+    (folder / "model_card.json").write_text(json.dumps(card))
+    assert client(folder).post("/predict", content=picture("L")).status_code == 200
