@@ -47,6 +47,7 @@ from fedekd.data.formats.table import is_table_file
 from fedekd.data.group_values import input_values
 from fedekd.data.unlabelled import read_images
 from fedekd.early_exit.deployed import deployed_outputs
+from fedekd.early_exit.grouping import CLASSES
 from fedekd.early_exit.latency import forward_milliseconds
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import BATCH_SIZE
@@ -97,8 +98,8 @@ def predict_parser() -> ArgumentParser:
         "--group",
         type=str | None,
         default=None,
-        help="Group of all inputs, if the exit policy has thresholds per group of a column. Default: read the column"
-        " from the inputs; without it all samples take the last exit.",
+        help="Group of all inputs without the column, if the exit policy has thresholds per group of a column. Default:"
+        " read the column from the inputs; without it all samples take the last exit.",
     )
     parser.add_argument(
         "--label_prior",
@@ -136,7 +137,7 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         raise input_error(error, ["skip_unreadable"]) from error
     policy = _usable_policy(trained, client, label_prior, config.group)
-    inputs = _with_groups(policy, inputs, source)
+    policy, inputs = _with_groups(policy, inputs, source, config.group)
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members, monitored)
     # One dict per sample took 98 MiB for 200,000 samples, a frame per batch 29 MiB.
@@ -179,7 +180,7 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, gr
     """
     policy = trained.policy(client)
     if group is not None:
-        policy = policy_of_group(policy, group)
+        policy_of_group(policy, group)
     if label_prior != TRAIN:
         check_label_prior(client, label_prior)
         if client.deployed_role != LOCAL:
@@ -195,27 +196,46 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, gr
     return policy
 
 
-def _with_groups(policy: ExitPolicy | None, inputs: _Inputs, source: Path) -> _Inputs:
-    """Add the groups that the policy needs to the inputs; warn of unknown ones."""
-    if policy is None or not policy.needs_group:
-        return inputs
+def _with_groups(
+    policy: ExitPolicy | None, inputs: _Inputs, source: Path, group: str | None
+) -> tuple[ExitPolicy | None, _Inputs]:
+    """Return the policy of `--group`, or the inputs with their groups; warn of others.
+
+    Raises:
+        UserError: The inputs have the column, and a value of it is not `--group`.
+    """
+    if policy is None or not policy.group_by or policy.group_by in CLASSES:
+        return policy, inputs
     column = policy.group_by
     values = input_values(source, column, inputs.names)
+    if group is not None:
+        others = [] if values is None else [value for value in values if value != group]
+        if others:
+            raise UserError(
+                f"--group: expected the value of {column!r} in the inputs, got {shorten(repr(group))} where"
+                f" {len(others)} of {inputs.size} have another one ({_names(others)}). Omit it: the column is read"
+            )
+        return policy.for_group(group), inputs
     if values is None or len(values) != inputs.size:
-        print_warning(
-            f"--input: expected a column {column!r}, by whose values the exit policy has its thresholds, got none. All"
-            " samples take the last exit. Name the group by --group"
-        )
-        return inputs
+        if policy.needs_group:
+            print_warning(
+                f"--input: expected a column {column!r}, by whose values the exit policy has its thresholds, got none."
+                " All samples take the last exit. Name the group by --group"
+            )
+        return policy, inputs
     known = {each.name for each in policy.groups}
     unknown = [value for value in values if value not in known]
     if unknown:
-        names = listed(dict.fromkeys("none" if value is None else repr(shorten(value)) for value in unknown))
+        effect = "take the last exit" if policy.needs_group else "can exit early: the guarantee does not cover them"
         print_warning(
             f"--input: {len(unknown)} of {len(values)} samples have a value of {column!r} that the exit policy does not"
-            f" have ({names}) and take the last exit"
+            f" have ({_names(unknown)}) and {effect}"
         )
-    return inputs._replace(groups=values)
+    return policy, inputs._replace(groups=values)
+
+
+def _names(values: Sequence[str | None]) -> str:
+    return listed(dict.fromkeys("none" if value is None else repr(shorten(value)) for value in values))
 
 
 def _warn_of_federated_network(trained: Trained, client: Client) -> None:
