@@ -15,7 +15,7 @@ from fedekd.data import Inputs, Samples, split_inputs, take_inputs
 from fedekd.data.raw import sorted_texts
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
 from fedekd.early_exit.fingerprint import network_fingerprint
-from fedekd.early_exit.grouping import CLASSES, Grouping, class_numbers
+from fedekd.early_exit.grouping import CLASSES, PREDICTED_CLASS, Grouping, class_numbers
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import BATCH_SIZE, ExitOutputs, exit_outputs
 from fedekd.errors import UserError, shorten
@@ -44,10 +44,16 @@ class GroupColumn:
     values: npt.NDArray[np.str_] | None = None
 
     def grouping(self, client: Client, *parts: ExitOutputs) -> Grouping:
-        """Return the grouping: the classes or values of the given samples.
+        """Return the grouping: all classes, or the classes or values of the samples.
 
-        Thresholds per predicted class are those of all classes. Of others only the names of the samples enter: given
-        the group of each sample, the tests are those of a fixed list.
+        Thresholds per predicted class are those of all classes. Shared ones are tested for the classes that some exit
+        predicts for a tuning sample: a class that only calibration samples have would make the list of tests depend on
+        them. True classes and values of a column are those of all samples: given the group of each sample, the tests
+        are those of a fixed list.
+
+        Args:
+            client: The client.
+            *parts: Outputs of the tuning samples, then of the calibration samples.
 
         Raises:
             UserError: The column has too many values.
@@ -55,7 +61,8 @@ class GroupColumn:
         if self.by in CLASSES:
             classes, titles = list(range(client.spec.num_outputs)), client.samples.class_names
             if self.is_shared:
-                classes = sorted({int(number) for part in parts for number in np.unique(class_numbers(self.by, part))})
+                used = parts[:1] if self.by == PREDICTED_CLASS else parts
+                classes = sorted({int(number) for part in used for number in np.unique(class_numbers(self.by, part))})
             return Grouping(self.by, tuple(titles[number] for number in classes), self.is_shared, tuple(classes))
         names = sorted_texts({str(name) for part in parts for name in (() if part.groups is None else part.groups)})
         if len(names) > MAX_GROUPS:

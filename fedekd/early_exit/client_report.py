@@ -52,7 +52,8 @@ class ClientExitReport:
         early_share: Fraction of test images that exit before the last exit.
         saved: Fraction of the plain network's FLOPs saved, over all test images.
         certified_risk: Guaranteed maximum error rate at each open exit; None without a guarantee.
-        test_risk: Largest error rate of an open exit on test images; None if no image exits early.
+        test_risk: Largest error rate of an open exit on all test images, also several of a patient; None if no image
+            exits early.
         accuracy: Test accuracy with early exits.
         full_accuracy: Test accuracy of the last exit.
     """

@@ -43,6 +43,7 @@ class GroupExits:
         error_counts: Errors among them, shape (E,).
         required_samples: For a closed exit the estimated number of calibration samples of the group that would open
             it, or None, shape (E,).
+        tested_samples: As in `ExitPolicy`, shape (E,).
     """
 
     name: str
@@ -53,6 +54,7 @@ class GroupExits:
     exit_counts: tuple[int, ...] = ()
     error_counts: tuple[int, ...] = ()
     required_samples: tuple[int | None, ...] = ()
+    tested_samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class ExitPolicy:
         shared_thresholds: Whether `thresholds` hold for all groups. Otherwise those of `groups` do, and `thresholds`
             close all exits: a sample of an unknown group takes the last exit.
         groups: Exits of each group.
+        group_classes: Number of the class of each group, shape (groups,); empty for a column and for classes 0, 1, ...
+        tested_samples: Of a group the calibration samples that are of it at each exit, or of any group with shared
+            thresholds, whether they reach the exit or not: `required_samples` counts these. Shape (E,); empty if it
+            counts `samples`.
         unit: Column of the data, such as the patient, of whose samples one was drawn for calibration; empty if all
             samples are independent.
         closed: For an exit that `close` closed after calibration the reason, else an empty text, shape (E,); empty
@@ -121,6 +127,8 @@ class ExitPolicy:
     groups: tuple[GroupExits, ...] = ()
     unit: str = ""
     closed: tuple[str, ...] = ()
+    group_classes: tuple[int, ...] = ()
+    tested_samples: tuple[int, ...] = ()
     _check: FingerprintCheck = field(default_factory=FingerprintCheck, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -189,7 +197,8 @@ class ExitPolicy:
         """How samples are grouped; None without groups."""
         if not self.group_by:
             return None
-        return Grouping(self.group_by, tuple(group.name for group in self.groups), self.shared_thresholds)
+        names = tuple(group.name for group in self.groups)
+        return Grouping(self.group_by, names, self.shared_thresholds, self.group_classes)
 
     @property
     def needs_group(self) -> bool:
@@ -325,8 +334,9 @@ class ExitPolicy:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         values["versions"] = dict(self.versions)
         values["groups"] = [vars(group).copy() for group in self.groups]
-        if not self.closed:  # the same bytes as before the exit was closed
-            del values["closed"]
+        for name in ("closed", "group_classes", "tested_samples"):  # the same bytes as before there were such fields
+            if not values[name]:
+                del values[name]
         for part in (values, *values["groups"]):
             for name in ("thresholds", "search_bounds"):  # JSON has no infinity
                 part[name] = [value if math.isfinite(value) else str(value) for value in part[name]]

@@ -19,11 +19,16 @@ _POPULATIONS = {
 }
 
 
-def exit_guarantee(policy: ExitPolicy) -> str:
+_OTHERS = {TRUE_CLASS: "true classes", PREDICTED_CLASS: "predicted classes"}
+
+
+def exit_guarantee(policy: ExitPolicy, is_grouped: bool = False) -> str:
     """Return population, target, confidence, n, assumptions and limits in words.
 
     Args:
         policy: Any exit policy.
+        is_grouped: Whether the data have groups, such as patients, whose samples depend on each other. A policy without
+            a unit counted all of them.
 
     Example:
         >>> policy = ExitPolicy((0.9, -math.inf), (0.9, -math.inf), (True, False), 0.05, 0.9, "ltt", samples=400)
@@ -37,36 +42,54 @@ def exit_guarantee(policy: ExitPolicy) -> str:
         return "No sample exits early, and no guarantee is needed: all exits before the last are closed."
     unit = f", one per {policy.unit}" if policy.unit else ""
     clients = f" of each of {policy.simultaneous_clients} clients at once" if policy.simultaneous_clients > 1 else ""
-    exits = [str(number + 1) for number, is_certified in enumerate(_certified(policy)) if is_certified]
-    place = f"exit {exits[0]}" if len(exits) == 1 else f"each of the exits {' and '.join(exits)}"
-    rate = f"the error rate among the samples{_population(policy)} that take {place} is at most {policy.target_risk:g}"
-    target = f"{rate}, in all groups at once" if len(policy.groups) > 1 else rate
+    rate = (
+        f"the error rate among the samples{_population(policy)} that take {_places(policy)} is at most"
+        f" {policy.target_risk:g}"
+    )
+    target = f"{rate}, in all groups at once" if len(_covered(policy)) > 1 else rate
     future = f"a random sample of a random {policy.unit}" if policy.unit else "future samples"
+    assumed = "these samples are independent draws that were not used in training"
+    if is_grouped and not policy.unit:
+        assumed = (
+            "these samples were not used in training. Not valid: samples of one group, such as a patient, were counted"
+            " as independent; calibrate again. Also assumed: samples of different groups are independent"
+        )
+    others = f" for samples of other {_OTHERS.get(policy.group_by, 'groups')}," if policy.groups else ""
     return (
         f"With probability at least {policy.confidence:.12g} over the draw of {policy.samples} calibration"
         f" samples{unit}{clients}: {target}. Population: {future} from the distribution of the calibration"
-        " samples. Assumed: these samples are independent draws that were not used in training, and the order of the"
-        f" tests was fixed on {policy.tuning_samples} other samples. Void: for other devices, sites or class mixes,"
-        " after a change of the network or of a threshold, or if the best of several calibrations was chosen."
+        f" samples. Assumed: {assumed}, and the order of the"
+        f" tests was fixed on {policy.tuning_samples} other samples. Void:{others} for other devices, sites or class"
+        " mixes, after a change of the network or of a threshold, or if the best of several calibrations was chosen."
     )
 
 
-def _certified(policy: ExitPolicy) -> list[bool]:
-    """Return which exits are covered, for some group."""
-    rows = [policy.certified, *(group.certified for group in policy.groups)]
-    return [any(column) for column in zip(*rows, strict=True)]
+def _covered(policy: ExitPolicy) -> dict[str, tuple[int, ...]]:
+    """Return the covered exits, from 1, of each group that has one."""
+    flags = {group.name: group.certified for group in policy.groups} or {"": policy.certified}
+    exits = {name: tuple(number for number, flag in enumerate(row, start=1) if flag) for name, row in flags.items()}
+    return {name: numbers for name, numbers in exits.items() if numbers}
+
+
+def _places(policy: ExitPolicy) -> str:
+    """Return the covered exits in words, with their groups where these differ."""
+    covered = _covered(policy)
+    exits = sorted({number for numbers in covered.values() for number in numbers})
+    texts = [str(number) for number in exits]
+    if len(set(covered.values())) > 1:
+        texts = [f"{number} ({', '.join(name for name in covered if number in covered[name])})" for number in exits]
+    return f"exit {texts[0]}" if len(texts) == 1 else f"each of the exits {' and '.join(texts)}"
 
 
 def _population(policy: ExitPolicy) -> str:
     """Return the groups of a policy in words, with a leading space; empty without."""
-    covered = [group.name for group in policy.groups if any(group.certified)]
-    if not covered:
+    covered = _covered(policy)
+    if not policy.groups:
         return ""
     names = ", ".join(covered)  # all of them, however many
     if policy.group_by in _POPULATIONS:
         return f" {_POPULATIONS[policy.group_by].format(names=names)},"
-    each = "with" if len(covered) == 1 else "of each group,"
-    return f" {each} {policy.group_by} {names},"
+    return f" with {policy.group_by} {names}" if len(covered) == 1 else f" of each group, {policy.group_by} {names},"
 
 
 def closed_exits(policy: ExitPolicy) -> str:
@@ -97,12 +120,18 @@ def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:
         return f"closed: {policy.closed[index]}"
     estimate, unit = policy.required_samples[index], f"samples (one per {policy.unit})" if policy.unit else "samples"
     of_group = f" of group {group}" if group else ""
-    if estimate is not None and estimate > policy.samples:
-        return f"closed: about {estimate} calibration {unit}{of_group} would open it, there are {policy.samples}"
-    if policy.mode == "ltt_joint" and any(policy.certified):
-        return "closed: closed in the cheapest certified threshold vector"
-    if policy.search_bounds[index] < math.inf or estimate is not None:
+    samples = policy.tested_samples[index] if policy.tested_samples else policy.samples
+    is_tested = policy.search_bounds[index] < math.inf
+    if estimate is not None and not is_tested and estimate > samples:
+        return f"closed: about {estimate} calibration {unit}{of_group} would open it, there are {samples}"
+    if policy.mode == "ltt_joint":
+        if any(policy.certified):
+            return "closed: closed in the cheapest certified threshold vector"
+        is_tested = is_tested or estimate is not None
+    if is_tested:
         return "closed: the first test failed on the calibration samples"
+    if estimate is not None:  # the group is a larger share of the calibration samples than of the tuning samples
+        return f"closed: no threshold was expected to pass, by the tuning samples{of_group}"
     if MODES[policy.mode].has_guarantee:
         return (
             f"closed: no threshold reaches error rate {policy.target_risk:g} on the tuning samples, or no sample"

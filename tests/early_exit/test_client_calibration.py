@@ -154,7 +154,7 @@ def test_calibrate_client_too_few_images_raises(client):
 
 def test_exit_network_without_exits_raises():
     splits = ClientSplits(3, *[torch.empty(0, dtype=torch.int64)] * 6)
-    client = SimpleNamespace(splits=splits, deployed_role="private", deployed_model=PrivateCNN(1, 8, 3))
+    client = SimpleNamespace(splits=splits, deployed_name="private", deployed_model=PrivateCNN(1, 8, 3))
     message = r"private model of client 3: expected a network with exits, got a PrivateCNN .*--client.exits 3"
     with pytest.raises(UserError, match=message):
         exit_network(client)

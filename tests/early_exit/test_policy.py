@@ -18,6 +18,7 @@ from torch import nn
 from fedekd.atomic import seal_json, unseal_json
 from fedekd.early_exit import ExitPolicy, early_exit_forward, network_fingerprint
 from fedekd.early_exit.policy import GroupExits
+from fedekd.early_exit.scoring import ExitOutputs
 from fedekd.errors import UserError
 from fedekd.models import MultiExitNetwork, PrivateCNN, multi_exit
 
@@ -337,6 +338,15 @@ def test_close_exit_closes_it_for_each_group():
     assert before.assign(scores, groups).tolist() == [0, 1]
     assert after.assign(scores, groups).tolist() == [2, 1]
     assert ExitPolicy.from_json(after.to_json()) == after
+
+
+def test_grouping_of_a_loaded_policy_has_the_classes_of_its_groups():
+    parts = tuple(GroupExits(name, (0.5, -INF), (0.5, -INF), (True, False)) for name in "bd")
+    saved = policy(0.5, group_by="predicted_class", groups=parts, shared_thresholds=True, group_classes=(1, 3))
+    grouping = ExitPolicy.from_json(saved.to_json()).grouping
+    logits = torch.eye(4)[:, None, :].repeat(1, 2, 1)
+    assert grouping.index(ExitOutputs(logits, torch.arange(4)))[:, 0].tolist() == [-1, 0, -1, 1]
+    assert "group_classes" not in json.loads(policy(0.5).to_json())
 
 
 def test_policy_in_use_can_be_pickled():

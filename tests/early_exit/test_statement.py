@@ -11,7 +11,7 @@ from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.do_no_harm.statement import do_no_harm_guarantee
 from fedekd.early_exit import ExitPolicy
 from fedekd.early_exit.policy import GroupExits
-from fedekd.early_exit.statement import closed_exits, exit_guarantee, percent
+from fedekd.early_exit.statement import closed_exits, exit_guarantee, percent, why_closed
 
 INF = math.inf
 POLICY = ExitPolicy(
@@ -43,7 +43,8 @@ def grouped(by: str, shared: bool, *limits: float) -> ExitPolicy:
         (replace(POLICY, simultaneous_clients=6), ["of each of 6 clients at once"]),
         (replace(POLICY, unit="patient"), ["one per patient", "a random sample of a random patient"]),
         (grouped("scanner", False, 0.9, 0.8, INF), ["of each group, scanner A and B,", "in all groups at once"]),
-        (grouped("scanner", False, 0.9, 0.8).for_group("B"), ["with scanner B, that take exit 1"]),
+        (grouped("scanner", False, 0.9, 0.8).for_group("B"), ["the samples with scanner B that take exit 1 is"]),
+        (grouped("scanner", False, 0.9, 0.8), ["Void: for samples of other groups, for other devices"]),
         (grouped("true_class", True, 0.9, 0.9), ["of each true class (A and B)", "unknown at deployment"]),
         (grouped("predicted_class", False, 0.9, INF), ["that the exit predicts as a class, for each class (A)"]),
         (
@@ -57,6 +58,52 @@ def test_exit_guarantee_states_the_fields_of_the_policy(policy: ExitPolicy, part
     text = exit_guarantee(policy)
     assert [part for part in parts if part.replace(" and ", ", ") not in text.replace(" and ", ", ")] == []
     assert "\n" not in text
+
+
+def test_exit_guarantee_of_one_covered_group_is_not_of_all_at_once() -> None:
+    assert "at once" not in exit_guarantee(grouped("scanner", False, 0.9, INF))
+    assert "of other" not in exit_guarantee(POLICY)
+
+
+def test_exit_guarantee_lists_the_groups_of_each_exit_where_they_differ() -> None:
+    policy = grouped("scanner", False, 0.9, 0.8)
+    first, second = policy.groups
+    second = replace(second, thresholds=(0.8, 0.7, -INF), search_bounds=(0.8, 0.7, -INF), certified=(True, True, False))
+    assert "take each of the exits 1 (A, B) and 2 (B) is at most" in exit_guarantee(
+        replace(policy, groups=(first, second))
+    )
+
+
+def test_exit_guarantee_without_unit_of_grouped_data_claims_no_independent_draws() -> None:
+    text = exit_guarantee(POLICY, is_grouped=True)
+    assert "Not valid: samples of one group, such as a patient, were counted as independent" in text
+    assert "independent draws" not in text
+    by_patient = replace(POLICY, unit="patient")
+    assert exit_guarantee(by_patient, is_grouped=True) == exit_guarantee(by_patient)
+
+
+@pytest.mark.parametrize(
+    ("bound", "estimate", "words"),
+    [
+        (INF, 90, "about 90 calibration samples of group A would open it, there are 70"),
+        (INF, 60, "no threshold was expected to pass, by the tuning samples of group A"),
+        (0.8, None, "the first test failed"),
+        (INF, None, "no threshold reaches error rate"),
+    ],
+)
+def test_why_closed_compares_the_samples_of_the_group_at_the_exit(
+    bound: float, estimate: int | None, words: str
+) -> None:
+    policy = replace(
+        POLICY,
+        thresholds=(INF, INF, -INF),
+        search_bounds=(bound, INF, -INF),
+        certified=(False,) * 3,
+        samples=50,  # of a predicted class those that exit as it
+        required_samples=(estimate, None, None),
+        tested_samples=(70, 60, 50),
+    )
+    assert words in why_closed(policy, 0, "A")
 
 
 def test_exit_guarantee_names_only_covered_groups() -> None:

@@ -201,6 +201,7 @@ class SelectiveRiskCalibrator:
                 group_by=grouping.by,
                 shared_thresholds=grouping.is_shared,
                 groups=_group_exits(selected, grouping, has_guarantee),
+                group_classes=grouping.classes,
             )
             policy = replace(policy, groups=_with_counts(policy, calibration))
         exit_counts, error_counts = _counts(policy.assign(calibration.scores, calibration.groups), calibration)
@@ -253,7 +254,16 @@ def _with_counts(policy: ExitPolicy, calibration: ExitScores) -> tuple[GroupExit
     for number, group in enumerate(policy.groups):
         members = at_exit == number
         exit_counts, error_counts = _counts(exits[members], calibration.take(members))
-        groups.append(replace(group, samples=int(members.sum()), exit_counts=exit_counts, error_counts=error_counts))
+        tested = calibration.groups >= 0 if policy.shared_thresholds else calibration.groups == number
+        groups.append(
+            replace(
+                group,
+                samples=int(members.sum()),
+                exit_counts=exit_counts,
+                error_counts=error_counts,
+                tested_samples=tuple(tested.sum(axis=0).tolist()),
+            )
+        )
     return tuple(groups)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -16,7 +18,9 @@ from fedekd.early_exit.calibration import ltt
 from fedekd.early_exit.calibration.ltt import make_plan
 from fedekd.early_exit.calibration.risk_curve import group_curve
 from fedekd.early_exit.calibration.types import CalibrationTarget
-from fedekd.early_exit.grouping import PREDICTED_CLASS, Grouping
+from fedekd.early_exit.client_calibration import GroupColumn
+from fedekd.early_exit.grouping import PREDICTED_CLASS, TRUE_CLASS, Grouping
+from fedekd.early_exit.scoring import ExitOutputs
 from fedekd.errors import UserError
 from fedekd.functional.binomial import clopper_pearson
 
@@ -178,6 +182,28 @@ def test_small_group_stays_closed_and_has_an_estimate():
     closed = [group for group in policy.groups if group.thresholds[0] == INF and group.required_samples[0]]
     assert closed
     assert all(group.required_samples[0] > group.samples for group in closed)
+
+
+def test_tested_samples_of_a_predicted_class_count_those_at_the_exit():
+    calibration, tuning = draw(7, 600, by_exit=True), draw(8, 600, by_exit=True)
+    for shared in (False, True):
+        policy = fit(calibration, tuning, shared, PREDICTED_CLASS)
+        for number, group in enumerate(policy.groups):
+            of_group = [[shared or row[exit_] == number for row in calibration.groups] for exit_ in range(3)]
+            assert group.tested_samples == tuple(map(sum, of_group))
+    assert policy.groups[0].tested_samples[0] != policy.groups[0].samples
+
+
+def test_shared_predicted_classes_are_those_of_the_tuning_samples():
+    logits = torch.eye(4)[:, None, :].repeat(1, 2, 1)
+    tuning, calibration = (ExitOutputs(logits[rows], torch.tensor(rows)) for rows in ([3, 1], [0, 1, 2]))
+    client = SimpleNamespace(spec=SimpleNamespace(num_outputs=4), samples=SimpleNamespace(class_names=tuple("abcd")))
+
+    def names(by: str, shared: bool) -> str:
+        return "".join(GroupColumn(by, shared).grouping(client, tuning, calibration).names)
+
+    assert names(PREDICTED_CLASS, True) == "bd"
+    assert names(PREDICTED_CLASS, False) == names(TRUE_CLASS, True) == "abcd"
 
 
 @pytest.mark.parametrize("mode", ["ltt_joint", "empirical"])
