@@ -38,6 +38,11 @@ def warn_without_guarantee(trained: Trained, client: Client, policy: ExitPolicy 
     """Warn if a network with exits has no policy, or a policy without guarantee."""
     if policy is not None and policy.has_no_guarantee:
         print_warning(f"the policy was calibrated with mode {policy.mode}, which has no guarantee")
+    if policy is not None and policy.is_certified and not policy.unit and client.samples.group is not None:
+        print_warning(
+            "the exit policy was calibrated as if all samples of a group, such as a patient, were independent, and its"
+            f" guarantee is not valid for them; run again: calibrate {trained.argument}"
+        )
     if policy is None and isinstance(client.deployed_model, MultiExitNetwork):
         print_warning(
             f"{client.splits.label} has no exit policy, all samples take the last exit; for early exits run: calibrate"

@@ -202,7 +202,8 @@ def run(argv: Sequence[str]) -> int:
         with atomic_file(report_path(folder)) as file:
             file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
         if config.client is None:
-            console.print(client_table(reports, calibrator, [client.splits.title for client in clients]))
+            titles, unit = [client.splits.title for client in clients], policies[0].unit
+            console.print(client_table(reports, calibrator, titles, unit))
         skipped = len(clients) - len(selected) if config.client is None else 0
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", highlight=False, soft_wrap=True, markup=False)

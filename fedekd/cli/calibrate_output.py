@@ -46,7 +46,7 @@ def _parts(policy: ExitPolicy) -> dict[str, ExitPolicy]:
 
 
 def client_table(
-    reports: Sequence[ClientExitReport], calibrator: SelectiveRiskCalibrator, titles: Sequence[str]
+    reports: Sequence[ClientExitReport], calibrator: SelectiveRiskCalibrator, titles: Sequence[str], unit: str = ""
 ) -> Table:
     """Format the results of all clients on their test splits.
 
@@ -54,12 +54,15 @@ def client_table(
         reports: Results of clients.
         calibrator: How their exits were calibrated.
         titles: Name or number of every client.
+        unit: Unit of the policies, such as the patient, if they have one.
     """
     scope = "for all clients at once" if calibrator.simultaneous_clients > 1 else "per client"
     title = (
         f"error rates of early exits: target risk {calibrator.target_risk:g}, confidence"
         f" {calibrator.confidence:g} {scope}"
     )
+    if unit:
+        title += f"; test risk counts all test images, not one per {unit}"
     headings = (
         *("client", "open\nexits", "early\nexits", "FLOPs\nsaved", "guaranteed\nrisk", "test\nrisk"),
         *("accuracy", "change"),

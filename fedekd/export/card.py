@@ -112,7 +112,7 @@ def card_values(
         },
         "metrics": _metrics(client, facts),
         "do_no_harm": facts.do_no_harm,
-        "guarantee": _guarantee(facts, specification),
+        "guarantee": _guarantee(facts, specification, client.samples.group is not None),
         "files": [
             {"name": name, "bytes": len(content), "sha256": digest(content), "verification": vars(differences[name])}
             for name, content in files.items()
@@ -143,7 +143,7 @@ def _defined(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, Any] | None:
+def _guarantee(facts: RunFacts, specification: ModelSpecification, is_grouped: bool) -> dict[str, Any] | None:
     """Return the guarantee of the exit policy; None without a certified exit.
 
     It is that of the exact thresholds, from which those in the program differ by the margins.
@@ -162,7 +162,7 @@ def _guarantee(facts: RunFacts, specification: ModelSpecification) -> dict[str, 
         "tuning_samples": policy.tuning_samples,
         "mode": policy.mode,
         "score": policy.score,
-        "statement": exit_guarantee(policy),
+        "statement": exit_guarantee(policy, is_grouped),
         "closed": closed_exits(policy),
         "groups": {"column": policy.group_by, "names": [group.name for group in policy.groups]},
         "unit": policy.unit,

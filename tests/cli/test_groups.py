@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,9 @@ def test_column_groups_are_read_by_predict_and_named_for_export(here: Path, caps
     assert len(rows) == len(scanner)
     capsys.readouterr()
     for name in ("A", "B"):
-        named = exits_of("--input=blobs.npz", f"--group={name}")
-        own = [(row, other) for row, other, group in zip(rows, named, scanner, strict=True) if group == name]
+        np.savez("group.npz", images=images[scanner == name])
+        named = exits_of("--input=group.npz", f"--group={name}")
+        own = zip([row for row, group in zip(rows, scanner, strict=True) if group == name], named, strict=True)
         # A threshold is the score of a sample, which the size of a batch may round to either side.
         assert sum(row["exit"] != other["exit"] for row, other in own) <= 1
     assert "warning" not in capsys.readouterr().err
@@ -105,6 +107,10 @@ def test_column_groups_are_read_by_predict_and_named_for_export(here: Path, caps
     assert "3 of 4 samples have a value of 'scanner' that the exit policy does not have ('C', none)" in (
         capsys.readouterr().err
     )
+    for scanners, count in ((["A", "B", "A", "A"], "1 of 4 have another one ('B')"), (["", "A", "A", "A"], "(none)")):
+        np.savez("other.npz", images=images[:4], scanner=np.asarray(scanners))
+        assert main(["predict", "run", "--input=other.npz", "--group=A"]) == 2
+        assert count in capsys.readouterr().err
     np.savez("none.npz", images=images[:4])
     assert {row["exit"] for row in exits_of("--input=none.npz")} == {"2"}
     assert "expected a column 'scanner'" in capsys.readouterr().err
@@ -120,11 +126,32 @@ def test_column_groups_are_read_by_predict_and_named_for_export(here: Path, caps
     assert "takes the last exit. Export one model per group: A" in capsys.readouterr().err
 
 
+def test_policy_without_unit_of_grouped_data_warns_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = calibrate()
+    replace(policy, unit="").save(Path("run/exits/client-000.json"))
+    capsys.readouterr()
+    exits_of("--input=blobs.npz")
+    assert capsys.readouterr().err.count("guarantee is not valid for them; run again: calibrate run") == 1
+    assert main(["export", "run", "--format", "torch", "--output=export"]) == 0
+    assert capsys.readouterr().err.count("guarantee is not valid for them; run again: calibrate run") == 1
+    statement = json.loads(Path("export/model_card.json").read_text())["guarantee"]["statement"]
+    assert "Not valid: samples of one group, such as a patient, were counted as independent" in statement
+    assert "are independent draws" not in statement
+
+
 def test_class_groups_are_known_to_predict_or_share_thresholds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = calibrate("--groups=true_class")
     assert policy.shared_thresholds
     assert len({group.thresholds for group in policy.groups}) == 1
     assert "shared thresholds" in " ".join(capsys.readouterr().out.split())
+    policy = calibrate("--groups=scanner", "--shared_thresholds")
+    with np.load("blobs.npz") as file:
+        np.savez("new.npz", images=file["test_images"][:4], scanner=np.asarray(["A", "C", "", "C"]))
+    capsys.readouterr()
+    exits_of("--input=new.npz")
+    assert "3 of 4 samples have a value of 'scanner' that the exit policy does not have ('C', none) and can exit" in (
+        capsys.readouterr().err
+    )
     policy = calibrate("--groups=predicted_class")
     assert not policy.needs_group
     assert policy.is_certified
