@@ -199,7 +199,7 @@ def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, gr
 def _with_groups(
     policy: ExitPolicy | None, inputs: _Inputs, source: Path, group: str | None
 ) -> tuple[ExitPolicy | None, _Inputs]:
-    """Return the policy of `--group`, or the inputs with their groups; warn of others.
+    """Return the policy of `--group`, or inputs with groups; warn of others.
 
     Raises:
         UserError: The inputs have the column, and a value of it is not `--group`.

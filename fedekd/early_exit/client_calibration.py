@@ -293,8 +293,8 @@ def _shared_groups(client: Client, held_out: Samples, trained_on: Tensor) -> int
         return 0
     is_unique = len(set(samples.group_names)) == len(samples.group_names)
     used = trained_on if is_unique else training_indices(client)
-    known = {samples.group_names[number] for number in samples.group[used.cpu()].unique().tolist()}
-    return len(known.intersection(held_out.group_names[number] for number in held_out.group.unique().tolist()))
+    known = {samples.group_names[number] for number in set(samples.group[used.cpu()].tolist())}
+    return len(known.intersection(held_out.group_names[number] for number in set(held_out.group.tolist())))
 
 
 def _require_unseen(client: Client, held_out: Samples, trained_on: Tensor) -> None:

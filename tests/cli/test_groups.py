@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedekd.cli import calibrate as calibrate_command
 from fedekd.cli import export, main
 from fedekd.configuration.trained import open_trained
+from fedekd.data.raw import ReadOptions
 from fedekd.early_exit import ExitPolicy
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
@@ -203,6 +205,14 @@ def test_calibrate_input_patients_must_be_known_and_unseen(
     assert main(["calibrate", "run", "--input=more.npz"]) == 2
     assert words in error_line()
     assert not Path("run/exits").exists()
+
+
+def test_source_of_data_with_groups_without_an_option_reads_their_attribute(ready: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ready)
+        samples = open_trained("calibrate", "run", None).clients[0].samples
+    assert calibrate_command._source("new.npz", samples, ReadOptions())["group_column"] == "groups"
+    assert calibrate_command._source("new.npz", replace(samples, group=None), ReadOptions())["group_column"] is None
 
 
 def test_predict_unknown_group_prints_the_known_ones(here: Path, error_line: Callable[[], str]) -> None:

@@ -14,6 +14,7 @@ from fedekd.cli.calibrate_output import remarks
 from fedekd.data import ClientSplits, FederatedDataModule
 from fedekd.early_exit import ExitPolicy, SelectiveRiskCalibrator, network_fingerprint
 from fedekd.early_exit.client_calibration import (
+    _shared_groups,
     calibrate_client,
     count_shared_images,
     exit_network,
@@ -150,6 +151,17 @@ def test_calibrate_client_too_few_images_raises(client):
     one = held_out(client, client.splits.test[:1])
     with pytest.raises(UserError, match="client 0: expected at least 1 tuning and 1 calibration sample, got 0 and 1"):
         calibrate_client(client, SelectiveRiskCalibrator(0.1), held_out=one)
+
+
+@pytest.mark.parametrize(("names", "shared"), [(("p1", "p2", "p3", "p4"), 2), (("p1", "p2", "p1", "p3"), 1)])
+def test_shared_groups_of_two_sites_with_equal_names_are_different(names: tuple[str, ...], shared: int):
+    samples = SimpleNamespace(group=torch.arange(4), group_names=names)
+    client = SimpleNamespace(
+        samples=samples, splits=SimpleNamespace(train=torch.tensor([0])), training_splits=("train",)
+    )
+    other = SimpleNamespace(group=torch.tensor([0, 0, 1, 2]), group_names=("p1", "p3", "p4"))
+    assert _shared_groups(client, other, torch.tensor([0, 3])) == shared
+    assert _shared_groups(client, SimpleNamespace(group=None), torch.tensor([0, 3])) == 0
 
 
 def test_exit_network_without_exits_raises():
