@@ -94,9 +94,11 @@ def monitor_alarms(design: Design, streams: Streams, quantity: str, quantities: 
     """Return the row of the monitor's first alarm in each stream, shape (S,)."""
     threshold = quantities / design.level
     if quantity in streams.reference:
-        uniforms = np.random.default_rng(derive_seed(0, quantity, "ties")).random(design.arrivals)
-        pairs = zip(streams.reference[quantity].T, streams.values[quantity].T, strict=True)
-        ranks = np.stack([conformal_ranks(*pair, uniforms) for pair in pairs], axis=1)
+        reference, values = streams.reference[quantity], streams.values[quantity]
+        # Drawn per stream: shared uniforms would make the false alarms of streams dependent.
+        uniforms = np.random.default_rng(derive_seed(0, quantity, "ties")).random(values.shape)
+        columns = zip(reference.T, values.T, uniforms.T, strict=True)
+        ranks = np.stack([conformal_ranks(*column) for column in columns], axis=1)
         return first_rows(rank_e_process(ranks), threshold)
     if quantity == "do_no_harm":
         return first_rows(betting_e_process(loss_payoffs(streams.values["excess"], design.margin)), threshold)
