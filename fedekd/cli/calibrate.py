@@ -186,11 +186,11 @@ def run(argv: Sequence[str]) -> int:
         path = policy_path(folder, client.number)
         if not config.familywise and (config.client is not None or config.site is not None):
             _warn_of_broken_family(folder, client.number, console)
-        if held_out is None:
-            calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
-        else:
+        if held_out is not None:
             write_text(calibrated_samples_path(folder, client.number), "\n".join(input_digests(held_out.inputs)))
         policy.save(path)
+        if held_out is None:  # after the policy that these samples calibrated was replaced
+            calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
         console.print(exit_table(policy, client))
         lines = remarks(policy, client, trained_on if held_out is None else None)
         for line in (*lines, f"written to {path}"):

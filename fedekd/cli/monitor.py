@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -14,19 +16,21 @@ from fedekd.atomic import atomic_file, digest, remove_drafts
 from fedekd.cli.arguments import add_client_argument, add_trained_arguments, select_client
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
-from fedekd.configuration.trained import Trained, open_trained, require_one_source, site_folder
+from fedekd.configuration.trained import Trained, open_trained, require_one_source, site_folder, state_digest
 from fedekd.data import split_inputs, take_inputs
 from fedekd.data.client_splits import client_label
-from fedekd.early_exit.client_calibration import independent_indices, input_digests
+from fedekd.early_exit.client_calibration import independent_indices, input_digests, require_unused_validation
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import calibrated_samples, load_policy, policy_path
 from fedekd.early_exit.scoring import BATCH_SIZE
 from fedekd.errors import UserError, print_warning, require, shorten_path
+from fedekd.federation.run_folder import LOCK_FILE
 from fedekd.methods import Client
 from fedekd.methods.serving import LOCAL
 from fedekd.models import MultiExitNetwork
 from fedekd.monitoring import (
+    Arrivals,
     Followed,
     MonitoredColumns,
     MonitorStart,
@@ -38,7 +42,8 @@ from fedekd.monitoring import (
     read_arrivals,
 )
 from fedekd.monitoring.arrivals import TARGET, read_header
-from fedekd.monitoring.start import SAMPLE_DIGITS, exit_limits
+from fedekd.monitoring.policies import exit_limits, policy_settings
+from fedekd.monitoring.start import SAMPLE_DIGITS
 from fedekd.monitoring.state import exits_to_close
 from fedekd.reporting import figures
 
@@ -47,6 +52,9 @@ ALARM = 3
 
 #: Confidence of a new monitor without --confidence.
 CONFIDENCE = 0.9
+
+#: Longest wait for another call of the same monitor.
+LOCK_SECONDS = 60.0
 
 #: Splits whose samples a monitor refuses: the network, its policy or its choice depend on them.
 _USED_SPLITS = ("train", "tuning", "calibration", "holdout")
@@ -66,7 +74,7 @@ def monitor_parser() -> ArgumentParser:
         usage="%(prog)s RUN | --site FOLDER --arrivals FILE [--client K] [--confidence 0.9] [--apply true]",
         description="Follow the guarantees of a deployed model on the samples of a CSV file that grows: error rates of"
         " exits, do-no-harm and coverage where the file has a column target, drift tests otherwise. The exit code is 0"
-        " without an alarm, 3 with one, and 2 for invalid input. A later call goes on with the new rows.",
+        " without an open alarm, 3 with one, and 2 for invalid input. A later call goes on with the new rows.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
@@ -110,7 +118,7 @@ def monitor_parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `monitor RUN`; returns 0 without an alarm and 3 with one."""
+    """Run `monitor RUN`; returns 0 without an open alarm and 3 with one."""
     config = parse(monitor_parser(), argv)
     require_one_source("monitor", config.run, config.site)
     for option in ("confidence", "coverage"):
@@ -119,7 +127,7 @@ def run(argv: Sequence[str]) -> int:
     if not config.arrivals:
         raise UserError("--arrivals: expected a CSV file, got none. Example: monitor runs/NAME --arrivals arrivals.csv")
     path = Path(config.arrivals).expanduser()
-    folder = path.with_suffix(".monitor") if config.state is None else Path(config.state)
+    folder = _state_folder(config.state, path)
     header = read_header(path)
     start, run_folder = _start(config, folder / "start.json", header)
     if start.is_labelled != (TARGET in header):
@@ -130,25 +138,72 @@ def run(argv: Sequence[str]) -> int:
         )
     policy = load_policy(run_folder, start.client)
     start.require_policy(policy)
-    remove_drafts(folder, min_age=3600.0)
     before = MonitorState.load(folder / "state.json").consumed
     arrivals = read_arrivals(path, start, before.size, before.sha256)
     followed = follow(start, arrivals)
-    if not (folder / "start.json").is_file():  # invalid arrivals of a first call fix nothing
-        start.save(folder / "start.json")
-    # The plot comes first: a process that is killed in between draws it again.
-    _draw(start, followed, folder / "evidence.png")
-    MonitorState.of(arrivals, followed).save(folder / "state.json")
+    _store(folder, start, arrivals, followed)  # invalid arrivals of a first call fix nothing
     console = Console()
     console.print(_table(start, followed, policy))
     new = arrivals.rows - before.rows
     console.print(f"{arrivals.rows} arrivals, {new} of them new; {folder}", highlight=False, soft_wrap=True)
     alarms = open_alarms(followed, policy)
     if alarms and config.apply and policy is not None:
-        policy = _apply(policy, alarms, policy_path(run_folder, start.client), console)
+        policy = _apply(start, alarms, run_folder, console)
     for alarm in alarms:
         console.print(_message(start, alarm, policy), highlight=False, soft_wrap=True, markup=False)
-    return ALARM if open_alarms(followed, policy) else 0
+    return ALARM if alarms else 0
+
+
+def _state_folder(state: str | None, arrivals: Path) -> Path:
+    """Return the folder of the monitor.
+
+    Raises:
+        UserError: It is empty, or a file.
+    """
+    require(state != "", "--state", "a folder", state, "Omit it for the arrivals' name with the suffix .monitor")
+    folder = arrivals.with_suffix(".monitor") if state is None else Path(state).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--state: expected a folder, got the file {shorten_path(folder)}. Name another")
+    return folder
+
+
+def _store(folder: Path, start: MonitorStart, arrivals: Arrivals, followed: Sequence[Followed]) -> None:
+    """Write settings, plot and state; a call that has read more rows keeps its state.
+
+    Raises:
+        UserError: Another first call has fixed other settings.
+    """
+    with _locked(folder):
+        remove_drafts(folder, min_age=3600.0)
+        path = folder / "start.json"
+        if not path.is_file():
+            start.save(path)
+        elif MonitorStart.load(path) != start:
+            raise UserError(
+                f"--state: expected the settings of this call, got others of another call in {shorten_path(folder)}."
+                " Repeat the command"
+            )
+        if MonitorState.load(folder / "state.json").consumed.size > arrivals.size:
+            return
+        # The plot comes first: a process that is killed in between draws it again.
+        _draw(start, followed, folder / "evidence.png")
+        MonitorState.of(arrivals, followed).save(folder / "state.json")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context manager: lock a folder against other calls.
+
+    Raises:
+        UserError: It stays locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK_FILE).acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(f"{shorten_path(folder)}: locked by another call of monitor. Repeat the command") from error
+    with lock:
+        yield
 
 
 def _start(config: Namespace, path: Path, header: Sequence[str]) -> tuple[MonitorStart, Path]:
@@ -171,6 +226,14 @@ def _start(config: Namespace, path: Path, header: Sequence[str]) -> tuple[Monito
         hint = "Start a new monitor with another --state"
         require(config.coverage == covered, "--coverage", f"{covered} as at the start", config.coverage, hint)
     folder = Path(config.run) if config.site is None else site_folder("monitor", Path(config.site))
+    found = state_digest(folder, start.client)
+    if found is None or found != (start.run or found):
+        name = "RUN" if config.site is None else "--site"
+        got = "which has no training" if found is None else "another one"
+        raise UserError(
+            f"monitor: {name}: expected the training of the start of the monitor, got {shorten_path(folder)}, {got}."
+            " Give that of the start, or start a new monitor with another --state"
+        )
     return start, folder
 
 
@@ -198,6 +261,7 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
                 f" Calibrate its exits: calibrate {trained.argument}; or follow arrivals without labels"
             )
     else:
+        require_unused_validation(client, "Follow arrivals with a column target")
         reference = _reference(client, independent_indices(client, "calibration"))
         quantities = [Quantity("drift", name) for name in reference]
     used = [
@@ -211,9 +275,11 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
         client=client.number,
         name=splits.name or "",
         network=network_fingerprint(network),
+        run=state_digest(trained.folder, client.number) or "",
         is_labelled=is_labelled,
         quantities=tuple(quantities),
         confidence=CONFIDENCE if config.confidence is None else config.confidence,
+        policy=None if policy is None else policy_settings(policy),
         limits=() if policy is None else exit_limits(policy),
         class_names=() if client.spec.task == "regression" else tuple(client.samples.class_names),
         clip=1.0 if rule is None or client.spec.task != "regression" else rule.clip,
@@ -249,15 +315,19 @@ def _reference(client: Client, indices: torch.Tensor) -> dict[str, tuple[float, 
     return {name: tuple(numbers) for name, numbers in values.items()}
 
 
-def _apply(policy: ExitPolicy, alarms: Sequence[Followed], path: Path, console: Console) -> ExitPolicy:
+def _apply(start: MonitorStart, alarms: Sequence[Followed], run_folder: Path, console: Console) -> ExitPolicy | None:
     """Write the policy with closed exits, and a copy of the old one before."""
-    changed = close_exits(policy, alarms)
-    if changed == policy:
-        return policy
-    copy = path.with_name(f"{path.stem}.before-{digest(path.read_bytes())[:8]}.json")
-    with atomic_file(copy) as file:
-        file.write(path.read_bytes())
-    changed.save(path)
+    path = policy_path(run_folder, start.client)
+    with _locked(path.parent):
+        policy = load_policy(run_folder, start.client)  # another monitor may have closed an exit
+        start.require_policy(policy)
+        if policy is None or (changed := close_exits(policy, alarms)) == policy:
+            return policy
+        content = path.read_bytes()
+        copy = path.with_name(f"{path.stem}.before-{digest(content)[:8]}.json")
+        with atomic_file(copy) as file:
+            file.write(content)
+        changed.save(path)
     console.print(f"written to {path}; the old policy is {copy}", highlight=False, soft_wrap=True, markup=False)
     return changed
 

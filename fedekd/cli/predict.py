@@ -130,13 +130,14 @@ def run(argv: Sequence[str]) -> int:
     trained = open_trained("predict", config.run, config.site)
     client = select_client(trained, config.client)
     _check_columns(client, config)
-    monitored = _monitored_columns(trained, client) if config.monitoring else None
+    policy = trained.policy(client)
+    monitored = _monitored_columns(trained, client, policy) if config.monitoring else None
     is_table = is_table_file(source)
     try:
         inputs = _read(trained.data, client, source, is_table, config.skip_unreadable)
     except UserError as error:
         raise input_error(error, ["skip_unreadable"]) from error
-    policy = _usable_policy(trained, client, label_prior, config.group)
+    policy = _usable_policy(trained, client, policy, label_prior, config.group)
     policy, inputs = _with_groups(policy, inputs, source, config.group)
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members, monitored)
@@ -166,19 +167,20 @@ def _check_columns(client: Client, config: Namespace) -> None:
         require(client.deployed_serving is not None, "--members", expected, True)
 
 
-def _monitored_columns(trained: Trained, client: Client) -> MonitoredColumns:
+def _monitored_columns(trained: Trained, client: Client, policy: ExitPolicy | None) -> MonitoredColumns:
     """Return what `--monitoring` adds, with the local model after do-no-harm."""
     is_compared = trained.do_no_harm is not None and client.deployed_role != LOCAL
-    return MonitoredColumns(client, trained.local_model(client) if is_compared else None)
+    return MonitoredColumns(client, trained.local_model(client) if is_compared else None, policy)
 
 
-def _usable_policy(trained: Trained, client: Client, label_prior: LabelPrior, group: str | None) -> ExitPolicy | None:
+def _usable_policy(
+    trained: Trained, client: Client, policy: ExitPolicy | None, label_prior: LabelPrior, group: str | None
+) -> ExitPolicy | None:
     """Return the policy with which samples exit early; warn where there is none.
 
     Raises:
-        UserError: The policy is invalid or lacks the group, or the client cannot be served under the label prior.
+        UserError: The policy lacks the group, or the client cannot be served under the label prior.
     """
-    policy = trained.policy(client)
     if group is not None:
         policy_of_group(policy, group)
     if label_prior != TRAIN:

@@ -72,8 +72,8 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         const=True,
         default=False,
-        help="Add the columns that `monitor` follows: sample, model, confidence, disagreement, and the outputs of the"
-        " federated and of the local model. Costs complete forward passes.",
+        help="Add the columns that `monitor` follows: sample, model, policy, confidence, disagreement, and the outputs"
+        " of the federated and of the local model. Costs complete forward passes.",
     )
 
 

@@ -21,7 +21,7 @@ from fedekd.early_exit.policy_files import load_policy
 from fedekd.errors import UserError, describe_error, listed, print_warning, shorten_path
 from fedekd.federation import ClientResult, SequentialEngine
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
-from fedekd.federation.local_baseline import read_local_baseline, train_local_baseline
+from fedekd.federation.local_baseline import read_local_baseline, restore_local_baseline, train_local_model
 from fedekd.federation.results import ClientRecord
 from fedekd.methods import Client, FederationSpec, Method
 from fedekd.methods.serving import LOCAL
@@ -103,17 +103,20 @@ class Trained:
     def local_model(self, client: Client) -> nn.Module:
         """Return the local model with which do-no-harm compares the federated one.
 
-        It is trained again if the cache of local baselines does not have it: with the same result by the versions and
-        on the device of the run.
+        It is trained again, with one printed line, if the cache of local baselines does not have it: with the same
+        result by the versions and on the device of the run. It is cached only in a folder that exists.
         """
         if client.deployed_role == LOCAL:
             return client.networks[LOCAL]
+        folder = self.baseline_dir if self.baseline_dir is not None and self.baseline_dir.is_dir() else None
         rounds, parts = max(client.supervised_rounds, 1), (client.number, client.splits, client.samples, client.spec)
         local = Client(*parts)
-        train_local_baseline(local, rounds, self.baseline_dir, print_warning)
-        if local.supervised_rounds != rounds:  # the cached model was trained further
-            local = Client(*parts)
-            train_local_baseline(local, rounds, None)
+        if not restore_local_baseline(local, rounds, folder):
+            print_warning(
+                f"the local model of {client.splits.label} is trained again: {shorten_path(self.baseline_dir)}"
+                " does not have it"
+            )
+            local = train_local_model(lambda: Client(*parts), rounds, folder)
         return local.networks["private"]
 
 
@@ -288,6 +291,17 @@ def site_folder(command: str, folder: Path) -> Path:
             f" {listed([path.name for path in sites])}. Give one of them"
         )
     return sites[0]
+
+
+def state_digest(folder: Path, number: int) -> str | None:
+    """Return the SHA-256 of a client's stored state; None without a training.
+
+    Args:
+        folder: Folder of a run or of a site, as `Trained.folder`.
+        number: Number of the client.
+    """
+    trained = folder / _TRAINED
+    return CheckpointStore(trained if trained.is_dir() else folder / "checkpoints").state_digest(number)
 
 
 def _load(command: str, folder: Path) -> Checkpoint:

@@ -89,8 +89,12 @@ def exit_network(client: Client) -> MultiExitNetwork:
     return network
 
 
-def require_unused_validation(client: Client) -> None:
+def require_unused_validation(client: Client, remedy: str = "Give other labelled images: calibrate --input") -> None:
     """Check that the client's method does not train on its validation split.
+
+    Args:
+        client: A trained client.
+        remedy: What to do otherwise, a sentence.
 
     Raises:
         UserError: It does.
@@ -98,7 +102,7 @@ def require_unused_validation(client: Client) -> None:
     if "validation" in client.training_splits:
         raise UserError(
             f"{client.splits.label}: expected a method that does not train on validation samples, because a"
-            " guarantee needs unseen samples. Give other labelled images: calibrate --input"
+            f" guarantee needs unseen samples. {remedy}"
         )
 
 

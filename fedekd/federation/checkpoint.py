@@ -142,6 +142,18 @@ class CheckpointStore:
                 return notes
         return None
 
+    def state_digest(self, number: int) -> str | None:
+        """Return the SHA-256 of a client's state in the newest valid manifest.
+
+        None without a manifest, or if it has no such client.
+        """
+        for round_idx in reversed(self._rounds()):
+            with suppress(OSError, ValueError):
+                entry = self._manifest(round_idx)["files"].get(f"client-{number:03d}", {})
+                digest_of_state: str | None = entry.get("sha256")
+                return digest_of_state
+        return None
+
     def has_any(self) -> bool:
         """Return whether there is a checkpoint, valid or not."""
         return bool(self._rounds())

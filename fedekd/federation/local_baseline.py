@@ -135,6 +135,28 @@ def train_local_baseline(
     return LocalBaseline(scores, losses[:rounds], metrics[:rounds], tuning_losses[:rounds], held_out_scores[:rounds])
 
 
+def train_local_model(new_client: Callable[[], Client], rounds: int, folder: Path | None) -> Client:
+    """Return a client with the local model of exactly a number of rounds.
+
+    Args:
+        new_client: Returns the client in its initial state.
+        rounds: Rounds of `local_epochs` each, at least 1.
+        folder: Folder of the cache; None caches nothing.
+    """
+    local = new_client()
+    train_local_baseline(local, rounds, folder)
+    return exact_local_model(local, new_client, rounds)
+
+
+def exact_local_model(local: Client, new_client: Callable[[], Client], rounds: int) -> Client:
+    """Return the client of a trained baseline, trained again if the cache has more rounds."""
+    if local.supervised_rounds == rounds:
+        return local
+    local = new_client()
+    train_local_baseline(local, rounds, None)
+    return local
+
+
 def read_local_baseline(client: Client, folder: Path | None) -> LocalBaseline:
     """Return the cached results of the local baseline; empty without any.
 

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from fedekd.early_exit.client_calibration import input_digests
 from fedekd.early_exit.fingerprint import network_fingerprint
+from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import network_input
 from fedekd.methods import Client
 from fedekd.models import eval_mode
 from fedekd.modules.prediction import predict
+from fedekd.monitoring.policies import policy_hash
 
 #: Hexadecimal digits of the column `model`.
 MODEL_DIGITS = 12
+
+#: Label of an output that is not finite, which is wrong for every target.
+NOT_FINITE = -1
 
 #: Decimals of confidence and disagreement.
 _DECIMALS = 6
@@ -26,6 +31,7 @@ class MonitoredColumns:
 
     - `sample`: hash of the input, by which repeated samples and those of the training are found.
     - `model`: first digits of the fingerprint of the deployed network.
+    - `policy`: hash of the exit policy, see `policy_hash`.
     - `confidence`: largest probability at the last exit, whatever the exit policy; in regression `value_last`,
       the value there.
     - `disagreement`: between private model and proxy, at the last exit: total variation distance of the probabilities,
@@ -33,13 +39,16 @@ class MonitoredColumns:
     - `label_federated`, `label_local`: labels at the last exit, which do-no-harm compares; `value_federated` and
       `value_local` in regression. Only with a local model.
 
+    Outputs that are not finite are wrong: label -1, value inf, confidence 0, disagreement 1 or inf.
+
     Args:
         client: Client of a finished run.
         local: Its local model, or None if do-no-harm is not followed.
+        policy: Its exit policy, of all groups; None without one.
     """
 
-    def __init__(self, client: Client, local: nn.Module | None = None) -> None:
-        self.client, self.local = client, local
+    def __init__(self, client: Client, local: nn.Module | None = None, policy: ExitPolicy | None = None) -> None:
+        self.client, self.local, self.policy = client, local, policy_hash(policy)
         self.deployed = client.deployed_model
         self.model = network_fingerprint(self.deployed)[:MODEL_DIGITS]
         self.is_regression = client.spec.task == "regression"
@@ -48,14 +57,16 @@ class MonitoredColumns:
     def of_batch(self, batch: Tensor) -> dict[str, list[Any]]:
         """Return the columns of a batch of inputs as in `Samples.inputs`."""
         output = self._last(self.deployed, batch)
-        columns: dict[str, list[Any]] = {"sample": list(input_digests(batch)), "model": [self.model] * len(batch)}
+        columns: dict[str, list[Any]] = {"sample": list(input_digests(batch))}
+        columns |= {name: [value] * len(batch) for name, value in (("model", self.model), ("policy", self.policy))}
         columns |= self._drift_values(output, batch)
         if self.local is not None:
             for name, each in (("federated", output), ("local", self._last(self.local, batch))):
+                is_finite = each.isfinite().all(dim=1)
                 columns |= (
-                    {f"value_{name}": each[:, 0].tolist()}
+                    {f"value_{name}": each[:, 0].masked_fill(~is_finite, torch.inf).tolist()}
                     if self.is_regression
-                    else {f"label_{name}": each.argmax(dim=1).tolist()}
+                    else {f"label_{name}": each.argmax(dim=1).masked_fill(~is_finite, NOT_FINITE).tolist()}
                 )
         return columns
 
@@ -67,9 +78,9 @@ class MonitoredColumns:
     def _drift_values(self, output: Tensor, batch: Tensor) -> dict[str, list[float]]:
         networks = self.client.networks
         if self.is_regression:
-            values = {"value_last": output[:, 0].tolist()}
+            values = {"value_last": output[:, 0].nan_to_num(torch.inf, torch.inf, -torch.inf).tolist()}
         else:
-            values = {"confidence": _rounded(output.softmax(dim=1).amax(dim=1))}
+            values = {"confidence": _rounded(output.softmax(dim=1).amax(dim=1).nan_to_num(0.0))}
         if "proxy" in networks:
             pair = self._last(networks["private"], batch), self._last(networks["proxy"], batch)
             values["disagreement"] = _rounded(self._disagreement(*pair))
@@ -83,8 +94,8 @@ class MonitoredColumns:
 
     def _disagreement(self, private: Tensor, proxy: Tensor) -> Tensor:
         if self.is_regression:
-            return (private - proxy)[:, 0].abs()
-        return (private.softmax(dim=1) - proxy.softmax(dim=1)).abs().sum(dim=1) / 2
+            return (private - proxy)[:, 0].abs().nan_to_num(torch.inf, torch.inf)
+        return ((private.softmax(dim=1) - proxy.softmax(dim=1)).abs().sum(dim=1) / 2).nan_to_num(1.0)
 
 
 def _rounded(values: Tensor) -> list[float]:

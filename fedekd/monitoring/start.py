@@ -1,18 +1,18 @@
-"""What a monitor follows, fixed before its first arrival."""
+"""What a monitor follows, fixed by its first call with valid arrivals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from fedekd.atomic import atomic_file, seal_json, unseal_json
-from fedekd.early_exit.policy import ExitPolicy, GroupExits
-from fedekd.errors import UserError, describe_error, shorten_path
+from fedekd.early_exit.policy import ExitPolicy
+from fedekd.errors import UserError, describe_error, shorten, shorten_path
+from fedekd.monitoring.policies import exit_limits, policy_hashes, policy_settings, with_closed
 from fedekd.tasks import Task
 
 Kind = Literal["exit", "do_no_harm", "coverage", "drift"]
@@ -52,6 +52,9 @@ class Quantity:
 class MonitorStart:
     """Settings of a monitor; every result is a function of them and of the arrivals.
 
+    They are written by the first call whose arrivals are valid. Confidence and coverage must be chosen before the
+    arrivals are seen: a choice that depends on them voids the guarantee.
+
     Guarantee: with probability of at least `confidence` no quantity whose hypothesis is true ever has an alarm, however
     long the stream is and however often it is looked at. Exact for every length (Ville); the level 1 - confidence is
     divided by the number of quantities (Bonferroni). An alarm of a drift test refers to arrivals that are exchangeable
@@ -65,12 +68,14 @@ class MonitorStart:
         is_labelled: Whether arrivals have targets.
         quantities: Followed quantities, at least 1.
         confidence: See above, in (0, 1).
-        limits: `exit_limits` of the exit policy at the start; empty without a policy.
+        policy: `policy_settings` of the exit policy at the start; None without a policy.
+        limits: Its `exit_limits`; empty without a policy.
         class_names: Names of the classes; empty in regression.
         clip: Regression: largest difference of squared errors in the do-no-harm comparison.
         reference: For each drift test, values of the reference sample.
         used: Hashes of the samples of training, selection and calibration.
         seed: Seed of the random numbers that break ties of drift tests.
+        run: SHA-256 of the stored state of the client, which identifies the run; empty accepts any.
     """
 
     task: Task
@@ -80,12 +85,14 @@ class MonitorStart:
     is_labelled: bool
     quantities: tuple[Quantity, ...]
     confidence: float
+    policy: Mapping[str, Any] | None = None
     limits: tuple[tuple[float, ...], ...] = ()
     class_names: tuple[str, ...] = ()
     clip: float = 1.0
     reference: Mapping[str, tuple[float, ...]] | None = None
     used: frozenset[str] = frozenset()
     seed: int = 0
+    run: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
@@ -106,7 +113,7 @@ class MonitorStart:
         """Check that a policy is that of the start, but for exits that were closed.
 
         Raises:
-            UserError: It is the policy of another network, has other thresholds, or is missing.
+            UserError: It is the policy of another network or guarantee, has other thresholds, or is missing.
         """
         if policy is None:
             if self.limits:
@@ -117,19 +124,30 @@ class MonitorStart:
                 f"policy: expected that of the monitored network {self.network[:12]}, got one of {policy.network[:12]}."
                 " Start a new monitor with another --state"
             )
-        is_closed = np.array([bool(reason) for reason in policy.closed or ("",) * policy.num_exits])
-        new, old = np.array(exit_limits(policy)), np.array(self.limits)
-        if new.shape != old.shape or bool(((new != old) & ~is_closed).any()):
+        settings = policy_settings(policy)
+        for name, value in (self.policy or {}).items():
+            if settings[name] != value:
+                raise UserError(
+                    f"policy: expected {name} {shorten(str(value))} as at the start of the monitor, got"
+                    f" {shorten(str(settings[name]))}. Start a new monitor with another --state"
+                )
+        closed = tuple(e for e, reason in enumerate(policy.closed) if reason)
+        if exit_limits(policy) != with_closed(self.limits, closed):
             raise UserError(
                 "policy: expected the thresholds of the start of the monitor, got others. Start a new monitor with"
                 " another --state"
             )
 
+    @cached_property
+    def policy_hashes(self) -> frozenset[str]:
+        """Allowed values of the column `policy`."""
+        return policy_hashes(self.policy, self.limits)
+
     def save(self, path: Path) -> None:
         """Write the settings atomically."""
         values = asdict(self) | {"used": sorted(self.used)}
-        # JSON has no infinity.
-        values["limits"] = [[value if math.isfinite(value) else str(value) for value in row] for row in self.limits]
+        values["limits"] = list(map(_to_json, self.limits))
+        values["reference"] = {name: _to_json(each) for name, each in (self.reference or {}).items()}
         with atomic_file(path) as file:
             file.write(seal_json({"format": FORMAT, **values}))
 
@@ -146,7 +164,7 @@ class MonitorStart:
                 raise UserError(f"expected format {FORMAT}, got {layout!s:.20}. Start a new monitor")
             values["limits"] = tuple(tuple(map(float, row)) for row in values["limits"])
             values["quantities"] = tuple(Quantity(**each) for each in values["quantities"])
-            values["reference"] = {name: tuple(each) for name, each in (values["reference"] or {}).items()}
+            values["reference"] = {name: tuple(map(float, each)) for name, each in values["reference"].items()}
             values |= {"class_names": tuple(values["class_names"]), "used": frozenset(values["used"])}
             return cls(**values)
         except UserError as error:
@@ -158,7 +176,6 @@ class MonitorStart:
             ) from error
 
 
-def exit_limits(policy: ExitPolicy) -> tuple[tuple[float, ...], ...]:
-    """Return thresholds and search bounds, of the policy and of each group."""
-    parts: tuple[ExitPolicy | GroupExits, ...] = (policy, *policy.groups)
-    return tuple(row for part in parts for row in (part.thresholds, part.search_bounds))
+def _to_json(numbers: Sequence[float]) -> list[float | str]:
+    """Return numbers with infinities, which JSON does not have, as texts."""
+    return [value if math.isfinite(value) else str(value) for value in numbers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
@@ -88,16 +88,26 @@ def open_alarms(followed: Sequence[Followed], policy: ExitPolicy | None) -> list
     """Return the alarms that the policy does not account for yet.
 
     An alarm of an exit is accounted for once the exit is closed, and an alarm of a drift test once all early exits are
-    closed. Other alarms remain.
+    closed and the reason of one names it. Other alarms remain.
     """
     return [each for each in followed if each.alarm is not None and not _is_settled(each, policy)]
 
 
 def _is_settled(alarm: Followed, policy: ExitPolicy | None) -> bool:
-    if policy is None or alarm.quantity.kind not in ("exit", "drift"):
-        return False
     # Without a reason no exit was closed for an alarm: none was open from the start.
-    return any(policy.closed) and not exits_to_close(alarm, policy)
+    if policy is None or not any(policy.closed) or exits_to_close(alarm, policy):
+        return False
+    if alarm.quantity.kind == "exit":
+        return bool(policy.closed[alarm.quantity.exit - 1])
+    return alarm.quantity.kind == "drift" and _is_reason(alarm, policy)
+
+
+def _is_reason(alarm: Followed, policy: ExitPolicy) -> bool:
+    return any(_cause(alarm) in reason for reason in policy.closed)
+
+
+def _cause(alarm: Followed) -> str:
+    return f"monitor: alarm of {alarm.quantity.name} after "
 
 
 def exits_to_close(alarm: Followed, policy: ExitPolicy | None) -> list[int]:
@@ -110,11 +120,17 @@ def exits_to_close(alarm: Followed, policy: ExitPolicy | None) -> list[int]:
 
 
 def close_exits(policy: ExitPolicy, alarms: Sequence[Followed]) -> ExitPolicy:
-    """Return the policy with the exits closed that alarms close, and the reasons."""
+    """Return the policy with the exits closed that alarms close, and the reasons.
+
+    If an alarm of a drift test has no exit left to close, the closed ones have it as a further reason.
+    """
     for alarm in alarms:
         assert alarm.alarm is not None
         evidence = float(alarm.evidence[alarm.rows.tolist().index(alarm.alarm)])
-        reason = f"monitor: alarm of {alarm.quantity.name} after {alarm.alarm + 1} arrivals, evidence {evidence:.4g}"
+        reason = f"{_cause(alarm)}{alarm.alarm + 1} arrivals, evidence {evidence:.4g}"
         for exit_ in exits_to_close(alarm, policy):
             policy = policy.close(exit_, reason)
+        if alarm.quantity.kind == "drift" and any(policy.closed) and not _is_reason(alarm, policy):
+            closed = tuple(f"{earlier}; {reason}" if earlier else "" for earlier in policy.closed)
+            policy = replace(policy, closed=closed)
     return policy

@@ -230,7 +230,7 @@ def test_monitor_follows_exits_over_all_groups(here: Path, capsys: pytest.Captur
     assert main(["predict", "run", "--input=new.npz", "--monitoring", "--output=new.csv"]) == 0
     table = pd.read_csv("new.csv")
     table.assign(target=(table["label"] + 1) % 3).to_csv("wrong.csv", index=False)
-    assert main(["monitor", "run", "--arrivals=wrong.csv", "--apply"]) == 0
+    assert main(["monitor", "run", "--arrivals=wrong.csv", "--apply"]) == 3
     assert "ALARM exit 1" in capsys.readouterr().out
     closed = ExitPolicy.load(Path("run/exits/client-000.json"))
     assert closed.open_exits == (False,)

@@ -14,7 +14,11 @@ import pytest
 
 from fedekd.atomic import unseal_json
 from fedekd.cli import main
+from fedekd.cli import monitor as command
+from fedekd.cli.arguments import select_client
 from fedekd.early_exit import ExitPolicy
+from fedekd.methods import Client
+from fedekd.monitoring import Arrivals, Followed, MonitorStart, follow
 from fedekd.reporting import figures
 
 FAST = ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1", "--logger=null", "--quiet"]
@@ -146,14 +150,22 @@ def test_monitor_alarm_applies_closed_exit_and_keeps_policy(here: Path, capsys: 
     printed = capsys.readouterr().out
     assert "ALARM exit 1: evidence" in printed
     assert "Close exit 1: --apply true" in printed
+    assert monitor("a.csv", "--apply") == 3
     assert monitor("a.csv", "--apply") == 0
+    assert monitor("a.csv") == 0
     policy = ExitPolicy.load(POLICY)
     assert policy.thresholds[0] == math.inf
     assert policy.certified == (False, False)
     assert policy.closed[0].startswith("monitor: alarm of exit 1 after")
     assert [path.read_bytes() for path in POLICY.parent.glob("*.before-*")] == [before]
     predict("run", "closed.csv")
-    assert set(pd.read_csv("closed.csv")["exit"]) == {2}
+    closed = pd.read_csv("closed.csv").assign(target=LABELS)
+    assert set(closed["exit"]) == {2}
+    rows = pd.concat([wrong(pd.read_csv("run_labelled.csv"))[:80], closed[80:]])
+    rows.to_csv("b.csv", index=False)
+    assert rows["policy"].nunique() == 2
+    shutil.copytree("start.monitor", "b.monitor")
+    assert monitor("b.csv") == 0  # an alarm of the first rows, and the exit is closed
     monitor("a.csv", "--apply")
     assert "exit 1 (closed)" in capsys.readouterr().out
     assert ExitPolicy.load(POLICY) == policy
@@ -161,6 +173,19 @@ def test_monitor_alarm_applies_closed_exit_and_keeps_policy(here: Path, capsys: 
     capsys.readouterr()
     assert monitor("a.csv") == 2
     assert "policy: expected the thresholds of the start of the monitor" in capsys.readouterr().err
+    replace(policy, target_risk=0.2).save(POLICY)
+    assert monitor("a.csv") == 2
+    assert "policy: expected target_risk 0.3 as at the start of the monitor, got 0.2" in capsys.readouterr().err
+    restored = ExitPolicy.from_json(before.decode())
+    replace(restored, thresholds=(-1.0, -math.inf), search_bounds=(-1.0, -math.inf)).save(POLICY)
+    predict("run", "other.csv")
+    restored.save(POLICY)
+    table = pd.read_csv("other.csv").assign(target=LABELS)
+    assert set(table["exit"]) == {1}
+    table.to_csv("other.csv", index=False)
+    capsys.readouterr()
+    assert monitor("other.csv", "--state=start.monitor") == 2
+    assert "line 2: policy: expected the hash of the policy of the start, got" in capsys.readouterr().err
 
 
 def test_monitor_regression_follows_squared_errors_and_intervals(here: Path) -> None:
@@ -186,14 +211,22 @@ def test_monitor_unlabelled_drift_has_alarm(
     assert monitor("a.csv", run=run) == 0
     assert list(state("a.monitor")) == [first, "disagreement"]
     table.assign(**{first: -10.0}).to_csv("b.csv", index=False)
-    assert monitor("b.csv", "--apply", run=run) == (0 if run == "run" else 3)  # closed now; no policy
+    assert monitor("b.csv", "--apply", run=run) == 3
+    assert monitor("b.csv", run=run) == (0 if run == "run" else 3)  # closed now; no policy
     assert state("b.monitor")[first]["alarm_line"] < 100
     assert f"ALARM {first}" in capsys.readouterr().out
     if run == "run":
         closed = ExitPolicy.load(POLICY)
         assert closed.thresholds[0] == math.inf
         replace(closed, closed=()).save(POLICY)  # as if no exit had been open from the start
-        assert monitor("b.csv", "--state=closed") == 3
+        predict("run", "c.csv")
+        pd.read_csv("c.csv").assign(confidence=-10.0).to_csv("c.csv", index=False)
+        assert monitor("c.csv") == 3
+        replace(closed, closed=("monitor: alarm of exit 1 after 9 arrivals, evidence 30", "")).save(POLICY)
+        assert monitor("b.csv") == 3  # the exit was closed for another reason
+        assert monitor("b.csv", "--apply") == 3
+        assert "; monitor: alarm of confidence after" in ExitPolicy.load(POLICY).closed[0]
+        assert monitor("b.csv") == 0
 
 
 def replaced(column: str, line: int, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -207,7 +240,7 @@ def replaced(column: str, line: int, value: object) -> Callable[[pd.DataFrame], 
 
 def used_sample(table: pd.DataFrame) -> pd.DataFrame:
     used = unseal_json(Path("start.monitor/start.json").read_bytes())["used"]
-    return replaced("sample", 5, used[3] + "0" * 16)(table)
+    return replaced("sample", 5, used[3].upper() + "0" * 16)(table)
 
 
 BAD = {
@@ -217,8 +250,16 @@ BAD = {
     "dates": (lambda table: table.assign(time="2026-13-01"), "line 2: time: expected numbers, or ISO 8601"),
     "labels": (replaced("target", 9, ""), "line 9: target: expected a label, got an empty cell. Append rows when"),
     "class": (replaced("target", 9, "7"), "line 9: target: expected one of the labels 0, 1, 2, got '7'"),
-    "exit": (replaced("exit", 4, 0.5), "line 4: exit: expected a number from 1, got '0.5'"),
+    "exit": (replaced("exit", 4, 0.5), "line 4: exit: expected a number from 1 to 2, got '0.5'"),
+    "exits": (replaced("exit", 4, 99), "line 4: exit: expected a number from 1 to 2, got '99'"),
+    "label": (replaced("label", 4, 99), "line 4: label: expected a number from 0 to 2, got '99'"),
+    "compared": (replaced("label_local", 4, 3), "line 4: label_local: expected a number from -1 to 2, got '3'"),
+    "hash": (replaced("sample", 4, "x" * 32), "line 4: sample: expected at least 16 hexadecimal digits, got 'x"),
     "column": (lambda table: table.drop(columns="label_local"), "expected a column 'label_local', got image, label"),
+    "policy": (
+        replaced("policy", 3, "none"),
+        "line 3: policy: expected the hash of the policy of the start, got 'none'",
+    ),
     "model": (replaced("model", 3, "0" * 12), "line 3: model: expected '"),
     "unlabelled": (lambda table: table.drop(columns="target"), "--arrivals: expected a column target as at the start"),
 }
@@ -253,9 +294,15 @@ def test_monitor_changed_file_or_settings_print_one_line(here: Path, error_line:
         (["--client=1"], "--client: expected 0 as at the start, got '1'"),
         (["--coverage=2"], "--coverage: expected a number in (0, 1), got 2.0"),
         (["--arrivals=none.csv"], "expected a CSV file, got 'none.csv', which does not exist"),
+        (["--arrivals=run"], "expected a CSV file, got 'run', which is a folder"),
+        (["--state="], "--state: expected a folder, got ''. Omit it"),
+        (["--state=a.csv"], "--state: expected a folder, got the file a.csv"),
     ):
         assert monitor("a.csv", *options) == 2
         assert message in error_line()
+    for folder, message in (("grades", "got grades, another one"), ("gone", "got gone, which has no training")):
+        assert monitor("a.csv", run=folder) == 2
+        assert f"RUN: expected the training of the start of the monitor, {message}" in error_line()
     other = ExitPolicy.load(Path("run/exits/client-001.json"))
     other.save(POLICY)
     assert monitor("a.csv") == 2
@@ -269,8 +316,66 @@ def test_monitor_samples_of_calibrate_input_are_refused(here: Path, error_line: 
     np.savez("more.npz", images=IMAGES, labels=LABELS)
     options = ["--target_risk=0.3", "--confidence=0.7", "--client=0"]
     assert main(["calibrate", "run", "--input=more.npz", *options]) == 0
-    assert monitor("run_labelled.csv") == 2
+    predict("run", "a.csv")
+    pd.read_csv("a.csv").assign(target=LABELS).to_csv("a.csv", index=False)
+    assert monitor("a.csv") == 2
     assert "line 2: sample: expected no sample of training or calibration" in error_line()
-    assert not Path("run_labelled.monitor").exists()
+    assert not Path("a.monitor").exists()
     assert main(["calibrate", "run", *options]) == 0
     assert not Path("run/exits/client-000.samples").exists()
+
+
+def test_monitor_method_trained_on_validation_has_no_reference(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
+) -> None:
+    def trained_on_validation(*arguments: object) -> Client:
+        client = select_client(*arguments)
+        client.training_splits = ("train", "validation")
+        return client
+
+    monkeypatch.setattr(command, "select_client", trained_on_validation)
+    assert monitor("run.csv") == 2
+    message = error_line()
+    assert "expected a method that does not train on validation samples" in message
+    assert message.strip().endswith("Follow arrivals with a column target")
+
+
+def test_monitor_overtaken_call_keeps_the_longer_state(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Path("run_labelled.csv").read_text().splitlines(keepends=True)
+    Path("a.csv").write_text("".join(lines[:50]))
+
+    def overtaken(start: MonitorStart, arrivals: Arrivals) -> list[Followed]:
+        monkeypatch.setattr(command, "follow", follow)
+        Path("a.csv").write_text("".join(lines))
+        assert monitor("a.csv") == 0
+        return follow(start, arrivals)
+
+    shutil.copytree("start.monitor", "a.monitor")
+    monkeypatch.setattr(command, "follow", overtaken)
+    assert monitor("a.csv") == 0
+    assert unseal_json(Path("a.monitor/state.json").read_bytes())["consumed"]["rows"] == 160
+
+
+def test_monitor_overtaken_first_call_with_other_settings_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
+) -> None:
+    def overtaken(start: MonitorStart, arrivals: Arrivals) -> list[Followed]:
+        replace(start, confidence=0.8).save(Path("a.monitor/start.json"))
+        return follow(start, arrivals)
+
+    shutil.copy("run_labelled.csv", "a.csv")
+    Path("a.monitor").mkdir()
+    monkeypatch.setattr(command, "follow", overtaken)
+    assert monitor("a.csv") == 2
+    assert "--state: expected the settings of this call, got others of another call" in error_line()
+
+
+def test_predict_monitoring_trains_missing_local_model_with_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("runs/local")
+    expected = pd.read_csv("grades.csv")["value_local"]
+    predict("grades", "again.csv")
+    assert "warning: the local model of client 0 is trained again: runs/local does not" in capsys.readouterr().err
+    assert not Path("runs/local").exists()
+    assert pd.read_csv("again.csv")["value_local"].equals(expected)

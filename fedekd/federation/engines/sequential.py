@@ -25,7 +25,12 @@ from fedekd.federation.engines.base import (
     PartitionedData,
     RoundRequest,
 )
-from fedekd.federation.local_baseline import LocalBaseline, restore_local_baseline, train_local_baseline
+from fedekd.federation.local_baseline import (
+    LocalBaseline,
+    exact_local_model,
+    restore_local_baseline,
+    train_local_baseline,
+)
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.federation.wire import from_wire, update_to_wire
@@ -226,10 +231,7 @@ class SequentialEngine:
             with client.trial(chosen):
                 metrics = client.evaluate(role=CANDIDATE)[1]
         if final and comparison.is_local:
-            if local.supervised_rounds != rounds:  # the stored model was trained further: train again, up to `rounds`
-                local = self._new_client(client.number)
-                train_local_baseline(local, rounds, None)
-            client.use_local_model(local)
+            client.use_local_model(exact_local_model(local, partial(self._new_client, client.number), rounds))
         elif final and chosen is not None:
             client.use_candidate(chosen)
         elif final:
