@@ -149,7 +149,7 @@ def train_local_model(new_client: Callable[[], Client], rounds: int, folder: Pat
 
 
 def exact_local_model(local: Client, new_client: Callable[[], Client], rounds: int) -> Client:
-    """Return the client of a trained baseline, trained again if the cache has more rounds."""
+    """Return the client, trained again if the cached baseline has more rounds."""
     if local.supervised_rounds == rounds:
         return local
     local = new_client()

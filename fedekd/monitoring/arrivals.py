@@ -254,7 +254,8 @@ class _Classes:
         self.names = names
         self.numbers = {str(number): number for number in range(len(names))}
         by_name = {name: number for number, name in enumerate(names)}
-        self.ambiguous = {name for name, number in by_name.items() if self.numbers.get(name, number) != number}
+        canonical = {_canonical(name): number for name, number in by_name.items()}
+        self.ambiguous = {name for name, number in canonical.items() if self.numbers.get(name, number) != number}
         self.labels = self.numbers | by_name
 
     def numbers_of(self, table: _Table, column: str) -> Array:

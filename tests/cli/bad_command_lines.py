@@ -185,7 +185,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "arrivals": ("nowhere.csv", "", "fit.yaml", "blobs.npz", "a", LONG),
         "confidence": ("0", "1", "-1", "2"),
         "coverage": ("0", "1", "nan"),
-        "state": ("blobs.npz", LONG),
+        "state": ("blobs.npz", "", LONG),
         "apply": ("5", "maybe"),
         "site": ("nowhere", "a", LONG),
     },

@@ -312,7 +312,9 @@ def test_monitor_changed_file_or_settings_print_one_line(here: Path, error_line:
     assert "expected the start of a monitor, got invalid content" in error_line()
 
 
-def test_monitor_samples_of_calibrate_input_are_refused(here: Path, error_line: Callable[[], str]) -> None:
+def test_monitor_samples_of_calibrate_input_are_refused(
+    here: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.savez("more.npz", images=IMAGES, labels=LABELS)
     options = ["--target_risk=0.3", "--confidence=0.7", "--client=0"]
     assert main(["calibrate", "run", "--input=more.npz", *options]) == 0
@@ -321,6 +323,10 @@ def test_monitor_samples_of_calibrate_input_are_refused(here: Path, error_line: 
     assert monitor("a.csv") == 2
     assert "line 2: sample: expected no sample of training or calibration" in error_line()
     assert not Path("a.monitor").exists()
+    with monkeypatch.context() as patch:  # the old policy stays, and with it the hashes of its samples
+        patch.setattr(ExitPolicy, "save", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["calibrate", "run", *options]) == 130
+    assert Path("run/exits/client-000.samples").exists()
     assert main(["calibrate", "run", *options]) == 0
     assert not Path("run/exits/client-000.samples").exists()
 
