@@ -629,14 +629,14 @@ def _cells(frame: pd.DataFrame, column: str, text: pd.Series) -> list[list[str]]
 
 def exact_level() -> str:
     """Largest probability of a wrong decision by number of samples, margin and level."""
-    frame = read("do_no_harm/level.csv").sort_values("level", ascending=False).drop(columns="differing")
+    frame = read("exact_test/level.csv").sort_values("level", ascending=False).drop(columns="differing")
     levels = [f"level {level:g}" for level in sorted(frame["level"].unique())]
     return markdown(["n", "margin", *levels], _cells(frame, "level", frame["worst"].map("{:.5f}".format)))
 
 
 def exact_power() -> str:
     """Power of the sign test and of the unconditional test, and their bound."""
-    frame = read("do_no_harm/power.csv")
+    frame = read("exact_test/power.csv")
     parts = [frame[name].map("{:.2f}".format) for name in ("sign", "unconditional", "bound")]
     gains = [f"gain {gain:g}" for gain in sorted(frame["gain"].unique())]
     return markdown(["n", "margin", "q", *gains], _cells(frame, "gain", parts[0] + ", " + parts[1] + ", " + parts[2]))
@@ -644,7 +644,7 @@ def exact_power() -> str:
 
 def exact_loss() -> str:
     """Largest difference of the bound and the power where the bound is at least 0.3."""
-    frame = read("do_no_harm/power.csv")
+    frame = read("exact_test/power.csv")
     return f"{(frame['bound'] - frame['unconditional'])[frame['bound'] >= 0.3].max():.3f}"
 
 

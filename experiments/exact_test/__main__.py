@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fedekd.atomic import atomic_file
 from fedekd.do_no_harm import DoNoHarm, acceptance_probability
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "do_no_harm"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "exact_test"
 
 Row = dict[str, float]
 
@@ -161,7 +161,7 @@ def main() -> int:
     """Compute the rows that are missing, and write each table after every row."""
     parser = argparse.ArgumentParser(prog="python -m experiments.exact_test", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="Folder of the tables (default results/do_no_harm)."
+        "--results", type=Path, default=RESULTS, help="Folder of the tables (default results/exact_test)."
     )
     folder = parser.parse_args().results
     tables = {

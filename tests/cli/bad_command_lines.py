@@ -54,7 +54,7 @@ blocks:
   - {datasets: [blobs.npz], alphas: [1.0], seeds: [0], methods: {A: {class_path: FedAvg}}, config: fit.yaml}
 """
 #: Arrivals of which none has come.
-ARRIVALS = "sample,model,exit,confidence,disagreement\n"
+ARRIVALS = "sample,model,policy,exit,confidence,disagreement\n"
 VALID = {
     "fit": ("fit", "--config=fit.yaml", "--output=new"),
     "test": ("test", "a"),
