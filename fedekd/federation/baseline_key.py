@@ -30,6 +30,8 @@ TRAINING_CODE = (
     "methods/options.py",
     "methods/specification.py",
     "methods/client.py",
+    "methods/client_state.py",
+    "methods/serving.py",
     "methods/local.py",
     "metrics",
     "models",

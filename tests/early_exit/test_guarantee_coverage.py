@@ -155,7 +155,7 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
 
 
 def changed(client: Any, **values: Any) -> Any:
-    names = ("number", "deployed_model", "deployed_role", "networks", "samples", "training_splits", "spec", "splits")
+    names = ("number", "deployed_model", "deployed_name", "networks", "samples", "training_splits", "spec", "splits")
     return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
 
 
