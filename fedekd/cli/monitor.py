@@ -239,6 +239,11 @@ def _start(config: Namespace, path: Path, header: Sequence[str]) -> tuple[Monito
 
 def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled: bool) -> MonitorStart:
     """Fix what a new monitor follows."""
+    if client.samples.group is not None:
+        print_warning(
+            f"samples of {client.splits.label} have groups, such as patients: append one row per group, drawn at"
+            " random. With several, an alarm does not contradict the guarantee"
+        )
     network, policy = client.deployed_model, trained.policy(client)
     if policy is not None and isinstance(network, MultiExitNetwork):
         policy.require(network, client.networks.get("proxy"))
@@ -249,7 +254,7 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
     if is_labelled:
         quantities = [] if policy is None else _exits(policy)
         if rule is not None and client.deployed_role != LOCAL:
-            if rule.metric == "accuracy":
+            if rule.compares_samples:
                 quantities.append(Quantity("do_no_harm", "do_no_harm", rule.margin))
             else:
                 print_warning(f"do no harm is followed in accuracy only: this run compared {rule.metric}")

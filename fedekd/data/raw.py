@@ -119,7 +119,8 @@ def name_of(value: Any) -> str:
 
 def names_of(values: Array) -> npt.NDArray[np.str_]:
     """Return the names of the groups of N samples, shape (N,)."""
-    return np.asarray([name_of(value) for value in values.tolist()], dtype=np.str_)
+    dates = values.astype(np.str_) if values.dtype.kind == "M" else values  # as integers they would lose their order
+    return np.asarray([name_of(value) for value in dates.tolist()], dtype=np.str_)
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

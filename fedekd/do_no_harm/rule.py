@@ -184,6 +184,11 @@ class DoNoHarm:
         return ("tuning", "holdout")
 
     @property
+    def compares_samples(self) -> bool:
+        """Whether each sample counts by itself: in accuracy, or in squared errors."""
+        return self.metric == "accuracy"
+
+    @property
     def level(self) -> float:
         """Largest accepted p-value of one comparison, (1 - confidence) / looks."""
         # Rounded, because 1 - 0.9 is not 0.1 in floating point.

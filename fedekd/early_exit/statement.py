@@ -101,11 +101,16 @@ def closed_exits(policy: ExitPolicy) -> str:
     places = []
     for exit_, is_open in enumerate(policy.open_exits):
         closed = [group.name for group in policy.groups if group.thresholds[exit_] == math.inf]
+        if policy.closed and policy.closed[exit_]:
+            continue  # by an alarm, after which no option is to open it
         if not is_open:
             places.append(f"exit {exit_ + 1}")
         elif closed and not policy.shared_thresholds:
             places.append(f"exit {exit_ + 1} for {policy.group_by} {listed(closed)}")
-    return f"closed: {'; '.join(places)}. To open: {OPENING}" if places else ""
+    reasons = [f"exit {exit_} ({reason})" for exit_, reason in enumerate(policy.closed, start=1) if reason]
+    parts = [f"closed: {'; '.join(places)}. To open: {OPENING}"] if places else []
+    parts += [f"closed after the calibration: {'; '.join(reasons)}"] if reasons else []
+    return ". ".join(parts)
 
 
 def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:

@@ -38,7 +38,7 @@ def _without_difference(run: Orchestrator) -> list[str]:
     rule = run.do_no_harm
     if rule is None or run.task != "classification" or rule.rule != "certified" or rule.margin > 0:
         return []
-    if rule.metric != "accuracy":  # the numbers below count samples
+    if not rule.compares_samples:  # as the numbers below
         return []
     parts, fewest = [], fewest_samples(rule)
     for number, record in sorted(run.progress.records.items()):

@@ -200,7 +200,7 @@ def _compared(run: Orchestrator, rule: DoNoHarm, comparison: Comparison) -> dict
         values["candidates"] = {name: row if row.pop("tested") else "not tested" for name, row in rows.items()}
     if deciding is not None:
         values["deciding_samples"] = deciding or None
-    elif run.task == "classification" and rule.metric == "accuracy" and _has_test(rule, comparison):
+    elif run.task == "classification" and rule.compares_samples and _has_test(rule, comparison):
         counts = comparison.worse, comparison.better, comparison.samples
         is_local = comparison.deployed == "local"
         values["deciding_samples"] = deciding_samples(rule, *counts) if is_local else comparison.samples

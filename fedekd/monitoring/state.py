@@ -103,11 +103,13 @@ def _is_settled(alarm: Followed, policy: ExitPolicy | None) -> bool:
 
 
 def _is_reason(alarm: Followed, policy: ExitPolicy) -> bool:
-    return any(_cause(alarm) in reason for reason in policy.closed)
+    return any(_reason(alarm) in reason for reason in policy.closed)
 
 
-def _cause(alarm: Followed) -> str:
-    return f"monitor: alarm of {alarm.quantity.name} after "
+def _reason(alarm: Followed) -> str:
+    assert alarm.alarm is not None
+    evidence = float(alarm.evidence[alarm.rows.tolist().index(alarm.alarm)])
+    return f"monitor: alarm of {alarm.quantity.name} after {alarm.alarm + 1} arrivals, evidence {evidence:.4g}"
 
 
 def exits_to_close(alarm: Followed, policy: ExitPolicy | None) -> list[int]:
@@ -125,9 +127,7 @@ def close_exits(policy: ExitPolicy, alarms: Sequence[Followed]) -> ExitPolicy:
     If an alarm of a drift test has no exit left to close, the closed ones have it as a further reason.
     """
     for alarm in alarms:
-        assert alarm.alarm is not None
-        evidence = float(alarm.evidence[alarm.rows.tolist().index(alarm.alarm)])
-        reason = f"{_cause(alarm)}{alarm.alarm + 1} arrivals, evidence {evidence:.4g}"
+        reason = _reason(alarm)
         for exit_ in exits_to_close(alarm, policy):
             policy = policy.close(exit_, reason)
         if alarm.quantity.kind == "drift" and any(policy.closed) and not _is_reason(alarm, policy):

@@ -163,7 +163,8 @@ REPLY_VALUES = {
     DESCRIBE: {"site", "config", "sizes", "class_counts", "digest", "name", "class_names", "columns"},
     BASELINE: {"metrics"},
     SCORE: {"metrics"},
-    ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "metrics", "num_samples"},
+    ROUND: {"client", "score", "supervised_rounds", "logs", "tradeoff", "comparison", "metrics", "num_samples"}
+    | {"deployed_metrics"},
 }
 REPLY_VALUES[LAST_ROUND] = REPLY_VALUES[ROUND]
 
