@@ -123,7 +123,7 @@ def test_bad_command_lines_as_processes_print_the_same(folder: Path) -> None:
     lines = [
         line
         for line in command_lines(200, SEED)
-        if line.is_invalid and not any(part in "".join(line.argv) for part in ("\0", "logger"))
+        if line.is_invalid and "\0" not in "".join(line.argv) and "logger" not in str(line)
     ]
     for line in random.Random(SEED).sample(lines, 3):
         line.write(folder)
