@@ -10,15 +10,14 @@ import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.table import Table
 
 from fedekd.atomic import atomic_file, digest, remove_drafts
 from fedekd.cli.arguments import add_client_argument, add_trained_arguments, select_client
+from fedekd.cli.monitor_output import alarm_message, alarm_table, draw_evidence
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source, site_folder, state_digest
 from fedekd.data import split_inputs, take_inputs
-from fedekd.data.client_splits import client_label
 from fedekd.early_exit.client_calibration import independent_indices, input_digests, require_unused_validation
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
@@ -41,11 +40,10 @@ from fedekd.monitoring import (
     open_alarms,
     read_arrivals,
 )
-from fedekd.monitoring.arrivals import TARGET, read_header
+from fedekd.monitoring.arrivals import read_header
+from fedekd.monitoring.cells import TARGET
 from fedekd.monitoring.policies import exit_limits, policy_settings
 from fedekd.monitoring.start import SAMPLE_DIGITS
-from fedekd.monitoring.state import exits_to_close
-from fedekd.reporting import figures
 
 #: Exit code of an alarm; 2 is invalid input.
 ALARM = 3
@@ -58,13 +56,6 @@ LOCK_SECONDS = 60.0
 
 #: Splits whose samples a monitor refuses: the network, its policy or its choice depend on them.
 _USED_SPLITS = ("train", "tuning", "calibration", "holdout")
-
-#: What to do after an alarm that closes no exit.
-_REMEDIES = {
-    "do_no_harm": "Deploy the local model of this client",
-    "coverage": "Calibrate the prediction sets again",
-    "drift": "Calibrate again on labelled samples of today: the assumption of every guarantee is violated",
-}
 
 
 def monitor_parser() -> ArgumentParser:
@@ -143,14 +134,14 @@ def run(argv: Sequence[str]) -> int:
     followed = follow(start, arrivals)
     _store(folder, start, arrivals, followed)  # invalid arrivals of a first call fix nothing
     console = Console()
-    console.print(_table(start, followed, policy))
+    console.print(alarm_table(start, followed, policy))
     new = arrivals.rows - before.rows
     console.print(f"{arrivals.rows} arrivals, {new} of them new; {folder}", highlight=False, soft_wrap=True)
     alarms = open_alarms(followed, policy)
     if alarms and config.apply and policy is not None:
         policy = _apply(start, alarms, run_folder, console)
     for alarm in alarms:
-        console.print(_message(start, alarm, policy), highlight=False, soft_wrap=True, markup=False)
+        console.print(alarm_message(start, alarm, policy), highlight=False, soft_wrap=True, markup=False)
     return ALARM if alarms else 0
 
 
@@ -186,7 +177,7 @@ def _store(folder: Path, start: MonitorStart, arrivals: Arrivals, followed: Sequ
         if MonitorState.load(folder / "state.json").consumed.size > arrivals.size:
             return
         # The plot comes first: a process that is killed in between draws it again.
-        _draw(start, followed, folder / "evidence.png")
+        draw_evidence(start, followed, folder / "evidence.png")
         MonitorState.of(arrivals, followed).save(folder / "state.json")
 
 
@@ -335,51 +326,3 @@ def _apply(start: MonitorStart, alarms: Sequence[Followed], run_folder: Path, co
         changed.save(path)
     console.print(f"written to {path}; the old policy is {copy}", highlight=False, soft_wrap=True, markup=False)
     return changed
-
-
-def _message(start: MonitorStart, alarm: Followed, policy: ExitPolicy | None) -> str:
-    """Describe an alarm, and what to close, in one line."""
-    quantity, exits = alarm.quantity, exits_to_close(alarm, policy)
-    assert alarm.alarm is not None
-    allowed = "" if quantity.kind == "drift" else f", at most {quantity.limit:g} allowed"
-    close = f"Close exit {', '.join(str(e + 1) for e in exits)}: --apply true. " if exits else ""
-    if not exits and quantity.kind in ("exit", "drift") and policy is not None:
-        close = "The exit is closed now. " if quantity.kind == "exit" else "All early exits are closed now. "
-    remedy = _REMEDIES.get(quantity.kind, "")
-    text = (
-        f"ALARM {quantity.name}: evidence {alarm.largest:.4g} (alarm at {1 / start.level:.4g}), first at line"
-        f" {alarm.alarm + 2}; observed {alarm.observed:.4g} on {len(alarm.rows)} samples{allowed}. {close}{remedy}"
-    )
-    return text.strip()
-
-
-def _table(start: MonitorStart, followed: Sequence[Followed], policy: ExitPolicy | None) -> Table:
-    """Format the quantities and their evidence."""
-    table = Table(title=f"{_label(start)}: alarm at evidence {1 / start.level:.4g}, confidence {start.confidence:g}")
-    table.add_column("quantity", justify="right", no_wrap=True)
-    for heading in ("samples", "observed", "allowed", "evidence", "largest", "alarm at line"):
-        table.add_column(heading, justify="right")
-    for each in followed:
-        kind = each.quantity.kind
-        is_closed = kind == "exit" and policy is not None and not policy.open_exits[each.quantity.exit - 1]
-        table.add_row(
-            each.quantity.name + (" (closed)" if is_closed else ""),
-            str(len(each.rows)),
-            f"{each.observed:.4f}" if len(each.rows) else "",
-            "exchangeable" if kind == "drift" else f"≤ {each.quantity.limit:g}",
-            f"{each.last:.3g}",
-            f"{each.largest:.3g}",
-            "" if each.alarm is None else str(each.alarm + 2),
-        )
-    return table
-
-
-def _label(start: MonitorStart) -> str:
-    return client_label(start.client, start.name or None)
-
-
-def _draw(start: MonitorStart, followed: Sequence[Followed], path: Path) -> None:
-    curves = {each.quantity.name: (each.rows + 1, each.evidence) for each in followed}
-    alarms = {each.quantity.name: each.alarm + 1 for each in followed if each.alarm is not None}
-    figure = figures.evidence(curves, 1 / start.level, alarms, f"Monitor of {_label(start)}")
-    figures.save(figure, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,19 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fedekd.errors import UserError, listed, shorten, shorten_path
+from fedekd.errors import UserError, shorten, shorten_path
+from fedekd.monitoring.cells import TARGET, Cells, ClassLabels
 from fedekd.monitoring.columns import MODEL_DIGITS, NOT_FINITE
 from fedekd.monitoring.start import SAMPLE_DIGITS, MonitorStart
 
 Array = npt.NDArray[Any]
 
-#: Column of the true labels or values, which `predict` does not write.
-TARGET = "target"
-
 _SAMPLE = re.compile(rf"[0-9a-f]{{{SAMPLE_DIGITS},}}")
-
-#: A class number that was written as a floating-point number.
-_FLOAT = re.compile(r"([0-9]+)\.0+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +81,7 @@ def read_arrivals(path: Path, start: MonitorStart, size: int = 0, sha256: str = 
             f"{label}: expected the first {size} bytes of the last call, got others. Restore the file; rows are only"
             " appended"
         )
-    table = _Table(_frame(content, path), label)
+    table = Cells(_frame(content, path), label)
     _check_samples(table, start)
     exits = table.integers("exit", 1, len(start.limits[0]) if start.limits else None)
     values = _labelled(table, start) if start.is_labelled else {}
@@ -97,82 +91,7 @@ def read_arrivals(path: Path, start: MonitorStart, size: int = 0, sha256: str = 
     return Arrivals(len(table), len(content), hashlib.sha256(content).hexdigest(), exits.astype(np.int64), values)
 
 
-class _Table:
-    """Cells of a file, with the line of the file in errors."""
-
-    def __init__(self, frame: pd.DataFrame, label: str) -> None:
-        self.frame, self.label = frame, label
-
-    def __len__(self) -> int:
-        return len(self.frame)
-
-    def cells(self, name: str) -> pd.Series:
-        """Return the cells of a column, which may be empty.
-
-        Raises:
-            UserError: It is missing.
-        """
-        if name not in self.frame:
-            remedy = "Append the true labels" if name == TARGET else "Write it with: predict --monitoring true"
-            raise UserError(f"{self.label}: expected a column {name!r}, got {listed(self.frame.columns)}. {remedy}")
-        return self.frame[name].str.strip()
-
-    def column(self, name: str) -> pd.Series:
-        """Return the cells of a column.
-
-        Raises:
-            UserError: It is missing, or a cell is empty.
-        """
-        cells = self.cells(name)
-        self.require((cells != "").to_numpy(), name, "a label" if name == TARGET else "a value")
-        return cells
-
-    def numbers(self, name: str, finite: bool = True) -> Array:
-        """Return the numbers of a column, float64.
-
-        Args:
-            name: The column.
-            finite: Whether infinity is an error, too.
-
-        Raises:
-            UserError: It is missing, or a cell is not a number.
-        """
-        cells = self.column(name)
-        values: Array = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
-        self.require(
-            np.isfinite(values) if finite else ~np.isnan(values), name, "a finite number" if finite else "a number"
-        )
-        return values
-
-    def integers(self, name: str, lowest: int, highest: int | None) -> Array:
-        """Return the numbers of a column, float64, which are integers in a range.
-
-        Raises:
-            UserError: It is missing, or a cell is another value.
-        """
-        values = self.numbers(name)
-        is_allowed = (values >= lowest) & (values == np.floor(values))
-        if highest is not None:
-            is_allowed &= values <= highest
-        self.require(is_allowed, name, f"a number from {lowest}" + ("" if highest is None else f" to {highest}"))
-        return values
-
-    def require(self, allowed: Array, name: str, expected: str, hint: str = "") -> None:
-        """Raise an error for the first row that is not allowed."""
-        if not (wrong := np.flatnonzero(~allowed)).size:
-            return
-        cell = str(self.frame[name].iloc[wrong[0]])
-        found = shorten(repr(cell)) if cell else "an empty cell"
-        if name == TARGET and not cell:
-            hint = "Append rows when they are labelled, or follow a file without the column by drift tests"
-        raise UserError(
-            f"{self.label}, line {wrong[0] + 2}: {name}: expected {expected}, got {found}"
-            + (f" ({wrong.size} such rows)" if wrong.size > 1 else "")
-            + (f". {hint}" if hint else "")
-        )
-
-
-def _check_samples(table: _Table, start: MonitorStart) -> None:
+def _check_samples(table: Cells, start: MonitorStart) -> None:
     """Check that samples are new, in order, and predicted by the monitored model."""
     cells = table.column("sample").str.lower()
     is_hash = cells.map(lambda cell: _SAMPLE.fullmatch(cell) is not None).to_numpy(dtype=bool)
@@ -194,7 +113,7 @@ def _check_samples(table: _Table, start: MonitorStart) -> None:
         table.require(is_later, "time", "times that do not decrease", "Append rows in the order of their arrival")
 
 
-def _times(table: _Table) -> Array:
+def _times(table: Cells) -> Array:
     cells = table.column("time")
     numbers: Array = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
     if not np.isnan(numbers).any():
@@ -210,9 +129,9 @@ def _times(table: _Table) -> Array:
     return seconds
 
 
-def _labelled(table: _Table, start: MonitorStart) -> dict[str, Array]:
+def _labelled(table: Cells, start: MonitorStart) -> dict[str, Array]:
     """Return the values of the quantities that need targets."""
-    classes = None if start.task == "regression" else _Classes(start.class_names)
+    classes = None if start.task == "regression" else ClassLabels(start.class_names)
     targets = table.numbers(TARGET) if classes is None else classes.numbers_of(table, TARGET)
     values: dict[str, Array] = {}
     for quantity in start.quantities:
@@ -237,7 +156,7 @@ def _labelled(table: _Table, start: MonitorStart) -> dict[str, Array]:
     return values
 
 
-def _losses(table: _Table, start: MonitorStart, model: str, targets: Array) -> Array:
+def _losses(table: Cells, start: MonitorStart, model: str, targets: Array) -> Array:
     """Return 0 or 1, or the squared error; outputs that are not finite are wrong."""
     if start.task == "regression":
         values: Array = np.square(table.numbers(f"value_{model}", finite=False) - targets)
@@ -245,66 +164,6 @@ def _losses(table: _Table, start: MonitorStart, model: str, targets: Array) -> A
     labels = table.integers(f"label_{model}", NOT_FINITE, len(start.class_names) - 1)
     losses: Array = (labels != targets).astype(np.float64)
     return losses
-
-
-class _Classes:
-    """Numbers of classes by number and name, of targets and of prediction sets."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.numbers = {str(number): number for number in range(len(names))}
-        by_name = {name: number for number, name in enumerate(names)}
-        canonical = {_canonical(name): number for name, number in by_name.items()}
-        self.ambiguous = {name for name, number in canonical.items() if self.numbers.get(name, number) != number}
-        self.labels = self.numbers | by_name
-
-    def numbers_of(self, table: _Table, column: str) -> Array:
-        """Return the class of each cell, float64.
-
-        Raises:
-            UserError: A cell is neither a number nor a name, or the number of one class and the name of another.
-        """
-        cells = table.column(column)
-        self._require_clear(table, column, [[cell] for cell in cells])
-        numbers: Array = cells.map(self._number).to_numpy(dtype=np.float64)
-        table.require(~np.isnan(numbers), column, f"one of the labels {listed(self.names)}")
-        return numbers
-
-    def sets_of(self, table: _Table, column: str) -> list[set[int | None]]:
-        """Return the classes in each cell, which may be empty.
-
-        Raises:
-            UserError: Likewise.
-        """
-        members = [self._members(cell) for cell in table.cells(column)]
-        self._require_clear(table, column, members)
-        sets = [{self._number(member) for member in each} for each in members]
-        is_known = np.array([None not in each for each in sets], dtype=bool)
-        table.require(is_known, column, f"numbers separated by spaces, or names by ';', of {listed(self.names)}")
-        return sets
-
-    def _members(self, cell: str) -> list[str]:
-        if ";" in cell and cell not in self.labels:
-            return [name.strip() for name in cell.split(";") if name.strip()]
-        if not cell or cell in self.labels:
-            return [cell] if cell else []
-        # Names may have spaces, so that only numbers are separated by them.
-        return [member if _canonical(member) in self.numbers else cell for member in cell.split()]
-
-    def _number(self, cell: str) -> int | None:
-        return self.labels.get(cell, self.numbers.get(_canonical(cell)))
-
-    def _require_clear(self, table: _Table, column: str, members: Sequence[Sequence[str]]) -> None:
-        is_clear = [all(_canonical(cell) not in self.ambiguous for cell in each) for each in members]
-        expected = f"a label of one class, of {listed(self.names)}"
-        hint = "It is the number of one class and the name of another. Name the classes otherwise"
-        table.require(np.array(is_clear, dtype=bool), column, expected, hint)
-
-
-def _canonical(cell: str) -> str:
-    """Return a class number such as 6.0 without its decimals."""
-    match = _FLOAT.fullmatch(cell)
-    return match[1] if match else cell
 
 
 def _complete_lines(path: Path) -> bytes:
