@@ -103,13 +103,14 @@ class OnnxModel:
         """Check that a request is of a group that the guarantee of the model covers.
 
         Args:
-            group: Group that the request names, or None. Not checked if the card has no groups, or classes as groups.
+            group: Group that the request names, as text or number, or None. Not checked if the card has no groups, or
+                classes as groups.
 
         Raises:
             InputError: If the request names no group, or another one than the card.
         """
         groups = (self.card.get("guarantee") or {}).get("groups", {"column": "", "names": []})
-        if groups["column"] and groups["column"] not in CLASSES and group not in groups["names"]:
+        if groups["column"] and groups["column"] not in CLASSES and str(group) not in groups["names"]:
             names, value = ", ".join(groups["names"]), "none" if group is None else reprlib.repr(group)
             raise InputError(f"group: expected {groups['column']} {names}, got {value}")
 

@@ -65,5 +65,5 @@ def _predictions(model: OnnxModel, body: bytes, content_type: str, group: str | 
         raise InputError(f"expected JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict) or "inputs" not in values:
         raise InputError(f'expected an object with "inputs", got {reprlib.repr(values)}')
-    model.check_group(values.get("group", group))
+    model.check_group(group if values.get("group") is None else values["group"])
     return model.predict(model.decode_json(values["inputs"]))

@@ -130,15 +130,15 @@ def run(argv: Sequence[str]) -> int:
     trained = open_trained("predict", config.run, config.site)
     client = select_client(trained, config.client)
     _check_columns(client, config)
-    policy = trained.policy(client)
-    monitored = _monitored_columns(trained, client, policy) if config.monitoring else None
+    stored = trained.policy(client)
     is_table = is_table_file(source)
     try:
         inputs = _read(trained.data, client, source, is_table, config.skip_unreadable)
     except UserError as error:
         raise input_error(error, ["skip_unreadable"]) from error
-    policy = _usable_policy(trained, client, policy, label_prior, config.group)
+    policy = _usable_policy(trained, client, stored, label_prior, config.group)
     policy, inputs = _with_groups(policy, inputs, source, config.group)
+    monitored = _monitored_columns(trained, client, stored) if config.monitoring else None
     kind = "row" if is_table else "image"
     batches = _predictions(client, policy, inputs, label_prior, config.members, monitored)
     # One dict per sample took 98 MiB for 200,000 samples, a frame per batch 29 MiB.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from fedekd.data.stored import take_inputs
 from fedekd.errors import UserError, shorten
@@ -105,7 +106,7 @@ class RawSamples:
 
 def text_of(value: Any) -> str:
     """Return the name of a class or category: `3` for 3 and 3.0, empty if missing."""
-    if value is None or value != value:
+    if value is None or value is pd.NA or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))

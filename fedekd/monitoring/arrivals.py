@@ -16,7 +16,8 @@ import pandas as pd
 
 from fedekd.errors import UserError, shorten, shorten_path
 from fedekd.monitoring.cells import TARGET, Cells, ClassLabels
-from fedekd.monitoring.columns import MODEL_DIGITS, NOT_FINITE
+from fedekd.monitoring.columns import NOT_FINITE
+from fedekd.monitoring.policies import short_hash
 from fedekd.monitoring.start import SAMPLE_DIGITS, MonitorStart
 
 Array = npt.NDArray[Any]
@@ -96,7 +97,7 @@ def _check_samples(table: Cells, start: MonitorStart) -> None:
     cells = table.column("sample").str.lower()
     is_hash = cells.map(lambda cell: _SAMPLE.fullmatch(cell) is not None).to_numpy(dtype=bool)
     table.require(is_hash, "sample", f"at least {SAMPLE_DIGITS} hexadecimal digits")
-    samples, model = cells.str[:SAMPLE_DIGITS], start.network[:MODEL_DIGITS]
+    samples, model = cells.str[:SAMPLE_DIGITS], short_hash(start.network)
     hint = "Start a new monitor with another --state, or restore the rows"
     is_model = (table.column("model").str.lower() == model).to_numpy()
     table.require(is_model, "model", f"{model!r}, the monitored network", hint)

@@ -14,10 +14,7 @@ from fedekd.early_exit.scoring import network_input
 from fedekd.methods import Client
 from fedekd.models import eval_mode
 from fedekd.modules.prediction import predict
-from fedekd.monitoring.policies import policy_hash
-
-#: Hexadecimal digits of the column `model`.
-MODEL_DIGITS = 12
+from fedekd.monitoring.policies import policy_hash, short_hash
 
 #: Label of an output that is not finite, which is wrong for every target.
 NOT_FINITE = -1
@@ -30,7 +27,7 @@ class MonitoredColumns:
     """Columns of a client's predictions that a monitor follows, batch by batch.
 
     - `sample`: hash of the input, by which repeated samples and those of the training are found.
-    - `model`: first digits of the fingerprint of the deployed network.
+    - `model`: short hash of the deployed network.
     - `policy`: hash of the exit policy, see `policy_hash`.
     - `confidence`: largest probability at the last exit, whatever the exit policy; in regression `value_last`,
       the value there.
@@ -50,7 +47,7 @@ class MonitoredColumns:
     def __init__(self, client: Client, local: nn.Module | None = None, policy: ExitPolicy | None = None) -> None:
         self.client, self.local, self.policy = client, local, policy_hash(policy)
         self.deployed = client.deployed_model
-        self.model = network_fingerprint(self.deployed)[:MODEL_DIGITS]
+        self.model = short_hash(network_fingerprint(self.deployed))
         self.is_regression = client.spec.task == "regression"
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from typing import Any
 from fedekd.atomic import digest
 from fedekd.early_exit.policy import ExitPolicy, GroupExits
 
-#: Hexadecimal digits of the column `policy`.
-POLICY_DIGITS = 12
+#: Hexadecimal digits of the columns `model` and `policy`.
+_DIGITS = 12
 
 #: Value of the column `policy` without an exit policy.
 NO_POLICY = "none"
@@ -46,8 +46,16 @@ def policy_settings(policy: ExitPolicy) -> dict[str, Any]:
     return values | {"groups": [group.name for group in policy.groups]}
 
 
+def short_hash(sha256: str) -> str:
+    """Return `h` and the first 12 digits of a hash.
+
+    Without the letter a reader of CSV files takes hashes of digits, or of digits and one `e`, for numbers.
+    """
+    return f"h{sha256[:_DIGITS]}"
+
+
 def policy_hash(policy: ExitPolicy | None) -> str:
-    """Return 12 digits of a hash of all that decides which exit a sample takes.
+    """Return the short hash of all that decides which exit a sample takes.
 
     `none` without a policy.
     """
@@ -75,4 +83,4 @@ def policy_hashes(settings: Mapping[str, Any] | None, limits: Rows) -> frozenset
 def _hash(settings: Mapping[str, Any], limits: Rows) -> str:
     decisive = {name: settings[name] for name in (*_DECISIVE, "groups")}
     rows = [[float(value) for value in row] for row in limits]
-    return digest(json.dumps([decisive, rows], sort_keys=True).encode())[:POLICY_DIGITS]
+    return short_hash(digest(json.dumps([decisive, rows], sort_keys=True).encode()))

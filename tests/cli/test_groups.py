@@ -231,7 +231,9 @@ def test_monitor_follows_exits_over_all_groups(here: Path, capsys: pytest.Captur
     table = pd.read_csv("new.csv")
     table.assign(target=(table["label"] + 1) % 3).to_csv("wrong.csv", index=False)
     assert main(["monitor", "run", "--arrivals=wrong.csv", "--apply"]) == 3
-    assert "ALARM exit 1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "append one row per group" in printed.err
+    assert "ALARM exit 1" in printed.out
     closed = ExitPolicy.load(Path("run/exits/client-000.json"))
     assert closed.open_exits == (False,)
     assert [group.search_bounds for group in closed.groups] == [group.search_bounds for group in policy.groups]

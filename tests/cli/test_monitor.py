@@ -227,6 +227,10 @@ def test_monitor_unlabelled_drift_has_alarm(
         assert monitor("b.csv", "--apply") == 3
         assert "; monitor: alarm of confidence after" in ExitPolicy.load(POLICY).closed[0]
         assert monitor("b.csv") == 0
+        predict("run", "d.csv")
+        table = pd.read_csv("d.csv")
+        table.assign(confidence=[0.5, *[-10.0] * (len(table) - 1)]).to_csv("d.csv", index=False)
+        assert monitor("d.csv") == 3  # other evidence than that of the reason
 
 
 def replaced(column: str, line: int, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:

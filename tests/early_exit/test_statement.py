@@ -117,6 +117,11 @@ def test_closed_exits_names_exits_groups_and_options() -> None:
     assert closed_exits(replace(POLICY, thresholds=(0.9, 0.9, -INF), search_bounds=(0.9, 0.9, -INF))) == ""
 
 
+def test_closed_exits_after_an_alarm_names_the_reason_and_no_option() -> None:
+    closed = replace(POLICY, thresholds=(0.9, 0.9, -INF), search_bounds=(0.9, 0.9, -INF)).close(0, "monitor: alarm")
+    assert closed_exits(closed) == "closed after the calibration: exit 1 (monitor: alarm)"
+
+
 def test_percent_rounded_zero_has_no_sign() -> None:
     assert [percent(value) for value in (-0.0001, 0.0, -0.02, 0.5)] == ["0.0%", "0.0%", "-2.0%", "50.0%"]
 

@@ -23,7 +23,7 @@ def read(folder: Path, quantity: Quantity, names: Sequence[str] = NAMES, **colum
     rows = len(next(iter(columns.values())))
     table = {
         "sample": [f"{row:016X}" for row in range(rows)],
-        "model": NETWORK[:12].upper(),
+        "model": f"H{NETWORK[:12]}",
         "policy": "None",
         "exit": 1,
     }
