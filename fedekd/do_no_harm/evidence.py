@@ -147,7 +147,7 @@ class HarmMetric:
         test: Computes the evidence; None for accuracy and squared errors, which need no labels.
         is_exact: True if the error rate is at most the level for every number of samples.
         per_class: True if each class needs samples.
-        is_binary: True if it needs two classes.
+        is_binary: True if it needs two classes, and compares pairs of samples.
     """
 
     title: str
@@ -161,7 +161,7 @@ class HarmMetric:
 METRICS = {
     "accuracy": HarmMetric("accuracy", None, per_class=False),
     "balanced_accuracy": HarmMetric("balanced accuracy", _balanced_accuracy),
-    "recall": HarmMetric("recall of each class", _recall),
+    "recall": HarmMetric("recall of a class", _recall),
     "auroc": HarmMetric("AUROC", _auroc, is_binary=True),
     "auroc_delong": HarmMetric("AUROC", _auroc_delong, is_exact=False, is_binary=True),
 }

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from fedekd.do_no_harm.rule import DoNoHarm, MetricName
+from fedekd.do_no_harm.evidence import METRICS
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.tasks import Task
-
-#: What is not lower than that of the local model.
-_METRICS: dict[MetricName, str] = {
-    "accuracy": "accuracy is lower",
-    "balanced_accuracy": "balanced accuracy is lower",
-    "recall": "recall of a class is lower",
-    "auroc": "AUROC is lower",
-    "auroc_delong": "AUROC is lower",
-}
 
 
 def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None, is_grouped: bool = False) -> str:
@@ -30,12 +22,13 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     """
     if rule.rule != "certified":
         return "No guarantee of do no harm: the model with the lower loss on the tuning split is deployed."
-    loss = _METRICS[rule.metric] if task == "classification" else "mean squared error is larger"
+    metric = METRICS[rule.metric]
+    loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
-    unit = "pairs of samples" if rule.metric.startswith("auroc") else "samples"
+    unit = "pairs of samples" if metric.is_binary else "samples"
     compared = f"the {samples} compared {unit}" if samples is not None else f"its compared {unit}"
     models = f"none of the models {', '.join(rule.candidates)}" if rule.candidates else "no federated model"
-    limit = " The probability is that of many samples (asymptotic)." if rule.metric == "auroc_delong" else ""
+    limit = "" if metric.is_exact else " The probability is that of many samples (asymptotic)."
     grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * is_grouped
     return (
         f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys {models} whose"

@@ -202,8 +202,7 @@ def _compared(run: Orchestrator, rule: DoNoHarm, comparison: Comparison) -> dict
         values["deciding_samples"] = deciding or None
     elif run.task == "classification" and rule.compares_samples and _has_test(rule, comparison):
         counts = comparison.worse, comparison.better, comparison.samples
-        is_local = comparison.deployed == "local"
-        values["deciding_samples"] = deciding_samples(rule, *counts) if is_local else comparison.samples
+        values["deciding_samples"] = deciding_samples(rule, *counts) if comparison.is_local else comparison.samples
     return values
 
 

@@ -463,8 +463,9 @@ class Client:
     @property
     def deployed_name(self) -> str:
         """Name of the deployed model: the role, or the name of the candidate."""
-        is_candidate = self.deployed_role == CANDIDATE and self.candidate is not None
-        return self.candidate.name if is_candidate and self.candidate is not None else self.deployed_role
+        if self.deployed_role == CANDIDATE and self.candidate is not None:
+            return self.candidate.name
+        return self.deployed_role
 
     @property
     def deployed_serving(self) -> Serving | None:
