@@ -117,7 +117,7 @@ class DoNoHarm:
             For regression the test `unconditional` takes its stake from the tuning split and compares on the holdout
             split.
         candidates: Names of the method's models among which a client chooses, in the order of the tests, declared
-            before data are seen. Empty: what the method serves.
+            before data are seen; `exit_1` etc. is the private model up to this exit. Empty: what the method serves.
         metric: `accuracy`, for regression the squared error; `balanced_accuracy`; `recall`: no class gets worse by the
             margin or more; `auroc` of two classes, on disjoint pairs; or `auroc_delong` on all samples. All but
             `auroc_delong`, which is asymptotic, are exact.

@@ -268,7 +268,7 @@ def specify(data: FederatedDataModule, client: Client, policy: ExitPolicy | None
         input_shape=samples.input_shape,
         num_outputs=spec.num_outputs,
         classes=samples.class_names,
-        networks={name: spec.describe_model(_model_of(name), client.number) for name in dict.fromkeys(roles)},
+        networks={name: _describe(client, name) for name in dict.fromkeys(roles)},
         members=tuple(members),
         dtype=dtype,
         target_shift=client.splits.target_shift if is_real else 0.0,
@@ -283,7 +283,10 @@ def deployed_tensors(client: Client, specification: ModelSpecification) -> dict[
 
     Adapters are merged.
     """
-    networks = {role: merged(client.networks[role]) for role in specification.networks}
+    networks = {role: client.networks[role] for role in specification.networks}
+    if not specification.members:
+        networks[specification.deployed] = client.deployed_model  # of which an exit may be deployed
+    networks = {role: merged(network) for role, network in networks.items()}
     if not specification.members:
         tensors = dict(networks[specification.deployed].state_dict())
         others = [role for role in specification.networks if role != specification.deployed]
@@ -297,6 +300,13 @@ def deployed_tensors(client: Client, specification: ModelSpecification) -> dict[
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+
+
+def _describe(client: Client, role: str) -> dict[str, Any]:
+    """Describe the network of a role, or its deployed first stages."""
+    description = client.spec.describe_model(_model_of(role), client.number)
+    depth = None if client.candidate is None or role != "private" else client.candidate.depth
+    return description if depth is None else description | {"depth": depth}
 
 
 def _model_of(role: str) -> str:

@@ -20,7 +20,8 @@ from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm
 from fedekd.methods.options import check_scheduler
 from fedekd.methods.round_selection import SELECTION_SPLIT, used_splits
-from fedekd.models import check_model
+from fedekd.methods.serving import exit_of_candidate
+from fedekd.models import MultiExitNetwork, check_model
 from fedekd.modules import SupervisedModule
 from fedekd.modules.phase_callbacks import of_lightning
 from fedekd.privacy import GaussianMechanism
@@ -209,6 +210,10 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
         UserError: If it has not, or the round is selected.
     """
     known = list(method.candidates())
+    if reserved := [name for name in known if name in (FEDERATED, LOCAL) or exit_of_candidate(name)]:
+        raise ValueError(f"candidates of {type(method).__name__}: reserved names {', '.join(sorted(reserved))}")
+    if not {*rule.candidates} <= {*known}:
+        known += [f"exit_{number}" for number in range(1, _fewest_exits(spec))]
     for name in rule.candidates:
         require(
             name in known,
@@ -223,8 +228,6 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
             name,
             "It is trained in the last round: choose --do_no_harm.looks 1.",
         )
-    if reserved := {FEDERATED, LOCAL} & {*known}:
-        raise ValueError(f"candidates of {type(method).__name__}: reserved names {', '.join(sorted(reserved))}")
     require(
         not rule.candidates or spec.select_round == "last",
         "do_no_harm.candidates",
@@ -232,6 +235,16 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
         list(rule.candidates),
         "Choose --select_round last.",
     )
+
+
+def _fewest_exits(spec: FederationSpec) -> int:
+    """Return the smallest number of exits of the clients' private models.
+
+    A model without exits counts as one.
+    """
+    clients = {spec.architecture_key(number): number for number in range(spec.num_clients)}
+    networks = (spec.build_model("private", number) for number in clients.values())
+    return min(network.num_exits if isinstance(network, MultiExitNetwork) else 1 for network in networks)
 
 
 def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:

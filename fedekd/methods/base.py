@@ -144,7 +144,7 @@ class Method(ABC):
         """Return the models that a client can deploy, for `do_no_harm.candidates`.
 
         A function gets the client after `receive`, and returns how the model is served. By default there is one, what
-        the method serves, named `private`.
+        the method serves, named `private`. The exits of the private model are candidates without being listed.
         """
         return {"private": lambda client: client.serving}
 

@@ -24,7 +24,7 @@ from fedekd.methods.client_state import client_state, load_client_state, load_se
 from fedekd.methods.serving import CANDIDATE, ENSEMBLE, LOCAL, Candidate, Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.metrics import compute_metrics, score
-from fedekd.models import build_ensemble, eval_mode
+from fedekd.models import MultiExitNetwork, build_ensemble, eval_mode
 from fedekd.models.freezing import keeps_statistics
 from fedekd.modules import ModelOutput, ObjectiveModule, predict
 from fedekd.modules.schedule import Schedule
@@ -116,7 +116,8 @@ class Client:
             role: A key of `networks`, `ensemble` where `serving` is set, or `candidate` where a candidate is deployed.
         """
         if role == CANDIDATE and self.candidate is not None:
-            return self.combined(self.candidate.serving)
+            network, depth = self.combined(self.candidate.serving), self.candidate.depth
+            return network.shallow(depth) if depth and isinstance(network, MultiExitNetwork) else network
         return self.networks[role] if role != ENSEMBLE or self.serving is None else self.combined(self.serving)
 
     def combined(self, serving: Serving | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,17 @@ LOCAL = "local"
 
 #: Role of the candidate that do-no-harm has deployed in place of what the method serves.
 CANDIDATE = "candidate"
+
+_EXIT = re.compile(r"exit_([1-9][0-9]{0,2})")
+
+
+def exit_of_candidate(name: str) -> int | None:
+    """Return the number of the exit that a name such as `exit_2` means, from 1.
+
+    None for another name.
+    """
+    match = _EXIT.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 @dataclass(frozen=True)
@@ -46,15 +58,20 @@ class Serving:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Model that do-no-harm has chosen among those that the method declares.
+    """Model that do-no-harm has chosen among those that it compares.
 
     Attributes:
-        name: Its name in `Method.candidates`.
-        serving: How it is served; None is the private model.
+        name: Its name in `Method.candidates`, or that of an exit.
+        serving: How it is served; None is the private model, or its first stages for the name of an exit.
     """
 
     name: str
     serving: Serving | None
+
+    @property
+    def depth(self) -> int | None:
+        """Number of the private model's stages that are served; None for all."""
+        return exit_of_candidate(self.name) if self.serving is None else None
 
     def to_state(self) -> dict[str, Any]:
         """Return plain values."""

@@ -17,12 +17,14 @@ from fedekd.do_no_harm import DoNoHarm
 from fedekd.do_no_harm.evidence import CandidateResult
 from fedekd.do_no_harm.rule import Comparison
 from fedekd.errors import UserError
+from fedekd.export.specification import deployed_tensors, specify
 from fedekd.federation import BaselineOptions, ClientResult, MultiProcess, Orchestrator, RoundOptions, SequentialEngine
 from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.update_validation import invalid_field
 from fedekd.functional.metric_tests import auroc_gain, pair_outcomes
 from fedekd.methods import ClientOptions, Ditto, FedAvg, FedeKD, Method, ProxyEnsemble
 from fedekd.methods.serving import CANDIDATE
+from fedekd.models import MultiExitNetwork
 
 from .conftest import Federate, Recorder
 
@@ -112,6 +114,28 @@ def test_candidates_are_deployed_stored_and_equal_after_resume(choosing: Federat
     )
 
 
+def test_exit_as_candidate_is_deployed_stored_and_exported(choosing: Federate, tmp_path: Path) -> None:
+    def run() -> Orchestrator:
+        client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=2)
+        rule = DoNoHarm(confidence=0.02, candidates=("exit_1", "private"))
+        return choosing(FedAvg(), client=client, do_no_harm=rule, output=tmp_path / "run")
+
+    summary = run().run()
+    assert "exit_1" in {client["deployed"] for client in summary["clients"]}
+    again = run()
+    for client, values in zip(again.load_clients(), summary["clients"], strict=True):
+        if values["deployed"] != "exit_1":
+            continue
+        network = client.deployed_model
+        assert isinstance(network, MultiExitNetwork)
+        assert network.num_exits == 1
+        assert values["deployed_score"] == client.evaluate(role="private")[0][0]
+        specification = specify(again.data, client, None)
+        exported = specification.build(deployed_tensors(client, specification))
+        images = torch.rand(5, *client.samples.input_shape)
+        torch.testing.assert_close(exported(images)[-1], network(images)[-1], rtol=0, atol=1e-5)
+
+
 def test_candidate_that_fails_ends_the_tests(choosing: Federate) -> None:
     # The private model of ProxyEnsemble is the local model: no sample differs.
     rule = DoNoHarm(confidence=0.9, candidates=("private", "tuned"))
@@ -165,6 +189,12 @@ def test_auroc_compares_pairs_of_the_stored_scores(
     ("method", "rule", "parts", "words"),
     [
         (FedAvg, {"candidates": ("proxy",)}, {}, "expected names among private for method FedAvg, got 'proxy'"),
+        (
+            FedAvg,
+            {"candidates": ("exit_2",)},
+            {"client": ClientOptions(private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=2)},
+            "expected names among private, exit_1 for method FedAvg, got 'exit_2'",
+        ),
         (FedeKD, {"candidates": ("tuned",)}, {}, "expected names among private, proxy for method FedeKD, got 'tuned'"),
         (ProxyEnsemble, {"candidates": ("local",)}, {}, "expected names among private, proxy, tuned, ensemble for"),
         (Ditto, {"candidates": ("global", "x")}, {}, "expected names among private, global for method Ditto, got 'x'"),

@@ -267,7 +267,7 @@ def _candidates(method: Method, client: Client, rule: DoNoHarm) -> dict[str, Can
     if not rule.candidates:
         return {FEDERATED: None}
     known = method.candidates()
-    return {name: Candidate(name, known[name](client)) for name in rule.candidates}
+    return {name: Candidate(name, known[name](client) if name in known else None) for name in rule.candidates}
 
 
 def _serving_costs(client: Client) -> dict[str, float]:
