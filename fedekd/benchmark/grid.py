@@ -81,6 +81,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "do_no_harm.metric": DoNoHarm.metric,
     "do_no_harm.splits": "holdout",
     "do_no_harm.test": "sign",
+    "do_no_harm.unit": "sample",
     "metrics": None,
     "privacy": None,
     "select_round": "last",

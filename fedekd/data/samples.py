@@ -186,6 +186,22 @@ class Samples:
         """Number of network outputs: one per class; 1 in regression."""
         return self.num_classes if self.task == "classification" else 1
 
+    def one_per_group(self, indices: Tensor, seed: int) -> Tensor:
+        """Draw one sample of each group uniformly; all without groups.
+
+        Args:
+            indices: Samples, int64, shape (n,).
+            seed: Seed of the draw.
+
+        Returns:
+            Positions in `indices`, ascending, int64.
+        """
+        if self.group is None:
+            return torch.arange(len(indices))
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+        _, first = np.unique(self.group[indices[order]].numpy(), return_index=True)
+        return order[torch.from_numpy(first)].sort().values
+
     def take(self, indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, shape (n,)."""
         parts = {

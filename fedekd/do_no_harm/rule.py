@@ -19,6 +19,7 @@ from fedekd.tasks import Task
 SelectionRule = Literal["certified", "better"]
 TestName = Literal["unconditional", "sign"]
 ComparedSplits = Literal["held_out", "holdout"]
+UnitName = Literal["group", "sample"]
 MetricName = Literal["accuracy", "balanced_accuracy", "recall", "auroc", "auroc_delong"]
 
 #: Names of the two models without named candidates.
@@ -75,7 +76,7 @@ class Comparison:
 _SMALLEST = 1e-9
 
 #: Values of fields with which earlier versions decided.
-EARLIER_VALUES = {"test": "sign", "splits": "holdout"}
+EARLIER_VALUES = {"test": "sign", "splits": "holdout", "unit": "sample"}
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,12 @@ class DoNoHarm:
 
     Guarantee of the rule `certified`.
 
-    - Population: the distribution of the client's held-out samples.
+    - Population: the distribution of the client's held-out samples; with groups, a random sample of a random group.
     - Target: the client never deploys a federated model whose accuracy is lower than that of its local model by the
       margin or more. For regression: whose mean squared error is larger by the margin or more, with each difference of
       squared errors clipped to [-clip, clip].
     - Confidence: `confidence`, over the compared samples, for all comparisons of the client together.
-    - Assumptions: these samples are independent draws; both models were trained without them.
+    - Assumptions: these samples, or groups, are independent draws; both models were trained without them.
 
     The models are compared in `metric`, whatever the primary metric of the run: a model that is certified in accuracy
     may have a worse AUROC than the local one. With another metric it takes the place of the accuracy in the target.
@@ -121,6 +122,8 @@ class DoNoHarm:
         metric: `accuracy`, for regression the squared error; `balanced_accuracy`; `recall`: no class gets worse by the
             margin or more; `auroc` of two classes, on disjoint pairs; or `auroc_delong` on all samples. All but
             `auroc_delong`, which is asymptotic, are exact.
+        unit: `group` compares on one sample of each group of `data.group_column`, such as a patient, drawn at random;
+            `sample` on all samples, which must then be independent within a group, too. Equal without groups.
 
     Raises:
         UserError: An argument is out of its range.
@@ -139,6 +142,7 @@ class DoNoHarm:
     splits: ComparedSplits = "held_out"
     candidates: tuple[str, ...] = ()
     metric: MetricName = "accuracy"
+    unit: UnitName = "group"
 
     def __post_init__(self) -> None:
         if not _SMALLEST <= self.confidence <= 1 - _SMALLEST:
@@ -149,6 +153,7 @@ class DoNoHarm:
         require_choice("do_no_harm.test", self.test, get_args(TestName))
         require_choice("do_no_harm.splits", self.splits, get_args(ComparedSplits))
         require_choice("do_no_harm.metric", self.metric, get_args(MetricName))
+        require_choice("do_no_harm.unit", self.unit, get_args(UnitName))
         names = self.candidates
         are_names = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
         require(are_names and len(set(names)) == len(names), "do_no_harm.candidates", "different names", names)

@@ -14,7 +14,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
         rule: The rule of a run.
         task: `classification` or `regression`.
         samples: Number of compared samples of the client; pairs of samples for AUROC. Default: not stated.
-        is_grouped: Whether samples have groups such as patients. The comparison counts samples, not groups.
+        is_grouped: Whether samples have groups such as patients.
 
     Example:
         >>> do_no_harm_guarantee(DoNoHarm(rule="better"), "classification")
@@ -26,10 +26,13 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
     unit = "pairs of samples" if metric.is_binary else "samples"
+    if is_grouped and rule.unit == "group":
+        unit += ", at most one of each group such as a patient"
     compared = f"the {samples} compared {unit}" if samples is not None else f"its compared {unit}"
     models = f"none of the models {', '.join(rule.candidates)}" if rule.candidates else "no federated model"
     limit = "" if metric.is_exact else " The probability is that of many samples (asymptotic)."
-    grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * is_grouped
+    counts_samples = is_grouped and rule.unit == "sample"
+    grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * counts_samples
     return (
         f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys {models} whose"
         f" {loss}{amount} than that of its local model.{limit} Population: future samples from the distribution of the"

@@ -169,8 +169,8 @@ def calibrate_client(
         outputs = exit_outputs(network, held_out.inputs, held_out.labels, proxy=proxy)
         if groups is not None and groups.values is not None:
             outputs = replace(outputs, groups=groups.values)
-        if held_out.group is not None:
-            outputs = outputs.take(one_per_group(held_out.group, derive_seed(client.spec.seed, client.number, "unit")))
+        seed = derive_seed(client.spec.seed, client.number, "unit")
+        outputs = outputs.take(held_out.one_per_group(torch.arange(len(outputs)), seed))
         # Shuffled, because a file may be sorted by class.
         generator = torch.Generator().manual_seed(derive_seed(client.spec.seed, client.number, "held out"))
         order = torch.randperm(len(outputs), generator=generator)
@@ -245,22 +245,7 @@ def split_outputs(client: Client, split: str, independent: bool = False) -> Exit
 def independent_indices(client: Client, split: str) -> Tensor:
     """Return a split's samples, one of each group such as a patient, drawn uniformly."""
     indices: Tensor = getattr(client.splits, split)
-    if client.samples.group is None:
-        return indices
-    groups = client.samples.group[indices]
-    return indices[one_per_group(groups, derive_seed(client.spec.seed, client.number, "unit", split))]
-
-
-def one_per_group(groups: Tensor, seed: int) -> Tensor:
-    """Draw one position of each group uniformly; ascending, int64.
-
-    Args:
-        groups: Number of the group of each sample, shape (n,).
-        seed: Seed of the draw.
-    """
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-    _, first = np.unique(groups[order].numpy(), return_index=True)
-    return order[torch.from_numpy(first)].sort().values
+    return indices[client.independent_positions(split)]
 
 
 def count_shared_images(images: Inputs, others: Inputs) -> int:

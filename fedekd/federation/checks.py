@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedekd.data import ClientSplits, FederatedDataModule, TensorBatches
 from fedekd.do_no_harm.evidence import METRICS
@@ -193,7 +193,7 @@ def check_do_no_harm(
         warn_of_few(rule, data, compared, warn)
     elif rule.rule == "certified":
         fewest = fewest_samples(rule, data.task)
-        counts = {each.title: sum(len(getattr(each, split)) for split in compared) for each in data.clients}
+        counts = {each.title: len(_compared(rule, data, each, compared)) for each in data.clients}
         few = [f"{title} ({count})" for title, count in counts.items() if count < fewest]
         if few:
             warn(
@@ -264,6 +264,12 @@ def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:
     )
 
 
+def _compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSplits, splits: Sequence[str]) -> Tensor:
+    """Return compared samples of a client: all, or any one of each group."""
+    indices = torch.cat([getattr(client, split) for split in splits])
+    return indices[data.samples.one_per_group(indices, 0)] if rule.unit == "group" else indices
+
+
 def warn_of_few(
     rule: DoNoHarm, data: FederatedDataModule, compared: Sequence[str], warn: Callable[[str], None]
 ) -> None:
@@ -276,7 +282,7 @@ def warn_of_few(
         return
     fewest, parts = fewest_samples(rule), []
     for splits in data.clients:
-        held_out = torch.cat([targets[getattr(splits, split)] for split in compared])
+        held_out = targets[_compared(rule, data, splits, compared)]
         classes = sorted({*targets[splits.train].tolist(), *held_out.tolist()})
         counts = {label: int((held_out == label).sum()) for label in classes}
         few = [

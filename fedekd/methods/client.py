@@ -404,6 +404,21 @@ class Client:
         """Return the targets of a split in their own unit, shape (n,)."""
         return self.samples.targets[getattr(self.splits, split).to(self.samples.targets.device)]
 
+    def independent_positions(self, split: str) -> Tensor:
+        """Return positions within a split of one sample of each group.
+
+        A sample of a group, such as a patient, is drawn uniformly; the draw depends only on seed, client and split.
+        Without groups these are all samples.
+
+        Args:
+            split: Name of the split, of n samples.
+
+        Returns:
+            Ascending positions, int64, on the CPU.
+        """
+        seed = derive_seed(self.spec.seed, self.number, "unit", split)
+        return self.samples.one_per_group(getattr(self.splits, split), seed)
+
     def losses(self, split: str, role: str | None = None) -> Tensor:
         """Return the served network's loss per sample: 0 or 1, or the squared error.
 

@@ -119,7 +119,7 @@ def test_fit_stores_repeats_and_resumes_the_rule(
     assert "do no harm: confidence 0.9, margin 0.02" in printed
     assert "deployed" in printed
     rule = {"confidence": 0.9, "margin": 0.02, "rule": "certified", "looks": 1, "clip": 1.0}
-    rule |= {"test": "unconditional", "splits": "held_out", "candidates": [], "metric": "accuracy"}
+    rule |= {"test": "unconditional", "splits": "held_out", "candidates": [], "metric": "accuracy", "unit": "group"}
     assert yaml.safe_load(Path("a/config.yaml").read_text())["do_no_harm"] == rule
     summary = json.loads(Path("a/summary.json").read_text())
     assert summary["deployed"]["rule"] == rule
@@ -189,5 +189,6 @@ def test_predict_and_calibrate_use_the_deployed_model(
 def test_summary_of_an_earlier_version_has_the_fields_of_its_rule() -> None:
     stored = {"confidence": 0.9, "margin": 0.0, "rule": "certified", "looks": 1, "clip": 1.0}
     rule = with_all_rule_fields({"deployed": {"rule": stored, "count": 3}})["deployed"]["rule"]
-    assert rule == {**stored, "test": "sign", "splits": "holdout", "candidates": [], "metric": "accuracy"}
+    earlier = {"test": "sign", "splits": "holdout", "candidates": [], "metric": "accuracy", "unit": "sample"}
+    assert rule == stored | earlier
     assert with_all_rule_fields({"rounds": 2}) == {"rounds": 2}

@@ -129,11 +129,12 @@ def test_percent_rounded_zero_has_no_sign() -> None:
 def test_do_no_harm_guarantee_states_the_rule_and_the_unit() -> None:
     text = do_no_harm_guarantee(DoNoHarm(confidence=0.95, margin=0.01), "classification", 300, is_grouped=True)
     for part in (
-        "at least 0.95 over the 300 compared samples",
+        "at least 0.95 over the 300 compared samples, at most one of each group such as a patient:",
         "accuracy is lower by 0.01 or more",
-        "such as a patient",
     ):
         assert part in text
+    counted = do_no_harm_guarantee(DoNoHarm(unit="sample"), "classification", 300, is_grouped=True)
+    assert "Samples of one group, such as a patient, are counted as independent: this must be so." in counted
     assert "patient" not in do_no_harm_guarantee(DoNoHarm(), "regression")
     assert "mean squared error is larger than" in do_no_harm_guarantee(DoNoHarm(), "regression")
 

@@ -180,6 +180,7 @@ def test_summary_comparison_equals_a_loop_over_images(harmless: Federate, tmp_pa
         "splits": "held_out",
         "candidates": [],
         "metric": "accuracy",
+        "unit": "group",
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     last = list(csv.DictReader((tmp_path / "metrics.csv").open()))[-1]
@@ -497,3 +498,27 @@ def test_proxies_of_permuted_labels_do_not_harm_deployed_models_on_digits(
     assert [client_summary["deployed"] for client_summary in summary["clients"]] == ["local"] * 3
     assert summary["deployed"]["delta"] == {"avg": 0, "worst": 0, "p10": 0}
     assert summary["deployed"]["mean"] == pytest.approx(summary["local_mean"])
+
+
+def test_do_no_harm_compares_one_sample_of_each_group(federate: Federate, npz: Path) -> None:
+    arrays = dict(np.load(npz))
+    images, labels = (
+        np.concatenate([arrays[f"{split}_{kind}"] for split in ("train", "test")]) for kind in ("images", "labels")
+    )
+    np.savez(npz, images=images, labels=labels[:, 0], patient=np.arange(len(labels)) // 3)
+    samples = {}
+    for unit in ("group", "sample"):
+        data = FederatedDataModule(str(npz), num_clients=2, alpha=5, batch_size=8, group_column="patient")
+        run = federate(FedAvg(), data=data, do_no_harm=DoNoHarm(confidence=0.5, unit=unit))
+        summary, engine = run.run(), run.engine
+        assert isinstance(engine, SequentialEngine)
+        samples[unit] = [values["samples"] for values in summary["clients"]]
+    held_out = [torch.cat([client.tuning, client.holdout]) for client in data.clients]
+    assert samples["sample"] == [len(indices) for indices in held_out]
+    assert data.samples.group is not None
+    assert samples["group"] == [len(data.samples.group[indices].unique()) for indices in held_out]
+    for client in engine.clients.values():
+        positions = client.independent_positions("holdout")
+        groups = data.samples.group[client.splits.holdout]
+        assert groups[positions].unique().equal(groups.unique())
+        assert len(positions) == len(groups.unique())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedekd.data import FederatedDataModule, close_inputs
 from fedekd.do_no_harm.evidence import METRICS, HeldOut, labels_of
@@ -210,20 +211,29 @@ class SequentialEngine:
         rule = request.rule
         candidates = _candidates(self.method, client, rule)
 
+        def joined(values: Callable[[str], Tensor], splits: tuple[str, ...]) -> Tensor:
+            """Return the values of the compared samples of some splits."""
+            parts = {split: values(split).cpu() for split in splits}
+            if rule.unit == "group":
+                # Most tasks have no scores.
+                parts = {
+                    split: part[client.independent_positions(split)] if len(part) else part
+                    for split, part in parts.items()
+                }
+            return torch.cat([*parts.values()])
+
         def of_local(splits: tuple[str, ...]) -> HeldOut:
-            losses = torch.cat([baseline.losses_after(rounds, split) for split in splits])
-            return HeldOut(losses, torch.cat([baseline.scores_after(rounds, split) for split in splits]))
+            losses, scores = (partial(values, rounds) for values in (baseline.losses_after, baseline.scores_after))
+            return HeldOut(joined(losses, splits), joined(scores, splits))
 
         def of_candidate(candidate: Candidate | None, splits: tuple[str, ...]) -> HeldOut:
             with nullcontext() if candidate is None else client.trial(candidate):
-                rows = [client.held_out(split, None if candidate is None else CANDIDATE) for split in splits]
-            losses, scores = (torch.cat([row[index].cpu() for row in rows]) for index in range(2))
-            return HeldOut(losses, scores)
+                rows = {split: client.held_out(split, None if candidate is None else CANDIDATE) for split in splits}
+            return HeldOut(joined(lambda split: rows[split][0], splits), joined(lambda split: rows[split][1], splits))
 
         labels = None
         if METRICS[rule.metric].test is not None:
-            targets = torch.cat([client.targets(split).cpu() for split in request.splits])
-            labels = labels_of(targets, client.targets("train"))
+            labels = labels_of(joined(client.targets, request.splits), client.targets("train"))
         evaluations = {name: partial(of_candidate, candidate) for name, candidate in candidates.items()}
         comparison = select_model(rule, of_local, evaluations, self.spec.task, request.splits, labels)
         chosen, metrics = candidates.get(comparison.deployed), {}
