@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from experiments.hospital_runs import SETTING, add_seeds, commit, is_stored, seeds, store
 from experiments.privacy.federations import ADJUSTMENTS, TARGETS, Confidences, Federation
+from experiments.privacy.membership import evaluate_attack, lira_scores
 from fedekd.atomic import atomic_file
-from fedekd.privacy import evaluate_attack, lira_scores
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "privacy" / "membership.csv"
 

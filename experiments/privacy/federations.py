@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experiments.privacy.membership import logit_confidence
 from fedekd.configuration.options import parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.federation import ClientResult, Orchestrator, RoundRequest, SequentialEngine, SilentObserver
 from fedekd.functional import log_label_prior
 from fedekd.methods import Client, FederationSpec, Method, StateDict
-from fedekd.privacy import logit_confidence
 from fedekd.seeding import derive_seed
 
 Floats = npt.NDArray[np.float64]

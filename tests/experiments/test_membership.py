@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedekd.privacy import (
+from experiments.privacy.membership import (
     evaluate_attack,
     lira_scores,
     logit_confidence,
