@@ -43,7 +43,7 @@ paper-report: $(INSTALLED)
 ## tables: render the pages in docs/results/ from results/
 .PHONY: tables
 tables: $(INSTALLED)
-	$(BIN)/python docs/render_results.py
+	$(BIN)/python -m experiments.result_pages
 
 ## docs: build the documentation into docs/_build/html; warnings are errors (options: ARGS="-D nb_execution_mode=off")
 .PHONY: docs

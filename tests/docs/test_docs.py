@@ -16,6 +16,7 @@ import yaml
 from documents import DOCS, FENCE, ROOT, blocks, commands, documents, inline_code, load, name, prose, text
 
 import fedekd
+from experiments.result_pages.__main__ import render
 from fedekd import methods
 from fedekd.cli import COMMANDS, main
 
@@ -274,8 +275,7 @@ def test_defaults_of_the_open_questions_are_the_defaults() -> None:
 
 
 def test_result_pages_are_rendered_from_the_results() -> None:
-    render_results = load(DOCS / "render_results.py")
-    for path, page in render_results.render().items():
+    for path, page in render().items():
         assert path.read_text(encoding="utf-8") == page, f"{path.name}: run `make tables`"
 
 

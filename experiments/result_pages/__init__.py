@@ -1,0 +1,1 @@
+"""Tables of docs/results/, computed from results/."""
