@@ -19,6 +19,7 @@ from experiments.result_pages import (
     early_exits,
     group_exits,
     hospital,
+    hospital_experiments,
     monitoring,
     published_protocol,
 )
@@ -28,7 +29,16 @@ DOCS = ROOT / "docs"
 TEMPLATES = DOCS / "_templates" / "results"
 
 #: Modules whose public functions templates call by name.
-MODULES = (client_exits, do_no_harm, early_exits, group_exits, hospital, monitoring, published_protocol)
+MODULES = (
+    client_exits,
+    do_no_harm,
+    early_exits,
+    group_exits,
+    hospital,
+    hospital_experiments,
+    monitoring,
+    published_protocol,
+)
 
 
 def render() -> dict[Path, str]:

@@ -25,6 +25,8 @@ DATASETS = {
 FIGURES = {"mean": "score", "delta_avg": "Delta avg", "delta_worst": "Delta worst", "delta_tail": "Delta P10/P90"}
 LEVEL = 0.05
 MIN_SEEDS = 3
+#: In place of a table whose results do not exist yet.
+NOT_MEASURED = "*Not measured yet.*"
 
 
 @cache

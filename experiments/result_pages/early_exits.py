@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from experiments.result_pages.common import DATASETS, RESULTS, markdown, minus, read, spread
+from experiments.result_pages.common import DATASETS, NOT_MEASURED, RESULTS, markdown, minus, read, spread
 
 BUDGETS = (25, 50, 75)
 
@@ -97,7 +97,7 @@ def exit_savings() -> str:
         rows.append([*labels, *cells, *times, str(len(group))])
     heads = ["data set", "network", "method", "area", "saved, % (loss 0)", "change", "saved, % (loss 0.5)", "change"]
     heads += [*(f"time, batch {size}" for size in (1, 32, 256)), "seeds"]
-    return markdown(heads, rows) if rows else "*Not measured yet.*"
+    return markdown(heads, rows) if rows else NOT_MEASURED
 
 
 def exit_calibration() -> str:
@@ -110,7 +110,7 @@ def exit_calibration() -> str:
             rows.append([*labels, str(number), *cells, str(len(part))])
     heads = ["data set", "network", "method", "exit", "accuracy", "temperature", "ECE", "ECE, scaled"]
     heads += ["ECE of exiting images", "the same, scaled", "seeds"]
-    return markdown(heads, rows) if rows else "*Not measured yet.*"
+    return markdown(heads, rows) if rows else NOT_MEASURED
 
 
 def exit_corruptions() -> str:
@@ -126,7 +126,7 @@ def exit_corruptions() -> str:
             rows.append([*labels, str(severity), *cells])
     heads = ["data set", "network", "method", "severity", "accuracy, last exit", "excess risk", "saved, %"]
     heads += ["recalibrated: highest risk", "recalibrated: saved, %", "seeds"]
-    return markdown(heads, rows) if rows else "*Not measured yet.*"
+    return markdown(heads, rows) if rows else NOT_MEASURED
 
 
 def _cost_of(accuracy: float, curve: Sequence[tuple[float, float]]) -> float:

@@ -8,7 +8,7 @@ from statistics import fmean
 import pandas as pd
 from scipy.stats import ttest_rel
 
-from experiments.result_pages.common import FIGURES, MIN_SEEDS, RESULTS, holm, markdown, spread
+from experiments.result_pages.common import FIGURES, MIN_SEEDS, NOT_MEASURED, RESULTS, holm, markdown, spread
 from fedekd.metrics import METRICS, MetricSpec
 
 #: Rows of references in the runs of a method: label, method whose rows have it, prefix of the columns.
@@ -67,7 +67,7 @@ def hospital(dataset: str, alpha: float | None = None, suffix: str = "") -> str:
     """
     found = _hospital_groups(dataset, alpha, suffix)
     if found is None:
-        return "*Not measured yet.*"
+        return NOT_MEASURED
     metric, groups = found
     rows = []
     for name, group in groups.items():
@@ -105,7 +105,7 @@ def hospital_summary() -> str:
         rival = [other, spread(groups[other]["delta_avg"], True), "" if p is None else f"{p:.2g}"]
         rows.append([title, metric.name, *gains, *rival, str(len(best))])
     if not rows:
-        return "*Not measured yet.*"
+        return NOT_MEASURED
     heads = ["setting", "metric", "Delta avg", "Delta worst", "surplus avg", "best other", "its Delta avg", "p"]
     return markdown([*heads, "seeds"], rows)
 
@@ -124,7 +124,7 @@ def proxies(folder: str, labels: Mapping[str, str]) -> str:
     # Only the settings in which a variant was measured.
     measured = frame.loc[frame["method"] != "ProxyEnsemble", ["dataset", "alpha"]].drop_duplicates()
     if not len(measured):
-        return "*Not measured yet.*"
+        return NOT_MEASURED
     rows = []
     for dataset, alpha in measured.sort_values(["dataset", "alpha"]).itertuples(index=False):
         at_setting = frame[(frame["dataset"] == dataset) & (frame["alpha"] == alpha)]
