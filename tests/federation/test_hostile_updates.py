@@ -122,27 +122,22 @@ def test_orchestrator_hostile_updates_leave_everything_finite_and_in_range(guard
 class Rotating(FedeKD):
     """In each round another client sends a hostile update, of the right names, shapes and dtypes."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
         self.sent = received
         return super().receive(client, received, round_idx)
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
         update = super().prepare_update(client, round_idx)
-        if client.number != (round_idx + self.seed) % CLIENTS:
+        if client.number != round_idx % CLIENTS:
             return update
-        _, state = hostile_state(random.Random(f"{self.seed}/{round_idx}"), update.state, self.sent, WELL_FORMED)
+        _, state = hostile_state(random.Random(f"0/{round_idx}"), update.state, self.sent, WELL_FORMED)
         return replace(update, state=state)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_federation_with_one_hostile_client_per_round_scores_as_an_honest_one(federate: Federate, seed: int) -> None:
+def test_federation_with_one_hostile_client_per_round_scores_as_an_honest_one(federate: Federate) -> None:
     means = []
-    for method in (FedeKD(), Rotating(seed)):
+    for method in (FedeKD(), Rotating()):
         run = federate(
             method,
             data=FederatedDataModule("digits", num_clients=CLIENTS, alpha=0.1, batch_size=16, eval_batch_size=128),
@@ -150,9 +145,6 @@ def test_federation_with_one_hostile_client_per_round_scores_as_an_honest_one(fe
                 local_epochs=2, optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
             ),
             rounds=RoundOptions(rounds=5),
-            seed=seed,
-            observer=(recorder := Recorder()),
         )
         means.append(run.run()["mean"])
-    print(f"\nseed {seed}: honest {means[0]:.4f}, hostile {means[1]:.4f}, {len(recorder.warnings)} warnings")
     assert abs(means[1] - means[0]) <= 0.02
