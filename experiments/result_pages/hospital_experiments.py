@@ -1,4 +1,4 @@
-"""Tables of experiments at hospital scale: trust, label shift and membership inference."""
+"""Tables of trust, label shift and membership inference, at hospital scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the methods and the gate, and the agreement with the published numbers."""
+"""Tables of methods and gates by the protocol of the FedeKD paper."""
 
 from __future__ import annotations
 
