@@ -1,7 +1,7 @@
 """Compare private models with pretrained and with random initial weights.
 
 Run `python -m experiments.pretrained`. For each seed a private model is trained on FashionMNIST, on one site. Its
-checkpoint is the file of `client.private_weights` for six clients with 600 digits of scikit-learn together. All images
+weights are the file of `client.private_weights` for six clients with 600 digits of scikit-learn together. All images
 have 32x32 pixels. The frozen tensors of all private models are compared with the file, byte for byte. Finished runs and
 stored rows are not repeated, and interrupted runs are resumed.
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "pretrained" / "digi
 
 RANDOM = "random"
 
-#: Options of each start; `{weights}` is the checkpoint of the pretraining.
+#: Options of each start; `{weights}` is the file of the pretraining.
 STARTS: dict[str, list[str]] = {
     RANDOM: [],
     "pretrained": ["--client.private_weights={weights}"],
@@ -92,12 +92,15 @@ def fit(folder: Path, options: Iterable[str]) -> None:
 
 
 def pretrain(run: Run, arguments: argparse.Namespace) -> Path:
-    """Return the checkpoint of a private model trained on the source data."""
+    """Return the file with the weights of a private model trained on the source data."""
     folder = arguments.output / f"{Path(run.source).stem}-{run.source_samples}-{run.seed:02d}"
     data = [f"--data.dataset={run.source}", f"--data.root={arguments.root}", "--data.num_clients=1"]
     size = [f"--data.max_samples={run.source_samples}", "--data.batch_size=64", "--rounds=3"]
     fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={run.seed}", f"--output={folder}"])
-    return max((folder / "checkpoints").glob("client-000-*.pt"))
+    [client] = open_finished("fit", folder, in_process=True)[0].load_clients()
+    weights = folder / "private.pt"
+    torch.save(client.networks["private"].state_dict(), weights)
+    return weights
 
 
 def train(run: Run, weights: Path, arguments: argparse.Namespace) -> Path:
@@ -135,7 +138,7 @@ def row_of(folder: Path, weights: Path) -> Row:
     """Return the row of a finished run, of its clients and their local baselines."""
     orchestrator, _, summary = open_finished("fit", folder, in_process=True)
     baselines = [client for client in orchestrator.baseline_clients() if client is not None]
-    file = torch.load(weights, weights_only=True)["networks"]["private"]
+    file = torch.load(weights, weights_only=True)
     frozen, changed = frozen_tensors([*orchestrator.load_clients(), *baselines], file)
     return {
         "accuracy": summary["mean"],

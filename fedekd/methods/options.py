@@ -243,9 +243,9 @@ class ClientOptions:
         class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
             n training samples in class c and k classes among them, also in the local baseline; null weights all
             samples equally.
-        private_weights: File with initial weights of the private model: a state_dict written by torch.save, or the
-            state of a client (checkpoints/client-000-0020.pt of a run). A last linear layer with another number of
-            outputs is replaced by a new one. Every process and site needs the file under this path; null for none.
+        private_weights: File with initial weights of the private model: a state_dict written by torch.save, or a
+            model.safetensors of fedekd export. A last linear layer with another number of outputs is replaced by a new
+            one. Every process and site needs the file under this path; null for none.
         freeze: Parameters of the private model that are not trained: patterns of their names, as in
             ['backbone.conv1.*', 'backbone.layer1.*'], each of which must match; or backbone for all but the last
             linear layer, or for a network with exits all but the heads. BatchNorm in frozen parts keeps its

@@ -33,10 +33,9 @@ class SafeKD(Method):
         exit_weights: One weight per exit, at least 0; null weights all E exits by 1 / E.
         ema_decay: Decay of the moving average, in [0, 1).
         teacher: A trained, frozen network in place of the moving average: class_path and init_args as for
-            client.private_model, and weights, the path of a file with its state_dict or with the state of a client
-            (checkpoints/client-000-0020.pt of a run). Without weights the network must have trained weights when it is
-            built. Its last exit teaches all exits. Every process and site needs the file under this path; null for the
-            moving average.
+            client.private_model, and weights, the path of a file with its state_dict or of fedekd export --format
+            safetensors. Without weights the network must have trained weights when it is built. Its last exit teaches
+            all exits. Every process and site needs the file under this path; null for the moving average.
 
     Raises:
         UserError: If a value is out of range, or the file of the teacher cannot be read.

@@ -32,8 +32,8 @@ class ExternalTeacher:
     Attributes:
         class_path: The network, as `client.private_model`.
         init_args: Its arguments.
-        weights: Path of a file with its `state_dict`, or with the state of a client (`checkpoints/client-*.pt` of a
-            run), whose private model is read; None if the network has trained weights when it is built.
+        weights: Path of a file with its `state_dict`, or of `fedekd export --format safetensors`; None if the network
+            has trained weights when it is built.
         sha256: SHA-256 of the file; empty without one.
     """
 

@@ -20,8 +20,10 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from fedekd.cli import main
+from fedekd.federation.checkpoint import CheckpointStore
 
 KILLS = int(os.environ.get("FEDEKD_KILLS", "6"))
 
@@ -171,8 +173,10 @@ def test_resume_after_sigkill_with_training_options_gives_same_files(
     if name == "adapters":
         pytest.importorskip("peft")
     npz, plain = undisturbed_run
-    weights = str(npz.parent / "run" / "checkpoints" / "client-000-0004.pt")
-    training = [option.replace("WEIGHTS", weights) for option in TRAINING[name]]
+    trained, _ = CheckpointStore(npz.parent / "run" / "checkpoints").load()
+    assert trained is not None
+    torch.save(trained.clients[0]["networks"]["private"], tmp_path / "weights.pt")
+    training = [option.replace("WEIGHTS", str(tmp_path / "weights.pt")) for option in TRAINING[name]]
     whole = options(npz, f"--output={tmp_path}/whole", f"--baseline_dir={tmp_path}/whole-local", "--logger=null")
     assert main([*whole, *training]) == 0
     expected = contents(tmp_path / "whole")

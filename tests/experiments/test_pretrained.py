@@ -44,7 +44,7 @@ def test_main_measures_each_run_once_and_finds_changed_bytes(tmp_path: Path, mon
     weights = experiment.pretrain(run, arguments)
     folder = experiment.train(run, weights, arguments)
     clients = open_finished("fit", folder, in_process=True)[0].load_clients()
-    file = torch.load(weights, weights_only=True)["networks"]["private"]
+    file = torch.load(weights, weights_only=True)
     assert experiment.frozen_tensors(clients, file) == (6 * 18, 0)
     name = next(name for name in file if name.startswith("stem.") and file[name].is_floating_point())
     file[name] = file[name].nextafter(file[name] + 1)

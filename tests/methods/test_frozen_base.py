@@ -101,14 +101,6 @@ def test_client_state_with_a_changed_frozen_tensor_is_stored_in_full(federate: F
     assert "base_sha256" not in state
 
 
-def test_client_state_without_base_is_no_file_of_weights(federate: Federate, tmp_path: Path) -> None:
-    client = options(private_weights=saved(tmp_path / "w.pt", proxy()), freeze="backbone")
-    federate(FedAvg(), client=client, output=tmp_path / "run").run()
-    path = max((tmp_path / "run" / "checkpoints").glob("client-000-*.pt"))
-    with pytest.raises(UserError, match=r"got .*, the state of a client without its frozen tensors. Export the model"):
-        federate(FedAvg(), client=options(private_weights=str(path)))
-
-
 @pytest.mark.slow
 def test_states_of_processes_without_base_equal_sequential(federate: Federate, tmp_path: Path) -> None:
     client = options(private_weights=saved(tmp_path / "w.pt", proxy()), freeze=["convolutions.0.*"])
