@@ -301,7 +301,8 @@ def state_digest(folder: Path, number: int) -> str | None:
         number: Number of the client.
     """
     trained = folder / _TRAINED
-    return CheckpointStore(trained if trained.is_dir() else folder / "checkpoints").state_digest(number)
+    digests = CheckpointStore(trained if trained.is_dir() else folder / "checkpoints").digests()
+    return digests.get(f"client-{number:03d}")
 
 
 def _load(command: str, folder: Path) -> Checkpoint:

@@ -1,9 +1,10 @@
 """Checkpoints of a run, and the serialization of states.
 
-`checkpoints/` holds `manifest-0003.json`, which names the files of round 3 with their SHA-256: one file per client and
-one for the server. A client that did not take part keeps its older file. A manifest ends with its own SHA-256. It is
-written after all its files are on disk, and the files of the previous manifest stay, so that one complete state always
-exists.
+`checkpoints/` holds `manifest-0003.json`, which has the place of each state in a file and its SHA-256. The states of a
+round, of the clients that changed and of the server, are one file. A client that did not take part keeps its state in
+an older file. A manifest ends with its own SHA-256. It is written after its states are on disk, and those of the
+previous manifest stay, so that one complete state always exists, also if a file of the newest is corrupt. On average
+that takes 1.7 to 2.0 times the bytes of all states, at most 2.4 times (100 clients, participation 0.1 to 1).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,13 +29,21 @@ from fedekd.errors import describe_error
 #: Number of manifests on disk: the newest, and one to fall back to.
 NUM_MANIFESTS = 2
 
-#: Version of the manifest's layout; the first had neither this number nor a checksum.
-FORMAT = 2
+#: Version of the manifest's layout; the first had neither this number nor a checksum, the second one file per state.
+FORMAT = 3
+
+#: Share of a file that is still needed, below which its states are copied to the next file. With participation 0.5 a
+#: share of 1/2 copies all states in every round (1.98 times the bytes that changed), 1/3 writes 1.32 times.
+SPARSE = 1 / 3
 
 #: Manifest file name; other files in the folder, such as a copy of a manifest, are ignored.
 _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
 
-_STATE = re.compile(r"(?:client-[0-9]{3,}|server)-[0-9]{4,}\.pt")
+#: Files of states; the second layout has one per client and one for the server.
+_STATES = re.compile(r"(?:states|client-[0-9]{3,}|server)-[0-9]{4,}\.(?:bin|pt)")
+
+#: Place of a state: `file` and `sha256`, and since the third layout `start` and `size` in bytes.
+Entry = dict[str, Any]
 
 
 def _canonical(state: Any) -> Any:
@@ -96,7 +106,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, dict[str, str]] | None = None  # of the last checkpoint that was loaded or saved
+        self._entries: dict[str, Entry] | None = None  # of the last checkpoint that was loaded or saved
 
     def save(self, round_idx: int, notes: Mapping[str, Any], server: Any, clients: Iterable[tuple[int, Any]]) -> None:
         """Write a checkpoint, then remove files that no manifest needs.
@@ -107,16 +117,29 @@ class CheckpointStore:
             server: Server state of the method.
             clients: Number and state of each client that changed since the last checkpoint, consumed one at a time.
         """
-        if self._files is None:
+        if self._entries is None:
             self.load()
-        files = dict(self._files or {})
-        for number, state in clients:
-            files[f"client-{number:03d}"] = self._write(f"client-{number:03d}", round_idx, state)
-        files["server"] = self._write("server", round_idx, server)
-        manifest = {"format": FORMAT, "round": round_idx, "files": files, "notes": dict(notes)}
+        entries = dict(self._entries or {})
+        name = f"states-{round_idx:04d}.bin"
+        with atomic_file(self.folder / name) as file:
+
+            def append(key: str, content: bytes) -> None:
+                entries[key] = {"file": name, "start": file.tell(), "size": len(content), "sha256": digest(content)}
+                file.write(content)
+
+            for number, state in clients:
+                append(f"client-{number:03d}", pack(state))
+            entries.pop("server", None)
+            copied = self._sparse_files(entries) | {name}  # a repeated round replaces its file
+            for key, entry in (self._entries or {}).items():
+                if entry is entries.get(key) and entry["file"] in copied:
+                    with suppress(OSError, ValueError):  # a corrupt state is found when it is loaded
+                        append(key, self._read(entry))
+            append("server", pack(server))
+        manifest = {"format": FORMAT, "round": round_idx, "files": entries, "notes": dict(notes)}
         with atomic_file(self._path(round_idx)) as file:
             file.write(seal_json(manifest))
-        self._files = files
+        self._entries = entries
         self._prune(round_idx)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
@@ -131,7 +154,7 @@ class CheckpointStore:
                 return self._load(round_idx), messages
             except Exception as error:  # a corrupt file may raise any exception: try the previous checkpoint
                 messages.append(f"the checkpoint of round {round_idx} is corrupt ({describe_error(error)})")
-        self._files = {}
+        self._entries = {}
         return None, messages
 
     def notes(self) -> dict[str, Any] | None:
@@ -142,17 +165,12 @@ class CheckpointStore:
                 return notes
         return None
 
-    def state_digest(self, number: int) -> str | None:
-        """Return the SHA-256 of a client's state in the newest valid manifest.
-
-        None without a manifest, or if it has no such client.
-        """
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each state in the newest valid manifest: `client-000` etc., and `server`."""
         for round_idx in reversed(self._rounds()):
             with suppress(OSError, ValueError):
-                entry = self._manifest(round_idx)["files"].get(f"client-{number:03d}", {})
-                digest_of_state: str | None = entry.get("sha256")
-                return digest_of_state
-        return None
+                return {key: entry["sha256"] for key, entry in self._manifest(round_idx)["files"].items()}
+        return {}
 
     def has_any(self) -> bool:
         """Return whether there is a checkpoint, valid or not."""
@@ -166,31 +184,42 @@ class CheckpointStore:
     def clear(self) -> None:
         """Remove the states of a first checkpoint that has no manifest."""
         remove_drafts(self.folder)
-        for path in self.folder.glob("*.pt"):
-            if _STATE.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        for path in self._state_files():
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # missing, or with other files
             self.folder.rmdir()
 
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)
-        states = {}
-        for key, entry in manifest["files"].items():
-            content = (self.folder / entry["file"]).read_bytes()
-            if digest(content) != entry["sha256"]:
-                raise ValueError(f"{entry['file']} does not match its SHA-256")
-            states[key] = unpack(content)
-        self._files = manifest["files"]
+        states = {key: unpack(self._read(entry)) for key, entry in manifest["files"].items()}
+        self._entries = manifest["files"]
         server = states.pop("server")
         clients = {int(key.removeprefix("client-")): state for key, state in states.items()}
         return Checkpoint(manifest["round"], manifest["notes"], server, clients)
 
-    def _write(self, key: str, round_idx: int, state: Any) -> dict[str, str]:
-        content = pack(state)
-        name = f"{key}-{round_idx:04d}.pt"
-        with atomic_file(self.folder / name) as file:
-            file.write(content)
-        return {"file": name, "sha256": digest(content)}
+    def _read(self, entry: Entry) -> bytes:
+        """Return the bytes of a state.
+
+        Raises:
+            ValueError: If they do not match their checksum.
+        """
+        with open(self.folder / entry["file"], "rb") as file:
+            file.seek(entry.get("start", 0))
+            content = file.read(entry.get("size", -1))
+        if digest(content) != entry["sha256"]:
+            raise ValueError(f"{entry['file']} does not match its SHA-256")
+        return content
+
+    def _sparse_files(self, entries: Mapping[str, Entry]) -> set[str]:
+        """Return files most of whose states have been replaced by newer ones."""
+        needed = Counter[str]()
+        for entry in entries.values():
+            needed[entry["file"]] += entry.get("size", 0)
+        sizes = {path.name: path.stat().st_size for path in self.folder.glob("states-*.bin")}
+        return {name for name, size in sizes.items() if needed[name] < SPARSE * size}
+
+    def _state_files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*-*.*") if _STATES.fullmatch(path.name)]
 
     def _path(self, round_idx: int) -> Path:
         return self.folder / f"manifest-{round_idx:04d}.json"
@@ -231,6 +260,6 @@ class CheckpointStore:
         except (OSError, ValueError):
             return  # which files a corrupt manifest needs is unknown: keep all until it is removed
         needed = {entry["file"] for manifest in manifests for entry in manifest["files"].values()}
-        for path in self.folder.glob("*.pt"):
+        for path in self._state_files():
             if path.name not in needed:
                 path.unlink()

@@ -53,7 +53,7 @@ def command(*arguments: str) -> tuple[int, str]:
 def results(run: Path) -> dict[str, Any]:
     """Metrics, summary and final states of a finished run."""
     summary = json.loads((run / "summary.json").read_text())
-    files: dict[str, Any] = {path.name: path.read_bytes() for path in (run / "checkpoints").glob(f"*-{LAST:04d}.pt")}
+    files: dict[str, Any] = {"states": CheckpointStore(run / "checkpoints").digests()}
     files["metrics.csv"] = (run / "metrics.csv").read_bytes()
     return files | {"summary": {key: value for key, value in summary.items() if key not in ("seconds", "versions")}}
 

@@ -21,7 +21,7 @@ def remove(*paths: Path) -> None:
 
 
 def truncate_last_checkpoint(run: Path) -> None:
-    path = sorted((run / "checkpoints").glob("client-001-*.pt"))[-1]
+    path = max((run / "checkpoints").glob("states-*.bin"))
     path.write_bytes(path.read_bytes()[:1000])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedekd.atomic import seal_json, unseal_json
 from fedekd.federation.checkpoint import CheckpointStore, pack, unpack
 
 
@@ -52,7 +54,7 @@ def test_load_newest_uses_the_older_file_of_an_absent_client(store: CheckpointSt
     assert checkpoint.server["w"].item() == 1
 
 
-@pytest.mark.parametrize("name", ["client-000-0002.pt", "server-0002.pt", "manifest-0002.json"])
+@pytest.mark.parametrize("name", ["states-0002.bin", "manifest-0002.json"])
 @pytest.mark.parametrize("fault", ["cut", "changed", "gone"])
 def test_load_corrupt_file_falls_back_to_the_previous_round(store: CheckpointStore, name: str, fault: str) -> None:
     path = store.folder / name
@@ -72,7 +74,8 @@ def test_load_corrupt_file_falls_back_to_the_previous_round(store: CheckpointSto
 
 
 def test_save_after_a_fallback_replaces_the_corrupt_round(store: CheckpointStore) -> None:
-    (store.folder / "server-0002.pt").write_bytes(b"")
+    (store.folder / "states-0002.bin").write_bytes(b"")
+    store.load()
     store.save(2, {}, {"w": torch.full((1,), 5.0)}, {0: state(7)}.items())
     checkpoint, messages = store.load()
     assert checkpoint is not None
@@ -81,7 +84,7 @@ def test_save_after_a_fallback_replaces_the_corrupt_round(store: CheckpointStore
 
 
 def test_load_all_corrupt_returns_none_and_save_removes_them(store: CheckpointStore) -> None:
-    for path in store.folder.glob("server-*"):
+    for path in store.folder.glob("states-*"):
         path.unlink()
     checkpoint, messages = store.load()
     assert checkpoint is None
@@ -124,35 +127,77 @@ def test_load_manifest_of_the_first_layout_is_accepted(store: CheckpointStore) -
 def test_save_with_a_damaged_older_manifest_keeps_its_files(store: CheckpointStore, damaged: str) -> None:
     store.load()
     (store.folder / damaged).write_text("{")
-    before = {path.name for path in store.folder.glob("*.pt")}
+    (store.folder / "states-0000.bin").write_bytes(b"")  # of the damaged manifest, or not needed
+    before = {path.name for path in store.folder.glob("*.bin")}
     store.save(3, {}, {"w": torch.zeros(1)}, {0: state(5)}.items())
     checkpoint, messages = CheckpointStore(store.folder).load()
     assert checkpoint is not None
     assert (checkpoint.round, messages) == (3, [])
     assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [5, 2]
-    names = {path.name for path in store.folder.glob("*.pt")}
-    assert (before < names) == (damaged == "manifest-0002.json")  # that of round 1 is no longer needed
+    names = {path.name for path in store.folder.glob("*.bin")}
+    assert (before < names) == (damaged == "manifest-0002.json")
 
 
 def test_save_many_rounds_keeps_two_checkpoints(store: CheckpointStore) -> None:
     for round_idx in range(3, 8):
         store.save(round_idx, {}, {"w": torch.zeros(1)}, {0: state(round_idx)}.items())
     names = sorted(path.name for path in store.folder.iterdir())
-    assert names == [
-        "client-000-0006.pt",
-        "client-000-0007.pt",
-        "client-001-0001.pt",
-        "manifest-0006.json",
-        "manifest-0007.json",
-        "server-0006.pt",
-        "server-0007.pt",
+    states = [f"states-000{round_idx}.bin" for round_idx in (1, 6, 7)]  # client 1 is a third of the first
+    assert names == ["manifest-0006.json", "manifest-0007.json", *states]
+    checkpoint, _ = CheckpointStore(store.folder).load()
+    assert checkpoint is not None
+    assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [7, 2]
+
+
+def test_save_with_partial_participation_needs_at_most_three_times_the_live_states(tmp_path: Path) -> None:
+    store, size = CheckpointStore(tmp_path), len(pack(state(1)))
+    latest = dict[int, int]()
+    generator = random.Random(0)
+    for round_idx in range(1, 40):
+        clients = range(20) if round_idx == 1 else generator.sample(range(20), 3)
+        latest |= dict.fromkeys(clients, round_idx)
+        store.save(round_idx, {}, {}, ((number, state(round_idx)) for number in clients))
+        written = (tmp_path / f"states-{round_idx:04d}.bin").stat().st_size
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) <= 3 * 20 * size + 2 * written
+    checkpoint, messages = CheckpointStore(tmp_path).load()
+    assert checkpoint is not None
+    assert messages == []
+    assert {number: int(weight(client)) for number, client in checkpoint.clients.items()} == latest
+
+
+def test_save_of_the_same_round_keeps_the_other_clients(store: CheckpointStore) -> None:
+    store.save(2, {}, {}, {1: state(8)}.items())
+    checkpoint, messages = store.load()
+    assert checkpoint is not None
+    assert messages == []
+    assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [3, 8]
+
+
+def test_load_second_layout_with_a_file_per_state(store: CheckpointStore) -> None:
+    path = store.folder / "manifest-0002.json"
+    manifest = unseal_json(path.read_bytes())
+    for key, entry in manifest["files"].items():
+        whole = (store.folder / entry["file"]).read_bytes()
+        entry["file"] = f"{key}-0002.pt"
+        (store.folder / entry["file"]).write_bytes(whole[entry.pop("start") :][: entry.pop("size")])
+    path.write_bytes(seal_json({**manifest, "format": 2}))
+    store = CheckpointStore(store.folder)
+    checkpoint, messages = store.load()
+    assert checkpoint is not None
+    assert messages == []
+    assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [3, 2]
+    for round_idx in (3, 4):
+        store.save(round_idx, {}, {}, {0: state(round_idx)}.items())
+    assert sorted(path.name for path in store.folder.glob("*-*")) == [
+        *("client-001-0002.pt", "manifest-0003.json", "manifest-0004.json", "states-0003.bin", "states-0004.bin")
     ]
 
 
+@pytest.mark.parametrize("calls", [0, 1])
 def test_save_disk_full_leaves_the_last_checkpoint_valid(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    fsync_file, calls_left = os.fsync, [2]
+    fsync_file, calls_left = os.fsync, [calls]
 
     def fsync(descriptor: int) -> None:
         calls_left[0] -= 1

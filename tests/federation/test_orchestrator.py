@@ -22,6 +22,7 @@ from fedekd.federation import (
     SequentialEngine,
     SilentObserver,
 )
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
 from fedekd.reporting import metrics_csv
@@ -65,9 +66,9 @@ def test_run_same_seed_gives_equal_bytes_and_another_seed_does_not(federate: Fed
     contents = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         summary = federate(output=tmp_path / folder, seed=seed).run()
-        files = {path.name: path.read_bytes() for path in (tmp_path / folder / "checkpoints").glob("*.pt")}
-        files["metrics.csv"] = (tmp_path / folder / "metrics.csv").read_bytes()
-        files["summary"] = json.dumps(repeatable(summary)).encode()
+        files = CheckpointStore(tmp_path / folder / "checkpoints").digests()
+        files["metrics.csv"] = (tmp_path / folder / "metrics.csv").read_text()
+        files["summary"] = json.dumps(repeatable(summary))
         contents.append(files)
     assert contents[0] == contents[1]
     assert contents[0] != contents[2]
@@ -288,7 +289,7 @@ def test_evaluate_checkpoint_without_output_uses_memory(federate: Federate) -> N
 
 def test_run_finished_with_corrupt_checkpoints_is_reopened(federate: Federate, tmp_path: Path) -> None:
     expected = federate(output=tmp_path).run()
-    for path in (tmp_path / "checkpoints").glob("*.pt"):
+    for path in (tmp_path / "checkpoints").glob("*.bin"):
         path.write_bytes(b"")
     recorder = Recorder()
     with pytest.raises(StoppedError):

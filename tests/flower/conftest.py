@@ -17,7 +17,7 @@ from fedekd.atomic import unseal
 from fedekd.configuration.options import parts_of
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RunFolder, SilentObserver
-from fedekd.federation.checkpoint import unpack
+from fedekd.federation.checkpoint import CheckpointStore, unpack
 from fedekd.methods import FederationSpec, Method
 
 if find_spec("flwr") is not None:
@@ -289,8 +289,9 @@ class Run(NamedTuple):
 
     def client_states(self) -> dict[int, Any]:
         """Client states of the newest checkpoint."""
-        newest = {path.stem.split("-")[1]: path for path in sorted((self.folder / "checkpoints").glob("client-*.pt"))}
-        return {int(number): unpack(path.read_bytes()) for number, path in newest.items()}
+        checkpoint, _ = CheckpointStore(self.folder / "checkpoints").load()
+        assert checkpoint is not None
+        return dict(checkpoint.clients)
 
 
 def run_in_process(options: Sequence[str], output: Path) -> Run:

@@ -293,11 +293,11 @@ def test_site_next_run_replaces_the_training_at_its_last_round(options: list[str
 def test_site_damaged_training_is_named_and_not_replaced_by_an_earlier_one(options: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         finish(Site([*options, "--rounds=1"], 1, 3, tmp_path))
-    newest = sorted((tmp_path / "site-001/trained").glob("client-*.pt"))[-1]
+    newest = max((tmp_path / "site-001/trained").glob("states-*.bin"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    with pytest.raises(UserError, match=r"site-001/trained is damaged: .*client-001-0002\.pt does not match") as caught:
+    with pytest.raises(UserError, match=r"site-001/trained is damaged: .*states-0002\.bin does not match") as caught:
         open_site("predict", tmp_path)
     assert "\n" not in str(caught.value)
 

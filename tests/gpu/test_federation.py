@@ -11,6 +11,7 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import MultiProcess, RoundOptions
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import FedeKD, Local
 from fedekd.modules import TrainerFactory
 from tests.methods.conftest import weights
@@ -77,11 +78,8 @@ def test_clients_in_reverse_order_give_same_bits(federate: Federate, precision: 
 def test_side_by_side_gives_same_numbers(federate: Federate, tmp_path: Path) -> None:
     one, two = federate(output=tmp_path / "one"), federate(output=tmp_path / "two", engine=MultiProcess(2))
     assert repeatable(one.run()) == repeatable(two.run())
-    contents = [
-        {path.name: path.read_bytes() for path in (tmp_path / run / "checkpoints").glob("*.pt")}
-        for run in ("one", "two")
-    ]
-    assert contents[0] == contents[1]
+    digests = [CheckpointStore(tmp_path / run / "checkpoints").digests() for run in ("one", "two")]
+    assert digests[0] == digests[1]
 
 
 def test_float64_weights_equal_those_of_cpu(federate: Federate) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.functional import correctness_trust, skill_trust
 from fedekd.methods import Client, ClientOptions, FedeKD, Local
 from fedekd.modules import GatedPrivateModule, TrainerFactory
@@ -219,7 +220,7 @@ def test_fedekd_message_of_one_proxy_is_its_state() -> None:
 
 @pytest.mark.slow
 def test_fedekd_cross_fit_multiprocess_gives_the_same_bytes_on_digits(undrawn: None, tmp_path: Path) -> None:
-    def contents(name: str, **parts: Any) -> dict[str, bytes]:
+    def contents(name: str, **parts: Any) -> dict[str, str]:
         Orchestrator(
             FedeKD(cross_fit=True, gate="correctness_shuffled"),
             FederatedDataModule("digits", num_clients=3, alpha=0.5, batch_size=32),
@@ -230,7 +231,7 @@ def test_fedekd_cross_fit_multiprocess_gives_the_same_bytes_on_digits(undrawn: N
             baseline_dir=tmp_path / "local",
             **parts,
         ).run()
-        files = [tmp_path / name / "metrics.csv", *(tmp_path / name / "checkpoints").glob("*.pt")]
-        return {file.name: file.read_bytes() for file in files}
+        digests = CheckpointStore(tmp_path / name / "checkpoints").digests()
+        return digests | {"rows": (tmp_path / name / "metrics.csv").read_text()}
 
     assert contents("one") == contents("two", engine=MultiProcess(2))

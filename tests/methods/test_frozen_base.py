@@ -11,7 +11,7 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
-from fedekd.federation.checkpoint import unpack
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Ditto, FedAvg, FedeKD, Method
 
 from .conftest import Federate, StopAfter, StoppedError, weights
@@ -21,9 +21,17 @@ ROUNDS = RoundOptions(rounds=3)
 HEAD = {"head.weight", "head.bias"}
 
 
+def state_in(folder: Path, number: int = 0) -> dict[str, Any]:
+    """Return the state of a client in the newest checkpoint of a run."""
+    checkpoint, _ = CheckpointStore(folder / "checkpoints").load()
+    assert checkpoint is not None
+    state: dict[str, Any] = checkpoint.clients[number]
+    return state
+
+
 def networks_in(folder: Path, number: int = 0) -> dict[str, Any]:
-    [*_, newest] = sorted((folder / "checkpoints").glob(f"client-{number:03d}-*.pt"))
-    networks: dict[str, Any] = unpack(newest.read_bytes())["networks"]
+    """Return its networks."""
+    networks: dict[str, Any] = state_in(folder, number)["networks"]
     return networks
 
 
@@ -45,8 +53,7 @@ def test_checkpoint_with_pretrained_weights_has_trained_tensors_only(
     assert set(stored.get("global", HEAD)) == HEAD
     with pytest.raises(StoppedError):
         run("cut", observer=StopAfter(17)).run()
-    path = max((tmp_path / "cut" / "checkpoints").glob("client-000-*.pt"))
-    state = unpack(path.read_bytes())
+    state = state_in(tmp_path / "cut")
     assert state["selected"] is None or set(state["selected"]["served"]["networks"]["private"]) == HEAD
     again = run("cut")
     again.run()
