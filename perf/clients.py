@@ -31,6 +31,7 @@ from perf.process_tree import Memory, peak_memory
 OPTIONS = (
     *("--config", "digits.yaml", "--data.partition", "iid", "--data.min_samples", "2"),
     *("--trainer.accelerator", "cpu", "--trainer.threads", "1", "--logger", "null", "--quiet", "true"),
+    *("--checkpoint_every", "0"),  # rounds are timed by their checkpoints
 )
 
 #: Engines and their names in the table.

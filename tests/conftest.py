@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 
 from fedekd.data import FederatedDataModule
-from fedekd.federation import RunFolder
+from fedekd.federation import RoundOptions, RunFolder
 
 settings.register_profile("fedekd")  # a busy machine must not fail a test
 settings.load_profile("fedekd")
@@ -36,6 +36,12 @@ def pytest_sessionfinish() -> None:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs draw no figures, which takes longer than training on 100 images."""
     monkeypatch.setattr(RunFolder, "write_figures", lambda *arguments: None)
+
+
+@pytest.fixture(autouse=True)
+def saved_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save every round: tests stop runs whose rounds take milliseconds."""
+    monkeypatch.setattr(RoundOptions, "is_save_due", lambda *arguments: True)
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def _print_failure(error: Exception, output: Path) -> None:
     """Print one line on an exception of a user's code, before its traceback."""
     place = "; ".join(getattr(error, "__notes__", ["the run"])[:1])
     is_kept = CheckpointStore(output / "checkpoints").has_any()
-    kept = f" Completed rounds are kept: fit --resume {shlex.quote(str(output))}." if is_kept else ""
+    kept = f" Saved rounds are kept: fit --resume {shlex.quote(str(output))}." if is_kept else ""
     line = f"{place} failed with {describe_error(error)}.{kept} The traceback follows."
     print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
 

@@ -166,7 +166,7 @@ class CheckpointStore:
         return None
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each state in the newest valid manifest: `client-000` etc., and `server`."""
+        """Return SHA-256 by state in the newest valid manifest: `client-000`, `server`."""
         for round_idx in reversed(self._rounds()):
             with suppress(OSError, ValueError):
                 return {key: entry["sha256"] for key, entry in self._manifest(round_idx)["files"].items()}

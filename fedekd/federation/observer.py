@@ -32,7 +32,7 @@ class Observer(Protocol):
         ...
 
     def round_finished(self, row: Mapping[str, float]) -> None:
-        """Called with the metrics row of a round, which is on disk."""
+        """Called with the metrics row of a finished round, which may not be saved yet."""
         ...
 
     def warn(self, text: str) -> None:

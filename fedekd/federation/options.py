@@ -28,6 +28,9 @@ class RoundOptions:
             float16 (half the bytes; relative rounding error of at most 2^-11).
         select_round: Round whose model each client deploys after the last one: last, or best, the round in which the
             client's tuning split has the best primary metric (the latest of equal ones).
+        checkpoint_every: Seconds between checkpoints, at least 0: a round is saved if the last save began so long ago.
+            A kill, Ctrl-C or error loses the round that runs, and finished rounds of less than these seconds. The first
+            round of a process and the last round are always saved; 0 saves each. Changes no number.
 
     Raises:
         UserError: If an option is out of range.
@@ -40,6 +43,7 @@ class RoundOptions:
     max_update_norm: float | None = None
     wire_dtype: str = "float32"
     select_round: str = "last"
+    checkpoint_every: float = 10.0
 
     def __post_init__(self) -> None:
         norm = self.max_update_norm
@@ -50,12 +54,17 @@ class RoundOptions:
             "update_loss_rate": ("a probability in [0, 1)", 0 <= self.update_loss_rate < 1),
             "quorum": ("at least 1", self.quorum >= 1),
             "max_update_norm": ("a finite number above 0, or null", norm is None or 0 < norm < math.inf),
+            "checkpoint_every": ("a finite number of at least 0", 0 <= self.checkpoint_every < math.inf),
         }
         for name, (allowed, is_valid) in expected.items():
             if not is_valid:
                 raise UserError(f"{name}: expected {allowed}, got {getattr(self, name)}.")
         require_choice("wire_dtype", self.wire_dtype, WIRE_DTYPES)
         require_choice("select_round", self.select_round, ("last", "best"))
+
+    def is_save_due(self, seconds: float) -> bool:
+        """Return whether a round is saved, so many seconds after the last save."""
+        return seconds >= self.checkpoint_every
 
 
 @dataclass(frozen=True)

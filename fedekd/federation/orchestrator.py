@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from fedekd.federation.options import BaselineOptions, RoundOptions, lost_update
 from fedekd.federation.references import Reference, check_baselines, plan_references, tuned_rounds
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
-from fedekd.federation.run_folder import ARTIFACT_FILES, RunFolder, to_json_value
+from fedekd.federation.run_folder import ARTIFACT_FILES, RUNTIME_OPTIONS, RunFolder, to_json_value
 from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
 from fedekd.federation.summary import artifact_metadata, summarize
 from fedekd.federation.update_validation import (
@@ -168,6 +169,9 @@ class Orchestrator:
         self.names = [splits.name for splits in data.clients if splits.name is not None]
         self.progress = Progress(names=self.names)
         self.interrupts = Interrupts()
+        self._unsaved: set[int] = set()  # clients whose state has changed since the last checkpoint
+        self._logged = 0  # rows of the history that the loggers have
+        self._saved_at = -math.inf  # time of the last checkpoint of this process
 
     def run(self) -> dict[str, Any]:
         """Run to the end, from the newest valid checkpoint if there is one.
@@ -177,7 +181,7 @@ class Orchestrator:
 
         Raises:
             UserError: If the checkpoint is of another configuration or other data, or the folder is locked.
-            Interrupted: On SIGINT or SIGTERM; completed rounds are saved.
+            Interrupted: On SIGINT or SIGTERM; the run resumes from the last saved round.
         """
         with self.interrupts, self.folder.lock() if self.folder is not None else nullcontext():
             try:
@@ -193,7 +197,7 @@ class Orchestrator:
                     changed = self._run_round(round_idx)
                     self.progress.seconds += time.monotonic() - start
                     start = time.monotonic()
-                    self._checkpoint(round_idx, changed)
+                    self._end_round(round_idx, changed)
                 summary = summarize(self)
                 for line in result_warnings(self):
                     self.observer.warn(line)
@@ -474,15 +478,27 @@ class Orchestrator:
             raise UserError(f"engine: expected Sequential to load clients, got {type(self.engine).__name__}.")
         return self.engine
 
-    def _checkpoint(self, round_idx: int, changed: Sequence[int]) -> None:
-        """Save the round: first the checkpoint, then the logs, which repeat it."""
+    def _end_round(self, round_idx: int, changed: Sequence[int]) -> None:
+        """Save the round if it is due, and report it."""
+        self._unsaved.update(changed)
+        now = time.monotonic()
+        is_last = round_idx == self.options.rounds
+        if is_last or self.folder is None or self.options.is_save_due(now - self._saved_at):
+            self._saved_at = now
+            self._save()
+        if round_idx > 0 and self.progress.history:
+            self.observer.round_finished(self.progress.history[-1])
+
+    def _save(self) -> None:
+        """Save the rounds since the last save: the checkpoint, then the logs."""
         if self.folder is not None:
             with self.interrupts.defer_signals():
-                states = ((number, self.engine.client_state(number)) for number in changed)
+                states = ((number, self.engine.client_state(number)) for number in sorted(self._unsaved))
                 self.folder.save(self.progress, self.method.server_state, states, self._identity())
-        if round_idx > 0 and self.progress.history:
-            self.tracker.log_round(self.progress.history[-1])
-            self.observer.round_finished(self.progress.history[-1])
+        self._unsaved.clear()
+        for row in self.progress.history[self._logged :]:
+            self.tracker.log_round(row)
+        self._logged = len(self.progress.history)
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
         """Write figures and summary.json, then log the summary and close the loggers.
@@ -512,6 +528,7 @@ class Orchestrator:
             # Without the options of loggers: the credentials of one are not for the others.
             self.tracker.log_config({name: value for name, value in self.folder.config.items() if name != "logger"})
         self.tracker.replay(self.progress.history)
+        self._logged = len(self.progress.history)
         for url in self.tracker.urls():
             self.observer.logged_at(url)
         steps = [self._steps(number) for number in range(self.num_clients)]
@@ -537,9 +554,10 @@ class Orchestrator:
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must agree with, in addition to the configuration."""
         settings = {name: value for name, value in vars(self.method).items() if name != "server_state"}
+        rounds = {name: value for name, value in vars(self.options).items() if name not in RUNTIME_OPTIONS}
         return {
             "method": {type(self.method).__name__: to_json_value(settings)},
-            "rounds": to_json_value(self.options),
+            "rounds": {"class": type(self.options).__name__, **to_json_value(rounds)},
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
             **({} if self.privacy is None else {"privacy": to_json_value(self.privacy)}),
             "spec": to_json_value(self.spec.hash_dict()),

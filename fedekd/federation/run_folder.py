@@ -29,6 +29,7 @@ from fedekd.reporting.rows import client_titles
 
 #: Options that do not affect results and may change on resume.
 RUNTIME_OPTIONS = (
+    "checkpoint_every",
     "data.root",
     "data.download",
     "data.num_workers",
@@ -223,7 +224,7 @@ class RunFolder:
     def save(
         self, progress: Progress, server: Any, clients: Iterable[tuple[int, Any]], identity: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint, which makes the last round count, and then metrics.csv."""
+        """Write a checkpoint, from which a run resumes, and then metrics.csv."""
         notes = {"progress": progress.to_json(), "config": self.config, "identity": dict(identity)}
         self.checkpoints.save(progress.round, notes, server, clients)
         if progress.history:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,8 @@ def serve(grid: Grid, settings: Settings) -> dict[str, Any]:
         parts["data"] = SiteData(name, data.alpha, sites, data.batch_size, data.eval_batch_size)
         engine = FlowerEngine(grid, nodes, settings.timeout or None, display, descriptions, secure)
         parts["engine"] = lambda *_: engine
+        # Sites keep few versions of their states: the server must know a recent one.
+        parts["rounds"] = replace(parts["rounds"], checkpoint_every=0.0)
         orchestrator = Orchestrator(**parts, output=output, observer=display)
         expected = shared_config(method, orchestrator.spec, orchestrator.privacy)
         for description in sites:

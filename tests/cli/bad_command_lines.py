@@ -112,6 +112,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "participation": ("0", "-1", "1.01"),
         "update_loss_rate": ("1", "-0.1"),
         "quorum": ("0", "99", "2147483648"),
+        "checkpoint_every": ("-1", "inf", "nan"),
         "max_update_norm": ("0", "-1"),
         "task": ("regresion", "", "1", LONG),
         "resume": ("nowhere", "", "blobs.npz", LONG, "\x1b[31m"),

@@ -86,6 +86,7 @@ def options(npz: Path, *more: str) -> list[str]:
             "--data.alpha=1.0",
             "--data.batch_size=16",
             "--rounds=3",
+            "--checkpoint_every=0",
         ),
         *more,
     ]

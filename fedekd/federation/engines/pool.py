@@ -31,7 +31,7 @@ from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
 
 #: End of an error message after which the run can continue.
-RESUME = "Completed rounds are saved; continue with fit --resume."
+RESUME = "Saved rounds are kept; continue with fit --resume."
 
 
 class WorkerLostError(Exception):

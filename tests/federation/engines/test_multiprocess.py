@@ -52,7 +52,7 @@ def test_multiprocess_damaged_state_raises_one_line(federate: Federate) -> None:
     [path] = engine._store.folder.glob("client-00001-000001.pt")
     content = path.read_bytes()
     path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    with pytest.raises(UserError, match=r"client 1 is damaged: .*\. Completed rounds are saved; .*--resume\.$"):
+    with pytest.raises(UserError, match=r"client 1 is damaged: .*\. Saved rounds are kept; .*--resume\.$"):
         engine.evaluate(1)
 
 
