@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -117,7 +118,9 @@ class ObjectiveModule(LightningModule):
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
         else:
-            self.save_hyperparameters({name: _plain(value) for name, value in arguments.items()})
+            # Without a frame, Lightning keeps its own in a cycle, and with it the locals of all callers.
+            plain = {name: _plain(value) for name, value in arguments.items()}
+            self.save_hyperparameters(plain, frame=inspect.currentframe())
 
     def forward(self, x: Tensor) -> Any:
         """Return the network's output."""

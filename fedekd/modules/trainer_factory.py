@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -240,6 +242,7 @@ class TrainerFactory:
                 return
         with exclusive(), _quiet():
             trainer = self.build(epochs, build_callbacks(self.callbacks))
+            _TRAINERS.add(trainer)
             trainer.fit(module, train_dataloaders=batches)
         if self.callbacks:
             # Delta compares with as many epochs of the local baseline.
@@ -255,6 +258,19 @@ class TrainerFactory:
         trainer.strategy.optimizers = []
         module.zero_grad(set_to_none=True)
         module.trainer = None
+
+
+#: Trainers that `fit` has built and that are still in memory.
+_TRAINERS: WeakSet[Trainer] = WeakSet()
+
+
+def collect_trainers() -> None:
+    """Free Trainers that have ended, to bound peak memory.
+
+    They form reference cycles. The lean loop forms none, and a collection of a large process takes 0.25 s.
+    """
+    if _TRAINERS:
+        gc.collect()
 
 
 class _Resident(SingleDeviceStrategy):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from fedekd.modules import (
     SupervisedModule,
     TrainerFactory,
     lean_loop,
+    trainer_factory,
 )
 from fedekd.modules.mutual import MutualModule
 from fedekd.modules.schedule import Schedule
@@ -337,6 +340,31 @@ def test_loop_of_a_cpu(loop: Any, expected: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TrainerFactory, "build", lambda *args: (used.append("lightning"), build(*args))[1])
     train(make("supervised"), loop=loop)
     assert used == [expected] * 2
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Disable the collector of reference cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_lean_loop_leaves_no_reference_cycle(name: str, no_collector: None) -> None:
+    module = make(name)
+    train(module)
+    left = ref(module)
+    del module
+    assert left() is None
+
+
+def test_collect_trainers_frees_those_of_lightning(no_collector: None) -> None:
+    train(make("supervised"), loop="lightning")
+    assert trainer_factory._TRAINERS
+    trainer_factory.collect_trainers()
+    assert not trainer_factory._TRAINERS
 
 
 def test_unknown_loop_is_a_mistake() -> None:
