@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ _STATES = re.compile(r"(?:states|client-[0-9]{3,}|server)-[0-9]{4,}\.(?:bin|pt)"
 Entry = dict[str, Any]
 
 
+class Packed(bytes):
+    """Serialized state, which `pack` returns unchanged."""
+
+
 def _canonical(state: Any) -> Any:
     """Return a nested state on the CPU, with one object for equal strings.
 
@@ -61,14 +65,16 @@ def _canonical(state: Any) -> Any:
     return sys.intern(state) if isinstance(state, str) else state
 
 
-def pack(state: Any) -> bytes:
+def pack(state: Any) -> Packed:
     """Serialize a nested state of tensors, numbers and strings.
 
     Equal states give equal bytes.
     """
+    if isinstance(state, Packed):
+        return state
     buffer = io.BytesIO()  # with a path, torch.save would write the file name into the file
     torch.save(_canonical(state), buffer)
-    return buffer.getvalue()
+    return Packed(buffer.getbuffer())
 
 
 def unpack(content: bytes) -> Any:
@@ -80,6 +86,27 @@ def unpack(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+class StoredStates(Mapping[int, Any]):
+    """States by client number, read from a checkpoint at each access.
+
+    Args:
+        read: Returns the bytes of an entry.
+        entries: Place of each state.
+    """
+
+    def __init__(self, read: Callable[[Entry], bytes], entries: Mapping[int, Entry]) -> None:
+        self._read, self._entries = read, dict(entries)
+
+    def __getitem__(self, number: int) -> Any:
+        return unpack(self._read(self._entries[number]))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Complete state of a run, verified against its manifest.
@@ -88,13 +115,13 @@ class Checkpoint:
         round: Next round.
         notes: JSON values saved with it.
         server: Server state of the method.
-        clients: State by client number.
+        clients: State by client number, read at each access.
     """
 
     round: int
     notes: dict[str, Any]
     server: Any
-    clients: dict[int, Any]
+    clients: Mapping[int, Any]
 
 
 class CheckpointStore:
@@ -191,11 +218,13 @@ class CheckpointStore:
 
     def _load(self, round_idx: int) -> Checkpoint:
         manifest = self._manifest(round_idx)
-        states = {key: unpack(self._read(entry)) for key, entry in manifest["files"].items()}
-        self._entries = manifest["files"]
-        server = states.pop("server")
-        clients = {int(key.removeprefix("client-")): state for key, state in states.items()}
-        return Checkpoint(manifest["round"], manifest["notes"], server, clients)
+        entries: dict[str, Entry] = manifest["files"]
+        for entry in entries.values():
+            unpack(self._read(entry))  # the states of all clients need not fit into memory
+        self._entries = entries
+        numbers = {int(key.removeprefix("client-")): entry for key, entry in entries.items() if key != "server"}
+        clients = StoredStates(self._read, numbers)
+        return Checkpoint(manifest["round"], manifest["notes"], unpack(self._read(entries["server"])), clients)
 
     def _read(self, entry: Entry) -> bytes:
         """Return the bytes of a state.

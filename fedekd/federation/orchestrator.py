@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import shlex
 import time
@@ -53,7 +52,7 @@ from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.round_selection import used_splits
 from fedekd.metrics import computed_metrics, metric_keys
 from fedekd.modules import TrainerFactory
-from fedekd.modules.trainer_factory import usable_threads
+from fedekd.modules.trainer_factory import collect_trainers, usable_threads
 from fedekd.privacy import GaussianMechanism
 from fedekd.reporting import Tracker
 
@@ -298,7 +297,7 @@ class Orchestrator:
         if not is_last:
             self._aggregate(updates, request)
         self.progress.round = round_idx + 1
-        gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory
+        collect_trainers()
         return changed
 
     def _reject(self, reason: str, round_idx: int) -> None:

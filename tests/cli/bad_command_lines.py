@@ -463,6 +463,7 @@ def wrong_combination(draw: random.Random) -> CommandLine:
             ("fit", "--config=fit.yaml", "--method=Local", "--do_no_harm=true"),
             ("fit", "--config=fit.yaml", "--quorum=3", "--participation=0.3"),
             ("fit", "--config=fit.yaml", "--engine=Sequential", "--engine.processes=3"),
+            ("fit", "--config=fit.yaml", "--engine=Sequential", "--engine.cache=-1"),
             ("fit", "--config=fit.yaml", "--client.optimizer=SGD", "--client.optimizer.nesterov=true"),
             ("fit", "--config=fit.yaml", "--client.optimizer=SGD", "--client.optimizer.momentum=-1"),
             ("fit", "--config=fit.yaml", "--client.optimizer=SGD", "--client.optimizer.betas=[0.9, 0.9]"),

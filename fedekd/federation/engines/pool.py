@@ -299,12 +299,12 @@ class PoolEngine:
         return dict(metrics)
 
     def client_state(self, number: int) -> Any:
-        """Return the state of a client, on the CPU."""
+        """Return the serialized state of a client."""
         if number not in self._versions:
             list(self._run([Task(number, "write_initial_state")]))
             self._versions[number] = 0
         with self._open():
-            return self._store.read(number, self._versions[number])
+            return self._store.read_packed(number, self._versions[number])
 
     def load_client_state(self, number: int, state: Any) -> None:
         """See `Engine`."""

@@ -18,6 +18,8 @@ from fedekd.do_no_harm.evidence import METRICS, HeldOut, labels_of
 from fedekd.do_no_harm.rule import FEDERATED, Comparison, DoNoHarm
 from fedekd.do_no_harm.selection import select_model
 from fedekd.early_exit.client_tradeoff import exit_tradeoff
+from fedekd.errors import UserError
+from fedekd.federation.checkpoint import Packed, pack, unpack
 from fedekd.federation.engines.base import (
     ClientResult,
     ComparisonRequest,
@@ -26,6 +28,7 @@ from fedekd.federation.engines.base import (
     PartitionedData,
     RoundRequest,
 )
+from fedekd.federation.engines.packed_states import PackedStates, tensor_bytes
 from fedekd.federation.local_baseline import (
     LocalBaseline,
     exact_local_model,
@@ -43,7 +46,20 @@ from fedekd.seeding import derive_seed
 
 
 class Sequential(EngineConfig):
-    """Clients run one after another in this process."""
+    """Clients run one after another in this process.
+
+    Args:
+        cache: Megabytes of client states that stay in memory between rounds, at least 0. The states of other clients
+            are packed in a file in the folder for temporary files (TMPDIR), until the run ends.
+
+    Raises:
+        UserError: If it is out of range.
+    """
+
+    def __init__(self, cache: float = 1000.0) -> None:
+        if not 0 <= cache < math.inf:
+            raise UserError(f"engine.cache: expected a finite number of at least 0, got {cache}.")
+        self.cache = cache
 
     def threads(self, cores: int, clients: int) -> int:
         """Return all cores."""
@@ -58,7 +74,7 @@ class Sequential(EngineConfig):
         observer: Observer,
     ) -> Engine:
         """See `EngineConfig`."""
-        return SequentialEngine(method, data, spec, baseline_dir, observer)
+        return SequentialEngine(method, data, spec, baseline_dir, observer, int(1e6 * self.cache))
 
 
 class SequentialEngine:
@@ -70,6 +86,7 @@ class SequentialEngine:
         spec: Specification of networks and training.
         baseline_dir: Folder of the local baselines; None stores none.
         observer: Receives events and warnings.
+        budget: Bytes of client states that stay in memory between rounds; None keeps all.
     """
 
     has_seeded_noise = True
@@ -81,6 +98,7 @@ class SequentialEngine:
         spec: FederationSpec,
         baseline_dir: Path | None = None,
         observer: Observer | None = None,
+        budget: int | None = None,
     ) -> None:
         self.method, self.spec, self.baseline_dir = method, spec, baseline_dir
         self.observer = observer or SilentObserver()
@@ -89,7 +107,10 @@ class SequentialEngine:
             data.samples, inputs=data.samples.inputs.to(device), targets=data.samples.targets.to(device)
         )
         self.splits = data.clients
-        self.clients: dict[int, Client] = {}
+        self.clients: dict[int, Client] = {}  # those in memory
+        self.budget = budget
+        self._bytes: dict[int, int] = {}  # by client in memory: bytes of its state
+        self._packed: PackedStates | None = None  # states of clients that have left the memory
         self.warned = set[str]()
         self.compared: dict[int, bytes] = {}  # local baselines without a key, for the comparisons
 
@@ -97,17 +118,35 @@ class SequentialEngine:
         return Client(number, self.splits[number], self.samples, self.spec)
 
     def client(self, number: int) -> Client:
-        """Return a client, built at first use."""
+        """Return a client, built at first use and where its state is packed."""
         if number not in self.clients:
             client = self._new_client(number)
             client.training_splits = used_splits(self.method, self.spec)
             self.method.init_client(client)
+            if self._packed is not None and number in self._packed:
+                client.load_state_dict(unpack(self._packed[number]))
             self.clients[number] = client
         return self.clients[number]
 
     def release(self, number: int) -> None:
         """Free the memory of a client whose state is stored elsewhere."""
         self.clients.pop(number, None)
+        self._bytes.pop(number, None)
+
+    def _keep_budget(self, number: int) -> None:
+        """Pack the state of a changed client if those in memory exceed the budget.
+
+        The others stay: where all clients take part, the least recently used one is the next to be visited.
+        """
+        if self.budget is None:
+            return
+        state = self.clients[number].state_dict()
+        self._bytes[number] = tensor_bytes(state)
+        if sum(self._bytes.values()) > self.budget:
+            if self._packed is None:
+                self._packed = PackedStates()
+            self._packed[number] = pack(state)
+            self.release(number)
 
     def client_steps(self, number: int) -> int:
         """Return the training steps of one phase of a client, for the progress display."""
@@ -153,7 +192,9 @@ class SequentialEngine:
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
         """Run the participants in the order of the request."""
         for number in request.participants:
-            yield self._run_client(number, request)
+            result = self._run_client(number, request)
+            self._keep_budget(number)
+            yield result
 
     def _run_client(self, number: int, request: RoundRequest) -> ClientResult:
         # The observer is called between the phases: `numerics` excludes other threads, for which it may wait.
@@ -251,21 +292,28 @@ class SequentialEngine:
     def evaluate(self, number: int) -> dict[str, float]:
         """See `Engine`."""
         with self.spec.trainer.numerics():
-            return self.client(number).evaluate()[1]
+            metrics = self.client(number).evaluate()[1]
+        self._keep_budget(number)
+        return metrics
 
     def evaluate_candidate(self, number: int) -> dict[str, float]:
         """Return all metrics of the candidate that a client deploys; empty without one."""
         with self.spec.trainer.numerics():
             client = self.client(number)
-            return {} if client.candidate is None else client.evaluate(role=CANDIDATE)[1]
+            metrics = {} if client.candidate is None else client.evaluate(role=CANDIDATE)[1]
+        self._keep_budget(number)
+        return metrics
 
     def client_state(self, number: int) -> Any:
         """See `Engine`."""
+        if self._packed is not None and number in self._packed and number not in self.clients:
+            return self._packed[number]
         return self.client(number).state_dict()
 
     def load_client_state(self, number: int, state: Any) -> None:
         """See `Engine`."""
-        self.client(number).load_state_dict(state)
+        self.client(number).load_state_dict(unpack(state) if isinstance(state, Packed) else state)
+        self._keep_budget(number)
 
     def close(self) -> None:
         """End the processes that read inputs, if any."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from fedekd.atomic import atomic_file, seal, unseal
 from fedekd.data import ClientSplits, Inputs, Samples, StoredInputs
 from fedekd.errors import UserError
-from fedekd.federation.checkpoint import pack, unpack
+from fedekd.federation.checkpoint import Packed, pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
 from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.engines.sequential import SequentialEngine
@@ -27,6 +26,7 @@ from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.references import Reference, ReferenceScores
 from fedekd.global_state import exclusive
 from fedekd.methods import Broadcast, FederationSpec, Method, StateDict
+from fedekd.modules.trainer_factory import collect_trainers
 
 #: Name of an observer's method, and its arguments.
 Event = tuple[str, tuple[Any, ...]]
@@ -50,7 +50,11 @@ class StateStore:
         self.folder = folder
 
     def read(self, number: int, version: int) -> Any:
-        """Return a state, on the CPU.
+        """Return a state, on the CPU; see `read_packed`."""
+        return unpack(self.read_packed(number, version))
+
+    def read_packed(self, number: int, version: int) -> Packed:
+        """Return a serialized state.
 
         Raises:
             DamagedStateError: If the file does not match its checksum.
@@ -58,7 +62,7 @@ class StateStore:
         path = self._path(number, version)
         content = path.read_bytes()
         try:
-            return unpack(unseal(content))
+            return Packed(unseal(content))
         except ValueError as error:
             raise DamagedStateError(f"{path}: the state of client {number} is damaged: {error}") from error
 
@@ -260,4 +264,4 @@ class ClientWorker:
                 self.engine.load_client_state(number, self.store.read(number, version))
             yield
             self.engine.release(number)
-            gc.collect()  # Lightning Trainers form reference cycles: collect now to bound peak memory
+            collect_trainers()

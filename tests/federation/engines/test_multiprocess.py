@@ -16,7 +16,7 @@ import torch
 from fedekd.cli import main
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, RoundRequest
-from fedekd.federation.checkpoint import CheckpointStore
+from fedekd.federation.checkpoint import CheckpointStore, unpack
 from fedekd.methods import Broadcast, FedAvg, FedeKD
 
 from ..conftest import Federate, Recorder
@@ -149,13 +149,14 @@ def test_multiprocess_loads_states_and_ends_its_processes(federate: Federate) ->
     engine: Any = run.engine
     run.method.init_server(run.spec)
     try:
-        before = engine.client_state(0)
+        before = unpack(engine.client_state(0))
         list(engine.run_clients(RoundRequest([0, 2], run.method.broadcast([0, 2], 0), 0, True)))
-        after = engine.client_state(0)
+        after = unpack(engine.client_state(0))
         assert not torch.equal(*(s["networks"]["proxy"]["head.weight"] for s in (before, after)))
         engine.load_client_state(0, before)
-        assert pickle.dumps(engine.client_state(0)["method_state"]) == pickle.dumps(before["method_state"])
-        torch.testing.assert_close(engine.client_state(0)["networks"], before["networks"], rtol=0, atol=0)
+        restored = unpack(engine.client_state(0))
+        assert pickle.dumps(restored["method_state"]) == pickle.dumps(before["method_state"])
+        torch.testing.assert_close(restored["networks"], before["networks"], rtol=0, atol=0)
         pids = [process.pid for process in multiprocessing.active_children()]
         assert len(set(pids)) == 2
     finally:

@@ -1,0 +1,91 @@
+"""States of clients outside of memory: the file, and runs with any budget."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedekd.errors import UserError
+from fedekd.federation import RoundOptions, Sequential, SilentObserver
+from fedekd.federation.checkpoint import CheckpointStore, Packed, pack, unpack
+from fedekd.federation.engines.packed_states import PackedStates, tensor_bytes
+from fedekd.methods import CAFEDistill, ClientOptions, FedeKD, Method
+
+from ..conftest import Federate, weights
+
+#: Bytes of about one client of `federate` with FedeKD: of three, one or two are packed.
+ONE_CLIENT = 2_300_000
+
+
+class Stop(SilentObserver):
+    """Observer that stops a run in round 2."""
+
+    def round_started(self, round_idx: int) -> None:
+        if round_idx == 2:
+            raise KeyboardInterrupt
+
+
+def test_packed_states_return_the_last_content_in_a_bounded_file() -> None:
+    states, rng, last = PackedStates(), random.Random(0), dict[int, bytes]()
+    for size in range(100, 1100):
+        number = rng.randrange(5)
+        last[number] = rng.randbytes(rng.randint(1, size))
+        states[number] = Packed(last[number])
+        assert {key: states[key] for key in last} == last
+    assert 7 not in states
+    assert states._end < 8 * 1.25 * 5 * 1100  # places of all sizes that a state has outgrown
+
+
+def test_pack_of_a_packed_state_is_the_same_object() -> None:
+    state = pack({"weight": torch.ones(2)})
+    assert pack(state) is state
+    assert pack(unpack(state)) == state
+
+
+def test_tensor_bytes_counts_nested_tensors() -> None:
+    state = {"a": [torch.zeros(3), {"b": torch.zeros(2, dtype=torch.float64)}], "n": 4, "s": "text"}
+    assert tensor_bytes(state) == 12 + 16
+
+
+@pytest.mark.parametrize("method", [FedeKD(), CAFEDistill()])
+def test_run_with_any_budget_gives_equal_bytes_also_after_a_resume(
+    method: Method, federate: Federate, tmp_path: Path
+) -> None:
+    exits = 2 if isinstance(method, CAFEDistill) else None
+    client = ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.PrivateCNN"}, exits=exits)
+    results, in_memory = [], []
+    for megabytes in (1000.0, ONE_CLIENT / 1e6, 0.0):
+        output = tmp_path / str(megabytes)
+        parts: dict[str, Any] = {
+            **{"client": client, "output": output, "baseline_dir": tmp_path / "local"},
+            **{"rounds": RoundOptions(rounds=2, participation=0.7), "engine": Sequential(megabytes)},
+        }
+        with pytest.raises(KeyboardInterrupt):
+            federate(method, observer=Stop(), **parts).run()
+        again = federate(method, **parts)
+        summary = again.run()
+        in_memory.append(len(weights(again)))
+        rows = (output / "metrics.csv").read_text()
+        results.append(CheckpointStore(output / "checkpoints").digests() | {"rows": rows})
+        assert federate(method, **parts).evaluate_checkpoint()["clients"] == summary["clients"]
+    assert results[0] == results[1] == results[2]
+    assert in_memory[0] > in_memory[1] >= in_memory[2] == 0
+
+
+def test_run_without_folder_and_memory_loads_its_clients(federate: Federate) -> None:
+    loaded = []
+    for megabytes in (1000.0, 0.0):
+        run = federate(engine=Sequential(megabytes))
+        run.run()
+        loaded.append([pack(client.state_dict()) for client in run.load_clients()])
+    assert loaded[0] == loaded[1]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_sequential_invalid_cache_raises_user_error(value: float) -> None:
+    with pytest.raises(UserError, match=r"^engine\.cache: expected a finite number of at least 0, got"):
+        Sequential(value)
