@@ -79,6 +79,11 @@ extras: $(EXTRAS)
 bench-clients: $(EXTRAS)
 	$(BIN)/python -m perf.clients $(ARGS)
 
+## bench-many: time, memory and disk of one process with many clients (options: ARGS="--clients 1000 --against CHECKOUT")
+.PHONY: bench-many
+bench-many: $(INSTALLED)
+	$(BIN)/python -m perf.many_clients $(ARGS)
+
 ## sites: run a federation of three sites on this machine, with TLS and keys (options: ARGS="--secure true")
 .PHONY: sites
 sites: $(EXTRAS)
