@@ -85,7 +85,11 @@ def message(parser: ArgumentParser, *options: str) -> str:
         ),
         (
             ["--engine.processes=4"],
-            "--engine.processes: unknown argument of fedekd.federation.Sequential. It takes no arguments.",
+            "--engine.processes: unknown argument of fedekd.federation.Sequential. Choose from: cache.",
+        ),
+        (
+            ["--method=Local", "--method.beta=4"],
+            "--method.beta: unknown argument of fedekd.methods.Local. It takes no arguments.",
         ),
         (
             ["--engine=SideByside"],
