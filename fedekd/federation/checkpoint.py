@@ -46,8 +46,15 @@ _STATES = re.compile(r"(?:states|client-[0-9]{3,}|server)-[0-9]{4,}\.(?:bin|pt)"
 Entry = dict[str, Any]
 
 
-class Packed(bytes):
-    """Serialized state, which `pack` returns unchanged."""
+@dataclass(frozen=True)
+class Packed:
+    """Serialized state.
+
+    Attributes:
+        content: Bytes, which `pack` returns as they are.
+    """
+
+    content: bytes
 
 
 def _canonical(state: Any) -> Any:
@@ -65,16 +72,16 @@ def _canonical(state: Any) -> Any:
     return sys.intern(state) if isinstance(state, str) else state
 
 
-def pack(state: Any) -> Packed:
+def pack(state: Any) -> bytes:
     """Serialize a nested state of tensors, numbers and strings.
 
     Equal states give equal bytes.
     """
     if isinstance(state, Packed):
-        return state
+        return state.content
     buffer = io.BytesIO()  # with a path, torch.save would write the file name into the file
     torch.save(_canonical(state), buffer)
-    return Packed(buffer.getbuffer())
+    return buffer.getvalue()
 
 
 def unpack(content: bytes) -> Any:

@@ -8,7 +8,6 @@ from weakref import finalize
 import torch
 
 from fedekd.atomic import name_in_errors
-from fedekd.federation.checkpoint import Packed
 
 #: Room that a state gets in the file, as a multiple of its size: it can grow in place.
 _ROOM = 1.25
@@ -24,7 +23,7 @@ class PackedStates:
 
     Example:
         >>> states = PackedStates()
-        >>> states[3] = Packed(b"state")
+        >>> states[3] = b"state"
         >>> 3 in states, states[3]
         (True, b'state')
     """
@@ -39,7 +38,7 @@ class PackedStates:
     def __contains__(self, number: int) -> bool:
         return number in self._places
 
-    def __setitem__(self, number: int, content: Packed) -> None:
+    def __setitem__(self, number: int, content: bytes) -> None:
         start, _, room = self._places.get(number, (0, 0, -1))
         if len(content) > room:
             start, room = self._end, int(_ROOM * len(content))
@@ -50,10 +49,10 @@ class PackedStates:
             self._file.flush()
         self._places[number] = start, len(content), room
 
-    def __getitem__(self, number: int) -> Packed:
+    def __getitem__(self, number: int) -> bytes:
         start, size, _ = self._places[number]
         self._file.seek(start)
-        return Packed(self._file.read(size))
+        return self._file.read(size)
 
 
 def tensor_bytes(state: object) -> int:

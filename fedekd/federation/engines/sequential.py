@@ -307,12 +307,12 @@ class SequentialEngine:
     def client_state(self, number: int) -> Any:
         """See `Engine`."""
         if self._packed is not None and number in self._packed and number not in self.clients:
-            return self._packed[number]
+            return Packed(self._packed[number])
         return self.client(number).state_dict()
 
     def load_client_state(self, number: int, state: Any) -> None:
         """See `Engine`."""
-        self.client(number).load_state_dict(unpack(state) if isinstance(state, Packed) else state)
+        self.client(number).load_state_dict(unpack(state.content) if isinstance(state, Packed) else state)
         self._keep_budget(number)
 
     def close(self) -> None:

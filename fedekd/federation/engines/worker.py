@@ -51,7 +51,7 @@ class StateStore:
 
     def read(self, number: int, version: int) -> Any:
         """Return a state, on the CPU; see `read_packed`."""
-        return unpack(self.read_packed(number, version))
+        return unpack(self.read_packed(number, version).content)
 
     def read_packed(self, number: int, version: int) -> Packed:
         """Return a serialized state.

@@ -149,12 +149,12 @@ def test_multiprocess_loads_states_and_ends_its_processes(federate: Federate) ->
     engine: Any = run.engine
     run.method.init_server(run.spec)
     try:
-        before = unpack(engine.client_state(0))
+        before = unpack(engine.client_state(0).content)
         list(engine.run_clients(RoundRequest([0, 2], run.method.broadcast([0, 2], 0), 0, True)))
-        after = unpack(engine.client_state(0))
+        after = unpack(engine.client_state(0).content)
         assert not torch.equal(*(s["networks"]["proxy"]["head.weight"] for s in (before, after)))
         engine.load_client_state(0, before)
-        restored = unpack(engine.client_state(0))
+        restored = unpack(engine.client_state(0).content)
         assert pickle.dumps(restored["method_state"]) == pickle.dumps(before["method_state"])
         torch.testing.assert_close(restored["networks"], before["networks"], rtol=0, atol=0)
         pids = [process.pid for process in multiprocessing.active_children()]
