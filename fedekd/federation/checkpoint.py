@@ -51,7 +51,7 @@ class Packed:
     """Serialized state.
 
     Attributes:
-        content: Bytes, which `pack` returns as they are.
+        content: Bytes, which `pack` returns unchanged.
     """
 
     content: bytes
