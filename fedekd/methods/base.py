@@ -225,7 +225,7 @@ class ProxyMethod(Method):
 
     def is_untrained(self, client: Client, received: StateDict) -> bool:
         """Return True if the global proxy is untrained: no round reached its quorum."""
-        initial = client.spec.build_model("proxy", "server").state_dict()
+        initial = client.spec.initial_proxy
         return all(_is_initial(value.to(initial[name].device), initial[name]) for name, value in received.items())
 
     @abstractmethod

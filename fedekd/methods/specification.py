@@ -267,6 +267,11 @@ class FederationSpec:
         return self._frozen_bases[key]
 
     @cached_property
+    def initial_proxy(self) -> State:
+        """Weights with which the server's proxy starts."""
+        return self.build_model("proxy", "server").state_dict()
+
+    @cached_property
     def _frozen_bases(self) -> dict[str, FrozenBase | None]:
         """Results of `frozen_base` by architecture, for the life of this object."""
         return {}
