@@ -57,7 +57,7 @@ def train(folder: Path, clients: int, rounds: int, engine: str) -> dict[str, Any
             self.start_up = memory()
 
         def warn(self, text: str) -> None:
-            """Scores are of no interest."""
+            """Print nothing."""
 
         def round_started(self, round_idx: int) -> None:
             self.ends.append((time.perf_counter(), time.process_time()))

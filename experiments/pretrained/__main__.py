@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from experiments.hospital_runs import Row, add_seeds, is_stored, mean_and_error, seeds, store
+from fedekd.atomic import atomic_file
 from fedekd.cli import main as fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.methods import Client
@@ -99,7 +100,8 @@ def pretrain(run: Run, arguments: argparse.Namespace) -> Path:
     fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={run.seed}", f"--output={folder}"])
     [client] = open_finished("fit", folder, in_process=True)[0].load_clients()
     weights = folder / "private.pt"
-    torch.save(client.networks["private"].state_dict(), weights)
+    with atomic_file(weights) as file:
+        torch.save({name: tensor.cpu() for name, tensor in client.networks["private"].state_dict().items()}, file)
     return weights
 
 

@@ -88,5 +88,5 @@ def open_finished(
     config = parse_run(parser, folder)
     parts = build_parts(parser, config) | {"loggers": []}
     if in_process:
-        parts["engine"] = Sequential()
+        parts["engine"] = Sequential(cache=None)
     return Orchestrator(**parts, output=folder, baseline_dir=Path(config.baseline_dir)), config, summary

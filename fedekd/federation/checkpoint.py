@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedekd.atomic import atomic_file, digest, remove_drafts, seal_json, unseal_json
-from fedekd.errors import describe_error
+from fedekd.errors import UserError, describe_error
 
 #: Number of manifests on disk: the newest, and one to fall back to.
 NUM_MANIFESTS = 2
@@ -105,7 +105,11 @@ class StoredStates(Mapping[int, Any]):
         self._read, self._entries = read, dict(entries)
 
     def __getitem__(self, number: int) -> Any:
-        return unpack(self._read(self._entries[number]))
+        entry = self._entries[number]
+        try:
+            return unpack(self._read(entry))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{entry['file']}: changed while it was read: {describe_error(error)}") from error
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)
@@ -158,8 +162,9 @@ class CheckpointStore:
         with atomic_file(self.folder / name) as file:
 
             def append(key: str, content: bytes) -> None:
-                entries[key] = {"file": name, "start": file.tell(), "size": len(content), "sha256": digest(content)}
+                entry = {"file": name, "start": file.tell(), "size": len(content), "sha256": digest(content)}
                 file.write(content)
+                entries[key] = entry
 
             for number, state in clients:
                 append(f"client-{number:03d}", pack(state))
@@ -167,8 +172,11 @@ class CheckpointStore:
             copied = self._sparse_files(entries) | {name}  # a repeated round replaces its file
             for key, entry in (self._entries or {}).items():
                 if entry is entries.get(key) and entry["file"] in copied:
-                    with suppress(OSError, ValueError):  # a corrupt state is found when it is loaded
-                        append(key, self._read(entry))
+                    try:
+                        content = self._read(entry)
+                    except (OSError, ValueError):
+                        continue  # a corrupt state is found when it is loaded
+                    append(key, content)
             append("server", pack(server))
         manifest = {"format": FORMAT, "round": round_idx, "files": entries, "notes": dict(notes)}
         with atomic_file(self._path(round_idx)) as file:
@@ -227,7 +235,7 @@ class CheckpointStore:
         manifest = self._manifest(round_idx)
         entries: dict[str, Entry] = manifest["files"]
         for entry in entries.values():
-            unpack(self._read(entry))  # the states of all clients need not fit into memory
+            self._read(entry)  # the states of all clients need not fit into memory
         self._entries = entries
         numbers = {int(key.removeprefix("client-")): entry for key, entry in entries.items() if key != "server"}
         clients = StoredStates(self._read, numbers)

@@ -63,7 +63,11 @@ class RoundOptions:
         require_choice("select_round", self.select_round, ("last", "best"))
 
     def is_save_due(self, seconds: float) -> bool:
-        """Return whether a round is saved, so many seconds after the last save."""
+        """Return whether a round is saved.
+
+        Args:
+            seconds: Time since the last save.
+        """
         return seconds >= self.checkpoint_every
 
 

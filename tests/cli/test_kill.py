@@ -230,6 +230,8 @@ def test_random_kills_change_no_number(
     while counts["kills"] < KILLS:
         run, moments = tmp_path / f"run-{counts['runs']}", list[str]()
         arguments = options(npz, f"--output={run}", f"--baseline_dir={run}-local", "--logger=null")
+        if counts["runs"] % 2:  # rounds that are not saved, and states in a file
+            arguments += ["--checkpoint_every=0.2", "--engine.cache=0"]
         for _ in range(rng.randint(1, 3)):  # the resumed run is killed, too
             has_run = (run / "config.yaml").exists()
             moments.append(random_moment(rng))

@@ -6,13 +6,17 @@ import errno
 import json
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedekd.atomic import seal_json, unseal_json
+import fedekd.federation.checkpoint
+from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.federation.checkpoint import CheckpointStore, pack, unpack
 
 
@@ -212,6 +216,33 @@ def test_save_disk_full_leaves_the_last_checkpoint_valid(
     assert checkpoint is not None
     assert (checkpoint.round, messages) == (2, [])
     assert not list(store.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("calls", range(3))  # the changed state, the copied one, the server's
+def test_save_failed_write_raises_and_leaves_the_last_checkpoint_valid(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    @contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with atomic_file(path) as file:
+            writes = count()
+
+            class Full:
+                tell = file.tell
+
+                def write(self, content: bytes) -> None:
+                    if next(writes) == calls:
+                        raise OSError(errno.ENOSPC, "No space left on device")
+                    file.write(content)
+
+            yield Full()
+
+    monkeypatch.setattr(fedekd.federation.checkpoint, "atomic_file", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save(2, {}, {"w": torch.zeros(1)}, {1: state(9)}.items())
+    checkpoint, messages = CheckpointStore(store.folder).load()
+    assert checkpoint is not None
+    assert (checkpoint.round, messages, weight(checkpoint.clients[0])) == (2, [], 3)
 
 
 def test_pack_equal_states_give_equal_bytes_and_unpack_runs_no_code() -> None:

@@ -145,7 +145,7 @@ class Engine(Protocol):
         ...
 
     def client_state(self, number: int) -> Any:
-        """Return the state of a client that a checkpoint holds, as it is or as `Packed`."""
+        """Return the state of a client that a checkpoint holds, or its `Packed` bytes."""
         ...
 
     def load_client_state(self, number: int, state: Any) -> None:

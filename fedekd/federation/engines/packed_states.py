@@ -8,6 +8,7 @@ from weakref import finalize
 import torch
 
 from fedekd.atomic import name_in_errors
+from fedekd.methods import Client
 
 #: Room that a state gets in the file, as a multiple of its size: it can grow in place.
 _ROOM = 1.25
@@ -53,6 +54,16 @@ class PackedStates:
         start, size, _ = self._places[number]
         self._file.seek(start)
         return self._file.read(size)
+
+
+def client_bytes(client: Client) -> int:
+    """Return the bytes of a client's tensors in memory.
+
+    Its state can be smaller: that omits frozen pretrained tensors.
+    """
+    networks = [network.state_dict() for network in client.networks.values()]
+    carried = [client.optimizer_states, client.scheduler_states, client.method_state, client.selected]
+    return tensor_bytes([*networks, *carried])
 
 
 def tensor_bytes(state: object) -> int:

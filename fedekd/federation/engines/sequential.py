@@ -28,7 +28,7 @@ from fedekd.federation.engines.base import (
     PartitionedData,
     RoundRequest,
 )
-from fedekd.federation.engines.packed_states import PackedStates, tensor_bytes
+from fedekd.federation.engines.packed_states import PackedStates, client_bytes
 from fedekd.federation.local_baseline import (
     LocalBaseline,
     exact_local_model,
@@ -49,16 +49,16 @@ class Sequential(EngineConfig):
     """Clients run one after another in this process.
 
     Args:
-        cache: Megabytes of client states that stay in memory between rounds, at least 0. The states of other clients
-            are packed in a file in the folder for temporary files (TMPDIR), until the run ends.
+        cache: Megabytes of client states that stay in memory between rounds, at least 0; null keeps all. The states of
+            other clients are packed in a file in the folder for temporary files (TMPDIR), until the run ends.
 
     Raises:
         UserError: If it is out of range.
     """
 
-    def __init__(self, cache: float = 1000.0) -> None:
-        if not 0 <= cache < math.inf:
-            raise UserError(f"engine.cache: expected a finite number of at least 0, got {cache}.")
+    def __init__(self, cache: float | None = 1000.0) -> None:
+        if cache is not None and not 0 <= cache < math.inf:
+            raise UserError(f"engine.cache: expected a finite number of at least 0, or null, got {cache}.")
         self.cache = cache
 
     def threads(self, cores: int, clients: int) -> int:
@@ -74,7 +74,8 @@ class Sequential(EngineConfig):
         observer: Observer,
     ) -> Engine:
         """See `EngineConfig`."""
-        return SequentialEngine(method, data, spec, baseline_dir, observer, int(1e6 * self.cache))
+        budget = None if self.cache is None else int(1e6 * self.cache)
+        return SequentialEngine(method, data, spec, baseline_dir, observer, budget)
 
 
 class SequentialEngine:
@@ -118,7 +119,7 @@ class SequentialEngine:
         return Client(number, self.splits[number], self.samples, self.spec)
 
     def client(self, number: int) -> Client:
-        """Return a client, built at first use and where its state is packed."""
+        """Return a client; it is built if it is not in memory."""
         if number not in self.clients:
             client = self._new_client(number)
             client.training_splits = used_splits(self.method, self.spec)
@@ -140,12 +141,12 @@ class SequentialEngine:
         """
         if self.budget is None:
             return
-        state = self.clients[number].state_dict()
-        self._bytes[number] = tensor_bytes(state)
+        client = self.clients[number]
+        self._bytes[number] = client_bytes(client)
         if sum(self._bytes.values()) > self.budget:
             if self._packed is None:
                 self._packed = PackedStates()
-            self._packed[number] = pack(state)
+            self._packed[number] = pack(client.state_dict())
             self.release(number)
 
     def client_steps(self, number: int) -> int:

@@ -12,8 +12,9 @@ import torch
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions, Sequential, SilentObserver
 from fedekd.federation.checkpoint import CheckpointStore, Packed, pack, unpack
-from fedekd.federation.engines.packed_states import PackedStates, tensor_bytes
-from fedekd.methods import CAFEDistill, ClientOptions, FedeKD, Method
+from fedekd.federation.engines.packed_states import PackedStates, client_bytes, tensor_bytes
+from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedeKD, Method
+from fedekd.models import PrivateCNN
 
 from ..conftest import Federate, weights
 
@@ -49,6 +50,17 @@ def test_pack_of_a_packed_state_returns_its_bytes() -> None:
 def test_tensor_bytes_counts_nested_tensors() -> None:
     state = {"a": [torch.zeros(3), {"b": torch.zeros(2, dtype=torch.float64)}], "n": 4, "s": "text"}
     assert tensor_bytes(state) == 12 + 16
+
+
+def test_client_bytes_count_frozen_tensors_that_the_state_omits(federate: Federate, tmp_path: Path) -> None:
+    torch.save(PrivateCNN(1, 8, 3).state_dict(), tmp_path / "w.pt")
+    cnn = {"class_path": "fedekd.models.PrivateCNN"}
+    options = ClientOptions(private_model=cnn, private_weights=str(tmp_path / "w.pt"), freeze="backbone")
+    engine = federate(FedAvg(), client=options).engine
+    client = engine.client(0)
+    network = sum(tensor.nbytes for tensor in client.networks["private"].state_dict().values())
+    assert client_bytes(client) == network
+    assert tensor_bytes(client.state_dict()) < 0.1 * network
 
 
 @pytest.mark.parametrize("method", [FedeKD(), CAFEDistill()])
@@ -87,5 +99,5 @@ def test_run_without_folder_and_memory_loads_its_clients(federate: Federate) -> 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_sequential_invalid_cache_raises_user_error(value: float) -> None:
-    with pytest.raises(UserError, match=r"^engine\.cache: expected a finite number of at least 0, got"):
+    with pytest.raises(UserError, match=r"^engine\.cache: expected a finite number of at least 0, or null, got"):
         Sequential(value)
