@@ -452,7 +452,7 @@ def test_fit_exception_after_a_checkpoint_keeps_the_folder(
         patched.setattr(Orchestrator, "_finish", fail)
         with pytest.raises(KeyError):
             fit(npz, *options)
-    assert "Completed rounds are kept: fit --resume a." in capsys.readouterr().err
+    assert "Saved rounds are kept: fit --resume a." in capsys.readouterr().err
     assert fit(npz, *options) == 2
     assert "resume it with fit --resume a" in error_line()
     assert main(["fit", "--resume=a", "--quiet"]) == 0
