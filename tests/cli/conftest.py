@@ -45,7 +45,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, write_blobs: Callable[
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(RunFolder, "write_figures", lambda *arguments: None)
         npz = write_blobs(folder / "blobs.npz")
-        options = ("--quiet", f"--output={folder}/run", f"--baseline_dir={folder}/local", "--data.download=false")
+        options = (
+            "--quiet",
+            "--checkpoint_every=0",
+            f"--output={folder}/run",
+            f"--baseline_dir={folder}/local",
+            "--data.download=false",
+        )
         assert fit(npz, *options, rounds=2) == 0
     return folder / "run"
 

@@ -91,7 +91,7 @@ def test_logger_has_all_rounds_and_the_configuration_after_a_kill(name: str, npz
     more = ["--logger.experiment_name=e"] if name == "MLFlowLogger" else []
     more += [option.format(logs), rates, "--client.optimizer.lr=0.003", f"--baseline_dir={tmp_path}/local"]
     arguments = options(npz, f"--output={run}", f"{LIGHTNING}{name}", *more)
-    assert kill("fsync:27", arguments)
+    assert kill("batch:50", arguments)  # in round 3
     assert main(["fit", "--resume", str(run)]) == 0
     config, metrics = content(logs)
     assert config["client/optimizer/init_args/lr"] == pytest.approx(0.003)

@@ -256,6 +256,7 @@ def test_calibrate_client_empty_tuning_split_raises(client):
         training_splits=client.training_splits,
         spec=client.spec,
         splits=replace(client.splits, client=5, tuning=client.splits.test[:0]),
+        independent_positions=client.independent_positions,
     )
     with pytest.raises(UserError, match="client 5: expected at least 1 tuning and 1 calibration sample, got 0 and"):
         calibrate_client(bare, SelectiveRiskCalibrator(0.1))

@@ -156,6 +156,7 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
 
 def changed(client: Any, **values: Any) -> Any:
     names = ("number", "deployed_model", "deployed_name", "networks", "samples", "training_splits", "spec", "splits")
+    names += ("independent_positions",)
     return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
 
 
