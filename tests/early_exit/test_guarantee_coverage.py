@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedekd.early_exit.guarantee_coverage import ClientCoverage, CoverageOptions
 from fedekd.early_exit.scoring import exit_outputs
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
-from fedekd.methods import ClientOptions, FedeKD
+from fedekd.methods import Client, ClientOptions, FedeKD
 from fedekd.models import PrivateCNN
 from fedekd.modules import TrainerFactory
 
@@ -156,8 +157,9 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
 
 def changed(client: Any, **values: Any) -> Any:
     names = ("number", "deployed_model", "deployed_name", "networks", "samples", "training_splits", "spec", "splits")
-    names += ("independent_positions",)
-    return SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
+    other = SimpleNamespace(**{**{name: getattr(client, name) for name in names}, **values})
+    other.independent_positions = partial(Client.independent_positions, other)
+    return other
 
 
 @pytest.mark.slow
