@@ -99,17 +99,17 @@ def membership(attacks: Sequence[str]) -> str:
     frame = _read("privacy/membership.csv")
     if frame.empty or not len(frame := frame[frame["attack"].isin(attacks) & (frame["client"] == -1)]):
         return NOT_MEASURED
-    frame = frame.assign(noise=frame["noise_multiplier"].map(lambda value: "none" if pd.isna(value) else f"{value:g}"))
-    keys = ["dataset", "alpha", "method", "noise", "attack", "target", "adjustment"]
+    frame = frame.assign(noise=frame["noise_multiplier"].fillna(0.0))
+    keys = ["method", "attack", "noise", "target", "adjustment"]
     rows = []
-    for (dataset, alpha, method, noise, attack, target, adjustment), group in frame.groupby(keys, sort=False):
+    for (method, attack, noise, target, adjustment), group in frame.groupby(keys):
         prior = "with" if adjustment == "prior" else "without"
-        labels = [_setting(dataset, alpha), method, noise, attack.replace("_", " "), target, prior]
-        cells = [spread(group[name], signed=False) for name in ("auc", "advantage", "tpr_at_fpr_0.01")]
+        labels = [method, attack.replace("_", " "), f"{noise:g}", target, prior]
+        cells = [minus(spread(group[name], signed=False)) for name in ("auc", "advantage", "tpr_at_fpr_0.01")]
         costs = [""] * 2
         if "delta" in group and group["delta"].notna().any():
             epsilon = group["epsilon"].mean()
             costs = [minus(spread(group["delta"], signed=True)), "" if pd.isna(epsilon) else f"{epsilon:,.0f}"]
         rows.append([*labels, *cells, *costs, str(len(group))])
-    heads = ["setting", "method", "noise", "attack", "network", "prior", "AUC", "advantage", "TPR at 1% FPR"]
+    heads = ["method", "attack", "noise", "network", "prior", "AUC", "advantage", "TPR at 1% FPR"]
     return markdown([*heads, "Delta", "epsilon", "seeds"], rows)

@@ -15,7 +15,7 @@ from fedekd.data.formats import format_of
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_models, check_round_selection, check_schedule
+from fedekd.federation.checks import check_candidates, check_models, check_round_selection, check_schedule
 from fedekd.methods import FederationSpec, Method
 from fedekd.privacy import GaussianMechanism
 
@@ -112,6 +112,8 @@ class SiteParts:
         check_models(spec, [splits])
         check_round_selection(spec, [splits])
         check_schedule(spec, [splits], method.scheduled_epochs(spec))
+        if parts["do_no_harm"] is not None:
+            check_candidates(parts["do_no_harm"], method, spec, [number])  # private models differ between sites
         rules = parts["privacy"], parts["do_no_harm"]
         config = _with_absolute_paths(parts["config"])
         return cls(number, sites, own_data, data, splits, method, spec, *rules, config)

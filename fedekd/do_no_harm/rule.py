@@ -90,7 +90,8 @@ class DoNoHarm:
       margin or more. For regression: whose mean squared error is larger by the margin or more, with each difference of
       squared errors clipped to [-clip, clip].
     - Confidence: `confidence`, over the compared samples, for all comparisons of the client together.
-    - Assumptions: these samples, or groups, are independent draws; both models were trained without them.
+    - Assumptions: these samples, or groups, are independent draws, and whether a group is held out does not depend on
+      its size; both models were trained without them.
 
     The models are compared in `metric`, whatever the primary metric of the run: a model that is certified in accuracy
     may have a worse AUROC than the local one. With another metric it takes the place of the accuracy in the target.

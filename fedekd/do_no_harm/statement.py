@@ -26,8 +26,11 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
     unit = "pairs of samples" if metric.is_binary else "samples"
+    future, draws = "future samples", "these samples are independent draws that were"
     if is_grouped and rule.unit == "group":
         unit += ", at most one of each group such as a patient"
+        future = "a random sample of a random group"
+        draws = "these groups are independent draws, their size has no relation to their errors, and they were"
     compared = f"the {samples} compared {unit}" if samples is not None else f"its compared {unit}"
     models = f"none of the models {', '.join(rule.candidates)}" if rule.candidates else "no federated model"
     limit = "" if metric.is_exact else " The probability is that of many samples (asymptotic)."
@@ -35,8 +38,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * counts_samples
     return (
         f"Do no harm, with probability at least {rule.confidence:.12g} over {compared}: a client deploys {models} whose"
-        f" {loss}{amount} than that of its local model.{limit} Population: future samples from the distribution of the"
-        " compared samples, all at the last exit. Assumed: these samples are independent draws that were not used in"
-        f" training.{grouped} Void: for other devices, sites or class mixes, for other metrics, or after a change of a"
-        " model."
+        f" {loss}{amount} than that of its local model.{limit} Population: {future} from the distribution of"
+        f" the compared samples, all at the last exit. Assumed: {draws} not used in training.{grouped} Void: for other"
+        " devices, sites or class mixes, for other metrics, or after a change of a model."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from fedekd.errors import UserError, describe_error, require, shorten
 from fedekd.federation.server_state import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
-from fedekd.methods.client import has_batch_norm
+from fedekd.methods.client import has_batch_norm, independent_positions
 from fedekd.methods.options import check_scheduler
 from fedekd.methods.round_selection import SELECTION_SPLIT, used_splits
 from fedekd.methods.serving import exit_of_candidate
@@ -178,7 +178,7 @@ def check_do_no_harm(
             "do_no_harm.rule: expected certified with --select_round best, which chooses the round on the"
             f" {SELECTION_SPLIT} split, got {rule.rule!r}."
         )
-    _check_candidates(rule, method, spec)
+    check_candidates(rule, method, spec, range(spec.num_clients))
     _check_metric(rule, data)
     if rule.looks > spec.rounds:
         raise UserError(f"do_no_harm.looks: expected at most {spec.rounds} (rounds), got {rule.looks}.")
@@ -190,10 +190,10 @@ def check_do_no_harm(
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )
     if rule.rule == "certified" and METRICS[rule.metric].per_class:
-        warn_of_few(rule, data, compared, warn)
+        warn_of_few(rule, data, compared, warn, spec.seed)
     elif rule.rule == "certified":
         fewest = fewest_samples(rule, data.task)
-        counts = {each.title: len(_compared(rule, data, each, compared)) for each in data.clients}
+        counts = {each.title: _count_compared(rule, data, each, compared) for each in data.clients}
         few = [f"{title} ({count})" for title, count in counts.items() if count < fewest]
         if few:
             warn(
@@ -203,8 +203,8 @@ def check_do_no_harm(
             )
 
 
-def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> None:
-    """Check that the method has the candidates.
+def check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec, clients: Iterable[int]) -> None:
+    """Check that the method and some clients' private models have the candidates.
 
     Raises:
         UserError: If it has not, or the round is selected.
@@ -213,7 +213,7 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
     if reserved := [name for name in known if name in (FEDERATED, LOCAL) or exit_of_candidate(name)]:
         raise ValueError(f"candidates of {type(method).__name__}: reserved names {', '.join(sorted(reserved))}")
     if not {*rule.candidates} <= {*known}:
-        known += [f"exit_{number}" for number in range(1, _fewest_exits(spec))]
+        known += [f"exit_{number}" for number in range(1, _fewest_exits(spec, clients))]
     for name in rule.candidates:
         require(
             name in known,
@@ -237,13 +237,13 @@ def _check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec) -> N
     )
 
 
-def _fewest_exits(spec: FederationSpec) -> int:
-    """Return the smallest number of exits of the clients' private models.
+def _fewest_exits(spec: FederationSpec, clients: Iterable[int]) -> int:
+    """Return the smallest number of exits of some clients' private models.
 
     A model without exits counts as one.
     """
-    clients = {spec.architecture_key(number): number for number in range(spec.num_clients)}
-    networks = (spec.build_model("private", number) for number in clients.values())
+    architectures = {spec.architecture_key(number): number for number in clients}
+    networks = (spec.build_model("private", number) for number in architectures.values())
     return min(network.num_exits if isinstance(network, MultiExitNetwork) else 1 for network in networks)
 
 
@@ -264,14 +264,24 @@ def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:
     )
 
 
-def _compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSplits, splits: Sequence[str]) -> Tensor:
-    """Return compared samples of a client: all, or any one of each group."""
-    indices = torch.cat([getattr(client, split) for split in splits])
-    return indices[data.samples.one_per_group(indices, 0)] if rule.unit == "group" else indices
+def _count_compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSplits, splits: Sequence[str]) -> int:
+    """Count the compared samples of a client.
+
+    The server of a federation of sites knows no groups, and counts all samples.
+    """
+    parts = [getattr(client, split) for split in splits]
+    if rule.unit == "sample" or data.samples.group is None:
+        return sum(map(len, parts))  # a site may claim any size: build nothing of this size
+    groups: Tensor = data.samples.group
+    return sum(len(torch.unique(groups[part])) for part in parts)
 
 
 def warn_of_few(
-    rule: DoNoHarm, data: FederatedDataModule, compared: Sequence[str], warn: Callable[[str], None]
+    rule: DoNoHarm,
+    data: FederatedDataModule,
+    compared: Sequence[str],
+    warn: Callable[[str], None],
+    seed: int = 0,
 ) -> None:
     """Warn of the clients that have too few samples of one of their classes.
 
@@ -282,7 +292,13 @@ def warn_of_few(
         return
     fewest, parts = fewest_samples(rule), []
     for splits in data.clients:
-        held_out = targets[_compared(rule, data, splits, compared)]
+        parts_of = {split: getattr(splits, split) for split in compared}
+        if rule.unit == "group":
+            parts_of = {
+                split: part[independent_positions(data.samples, splits, split, seed)]
+                for split, part in parts_of.items()
+            }
+        held_out = targets[torch.cat([*parts_of.values()])]
         classes = sorted({*targets[splits.train].tolist(), *held_out.tolist()})
         counts = {label: int((held_out == label).sum()) for label in classes}
         few = [

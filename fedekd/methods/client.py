@@ -18,6 +18,7 @@ from fedekd.data import (
     input_batches,
     scale,
 )
+from fedekd.errors import require
 from fedekd.functional import log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.client_state import client_state, load_client_state, load_served_state, served_state
@@ -117,7 +118,12 @@ class Client:
         """
         if role == CANDIDATE and self.candidate is not None:
             network, depth = self.combined(self.candidate.serving), self.candidate.depth
-            return network.shallow(depth) if depth and isinstance(network, MultiExitNetwork) else network
+            if depth is None:
+                return network
+            exits = network.num_exits if isinstance(network, MultiExitNetwork) else 1
+            require(depth < exits, "do_no_harm.candidates", f"exits below {exits} at {self.splits.label}", depth)
+            assert isinstance(network, MultiExitNetwork)
+            return network.shallow(depth)
         return self.networks[role] if role != ENSEMBLE or self.serving is None else self.combined(self.serving)
 
     def combined(self, serving: Serving | None) -> nn.Module:
@@ -416,8 +422,7 @@ class Client:
         Returns:
             Ascending positions, int64, on the CPU.
         """
-        seed = derive_seed(self.spec.seed, self.number, "unit", split)
-        return self.samples.one_per_group(getattr(self.splits, split), seed)
+        return independent_positions(self.samples, self.splits, split, self.spec.seed)
 
     def losses(self, split: str, role: str | None = None) -> Tensor:
         """Return the served network's loss per sample: 0 or 1, or the squared error.
@@ -552,6 +557,18 @@ class Client:
     def load_served_state(self, state: Mapping[str, Any]) -> None:
         """Serve what `served_state` returned."""
         load_served_state(self, state)
+
+
+def independent_positions(samples: Samples, splits: ClientSplits, split: str, seed: int) -> Tensor:
+    """See `Client.independent_positions`.
+
+    Args:
+        samples: The data set.
+        splits: Splits of the client.
+        split: Name of the split.
+        seed: Seed of the federation.
+    """
+    return samples.one_per_group(getattr(splits, split), derive_seed(seed, splits.client, "unit", split))
 
 
 def has_batch_norm(network: nn.Module) -> bool:

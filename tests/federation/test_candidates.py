@@ -19,11 +19,12 @@ from fedekd.do_no_harm.rule import Comparison
 from fedekd.errors import UserError
 from fedekd.export.specification import deployed_tensors, specify
 from fedekd.federation import BaselineOptions, ClientResult, MultiProcess, Orchestrator, RoundOptions, SequentialEngine
+from fedekd.federation.checks import check_candidates
 from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.update_validation import invalid_field
 from fedekd.functional.metric_tests import auroc_gain, pair_outcomes
 from fedekd.methods import ClientOptions, Ditto, FedAvg, FedeKD, Method, ProxyEnsemble
-from fedekd.methods.serving import CANDIDATE
+from fedekd.methods.serving import CANDIDATE, Candidate
 from fedekd.models import MultiExitNetwork
 
 from .conftest import Federate, Recorder
@@ -134,6 +135,20 @@ def test_exit_as_candidate_is_deployed_stored_and_exported(choosing: Federate, t
         exported = specification.build(deployed_tensors(client, specification))
         images = torch.rand(5, *client.samples.input_shape)
         torch.testing.assert_close(exported(images)[-1], network(images)[-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("exits", [None, 2])
+def test_exit_that_a_client_does_not_have_raises_one_line_error(choosing: Federate, exits: int | None) -> None:
+    """Sites of a Flower federation may have other networks than the server."""
+    client = ClientOptions(private_model={"class_path": "fedekd.models.ProxyCNN"}, exits=exits)
+    run = choosing(FedAvg(), client=client, do_no_harm=None)
+    assert isinstance(run.engine, SequentialEngine)
+    client = run.engine.client(1)
+    expected = rf"^do_no_harm.candidates: expected exits below {exits or 1} at client 1, got 2"
+    with client.trial(Candidate("exit_2", None)), pytest.raises(UserError, match=expected):
+        client.network(CANDIDATE)
+    with pytest.raises(UserError, match=r"do_no_harm.candidates: expected names among private"):
+        check_candidates(DoNoHarm(candidates=("exit_2",)), run.method, run.spec, [1])
 
 
 def test_candidate_that_fails_ends_the_tests(choosing: Federate) -> None:

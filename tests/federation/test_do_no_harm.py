@@ -29,6 +29,7 @@ from fedekd.federation import (
     local_baseline,
 )
 from fedekd.federation.baseline_key import baseline_key
+from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.source_code import SourceUnavailableError
 from fedekd.functional import betting_p_value, betting_stake
 from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType, Local, Method
@@ -517,8 +518,20 @@ def test_do_no_harm_compares_one_sample_of_each_group(federate: Federate, npz: P
     assert samples["sample"] == [len(indices) for indices in held_out]
     assert data.samples.group is not None
     assert samples["group"] == [len(data.samples.group[indices].unique()) for indices in held_out]
-    for client in engine.clients.values():
-        positions = client.independent_positions("holdout")
+    local = [engine._new_client(number) for number in engine.clients]
+    for each in local:
+        train_local_baseline(each, engine.clients[each.number].supervised_rounds, None)
+    run = federate(FedAvg(), data=data, do_no_harm=DoNoHarm(confidence=0.5, metric="recall"))
+    for client, old, values in zip(engine.clients.values(), local, run.run()["clients"], strict=True):
+        drawn = {split: client.independent_positions(split) for split in ("tuning", "holdout")}
+        before, after = (
+            torch.cat([each.losses(split)[positions] for split, positions in drawn.items()]) for each in (old, client)
+        )
+        targets = torch.cat([client.targets(split)[positions] for split, positions in drawn.items()])
+        assert (values["worse"], values["better"]) == (int((after > before).sum()), int((before > after).sum()))
+        gains = [float((before - after)[targets == label].mean()) for label in targets.unique()]
+        assert values["gain"] == pytest.approx(min(gains))
+        positions = drawn["holdout"]
         groups = data.samples.group[client.splits.holdout]
         assert groups[positions].unique().equal(groups.unique())
         assert len(positions) == len(groups.unique())
