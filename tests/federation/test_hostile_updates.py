@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,8 +85,7 @@ class Guard:
 
 
 @pytest.fixture
-def guard(federate: Federate, npz: Any, monkeypatch: pytest.MonkeyPatch) -> Guard:
-    monkeypatch.setattr("fedekd.federation.orchestrator.gc", SimpleNamespace(collect=lambda: 0))  # for speed
+def guard(federate: Federate, npz: Any) -> Guard:
     recorder = Recorder()
     orchestrator = federate(
         FedAvg(weights="samples"),

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -313,9 +312,7 @@ def is_equal(one: Any, other: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def server_task(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
-    """Let Flower take this process for the server of a run; skip explicit garbage collections, for speed."""
-    for module in ("engines.worker", "orchestrator"):
-        monkeypatch.setattr(f"fedekd.federation.{module}.gc", SimpleNamespace(collect=lambda: 0))
+    """Let Flower take this process for the server of a run."""
     monkeypatch.setattr(TaskIdentity, "_task_id", 1)
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)
     monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
