@@ -340,7 +340,7 @@ save_site(trained.folder, parts, client, result)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "has_new"),
-    [("fsync:1", False), ("replace:2", False), ("fsync:3", False), ("replace:3", False), ("unlink:1", True)],
+    [("fsync:1", False), ("replace:1", False), ("fsync:2", False), ("replace:2", False), ("unlink:1", True)],
 )
 def test_site_killed_while_it_writes_keeps_the_old_training_or_the_new(
     moment: str, has_new: bool, options: list[str], tmp_path: Path
