@@ -7,38 +7,29 @@ page differs from what is rendered.
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import jinja2
 
-from experiments.result_pages import (
-    client_exits,
-    do_no_harm,
-    early_exits,
-    group_exits,
-    hospital,
-    hospital_experiments,
-    monitoring,
-    published_protocol,
-)
+from experiments import result_pages
 from experiments.result_pages.common import ROOT
 
 DOCS = ROOT / "docs"
 TEMPLATES = DOCS / "_templates" / "results"
 
-#: Modules whose public functions templates call by name.
-MODULES = (
-    client_exits,
-    do_no_harm,
-    early_exits,
-    group_exits,
-    hospital,
-    hospital_experiments,
-    monitoring,
-    published_protocol,
-)
+
+def functions() -> dict[str, Callable[..., str]]:
+    """Return the public functions of the modules here, which templates call by name."""
+    found = {}
+    for each in pkgutil.iter_modules(result_pages.__path__, "experiments.result_pages."):
+        if not each.name.endswith("__main__"):
+            members = inspect.getmembers(import_module(each.name), inspect.isfunction)
+            found |= {name: function for name, function in members if function.__module__ == each.name}
+    return found
 
 
 def render() -> dict[Path, str]:
@@ -49,11 +40,7 @@ def render() -> dict[Path, str]:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
     )
-    for module in MODULES:
-        functions = inspect.getmembers(module, inspect.isfunction)
-        environment.globals |= {
-            name: function for name, function in functions if function.__module__ == module.__name__ and name[0] != "_"
-        }
+    environment.globals |= functions()
     return {
         DOCS / "results" / name.removesuffix(".jinja"): environment.get_template(name).render()
         for name in environment.list_templates()

@@ -11,20 +11,8 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 
-#: Data sets in the order of the paper, with their display names.
-DATASETS = {
-    "fashionmnist": "FashionMNIST",
-    "cifar10": "CIFAR-10",
-    "octmnist": "OCTMNIST",
-    "organamnist": "OrganAMNIST",
-    "retinamnist": "RetinaMNIST",
-    "diabetic_retinopathy": "Diabetic Retinopathy",
-    "digits": "digits",
-}
 #: Column of the results, and its head in the tables.
 FIGURES = {"mean": "score", "delta_avg": "Delta avg", "delta_worst": "Delta worst", "delta_tail": "Delta P10/P90"}
-LEVEL = 0.05
-MIN_SEEDS = 3
 #: In place of a table whose results do not exist yet.
 NOT_MEASURED = "*Not measured yet.*"
 
@@ -57,12 +45,3 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted

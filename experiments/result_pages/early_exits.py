@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from experiments.result_pages.common import DATASETS, NOT_MEASURED, RESULTS, markdown, minus, read, spread
+from experiments.fedekd_paper.load import display_name
+from experiments.result_pages.common import NOT_MEASURED, RESULTS, markdown, minus, read, spread
 
 BUDGETS = (25, 50, 75)
 
@@ -72,7 +73,7 @@ def _exit_seeds(file: str) -> Iterable[tuple[list[str], pd.DataFrame]]:
     frame["is_local"] = frame["method"] == "Local"
     for values, group in frame.groupby([*EXIT_SETTING, "is_local", "method"]):
         dataset, model, samples, epochs, _, method = values
-        name = f"{DATASETS.get(dataset, dataset)}, {samples:,} images" if samples else DATASETS.get(dataset, dataset)
+        name = display_name(dataset) + (f", {samples:,} images" if samples else "")
         yield [name, f"{str(model).rpartition('.')[2]}, {epochs} epochs", method], group
 
 

@@ -8,7 +8,8 @@ from statistics import fmean
 import pandas as pd
 from scipy.stats import ttest_rel
 
-from experiments.result_pages.common import FIGURES, MIN_SEEDS, NOT_MEASURED, RESULTS, holm, markdown, spread
+from experiments.fedekd_paper.statistics import MIN_SEEDS, holm
+from experiments.result_pages.common import FIGURES, NOT_MEASURED, RESULTS, markdown, spread
 from fedekd.metrics import METRICS, MetricSpec
 
 #: Rows of references in the runs of a method: label, method whose rows have it, prefix of the columns.

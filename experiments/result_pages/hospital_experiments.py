@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.result_pages.common import DATASETS, NOT_MEASURED, RESULTS, markdown, minus, spread
+from experiments.fedekd_paper.load import display_name
+from experiments.result_pages.common import NOT_MEASURED, RESULTS, markdown, minus, spread
 from experiments.trust.__main__ import comparisons
 
 #: Combination of the members with which the others are compared.
@@ -20,7 +21,7 @@ def _read(path: str) -> pd.DataFrame:
 
 
 def _setting(dataset: str, alpha: float) -> str:
-    return f"{DATASETS[dataset]}, alpha {alpha:g}"
+    return f"{display_name(dataset)}, alpha {alpha:g}"
 
 
 def _paired(means: pd.DataFrame, base: pd.Series, names: Sequence[str]) -> list[str]:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
-from scipy.stats import ttest_ind_from_stats, wilcoxon
 
-from experiments.result_pages.common import (
-    DATASETS,
-    FIGURES,
-    LEVEL,
-    MIN_SEEDS,
-    RESULTS,
-    ROOT,
-    holm,
-    markdown,
-    read,
-    spread,
-)
+from experiments.fedekd_paper.published import DATASETS, SEEDS, published
+from experiments.fedekd_paper.statistics import LEVEL, MIN_SEEDS, holm, signed_rank, welch
+from experiments.result_pages.common import FIGURES, RESULTS, markdown, read, spread
 from fedekd.metrics import METRICS
 
 DELTAS = {"delta_avg": "average", "delta_worst": "worst client"}
-
-#: Fewest pairs for Wilcoxon's test: with five pairs its smallest two-sided p is 2 / 2^5 = 0.0625.
-MIN_PAIRS = 6
-
-#: Seeds behind each cell of the FedeKD paper (Appendix H).
-PAPER_SEEDS = 10
 
 
 def methods(dataset: str) -> str:
@@ -70,13 +55,11 @@ def sweep(parameter: str, default: float = 1.0, alpha: float = 0.5) -> str:
     return markdown([f"average Delta at alpha {alpha}", *(f"{parameter} {v:g}" for v in values), "seeds"], rows)
 
 
-def _paired(first: pd.DataFrame, second: pd.DataFrame, column: str) -> tuple[int, float, float | None]:
+def _paired(first: pd.DataFrame, second: pd.DataFrame, column: str) -> tuple[int, float, float]:
     """Pairs, mean difference, and the two-sided p of Wilcoxon's signed-rank test."""
     both = first.set_index("seed")[column].align(second.set_index("seed")[column], join="inner")
     difference = both[0] - both[1]
-    if len(difference) < MIN_PAIRS:
-        return len(difference), float(difference.mean()), None
-    return len(difference), float(difference.mean()), float(wilcoxon(difference, zero_method="zsplit").pvalue)
+    return len(difference), float(difference.mean()), signed_rank(difference.tolist())
 
 
 def gate() -> str:
@@ -94,7 +77,7 @@ def gate() -> str:
                 for alpha, at_alpha in frame.groupby("alpha"):
                     one, other = (at_alpha[at_alpha["method"] == name] for name in (first, second))
                     pairs, difference, p = _paired(one, other, column)
-                    if p is not None:
+                    if not math.isnan(p):
                         family.append([(dataset, alpha), pairs, sign * difference, p])
             for entry, adjusted in zip(family, holm([entry[3] for entry in family]), strict=True):
                 found.setdefault(entry[0], {})[first, column] = [*entry[1:], adjusted]
@@ -109,48 +92,21 @@ def gate() -> str:
     return markdown(["data set, alpha", "Delta", "shuffled − none", "gate − shuffled", "seeds"], rows)
 
 
-#: (aggregation, method) of the paper's rows, and our labels.
-PUBLISHED_METHODS = {
-    ("FedDyn", "-"): "FedDyn",
-    ("FedProx", "-"): "FedProx",
-    ("FedProx", "FedType"): "FedType, FedProx",
-    ("FedAvg", "-"): "FedAvg",
-    ("FedAvg", "FedType"): "FedType",
-    ("FedAvg", "FedeKD"): "FedeKD",
-    ("FedAvg", "No Gating"): "No gating",
-    ("FedAvg", "ENTROPY"): "Entropy",
-    ("FedAvg", "MARGIN"): "Margin",
-    ("FedAvg", "LSE"): "LogSumExp",
-    ("FedAvg", "FEAT"): "Feature",
-}
-PUBLISHED_MEASURES = {
-    "avg_delta": "delta_avg",
-    "worst_delta": "delta_worst",
-    "p10_delta": "delta_tail",
-    "p90_delta": "delta_tail",
-    "mean_accuracy": "mean",
-    "mean_rmse": "mean",
-}
-
-
 def verdicts() -> str:
     """How many of the paper's cells agree with ours, by Welch's t-test at 5%."""
-    published = ROOT / "experiments" / "fedekd_paper" / "published.csv"
-    names = {name.replace(" ", ""): key for key, name in DATASETS.items()}
+    cells = published()
     counts = {"agree": 0, "differ": 0, "have too few seeds": 0, "were not run": 0}
-    for cell in pd.read_csv(published).itertuples():
-        path = RESULTS / f"{names[cell.dataset]}.csv"
-        values = pd.Series(dtype=float)
+    for cell in cells[~cells["derived"]].to_dict("records"):
+        path = RESULTS / f"{cell['dataset']}.csv"
+        values: list[float] = []
         if path.is_file():
             frame = read(path.name)
-            chosen = frame["method"] == PUBLISHED_METHODS[cell.aggregation, cell.method]
-            values = frame.loc[chosen & (frame["alpha"] == cell.alpha), PUBLISHED_MEASURES[cell.metric]]
-        if values.empty:
+            is_cell = (frame["method"] == cell["method"]) & (frame["alpha"] == cell["alpha"])
+            values = frame.loc[is_cell, cell["measure"]].tolist()
+        if not values:
             counts["were not run"] += 1
         elif len(values) < MIN_SEEDS:
             counts["have too few seeds"] += 1
         else:
-            ours = values.mean(), values.std(), len(values)
-            p = ttest_ind_from_stats(*ours, cell.mean, cell.std, PAPER_SEEDS, equal_var=False).pvalue
-            counts["agree" if p > LEVEL else "differ"] += 1
+            counts["agree" if welch(values, cell["mean"], cell["std"], SEEDS) > LEVEL else "differ"] += 1
     return ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -109,7 +109,8 @@ class StoredStates(Mapping[int, Any]):
         try:
             return unpack(self._read(entry))
         except (OSError, ValueError) as error:
-            raise UserError(f"{entry['file']}: changed while it was read: {describe_error(error)}") from error
+            reason = f"changed while it was read ({describe_error(error)}). Repeat the command"
+            raise UserError(f"{entry['file']}: {reason}") from error
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)

@@ -190,7 +190,7 @@ def check_do_no_harm(
                 f" Raise {'' if splits.name else 'data.min_samples or '}the second of data.fractions."
             )
     if rule.rule == "certified" and METRICS[rule.metric].per_class:
-        warn_of_few(rule, data, compared, warn, spec.seed)
+        _warn_of_few(rule, data, compared, warn, spec.seed)
     elif rule.rule == "certified":
         fewest = fewest_samples(rule, data.task)
         counts = {each.title: _count_compared(rule, data, each, compared) for each in data.clients}
@@ -276,12 +276,8 @@ def _count_compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSpl
     return sum(len(torch.unique(groups[part])) for part in parts)
 
 
-def warn_of_few(
-    rule: DoNoHarm,
-    data: FederatedDataModule,
-    compared: Sequence[str],
-    warn: Callable[[str], None],
-    seed: int = 0,
+def _warn_of_few(
+    rule: DoNoHarm, data: FederatedDataModule, compared: Sequence[str], warn: Callable[[str], None], seed: int
 ) -> None:
     """Warn of the clients that have too few samples of one of their classes.
 
@@ -292,13 +288,11 @@ def warn_of_few(
         return
     fewest, parts = fewest_samples(rule), []
     for splits in data.clients:
-        parts_of = {split: getattr(splits, split) for split in compared}
-        if rule.unit == "group":
-            parts_of = {
-                split: part[independent_positions(data.samples, splits, split, seed)]
-                for split, part in parts_of.items()
-            }
-        held_out = targets[torch.cat([*parts_of.values()])]
+        indices = []
+        for split in compared:
+            drawn = independent_positions(data.samples, splits, split, seed) if rule.unit == "group" else slice(None)
+            indices.append(getattr(splits, split)[drawn])
+        held_out = targets[torch.cat(indices)]
         classes = sorted({*targets[splits.train].tolist(), *held_out.tolist()})
         counts = {label: int((held_out == label).sum()) for label in classes}
         few = [
