@@ -253,8 +253,11 @@ class Captured:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
+        # The end of a Trainer frees cuBLAS's workspaces: the graph has its own, in its memory pool.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(self.graph):
             self._body()
+        torch._C._cuda_clearCublasWorkspaces()
         self._restore(before)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("method", ["SafeKD", "FedeKD"])
-def test_fit_calibrate_predict_and_test_run(
+def test_commands_on_a_run(
     method: str,
     accelerator: str,
     write_blobs: Callable[..., Path],
@@ -46,6 +46,9 @@ def test_fit_calibrate_predict_and_test_run(
     assert [int(row["image"]) for row in rows] == list(range(len(images)))
     assert {row["exit"] for row in rows} <= {"1", "2"}
     assert main(["test", "run"]) == 0
+    assert main(["export", "run", "--client=1", "--format=torch", "--output=exported"]) == 0, capsys.readouterr().err
+    program = torch.export.load("exported/model.pt2")
+    assert {tensor.device.type for tensor in program.state_dict.values()} == {"cpu"}
     capsys.readouterr()
 
 
