@@ -93,8 +93,11 @@ def gate() -> str:
 
 
 def verdicts() -> str:
-    """How many of the paper's cells agree with ours, by Welch's t-test at 5%."""
-    cells = published()
+    """How many of the paper's cells agree with ours, by Welch's t-test at 5%.
+
+    Of those that differ, how many are marked as faulty.
+    """
+    cells, faulty = published(), 0
     counts = {"agree": 0, "differ": 0, "have too few seeds": 0, "were not run": 0}
     for cell in cells[~cells["derived"]].to_dict("records"):
         path = RESULTS / f"{cell['dataset']}.csv"
@@ -107,6 +110,10 @@ def verdicts() -> str:
             counts["were not run"] += 1
         elif len(values) < MIN_SEEDS:
             counts["have too few seeds"] += 1
+        elif welch(values, cell["mean"], cell["std"], SEEDS) > LEVEL:
+            counts["agree"] += 1
         else:
-            counts["agree" if welch(values, cell["mean"], cell["std"], SEEDS) > LEVEL else "differ"] += 1
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+            counts["differ"] += 1
+            faulty += bool(cell["fault"])
+    notes = {"differ": f" (of which {faulty} are of the kinds below)"}
+    return ", ".join(f"{count} {name}{notes.get(name, '')}" for name, count in counts.items())
