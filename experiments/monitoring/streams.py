@@ -115,6 +115,24 @@ def monitor_alarms(design: Design, streams: Streams, quantity: str, quantities: 
     return rows
 
 
+def mapie_alarms(design: Design, streams: Streams, quantity: str, quantities: int) -> Array:
+    """Return the row of the first alarm of MAPIE's RiskMonitoring on an exit, (S,)."""
+    from mapie.exchangeability_testing import RiskMonitoring  # of the extra `test`
+
+    takes, errors = streams.values["exits"] == _number(quantity), streams.values["errors"]
+    result = np.full(takes.shape[1], NEVER)
+    for number in range(takes.shape[1]):
+        rows = np.flatnonzero(takes[:, number])
+        predicted = errors[rows, number].astype(int)
+        level = design.level / quantities
+        monitor = RiskMonitoring("accuracy", test_level=level, threshold=design.target_risk, warn=False)
+        monitor.update(np.zeros_like(predicted), predicted)
+        reached = monitor.online_risk_lower_bound_sequence_history > design.target_risk
+        if reached.any():
+            result[number] = rows[reached.argmax()]
+    return result
+
+
 def window_alarms(design: Design, streams: Streams, quantity: str, quantities: int, window: int) -> Array:
     """Return the last row of the first window that rejects, per stream, shape (S,).
 

@@ -48,18 +48,17 @@ def monitoring_delays() -> str:
     """Delay of the first alarm after the change, in arrivals."""
     rows = []
     changed = _streams().query("scenario not in ('none', 'at target') and quantity not in ('any', 'do_no_harm')")
+    tests = changed["test"].unique()
     for (_, scenario, change, family, quantity), group in changed.groupby(
         ["place", "scenario", "change", "family", "quantity"], sort=False
     ):
-        cells = []
+        cells = {}
         for row in group.itertuples():
             delays = [
                 f"{value:.0f}" if math.isfinite(value) else "none"
                 for value in (row.delay, row.delay_low, row.delay_high)
             ]
-            cells.append(
-                f"{delays[0]} ({delays[1]} to {delays[2]}), {row.alarms_after / (row.streams - row.false_alarms):.0%}"
-            )
-        rows.append([SCENARIOS[scenario], f"{change:,}", family, quantity, *cells])
-    heads = ["change", "after", "arrivals", "quantity", *changed["test"].unique()]
-    return markdown(heads, rows)
+            share = row.alarms_after / (row.streams - row.false_alarms)
+            cells[row.test] = f"{delays[0]} ({delays[1]} to {delays[2]}), {share:.0%}"
+        rows.append([SCENARIOS[scenario], f"{change:,}", family, quantity, *(cells.get(test, "-") for test in tests)])
+    return markdown(["change", "after", "arrivals", "quantity", *tests], rows)

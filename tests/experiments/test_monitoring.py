@@ -10,7 +10,7 @@ import pytest
 
 from experiments.monitoring import __main__ as experiment
 from experiments.monitoring.scores import CLEAN, Scores
-from experiments.monitoring.streams import Design, Streams, draw, monitor_alarms, window_alarms
+from experiments.monitoring.streams import Design, Streams, draw, mapie_alarms, monitor_alarms, window_alarms
 from fedekd.functional import betting_e_process, error_payoffs, first_alarm
 
 DESIGN = Design(streams=12, arrivals=200, change=80, reference=40, windows=(50,))
@@ -65,9 +65,22 @@ def test_window_alarms_are_at_the_ends_of_windows() -> None:
     assert np.isinf(window_alarms(DESIGN, never, "do_no_harm", 2, 50)).all()
 
 
+def test_mapie_alarms_count_the_samples_of_the_exit() -> None:
+    pytest.importorskip("mapie")
+    exits, errors = np.tile([[1], [2]], (100, 3)), np.zeros((200, 3))
+    errors[1::2, 0] = 1  # of the other exit
+    errors[0::2, 1] = 1
+    errors[100::2, 2] = 1
+    rows = mapie_alarms(DESIGN, Streams({}, {"exits": exits, "errors": errors}), "exit 1", 1)
+    assert np.isinf(rows[0])
+    assert 0 < rows[1] < 100 < rows[2]
+    assert rows[1] % 2 == rows[2] % 2 == 0
+
+
 def test_main_stores_rows_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("mapie")
     monkeypatch.setattr(experiment, "Design", lambda: DESIGN)
     monkeypatch.setattr(experiment, "LATER_CHANGES", (90,))
     monkeypatch.setattr(experiment, "train", lambda *arguments: None)

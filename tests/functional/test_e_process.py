@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,19 @@ def test_conformal_ranks_equal_literal_counts() -> None:
         seen = [*reference.tolist(), *values[: t + 1].tolist()]
         below, equal = sum(z < value for z in seen), sum(z == value for z in seen)
         assert ranks[t] == pytest.approx((below + uniforms[t] * equal) / len(seen), abs=1e-15)
+
+
+def test_conformal_ranks_equal_those_of_mapie() -> None:
+    """MAPIE counts larger scores: of the negative values, these are the smaller values."""
+    martingales = pytest.importorskip("mapie.exchangeability_testing.martingales")
+    rng = np.random.default_rng(4)
+    reference, values, uniforms = rng.integers(0, 9, 20), rng.integers(0, 9, 30), rng.uniform(size=30)
+    peer = SimpleNamespace(rng=SimpleNamespace(uniform=iter(uniforms).__next__))
+    expected = [
+        martingales.OnlineMartingaleTest.compute_p_value(peer, -value, -np.r_[reference, values[:t]])
+        for t, value in enumerate(values)
+    ]
+    np.testing.assert_allclose(conformal_ranks(reference, values, uniforms), expected, rtol=1e-15)
 
 
 def test_betting_e_process_prefix_equals_shorter_stream() -> None:
