@@ -14,6 +14,7 @@ from fedekd.modules import TrainerFactory
 from perf.footprint import memory, memory_of, start_up
 from perf.machine import machine
 from perf.setting import Workload, make_setting
+from perf.stacked import stacked_clients
 from perf.training import parallel_clients, phases, whole_round
 from perf.where import where_time_goes
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=7000, help="images of the whole round (default: %(default)s)")
     parser.add_argument(
         "--only",
-        default="phases,where,round,cores,memory,startup",
+        default="phases,where,round,cores,stacked,memory,startup",
         help="parts to run, separated by commas (default: all)",
     )
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
@@ -58,6 +59,8 @@ def main() -> None:
             where_time_goes(setting, options.steps)
         if "round" in parts:
             whole_round(setting, max(2, options.repetitions // 2))
+        if "stacked" in parts and setting.device.type == "cpu":
+            stacked_clients(setting, options.repetitions)
     if "cores" in parts and setting.device.type == "cpu":
         parallel_clients(setting, max(2, options.repetitions // 2))
     if "memory" in parts:

@@ -32,9 +32,8 @@ def setting() -> Workload:
 
 @pytest.mark.slow
 def test_main_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = (
-        "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1 --only phases,where,round,startup"
-    )
+    options = "--accelerator cpu --root nowhere --samples 400 --repetitions 1 --steps 1"
+    options += " --only phases,where,round,stacked,startup"
     monkeypatch.setattr("sys.argv", ["bench", *options.split()])
     main()
     output = capsys.readouterr().out
@@ -44,6 +43,7 @@ def test_main_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "| private | (b) fedekd / (a) bare loop | ",
         "| round | (c) script / ",
         "| backward | ",
+        "| distillation | 32 | ",
     ):
         assert line in output
     assert re.search(r"`python orchestrator.py --help`: \d+\.\d\d s", output)
