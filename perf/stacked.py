@@ -28,7 +28,9 @@ def stacked_clients(setting: Workload, repetitions: int, counts: tuple[int, ...]
             for contender in (*clients, stacked):
                 contender.begin()
             apart, stacked_ms = _milliseconds(clients, repetitions), _milliseconds([stacked], repetitions)
-            print(f"| {phase.name} | {count} | {apart / count:.2f} | {stacked_ms / count:.2f} | {apart / stacked_ms:.2f} |")
+            print(
+                f"| {phase.name} | {count} | {apart / count:.2f} | {stacked_ms / count:.2f} | {apart / stacked_ms:.2f} |"
+            )
 
 
 def _steps(setting: Workload, phase: Phase, number: int) -> Steps:
