@@ -27,10 +27,8 @@ def stacked_clients(setting: Workload, repetitions: int, counts: tuple[int, ...]
             stacked = Stacked([_steps(setting, phase, number) for number in range(count)])
             for contender in (*clients, stacked):
                 contender.begin()
-            apart, stacked_ms = _milliseconds(clients, repetitions), _milliseconds([stacked], repetitions)
-            print(
-                f"| {phase.name} | {count} | {apart / count:.2f} | {stacked_ms / count:.2f} | {apart / stacked_ms:.2f} |"
-            )
+            apart, joined = _milliseconds(clients, repetitions), _milliseconds([stacked], repetitions)
+            print(f"| {phase.name} | {count} | {apart / count:.2f} | {joined / count:.2f} | {apart / joined:.2f} |")
 
 
 def _steps(setting: Workload, phase: Phase, number: int) -> Steps:
