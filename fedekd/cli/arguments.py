@@ -79,7 +79,7 @@ def select_clients(clients: Sequence[Client], chosen: str | None) -> Sequence[Cl
     named = [client for client in clients if client.splits.name == chosen]
     numbered = [client for client in clients if str(client.number) == chosen]
     if not named and not numbered:
-        raise UserError(f"--client: expected {client_choices(clients)}, got {shorten(chosen)}")
+        raise UserError(f"--client: expected {client_choices(clients)}, got {shorten(repr(chosen))}")
     return named or numbered
 
 

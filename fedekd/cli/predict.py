@@ -84,7 +84,7 @@ def predict_parser() -> ArgumentParser:
         "--input",
         type=str,
         default="",
-        help="A folder of images, a manifest, an .npz file, or a table; labels are not needed.",
+        help="An image, a folder of images, a manifest, an .npz file, or a table; labels are not needed.",
     )
     parser.add_argument(
         "--skip_unreadable",

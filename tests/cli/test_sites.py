@@ -143,4 +143,4 @@ def test_calibrate_and_predict_accept_the_name_of_a_site(
     assert main(["predict", "run", "--input=images.npz", f"--client={names[1]}"]) == 0
     capsys.readouterr()
     assert main(["predict", "run", "--input=images.npz", "--client=Basel"]) == 2
-    assert f"--client: expected 0..1 or one of 1, {names[1]}, got Basel" in capsys.readouterr().err
+    assert f"--client: expected 0..1 or one of 1, {names[1]}, got 'Basel'" in capsys.readouterr().err

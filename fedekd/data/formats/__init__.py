@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedekd.data.formats.hugging_face import is_hugging_face, read_hugging_face, read_unlabelled_hugging_face
-from fedekd.data.formats.image_folder import is_image_folder, read_image_folder, read_unlabelled_folder
+from fedekd.data.formats.image_folder import (
+    is_image,
+    is_image_folder,
+    read_image_folder,
+    read_unlabelled_folder,
+    read_unlabelled_image,
+)
 from fedekd.data.formats.manifest import is_manifest, read_manifest, read_unlabelled_manifest
 from fedekd.data.formats.npz import read_arrays, read_unlabelled_arrays
 from fedekd.data.formats.table import is_table_file, read_table
@@ -22,14 +28,14 @@ class Format(NamedTuple):
     Attributes:
         title: What it is, for error messages; empty for what is refused.
         matches: Whether a path, which may not exist, has this format.
-        read: Returns the samples of a file or folder.
+        read: Returns the samples of a file or folder. None: it has no labels.
         read_unlabelled: Returns the images of a file or folder whose labels may be missing. None: it has no images.
         unlabelled_title: The title for `read_unlabelled`, if it differs.
     """
 
     title: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path, ReadOptions], RawSamples]
+    read: Callable[[Path, ReadOptions], RawSamples] | None
     read_unlabelled: Callable[[Path, ReadOptions], Unlabelled] | None = None
     unlabelled_title: str = ""
 
@@ -46,6 +52,7 @@ FORMATS = {
         read_unlabelled_folder,
         "a folder of images, with or without subfolders",
     ),
+    "image": Format("", is_image, None, read_unlabelled_image, "an image"),
     "manifest": Format("a CSV file with a column path", is_manifest, read_manifest, read_unlabelled_manifest),
     "table": Format("a table in a .csv or .parquet file", is_table_file, read_table),
     "volume": Format("", is_volume, refuse_volume, refuse_volume),
@@ -65,7 +72,7 @@ def read_path(path: Path, options: ReadOptions) -> RawSamples:
         UserError: If its format is unknown, or it is missing, corrupt or not as the options describe.
     """
     row = format_of(path)
-    if row is None:
+    if row is None or row.read is None:
         raise _unknown(path, (row.title for row in FORMATS.values()))
     return row.read(path, options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +68,25 @@ def read_unlabelled_folder(path: Path, options: ReadOptions) -> Unlabelled:
     Raises:
         UserError: If an image cannot be read, or has another size or type than the others.
     """
-    files = list(find_images(path))
-    names = [str(file.relative_to(path)) for file in files]
+    return _read_unlabelled(list(find_images(path)), path, options)
+
+
+def read_unlabelled_image(path: Path, options: ReadOptions) -> Unlabelled:
+    """Read one image.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    return _read_unlabelled([path], path.parent, options)
+
+
+def is_image(path: Path) -> bool:
+    """Return True for the file of an image, by its suffix; hidden files are none."""
+    return path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _read_unlabelled(files: Sequence[Path], folder: Path, options: ReadOptions) -> Unlabelled:
+    names = [str(file.relative_to(folder)) for file in files]
     images = read_images([str(file) for file in files], names, options)
     kept = [name for name, is_read in zip(names, images.is_read.tolist(), strict=True) if is_read]
     return Unlabelled(images.inputs, kept, images.warnings)
@@ -89,7 +106,7 @@ def _require_no_loose_image(folder: Path, root: Path) -> None:
     Raises:
         UserError: Names the first image.
     """
-    loose = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_image(file)]
+    loose = [file for file in sorted(folder.iterdir()) if is_image(file)]
     if loose:
         raise UserError(
             f"data.dataset: '{shorten_path(root)}': {_LAYOUT}, got '{shorten(str(loose[0].relative_to(root)))}'"
@@ -99,10 +116,6 @@ def _require_no_loose_image(folder: Path, root: Path) -> None:
 def _subfolders(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return sorted(found, key=lambda path: path.name)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _ignored(folder: Path) -> Iterator[str]:
