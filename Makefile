@@ -84,6 +84,19 @@ bench-clients: $(EXTRAS)
 bench-many: $(INSTALLED)
 	$(BIN)/python -m perf.many_clients $(ARGS)
 
+# fluke and pfl-research have an environment of their own, which sees the packages of the other one.
+PEERS := .venv-peers
+$(PEERS)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo $(PEERS)/lib/python*/site-packages`/base.pth
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check fluke-fl==0.8.1 pfl==0.6.0
+	touch $@
+
+## bench-peers: compare FedAvg with a bare loop, fluke and pfl-research (options: ARGS="--rounds 3")
+.PHONY: bench-peers
+bench-peers: $(PEERS)/.installed
+	$(BIN)/python -m perf.peers --peers $(PEERS)/bin/python $(ARGS)
+
 ## sites: run a federation of three sites on this machine, with TLS and keys (options: ARGS="--secure true")
 .PHONY: sites
 sites: $(EXTRAS)
