@@ -1,8 +1,8 @@
 """Compare FedAvg in fedekd with a bare loop, fluke and pfl-research.
 
 Run as `make bench-peers`. All of them train PrivateCNN in float32 with SGD on one core, two epochs of batches of 64 per
-round. Each runs in a process of its own, one after the other, in turns. The time of a round is measured after the first one. fedekd also
-evaluates each client's test split, and saves checkpoints; the others do not.
+round. Each runs in a process of its own, one after the other, in turns. The time of a round is measured after the first
+one. fedekd also evaluates each client's test split, and saves checkpoints; the others do not.
 """
 
 from __future__ import annotations
