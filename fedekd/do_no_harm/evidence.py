@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fedekd.functional.metric_tests import (
+    Floats,
     auroc_gain,
     balanced_gains,
     delong_p_value,
+    macro_auroc_gains,
     pair_outcomes,
     plugin_betting_p_value,
 )
@@ -30,7 +34,8 @@ class HeldOut:
 
     Attributes:
         losses: 0 and 1 for correct and wrong classes, or squared errors, shape (n,).
-        scores: Scores of class 1 of two classes, shape (n,); empty for other tasks.
+        scores: Scores of class 1 of two classes, shape (n,); of more classes their log-probabilities (n, C) if the
+            metric ranks samples; else empty.
     """
 
     losses: Tensor
@@ -63,9 +68,9 @@ class Evidence:
     """Outcome of the test of one metric.
 
     Attributes:
-        samples: Compared samples, or pairs of samples.
-        worse: Those that only the local model classifies, or ranks, correctly.
-        better: Those that only the federated model classifies, or ranks, correctly.
+        samples: Compared samples; for AUROC disjoint sets of samples with at least one of each class.
+        worse: Those that only the local model classifies correctly, or that it ranks better.
+        better: Those that only the federated model classifies correctly, or that it ranks better.
         gain: Metric of the federated model minus that of the local model.
         p_value: P-value of the hypothesis that the federated model is worse by the margin or more.
         parts: Outcomes of the tests of which all must reject; empty without such tests.
@@ -119,8 +124,16 @@ def _balanced_accuracy(rule: DoNoHarm, local: HeldOut, federated: HeldOut, label
 
 
 def _auroc(rule: DoNoHarm, local: HeldOut, federated: HeldOut, labels: Labels) -> Evidence:
-    """Test disjoint pairs of a positive and a negative sample, see `pair_outcomes`."""
+    """Test disjoint pairs of two classes, or bet on sets of samples of all classes.
+
+    See `pair_outcomes` and `macro_auroc_gains`.
+    """
     arrays = _arrays(local, federated, labels)
+    if local.scores.ndim == 2:
+        gains = macro_auroc_gains(*arrays, labels.classes)
+        p_value = plugin_betting_p_value(gains, rule.margin, rule.level)
+        gain = auroc_gain(*arrays, labels.classes)
+        return Evidence(len(gains), *_signs(gains), gain, p_value, gains=tuple(gains.tolist()))
     worse, better, pairs = pair_outcomes(*arrays)
     p_value = rule.p_value(worse, better, pairs) if pairs else 1.0
     return Evidence(pairs, worse, better, auroc_gain(*arrays), p_value, parts=(ClassCounts(worse, better, pairs),))
@@ -129,13 +142,24 @@ def _auroc(rule: DoNoHarm, local: HeldOut, federated: HeldOut, labels: Labels) -
 def _auroc_delong(rule: DoNoHarm, local: HeldOut, federated: HeldOut, labels: Labels) -> Evidence:
     """Test the AUROC of all samples by the normal approximation of DeLong."""
     arrays = _arrays(local, federated, labels)
-    worse, better, pairs = pair_outcomes(*arrays)
-    return Evidence(pairs, worse, better, auroc_gain(*arrays), delong_p_value(*arrays, rule.margin))
+    classes = labels.classes if local.scores.ndim == 2 else None
+    if classes is None:
+        worse, better, sets = pair_outcomes(*arrays)
+    else:
+        gains = macro_auroc_gains(*arrays, classes)
+        (worse, better), sets = _signs(gains), len(gains)
+    p_value = delong_p_value(*arrays, rule.margin, classes)
+    return Evidence(sets, worse, better, auroc_gain(*arrays, classes), p_value)
 
 
-def _arrays(local: HeldOut, federated: HeldOut, labels: Labels) -> tuple[list[float], list[float], list[int]]:
-    targets: list[int] = labels.targets.tolist()
-    return local.scores.tolist(), federated.scores.tolist(), targets
+def _arrays(local: HeldOut, federated: HeldOut, labels: Labels) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
+    scores = (held_out.scores.double().cpu().numpy() for held_out in (local, federated))
+    return *scores, labels.targets.cpu().numpy()  # type: ignore[return-value]
+
+
+def _signs(gains: Floats) -> tuple[int, int]:
+    """Return the numbers of negative and of positive values."""
+    return int((gains < 0).sum()), int((gains > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -147,14 +171,14 @@ class HarmMetric:
         test: Computes the evidence; None for accuracy and squared errors, which need no labels.
         is_exact: True if the error rate is at most the level for every number of samples.
         per_class: True if each class needs samples.
-        is_binary: True if it needs two classes, and compares pairs of samples.
+        ranks: True if it compares how samples are ranked: it needs two classes or more, and their scores.
     """
 
     title: str
     test: Callable[[DoNoHarm, HeldOut, HeldOut, Labels], Evidence] | None
     is_exact: bool = True
     per_class: bool = True
-    is_binary: bool = False
+    ranks: bool = False
 
 
 #: Metrics by the name of the option `do_no_harm.metric`.
@@ -162,8 +186,8 @@ METRICS = {
     "accuracy": HarmMetric("accuracy", None, per_class=False),
     "balanced_accuracy": HarmMetric("balanced accuracy", _balanced_accuracy),
     "recall": HarmMetric("recall of a class", _recall),
-    "auroc": HarmMetric("AUROC", _auroc, is_binary=True),
-    "auroc_delong": HarmMetric("AUROC", _auroc_delong, is_exact=False, is_binary=True),
+    "auroc": HarmMetric("AUROC", _auroc, ranks=True),
+    "auroc_delong": HarmMetric("AUROC", _auroc_delong, is_exact=False, ranks=True),
 }
 
 

@@ -161,7 +161,7 @@ def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:
     return math.ceil(scale * sum(part.samples for part in evidence.parts))
 
 
-def fewest_samples(rule: DoNoHarm, task: Task = "classification") -> int:
+def fewest_samples(rule: DoNoHarm, task: Task = "classification", num_classes: int = 2) -> int:
     """Compute the fewest samples with which a certified comparison can accept.
 
     With fewer samples the local model is deployed even if only the federated one is ever correct. For a metric of
@@ -171,6 +171,7 @@ def fewest_samples(rule: DoNoHarm, task: Task = "classification") -> int:
     Args:
         rule: The decision rule.
         task: `classification` or `regression`.
+        num_classes: Classes of the task; the test of `auroc` depends on whether they are two.
 
     Example:
         >>> fewest_samples(DoNoHarm(confidence=0.9)), fewest_samples(DoNoHarm(confidence=0.9, margin=0.05))
@@ -187,7 +188,7 @@ def fewest_samples(rule: DoNoHarm, task: Task = "classification") -> int:
         margin = rule.margin / rule.clip
         found = _first(lambda number: betting_p_value(np.ones(number), margin, stake) <= rule.level, 1, MOST_SAMPLES)
         return found or MOST_SAMPLES
-    if rule.metric == "balanced_accuracy":
+    if rule.metric == "balanced_accuracy" or (rule.metric == "auroc" and num_classes > 2):
         can_accept = partial(_accepts_ones, rule)
         return _first(can_accept, 1, MOST_SAMPLES) or MOST_SAMPLES
     p_value = _plain_p_value(rule)

@@ -121,8 +121,8 @@ class DoNoHarm:
         candidates: Names of the method's models among which a client chooses, in the order of the tests, declared
             before data are seen; `exit_1` etc. is the private model up to this exit. Empty: what the method serves.
         metric: `accuracy`, for regression the squared error; `balanced_accuracy`; `recall`: no class gets worse by the
-            margin or more; `auroc` of two classes, on disjoint pairs; or `auroc_delong` on all samples. All but
-            `auroc_delong`, which is asymptotic, are exact.
+            margin or more; `auroc` on disjoint sets of samples, the mean over the client's classes of one against the
+            rest; or `auroc_delong` on all samples. All but `auroc_delong`, which is asymptotic, are exact.
         unit: `group` compares on one sample of each group of `data.group_column`, such as a patient, drawn at random;
             `sample` on all samples, which must then be independent within a group, too. Equal without groups.
 

@@ -13,7 +13,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     Args:
         rule: The rule of a run.
         task: `classification` or `regression`.
-        samples: Number of compared samples of the client; pairs of samples for AUROC. Default: not stated.
+        samples: Number of compared samples of the client, for AUROC of sets of samples. Default: not stated.
         is_grouped: Whether samples have groups such as patients.
 
     Example:
@@ -25,7 +25,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     metric = METRICS[rule.metric]
     loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
-    unit = "pairs of samples" if metric.is_binary else "samples"
+    unit = "sets of one or more samples of each class" if metric.ranks else "samples"
     future, draws = "future samples", "these samples are independent draws that were"
     if is_grouped and rule.unit == "group":
         unit += ", at most one of each group such as a patient"

@@ -256,12 +256,6 @@ def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:
     metric, option = METRICS[rule.metric], "do_no_harm.metric"
     is_classifier = data.task == "classification"
     require(is_classifier or metric.test is None, option, "accuracy for regression, the squared error", rule.metric)
-    require(
-        not metric.is_binary or data.num_classes == 2,
-        option,
-        f"accuracy, balanced_accuracy or recall for {data.num_classes} classes",
-        rule.metric,
-    )
 
 
 def _count_compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSplits, splits: Sequence[str]) -> int:
@@ -286,7 +280,7 @@ def _warn_of_few(
     targets = data.samples.targets
     if not len(targets):
         return
-    fewest, parts = fewest_samples(rule), []
+    fewest, parts = fewest_samples(rule, num_classes=data.num_classes), []
     for splits in data.clients:
         indices = []
         for split in compared:
@@ -300,7 +294,7 @@ def _warn_of_few(
             for label, count in counts.items()
             if count < fewest
         ]
-        if few or (METRICS[rule.metric].is_binary and len(classes) < 2):
+        if few or (METRICS[rule.metric].ranks and len(classes) < 2):
             parts.append(f"{splits.label} ({', '.join(few) or 'one class'})")
     if parts:
         warn(

@@ -6,6 +6,7 @@ The labels are given: the samples of a class are independent draws of that class
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -123,51 +124,135 @@ def pair_outcomes(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike)
     return int((difference < 0).sum()), int((difference > 0).sum()), size
 
 
-def auroc_gain(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Compute the gain in AUROC; 0 without both classes."""
-    placements = [_placements(scores, labels) for scores in (old, new)]
-    return float(placements[1][0].mean() - placements[0][0].mean()) if len(placements[0][0]) else 0.0
+def macro_auroc_gains(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike, classes: npt.ArrayLike) -> Floats:
+    r"""Compute independent unbiased estimates of the gain in a multiclass AUROC.
+
+    The AUROC is the mean over the classes of one class against the rest: $\frac1C \sum_c \sum_{y \ne c}
+    \frac{n_y}{n - n_c} \theta_{cy}$, where $\theta_{cy}$ is the probability that a sample of class c has a larger score
+    of c than one of class y; ties count half. As in `balanced_gains`, the samples of each class are divided into
+    $k = \min_c n_c$ blocks, and entry i is the difference of the two models on the samples of block i. The entries are
+    independent, are in [-1, 1] and have the true gain as their mean.
+
+    Args:
+        old: Scores of the old model by class, shape (n, number of columns).
+        new: Scores of the new model, of the same shape.
+        labels: Classes of the samples, shape (n,).
+        classes: Classes of the mean, columns of the scores, shape (C,).
+
+    Returns:
+        Estimates, shape (k,); empty with fewer than two classes, or if one has no samples.
+
+    Example:
+        >>> scores = [[0.9, 0.1, 0.0], [0.2, 0.3, 0.5], [0.1, 0.2, 0.7]]
+        >>> macro_auroc_gains(scores, [[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 1, 2], [0, 1, 2]).tolist()
+        [0.0]
+        >>> macro_auroc_gains([[1, 0], [0, 1]], [[0, 1], [1, 0]], [0, 1], [0, 1]).tolist()
+        [-1.0]
+    """
+    targets, names = np.asarray(labels), np.asarray(classes)
+    members = [np.flatnonzero(targets == label) for label in names.tolist()]
+    counts = np.array([len(own) for own in members], dtype=np.float64)
+    if len(names) < 2 or not counts.all():
+        return np.empty(0)
+    shares = counts * (1 - np.eye(len(names))) / (counts.sum() - counts)[:, None] / len(names)
+    models = [np.asarray(scores, dtype=np.float64)[:, names] for scores in (old, new)]
+    blocks = zip(*(np.array_split(own, int(counts.min())) for own in members), strict=True)
+    return np.array([((_wins(models[1], block) - _wins(models[0], block)) * shares).sum() for block in blocks])
 
 
-def delong_p_value(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike, margin: float) -> float:
+def _wins(scores: Floats, block: Sequence[npt.NDArray[np.intp]]) -> Floats:
+    """Return the estimates of theta, (C, C), from the samples of a block by class."""
+    samples = np.concatenate(block)
+    sizes = np.array([len(own) for own in block])
+    starts, rows = np.cumsum(sizes) - sizes, []
+    for column, own in enumerate(block):
+        values, others = scores[own, column][:, None], scores[samples, column][None]
+        right = ((values > others) + 0.5 * (values == others)).mean(axis=0)
+        rows.append(np.add.reduceat(right, starts) / sizes)
+    return np.array(rows)
+
+
+def auroc_gain(
+    old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[int] | None = None
+) -> float:
+    """Compute the gain in AUROC; 0 without samples of each class.
+
+    Args:
+        old: Scores of class 1, shape (n,), or with `classes` of each class, shape (n, number of columns).
+        new: Scores of the new model, of the same shape.
+        labels: Classes of the samples, shape (n,).
+        classes: Classes of the mean, columns of the scores; None for two classes.
+    """
+    first, second = (_projections(scores, labels, classes) for scores in (old, new))
+    return 0.0 if first is None or second is None else second[0] - first[0]
+
+
+def delong_p_value(
+    old: npt.ArrayLike,
+    new: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    margin: float,
+    classes: Sequence[int] | None = None,
+) -> float:
     r"""Compute DeLong's p-value for "the AUROC is lower by the margin or more".
 
     $z = (\hat A_{new} - \hat A_{old} + m) / s$, $p = 1 - \Phi(z)$. With the differences of the placement values,
-    $s^2 = \mathrm{var}(D^+) / n^+ + \mathrm{var}(D^-) / n^-$. It is asymptotic: for small samples, or an AUROC near 1,
-    its error rate may exceed the level.
+    $s^2 = \mathrm{var}(D^+) / n^+ + \mathrm{var}(D^-) / n^-$. For several classes the AUROC is that of
+    `macro_auroc_gains`, and $s^2 = \sum_y \mathrm{var}(D_y) / n_y$ with the projections
+    $D_y = \frac1C \big(V_y + \sum_{c \ne y} \frac{n_y}{n - n_c} W_c\big)$ of a sample of class y: $V_y$ is the share of
+    the other classes below it in the score of y, and $W_c$ the share of class c above it in the score of c. It is
+    asymptotic: for small samples, or an AUROC near 1, its error rate may exceed the level.
 
     Args:
-        old: Scores of the old model, shape (n,).
-        new: Scores of the new model, shape (n,).
-        labels: 1 for positive samples, else 0, shape (n,).
+        old: Scores, see `auroc_gain`.
+        new: Scores of the new model, of the same shape.
+        labels: Classes of the samples, shape (n,); 1 for positive ones of two classes.
         margin: m, in [0, 1).
+        classes: See `auroc_gain`.
 
     Returns:
         A p-value in [0, 1]; 1 with fewer than 2 samples of a class, or without variance.
 
     Reference:
         DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver operating
-        characteristic curves, Biometrics 44 (1988).
+        characteristic curves, Biometrics 44 (1988); for several classes by the projection of a U-statistic (Hoeffding).
     """
-    first, second = _placements(old, labels), _placements(new, labels)
-    differences = [new - old for old, new in zip(first, second, strict=True)]
-    if min(map(len, differences)) < 2:
+    first, second, targets = _projections(old, labels, classes), _projections(new, labels, classes), np.asarray(labels)
+    if first is None or second is None:
         return 1.0
-    variance = sum(float(values.var(ddof=1)) / len(values) for values in differences)
+    of_class = [(second[1] - first[1])[targets == label] for label in np.unique(targets)]
+    if min(map(len, of_class)) < 2:
+        return 1.0
+    variance = sum(float(values.var(ddof=1)) / len(values) for values in of_class)
     if variance <= 0:
         return 1.0
-    return float(ndtr(-(float(differences[0].mean()) + margin) / math.sqrt(variance)))
+    return float(ndtr(-(second[0] - first[0] + margin) / math.sqrt(variance)))
 
 
-def _placements(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return the share of the other class that each sample is ranked against rightly.
+def _projections(
+    scores: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[int] | None
+) -> tuple[float, Floats] | None:
+    """Return the AUROC and the projections of the samples, (n,); None if undefined."""
+    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    columns = [(values, targets == 1)] if classes is None else [(values[:, c], targets == c) for c in classes]
+    if (classes is not None and len(columns) < 2) or any(own.all() or not own.any() for _, own in columns):
+        return None
+    counts = np.bincount(targets)[targets]  # of the class of each sample
+    area, projections = 0.0, np.zeros(len(targets))
+    for column, own in columns:
+        above, below = _placements(column, own)
+        area += float(above.mean()) / len(columns)
+        projections[own] += above / len(columns)
+        projections[~own] += below * counts[~own] / (~own).sum() / len(columns)
+    return area, projections
+
+
+def _placements(values: Floats, is_positive: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Return the share of the other class that each sample is ranked right against.
 
     Of positive samples the negative ones below it, of negative samples the positive ones above it; ties count half.
     """
-    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    positive, negative = values[targets == 1], values[targets == 0]
-    if not len(positive) or not len(negative):
-        return np.empty(0), np.empty(0)
+    positive, negative = values[is_positive], values[~is_positive]
     ranks = rankdata(np.concatenate([positive, negative]))
     above = (ranks[: len(positive)] - rankdata(positive)) / len(negative)
     below = 1.0 - (ranks[len(positive) :] - rankdata(negative)) / len(positive)

@@ -435,24 +435,30 @@ class Client:
         """
         return self.held_out(split, role)[0]
 
-    def held_out(self, split: str, role: str | None = None) -> tuple[Tensor, Tensor]:
+    def held_out(self, split: str, role: str | None = None, with_classes: bool = False) -> tuple[Tensor, Tensor]:
         """Return the served network's losses and class scores of a split.
 
         Args:
             split: Name of the split.
             role: Network; None is what is served.
+            with_classes: Also return the scores of more than two classes.
 
         Returns:
-            Losses as in `losses`, and of two classes the log odds of class 1, float64, shape (n,), which rank the
-            samples; for other tasks shape (0,). A non-finite output has the score that is wrong for its target.
+            Losses as in `losses`, and float64 scores that rank the samples: of two classes the log odds of class 1,
+            shape (n,); with `with_classes` of more classes the log-probabilities (n, C); else shape (0,). A non-finite
+            output has the scores that are wrong for its target.
         """
         output = self.in_target_unit(self.predict(role or self.served_role, split, mixed=False).output)
         targets = self.targets(split)
         losses = self._losses(output, targets)
-        if self.spec.task == "regression" or self.spec.num_outputs != 2:
+        if self.spec.task == "regression" or (self.spec.num_outputs > 2 and not with_classes):
             return losses, losses.new_empty(0)
-        odds = (output[:, 1] - output[:, 0]).double()
         is_finite = output.isfinite().all(dim=1)
+        if self.spec.num_outputs > 2:
+            is_target = torch.nn.functional.one_hot(targets, self.spec.num_outputs).bool()
+            all_wrong = torch.where(is_target, -torch.inf, torch.inf).to(losses)
+            return losses, torch.where(is_finite[:, None], output.double().log_softmax(dim=1), all_wrong)
+        odds = (output[:, 1] - output[:, 0]).double()
         wrong = torch.where(targets == 1, -torch.inf, torch.inf).to(odds)
         return losses, torch.where(is_finite, odds, wrong)
 

@@ -155,7 +155,7 @@ OUT_OF_RANGE: dict[str, Mapping[str, tuple[str, ...]]] = {
         "do_no_harm.rule": ("beter",),
         "do_no_harm.looks": ("0", "99"),
         "do_no_harm.candidates": ("proxy", "[unknown]", "[private, private]", "[1]"),
-        "do_no_harm.metric": ("f1", "auroc"),
+        "do_no_harm.metric": ("f1",),
         "do_no_harm.unit": ("patient",),
         "do_no_harm.delta": ("0.1",),
         "logger": ("Nope", "torch.nn.Linear", "[Nope]", "[3]"),

@@ -196,6 +196,22 @@ def test_auroc_compares_scores_and_not_classes(metric):
         assert better.p_value == rule.p_value(better.worse, better.better, 100)
 
 
+@pytest.mark.parametrize("metric", ["auroc", "auroc_delong"])
+def test_auroc_of_several_classes_compares_the_classes_of_the_client(metric):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0, 2, 3]).repeat(60)  # of 5 classes
+    is_target, noise = torch.nn.functional.one_hot(targets, 5), torch.randn(2, 180, 5, generator=generator).double()
+    weak, strong = 0.3 * is_target + noise[0], 2.0 * is_target + noise[1]
+    rule, labels, same = DoNoHarm(metric=metric), Labels(targets, (0, 2, 3)), torch.zeros(180)
+    better = rule.evidence(HeldOut(same, weak), HeldOut(same, strong), labels)
+    worse = rule.evidence(HeldOut(same, strong), HeldOut(same, weak), labels)
+    assert (rule.decide(better).deployed, rule.decide(worse).deployed, better.samples) == ("federated", "local", 60)
+    assert better.gain == pytest.approx(-worse.gain)
+    assert better.worse < better.better
+    missing = rule.evidence(HeldOut(same, weak), HeldOut(same, strong), Labels(targets, (0, 1, 2, 3)))
+    assert (missing.samples, missing.gain, missing.p_value) == (0, 0, 1)
+
+
 def test_deciding_samples_of_metrics_accept_at_the_observed_rates():
     difference = [1] * 3 + [0] * 27 + [1] * 2 + [0] * 28
     labels = Labels(torch.tensor([0] * 30 + [1] * 30), (0, 1))

@@ -143,6 +143,6 @@ def test_do_no_harm_guarantee_names_candidates_and_asymptotic_metrics() -> None:
     rule = DoNoHarm(candidates=("ensemble", "tuned"), metric="auroc_delong", margin=0.02)
     text = do_no_harm_guarantee(rule, "classification", 40)
     assert "deploys none of the models ensemble, tuned whose AUROC is lower by 0.02 or more" in text
-    assert "the 40 compared pairs of samples" in text
+    assert "the 40 compared sets of one or more samples of each class" in text
     assert "asymptotic" in text
     assert "recall of a class is lower" in do_no_harm_guarantee(DoNoHarm(metric="recall"), "classification")

@@ -22,7 +22,7 @@ from fedekd.federation import BaselineOptions, ClientResult, MultiProcess, Orche
 from fedekd.federation.checks import check_candidates
 from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.update_validation import invalid_field
-from fedekd.functional.metric_tests import auroc_gain, pair_outcomes
+from fedekd.functional.metric_tests import auroc_gain, macro_auroc_gains, pair_outcomes, plugin_betting_p_value
 from fedekd.methods import ClientOptions, Ditto, FedAvg, FedeKD, Method, ProxyEnsemble
 from fedekd.methods.serving import CANDIDATE, Candidate
 from fedekd.models import MultiExitNetwork
@@ -200,6 +200,28 @@ def test_auroc_compares_pairs_of_the_stored_scores(
         assert (values["deployed"] == "proxy") == (values["p_value"] <= values["level"])
 
 
+@pytest.mark.parametrize("looks", [1, 2])
+def test_auroc_of_three_classes_compares_log_probabilities(choosing: Federate, looks: int) -> None:
+    rule = DoNoHarm(confidence=0.3, metric="auroc", margin=0.3, candidates=("proxy",), looks=looks)
+    run = choosing(FedeKD(), do_no_harm=rule, rounds=RoundOptions(rounds=2))
+    summary, engine = run.run(), run.engine
+    assert isinstance(engine, SequentialEngine)
+    for client, values in zip(engine.clients.values(), summary["clients"], strict=True):
+        local, splits = engine._new_client(client.number), ("tuning", "holdout")
+        train_local_baseline(local, 2, None)
+        targets = torch.cat([client.targets(split) for split in splits])
+        classes = sorted({*targets.tolist(), *client.targets("train").tolist()})
+        old, new = (
+            torch.cat([each.predict(role, split, mixed=False).output.double().log_softmax(1) for split in splits])
+            for each, role in ((local, "private"), (client, "proxy"))
+        )
+        gains = macro_auroc_gains(old, new, targets, classes)
+        assert values["samples"] == len(gains) == min(int((targets == label).sum()) for label in classes)
+        assert (values["worse"], values["better"]) == ((gains < 0).sum(), (gains > 0).sum())
+        assert values["gain"] == pytest.approx(auroc_gain(old, new, targets, classes))
+        assert values["p_value"] == pytest.approx(plugin_betting_p_value(gains, rule.margin, rule.level))
+
+
 @pytest.mark.parametrize(
     ("method", "rule", "parts", "words"),
     [
@@ -219,7 +241,6 @@ def test_auroc_compares_pairs_of_the_stored_scores(
             {"rounds": RoundOptions(rounds=2)},
             "do_no_harm.candidates: expected models that exist at each of several do_no_harm.looks, got 'tuned'",
         ),
-        (FedAvg, {"metric": "auroc"}, {}, "do_no_harm.metric: expected accuracy, balanced_accuracy or recall for"),
         (
             FedeKD,
             {"candidates": ("proxy",)},

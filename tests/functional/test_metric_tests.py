@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
+import torch
 
 from fedekd.functional.metric_tests import (
     auroc_gain,
     balanced_gains,
     delong_p_value,
+    macro_auroc_gains,
     pair_outcomes,
     plugin_betting_p_value,
 )
+from fedekd.metrics.classification import auroc
 
 
 def literal_balanced(gains, labels, classes):
@@ -114,6 +117,99 @@ def test_delong_p_value_without_variance_or_samples_is_one():
     assert delong_p_value([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], 0.05) == 1
     assert delong_p_value([0.1, 0.4], [0.4, 0.1], [0, 1], 0.05) == 1
     assert auroc_gain([0.1], [0.2], [1]) == 0
+
+
+def right(a, b):
+    return 1.0 if a > b else 0.5 if a == b else 0.0
+
+
+def literal_macro(scores, counts, by_class):
+    """AUROC of the samples of each class, with the class mix of all samples, pair by pair."""
+    total, n = 0.0, sum(counts)
+    for c, own in enumerate(by_class):
+        for y, others in enumerate(by_class):
+            if y != c:
+                wins = [right(scores[i][c], scores[j][c]) for i in own for j in others]
+                total += counts[y] / (n - counts[c]) * sum(wins) / len(wins)
+    return total / len(counts)
+
+
+def literal_blocks(own, k):
+    """Blocks of nearly equal size, the first ones with one sample more."""
+    size, larger = divmod(len(own), k)
+    starts = [i * size + min(i, larger) for i in range(k + 1)]
+    return [own[start:end] for start, end in pairwise(starts)]
+
+
+def test_macro_auroc_gains_equal_literal_pairs_of_blocks():
+    generator = np.random.default_rng(5)
+    labels = np.r_[np.zeros(7, int), np.ones(3, int), np.full(5, 2)][generator.permutation(15)]
+    old, new = (generator.integers(0, 4, (15, 3)) for _ in range(2))  # with ties
+    by_class = [np.flatnonzero(labels == c).tolist() for c in range(3)]
+    blocks = list(zip(*(literal_blocks(own, 3) for own in by_class), strict=True))
+    expected = [literal_macro(new, (7, 3, 5), block) - literal_macro(old, (7, 3, 5), block) for block in blocks]
+    assert macro_auroc_gains(old, new, labels, [0, 1, 2]) == pytest.approx(expected, abs=1e-15)
+    assert len(macro_auroc_gains(old, new, labels * 0, [0, 1])) == len(macro_auroc_gains(old, new, labels, [0])) == 0
+
+
+def test_macro_auroc_gains_of_one_block_are_the_gain_in_the_metric():
+    generator = np.random.default_rng(6)
+    labels = np.array([0, 0, 1, 2, 2, 2, 0])
+    old, new = (generator.normal(size=(7, 3)) for _ in range(2))
+    # The metric ranks probabilities of one row: equal row sums keep the order of the logits.
+    values = [np.log(np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)) for scores in (old, new)]
+    areas = [auroc(torch.from_numpy(scores), torch.from_numpy(labels), 3) for scores in values]
+    assert macro_auroc_gains(*values, labels, [0, 1, 2]) == pytest.approx([areas[1] - areas[0]], abs=1e-12)
+    assert auroc_gain(*values, labels, [0, 1, 2]) == pytest.approx(areas[1] - areas[0], abs=1e-12)
+
+
+def test_macro_auroc_gains_have_the_true_gain_as_their_mean():
+    """By enumeration: a sample of class c has one of two score vectors, each with probability 1/2."""
+    generator = np.random.default_rng(7)
+    labels, choices = (
+        np.array([0, 0, 1, 1, 2, 2, 2]),
+        generator.integers(0, 3, (2, 3, 2, 3)),
+    )  # model, class, draw, column
+    draws = [choices[:, labels, list(picked)] for picked in product((0, 1), repeat=7)]
+    means = np.mean([macro_auroc_gains(old, new, labels, [0, 1, 2]) for old, new in draws], axis=0)
+    counts, pairs = (2, 2, 3), [(0, 1), (2, 3), (4, 5)]  # both possible samples of each class, as if they were drawn
+    areas = [literal_macro([vector for rows in model for vector in rows], counts, pairs) for model in choices]
+    assert means == pytest.approx([areas[1] - areas[0]] * 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_delong_p_value_of_several_classes_equals_literal_projections(margin):
+    generator = np.random.default_rng(8)
+    labels = generator.integers(0, 3, 45)
+    old, new = (np.round(np.eye(3)[labels] + generator.normal(0, size, (45, 3)), 1) for size in (1.5, 1.0))
+    counts = np.bincount(labels)
+    by_class = [np.flatnonzero(labels == c).tolist() for c in range(3)]
+
+    def projection(scores, i):
+        own = labels[i]
+        total = np.mean([right(scores[i][own], scores[j][own]) for j in range(45) if labels[j] != own])
+        for c in {0, 1, 2} - {own}:
+            wins = [right(scores[j][c], scores[i][c]) for j in by_class[c]]
+            total += counts[own] / (45 - counts[c]) * np.mean(wins)
+        return total / 3
+
+    differences = np.array([projection(new, i) - projection(old, i) for i in range(45)])
+    variance = sum(differences[own].var(ddof=1) / len(own) for own in by_class)
+    gain = literal_macro(new, counts, by_class) - literal_macro(old, counts, by_class)
+    assert auroc_gain(old, new, labels, [0, 1, 2]) == pytest.approx(gain, abs=1e-12)
+    expected = 0.5 * math.erfc((gain + margin) / math.sqrt(2 * variance))
+    assert delong_p_value(old, new, labels, margin, [0, 1, 2]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_two_columns_of_opposite_scores_equal_two_classes():
+    generator = np.random.default_rng(9)
+    labels = generator.integers(0, 2, 40)
+    old, new = (np.round(generator.normal(labels, 1.0), 1) for _ in range(2))
+    columns = [np.stack([-scores, scores], axis=1) for scores in (old, new)]
+    assert auroc_gain(*columns, labels, [0, 1]) == pytest.approx(auroc_gain(old, new, labels), abs=1e-12)
+    assert delong_p_value(*columns, labels, 0.02, [0, 1]) == pytest.approx(
+        delong_p_value(old, new, labels, 0.02), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])

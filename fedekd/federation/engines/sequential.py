@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -264,14 +264,30 @@ class SequentialEngine:
                 }
             return torch.cat([*parts.values()])
 
+        def held_out_of(rows: Mapping[str, tuple[Tensor, Tensor]]) -> HeldOut:
+            """Return the results of some splits."""
+            splits = tuple(rows)
+            return HeldOut(joined(lambda split: rows[split][0], splits), joined(lambda split: rows[split][1], splits))
+
+        # Only the scores of two classes are stored with a baseline.
+        with_classes = METRICS[rule.metric].ranks and self.spec.num_outputs > 2
+
+        @cache
+        def local_model() -> Client:
+            return exact_local_model(local, partial(self._new_client, client.number), rounds)
+
         def of_local(splits: tuple[str, ...]) -> HeldOut:
+            if with_classes:
+                rows = {split: local_model().held_out(split, with_classes=True) for split in splits}
+                return held_out_of(rows)
             losses, scores = (partial(values, rounds) for values in (baseline.losses_after, baseline.scores_after))
             return HeldOut(joined(losses, splits), joined(scores, splits))
 
         def of_candidate(candidate: Candidate | None, splits: tuple[str, ...]) -> HeldOut:
             with nullcontext() if candidate is None else client.trial(candidate):
-                rows = {split: client.held_out(split, None if candidate is None else CANDIDATE) for split in splits}
-            return HeldOut(joined(lambda split: rows[split][0], splits), joined(lambda split: rows[split][1], splits))
+                role = None if candidate is None else CANDIDATE
+                rows = {split: client.held_out(split, role, with_classes) for split in splits}
+            return held_out_of(rows)
 
         labels = None
         if METRICS[rule.metric].test is not None:
@@ -283,7 +299,7 @@ class SequentialEngine:
             with client.trial(chosen):
                 metrics = client.evaluate(role=CANDIDATE)[1]
         if final and comparison.is_local:
-            client.use_local_model(exact_local_model(local, partial(self._new_client, client.number), rounds))
+            client.use_local_model(local_model())
         elif final and chosen is not None:
             client.use_candidate(chosen)
         elif final:
