@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fedekd.data import FederatedDataModule, close_inputs
-from fedekd.do_no_harm.evidence import METRICS, HeldOut, labels_of
 from fedekd.do_no_harm.rule import FEDERATED, Comparison, DoNoHarm
 from fedekd.do_no_harm.selection import select_model
 from fedekd.early_exit.client_tradeoff import exit_tradeoff
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import Packed, pack, unpack
+from fedekd.federation.compared_models import ComparedModels
 from fedekd.federation.engines.base import (
     ClientResult,
     ComparisonRequest,
@@ -251,49 +247,12 @@ class SequentialEngine:
         local = self._new_client(client.number)
         baseline = train_local_baseline(local, rounds, self.baseline_dir, memory=self.compared)
         rule = request.rule
+        local_model = cache(partial(exact_local_model, local, partial(self._new_client, client.number), rounds))
+        models = ComparedModels(client, rule, baseline, rounds, local_model)
         candidates = _candidates(self.method, client, rule)
-
-        def joined(values: Callable[[str], Tensor], splits: tuple[str, ...]) -> Tensor:
-            """Return the values of the compared samples of some splits."""
-            parts = {split: values(split).cpu() for split in splits}
-            if rule.unit == "group":
-                # Most tasks have no scores.
-                parts = {
-                    split: part[client.independent_positions(split)] if len(part) else part
-                    for split, part in parts.items()
-                }
-            return torch.cat([*parts.values()])
-
-        def held_out_of(rows: Mapping[str, tuple[Tensor, Tensor]]) -> HeldOut:
-            """Return the results of some splits."""
-            splits = tuple(rows)
-            return HeldOut(joined(lambda split: rows[split][0], splits), joined(lambda split: rows[split][1], splits))
-
-        # Only the scores of two classes are stored with a baseline.
-        with_classes = METRICS[rule.metric].ranks and self.spec.num_outputs > 2
-
-        @cache
-        def local_model() -> Client:
-            return exact_local_model(local, partial(self._new_client, client.number), rounds)
-
-        def of_local(splits: tuple[str, ...]) -> HeldOut:
-            if with_classes:
-                rows = {split: local_model().held_out(split, with_classes=True) for split in splits}
-                return held_out_of(rows)
-            losses, scores = (partial(values, rounds) for values in (baseline.losses_after, baseline.scores_after))
-            return HeldOut(joined(losses, splits), joined(scores, splits))
-
-        def of_candidate(candidate: Candidate | None, splits: tuple[str, ...]) -> HeldOut:
-            with nullcontext() if candidate is None else client.trial(candidate):
-                role = None if candidate is None else CANDIDATE
-                rows = {split: client.held_out(split, role, with_classes) for split in splits}
-            return held_out_of(rows)
-
-        labels = None
-        if METRICS[rule.metric].test is not None:
-            labels = labels_of(joined(client.targets, request.splits), client.targets("train"))
-        evaluations = {name: partial(of_candidate, candidate) for name, candidate in candidates.items()}
-        comparison = select_model(rule, of_local, evaluations, self.spec.task, request.splits, labels)
+        evaluations = {name: partial(models.candidate, candidate) for name, candidate in candidates.items()}
+        splits = request.splits
+        comparison = select_model(rule, models.local, evaluations, self.spec.task, splits, models.labels(splits))
         chosen, metrics = candidates.get(comparison.deployed), {}
         if chosen is not None:
             with client.trial(chosen):
