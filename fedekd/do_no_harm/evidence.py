@@ -68,7 +68,7 @@ class Evidence:
     """Outcome of the test of one metric.
 
     Attributes:
-        samples: Compared samples; for AUROC disjoint sets of samples with at least one of each class.
+        samples: Compared samples; for `auroc` disjoint sets of samples with at least one of each class.
         worse: Those that only the local model classifies correctly, or that it ranks better.
         better: Those that only the federated model classifies correctly, or that it ranks better.
         gain: Metric of the federated model minus that of the local model.
@@ -144,12 +144,12 @@ def _auroc_delong(rule: DoNoHarm, local: HeldOut, federated: HeldOut, labels: La
     arrays = _arrays(local, federated, labels)
     classes = labels.classes if local.scores.ndim == 2 else None
     if classes is None:
-        worse, better, sets = pair_outcomes(*arrays)
+        worse, better, _ = pair_outcomes(*arrays)
     else:
         gains = macro_auroc_gains(*arrays, classes)
-        (worse, better), sets = _signs(gains), len(gains)
+        worse, better = _signs(gains)
     p_value = delong_p_value(*arrays, rule.margin, classes)
-    return Evidence(sets, worse, better, auroc_gain(*arrays, classes), p_value)
+    return Evidence(len(labels.targets), worse, better, auroc_gain(*arrays, classes), p_value)
 
 
 def _arrays(local: HeldOut, federated: HeldOut, labels: Labels) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:

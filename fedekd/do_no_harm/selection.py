@@ -70,7 +70,7 @@ def _compare(
             found = deciding_parts(rule, evidence) if evidence.parts else deciding_gains(rule, evidence.gains)
             # Of the tested values: each stands for as many samples as there are for one today.
             size = sum(part.samples for part in evidence.parts) or len(evidence.gains)
-            return replace(comparison, deciding=round((found or 0) * evidence.samples / max(size, 1)))
+            return replace(comparison, deciding=round((found or 0) * len(ours.losses) / max(size, 1)))
         return comparison
     tuning = (local(("tuning",)).losses, candidate(("tuning",)).losses) if task == "regression" else None
     comparison = rule.compare(ours.losses, theirs.losses, task, tuning)

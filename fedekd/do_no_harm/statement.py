@@ -13,7 +13,7 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     Args:
         rule: The rule of a run.
         task: `classification` or `regression`.
-        samples: Number of compared samples of the client, for AUROC of sets of samples. Default: not stated.
+        samples: Number of compared samples of the client; for `auroc` of sets of samples. Default: not stated.
         is_grouped: Whether samples have groups such as patients.
 
     Example:
@@ -25,7 +25,8 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     metric = METRICS[rule.metric]
     loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
-    unit = "sets of one or more samples of each class" if metric.ranks else "samples"
+    is_of_sets = metric.ranks and metric.is_exact
+    unit = "disjoint sets of samples with at least one of each class" if is_of_sets else "samples"
     future, draws = "future samples", "these samples are independent draws that were"
     if is_grouped and rule.unit == "group":
         unit += ", at most one of each group such as a patient"
@@ -34,6 +35,10 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
     compared = f"the {samples} compared {unit}" if samples is not None else f"its compared {unit}"
     models = f"none of the models {', '.join(rule.candidates)}" if rule.candidates else "no federated model"
     limit = "" if metric.is_exact else " The probability is that of many samples (asymptotic)."
+    if metric.ranks:
+        limit += (
+            " AUROC is the mean over the client's classes of one against the rest, at their shares of these samples."
+        )
     counts_samples = is_grouped and rule.unit == "sample"
     grouped = " Samples of one group, such as a patient, are counted as independent: this must be so." * counts_samples
     return (

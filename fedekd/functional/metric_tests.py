@@ -151,24 +151,27 @@ def macro_auroc_gains(old: npt.ArrayLike, new: npt.ArrayLike, labels: npt.ArrayL
     """
     targets, names = np.asarray(labels), np.asarray(classes)
     members = [np.flatnonzero(targets == label) for label in names.tolist()]
-    counts = np.array([len(own) for own in members], dtype=np.float64)
+    counts = np.array([len(samples) for samples in members], dtype=np.float64)
     if len(names) < 2 or not counts.all():
         return np.empty(0)
     shares = counts * (1 - np.eye(len(names))) / (counts.sum() - counts)[:, None] / len(names)
-    models = [np.asarray(scores, dtype=np.float64)[:, names] for scores in (old, new)]
-    blocks = zip(*(np.array_split(own, int(counts.min())) for own in members), strict=True)
-    return np.array([((_wins(models[1], block) - _wins(models[0], block)) * shares).sum() for block in blocks])
+    before, after = (np.asarray(scores, dtype=np.float64)[:, names] for scores in (old, new))
+    blocks = zip(*(np.array_split(samples, int(counts.min())) for samples in members), strict=True)
+    entries = [((_wins(after, block) - _wins(before, block)) * shares).sum() for block in blocks]
+    # The shares may add up to more than 1 by a rounding error.
+    return np.clip(np.array(entries, dtype=np.float64), -1.0, 1.0)
 
 
 def _wins(scores: Floats, block: Sequence[npt.NDArray[np.intp]]) -> Floats:
     """Return the estimates of theta, (C, C), from the samples of a block by class."""
     samples = np.concatenate(block)
-    sizes = np.array([len(own) for own in block])
+    sizes = np.array([len(part) for part in block])
     starts, rows = np.cumsum(sizes) - sizes, []
-    for column, own in enumerate(block):
-        values, others = scores[own, column][:, None], scores[samples, column][None]
-        right = ((values > others) + 0.5 * (values == others)).mean(axis=0)
-        rows.append(np.add.reduceat(right, starts) / sizes)
+    for column, part in enumerate(block):
+        values, others = np.sort(scores[part, column]), scores[samples, column]
+        # Of the class's samples, those above each sample, and half of those equal to it.
+        not_above = values.searchsorted(others, "left") + values.searchsorted(others, "right")
+        rows.append(np.add.reduceat(1.0 - not_above / (2 * len(part)), starts) / sizes)
     return np.array(rows)
 
 
@@ -235,20 +238,20 @@ def _projections(
     """Return the AUROC and the projections of the samples, (n,); None if undefined."""
     values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     columns = [(values, targets == 1)] if classes is None else [(values[:, c], targets == c) for c in classes]
-    if (classes is not None and len(columns) < 2) or any(own.all() or not own.any() for _, own in columns):
+    if (classes is not None and len(columns) < 2) or any(len(np.unique(rows)) < 2 for _, rows in columns):
         return None
     counts = np.bincount(targets)[targets]  # of the class of each sample
     area, projections = 0.0, np.zeros(len(targets))
-    for column, own in columns:
-        above, below = _placements(column, own)
+    for column, is_positive in columns:
+        above, below = _placements(column, is_positive)
         area += float(above.mean()) / len(columns)
-        projections[own] += above / len(columns)
-        projections[~own] += below * counts[~own] / (~own).sum() / len(columns)
+        projections[is_positive] += above / len(columns)
+        projections[~is_positive] += below * counts[~is_positive] / len(below) / len(columns)
     return area, projections
 
 
 def _placements(values: Floats, is_positive: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Return the share of the other class that each sample is ranked right against.
+    """Return the share of the other class against which each sample ranks correctly.
 
     Of positive samples the negative ones below it, of negative samples the positive ones above it; ties count half.
     """

@@ -96,10 +96,10 @@ def test_find_sites_subfolder_without_readable_content_raises(folder: Path) -> N
 
 
 def test_files_of_a_folder_of_sites_that_are_no_sites_are_reported(folder: Path) -> None:
-    (folder / "Uri.xlsx").write_bytes(b"PK")
+    (folder / "Uri.png").write_bytes(b"PK")
     (folder / ".hidden").write_text("x")
     [line] = [line for line in FederatedDataModule(sites=str(folder)).warnings() if "no sites" in line]
-    assert line == "data.sites: 2 files have no known format and are no sites: 'Uri.xlsx', 'classes.txt'"
+    assert line == "data.sites: 2 files have no known format and are no sites: 'Uri.png', 'classes.txt'"
 
 
 def test_damaged_file_of_a_site_is_named(folder: Path) -> None:

@@ -190,7 +190,8 @@ def test_auroc_compares_scores_and_not_classes(metric):
     same = torch.zeros(200)
     better = rule.decide(rule.evidence(HeldOut(same, weak), HeldOut(same, strong), labels))
     worse = rule.decide(rule.evidence(HeldOut(same, strong), HeldOut(same, weak), labels))
-    assert (better.deployed, worse.deployed, better.samples) == ("federated", "local", 100)
+    assert (better.deployed, worse.deployed) == ("federated", "local")
+    assert better.samples == (100 if metric == "auroc" else 200)
     assert better.gain == pytest.approx(-worse.gain)
     if metric == "auroc":
         assert better.p_value == rule.p_value(better.worse, better.better, 100)
@@ -205,11 +206,36 @@ def test_auroc_of_several_classes_compares_the_classes_of_the_client(metric):
     rule, labels, same = DoNoHarm(metric=metric), Labels(targets, (0, 2, 3)), torch.zeros(180)
     better = rule.evidence(HeldOut(same, weak), HeldOut(same, strong), labels)
     worse = rule.evidence(HeldOut(same, strong), HeldOut(same, weak), labels)
-    assert (rule.decide(better).deployed, rule.decide(worse).deployed, better.samples) == ("federated", "local", 60)
+    assert (rule.decide(better).deployed, rule.decide(worse).deployed) == ("federated", "local")
+    assert better.samples == (60 if metric == "auroc" else 180)
     assert better.gain == pytest.approx(-worse.gain)
     assert better.worse < better.better
     missing = rule.evidence(HeldOut(same, weak), HeldOut(same, strong), Labels(targets, (0, 1, 2, 3)))
-    assert (missing.samples, missing.gain, missing.p_value) == (0, 0, 1)
+    assert (missing.gain, missing.p_value, missing.gains) == (0, 1, ())
+
+
+def test_auroc_of_a_federated_model_without_finite_outputs_is_refused():
+    """All samples rank wrong; the shares of these classes add up to more than 1 by a rounding error."""
+    targets = torch.tensor([0] * 3 + [1] * 26 + [2] * 56)
+    is_target = torch.nn.functional.one_hot(targets, 3).bool()
+    perfect, wrong = is_target.double(), torch.where(is_target, -torch.inf, torch.inf).double()
+    rule, labels, same = DoNoHarm(metric="auroc"), Labels(targets, (0, 1, 2)), torch.zeros(85)
+    evidence = rule.evidence(HeldOut(same, perfect), HeldOut(same, wrong), labels)
+    assert (evidence.gain, evidence.p_value) == (pytest.approx(-1), 1)
+    assert set(evidence.gains) == {-1.0}
+    assert rule.evidence(HeldOut(same, wrong), HeldOut(same, perfect), labels).gain == pytest.approx(1)
+
+
+def test_deciding_samples_of_auroc_count_samples_and_not_sets():
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.tensor([0, 1, 2]).repeat(20)
+    is_target, noise = torch.nn.functional.one_hot(targets, 3), torch.randn(2, 60, 3, generator=generator).double()
+    labels, same = Labels(targets, (0, 1, 2)), torch.zeros(60)
+    local, other = (HeldOut(same, size * is_target + part) for size, part in zip((0.3, 1.8), noise, strict=True))
+    rule, splits = DoNoHarm(metric="auroc", confidence=0.999999), ("holdout",)
+    comparison = select_model(rule, lambda _: local, {"federated": lambda _: other}, "classification", splits, labels)
+    sets = deciding_gains(rule, rule.evidence(local, other, labels).gains)
+    assert comparison.deciding == 3 * sets > 60
 
 
 def test_deciding_samples_of_metrics_accept_at_the_observed_rates():

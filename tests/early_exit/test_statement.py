@@ -143,6 +143,9 @@ def test_do_no_harm_guarantee_names_candidates_and_asymptotic_metrics() -> None:
     rule = DoNoHarm(candidates=("ensemble", "tuned"), metric="auroc_delong", margin=0.02)
     text = do_no_harm_guarantee(rule, "classification", 40)
     assert "deploys none of the models ensemble, tuned whose AUROC is lower by 0.02 or more" in text
-    assert "the 40 compared sets of one or more samples of each class" in text
+    assert "the 40 compared samples: a client" in text
     assert "asymptotic" in text
+    assert "AUROC is the mean over the client's classes of one against the rest" in text
+    exact = do_no_harm_guarantee(DoNoHarm(metric="auroc"), "classification", 7)
+    assert "the 7 compared disjoint sets of samples with at least one of each class: a client" in exact
     assert "recall of a class is lower" in do_no_harm_guarantee(DoNoHarm(metric="recall"), "classification")

@@ -28,14 +28,14 @@ class Format(NamedTuple):
     Attributes:
         title: What it is, for error messages; empty for what is refused.
         matches: Whether a path, which may not exist, has this format.
-        read: Returns the samples of a file or folder. None: it has no labels.
+        read: Returns the samples of a file or folder.
         read_unlabelled: Returns the images of a file or folder whose labels may be missing. None: it has no images.
         unlabelled_title: The title for `read_unlabelled`, if it differs.
     """
 
     title: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path, ReadOptions], RawSamples] | None
+    read: Callable[[Path, ReadOptions], RawSamples]
     read_unlabelled: Callable[[Path, ReadOptions], Unlabelled] | None = None
     unlabelled_title: str = ""
 
@@ -52,7 +52,6 @@ FORMATS = {
         read_unlabelled_folder,
         "a folder of images, with or without subfolders",
     ),
-    "image": Format("", is_image, None, read_unlabelled_image, "an image"),
     "manifest": Format("a CSV file with a column path", is_manifest, read_manifest, read_unlabelled_manifest),
     "table": Format("a table in a .csv or .parquet file", is_table_file, read_table),
     "volume": Format("", is_volume, refuse_volume, refuse_volume),
@@ -72,21 +71,23 @@ def read_path(path: Path, options: ReadOptions) -> RawSamples:
         UserError: If its format is unknown, or it is missing, corrupt or not as the options describe.
     """
     row = format_of(path)
-    if row is None or row.read is None:
+    if row is None:
         raise _unknown(path, (row.title for row in FORMATS.values()))
     return row.read(path, options)
 
 
 def read_unlabelled(path: Path, options: ReadOptions) -> Unlabelled:
-    """Read the images of a file or folder in any known format that has images.
+    """Read one image, or the images of a file or folder in a known format.
 
     Raises:
         UserError: If its format is unknown, or it is missing, corrupt or not as the options describe.
     """
+    if is_image(path):
+        return read_unlabelled_image(path, options)
     row = format_of(path)
     if row is None or row.read_unlabelled is None:
         rows = (row for row in FORMATS.values() if row.read_unlabelled is not None)
-        raise _unknown(path, (row.unlabelled_title or row.title for row in rows))
+        raise _unknown(path, ("an image", *(row.unlabelled_title or row.title for row in rows)))
     return row.read_unlabelled(path, options)
 
 
