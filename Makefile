@@ -86,10 +86,10 @@ bench-many: $(INSTALLED)
 
 # fluke and pfl-research have an environment of their own, which sees the packages of the other one.
 PEERS := .venv-peers
-$(PEERS)/.installed: $(INSTALLED)
+$(PEERS)/.installed: $(INSTALLED) perf/peers/requirements.txt
 	$(BIN)/python -m venv $(PEERS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `echo $(PEERS)/lib/python*/site-packages`/base.pth
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check fluke-fl==0.8.1 pfl==0.6.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r perf/peers/requirements.txt
 	touch $@
 
 ## bench-peers: compare FedAvg with a bare loop, fluke and pfl-research (options: ARGS="--rounds 3")

@@ -1,1 +1,1 @@
-"""FedAvg in fedekd, in a bare loop and in other libraries, with equal work."""
+"""FedAvg in fedekd, in a bare loop and in other libraries, on the same data."""

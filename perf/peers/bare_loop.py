@@ -30,7 +30,7 @@ def main() -> None:
                 mean[name] += value / workload.clients
         network.load_state_dict(mean)
         clock.tick()
-    clock.report()
+    clock.report(network.parameters())
 
 
 if __name__ == "__main__":

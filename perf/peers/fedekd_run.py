@@ -10,16 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedekd.data import FederatedDataModule, Samples
+import torch
+
 from fedekd.federation import Orchestrator, RoundOptions, SilentObserver
 from fedekd.federation.engines.performance import gc_frozen
 from fedekd.methods import ClientOptions, FedAvg
 from fedekd.modules import TrainerFactory
-from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
+from perf.peers.workload import EPOCHS, RATE, Clock, Workload
 
 
 class RoundObserver(SilentObserver):
-    """Notes the beginning of each round, which is the end of the one before."""
+    """Note the beginning of each round: then the training of the last one has ended."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -36,37 +37,30 @@ class RoundObserver(SilentObserver):
 def main() -> None:
     """Train, and print the time of a round."""
     workload, clock = Workload.from_arguments(), Clock()
-    few = max(1, round(workload.images / 10))
-    images, labels = workload.samples(workload.images + 2 * few)
-    total = workload.images + 2 * few
-    data = FederatedDataModule(
-        "fashionmnist",
-        num_clients=workload.clients,
-        partition="iid",
-        min_samples=2,
-        batch_size=BATCH,
-        fractions=(workload.images / total, few / total, few / total),
-    )
-    data.adopt(Samples("fashionmnist", images.flatten(0, 1), labels.flatten(), "classification", 10))
+    saving = {"checkpoint_every": 0.0} if workload.every_round else {}
     network = {"class_path": "fedekd.models.PrivateCNN"}  # built for the images' size
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": RATE}}
-    client = ClientOptions(local_epochs=EPOCHS, private_model=network, proxy_model=network, optimizer=optimizer)
     with TemporaryDirectory() as folder:
+        torch.save(workload.network().state_dict(), Path(folder) / "initial.pt")
         federation = Orchestrator(
             FedAvg(),
-            data,
-            client,
+            workload.data(),
+            ClientOptions(
+                local_epochs=EPOCHS,
+                private_model=network,
+                proxy_model=network,
+                private_weights=str(Path(folder) / "initial.pt"),
+                optimizer=optimizer,
+            ),
             TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
-            RoundOptions(rounds=workload.rounds),
+            RoundOptions(rounds=workload.rounds, **saving),
             output=Path(folder) / "run",
             baseline_dir=Path(folder) / "local",
             observer=RoundObserver(clock),
         )
         with gc_frozen():
             federation.run()
-    sizes = {len(splits.train) for splits in data.clients}
-    assert sizes == {workload.images}, sizes
-    clock.report()
+    clock.report(federation.method.server_state["model"].values())
 
 
 if __name__ == "__main__":

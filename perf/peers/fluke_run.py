@@ -16,7 +16,7 @@ from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
 
 
 class RoundObserver(FederationObserver):
-    """Notes the end of each round."""
+    """Note the end of each round."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -55,7 +55,7 @@ def main() -> None:
     federation = FedAVG(workload.clients, DataSplitter(data), options)
     federation.set_callbacks(RoundObserver(clock))
     federation.run(workload.rounds, 1.0)
-    clock.report()
+    clock.report(federation.server.model.parameters())
 
 
 if __name__ == "__main__":

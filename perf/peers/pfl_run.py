@@ -1,6 +1,7 @@
 """FedAvg in pfl-research.
 
-Run as `python -m perf.peers.pfl_run CLIENTS IMAGES SIZE ROUNDS`.
+Run as `python -m perf.peers.pfl_run CLIENTS IMAGES SIZE ROUNDS`. It visits the batches of a client in the same order in
+every epoch; the other contenders shuffle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
 
 
 class Trained(nn.Module):
-    """The network with the loss that pfl-research asks for."""
+    """The network with the loss and metrics that pfl-research calls."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Trained(nn.Module):
 
 
 class RoundCallback(TrainingProcessCallback):
-    """Notes the end of each round."""
+    """Note the end of each round."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -71,7 +72,7 @@ def main() -> None:
         model_eval_params=NNEvalHyperParams(local_batch_size=BATCH),
         callbacks=[RoundCallback(clock)],
     )
-    clock.report()
+    clock.report(network.parameters())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What all contenders train, and the times of their rounds."""
+"""Data, network and clock of all contenders."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from fedekd.data import FederatedDataModule, Samples
 from fedekd.models import PrivateCNN
 
 #: Options of all contenders.
@@ -26,11 +29,17 @@ class Clock:
         """Note the end of a round."""
         self.ends.append((time.perf_counter(), time.process_time()))
 
-    def report(self) -> None:
-        """Print the mean time of the rounds after the first one, as JSON."""
+    def report(self, parameters: Iterable[Tensor]) -> None:
+        """Print the mean times of the rounds after the first one as JSON.
+
+        And the CPU time of the process until the end of the first round, its peak memory in MiB, and the 2-norm of the
+        global model.
+        """
         pairs, rounds = zip(self.ends[0], self.ends[-1], strict=True), len(self.ends) - 1
         wall, cpu = ((last - first) / rounds for first, last in pairs)
-        print(json.dumps({"wall": wall, "cpu": cpu}))
+        norm = sum(float(tensor.detach().double().square().sum()) for tensor in parameters) ** 0.5
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"wall": wall, "cpu": cpu, "start_up": self.ends[0][1], "peak": peak, "norm": norm}))
 
 
 @dataclass
@@ -39,15 +48,17 @@ class Workload:
 
     Attributes:
         clients: Number of clients.
-        images: Training images of a client.
+        images: Training images of a client; a tenth as many each validate and test.
         size: Height and width of an image.
         rounds: Rounds.
+        every_round: Whether fedekd saves every round.
     """
 
     clients: int
     images: int
     size: int
     rounds: int
+    every_round: bool = False
 
     @classmethod
     def from_arguments(cls) -> Workload:
@@ -55,6 +66,7 @@ class Workload:
         parser = argparse.ArgumentParser()
         for name in ("clients", "images", "size", "rounds"):
             parser.add_argument(name, type=int)
+        parser.add_argument("--every_round", action="store_true")
         torch.set_num_threads(1)
         return cls(**vars(parser.parse_args()))
 
@@ -63,13 +75,32 @@ class Workload:
         torch.manual_seed(0)
         return PrivateCNN(image_size=self.size)
 
-    def samples(self, per_client: int) -> tuple[Tensor, Tensor]:
-        """Return uint8 images (clients, per_client, 1, size, size) and their labels."""
-        generator, shape = torch.Generator().manual_seed(0), (self.clients, per_client, 1, self.size, self.size)
+    def data(self) -> FederatedDataModule:
+        """Return the partitioned images."""
+        few = max(1, round(self.images / 10))
+        total = self.images + 2 * few
+        generator, shape = torch.Generator().manual_seed(0), (self.clients * total, 1, self.size, self.size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return images, torch.randint(0, 10, (self.clients, per_client), generator=generator)
+        labels = torch.randint(0, 10, (len(images),), generator=generator)
+        fractions = (self.images / total, few / total, few / total)
+        data = FederatedDataModule(
+            "fashionmnist",
+            num_clients=self.clients,
+            partition="iid",
+            min_samples=2,
+            batch_size=BATCH,
+            fractions=fractions,
+        )
+        data.adopt(Samples("fashionmnist", images, labels, "classification", 10))
+        data.setup()
+        assert {len(splits.train) for splits in data.clients} == {self.images}
+        return data
 
     def scaled(self) -> tuple[Tensor, Tensor]:
-        """Return the training images as float32 in [-1, 1], and their labels."""
-        images, labels = self.samples(self.images)
-        return images.float() / 127.5 - 1, labels
+        """Return training images as float32 in [-1, 1], and their labels.
+
+        Shapes (clients, images, 1, size, size) and (clients, images).
+        """
+        data = self.data()
+        rows = torch.stack([splits.train for splits in data.clients])
+        return data.samples.inputs[rows].float() / 127.5 - 1, data.samples.targets[rows]

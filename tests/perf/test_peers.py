@@ -1,34 +1,46 @@
-"""`make bench-peers`: the table of the contenders that need no other library."""
+"""`make bench-peers`: the contenders that need no other library."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+import torch
 
 from perf.peers import __main__ as peers
+from perf.peers import workload
 from perf.peers.workload import Clock
 
 
 def test_clock_reports_rounds_after_the_first(capsys: pytest.CaptureFixture[str]) -> None:
-    Clock([(5.0, 1.0), (6.0, 1.5), (9.0, 3.0)]).report()
-    assert capsys.readouterr().out == '{"wall": 2.0, "cpu": 1.0}\n'
+    Clock([(5.0, 1.0), (6.0, 1.5), (9.0, 3.0)]).report([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    values = json.loads(capsys.readouterr().out)
+    assert {name: values[name] for name in ("wall", "cpu", "start_up", "norm")} == {
+        "wall": 2.0,
+        "cpu": 1.0,
+        "start_up": 1.0,
+        "norm": 5.0,
+    }
+    assert peers.BATCH == workload.BATCH
 
 
 @pytest.mark.slow
-def test_main_prints_a_row_per_contender(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    own = {name: row for name, row in peers.CONTENDERS.items() if not row[1]}
-    monkeypatch.setattr(peers, "CONTENDERS", own)
+def test_contenders_train_equal_models_and_absent_ones_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fluke and pfl-research are compared where they are installed: `make bench-peers`."""
     monkeypatch.setattr(peers, "SETTINGS", ((2, 9, 8),))
-    monkeypatch.setattr("sys.argv", ["bench-peers", "--rounds", "3", "--repetitions", "1"])
+    monkeypatch.setattr("sys.argv", ["bench-peers", "--rounds", "3", "--repetitions", "1", "--peers", "nowhere/python"])
     peers.main()
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert [row.split(" | ")[2] for row in rows] == ["bare loop", "fedekd"]
-    assert all(re.search(r"\| \d+\.\d \(\d+\.\d, \d+\.\d\) \| \d+\.\d\d \| \d+\.\d \|$", row) for row in rows)
+    output = capsys.readouterr().out
+    assert "fluke: left out, nowhere/python has no module fluke" in output
+    rows = output.splitlines()[-3:]
+    assert [row.split(" | ")[2] for row in rows] == ["bare loop", "fedekd", "fedekd, every round saved"]
+    assert all(re.search(r"\| \d+\.\d \(\d+\.\d, \d+\.\d\) \| \d+\.\d\d \| \d+\.\d \|", row) for row in rows)
 
 
-def test_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "SETTINGS", ((2, 9, 8),))
-    monkeypatch.setattr("sys.argv", ["bench-peers", "--peers", "nowhere/python"])
-    with pytest.raises(SystemExit, match="--peers: expected a Python with fluke and pfl, got 'nowhere/python'"):
-        peers.main()
+def test_another_model_ends_the_comparison() -> None:
+    peers.require_equal_models({"bare loop": 10.0, "fedekd": 10.00001})
+    with pytest.raises(SystemExit, match=r"fluke: expected a global model of the norm 10\.000000, .*, got 10\.010000"):
+        peers.require_equal_models({"bare loop": 10.0, "fluke": 10.01})
