@@ -124,7 +124,8 @@ def mapie_alarms(design: Design, streams: Streams, quantity: str, quantities: in
     for number in range(takes.shape[1]):
         rows = np.flatnonzero(takes[:, number])
         predicted = errors[rows, number].astype(int)
-        level = design.level / quantities
+        # It keeps half of its level for a bound of the reference risk, which a given threshold replaces.
+        level = 2 * design.level / quantities
         monitor = RiskMonitoring("accuracy", test_level=level, threshold=design.target_risk, warn=False)
         monitor.update(np.zeros_like(predicted), predicted)
         reached = monitor.online_risk_lower_bound_sequence_history > design.target_risk
