@@ -28,8 +28,8 @@ def acceptance_probability(rule: DoNoHarm, gain: float, differing: float, sample
     """Compute the exact probability that a client deploys the federated model.
 
     For a gain of at most minus the margin this is the probability of a wrong decision, at most `rule.level`; for a
-    larger gain it is the power of the test. It refers to one comparison of two classifiers in accuracy. In AUROC the
-    arguments are those of the pairs, and `recall_acceptance` has the probability in recall.
+    larger gain it is the power of the test. It refers to one comparison of two classifiers in accuracy. In AUROC of
+    two classes the arguments are those of the pairs, and `recall_acceptance` has the probability in recall.
 
     Args:
         rule: The decision rule; its `rule` must be `certified`.

@@ -32,7 +32,7 @@ class Comparison:
 
     Attributes:
         deployed: Model that the client uses: `federated` or `local`, or the name of a candidate.
-        samples: Number of samples on which both models were evaluated; for AUROC of pairs.
+        samples: Number of samples on which both models were evaluated; for `auroc` of sets of samples.
         worse: Number of samples that only the local model classifies correctly; 0 for regression.
         better: Number of samples that only the federated model classifies correctly; 0 for regression.
         gain: Mean loss of the local model minus mean loss of the federated model, or the gain in another metric; for

@@ -43,7 +43,7 @@ def test_main_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "| private | (b) fedekd / (a) bare loop | ",
         "| round | (c) script / ",
         "| backward | ",
-        "| distillation | 32 | ",
+        "| 8x8 | FedeKD | ",
     ):
         assert line in output
     assert re.search(r"`python orchestrator.py --help`: \d+\.\d\d s", output)
