@@ -20,7 +20,7 @@ SIZES = (8, 28)
 
 
 def stacked_clients(setting: Workload, repetitions: int, count: int = 32) -> None:
-    """Print the CPU time of a training step per client, by size of the images and phase.
+    """Print the CPU time of a training step per client, by image size and phase.
 
     The last row of a size is a step of each of FedeKD's two phases, gated and distillation.
     """
