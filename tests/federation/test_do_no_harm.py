@@ -32,6 +32,7 @@ from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.source_code import SourceUnavailableError
 from fedekd.functional import betting_p_value, betting_stake
+from fedekd.functional.metric_tests import auroc_gain
 from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType, Local, Method
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 from fedekd.reporting import metrics_csv
@@ -522,7 +523,8 @@ def test_do_no_harm_compares_one_sample_of_each_group(federate: Federate, npz: P
     for each in local:
         train_local_baseline(each, engine.clients[each.number].supervised_rounds, None)
     run = federate(FedAvg(), data=data, do_no_harm=DoNoHarm(confidence=0.5, metric="recall"))
-    for client, old, values in zip(engine.clients.values(), local, run.run()["clients"], strict=True):
+    auroc = federate(FedAvg(), data=data, do_no_harm=DoNoHarm(confidence=0.5, metric="auroc")).run()["clients"]
+    for client, old, values, ranked in zip(engine.clients.values(), local, run.run()["clients"], auroc, strict=True):
         drawn = {split: client.independent_positions(split) for split in ("tuning", "holdout")}
         before, after = (
             torch.cat([each.losses(split)[positions] for split, positions in drawn.items()]) for each in (old, client)
@@ -531,6 +533,12 @@ def test_do_no_harm_compares_one_sample_of_each_group(federate: Federate, npz: P
         assert (values["worse"], values["better"]) == (int((after > before).sum()), int((before > after).sum()))
         gains = [float((before - after)[targets == label].mean()) for label in targets.unique()]
         assert values["gain"] == pytest.approx(min(gains))
+        scores = [
+            torch.cat([each.held_out(split, with_classes=True)[1][positions] for split, positions in drawn.items()])
+            for each in (old, client)
+        ]
+        classes = sorted({*targets.tolist(), *client.targets("train").tolist()})
+        assert ranked["gain"] == pytest.approx(auroc_gain(*scores, targets, classes))
         positions = drawn["holdout"]
         groups = data.samples.group[client.splits.holdout]
         assert groups[positions].unique().equal(groups.unique())
