@@ -140,7 +140,7 @@ def test_report_invalid_input_prints_one_line_error(
     for words, expected in (
         (["runs/single"], "expected a network with at least 2 exits, got one with 1 exit"),
         (["runs/plain", "--exits=true"], "without exits"),
-        (["runs/safe", "--client=3"], "--client: expected 0, got 3"),
+        (["runs/safe", "--client=3"], "--client: expected 0, got '3'"),
         (["runs/safe", "--draws=0"], "--draws: expected at least 1, got 0"),
         (["runs/safe", "runs/other"], "has the same images, got different images"),
     ):

@@ -151,8 +151,8 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
         (["one", "--input", "one"], "--input: expected an .npz file; hf:NAME"),
         (["elsewhere", "--input", "images.npz"], "predict: expected the folder of a run, got 'elsewhere'"),
         (["two", "--input", "images.npz"], "--client: expected 0..1, got none"),
-        (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got 2"),
-        (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0, got -1"),
+        (["two", "--input", "images.npz", "--client", "2"], "--client: expected 0..1, got '2'"),
+        (["one", "--input", "images.npz", "--client", "-1"], "--client: expected 0, got '-1'"),
         (
             ["one", "--input", "images.npz", "--output", "two"],
             "--output: expected the name of a .csv or .parquet file, got 'two'",

@@ -87,7 +87,7 @@ def read_unlabelled(path: Path, options: ReadOptions) -> Unlabelled:
     row = format_of(path)
     if row is None or row.read_unlabelled is None:
         rows = (row for row in FORMATS.values() if row.read_unlabelled is not None)
-        raise _unknown(path, ("an image", *(row.unlabelled_title or row.title for row in rows)))
+        raise _unknown(path, (*(row.unlabelled_title or row.title for row in rows), "an image"))
     return row.read_unlabelled(path, options)
 
 
