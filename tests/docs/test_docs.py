@@ -127,6 +127,8 @@ def _check_other(words: list[str]) -> None:
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), rest[1]
     elif program == "wandb":
         assert rest[:2] == ["artifact", "get"] or (rest[0] == "sweep" and (ROOT / rest[1]).is_file())
+    elif program == "nvidia-cuda-mps-control":
+        assert rest == ["-d"]  # starts the daemon
     elif program == "git":
         assert rest[0] == "apply"
         assert (ROOT / rest[1]).is_file()
