@@ -84,6 +84,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="runs per contender (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=0, help="number of clients in all settings")
     options = parser.parse_args()
+    for name, least in (("rounds", 2), ("repetitions", 1), ("clients", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     print(f"# make bench-peers\n\n{machine()}\n")
     contenders = {}
     for name, row in CONTENDERS.items():

@@ -20,13 +20,13 @@ from perf.peers.workload import EPOCHS, RATE, Clock, Workload
 
 
 class RoundObserver(SilentObserver):
-    """Note the beginning of each round: then the training of the last one has ended."""
+    """Observer that notes the end of each round: the beginning of the next one."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def round_started(self, round_idx: int) -> None:
-        """See `Observer`; round 0 only sends the initial weights."""
+        """See `Observer`; no round is before round 0."""
         if round_idx:
             self.clock.tick()
 

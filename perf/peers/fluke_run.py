@@ -16,7 +16,7 @@ from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
 
 
 class RoundObserver(FederationObserver):
-    """Note the end of each round."""
+    """Observer that notes the end of each round."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

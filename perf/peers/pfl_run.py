@@ -41,7 +41,7 @@ class Trained(nn.Module):
 
 
 class RoundCallback(TrainingProcessCallback):
-    """Note the end of each round."""
+    """Callback that notes the end of each round."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

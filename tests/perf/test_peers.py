@@ -44,3 +44,15 @@ def test_another_model_ends_the_comparison() -> None:
     peers.require_equal_models({"bare loop": 10.0, "fedekd": 10.00001})
     with pytest.raises(SystemExit, match=r"fluke: expected a global model of the norm 10\.000000, .*, got 10\.010000"):
         peers.require_equal_models({"bare loop": 10.0, "fluke": 10.01})
+
+
+@pytest.mark.parametrize(("option", "least"), [("--rounds=1", 2), ("--repetitions=0", 1), ("--clients=-1", 0)])
+def test_number_out_of_range_is_named(
+    option: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = option.split("=")
+    monkeypatch.setattr("sys.argv", ["bench-peers", option])
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2
+    assert f"{name}: expected at least {least}, got {value}" in capsys.readouterr().err
