@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fedekd.early_exit.cost_curves import BUDGETS, budget_points, exit_points
-from fedekd.functional import CONFIDENCES
+from fedekd.functional import CONFIDENCES, all_finite
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork, exit_costs
 from fedekd.modules import ModelOutput
@@ -64,7 +64,7 @@ def exit_tradeoff(client: Client) -> ExitTradeoff | None:
     tuning_scores, test_scores = _scores(client.predict(role, "validation")), _scores(test_output)
     points = budget_points(tuning_scores, test_scores, correct, costs, [budget / held_share for budget in BUDGETS])
     # argmax of NaN is class 0, which is not a prediction.
-    factor = 1.0 if all(bool(logits.isfinite().all()) for logits in test_output.exits) else math.nan
+    factor = 1.0 if all_finite(test_output.exits) else math.nan
     accuracies = correct.mean(axis=0).tolist() if len(correct) else [math.nan] * network.num_exits
     budgets = ((budget, points[budget / held_share]) for budget in BUDGETS if budget / held_share in points)
     return ExitTradeoff(

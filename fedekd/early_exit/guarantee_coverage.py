@@ -13,6 +13,7 @@ from fedekd.early_exit.client_calibration import calibrate_client, exit_network,
 from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.scoring import HELD_OUT, ExitOutputs
 from fedekd.errors import UserError
+from fedekd.functional import all_finite
 from fedekd.methods import Client
 
 
@@ -131,7 +132,7 @@ def federation_coverage(clients: Sequence[Client], options: CoverageOptions, see
         raise UserError("clients: expected at least 1, got 0")
     outputs = [{split: split_outputs(client, split, independent=True) for split in HELD_OUT} for client in clients]
     joined = [ExitOutputs.concatenate(list(splits.values())) for splits in outputs]
-    if not all(bool(part.logits.isfinite().all()) for part in joined):
+    if not all_finite(part.logits for part in joined):
         return []
     populations = [part.to_scores() for part in joined]
     costs = image_costs(exit_network(clients[0]), clients[0].samples)

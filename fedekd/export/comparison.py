@@ -22,6 +22,7 @@ from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.errors import UserError
 from fedekd.export.inputs import TablePreprocessing
 from fedekd.export.served import OUTPUTS, Limit, ServedNetwork
+from fedekd.functional import all_finite
 from fedekd.methods import Client
 
 Outputs = dict[str, npt.NDArray[Any]]
@@ -72,7 +73,7 @@ def held_out_inputs(client: Client, served: ServedNetwork, most: int | None = No
     Raises:
         UserError: If a weight is not finite, as after diverged training.
     """
-    if not all(bool(tensor.isfinite().all()) for tensor in client.deployed_model.state_dict().values()):
+    if not all_finite(client.deployed_model.state_dict().values()):
         raise UserError(
             f"{client.splits.label}: expected a network with finite weights, got NaN or inf. Its training diverged"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.data import in_memory_format
-from fedekd.functional import at_least_float32
+from fedekd.functional import all_finite
 from fedekd.global_state import isolated_rng
 from fedekd.methods import Broadcast, ClientOptions, FederationSpec, StateDict
 from fedekd.models import eval_mode
@@ -25,7 +25,7 @@ _RANDOM_IMAGES = 4
 def is_finite(state: Any) -> bool:
     """Return True if all tensors of a nested state are free of NaN and infinity."""
     if isinstance(state, Tensor):
-        return bool(torch.isfinite(at_least_float32(state)).all())
+        return all_finite([state])
     if isinstance(state, Mapping):
         return all(map(is_finite, state.values()))
     return not isinstance(state, list | tuple) or all(map(is_finite, state))

@@ -22,7 +22,7 @@ from fedekd.early_exit.client_tradeoff import ExitTradeoff
 from fedekd.early_exit.cost_curves import BUDGETS
 from fedekd.errors import shorten
 from fedekd.federation.engines.base import ClientResult, RoundRequest
-from fedekd.functional import at_least_float32
+from fedekd.functional import all_finite, at_least_float32
 from fedekd.methods import ClientUpdate, StateDict
 from fedekd.metrics import MetricSpec
 
@@ -340,7 +340,7 @@ def _range_problem(name: str, tensor: Tensor, sent: Tensor) -> str | None:
     """Return why a tensor's values are out of range; None if they are not."""
     if tensor.is_floating_point() or tensor.is_complex():
         tensor = at_least_float32(tensor)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite([tensor]):
             limit = f" of at most {torch.finfo(sent.dtype).max:g} ({sent.dtype})" if sent.dtype == torch.float16 else ""
             return f"expected finite values{limit}, got NaN or infinity"
         if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
@@ -359,13 +359,13 @@ class Change:
 
     Attributes:
         norm: 2-norm of the difference, over all real and complex tensors.
-        message_norm: 2-norm of the same tensors of the message.
+        message: The message.
         integers: By name of each other tensor, such as a counter of BatchNorm, True if it differs.
         steps: Training steps of the client in an epoch, at least 1.
     """
 
     norm: float
-    message_norm: float
+    message: StateDict
     integers: Mapping[str, bool]
     steps: int = 1
 
@@ -373,16 +373,21 @@ class Change:
     @torch.no_grad()
     def of(cls, update: StateDict, sent: StateDict, steps: int = 1) -> Change:
         """Compute the change of a valid update, with sums in float64."""
-        squares, message_squares, integers = 0.0, 0.0, {}
+        squares, integers = 0.0, {}
         for name, tensor in update.items():
             before, after = sent[name], tensor.detach().to(sent[name].device)
             if tensor.is_floating_point() or tensor.is_complex():
                 before = at_least_float32(before)
                 squares += _square_norm(after.to(before.dtype) - before)
-                message_squares += _square_norm(before)
             else:
                 integers[name] = not torch.equal(after, before)
-        return cls(math.sqrt(squares), math.sqrt(message_squares), integers, max(steps, 1))
+        return cls(math.sqrt(squares), sent, integers, max(steps, 1))
+
+    @property
+    def message_norm(self) -> float:
+        """2-norm of the message, over its real and complex tensors."""
+        tensors = (t for t in self.message.values() if t.is_floating_point() or t.is_complex())
+        return math.sqrt(sum(_square_norm(at_least_float32(tensor)) for tensor in tensors))
 
 
 def _square_norm(tensor: Tensor) -> float:
@@ -411,7 +416,9 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
         if not others:
             continue
         usual = median(other.norm * min(max(change.steps / other.steps, 1.0), _MAX_STEPS_RATIO) for other in others)
-        limit = PROPORTION * max(usual, _SMALL_CHANGE * change.message_norm)
+        if change.norm > PROPORTION * usual:
+            usual = max(usual, _SMALL_CHANGE * change.message_norm)
+        limit = PROPORTION * usual
         if limit and change.norm > limit:  # 0: nothing to compare with, as after messages of zeros
             reasons[position] = (
                 f"expected a change of at most {limit:.4g} (2-norm) next to the other updates, got {change.norm:.4g}"

@@ -54,7 +54,7 @@ from fedekd.functional.log_linear import (
     sample_weights,
 )
 from fedekd.functional.paired_tests import betting_p_value, betting_stake, paired_p_value
-from fedekd.functional.precision import at_least_float32, upcast_to_float32
+from fedekd.functional.precision import all_finite, at_least_float32, upcast_to_float32
 from fedekd.functional.simplex import project_to_simplex
 from fedekd.functional.submodels import average_submodels, submodel_state_dict
 from fedekd.functional.unconditional_test import unconditional_p_value
@@ -70,6 +70,7 @@ __all__ = [
     "active_exits",
     "adjust_log_prior",
     "agreement_confidence",
+    "all_finite",
     "at_least_float32",
     "average_state_dicts",
     "average_submodels",

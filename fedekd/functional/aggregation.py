@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -94,4 +93,8 @@ def _average(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     is_integer = not (first.is_floating_point() or first.is_complex())
     if is_integer and all(torch.equal(tensor.to(first.device), first) for _, tensor in terms[1:]):
         return first.detach().clone()  # a seed or a hash may be too large for float64
-    return cast_like(reduce(torch.add, (share * to_float64(tensor, first) for share, tensor in terms)), first)
+    total = terms[0][0] * to_float64(first, first)
+    product = torch.empty_like(total)
+    for share, tensor in terms[1:]:
+        total += product.copy_(tensor.detach()).mul_(share)
+    return cast_like(total, first)

@@ -19,7 +19,7 @@ from fedekd.data import (
     scale,
 )
 from fedekd.errors import require
-from fedekd.functional import log_label_prior, upcast_to_float32
+from fedekd.functional import all_finite, log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.client_state import client_state, load_client_state, load_served_state, served_state
 from fedekd.methods.serving import CANDIDATE, ENSEMBLE, LOCAL, Candidate, Serving
@@ -538,11 +538,9 @@ class Client:
         """
         network = self.networks["private"]
         personal = {name: tensor for name, tensor in network.state_dict().items() if name not in received}
-        if not all(bool(tensor.isfinite().all()) for tensor in personal.values()):
+        if not all_finite(personal.values()):
             initial = self.spec.build_model("private", self.number).state_dict()
-            personal = {
-                name: tensor if bool(tensor.isfinite().all()) else initial[name] for name, tensor in personal.items()
-            }
+            personal = {name: tensor if all_finite([tensor]) else initial[name] for name, tensor in personal.items()}
         network.load_state_dict({**personal, **received})
 
     def state_dict(self) -> dict[str, Any]:

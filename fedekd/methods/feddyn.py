@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import require
-from fedekd.functional import average_state_dicts
+from fedekd.functional import all_finite, average_state_dicts
 from fedekd.methods.base import ClientUpdate, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
@@ -85,7 +85,7 @@ class FedDyn(FedAvg):
             for name, value in before.items()
             if name in update.state  # not frozen
         }
-        if all(bool(gradient.isfinite().all()) for gradient in updated.values()):
+        if all_finite(updated.values()):
             client.method_state["g"] = gradients | updated
         return update
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedekd.data import split_indices
 from fedekd.errors import UserError, require, require_choice
-from fedekd.functional import Aggregator, active_exits
+from fedekd.functional import Aggregator, active_exits, all_finite
 from fedekd.functional.exit_scheduling import SCHEDULES, Schedule
 from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
 from fedekd.methods.client import Client, has_batch_norm
@@ -212,7 +212,7 @@ class FedeKD(ProxyMethod):
         if lambda_kd:
             # The proxy is frozen during the phase: one forward pass per sample, not one per epoch.
             teacher_outputs = self._teacher_outputs(client, module.with_features)
-            if not all(bool(output.isfinite().all()) for output in teacher_outputs):
+            if not all_finite(teacher_outputs):
                 # A broken teacher counts as none.
                 module, teacher_outputs = self._private_module(client.spec, private, proxy, 0.0, active), ()
         return client.train_supervised(module, teacher_outputs=teacher_outputs, carry_optimizer=self.carry_private)

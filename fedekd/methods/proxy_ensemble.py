@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd.errors import require, require_choice
-from fedekd.functional import Aggregator, Mean, fit_linear_weights, fit_log_linear_weights
+from fedekd.functional import Aggregator, Mean, all_finite, fit_linear_weights, fit_log_linear_weights
 from fedekd.functional.label_prior import SERVING_SMOOTHING, TRAINING_SMOOTHING
 from fedekd.global_state import isolated_rng
 from fedekd.methods.base import Candidates, ClientUpdate, ProxyMethod, StateDict
@@ -260,7 +260,7 @@ class ProxyEnsemble(ProxyMethod):
         offsets = {name: none if name == "private" or shift is None else shift.cpu() for name in names}
         outputs = {name: client.predict(name, "tuning").output.cpu().double() + offsets[name] for name in names}
         # A member that diverged would make every prediction NaN, and the tuning split may be empty.
-        names = [name for name in names if bool(outputs[name].isfinite().all()) and is_finite(client.networks[name])]
+        names = [name for name in names if all_finite([outputs[name], *client.networks[name].state_dict().values()])]
         if not names or names == ["private"]:
             return None
         member_outputs, targets = torch.stack([outputs[name] for name in names]), self._tuning_targets(client)
@@ -292,8 +292,3 @@ class ProxyEnsemble(ProxyMethod):
         client.serving = Serving(
             ("student",), torch.ones(1, dtype=dtype), torch.zeros(1, spec.num_outputs, dtype=dtype)
         )
-
-
-def is_finite(network: nn.Module) -> bool:
-    """Return True if all parameters and buffers of a network are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())

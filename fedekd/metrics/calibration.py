@@ -105,7 +105,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
         return math.nan
     # torchmetrics gives a confidence of exactly 1 a bin of its own; the largest float64 below 1 is in the last bin.
     below_one = values.clamp(max=math.nextafter(1, 0))
-    return binary_calibration_error(below_one, correct.to("cpu", torch.int64), n_bins=bins).item()
+    return binary_calibration_error(below_one, correct.to("cpu", torch.int64), bins, validate_args=False).item()
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

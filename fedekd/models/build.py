@@ -275,7 +275,8 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
         if modes[0][1] != training:
             network.train(modes[0][1])  # a user's network may override train()
         for module, before in modes:
-            module.training = before
+            if module.training != before:
+                module.training = before
 
 
 def _package_arguments(

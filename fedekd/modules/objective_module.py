@@ -207,7 +207,8 @@ class ObjectiveModule(LightningModule):
                 totals, samples = counted[:-1], int(counted[-1])
             means = totals.cpu().double() / samples
             self.epoch_means = dict(zip(self._sums, means.tolist(), strict=True))
-            self.log_dict(self.epoch_means, batch_size=self.samples_seen, sync_dist=True)
+            if not self.trainer.barebones:  # then `log` does nothing but warn
+                self.log_dict(self.epoch_means, batch_size=self.samples_seen, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""

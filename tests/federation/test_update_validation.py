@@ -161,7 +161,8 @@ def test_check_rare_type_is_compared(dtype: torch.dtype) -> None:
 
 def changes(*norms: float, steps: tuple[int, ...] = (), message_norm: float = 0.0) -> list[Change]:
     """Changes of these norms, with one training step each by default."""
-    return [Change(norm, message_norm, {}, count) for norm, count in zip(norms, steps or [1] * len(norms), strict=True)]
+    message = {"weight": torch.tensor([message_norm])}
+    return [Change(norm, message, {}, count) for norm, count in zip(norms, steps or [1] * len(norms), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -198,14 +199,14 @@ def test_out_of_proportion_first_change_of_a_message_that_is_not_zero_has_a_limi
 
 
 def test_out_of_proportion_integers_that_others_keep_may_not_change() -> None:
-    honest, index = (Change(1, 1, {"count": True, "index": differs}) for differs in (False, True))
+    honest, index = (Change(1, {}, {"count": True, "index": differs}) for differs in (False, True))
     assert list(out_of_proportion([honest, index, honest])) == [1]
     assert not out_of_proportion([honest, honest, honest])
 
 
 def test_out_of_proportion_integers_are_compared_with_two_clients_that_hold_them() -> None:
-    small, deep = Change(1, 1, {"count": True}), Change(1, 1, {"count": True, "deep": True})
-    kept = Change(1, 1, {"count": True, "deep": False})
+    small, deep = Change(1, {}, {"count": True}), Change(1, {}, {"count": True, "deep": True})
+    kept = Change(1, {}, {"count": True, "deep": False})
     assert not out_of_proportion([small, small, small, deep, deep])
     assert not out_of_proportion([small, small, deep, kept])
     assert list(out_of_proportion([small, small, deep, kept, kept])) == [2]
