@@ -92,7 +92,7 @@ $(PEERS)/.installed: $(INSTALLED) perf/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r perf/peers/requirements.txt
 	touch $@
 
-## bench-peers: compare FedAvg with a bare loop, fluke and pfl-research (options: ARGS="--rounds 3")
+## bench-peers: compare FedAvg with a bare loop, fluke, pfl-research and Flower (options: ARGS="--rounds 3")
 .PHONY: bench-peers
 bench-peers: $(PEERS)/.installed
 	$(BIN)/python -m perf.peers --peers $(PEERS)/bin/python $(ARGS)

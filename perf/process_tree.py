@@ -1,7 +1,8 @@
-"""Peak memory of a process and its descendants, read from /proc (Linux only)."""
+"""Memory and CPU time of a process and its descendants, read from /proc (Linux only)."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections import defaultdict
@@ -67,14 +68,28 @@ def memory_of(root: int) -> Memory:
     return Memory(own / 1024, files / 1024, len(processes))
 
 
+def cpu_seconds(root: int) -> float:
+    """Return the CPU time so far of a process and its living descendants."""
+    ticks = 0
+    for pid in descendants(root):
+        with suppress(OSError):
+            user, system = _stat(Path(f"/proc/{pid}/stat"))[11:13]
+            ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def descendants(root: int) -> list[int]:
     """Return the ids of a process and all its descendants."""
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            after_name = stat.read_bytes().rpartition(b")")[2].split()  # the name may contain spaces and parentheses
-            children[int(after_name[1])].append(int(stat.parent.name))
+            children[int(_stat(stat)[1])].append(int(stat.parent.name))
     pids = [root]
     for pid in pids:
         pids += children[pid]
     return pids
+
+
+def _stat(path: Path) -> list[bytes]:
+    """Return the fields of a stat file from the state of the process on."""
+    return path.read_bytes().rpartition(b")")[2].split()  # the name may contain spaces and parentheses

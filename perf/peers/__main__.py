@@ -1,10 +1,10 @@
-"""Compare FedAvg in fedekd with a bare loop, fluke and pfl-research.
+"""Compare FedAvg in fedekd with a bare loop, fluke, pfl-research and Flower's simulation.
 
 Run as `make bench-peers`. All of them train PrivateCNN in float32 with SGD on one core, from the same initial weights
 on the same images, two epochs of batches of 64 per round. Where a client has one batch, the order of its images does
 not matter, and the global models must be equal. Each contender runs in a separate process, one after the other, in
 turns. The time of a round is measured after the first one. fedekd also evaluates each client's test split; the others
-do not.
+do not. Flower's simulation runs clients in one Ray actor: its CPU time and memory are those of all its processes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CONTENDERS = {
     "fedekd, every round saved": ("fedekd_run", ("--every_round",), None),
     "fluke": ("fluke_run", (), "fluke"),
     "pfl-research": ("pfl_run", (), "pfl"),
+    "Flower's simulation": ("flower_run", (), "flwr"),
 }
 
 #: Clients, training images of each, and their height and width.
@@ -51,6 +52,7 @@ def measure(python: Path, module: str, options: Sequence[str], setting: Sequence
     """
     command = [str(python), "-m", f"perf.peers.{module}", *map(str, setting), str(rounds), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}: exit code {result.returncode}\n{result.stderr[-2000:]}")

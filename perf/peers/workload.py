@@ -21,13 +21,28 @@ EPOCHS, BATCH, RATE = 2, 64, 0.01
 
 @dataclass
 class Clock:
-    """Wall and CPU time at the end of each round, in seconds."""
+    """Wall and CPU time at the end of each round, in seconds, and peak memory.
+
+    Attributes:
+        ends: Times at the end of each round.
+        peak: Largest memory at the end of a round in MiB.
+    """
 
     ends: list[tuple[float, float]] = field(default_factory=list)
+    peak: float = 0.0
 
     def tick(self, *_: object) -> None:
         """Note the end of a round."""
-        self.ends.append((time.perf_counter(), time.process_time()))
+        self.ends.append((time.perf_counter(), self.cpu()))
+        self.peak = max(self.peak, self.memory())
+
+    def cpu(self) -> float:
+        """Return the CPU time so far in seconds."""
+        return time.process_time()
+
+    def memory(self) -> float:
+        """Return the peak memory so far in MiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def report(self, parameters: Iterable[Tensor]) -> None:
         """Print the mean times of the rounds after the first one as JSON.
@@ -38,8 +53,7 @@ class Clock:
         pairs, rounds = zip(self.ends[0], self.ends[-1], strict=True), len(self.ends) - 1
         wall, cpu = ((last - first) / rounds for first, last in pairs)
         norm = sum(float(tensor.detach().double().square().sum()) for tensor in parameters) ** 0.5
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"wall": wall, "cpu": cpu, "start_up": self.ends[0][1], "peak": peak, "norm": norm}))
+        print(json.dumps({"wall": wall, "cpu": cpu, "start_up": self.ends[0][1], "peak": self.peak, "norm": norm}))
 
 
 @dataclass
