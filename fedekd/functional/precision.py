@@ -1,4 +1,4 @@
-"""Conversion of tensors of low precision to float32, and the test for finite values."""
+"""Conversion of tensors to float32, and a test for finite values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare FedAvg in fedekd with a bare loop, fluke, pfl-research and Flower's simulation.
+"""Compare FedAvg in fedekd with a bare loop and with other libraries.
 
 Run as `make bench-peers`. All of them train PrivateCNN in float32 with SGD on one core, from the same initial weights
 on the same images, two epochs of batches of 64 per round. Where a client has one batch, the order of its images does
