@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import pandas as pd
 
 from experiments.fedekd_paper.load import display_name
+from experiments.fedekd_paper.statistics import t_interval
 from fedekd.benchmark.results import exit_columns
 from fedekd.early_exit.cost_curves import Point, cost_of
 from fedekd.metrics import primary_metric
@@ -15,6 +18,9 @@ from fedekd.reporting.document import spread
 
 #: Printed budgets, in percent of the plain network's FLOPs.
 BUDGETS = (25, 50, 75)
+
+#: Budget at which a method is compared with the best one without exits: CAFEDistill claims at least 30% fewer FLOPs.
+COMPARED = 70
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,14 @@ class ExitComparison:
             seeds; `saved` is the share of FLOPs that the method saves at the accuracy of `plain` (NaN if it does not
             reach it or there is no `plain`).
         accuracies: Accuracies at the last exit by method, one per seed.
+        differences: By method the accuracy within the budget `COMPARED` minus that of `plain`, one per common seed.
     """
 
     name: str
     plain: tuple[str, float] | None
     points: pd.DataFrame
     accuracies: dict[str, list[float]]
+    differences: dict[str, list[float]]
 
     @property
     def finding(self) -> str:
@@ -75,10 +83,10 @@ def _comparison(name: str, runs: pd.DataFrame) -> ExitComparison:
         seeds = scores[scores.notna().sum().idxmax()].dropna().index
         means = scores.loc[seeds].mean(skipna=False).dropna()
         plain = str(means.idxmax()), float(means.max())
-    frames, accuracies = [], {}
+    frames, accuracies, differences = [], {}, {}
     groups = sorted(runs[with_exits].groupby("method", sort=False), key=lambda item: -item[1]["mean"].mean())
     for method, group in groups:
-        points, saved = _points(group), math.nan
+        points, saved, within = _points(group), math.nan, f"budget_{COMPARED}"
         common = group[group["seed"].isin(scores[plain[0]].dropna().index)] if plain else group[:0]
         if plain and len(common):
             curve = _points(common).query("kind == 'budget'")
@@ -86,9 +94,12 @@ def _comparison(name: str, runs: pd.DataFrame) -> ExitComparison:
             saved = 1.0 - cost_of(
                 accuracy, [Point(*point) for point in zip(curve["cost"], curve["accuracy"], strict=True)]
             )
+            if within in common:
+                paired = common.set_index("seed")[within] - scores[plain[0]]
+                differences[str(method)] = paired.dropna().tolist()
         frames.append(points.assign(method=method, saved=saved))
         accuracies[str(method)] = group.sort_values("seed")["mean"].tolist()
-    return ExitComparison(name, plain, pd.concat(frames, ignore_index=True), accuracies)
+    return ExitComparison(name, plain, pd.concat(frames, ignore_index=True), accuracies, differences)
 
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -98,9 +109,21 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "number", "cost", "accuracy"]).astype({"number": int})
 
 
+def with_interval(differences: Sequence[float]) -> str:
+    """Return the mean of differences with its 95% interval.
+
+    Of one difference it is the value, and without any it is empty.
+    """
+    text = f"{mean(differences):+.4f}" if differences else ""
+    if len(differences) < 2:
+        return text
+    low, high = t_interval(differences)
+    return f"{text} ({low:+.4f} to {high:+.4f})"
+
+
 def exit_table(comparison: ExitComparison) -> pd.DataFrame:
     """Return the printed cells of a comparison."""
-    rows = {}
+    rows, difference = {}, f"budget {COMPARED}%, difference to the best without exits (95% interval)"
     for method, points in comparison.points.groupby("method", sort=False):
         accuracies = comparison.accuracies[str(method)]
         row = {"method": method, "accuracy": spread(accuracies)}
@@ -111,7 +134,9 @@ def exit_table(comparison: ExitComparison) -> pd.DataFrame:
                 row[f"budget {point.number}%"] = f"{point.accuracy:.4f} ({point.cost:.0%})"
         saved = points["saved"].iloc[0]
         missing = "" if comparison.plain is None else "not reached"
-        rows[method] = row | {"FLOPs saved": f"{saved:.1%}" if saved == saved else missing, "seeds": len(accuracies)}
+        row["FLOPs saved"] = f"{saved:.1%}" if saved == saved else missing
+        row[difference] = with_interval(comparison.differences.get(str(method), []))
+        rows[method] = row | {"seeds": len(accuracies)}
     table = pd.DataFrame(list(rows.values())).fillna("")
-    last = ["FLOPs saved", "seeds"]
+    last = ["FLOPs saved", difference, "seeds"]
     return table[[*(name for name in table if name not in last), *last]]

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import friedmanchisquare, rankdata, studentized_range, ttest_ind_from_stats, wilcoxon
+from scipy.stats import friedmanchisquare, rankdata, studentized_range, t, ttest_ind_from_stats, wilcoxon
 
 #: Level of all tests.
 LEVEL = 0.05
@@ -40,6 +40,20 @@ def welch(values: Sequence[float], published_mean: float, published_std: float, 
     if measured[1] == published_std == 0.0:
         return float(measured[0] == published_mean)
     return float(ttest_ind_from_stats(*measured, published_mean, published_std, published_n, equal_var=False).pvalue)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% confidence interval of a mean by Student's t.
+
+    Args:
+        values: One per seed, at least two.
+
+    Example:
+        >>> [round(end, 3) for end in t_interval([1.0, 2.0, 3.0])]
+        [-0.484, 4.484]
+    """
+    half = float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean(values) - half, mean(values) + half
 
 
 def signed_rank(differences: Sequence[float]) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pandas as pd
 
-from experiments.fedekd_paper.load import display_name
-from experiments.result_pages.common import NOT_MEASURED, RESULTS, markdown, minus, read, spread
-
-BUDGETS = (25, 50, 75)
+from experiments.fedekd_paper.exits import ExitComparison, exit_comparisons, exit_table, with_interval
+from experiments.fedekd_paper.load import arrange, display_name
+from experiments.result_pages.common import NOT_MEASURED, RESULTS, markdown, minus, read
+from fedekd.benchmark import numeric, read_results
 
 
 def exits(dataset: str) -> str:
@@ -57,6 +57,9 @@ def validity(dataset: str) -> str:
         rows.append([f"`{mode}`", *cells, str(group["draws"].iloc[0])])
     return markdown(["mode", *(f"target risk {risk:g}" for risk in risks), "draws"], rows)
 
+
+#: Columns in which changes of a method are compared, and their titles.
+COMPARED = {"mean": "last exit", "exit_1": "first exit", "budget_50": "budget 50%"}
 
 EXIT_SETTING = ["dataset", "model", "samples", "epochs"]
 
@@ -130,66 +133,51 @@ def exit_corruptions() -> str:
     return markdown(heads, rows) if rows else NOT_MEASURED
 
 
-def _cost_of(accuracy: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Lowest cost at which a (cost, accuracy) curve reaches an accuracy, or NaN."""
-    points = sorted(curve)
-    for index, (cost, reached) in enumerate(points):
-        if reached >= accuracy:
-            if index == 0:
-                return cost
-            cost_before, before = points[index - 1]
-            return cost_before + (accuracy - before) / (reached - before) * (cost - cost_before)
-    return math.nan
-
-
-def _columns(frame: pd.DataFrame, kind: str) -> list[int]:
-    names = frame.columns.str.extract(rf"^{kind}_(\d+)$")[0].dropna().astype(int)
-    return sorted(number for number in names if frame[f"{kind}_{number}"].notna().all())
-
-
-def _static(frame: pd.DataFrame) -> dict[str, pd.Series]:
-    """Accuracy by seed of the methods without exits, and of their local baseline."""
-    static = frame[frame["exit_2"].isna()]
-    scores = {name: group.set_index("seed")["mean"] for name, group in static.groupby("method")}
-    if len(static):
-        scores["Local, without exits"] = static.drop_duplicates("seed").set_index("seed")["local_mean"]
-    return scores
-
-
-def _best_static(frame: pd.DataFrame) -> str:
-    scores = _static(frame)
-    seeds = max((set(series.index) for series in scores.values()), key=len)
-    full = {name: series for name, series in scores.items() if seeds <= set(series.index)}
-    return max(full, key=lambda name: full[name].mean())
-
-
 def exit_methods(grid: str) -> str:
     """Methods with early exits: accuracy per exit and within FLOPs budgets."""
-    frame = read(f"{grid}/cifar10.csv")
-    best = _static(frame)[_best_static(frame)]
-    multi = frame[frame["exit_2"].notna()]
-    exits, budgets = _columns(multi, "exit"), _columns(multi, "budget")
-    place = multi.iloc[0]
+    comparison = _comparison(grid)
+    table = exit_table(comparison).rename(columns={"method": comparison.name})
+    return markdown(list(table), [[minus(str(cell)) for cell in row] for row in table.to_numpy()])
+
+
+def learning_rates(grid: str) -> str:
+    """Mean accuracy of methods named `METHOD, lr RATE`, the best rate of each in bold."""
+    runs = numeric(read_results(RESULTS / grid))
+    runs[["name", "rate"]] = runs["method"].str.extract(r"^(.*), lr ([\d.]+)$").to_numpy()
+    table = runs.pivot_table(index="name", columns="rate", values="mean", sort=False)
+    table = table[sorted(table, key=float)].loc[table.max(axis=1).sort_values(ascending=False).index]
+    rows = [
+        [name, *("" if math.isnan(x) else f"**{x:.4f}**" if x == row.max() else f"{x:.4f}" for x in row)]
+        for name, row in table.iterrows()
+    ]
+    return markdown(["accuracy at learning rate", *table], rows)
+
+
+def exit_parts(grid: str, parts: str) -> str:
+    """Differences that a change of a method makes, paired by seed.
+
+    Methods of `parts` are named `BASE, CHANGE`, where BASE is a method of `grid`.
+    """
+    changed = numeric(read_results(RESULTS / parts)).set_index(["method", "seed"])
+    bases = numeric(read_results(RESULTS / grid)).set_index(["method", "seed"])
     rows = []
-    for name, group in sorted(multi.groupby("method"), key=lambda item: -item[1]["mean"].mean()):
-        group = group.set_index("seed", drop=False)
-        common = group.index.intersection(best.index)
-        own = [b for b in budgets if group[f"budget_{b}"].notna().all()]
-        curve = [(group.loc[common, f"budget_{b}_flops"].mean(), group.loc[common, f"budget_{b}"].mean()) for b in own]
-        saved = 1 - _cost_of(best.loc[common].mean(), curve)
-        within = [f"{group[f'budget_{b}'].mean():.4f} ({group[f'budget_{b}_flops'].mean():.0%})" for b in BUDGETS]
-        at_exits = [f"{group[f'exit_{e}'].mean():.4f}" for e in exits]
-        saving = "not reached" if math.isnan(saved) else f"{saved:.1%}"
-        rows.append([name, spread(group["mean"], False), *at_exits, *within, saving, str(len(group))])
-    first = multi[multi["method"] == rows[0][0]]
-    heads = [f"exit {e} ({first[f'exit_{e}_flops'].mean():.0%} of the FLOPs)" for e in exits]
-    title = f"CIFAR-10, alpha {place['alpha']:g}, {place['clients']} clients, {place['rounds']} rounds"
-    budget_heads = [f"budget {b}% (used)" for b in BUDGETS]
-    return markdown([title, "accuracy", *heads, *budget_heads, "FLOPs saved", "seeds"], rows)
+    for name in changed.index.unique("method"):
+        base, _, change = name.partition(", ")
+        runs = changed.loc[name]
+        differences = [(runs[column] - bases.loc[base, column]).dropna().tolist() for column in COMPARED]
+        cells = [minus(with_interval(values)) for values in differences]
+        rows.append([base, change, f"{runs['mean'].mean():.4f}", *cells, str(len(differences[0]))])
+    heads = ["method", "change", "accuracy", *(f"difference, {title}" for title in COMPARED.values()), "seeds"]
+    return markdown(heads, rows) if rows else NOT_MEASURED
 
 
 def best_static(grid: str) -> str:
     """The best method without exits, and its accuracy."""
-    frame = read(f"{grid}/cifar10.csv")
-    name = _best_static(frame)
-    return f"{name.removesuffix(', static')} without exits, {_static(frame)[name].mean():.4f}"
+    plain = _comparison(grid).plain
+    assert plain is not None
+    return f"{plain[0].removesuffix(', static')} without exits, {plain[1]:.4f}"
+
+
+def _comparison(grid: str) -> ExitComparison:
+    [comparison] = exit_comparisons(arrange(numeric(read_results(RESULTS / grid))))
+    return comparison
