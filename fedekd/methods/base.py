@@ -20,7 +20,7 @@ StateDict = Mapping[str, Tensor]
 """Tensors by name, as in `torch.nn.Module.state_dict`."""
 
 Candidates = Mapping[str, Callable[[Client], Serving | None]]
-"""By name, how a client serves a model; None is its private model."""
+"""By name, a function that returns how a client serves the model; None is its private model."""
 
 
 def state_dict_bytes(state: StateDict) -> int:
@@ -105,7 +105,7 @@ class Method(ABC):
     #: True for the local baseline, against which Delta is computed.
     is_local_baseline = False
 
-    #: True if a client serves more than its private model: such a method is compared with its control, too.
+    #: True if a client serves more than its private model: `baseline.control` null then trains its control.
     serves_more = False
 
     #: True if clients exchange private models: frozen parts (`client.freeze`) must then be equal at all of them.
@@ -122,10 +122,10 @@ class Method(ABC):
         self.server_state: dict[str, Any] = {}
 
     def init_server(self, spec: FederationSpec) -> None:  # noqa: B027 - optional
-        """Check the specification and set `server_state`; server, before round 0."""
+        """Check the specification and set `server_state` (server, before round 0)."""
 
     def restrict_to_one_client(self) -> None:  # noqa: B027 - optional
-        """Change what depends on the number of clients, for a control.
+        """Adapt the method to a run with one client, for a control.
 
         Called after `init_server`.
         """
@@ -135,21 +135,22 @@ class Method(ABC):
         return spec.rounds * spec.client.local_epochs
 
     def init_client(self, client: Client) -> None:  # noqa: B027 - optional
-        """Add networks and `method_state`; client, before its first round."""
+        """Add networks and `method_state` (client, before its first round)."""
 
-    #: Candidates that are trained in the last round: a comparison before would be with an untrained network.
+    #: Candidates that are trained only in the last round: before, their network is untrained.
     last_round_candidates: ClassVar[tuple[str, ...]] = ()
 
     def candidates(self) -> Candidates:
         """Return the models that a client can deploy, for `do_no_harm.candidates`.
 
-        A function gets the client after `receive`, and returns how the model is served. By default there is one, what
-        the method serves, named `private`. The exits of the private model are candidates without being listed.
+        Each function gets the client after `receive` and returns how the model is served. The only candidate by default
+        is `private`, the model that the method serves. The exits of the private model are candidates without being
+        listed.
         """
         return {"private": lambda client: client.serving}
 
     def broadcast(self, participants: Sequence[int], round_idx: int) -> Broadcast:
-        """Return the message to the participants of a round; server."""
+        """Return the message to the participants of a round (server)."""
         return Broadcast()
 
     @property
@@ -164,24 +165,24 @@ class Method(ABC):
     def serves_average(self) -> bool:
         """True if a client serves the server's average as it is.
 
-        Such a network has not been trained on the client's class mix last, so that its label prior is not the client's.
+        The client has not trained this average, so its label prior is not that of the client.
         """
         return False
 
     @abstractmethod
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load the server's message, and possibly train the private model; client.
+        """Load the server's message, and possibly train the private model (client).
 
         Returns:
             Scalars to log for this client.
         """
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
-        """Train what is sent, and return the message; client, in rounds 0..R-1."""
+        """Train the networks to send, and return the update (client, rounds 0..R-1)."""
         return ClientUpdate.of(client)
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:  # noqa: B027 - optional
-        """Set `server_state` from the updates, sorted by client number; server."""
+        """Set `server_state` from the updates, sorted by client number (server)."""
 
 
 class ProxyMethod(Method):

@@ -228,7 +228,7 @@ class Client:
 
     @property
     def supervised_rounds(self) -> int:
-        """Completed supervised rounds; Delta compares with as many of the local baseline."""
+        """Completed supervised rounds; Delta uses the baseline after the same number."""
         return self.supervised_epochs // self.spec.client.local_epochs
 
     def train_supervised(
@@ -257,7 +257,7 @@ class Client:
     def train(
         self, role: str, module: ObjectiveModule, round_idx: int, **options: Unpack[PhaseOptions]
     ) -> dict[str, float]:
-        """Train another network than the private model: one phase of a round.
+        """Train a network other than the private model for one phase of a round.
 
         The order of batches and all other random choices of an epoch depend only on (seed, client, round, role,
         epoch): a phase may be trained in one call, or epoch by epoch in turn with another phase.
@@ -444,9 +444,9 @@ class Client:
             with_classes: Also return the scores of more than two classes.
 
         Returns:
-            Losses as in `losses`, and float64 scores that rank the samples: of two classes the log odds of class 1,
-            shape (n,); with `with_classes` of more classes the log-probabilities (n, C); else shape (0,). A non-finite
-            output has the scores that are wrong for its target.
+            Losses as in `losses`, and float64 scores that rank the samples. For two classes: the log odds of class 1,
+            shape (n,). For more classes and `with_classes`: log-probabilities, shape (n, C). Otherwise: shape (0,). A
+            non-finite output gets the scores that are wrong for its target.
         """
         output = self.in_target_unit(self.predict(role or self.served_role, split, mixed=False).output)
         targets = self.targets(split)
@@ -507,7 +507,7 @@ class Client:
         return self.network(self.deployed_role)
 
     def use_local_model(self, local: Client | None) -> None:
-        """Deploy the local model or the federated one; the latter is stored in any case.
+        """Deploy the local or the federated model; the federated model stays stored.
 
         Args:
             local: The client of the local baseline; None for the federated model.
@@ -524,7 +524,7 @@ class Client:
 
     @contextmanager
     def trial(self, candidate: Candidate) -> Iterator[None]:
-        """Context manager: `candidate` is the network of the role of this name."""
+        """Context manager: make `candidate` the network of the role `candidate`."""
         before, self.candidate = self.candidate, candidate
         try:
             yield

@@ -65,8 +65,8 @@ def load_served_state(client: Client, state: Mapping[str, Any]) -> None:
 def _network_states(client: Client, roles: Iterable[str]) -> dict[str, Any]:
     """Return the states of networks without those of the frozen base.
 
-    Omitted are the tensors of `FederationSpec.frozen_base`, and `base_sha256` is their digest; it is missing where
-    none are omitted. A network whose frozen tensors are not those of the base is stored in full.
+    The tensors of `FederationSpec.frozen_base` are omitted, and `base_sha256` is their digest; without omitted tensors
+    there is no digest. A network whose frozen tensors differ from the base is stored in full.
     """
     networks = {role: client.networks[role].state_dict() for role in roles}
     base = client.spec.frozen_base(client.number)
@@ -89,7 +89,7 @@ def _load_network(client: Client, role: str, stored: Mapping[str, Tensor], state
         client: The client.
         role: Role of the network, which has its initial weights or the same frozen tensors.
         stored: Its stored tensors.
-        state: The state that has them.
+        state: Result of `_network_states` with `stored`.
 
     Raises:
         UserError: If the network has other frozen tensors than those that were omitted.

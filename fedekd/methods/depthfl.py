@@ -23,8 +23,8 @@ class DepthFL(SubmodelFedAvg):
     $$\frac1d \sum_e \Big[\mathrm{CE}_e + \frac{\lambda_t}{d - 1} \sum_{j \ne e}
     \mathrm{KL}(\mathrm{sg}\,p_j \,\|\, p_e)\Big], \qquad \lambda_t = \lambda\, e^{-5 (1 - \min(1, t / (r T)))^2}.$$
 
-    The loss of the paper is d times this one; the division makes learning rates comparable with those of other
-    methods. The paper trains with FedDyn or FedAvg; this is FedAvg.
+    The paper's loss is d times this loss; the division makes learning rates comparable with those of other methods. The
+    paper aggregates by FedDyn or FedAvg, this class by FedAvg.
 
     Args:
         distillation_weight: lambda, at least 0.

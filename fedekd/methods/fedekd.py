@@ -24,7 +24,7 @@ from fedekd.seeding import derive_seed
 
 OptimizerState = Literal["carry", "reset"]
 
-#: Roles of the proxies; that of the second one, of `cross_fit`, prefixes its tensors in messages.
+#: Roles of the proxies. The second one exists with `cross_fit`; its role is the prefix of its tensors in messages.
 FIRST, SECOND = "proxy", "second_proxy"
 
 
@@ -91,9 +91,8 @@ class FedeKD(ProxyMethod):
 
     With `cross_fit` two proxies are federated. A client distils the first one on a fixed random half of its training
     samples and the second one on the other half, and each sample is taught by the proxy that was not distilled on it.
-    The private model that is distilled has seen all samples, so that a proxy knows of the other half what the private
-    model has learnt from it. A client sends and receives twice as much. The agreement of exits with the proxy uses the
-    first one.
+    The distilled private model was trained on all samples, so each proxy still depends on the other half through it. A
+    client sends and receives twice as much. The agreement of exits with the proxy uses the first one.
 
     Args:
         beta: Sharpness of the gate, above 0 (Eq. 3).
@@ -114,10 +113,10 @@ class FedeKD(ProxyMethod):
             first round on and adds the others, shallow ones first, over the first half of the rounds.
         consistency_weight: For a private model with exits: weight of the distillation from its deepest exit to the
             others, at least 0.
-        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. The private
-            model that is distilled has seen all samples: the outputs of a teacher still depend on each of
-            them, through that model. With `lambda_kd` 0 both proxies are federated and teach nothing. Not with
-            augmented training samples, whose teacher outputs are not computed in advance.
+        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. The distilled
+            private model was trained on all samples: through it, a teacher's outputs still depend on each of them. With
+            `lambda_kd` 0 both proxies are federated, but not used as teachers. Not with augmented training samples,
+            whose teacher outputs are not computed in advance.
 
     Raises:
         UserError: If a value is out of range.
@@ -231,7 +230,7 @@ class FedeKD(ProxyMethod):
         return trust.to(client.spec.trainer.torch_device)
 
     def _teacher_outputs(self, client: Client, with_features: bool) -> tuple[Tensor, ...]:
-        """Return the outputs for each training sample of its teacher."""
+        """Return the outputs of the teacher of each training sample."""
         first, *second = (client.teacher_outputs(role, with_features) for role in self._roles)
         if not second:
             return first

@@ -22,8 +22,8 @@ class FedType(ProxyMethod):
 
     In every local epoch the private model learns from the labels and from the proxy's prediction sets, then the proxy
     from the labels and from the private model. Both conformal models are recalibrated each epoch on the client's
-    validation split. Classification only. Two points that the paper leaves open: the ranking loss uses the logits of
-    the private model; and the proxy's lam follows the proxy's score on the validation split, and is kept between
+    validation split. Classification only. The paper leaves two points open. Here the ranking loss uses the logits of
+    the private model. The proxy's lam changes with the proxy's score on the validation split, and is kept between
     rounds.
 
     Args:
@@ -69,7 +69,7 @@ class FedType(ProxyMethod):
         """Train both networks in alternating epochs, and return the proxy."""
         anchor = copy_parameters(client.networks["proxy"])
         client.optimizer_states.pop("proxy", None)
-        # Both networks have the learning rate of one round, the proxy also after the last supervised epoch.
+        # Read before training: counting the last epoch ends the round, which would decay the proxy's learning rate.
         supervised_rounds = client.supervised_rounds
         for epoch in range(client.spec.client.local_epochs):
             self._train_private(client, round_idx, epoch)

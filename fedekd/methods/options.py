@@ -68,7 +68,7 @@ def build_optimizer(
 
 
 def _unfuse_partial_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the fused form if the loaded state has momentum of some parameters only.
+    """Disable the fused form if the loaded state lacks momentum of some parameters.
 
     PyTorch's fused SGD raises a TypeError there, as after FML has dropped the proxy's state.
     """
@@ -237,8 +237,8 @@ class ClientOptions:
             compute. A list is assigned round-robin, as in [1, 2, 3]. Requires exits; null gives all stages.
         lr_decay: Factor of the learning rate per supervised round of the client, in (0, 1].
         scheduler: A class of torch.optim.lr_scheduler, or a function of the optimizer that returns such an object:
-            class_path and init_args. The schedule of each network goes on from round to round, also where its
-            optimizer starts new. lr_decay multiplies its rates. null keeps the rates.
+            class_path and init_args. The schedule of each network continues from round to round, even if its optimizer
+            state is reset. lr_decay multiplies its rates. null keeps the rates.
         scheduler_interval: epoch steps the scheduler after each epoch, step after each step of the optimizer.
         class_weights: balanced weights the cross-entropy of each client's training samples by n / (k n_c), with n_c of
             n training samples in class c and k classes among them, also in the local baseline; null weights all
@@ -252,7 +252,8 @@ class ClientOptions:
             statistics. Frozen tensors are not exchanged. With weights from a file, of torchvision or of timm, or with
             frozen parts, initial weights are equal at all clients; null trains all.
         lora: Low-rank adapters of the private model, as in lora.r 8, through peft (pip install 'fedekd[lora]'). All
-            other weights are frozen but the last linear layer, or with exits the heads. null trains all.
+            other weights are frozen, except the last linear layer, or the heads of a network with exits. null trains
+            all.
 
     Raises:
         UserError: If a value is out of range, or the file of the weights cannot be read.

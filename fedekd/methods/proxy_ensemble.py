@@ -37,18 +37,18 @@ _MIN_TUNING = 10
 class ProxyEnsemble(ProxyMethod):
     r"""ProxyEnsemble: an ensemble of private model and prior-aware proxies.
 
-    The proxy $g(x) = W \varphi(x)$ has a frozen head W, equal at all clients; only $\varphi$ travels. The rows of W are
-    orthogonal with norm 2 if $\varphi$ has at least as many features as there are classes.
+    The proxy $g(x) = W \varphi(x)$ has a frozen head W, equal at all clients; only $\varphi$ is exchanged. The rows of
+    W are orthogonal with norm 2 if $\varphi$ has at least as many features as there are classes.
 
     1. Client: $\min_\varphi \mathrm{CE}(\mathrm{softmax}(g(x) + \log\pi_k), y)$, with the label prior $\pi_k(c) =
        (n_{kc} + 0.01) / (n_k + 0.01\,C)$ of its training samples.
     2. Server: $\varphi = \sum_k n_k \varphi_k / \sum_k n_k$.
-    3. Client k serves $p \propto f_k^{w_1} q_k^{w_2} u_k^{w_3}$: the private model $f_k$, which is that of local
+    3. Client k serves $p \propto f_k^{w_1} q_k^{w_2} u_k^{w_3}$: the private model $f_k$, trained as in local
        training; the global proxy with the client's prior, $q_k = \mathrm{softmax}(g(x) + \log\pi_k)$; and, after the
        last round, the tuned proxy $u_k$, trained for `finetune_epochs` more on the client's samples. At serving time
        each class counts one sample more in $\pi_k$.
 
-    For regression the client's mean target takes the place of $\log\pi_k$, the head is trained and travels, and the
+    For regression the client's mean target takes the place of $\log\pi_k$, the head is trained and exchanged, and the
     outputs are averaged.
 
     A client sends the weights of $\varphi$ (for regression of the whole proxy) and its number of training samples
@@ -63,7 +63,7 @@ class ProxyEnsemble(ProxyMethod):
             `private` and `tuned`: the mean target corrects the global proxy for some clients only.
         combination: `fitted` fits the weights on the tuning split, shrunk towards equal weights, which are used for
             fewer than 10 samples; `equal` has equal weights; null is `fitted`, and for regression `equal`.
-        ridge: Strength of that shrinkage, above 0; more counts as more tuning samples in favour of equal weights.
+        ridge: Strength of this shrinkage, above 0; larger values give weights closer to equal weights.
         label_prior: Train and serve the proxies with the client's label prior.
         frozen_head: Freeze the common head of the proxies; false trains and exchanges it.
         weights: `samples` weights clients by their training samples; `uniform` gives each the same weight, as secure
@@ -195,7 +195,7 @@ class ProxyEnsemble(ProxyMethod):
         return max(super().scheduled_epochs(spec), proxies)
 
     def prepare_update(self, client: Client, round_idx: int) -> ClientUpdate:
-        """Train the proxy on labels, and return what travels of it."""
+        """Train the proxy on labels, and return its exchanged tensors."""
         self._train_proxy(client, "proxy", round_idx, self.proxy_epochs)
         return ClientUpdate.of(client, self._travelling(client.networks["proxy"]))
 

@@ -28,8 +28,8 @@ def used_splits(method: Method, spec: FederationSpec) -> tuple[str, ...]:
 def select_round(client: Client, round_idx: int, logs: Mapping[str, float], deploy: bool) -> dict[str, float]:
     """Keep what a client serves if it is the best so far.
 
-    Rounds are compared by the primary metric of the run on the tuning split. Of equal rounds the latest counts, and so
-    it does if no round has a score. A round that is not finite has none.
+    Rounds are compared by the primary metric of the run on the tuning split. Of rounds with equal scores the latest is
+    kept, and also if no round has a score: a round with non-finite outputs has none.
 
     Args:
         client: Client after `Method.receive`.

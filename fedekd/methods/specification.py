@@ -56,7 +56,7 @@ class DataSpec(Protocol):
 
 
 class FrozenBase(NamedTuple):
-    """Frozen tensors of a private model that its specification gives again.
+    """Frozen tensors of a private model that can be rebuilt from its specification.
 
     Attributes:
         names: Names of the tensors, sorted.
@@ -442,8 +442,8 @@ class FederationSpec:
     def hash_dict(self) -> dict[str, Any]:
         """Return the values that determine local training, for content hashes.
 
-        Names are those of earlier versions, and options added since are left out at their defaults, so that runs of
-        these versions can go on.
+        Names are those of earlier versions, and newer options are left out at their defaults, so that runs of earlier
+        versions can be resumed.
         """
         values = asdict(self)
         for name in ("num_clients", "rounds", "metric", "select_round"):

@@ -26,8 +26,8 @@ _WEIGHTS = f"{OPTION}.weights"
 class ExternalTeacher:
     """A trained, frozen network, described by configuration.
 
-    It is built where it is used, and is not part of a client's state. The digest of its file identifies a run: a run
-    does not go on with other weights.
+    It is built where it is used, and is not part of a client's state. The digest of its file is part of a run's
+    identity: a run cannot be resumed with other weights.
 
     Attributes:
         class_path: The network, as `client.private_model`.

@@ -4,13 +4,13 @@ The loop calls the hooks of an `ObjectiveModule` in the order of a Lightning Tra
 plugins, which also clip the gradients, and gives the same weights to the last bit. It has no callbacks, no loggers and
 no progress bar.
 
-Captured is the training step on a full batch: gathering the images, forward, backward, the optimizer's step, and the
+The training step on a full batch is captured: gathering the images, forward, backward, the optimizer's step, and the
 sums of what is recorded. The first step of a phase is eager; it creates the optimizer's state and the sums, and shows
 whether a step waits for the device. The second is captured, which costs about as much as two eager steps, once per
 phase; all further steps on full batches are replays, which launch nothing else. Dropout, BatchNorm and permutations
 drawn on the device are captured, too: a replay reads and advances the state of the default generator as an eager step
-does. A network whose forward pass draws from Python's `random`, or otherwise depends on values outside of tensors, is
-captured as it behaved once: train it with `--trainer.capture false`.
+does. A network whose forward pass draws from Python's `random`, or otherwise depends on values outside of tensors,
+would repeat the values of the captured step: train it with `--trainer.capture false`.
 
 Eager steps are used for the last, smaller batch of an epoch, for modules that are not `capturable`, for optimizers
 other than SGD that have no `capturable` form, for phases of fewer than `MIN_CAPTURED_STEPS`, for batches that are
@@ -36,7 +36,7 @@ from torch import Tensor
 from fedekd.data import TensorBatches
 from fedekd.modules.objective_module import ObjectiveModule
 
-#: Steps on full batches from which on a capture is worth its cost.
+#: Smallest number of steps on full batches for which a capture saves time.
 MIN_CAPTURED_STEPS = 8
 
 #: Hooks of a LightningModule that the loop does not call: a module that overrides one is trained by Lightning.

@@ -38,7 +38,7 @@ class MutualModule(ObjectiveModule):
         proxy: The small model.
         task: `classification` or `regression`.
         private_weight: Weight of the private model's L_sup, in [0, 1]; the distillation has the remainder.
-        proxy_weight: The same for the proxy.
+        proxy_weight: Weight of the proxy's L_sup, in [0, 1].
         adaptive: Weight the distillation by the inverse of both models' supervised losses instead (FedKD).
         optimizer: Creates the optimizer from the parameters of both models; default Adam, learning rate 1e-4.
 

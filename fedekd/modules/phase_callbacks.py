@@ -35,11 +35,12 @@ def build_callbacks(spec: CallbackSpec | None) -> list[Callback]:
     """Build new callbacks for one training phase.
 
     A callback sees the Trainer of one phase of one client, and the LightningModule that is trained (`pl_module`, an
-    `ObjectiveModule` with the network in `pl_module.network`). Called are the hooks of `fit`: `setup`, `on_fit_start`,
-    `on_train_start`, `on_train_epoch_start`, `on_train_batch_start`, `on_before_zero_grad`, `on_before_backward`,
-    `on_after_backward`, `on_before_optimizer_step`, `on_train_batch_end`, `on_train_epoch_end`, `on_train_end`,
-    `on_fit_end`, `teardown` and `on_exception`. There are no validation batches, loggers and checkpoints, so hooks of
-    these are not called. `pl_module.epoch_means` has the means of the last finished epoch, such as `loss`.
+    `ObjectiveModule` with the network in `pl_module.network`). These hooks of `fit` are called: `setup`,
+    `on_fit_start`, `on_train_start`, `on_train_epoch_start`, `on_train_batch_start`, `on_before_zero_grad`,
+    `on_before_backward`, `on_after_backward`, `on_before_optimizer_step`, `on_train_batch_end`, `on_train_epoch_end`,
+    `on_train_end`, `on_fit_end`, `teardown` and `on_exception`. Hooks of validation, loggers and checkpoints are not
+    called, because a phase has none of them. `pl_module.epoch_means` has the means of the last finished epoch, such as
+    `loss`.
 
     The state of a callback is not carried to the next phase: each client and phase has new objects, so that results do
     not depend on the order of clients. What a callback changes in the network stays. Random numbers come from

@@ -55,7 +55,8 @@ class ModelOutput:
         divergence from the student and so no effect.
 
         Args:
-            student: Output for the same samples; each exit replaces the teacher's, or the last one if it has fewer.
+            student: Output for the same samples. Its exits replace those of the teacher in order, or its last exit
+                replaces all if the numbers of exits differ.
         """
         finite_features, features = None, self.features
         if features is not None:

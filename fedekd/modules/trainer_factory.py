@@ -69,8 +69,9 @@ class TrainerFactory:
         threads: CPU threads per client, at least 1; `auto` uses all cores, or OMP_NUM_THREADS if it is lower. The
             number affects results in the last bits.
         channels_last: Store images and convolutions in channels-last layout, which is faster on CPUs and tensor cores.
-        loop: `lightning` trains by a Lightning Trainer; `lean` calls the module's hooks in a plain loop, to the same
-            bits, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean without callbacks.
+        loop: `lightning` trains by a Lightning Trainer; `lean` calls the module's hooks in a plain loop, with
+            bit-identical results, where a Trainer is not needed (see `fedekd.modules.lean_loop`); `auto` is lean
+            without callbacks.
         capture: In the lean loop on CUDA, run the training step as a CUDA graph where it can be captured.
         callbacks: Lightning callbacks of each training phase: a name of lightning.pytorch.callbacks or a class path, a
             mapping with class_path and init_args, or a list of these. Each client and phase has new objects, see
@@ -166,12 +167,12 @@ class TrainerFactory:
 
     @property
     def prefers_lean_loop(self) -> bool:
-        """Whether phases that need no Trainer are trained without one."""
+        """True if phases that need no Trainer are trained without one."""
         return self.loop != "lightning" and not self.callbacks
 
     @property
     def allows_fused(self) -> bool:
-        """Whether a fused optimizer can be used.
+        """True if a fused optimizer can be used.
 
         In mixed precision Lightning does not clip for optimizers that unscale the gradients themselves.
         """
