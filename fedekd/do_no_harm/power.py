@@ -165,8 +165,8 @@ def fewest_samples(rule: DoNoHarm, task: Task = "classification", num_classes: i
     """Compute the fewest samples with which a certified comparison can accept.
 
     With fewer samples the local model is deployed even if only the federated one is ever correct. For a metric of
-    classes it is the number of samples of each class. `auroc_delong` has no such bound but the 2 samples of each class
-    without which it has no variance.
+    classes it is the number of samples of each class. `auroc_delong` has no such bound; it needs 2 samples of each
+    class for a variance.
 
     Args:
         rule: The decision rule.

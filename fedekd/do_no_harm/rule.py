@@ -36,7 +36,7 @@ class Comparison:
         worse: Number of samples that only the local model classifies correctly; 0 for regression.
         better: Number of samples that only the federated model classifies correctly; 0 for regression.
         gain: Mean loss of the local model minus mean loss of the federated model, or the gain in another metric; for
-            recall that of the class with the smallest one.
+            recall the gain of the class with the smallest gain.
         p_value: P-value of the hypothesis that the federated model is worse by at least the margin; NaN without a test.
         level: Largest p-value at which the federated model is deployed; NaN without a test.
         candidates: Outcome of each candidate in order, if the rule names them; the fields above are those of the
@@ -94,7 +94,7 @@ class DoNoHarm:
       its size; both models were trained without them.
 
     The models are compared in `metric`, whatever the primary metric of the run: a model that is certified in accuracy
-    may have a worse AUROC than the local one. With another metric it takes the place of the accuracy in the target.
+    may have a worse AUROC than the local one. Another metric replaces the accuracy in the target.
 
     With `candidates` each one is tested against the local model in the declared order, at the full level, up to the
     first one that fails (fixed-sequence testing). The probability that a harmful one passes is at most the level: the
@@ -112,8 +112,8 @@ class DoNoHarm:
         looks: Number of comparisons, at least 1, evenly spaced over the rounds, the last after the last round. Each
             comparison has the level (1 - confidence) / looks (Bonferroni).
         clip: Regression only: largest difference of squared errors, above 0 and finite.
-        test: `unconditional`, the more powerful one; or `sign`, that of earlier versions: the sign test, with a margin
-            conditional on the number of differing samples, and for regression a mixture of stakes.
+        test: `unconditional`, the more powerful test; or `sign`, the test of earlier versions: the sign test, which
+            with a margin is conditional on the number of differing samples, and for regression a mixture of stakes.
         splits: `held_out` compares classifiers on the tuning and holdout splits together if neither training nor the
             selection of the round uses the tuning split; `holdout` on the holdout split only, as earlier versions did.
             For regression the test `unconditional` takes its stake from the tuning split and compares on the holdout
@@ -191,7 +191,7 @@ class DoNoHarm:
 
     @property
     def compares_samples(self) -> bool:
-        """Whether each sample counts by itself: in accuracy, or in squared errors."""
+        """True if each sample counts by itself: in accuracy, or in squared errors."""
         return self.metric == "accuracy"
 
     @property

@@ -68,7 +68,7 @@ def _compare(
         comparison = rule.decide(evidence)
         if is_certified and comparison.is_local and (evidence.parts or evidence.gains):
             found = deciding_parts(rule, evidence) if evidence.parts else deciding_gains(rule, evidence.gains)
-            # Of the tested values: each stands for as many samples as there are for one today.
+            # Scale from tested values to samples, at the present number of samples per value.
             size = sum(part.samples for part in evidence.parts) or len(evidence.gains)
             return replace(comparison, deciding=round((found or 0) * len(ours.losses) / max(size, 1)))
         return comparison

@@ -2,9 +2,10 @@
 
 `checkpoints/` holds `manifest-0003.json`, which has the place of each state in a file and its SHA-256. The states of a
 round, of the clients that changed and of the server, are one file. A client that did not take part keeps its state in
-an older file. A manifest ends with its own SHA-256. It is written after its states are on disk, and those of the
-previous manifest stay, so that one complete state always exists, also if a file of the newest is corrupt. On average
-that takes 1.7 to 2.0 times the bytes of all states, at most 2.4 times (100 clients, participation 0.1 to 1).
+an older file. A manifest ends with its own SHA-256. It is written after its states are on disk, and the states of the
+previous manifest are kept, so that one complete checkpoint always exists, even if a file of the newest one is corrupt.
+On average, the files take 1.7 to 2.0 times the bytes of all states, at most 2.4 times (100 clients, participation 0.1
+to 1).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def check_models(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
 
     Raises:
         UserError: If a model does not fit the images, has BatchNorm and would train on batches of one sample, shares
-            what it trains with another one, or cannot be trained with a callback of Lightning.
+            trained tensors with another model, or cannot be trained with a callback of Lightning.
     """
     smallest = min(clients, key=lambda splits: len(splits.train))
     has_single = spec.batch_size == 1 or len(smallest.train) == 1
@@ -150,12 +150,12 @@ def check_round_selection(spec: FederationSpec, clients: Sequence[ClientSplits])
 def check_do_no_harm(
     rule: DoNoHarm, method: Method, data: FederatedDataModule, spec: FederationSpec, warn: Callable[[str], None]
 ) -> None:
-    """Check that clients can compare two models on samples of neither's training.
+    """Check that clients can compare two models on samples that trained neither.
 
-    Clients with too few samples for any decision are a warning.
+    Warns of clients with too few samples to deploy the federated model.
 
     Raises:
-        UserError: If they have not, or an option of the rule does not fit the run.
+        UserError: If a client has no such samples, or an option of the rule does not fit the run.
     """
     name = type(method).__name__
     if method.is_local_baseline:
@@ -207,7 +207,7 @@ def check_candidates(rule: DoNoHarm, method: Method, spec: FederationSpec, clien
     """Check that the method and some clients' private models have the candidates.
 
     Raises:
-        UserError: If it has not, or the round is selected.
+        UserError: If a candidate is missing, or is not available at each comparison or with `--select_round best`.
     """
     known = list(method.candidates())
     if reserved := [name for name in known if name in (FEDERATED, LOCAL) or exit_of_candidate(name)]:
@@ -261,7 +261,7 @@ def _check_metric(rule: DoNoHarm, data: FederatedDataModule) -> None:
 def _count_compared(rule: DoNoHarm, data: FederatedDataModule, client: ClientSplits, splits: Sequence[str]) -> int:
     """Count the compared samples of a client.
 
-    The server of a federation of sites knows no groups, and counts all samples.
+    The server of a federation of sites has no groups, and counts all samples.
     """
     parts = [getattr(client, split) for split in splits]
     if rule.unit == "sample" or data.samples.group is None:
@@ -316,7 +316,7 @@ def check_privacy(mechanism: GaussianMechanism, method: Method, participants: Se
         UserError: If a message has no tensors or whole numbers.
     """
     method = copy.copy(method)
-    method.server_state = copy_state(method.server_state)  # a broadcast may change it, once in the round itself
+    method.server_state = copy_state(method.server_state)  # a broadcast may change it, and runs again in the round
     broadcast = method.broadcast(participants, 0)
     for number in participants:
         mechanism.require_supported(broadcast.to(number), type(method).__name__)

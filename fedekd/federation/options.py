@@ -28,9 +28,9 @@ class RoundOptions:
             float16 (half the bytes; relative rounding error of at most 2^-11).
         select_round: Round whose model each client deploys after the last one: last, or best, the round in which the
             client's tuning split has the best primary metric (the latest of equal ones).
-        checkpoint_every: Seconds between checkpoints, at least 0: a round is saved if the last save began so long ago.
-            A kill, Ctrl-C or error loses the round that runs, and finished rounds of less than these seconds. The first
-            round of a process and the last round are always saved; 0 saves each. Changes no number.
+        checkpoint_every: Minimum number of seconds between checkpoints, at least 0. After a kill, Ctrl-C or error, the
+            running round and the rounds since the last checkpoint are lost. The first round of a process and the last
+            round are always saved; 0 saves every round. Does not change results.
 
     Raises:
         UserError: If an option is out of range.
@@ -80,8 +80,9 @@ class BaselineOptions:
             clients: the surplus over it is what the federation adds. null trains it for methods that serve more than
             the private model. It takes as long as the method itself, and is kept for later runs.
         tune: Also compare with local training whose learning rate and epochs are chosen on the tuning split.
-        learning_rates: Learning rates of that choice, at least one, each above 0. Default: 1e-4, 3e-4, 1e-3, 3e-3.
-        epochs: Most epochs of that choice, at least client.local_epochs; null is twice the epochs of the run.
+        learning_rates: Learning rates to choose from, at least one, each above 0. Default: 1e-4, 3e-4, 1e-3, 3e-3.
+        epochs: Largest number of epochs to choose from, at least client.local_epochs; null is twice the epochs of the
+            run.
 
     Raises:
         UserError: If an option is out of range.

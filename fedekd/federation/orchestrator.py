@@ -366,7 +366,7 @@ class Orchestrator:
         """Return why the server state cannot be sent in a round; None if it can."""
         numbers = self._participants(round_idx)
         method = copy.copy(self.method)
-        method.server_state = copy_state(method.server_state)  # a broadcast may change it, once in the round itself
+        method.server_state = copy_state(method.server_state)  # a broadcast may change it, and runs again in the round
         try:
             broadcast, _ = to_wire(method.broadcast(numbers, round_idx), self.options.wire_dtype)
         except UserError as error:  # beyond the range of float16

@@ -1,4 +1,4 @@
-"""What a client is compared with besides its local baseline.
+"""References of a client besides its local baseline: control, tuned training.
 
 Both references are trained on the client's own data, and nothing that another client sent is read.
 """
@@ -79,7 +79,7 @@ class Control:
 
     Models, epochs, learning rate, serving and the selection of the round are those of the method; the server aggregates
     the updates of this client only. The surplus of the federation is the score of the method minus that of its control.
-    Nothing travels: messages are neither rounded (`wire_dtype`) nor lost, and get no noise (`privacy`).
+    No message leaves the process: messages are neither rounded (`wire_dtype`) nor lost, and get no noise (`privacy`).
 
     Args:
         rounds: Rounds in which the client takes part, ascending; the last is that of the run.
@@ -157,9 +157,9 @@ class TunedLocal:
     """Local training with tuned learning rate and epochs.
 
     Both are chosen on the tuning split. Every learning rate is trained for `rounds` rounds of `client.local_epochs`,
-    and each round is a candidate, as is local training with the run's own learning rate and epochs. The one with the
-    smallest supervised loss (cross-entropy, or squared error) is scored on the test split. Of equal ones, and without
-    tuning samples, it is the run's own.
+    and each round is a candidate, as is local training with the run's own learning rate and epochs. The candidate with
+    the smallest supervised loss (cross-entropy, or squared error) is scored on the test split. If losses are equal, or
+    without tuning samples, the run's own learning rate and epochs are used.
 
     Args:
         learning_rates: Candidates, at least one, each above 0.

@@ -1,4 +1,4 @@
-"""What a user should know of the scores of a finished run."""
+"""Warnings on the scores of a finished run."""
 
 from __future__ import annotations
 

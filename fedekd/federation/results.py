@@ -76,7 +76,7 @@ class ReportedMetrics:
     Attributes:
         are_chosen: True if they are not the default.
         rows: The metrics, the primary one first.
-        others: By key of each value of the others: the name of its columns, and the metric.
+        others: For each value of the other metrics, by key: the name of its columns, and the metric.
 
     Raises:
         UserError: If a name is not a metric of these samples.
@@ -108,8 +108,8 @@ class Traffic:
 class ScoreSummary:
     """One metric of all clients that have a score, and its Delta.
 
-    The figures over clients leave out those whose test split has no value of the metric, for example because it lacks
-    a class. Outputs that are not finite make them NaN elsewhere, and so does a metric that no client has.
+    The figures over clients leave out clients whose test split has no value of the metric, for example because it lacks
+    a class. They are NaN if another client has non-finite outputs, or if no client has a value.
 
     Attributes:
         clients: Score, local baseline's score and Delta, by client number.

@@ -256,8 +256,8 @@ class RunFolder:
     def is_complete(self, warn: Callable[[str], None]) -> bool:
         """Return whether the run is finished and all its files are intact.
 
-        The next run of a damaged one repeats the rounds that no checkpoint has, and writes the other files again. Until
-        then the summary is kept, since data or options may prevent that run.
+        The next run in a damaged folder repeats the rounds that no checkpoint has, and writes the other files again.
+        Until then the summary is kept, because data or options may prevent that run.
 
         Args:
             warn: Called with a message for each damaged file.
@@ -343,7 +343,7 @@ class RunFolder:
         return f"{path} does not match {SUMS_FILE}"
 
     def _config_damage(self) -> str | None:
-        """Return a message if config.yaml has not the options of the run.
+        """Return a message if config.yaml differs from the options of the run.
 
         Runtime options may be edited.
         """
@@ -388,7 +388,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has a summary, which is written last."""
+        """True if the run has a summary, which is written last."""
         return (self.folder / _SUMMARY).exists()
 
     @property

@@ -47,12 +47,12 @@ def _computed(state: Any) -> Iterator[Tensor]:
 
 
 class AggregateValidator:
-    """Rejects aggregates that have no finite values, or give no finite outputs.
+    """Rejects aggregates with non-finite values or non-finite outputs.
 
-    A message is evaluated by the network of its tensors' names and shapes, the proxy or a private model, with initial
-    weights in place of what is not sent. A message of no such network is not evaluated, and no image for which the
-    initial outputs are not finite; if there is no other, the observer is warned. Networks are evaluated
-    on the CPU in float32, and so need no memory of the training device.
+    A message is loaded into the network, proxy or private model, that has most of its tensors by name and shape; other
+    tensors keep their initial weights. A message without such a network is not evaluated. Images for which the initial
+    outputs are not finite are not used; if none is left, `warn` is called. Networks are evaluated on the CPU in
+    float32, and so need no memory of the training device.
 
     Args:
         spec: Specification of the networks.
@@ -124,7 +124,8 @@ class AggregateValidator:
         """Return True for each image, shape (B,), for which a network has finite outputs.
 
         Raises:
-            MemoryError: If memory is missing, of which no conclusion about the network is possible; or a RuntimeError.
+            MemoryError: If memory is insufficient, which does not mean that the network is invalid; PyTorch may raise a
+                RuntimeError instead.
         """
         try:
             # A user's network may draw random numbers in evaluation mode, too.

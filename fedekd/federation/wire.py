@@ -12,7 +12,7 @@ from fedekd.errors import UserError
 from fedekd.methods import Broadcast, ClientUpdate, StateDict
 
 Dtypes = Mapping[str, torch.dtype]
-"""By name of each tensor that is converted for transport, its dtype before."""
+"""Original dtype of each tensor that is converted for transport, by name."""
 
 #: Values of `--wire_dtype`: unchanged dtypes, or at most 16 bits per floating-point number.
 WIRE_DTYPES = ("float32", "float16")
@@ -29,7 +29,7 @@ def to_wire(broadcast: Broadcast, wire_dtype: str) -> tuple[Broadcast, Dtypes]:
             16 bits, with a relative error of at most 2^-11 from 6.1e-5 on.
 
     Returns:
-        The message, and the dtypes of before of its converted tensors.
+        The message, and the original dtypes of its converted tensors.
 
     Raises:
         UserError: If a finite value is beyond the range of float16.

@@ -15,7 +15,7 @@ STAKES = np.geomspace(0.005, 0.9, 16)
 #: Samples between two starts of the bets. Fewer starts cost less evidence, and delay an alarm by at most this number.
 BLOCK = 32
 
-#: Upper limit of the evidence, against overflow; the smaller of a supermartingale and a constant is one, too.
+#: Upper limit of the evidence, against overflow; the minimum of a supermartingale and a constant is a supermartingale.
 LARGEST = 1e100
 
 
@@ -29,7 +29,7 @@ def betting_e_process(payoffs: npt.ArrayLike, block: int = BLOCK) -> Array:
     A product over no samples is 1. If $E[g_i \mid g_1, \dots, g_{i - 1}] \le 0$ for every i, this is a nonnegative
     supermartingale with expectation of at most 1, so $P(\exists t: E_t \ge 1 / \delta) \le \delta$ (Ville), exactly and
     for every length of the stream. The samples need be neither independent nor identically distributed. Later starts
-    find a change after many samples without one: a bet from the first sample has lost its wealth by then.
+    detect a change that follows many unchanged samples: by then, a bet from the first sample has lost its wealth.
 
     Args:
         payoffs: g, at least -1, shape (n,), or (n, streams).

@@ -20,9 +20,10 @@ def correctness_trust(logits: Tensor, targets: Tensor, bins: int = 4, strength: 
     $$r = \frac{k + s/2}{n + s}, \quad r_c = \frac{k_c + s r}{n_c + s}, \quad r_b = \frac{k_b + s r}{n_b + s}, \quad
     w_{cb} = \frac{k_{cb} + s (r_c + r_b)/2}{n_{cb} + s}.$$
 
-    Each is the mean of a Beta posterior whose prior has the weight of s samples: that of a cell is centred at the mean
-    of class and bin, theirs at the overall rate, and that at 1/2. Without samples all weights are 1/2; one more correct
-    prediction lowers no weight. The mean over the held-out samples is about the teacher's accuracy on them.
+    Each is the mean of a Beta posterior whose prior has the weight of s samples. The prior of $w_{cb}$ is centred at
+    the mean of $r_c$ and $r_b$, the priors of $r_c$ and $r_b$ at r, and the prior of r at 1/2. Without samples all
+    weights are 1/2; one more correct prediction lowers no weight. The mean over the held-out samples is about the
+    teacher's accuracy on them.
 
     Args:
         logits: Outputs of the teacher, shape (n, C), C at least 2; samples with NaN or infinity are left out.

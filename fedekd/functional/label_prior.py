@@ -105,7 +105,7 @@ def estimate_label_prior(
 
     It starts at $\pi_0$ and maximises $\sum_i \log \sum_c p_i(c)\, \pi(c) / \pi_0(c) + a \sum_c \pi_0(c) \log \pi(c)$,
     which is concave and never falls. With a = 0 this is the maximum of the likelihood, which for a few inputs is often
-    a single class; a > 0 is a Dirichlet prior with a pseudo-inputs distributed as the source.
+    a single class; $a > 0$ is a Dirichlet prior with $a$ pseudo-inputs distributed as the source.
 
     Args:
         probabilities: $p_i(c)$, shape (n, C), at least 0, rows that sum to 1 within 0.001.

@@ -54,8 +54,8 @@ def plugin_betting_p_value(gains: npt.ArrayLike, margin: float, level: float) ->
     The wealth is $W = \prod_i \big(1 + \lambda_i \frac{g_i + m}{1 - m}\big)$ with the stakes
     $\lambda_i = \min\big(0.9, \sqrt{2 \ln(1 / \alpha) / (n \hat\sigma^2_{i - 1})}\big)$ of the predictable plug-in:
     $\hat\sigma^2_{i - 1}$ is the variance of the entries before i, with one pseudo-observation of 1/4. Under the
-    hypothesis W is a supermartingale that starts at 1, so $P(1 / W \le p) \le p$ for every n (Markov). Unlike one stake
-    from another split, it needs no samples besides the compared ones.
+    hypothesis W is a supermartingale that starts at 1, so $P(1 / W \le p) \le p$ for every n (Markov). Unlike a stake
+    that is chosen on another split, these stakes need no samples besides the compared ones.
 
     Args:
         gains: Independent gains with one mean, in [-1, 1], in an order that does not depend on them, shape (n,).
@@ -253,7 +253,8 @@ def _projections(
 def _placements(values: Floats, is_positive: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Return the share of the other class against which each sample ranks correctly.
 
-    Of positive samples the negative ones below it, of negative samples the positive ones above it; ties count half.
+    For a positive sample, the negative samples below it count; for a negative sample, the positive samples above it.
+    Ties count half.
     """
     positive, negative = values[is_positive], values[~is_positive]
     ranks = rankdata(np.concatenate([positive, negative]))

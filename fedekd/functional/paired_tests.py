@@ -135,7 +135,7 @@ def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0, stake: float | No
 
 
 def betting_stake(gains: npt.ArrayLike, margin: float, samples: int, level: float) -> float:
-    r"""Choose the stake of `betting_p_value` for gains of which none is known.
+    r"""Choose the stake of `betting_p_value` before its gains are known.
 
     $\lambda = \sqrt{2 \ln(1 / \alpha) / (n \hat\sigma^2)}$ has the largest wealth at the smallest gain that n samples
     can detect. The variance is estimated on other samples; every estimate gives an exact test, a good one a powerful

@@ -116,7 +116,7 @@ def unconditional_p_value(
     first, last = _interval(worse + better, samples, margin, nuisance_level)
     for step, candidates in ((-1, np.arange(last + 1)), (1, np.arange(first, len(rates)))):
         b, c = worse, better
-        # Along a chain T increases, so a rate whose tail is at most the value stays so.
+        # Each step increases T and lowers the tails: a rate whose tail is at most the value cannot raise it later.
         while value < 1 and len(candidates) and (b > 0 if step < 0 else b + c < samples):
             b, c = (b - 1, c) if step < 0 else (b, c + 1)
             tails = _tails(rates[candidates], b + c, c, samples, margin)
@@ -138,8 +138,8 @@ def critical_better_counts(samples: int, margin: float, level: float, nuisance_l
         nuisance_level: gamma, in (0, 1).
 
     Returns:
-        Fewest better samples with a p-value of at most `level` for 0..n differing samples, one more than these if there
-        are none. Shape (n + 1,), read-only.
+        For 0..n differing samples, the fewest better samples with a p-value of at most `level`; one more than the
+        differing samples if no number suffices. Shape (n + 1,), read-only.
 
     Raises:
         ValueError: If a value is out of range.
@@ -217,9 +217,9 @@ def _support(rate: float, samples: int) -> tuple[int, int]:
 def _share_better(rate: float, margin: float) -> float:
     """Return the probability that a differing sample is better, on the boundary.
 
-    Why the boundary: d = b + c is Bin(n, q) for every p_b - p_c, and given d, c is Bin(d, p_c / q). T increases with c
-    at fixed d, so {T >= t} is {c >= k(d)}, and its probability increases with p_c / q = (1 - (p_b - p_c) / q) / 2. At
-    fixed q it is therefore largest where p_b - p_c is smallest, which is m.
+    The boundary is the worst case: d = b + c is Bin(n, q) for every p_b - p_c, and given d, c is Bin(d, p_c / q). T
+    increases with c at fixed d, so {T >= t} is {c >= k(d)}, and its probability increases with p_c / q = (1 - (p_b -
+    p_c) / q) / 2. At fixed q it is therefore largest where p_b - p_c is smallest, which is m.
     """
     return (1.0 - margin / rate) / 2.0 if rate > 0 else 0.5
 
@@ -227,7 +227,7 @@ def _share_better(rate: float, margin: float) -> float:
 def _tails(rates: Floats, differing: int, better: int, samples: int, margin: float) -> Floats:
     """Compute P_q(T >= t) for every rate q, where t is the score of the counts.
 
-    Includes what it may rise between the rates.
+    Includes the largest possible rise between the rates of the grid.
     """
     if not len(rates):
         return np.zeros(0)

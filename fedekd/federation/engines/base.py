@@ -44,7 +44,7 @@ class RoundRequest:
         round_idx: Round, in 0..R. Clients are scored from round 1 on.
         collect_updates: True in rounds 0..R-1. False after the last aggregate, where clients only receive.
         comparison: Do-no-harm comparison of this round; None if there is none.
-        dtypes: By name of each tensor that travels in another dtype, the dtype in which the client's method gets it.
+        dtypes: For each tensor that is sent in another dtype, by name: the dtype that the client's method gets.
         privacy: Clips each update and adds noise; None sends updates unchanged.
         has_seeded_noise: True repeats the noise, as a simulation needs; False draws it from the operating system.
     """

@@ -125,7 +125,8 @@ def replay_events(events: Sequence[Event], observer: Observer) -> None:
 class WorkerSetup:
     """Everything that a worker needs, except resident inputs.
 
-    A machine holds one copy of these for all its workers. Stored inputs are part of the setup: each worker reads.
+    A machine holds one copy of resident inputs for all its workers. Stored inputs are part of the setup: each worker
+    reads them.
 
     Attributes:
         method: The method without its server state.
