@@ -107,7 +107,7 @@ def run_grid(
                     write_results(results, rows)
                     observer.cell_finished(cell, row)
             if lost:
-                # One dead process breaks the whole pool; run one at a time, the cell at fault shows itself.
+                # A process that dies breaks the whole pool. Run these cells one at a time, to find the one that fails.
                 lost += running.values()
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -103,8 +103,8 @@ class Trained:
     def local_model(self, client: Client) -> nn.Module:
         """Return the local model with which do-no-harm compares the federated one.
 
-        It is trained again, with one printed line, if the cache of local baselines does not have it: with the same
-        result by the versions and on the device of the run. It is cached only in a folder that exists.
+        If the cache of local baselines does not have it, it is trained again, and one line is printed. With the
+        versions and on the device of the run, the result is the same. It is cached only in a folder that exists.
         """
         if client.deployed_role == LOCAL:
             return client.networks[LOCAL]

@@ -380,7 +380,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         return self.samples.num_classes
 
     def warnings(self) -> list[str]:
-        """Return what a user should know of the data before training, as lines."""
+        """Return warnings on the data before training, one line each."""
         lines = data_warnings(self.samples, self.clients) + self._warnings
         lines += group_warnings(self.samples, self.clients, self.fractions, self.splits)
         if not self.has_sites:

@@ -1,4 +1,4 @@
-"""What a user should know of samples and splits before training."""
+"""Warnings on samples and splits before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedekd.data.stored import StoredInputs
 
 
 def data_warnings(samples: Samples, clients: Sequence[ClientSplits]) -> list[str]:
-    """Return what a user should know of samples and splits, as lines.
+    """Return warnings on samples and splits, one line each.
 
     Args:
         samples: The samples.

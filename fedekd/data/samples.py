@@ -172,7 +172,7 @@ class Samples:
 
     @property
     def has_numbered_classes(self) -> bool:
-        """Whether the names of the classes are their numbers."""
+        """True if the names of the classes are their numbers."""
         return self.class_names == tuple(map(str, range(len(self.class_names))))
 
     @property

@@ -1,4 +1,4 @@
-"""What a user should know of the sites of a federation before training."""
+"""Warnings on the sites of a federation before training."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def input_digests(inputs: Inputs) -> Iterator[str]:
 def _shared_groups(client: Client, held_out: Samples, trained_on: Tensor) -> int:
     """Count the groups of other images that were used in training.
 
-    Equal names at two sites are different groups: then those of the client's own training count.
+    Equal names at two sites are different groups: if there are any, only groups of the client's own training count.
     """
     samples = client.samples
     if held_out.group is None or samples.group is None or not samples.group_names:

@@ -42,8 +42,8 @@ def deployed_outputs(
         client: Client of a finished run.
         policy: Its exit policy; None takes the last exit.
         batch: Images as in `Samples.inputs`, or features, shape (B, ...).
-        groups: Value of each sample in the column of the policy, if its thresholds depend on it. Samples without one,
-            or of a group that the policy does not have, take the last exit; so do all by default.
+        groups: Value of each sample in the column of the policy, if its thresholds depend on it. Samples without a
+            value, or of a group that the policy does not have, take the last exit; by default all do.
 
     Raises:
         UserError: If an output is not finite.

@@ -58,9 +58,9 @@ class ClientCoverage:
     """One client under one rule.
 
     Attributes:
-        report: The client's own policy, calibrated on its calibration split, on its test split.
+        report: Results on the client's test split of its own policy, calibrated on its calibration split.
         violations: Draws in which its own policy exceeds the target risk on its population.
-        pooled_violations: Draws in which the pooled policy exceeds it there.
+        pooled_violations: Draws in which the pooled policy exceeds the target risk on the client's population.
     """
 
     report: ClientExitReport
@@ -114,8 +114,8 @@ class CoverageResult:
 def federation_coverage(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:
     """Calibrate all clients of a finished federation and count violations.
 
-    The population of a client is all its samples that training does not use, its test split included; of groups such
-    as patients one sample each, because their samples are not independent.
+    The population of a client is all its samples that training does not use, its test split included; with groups such
+    as patients, one sample of each group, because samples of a group are not independent.
 
     Args:
         clients: Clients whose networks have the same number of exits.

@@ -38,7 +38,8 @@ class GroupExits:
         thresholds: As in `ExitPolicy`, shape (E,).
         search_bounds: As in `ExitPolicy`, shape (E,).
         certified: Whether the guarantee covers the group at each exit, shape (E,).
-        samples: Number of calibration samples of the group; of a predicted class, those that exit as it.
+        samples: Number of calibration samples of the group; for a predicted class, the samples that exit with this
+            prediction.
         exit_counts: Calibration samples of the group that take each exit, shape (E,).
         error_counts: Errors among them, shape (E,).
         required_samples: For a closed exit the estimated number of calibration samples of the group that would open
@@ -87,18 +88,18 @@ class ExitPolicy:
         gamma: Weight of the disagreement in the score `agreement`.
         proxy: Fingerprint of the proxy for the score `agreement`; empty accepts any proxy.
         simultaneous_clients: Number of clients whose guarantees hold at once with probability `confidence`.
-        group_by: `true_class`, `predicted_class` or a column of the data, whose groups have the guarantee each, all at
-            once; empty without groups.
-        shared_thresholds: Whether `thresholds` hold for all groups. Otherwise those of `groups` do, and `thresholds`
-            close all exits: a sample of an unknown group takes the last exit.
+        group_by: `true_class`, `predicted_class` or a column of the data: the guarantee holds for each of its groups,
+            all at once; empty without groups.
+        shared_thresholds: Whether `thresholds` hold for all groups. Otherwise the thresholds in `groups` apply, and
+            `thresholds` close all exits: a sample of an unknown group takes the last exit.
         groups: Exits of each group.
         group_classes: Number of the class of each group, shape (groups,); empty for a column and for classes 0, 1, ...
-        tested_samples: Of a group the calibration samples that are of it at each exit, or of any group with shared
-            thresholds, whether they reach the exit or not: `required_samples` counts these. Shape (E,); empty if it
-            counts `samples`.
-        unit: Column of the data, such as the patient, of whose samples one was drawn for calibration; empty if all
-            samples are independent.
-        closed: For an exit that `close` closed after calibration the reason, else an empty text, shape (E,); empty
+        tested_samples: For a group, its calibration samples at each exit; with shared thresholds, those of any group.
+            They are counted whether they reach the exit or not, and `required_samples` refers to them. Shape (E,);
+            empty if `required_samples` refers to `samples`.
+        unit: Column of the data, such as the patient: one sample of each of its values was drawn for calibration; empty
+            if all samples are independent.
+        closed: Reason for each exit that `close` closed after calibration, else an empty text, shape (E,); empty
             if none was closed.
 
     Raises:
@@ -173,22 +174,22 @@ class ExitPolicy:
 
     @property
     def uses_proxy(self) -> bool:
-        """Whether the score is computed with a proxy."""
+        """True if the score is computed with a proxy."""
         return self.score == AGREEMENT
 
     @property
     def has_no_guarantee(self) -> bool:
-        """Whether samples can exit early without any guarantee."""
+        """True if samples can exit early without any guarantee."""
         return not self.is_certified and any(threshold < math.inf for threshold in self.thresholds[:-1])
 
     @property
     def is_certified(self) -> bool:
-        """Whether the guarantee covers an exit, of some group."""
+        """True if the guarantee covers at least one exit of at least one group."""
         return any(self.certified) or any(any(group.certified) for group in self.groups)
 
     @property
     def open_exits(self) -> tuple[bool, ...]:
-        """Whether each exit before the last is open, for some group, shape (E - 1,)."""
+        """True for each exit before the last that is open for some group, shape (E - 1,)."""
         rows = [self.thresholds, *(group.thresholds for group in self.groups)]
         return tuple(min(column) < math.inf for column in zip(*rows, strict=True))[:-1]
 
@@ -202,7 +203,7 @@ class ExitPolicy:
 
     @property
     def needs_group(self) -> bool:
-        """Whether the thresholds of a sample depend on its value in a column."""
+        """True if the thresholds of a sample depend on its value in a column."""
         return bool(self.group_by) and not self.shared_thresholds and self.group_by != PREDICTED_CLASS
 
     @property
@@ -216,7 +217,7 @@ class ExitPolicy:
 
     @property
     def evaluated(self) -> tuple[bool, ...]:
-        """Whether the head of each exit is evaluated, shape (E,)."""
+        """True for each exit whose head is evaluated, shape (E,)."""
         return evaluated_exits(*self.limits)
 
     def close(self, exit_: int, reason: str) -> ExitPolicy:

@@ -49,7 +49,7 @@ class ExitOutputs:
 
     @property
     def correct(self) -> Tensor:
-        """Whether the prediction of each exit is correct, bool, shape (n, E)."""
+        """True where the prediction of an exit is correct, bool, shape (n, E)."""
         return self.logits.argmax(dim=2) == self.labels[:, None]
 
     @property

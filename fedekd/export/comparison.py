@@ -66,8 +66,8 @@ def held_out_inputs(client: Client, served: ServedNetwork, most: int | None = No
 
     Args:
         client: Client of a finished run.
-        served: Its served network. The features of a table are turned back to rows by it, and one row per column is
-            added that misses its value.
+        served: Its served network. For a table it converts features back to rows, and one row per column is added in
+            which this column has no value.
         most: Number of samples, taken at regular steps; None takes all. Default None.
 
     Raises:

@@ -76,7 +76,7 @@ class ServedNetwork(nn.Module):
 
     @property
     def early_exits(self) -> list[tuple[Limit, Limit, bool]]:
-        """Threshold, search bound, and if the head is evaluated, of early exits.
+        """Threshold and search bound of each early exit; True if its head is evaluated.
 
         A limit is a number, or one per class that the exit predicts.
         """

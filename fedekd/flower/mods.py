@@ -13,7 +13,7 @@ App = Callable[[Message, Context], Message]
 
 
 def convert_dtypes(message: Message, context: Context, call_next: App) -> Message:
-    """Convert tensors from and to the dtypes in which they travel; a first mod.
+    """Convert tensors from and to their transport dtypes; runs before users' mods.
 
     Mods after it get the dtypes of the models: the noise of differential privacy is added before the rounding, which is
     then post-processing.

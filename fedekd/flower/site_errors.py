@@ -18,8 +18,8 @@ class SiteError(UserError):
 def withhold_texts(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Replace the text of other errors than `SiteError`; the outermost mod.
 
-    Flower sends the text of an exception to the server, and that of wrong data quotes cells of a table, groups and
-    paths. The site's log has it, with the traceback.
+    Flower sends the text of an exception to the server, and the text of an error in the data quotes cells of a table,
+    groups and paths. The site's log has the full text, with the traceback.
 
     Raises:
         SiteError: The reply fails.

@@ -113,7 +113,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     $$T = \arg\min_T -\sum_n \log \mathrm{softmax}(z_n / T)_{y_n}$$
 
-    The likelihood is concave in 1 / T, so that the minimum over $\log T$ is unique; found by SciPy's bounded Brent
+    The log-likelihood is concave in 1 / T, so that the minimum over $\log T$ is unique; found by SciPy's bounded Brent
     method in float64, within `TEMPERATURES`. One temperature does not change the predicted class of a sample.
 
     Args:

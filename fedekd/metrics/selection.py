@@ -126,7 +126,7 @@ def is_undefined(key: str, task: Task, *scored: Mapping[str, float]) -> bool:
     """Return True if a split has no value of a metric, as where it lacks a class.
 
     That is the case if a network with finite outputs, for which the task's primary metric is a number, has no value of
-    this metric. Networks whose outputs are not finite show nothing.
+    this metric. Networks with non-finite outputs are not considered.
 
     Args:
         key: Key of the metric's value.

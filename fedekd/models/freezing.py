@@ -44,8 +44,8 @@ def freeze(network: nn.Module, patterns: Sequence[str] | str, option: str = "cli
     """Freeze parameters by name, and the buffers of frozen layers.
 
     A layer whose parameters are all frozen keeps its buffers, such as the statistics of BatchNorm, and stays in
-    evaluation mode; one without parameters, such as BatchNorm without `affine`, if this holds for the smallest module
-    with parameters around it.
+    evaluation mode. So does a layer without parameters, such as BatchNorm without `affine`, if all parameters of the
+    smallest module around it that has any are frozen.
 
     Args:
         network: The network; it is changed.

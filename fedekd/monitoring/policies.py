@@ -41,7 +41,7 @@ def with_closed(limits: Rows, exits: tuple[int, ...]) -> Rows:
 
 
 def policy_settings(policy: ExitPolicy) -> dict[str, Any]:
-    """Return what closing an exit leaves unchanged, but for the limits, as JSON."""
+    """Return the fields, except limits, that closing an exit keeps, as JSON."""
     values = {name: getattr(policy, name) for name in (*_DECISIVE, *_GUARANTEE)}
     return values | {"groups": [group.name for group in policy.groups]}
 

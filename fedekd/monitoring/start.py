@@ -1,4 +1,4 @@
-"""What a monitor follows, fixed by its first call with valid arrivals."""
+"""Settings of a monitor, fixed by its first call with valid arrivals."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class MonitorStart:
     They are written by the first call whose arrivals are valid. Confidence and coverage must be chosen before the
     arrivals are seen: a choice that depends on them voids the guarantee.
 
-    Guarantee: with probability of at least `confidence` no quantity whose hypothesis is true ever has an alarm, however
-    long the stream is and however often it is looked at. Exact for every length (Ville); the level 1 - confidence is
+    Guarantee: with probability of at least `confidence` no quantity whose hypothesis is true ever has an alarm, for
+    every length of the stream and every number of calls. Exact for every length (Ville); the level 1 - confidence is
     divided by the number of quantities (Bonferroni). An alarm of a drift test refers to arrivals that are exchangeable
     with `reference`, an independent sample that was not used for training.
 

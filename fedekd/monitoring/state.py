@@ -33,7 +33,7 @@ class Consumed:
 class MonitorState:
     """Result of the last call: a function of the settings and of the arrivals.
 
-    One call over all arrivals and calls after any of its rows end with equal bytes. Evidence is computed from the file
+    One call over all arrivals and several calls over its parts give equal bytes. Evidence is computed from the file
     of arrivals in every call, and the state has its hash: a process that is killed loses nothing.
 
     Attributes:

@@ -25,7 +25,7 @@ class GaussianMechanism:
     $$\tilde d = d \cdot \min\big(1, C / \lVert d \rVert_2\big) + N(0, \sigma^2 C^2 I),$$
 
     with one norm over all tensors. A change that is not finite counts as 0. The client adds the noise itself, so the
-    server need not be trusted. `update_epsilon` and `mean_epsilon` say what is guaranteed against which adversary.
+    server need not be trusted. `update_epsilon` and `mean_epsilon` state the guarantee against each adversary.
 
     In a simulation the noise is seeded, so that a run can be repeated: a reader of the seed can subtract it. At Flower
     sites it is drawn from the operating system.

@@ -59,7 +59,8 @@ def remove_offline_runs(save_dir: Path, run_id: str) -> None:
 def choose_mode(offline: bool | None) -> str:
     """Return the mode for `wandb.init`.
 
-    It is that of `WANDB_MODE`, of the argument, or with credentials of the settings of W&B; else `offline`.
+    The order is: `WANDB_MODE`; the argument, if it is not None; the settings of W&B, if there are credentials;
+    `offline`.
 
     Raises:
         UserError: If `WANDB_MODE` is not a mode.

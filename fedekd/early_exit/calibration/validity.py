@@ -56,7 +56,7 @@ class Validity:
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the interval contains or lies below the allowed failure probability."""
+        """True if the interval contains or lies below the allowed failure probability."""
         return self.interval[0] <= self.calibrator.failure_probability
 
 
