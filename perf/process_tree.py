@@ -1,4 +1,4 @@
-"""Memory and CPU time of a process and its descendants, read from /proc (Linux only)."""
+"""Memory and CPU time of a process and its descendants, from /proc (Linux)."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def exit_methods(grid: str) -> str:
 
 
 def learning_rates(grid: str) -> str:
-    """Mean accuracy of methods named `METHOD, lr RATE`, the best rate of each in bold."""
+    """Mean accuracy of methods named `METHOD, lr RATE`, the best in bold."""
     runs = numeric(read_results(RESULTS / grid))
     runs[["name", "rate"]] = runs["method"].str.extract(r"^(.*), lr ([\d.]+)$").to_numpy()
     table = runs.pivot_table(index="name", columns="rate", values="mean", sort=False)

@@ -40,7 +40,7 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return True if no value of the tensors is NaN or infinite; any shapes and dtypes.
+    """Return True if no value of the tensors, of any dtype, is NaN or infinite.
 
     A finite sum has finite terms only, and takes a tenth of the time of a test of each. A sum that overflows decides
     nothing.
