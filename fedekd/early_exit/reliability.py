@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.scoring import ExitOutputs
-from fedekd.metrics import ReliabilityBin, expected_calibration_error, fit_temperature, reliability
+from fedekd.functional import fit_temperature
+from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Metrics: registry of scores, Delta, expected calibration error."""
 
-from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, fit_temperature, reliability
+from fedekd.metrics.calibration import ReliabilityBin, expected_calibration_error, reliability
 from fedekd.metrics.checks import BALANCED, predicts_like_one_class
 from fedekd.metrics.negative_transfer import NegativeTransfer, negative_transfer
 from fedekd.metrics.registry import METRICS, MetricSpec, build_metrics, primary_metric, score
@@ -25,7 +25,6 @@ __all__ = [
     "compute_metrics",
     "computed_metrics",
     "expected_calibration_error",
-    "fit_temperature",
     "is_undefined",
     "metric_keys",
     "missing_classes",

@@ -6,15 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_calibration_error
 
 from fedekd.functional.shapes import require_same_shape
-
-#: Range of temperatures that are fitted; for logits that separate the classes, the likelihood has no maximum.
-TEMPERATURES = (0.01, 100.0)
 
 
 @dataclass(frozen=True)
@@ -106,45 +101,6 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     # torchmetrics gives a confidence of exactly 1 a bin of its own; the largest float64 below 1 is in the last bin.
     below_one = values.clamp(max=math.nextafter(1, 0))
     return binary_calibration_error(below_one, correct.to("cpu", torch.int64), bins, validate_args=False).item()
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""Return the temperature that minimises the negative log-likelihood.
-
-    $$T = \arg\min_T -\sum_n \log \mathrm{softmax}(z_n / T)_{y_n}$$
-
-    The log-likelihood is concave in 1 / T, so that the minimum over $\log T$ is unique; found by SciPy's bounded Brent
-    method in float64, within `TEMPERATURES`. One temperature does not change the predicted class of a sample.
-
-    Args:
-        logits: Shape (N, C), N at least 1, finite.
-        labels: Class indices, shape (N,).
-
-    Returns:
-        T, above 0.
-
-    Raises:
-        ValueError: If there are no samples, or logits are not finite.
-
-    Reference:
-        Guo et al. (arXiv 1706.04599), Section 4.2.
-
-    Example:
-        >>> logits = torch.tensor([[4.0, 0.0]] * 4)  # confidence 0.98, accuracy 0.75
-        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)
-        3.641
-    """
-    values, targets = logits.detach().to("cpu", torch.float64), labels.to("cpu", torch.int64)
-    if not len(values):
-        raise ValueError("logits: expected at least 1 sample, got 0")
-    if not bool(values.isfinite().all()):
-        raise ValueError("logits: expected finite values, got NaN or infinity")
-
-    def loss(log_temperature: float) -> float:
-        return cross_entropy(values / math.exp(log_temperature), targets).item()
-
-    bounds = [math.log(limit) for limit in TEMPERATURES]
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
 def _validated(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:

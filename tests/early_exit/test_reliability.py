@@ -10,7 +10,8 @@ import torch
 from fedekd.early_exit import ExitPolicy
 from fedekd.early_exit.reliability import exit_reliabilities
 from fedekd.early_exit.scoring import ExitOutputs
-from fedekd.metrics import expected_calibration_error, fit_temperature
+from fedekd.functional import fit_temperature
+from fedekd.metrics import expected_calibration_error
 
 POLICY = ExitPolicy((0.999, 0.8, -math.inf), (0.99, 0.8, -math.inf), (True, True, False), 0.05, 0.9, "ltt")
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedekd.metrics import ReliabilityBin, expected_calibration_error, fit_temperature, reliability
-from fedekd.metrics.calibration import TEMPERATURES
+from fedekd.metrics import ReliabilityBin, expected_calibration_error, reliability
 
 samples = st.lists(
     st.tuples(st.one_of(st.floats(0, 1), st.sampled_from([k / 10 for k in range(11)])), st.booleans()), max_size=40
@@ -121,39 +120,3 @@ def test_invalid_arguments_raise_value_error() -> None:
         reliability(half, right, bins=0)
     with pytest.raises(ValueError, match=r"confidence: expected values in \[0, 1\], got 0.5 to 1.5"):
         reliability(torch.tensor([0.5, 1.5]), right[:2])
-
-
-def drawn(temperature: float, samples: int = 20_000, classes: int = 5) -> tuple[Tensor, Tensor]:
-    """Logits, and labels drawn from the softmax of the logits at a temperature."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
-    probabilities = (logits / temperature).softmax(dim=1)
-    return logits, torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_fit_temperature_recovers_a_known_temperature(temperature: float) -> None:
-    logits, labels = drawn(temperature)
-    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.03)
-    assert fit_temperature(7 * logits.float(), labels) == pytest.approx(7 * fit_temperature(logits, labels), rel=1e-4)
-
-
-def test_fit_temperature_is_the_stationary_point_of_the_likelihood() -> None:
-    logits, labels = drawn(2.0, samples=300)
-    beta = 1 / fit_temperature(logits, labels)
-    # d/d(1/T) of the loss: expected logit under the model minus the logit of the label.
-    expected = ((beta * logits).softmax(dim=1) * logits).sum(dim=1)
-    assert (expected - logits.gather(1, labels[:, None]).squeeze(1)).mean().abs() < 1e-5
-
-
-def test_fit_temperature_separable_and_reversed_labels_stay_within_limits() -> None:
-    logits = torch.eye(3).repeat(4, 1)
-    assert TEMPERATURES[0] <= fit_temperature(logits, logits.argmax(dim=1)) < 0.1
-    assert fit_temperature(logits, (logits.argmax(dim=1) + 1) % 3) == pytest.approx(TEMPERATURES[1], rel=1e-3)
-
-
-def test_fit_temperature_invalid_input_raises_value_error() -> None:
-    with pytest.raises(ValueError, match="at least 1 sample"):
-        fit_temperature(torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="finite"):
-        fit_temperature(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))
