@@ -156,7 +156,7 @@ def learning_rates(grid: str) -> str:
 def exit_parts(grid: str, parts: str) -> str:
     """Differences that a change of a method makes, paired by seed.
 
-    Methods of `parts` are named `BASE, CHANGE`, where BASE is a method of `grid`.
+    Methods of `parts` are named `BASE, CHANGE`, where BASE is a method of `grid`, or only `BASE`.
     """
     changed = numeric(read_results(RESULTS / parts)).set_index(["method", "seed"])
     bases = numeric(read_results(RESULTS / grid)).set_index(["method", "seed"])
@@ -165,7 +165,7 @@ def exit_parts(grid: str, parts: str) -> str:
         base, _, change = name.partition(", ")
         runs = changed.loc[name]
         differences = [(runs[column] - bases.loc[base, column]).dropna().tolist() for column in COMPARED]
-        cells = [minus(with_interval(values)) for values in differences]
+        cells = [minus(with_interval(values if change else [])) for values in differences]
         rows.append([base, change, f"{runs['mean'].mean():.4f}", *cells, str(len(differences[0]))])
     heads = ["method", "change", "accuracy", *(f"difference, {title}" for title in COMPARED.values()), "seeds"]
     return markdown(heads, rows) if rows else NOT_MEASURED

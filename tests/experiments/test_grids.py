@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from experiments.fedekd_paper import coverage
 from experiments.fedekd_paper.do_no_harm_results import harm_table, harm_tables
 from experiments.fedekd_paper.exits import exit_comparisons, exit_table
 from experiments.fedekd_paper.load import arrange
+from experiments.result_pages import early_exits
+from experiments.result_pages.common import minus
 from fedekd.benchmark import numeric, read_results
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -23,34 +26,61 @@ def grid(name: str) -> pd.DataFrame:
     return arrange(numeric(read_results(RESULTS / name)))
 
 
-def test_exit_table_of_committed_results() -> None:
-    [comparison] = exit_comparisons(grid("cafedistill"))
+def exit_rows(helpers: Any) -> pd.DataFrame:
+    """Two seeds of a method without exits and of two with two exits; costs equal the budgets."""
+    setting = {"dataset": "cifar10", "clients": 20, "rounds": 40, "local_mean": 0.7}
+    rows = [helpers.make_row("Plain", seed, 0, mean=mean, **setting) for seed, mean in ((0, 0.80), (1, 0.82))]
+    curves = {
+        "Exits": ({25: 0.78, 50: 0.80, 70: 0.81, 100: 0.83}, {25: 0.80, 50: 0.84, 70: 0.85, 100: 0.85}),
+        "Worse": ({25: 0.60, 50: 0.61, 70: 0.62, 100: 0.62}, {25: 0.60, 50: 0.61, 70: 0.62, 100: 0.62}),
+    }
+    for method, seeds in curves.items():
+        for seed, curve in enumerate(seeds):
+            columns = {"exit_1": curve[25], "exit_1_flops": 0.1, "exit_2": curve[100], "exit_2_flops": 1.0}
+            for budget, accuracy in curve.items():
+                columns |= {f"budget_{budget}": accuracy, f"budget_{budget}_flops": budget / 100}
+            rows.append(helpers.make_row(method, seed, 0, mean=curve[100], **setting, **columns))
+    return helpers.to_results(rows)
+
+
+def test_exit_comparison_saves_flops_at_the_accuracy_of_the_best_without_exits(helpers: Any) -> None:
+    [comparison] = exit_comparisons(exit_rows(helpers))
     assert comparison.name == "CIFAR-10, alpha 0.1, 20 clients, 40 rounds"
-    assert comparison.plain == ("FedPer, static", pytest.approx(0.8061, abs=5e-5))
-    assert comparison.finding.startswith(
-        "Best method without exits: FedPer, static, 0.8061. FLOPs saved at that accuracy: none. Not reached by: FedRep;"
-    )
+    assert comparison.plain == ("Plain", pytest.approx(0.81))
+    saved = comparison.points.groupby("method")["saved"].first()
+    # Of the means 0.79 at 25% and 0.82 at 50%, 0.81 is at two thirds of the way.
+    assert saved["Exits"] == pytest.approx(1 - (0.25 + 0.25 * 2 / 3))
+    assert math.isnan(saved["Worse"])
+    assert comparison.finding.endswith("FLOPs saved at that accuracy: Exits 58%. Not reached by: Worse.")
+    assert comparison.differences["Exits"] == pytest.approx([0.01, 0.03])
+
+
+def test_exit_table_prints_accuracies_and_paired_interval(helpers: Any) -> None:
+    [comparison] = exit_comparisons(exit_rows(helpers))
     table = exit_table(comparison).set_index("method")
-    assert list(table.index[:3]) == ["FedRep", "FedPer", "CAFEDistill, no distillation"]
-    assert table.loc["FedRep"].tolist() == [
-        *("0.7997 ± 0.0095", "0.7581 (6%)", "0.7725 (67%)", "0.7997 (100%)"),
-        *("0.7838 (25%)", "0.7960 (50%)", "0.7972 (75%)", "not reached", 2),
+    assert list(table.index) == ["Exits", "Worse"]
+    assert table.loc["Exits"].tolist() == [
+        *("0.8400 ± 0.0141", "0.7900 (10%)", "0.8400 (100%)", "0.7900 (25%)", "0.8200 (50%)", "58.3%"),
+        *("+0.0200 (-0.1071 to +0.1471)", 2),  # t of one degree of freedom: 12.706
     ]
 
 
-def test_exit_comparison_saves_flops_at_the_accuracy_of_the_best_without_exits() -> None:
-    results = grid("cafedistill")
-    worse = results["method"].eq("FedPer, static")
-    results.loc[worse, ["mean", "local_mean"]] = 0.78
-    [comparison] = exit_comparisons(results)
-    saved = comparison.points.groupby("method")["saved"].first()
-    budget = comparison.points.query("method == 'FedRep' and kind == 'budget' and accuracy >= 0.78")
-    assert 1 - budget["cost"].min() <= saved["FedRep"] < 1
-    assert math.isnan(saved["FedAvg"])
-    assert "FedRep 7" in comparison.finding
-    [alone] = exit_comparisons(results[~worse])
-    assert alone.plain is None
-    assert alone.finding == "There is no run without exits to compare with."
+def test_exit_comparison_without_a_plain_method_has_no_saving(helpers: Any) -> None:
+    rows = exit_rows(helpers)
+    [comparison] = exit_comparisons(rows[rows["method"] != "Plain"])
+    assert comparison.plain is None
+    assert comparison.finding == "There is no run without exits to compare with."
+    assert set(exit_table(comparison)["FLOPs saved"]) == {""}
+
+
+def test_exit_parts_compares_with_the_method_before_the_comma(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = exit_rows(helpers).astype(str)
+    rows["method"] = rows["method"].replace("Worse", "Exits, worse")
+    monkeypatch.setattr(early_exits, "read_results", lambda folder: rows)
+    cells = [line.strip("| ").split(" | ") for line in early_exits.exit_parts("a", "b").splitlines()]
+    found = {cell[1]: cell for cell in cells if cell[0] == "Exits" and len(cell) == 7}
+    assert found["worse"][2] == "0.6200"
+    assert found["worse"][3:5] == list(map(minus, ["-0.2200 (-0.3471 to -0.0929)", "-0.1900 (-0.3171 to -0.0629)"]))
 
 
 def test_harm_table_of_committed_results() -> None:
