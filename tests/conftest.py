@@ -17,7 +17,7 @@ from hypothesis import settings
 from fedekd.data import FederatedDataModule
 from fedekd.federation import RoundOptions, RunFolder
 
-settings.register_profile("fedekd")  # a busy machine must not fail a test
+settings.register_profile("fedekd", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("fedekd")
 
 

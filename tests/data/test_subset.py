@@ -134,7 +134,7 @@ def test_subset_keeps_groups_whole_and_at_one_client() -> None:
     assert sum(map(len, owners)) == len(set.union(*owners)) == 20
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(0, 2**31), st.integers(40, 200), st.integers(1, 80), st.sampled_from(["classification", "regression"])
 )

@@ -167,7 +167,7 @@ def test_gradient_matches_finite_differences(fit: Callable[..., Tensor], seed: i
         assert central == pytest.approx(slope, rel=1e-6, abs=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds, st.sampled_from([0.1, 1.0, 30.0]))
 def test_fit_log_linear_weights_matches_general_solver(seed: int, ridge: float) -> None:
     log_p, targets = problem(25, 3, 3, seed)
@@ -189,7 +189,7 @@ def test_fit_log_linear_weights_beats_every_point_of_a_grid() -> None:
     assert best <= min(plain_objective(np.array([u, v]), log_p, targets, 0.5) for u in grid for v in grid)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds, st.sampled_from([0.5, 5.0]))
 def test_fit_sample_weights_matches_general_solver(seed: int, ridge: float) -> None:
     log_p, targets = problem(30, 3, 2, seed)
@@ -206,7 +206,7 @@ def test_fit_sample_weights_matches_general_solver(seed: int, ridge: float) -> N
     np.testing.assert_allclose(np.concatenate([a, b]), solved.x, atol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds, st.permutations(range(4)), st.permutations(range(30)))
 def test_fits_are_equivariant_to_order(seed: int, members: list[int], samples: list[int]) -> None:
     log_p, targets = problem(30, 3, 4, seed)
@@ -342,7 +342,7 @@ def regression(n: int, members: int, seed: int, scale: float = 1.0) -> tuple[Ten
     return scale * (y + spread * noise + 0.3 * bias), scale * y
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.integers(2, 5), st.integers(1, 20), st.sampled_from([1e-3, 1.0, 50.0]))
 def test_fit_linear_weights_matches_general_solver(seed: int, members: int, n: int, ridge: float) -> None:
     f, y = regression(n, members, seed)

@@ -134,7 +134,7 @@ def test_critical_counts_equal_p_values_at_most_level(margin: float, level: floa
 counts = st.tuples(st.integers(0, 25), st.integers(0, 25), st.integers(0, 150))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(counts, st.floats(0.0, 0.5))
 def test_unconditional_p_value_is_at_least_that_of_the_outcome(drawn: tuple[int, int, int], margin: float) -> None:
     worse, better, agreeing = drawn

@@ -70,7 +70,7 @@ def reference(path: str, channels: int) -> Any:
     return out if channels == 3 else out[..., :1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_read_images_equals_slow_reference(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     suffix = data.draw(st.sampled_from(sorted(MODES)))

@@ -75,7 +75,7 @@ def literal(calibration: ExitScores, plan, shared: bool, alpha: float):
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([0.1, 0.2]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_ltt_with_groups_equals_literal_transcription(seed, shared, by_exit, alpha):
     calibration, tuning = draw(seed, 250, by_exit=by_exit), draw(seed + 1, 300, by_exit=by_exit)
     plan = make_plan(tuning, 250, CalibrationTarget(alpha, 0.1, np.ones(3), 3, shared))
@@ -91,7 +91,7 @@ def test_ltt_with_groups_equals_literal_transcription(seed, shared, by_exit, alp
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_group_curve_counts_equal_loops(seed):
     samples = draw(seed, 60, exits=1)
     curve = group_curve(samples.scores[:, 0], samples.correct[:, 0], samples.groups[:, 0], [0, 2])
