@@ -91,8 +91,7 @@ class CAFEDistill(Method):
     mixture of the last round's heads, and also starts from it if its head is personal.
 
     Args:
-        variant: `paper` as published; `corrected` for the changes in the table, which are not measured on
-            fresh seeds yet.
+        variant: `paper` as published, or `corrected` with the changes in the table.
         distillation_weight: lambda, at least 0; null as in the table.
         temperature: T, above 0.
         spread: a of the mixing weights, above 0; larger values give more uniform weights. Without
