@@ -6,9 +6,8 @@ Run as `python -m perf.peers.bare_loop CLIENTS IMAGES SIZE ROUNDS`.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
+from perf.peers.workload import Clock, Workload, train
 
 
 def main() -> None:
@@ -20,12 +19,7 @@ def main() -> None:
         mean = {name: torch.zeros_like(value) for name, value in initial.items()}
         for x, y in zip(images, labels, strict=True):
             network.load_state_dict(initial)
-            optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
-            for _ in range(EPOCHS):
-                for chosen in torch.randperm(len(x)).split(BATCH):
-                    optimizer.zero_grad()
-                    cross_entropy(network(x[chosen]), y[chosen]).backward()
-                    optimizer.step()
+            train(network, x, y)
             for name, value in network.state_dict().items():
                 mean[name] += value / workload.clients
         network.load_state_dict(mean)

@@ -16,9 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from perf.peers.workload import BATCH, EPOCHS, RATE, Clock, Workload
+from perf.peers.workload import Clock, Workload, train
 from perf.process_tree import cpu_seconds, memory_of
 
 client_app = ClientApp()
@@ -45,19 +44,14 @@ def scaled(clients: int, images: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @client_app.train()
-def train(message: Message, context: Context) -> Message:
+def visit(message: Message, context: Context) -> Message:
     """Train a client on the global model."""
     setting = [int(message.content["config"][name]) for name in ("clients", "images", "size")]
     number = int(context.node_config["partition-id"])
     x, y = (tensor[number] for tensor in scaled(*setting))
     network = Workload(*setting, 0).network()
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
-    for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(x)).split(BATCH):
-            optimizer.zero_grad()
-            cross_entropy(network(x[chosen]), y[chosen]).backward()
-            optimizer.step()
+    train(network, x, y)
     metrics = MetricRecord({"num-examples": len(x)})
     return Message(RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics}), reply_to=message)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fedekd.data import FederatedDataModule, Samples
 from fedekd.models import PrivateCNN
@@ -54,6 +55,22 @@ class Clock:
         wall, cpu = ((last - first) / rounds for first, last in pairs)
         norm = sum(float(tensor.detach().double().square().sum()) for tensor in parameters) ** 0.5
         print(json.dumps({"wall": wall, "cpu": cpu, "start_up": self.ends[0][1], "peak": self.peak, "norm": norm}))
+
+
+def train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Train a network for one visit, as a plain PyTorch loop.
+
+    Args:
+        network: The network.
+        images: Scaled images of a client, shape (n, 1, size, size).
+        labels: Their labels, shape (n,).
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(images)).split(BATCH):
+            optimizer.zero_grad()
+            cross_entropy(network(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
 
 
 @dataclass
