@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
 from typing import Any
 
 from fedekd.early_exit.calibration.calibrator import SelectiveRiskCalibrator
@@ -88,27 +87,9 @@ class CoverageResult:
     union_violations: int
     clients: tuple[ClientCoverage, ...]
 
-    @property
-    def violation_rate(self) -> float:
-        """Fraction of client-draw pairs in which the client's own policy fails."""
-        return fmean(client.violations for client in self.clients) / self.draws
-
-    @property
-    def pooled_violation_rate(self) -> float:
-        """Fraction of client-draw pairs in which the pooled policy fails."""
-        return fmean(client.pooled_violations for client in self.clients) / self.draws
-
     def as_values(self) -> dict[str, Any]:
         """Convert to values that JSON can represent."""
         return asdict(self)
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> CoverageResult:
-        """Restore the result of `as_values`."""
-        clients = tuple(
-            ClientCoverage(**{**client, "report": ClientExitReport(**client["report"])}) for client in values["clients"]
-        )
-        return cls(**{**values, "clients": clients})
 
 
 def federation_coverage(clients: Sequence[Client], options: CoverageOptions, seed: int = 0) -> list[CoverageResult]:

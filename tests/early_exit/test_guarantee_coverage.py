@@ -15,16 +15,14 @@ import torch
 from fedekd.data import FederatedDataModule
 from fedekd.early_exit import ExitScores, SelectiveRiskCalibrator, check_federated_validity
 from fedekd.early_exit.client_calibration import calibrate_client, image_costs
-from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
-from fedekd.early_exit.guarantee_coverage import ClientCoverage, CoverageOptions, CoverageResult, federation_coverage
+from fedekd.early_exit.client_report import client_exit_report
+from fedekd.early_exit.guarantee_coverage import CoverageOptions, federation_coverage
 from fedekd.early_exit.scoring import exit_outputs
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.methods import Client, ClientOptions, FedeKD
 from fedekd.models import PrivateCNN
 from fedekd.modules import TrainerFactory
-
-REPORT = ClientExitReport(0, "private", 3, 2, 0.6, 0.25, 0.05, 0.04, 0.9, 0.91)
 
 
 @pytest.fixture(scope="module")
@@ -81,30 +79,6 @@ def test_calibrators_cover_every_rule_and_target_risk() -> None:
     ]
 
 
-def coverage_result(*counts: tuple[int, int], draws: int = 10) -> CoverageResult:
-    clients = (ClientCoverage(replace(REPORT, client=n), *count) for n, count in enumerate(counts))
-    return CoverageResult(0.05, 0.9, "ltt", draws, 3, tuple(clients))
-
-
-def test_violation_rates_are_over_clients_and_draws() -> None:
-    results = coverage_result((1, 0), (3, 10), (2, 5))
-    assert results.violation_rate == pytest.approx(6 / 30)
-    assert results.pooled_violation_rate == pytest.approx(15 / 30)
-    assert coverage_result((1, 4), draws=40).violation_rate == pytest.approx(1 / 40)
-
-
-def test_coverage_result_json_round_trip() -> None:
-    without = replace(REPORT, client=1, model="local", certified_risk=None, test_risk=None, accuracy=0.1 + 0.2)
-    result = CoverageResult(0.05, 0.9, "empirical", 7, 2, (ClientCoverage(REPORT, 1, 2), ClientCoverage(without, 0, 7)))
-    values = json.loads(json.dumps(result.as_values()))
-    restored = CoverageResult.from_values(values)
-    assert restored == result
-    assert hash(restored) == hash(result)
-    assert json.dumps(restored.as_values()) == json.dumps(result.as_values())
-    assert CoverageResult.from_values(result.as_values()) == result
-    assert CoverageResult.from_values(values) == result  # the values are as they were
-
-
 def population_of(client: Any) -> ExitScores:
     """Concatenate all samples of a client that training does not use."""
     parts = []
@@ -151,8 +125,8 @@ def test_federation_coverage_equals_separate_computations(clients: Any) -> None:
     by_client = [[client.report.client for client in each.clients] for each in results]
     assert by_client == [[0, 1, 2]] * len(results)
     assert any(client.report.early_share > 0 for each in results if each.mode == "ltt" for client in each.clients)
-    values = json.loads(json.dumps([each.as_values() for each in results]))
-    assert [CoverageResult.from_values(each) for each in values] == results
+    rows = json.loads(json.dumps([each.as_values() for each in results]))
+    assert [row["clients"][0]["report"]["client"] for row in rows] == [0] * len(results)
 
 
 def changed(client: Any, **values: Any) -> Any:
