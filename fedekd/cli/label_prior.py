@@ -18,8 +18,8 @@ _NAMES = (TRAIN, UNIFORM, ESTIMATED)
 #: Largest deviation of the sum of a given prior from 1.
 _SUM_TOLERANCE = 1e-6
 
-#: Pseudo-inputs per class that shrink the estimated prior. Chosen on one tuning seed (0): with
-#: 1 per class, an estimate from inputs without a shift lowered the accuracy.
+#: Pseudo-inputs per class that shrink the estimated prior. Chosen on one tuning seed: with 1 per
+#: class, an estimate from inputs without a shift lowered the accuracy.
 _STRENGTH_PER_CLASS = 10.0
 
 LabelPrior = str | tuple[float, ...]
