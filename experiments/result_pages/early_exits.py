@@ -113,7 +113,7 @@ def exit_calibration() -> str:
             cells = [_values(part["accuracy"]), _values(part["temperature"], 2), *map(_values, errors)]
             rows.append([*labels, str(number), *cells, str(len(part))])
     heads = ["data set", "network", "method", "exit", "accuracy", "temperature", "ECE", "ECE, scaled"]
-    heads += ["ECE of exiting images", "the same, scaled", "seeds"]
+    heads += ["ECE of exiting images", "ECE of exiting images, scaled", "seeds"]
     return markdown(heads, rows) if rows else NOT_MEASURED
 
 
