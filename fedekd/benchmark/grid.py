@@ -222,7 +222,10 @@ def cells(
                 cell_values = {"dataset": dataset, "method": label, "alpha": alpha, "seed": seed}
                 if not all(_matches(cell_values[name], value) for name, value in (conditions or {}).items()):
                     continue
-                values = values or _configuration(parser, block, dataset, method, folder)
+                try:
+                    values = values or _configuration(parser, block, dataset, method, folder)
+                except UserError as error:
+                    raise UserError(f"{dataset} {label}: {error}") from error
                 values = {**_with_alpha(values, dataset, alpha), "seed": seed}
                 key, configuration = (cell_key({**values, "seed": s}, coverage) for s in (seed, 0))
                 alpha = None if alpha is None else float(alpha)

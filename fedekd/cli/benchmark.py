@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedekd.benchmark import Block, Cell, cells, method_table, parse_filter, read_results, require_valid, run_grid
@@ -19,6 +18,7 @@ from fedekd.configuration.options import parse
 from fedekd.errors import UserError, print_warning, shorten, shorten_path
 from fedekd.metrics import METRICS
 from fedekd.modules import TrainerFactory
+from fedekd.reporting.console import PlainConsole
 from fedekd.reporting.document import markdown_table
 
 
@@ -56,9 +56,9 @@ class GridDisplay:
     """Prints one line per finished cell, and a progress bar on a terminal."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        self.console = PlainConsole()
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -71,7 +71,7 @@ class GridDisplay:
 
     def started(self, total: int, done: int) -> None:
         """Print the number of cells and start the bar."""
-        self.console.print(f"{total} cells, {done} of them finished", highlight=False)
+        self.console.print(f"{total} cells, {done} of them finished")
         self.task = self.progress.add_task("runs", total=total)
         # Progress.advance would count finished cells into the speed.
         self.progress.tasks[0].completed = done
@@ -87,9 +87,7 @@ class GridDisplay:
         metric = METRICS[row["metric"]]
         average, worst = (metric.difference_text(float(row[f"delta_{name}"])) for name in ("avg", "worst"))
         scores = f"{metric.title} {metric.text(float(row['mean']))}  Delta avg {average} worst {worst}"
-        self.console.print(
-            f"{_name(cell)}  {scores}  {float(row['seconds']):.0f} s", highlight=False, soft_wrap=True, markup=False
-        )
+        self.console.print(f"{_name(cell)}  {scores}  {float(row['seconds']):.0f} s", soft_wrap=True)
 
     def cell_failed(self, cell: Cell, reason: str) -> None:
         """Print the reason."""

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
 from fedekd.cli.arguments import add_trained_arguments, select_clients
@@ -48,6 +47,7 @@ from fedekd.errors import UserError, print_warning, require_choice, shorten, sho
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
+from fedekd.reporting.console import PlainConsole
 from fedekd.reporting.pages import csv_text, write_text
 
 
@@ -178,7 +178,7 @@ def run(argv: Sequence[str]) -> int:
     table = client_table_path(folder)
     has_table = table.is_file() if config.client is not None else len(clients) > 1
     pairs = list(zip(selected, policies, strict=True))
-    console = Console()
+    console = PlainConsole()
     reports = [_report(trained, client, policy) for client, policy in pairs] if has_table else []
     if has_table and config.client is not None:
         reports += _other_reports(trained, [client for client in clients if client not in selected])
@@ -194,7 +194,7 @@ def run(argv: Sequence[str]) -> int:
         console.print(exit_table(policy, client))
         lines = remarks(policy, client, trained_on if held_out is None else None)
         for line in (*lines, f"written to {path}"):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
     if has_table:
         rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
         columns = [field.name for field in fields(ClientExitReport)]
@@ -206,7 +206,7 @@ def run(argv: Sequence[str]) -> int:
             console.print(client_table(reports, calibrator, titles, unit))
         skipped = len(clients) - len(selected) if config.client is None else 0
         note = f"; {skipped} clients have no exits" if skipped else ""
-        console.print(f"written to {table}{note}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"written to {table}{note}", soft_wrap=True)
     return 0
 
 
@@ -223,7 +223,7 @@ def _calibrator(target_risk: float, confidence: float, mode: str, clients: int =
         raise UserError(f"--{error}") from error
 
 
-def _warn_of_broken_family(folder: Path, number: int, console: Console) -> None:
+def _warn_of_broken_family(folder: Path, number: int, console: PlainConsole) -> None:
     """Print a warning if a familywise policy is replaced."""
     previous = None
     with suppress(UserError):  # an invalid policy is replaced as well

@@ -80,7 +80,7 @@ def federate(parts: dict[str, Any], config: Namespace, output: Path) -> int:
     if not config.quiet:
         for table in result_tables(summary, config.metrics):
             display.console.print(table)
-        display.console.print(f"written to {output}", soft_wrap=True, markup=False)
+        display.console.print(f"written to {output}", soft_wrap=True)
     return 0
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from fedekd.atomic import atomic_file, digest, remove_drafts
 from fedekd.cli.arguments import add_client_argument, add_trained_arguments, select_client
@@ -44,6 +43,7 @@ from fedekd.monitoring.arrivals import read_header
 from fedekd.monitoring.cells import TARGET
 from fedekd.monitoring.policies import exit_limits, policy_settings
 from fedekd.monitoring.start import SAMPLE_DIGITS
+from fedekd.reporting.console import PlainConsole
 
 #: Exit code of an alarm; 2 is invalid input.
 ALARM = 3
@@ -118,8 +118,8 @@ def run(argv: Sequence[str]) -> int:
     if not config.arrivals:
         raise UserError("--arrivals: expected a CSV file, got none. Example: monitor runs/NAME --arrivals arrivals.csv")
     path = Path(config.arrivals).expanduser()
-    folder = _state_folder(config.state, path)
     header = read_header(path)
+    folder = _state_folder(config.state, path)
     start, run_folder = _start(config, folder / "start.json", header)
     if start.is_labelled != (TARGET in header):
         expected = "a column target as at the start" if start.is_labelled else "no column target as at the start"
@@ -133,15 +133,15 @@ def run(argv: Sequence[str]) -> int:
     arrivals = read_arrivals(path, start, before.size, before.sha256)
     followed = follow(start, arrivals)
     _store(folder, start, arrivals, followed)  # invalid arrivals of a first call fix nothing
-    console = Console()
+    console = PlainConsole()
     console.print(alarm_table(start, followed, policy))
     new = arrivals.rows - before.rows
-    console.print(f"{arrivals.rows} arrivals, {new} of them new; {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{arrivals.rows} arrivals, {new} of them new; {folder}", soft_wrap=True)
     alarms = open_alarms(followed, policy)
     if alarms and config.apply and policy is not None:
         policy = _apply(start, alarms, run_folder, console)
     for alarm in alarms:
-        console.print(alarm_message(start, alarm, policy), highlight=False, soft_wrap=True, markup=False)
+        console.print(alarm_message(start, alarm, policy), soft_wrap=True)
     return ALARM if alarms else 0
 
 
@@ -311,7 +311,9 @@ def _reference(client: Client, indices: torch.Tensor) -> dict[str, tuple[float, 
     return {name: tuple(numbers) for name, numbers in values.items()}
 
 
-def _apply(start: MonitorStart, alarms: Sequence[Followed], run_folder: Path, console: Console) -> ExitPolicy | None:
+def _apply(
+    start: MonitorStart, alarms: Sequence[Followed], run_folder: Path, console: PlainConsole
+) -> ExitPolicy | None:
     """Write the policy with closed exits, and a copy of the old one before."""
     path = policy_path(run_folder, start.client)
     with _locked(path.parent):
@@ -324,5 +326,5 @@ def _apply(start: MonitorStart, alarms: Sequence[Followed], run_folder: Path, co
         with atomic_file(copy) as file:
             file.write(content)
         changed.save(path)
-    console.print(f"written to {path}; the old policy is {copy}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"written to {path}; the old policy is {copy}", soft_wrap=True)
     return changed

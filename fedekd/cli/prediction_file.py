@@ -78,7 +78,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
 
 
 def check_output(output: str) -> None:
-    """Check that a file of predictions can be written, before anything is loaded.
+    """Check the name of a file of predictions.
 
     Raises:
         UserError: If its suffix is unknown, it is a directory, or pyarrow is missing.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.table import Table
 
 from fedekd.cli.arguments import add_trained_arguments
@@ -22,6 +21,7 @@ from fedekd.federation.run_folder import RunFolder, first_difference, to_json_va
 from fedekd.methods import Client
 from fedekd.methods.serving import CANDIDATE, LOCAL
 from fedekd.reporting import metrics_csv, result_tables
+from fedekd.reporting.console import PlainConsole
 
 #: Keys of `summary.json` that depend on the machine and the date.
 _UNREPEATABLE = ("seconds", "versions")
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _test_site(folder: Path) -> int:
     """Evaluate the networks of a site again, and compare with the stored metrics."""
-    trained, console = open_site("test", folder), Console()
+    trained, console = open_site("test", folder), PlainConsole()
     [client] = trained.clients
     stored = {client.served_role: dict(trained.records[client.number].metrics)}
     with trained.spec.trainer.numerics():
@@ -61,7 +61,7 @@ def _test_site(folder: Path) -> int:
     console.print(_metrics_table(client, now))
     if difference := first_difference(stored, now):
         key, old, new = difference
-        console.print(f"differs from the last round: {key} was {old}, is now {new}", soft_wrap=True, markup=False)
+        console.print(f"differs from the last round: {key} was {old}, is now {new}", soft_wrap=True)
         return 1
     console.print("the same as after the last round, to the last digit")
     return 0
@@ -82,14 +82,14 @@ def _test_run(folder: Path) -> int:
     """Evaluate a run again, and compare with its files."""
     orchestrator, config, saved = open_finished("test", folder, verified=["config.yaml"])
     summary = orchestrator.evaluate_checkpoint()
-    console = Console()
+    console = PlainConsole()
     for table in result_tables(summary, config.metrics):
         console.print(table)
     contents = with_all_rule_fields(saved), summary
     before, now = ({k: v for k, v in content.items() if k not in _UNREPEATABLE} for content in contents)
     if difference := first_difference(before, now):
         key, old, new = difference
-        console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True, markup=False)
+        console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True)
         return 1
     progress = orchestrator.progress
     if line := _first_different_line(folder / "metrics.csv", metrics_csv(progress.history, progress.names)):

@@ -35,8 +35,11 @@ def group_values(column: str, like: Samples, **source: Any) -> Names:
     Raises:
         UserError: The data have no such column, a value is missing, or the data have changed.
     """
+    source, own = {**source, "group_column": column}, source.get("group_column")
+    if like.columns and own not in (None, column):  # the names of patients are no feature
+        source["ignored_columns"] = [*(source.get("ignored_columns") or ()), own]
     try:
-        samples = load_samples(**{**source, "group_column": column})
+        samples = load_samples(**source)
     except UserError as error:
         raise UserError(str(error).replace("data.group_column", "groups")) from error
     if samples.group is None or len(samples) != len(like):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedekd.data.formats.image_files import ImageFiles, channels_last_view, fits_in_memory, with_channels
-from fedekd.data.pixels import checked_images, to_pixels, widened
+from fedekd.data.pixels import byte_warnings, checked_images, to_pixels, widened
 from fedekd.data.raw import ReadOptions
 from fedekd.data.stored import StoredInputs, join_inputs
 from fedekd.errors import UserError
@@ -80,17 +80,23 @@ def _resident(parts: Mapping[str | None, Any], options: ReadOptions) -> JoinedIm
         (sum(len(part) for part in parts.values()), *shape), np.float32 if is_mixed else kinds.pop()
     )
     start = 0
+    warnings: list[str] = []
     for site, part in parts.items():
         rows = result[start : start + len(part)]
         start += len(part)
-        if is_mixed:  # values of different types mean the same only after conversion
-            values = _loaded(site, part) if isinstance(part, ImageFiles) else part
-            rows[:] = widened(to_pixels(str(site), values, options.value_range)[0])
-        elif isinstance(part, ImageFiles):
-            _loaded(site, part, rows)
-        else:
+        values = part
+        if isinstance(part, ImageFiles):
+            values = _loaded(site, part, None if is_mixed else rows)
+        elif not is_mixed:
             rows[:] = part
-    return JoinedImages(result, (-1.0, 1.0) if is_mixed else options.value_range, ())
+        if len(parts) > 1:  # a site may have another range than the rest
+            values = checked_images(str(site), values)
+            warnings += byte_warnings(str(site), values)
+        if is_mixed:  # values of different types mean the same only after conversion
+            pixels, lines = to_pixels(str(site), values, options.value_range)
+            rows[:] = widened(pixels)
+            warnings += lines
+    return JoinedImages(result, (-1.0, 1.0) if is_mixed else options.value_range, tuple(warnings))
 
 
 def _loaded(site: str | None, files: ImageFiles, out: Any = None) -> Any:

@@ -133,7 +133,7 @@ def accuracy_cost_curve(outputs: ExitOutputs, costs: ExitCosts, score: str = "ma
 def area(curve: Sequence[Point]) -> float:
     """Compute the area under accuracy against cost, divided by the range of costs.
 
-    This is the mean over all budgets in the range of the best accuracy of any point within the budget.
+    This is the mean over all budgets in the range of the best accuracy within the budget, linear between points.
 
     Args:
         curve: At least 1 point, in order of cost.

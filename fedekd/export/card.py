@@ -19,6 +19,7 @@ from fedekd.export.served import OUTPUTS
 from fedekd.export.specification import ModelSpecification
 from fedekd.methods import Client
 from fedekd.metrics import METRICS, column_names
+from fedekd.reporting.pages import markdown_cell
 
 CARD_FORMAT = 1
 """Version of the keys of a card."""
@@ -242,7 +243,7 @@ def card_text(card: Mapping[str, Any]) -> str:
     lines = [f"# {training['method']}, {training['client']}", "", f"Exported {card['created']}."]
     for title, rows in sections:
         lines += ["", f"## {title}", "", "| | |", "| --- | --- |"]
-        lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
+        lines += [f"| {name} | {markdown_cell(value)} |" for name, value in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -279,7 +280,3 @@ def _listed(value: Any) -> str:
 
 def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", r"\|").replace("\n", " ")

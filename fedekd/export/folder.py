@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedekd.atomic import name_in_errors
-from fedekd.errors import UserError, shorten_path
+from fedekd.errors import UserError, require, shorten_path
 
 CARD, CARD_TEXT = "model_card.json", "model_card.md"
 """Names of the cards; the first lists the other files of an export."""
@@ -19,8 +19,9 @@ def check_folder(folder: Path) -> None:
     """Check that a folder can be created, or has an earlier export and nothing else.
 
     Raises:
-        UserError: If it is a file, or has other content.
+        UserError: If it is a file, the root of the file system, or has other content.
     """
+    require(folder.absolute().name != "", "--output", "a folder", str(folder))
     _restore(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: expected a folder, got the file {shorten_path(folder)}")

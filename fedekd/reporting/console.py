@@ -81,19 +81,19 @@ def other_metrics_table(summary: Summary) -> Table | None:
             tail = stat or metric_spec(name).tail
             cells.append(_value_text(name, {"score": values[part] if part else None, "delta": values["delta"][tail]}))
         rows.append((title, cells))
-    table = Table(title=_plain(f"{summary['method']} on {summary['dataset']}, other metrics (Delta)", "table.title"))
+    table = Table(title=f"{summary['method']} on {summary['dataset']}, other metrics (Delta)")
     if len(figures) > len(rows):  # the terminal has no room for a column per class
         table.add_column("metric", overflow="fold")
         for title, _ in rows:
-            table.add_column(_plain(title), justify="right", overflow="fold")
+            table.add_column(title, justify="right", overflow="fold")
         for number, title in enumerate(titles):
-            table.add_row(_plain(title), *(cells[number] for _, cells in rows))
+            table.add_row(title, *(cells[number] for _, cells in rows))
         return table
     _add_client_column(table, summary)
     for title in titles:
-        table.add_column(_plain(title), justify="right", overflow="fold")
+        table.add_column(title, justify="right", overflow="fold")
     for number, (title, cells) in enumerate(rows):
-        table.add_row(_plain(title), *cells, end_section=number == len(clients) - 1)
+        table.add_row(title, *cells, end_section=number == len(clients) - 1)
     return table
 
 
@@ -126,8 +126,8 @@ def client_table(summary: Summary) -> Table:
     def add(
         name: str, samples: tuple[str, str], classes: str, local: str, method: str, change: Text, chosen: str = ""
     ) -> None:
-        shown = [_plain(classes)] if with_classes else []
-        table.add_row(_plain(name), *samples, *shown, local, method, change, *([chosen] if with_round else []))
+        shown = [classes] if with_classes else []
+        table.add_row(name, *samples, *shown, local, method, change, *([chosen] if with_round else []))
 
     for client in clients:
         labels = client.get("classes", [])
@@ -151,14 +151,14 @@ def client_table(summary: Summary) -> Table:
 def _empty_client_table(summary: Summary, with_classes: bool, with_round: bool) -> Table:
     """Return the table of scores per client without rows."""
     title = f"{summary['method']} on {summary['dataset']}, {metric_spec(summary['metric']).title}"
-    table = Table(title=_plain(title, "table.title"))
+    table = Table(title=title)
     _add_client_column(table, summary)
     for heading in ("train", "test"):
         table.add_column(heading, justify="right")
     if with_classes:
         table.add_column("classes", overflow="fold")
     for heading in ("Local", summary["method"], "Delta"):
-        table.add_column(_plain(heading), justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     if with_round:
         table.add_column("round", justify="right")
     return table
@@ -171,16 +171,16 @@ def reference_table(summary: Summary) -> Table:
         summary: Content of `summary.json` with `surplus` or `delta_tuned`.
     """
     metric, references = metric_spec(summary["metric"]), references_of(summary)
-    table = Table(title=_plain(f"{summary['method']} and its references, {metric.title}", "table.title"))
+    table = Table(title=f"{summary['method']} and its references, {metric.title}")
     _add_client_column(table, summary)
     headings = [heading for *_, score, difference in references for heading in (score, difference)]
     for heading in ("score", *headings):
-        table.add_column(_plain(heading), justify="right")
+        table.add_column(heading, justify="right")
     for title, client in zip(_short_titles(summary["clients"]), summary["clients"], strict=True):
         cells: list[str | Text] = [metric.text(client["score"])]
         for score, difference, *_ in references:
             cells += [metric.text(client[score]), _delta_text(client[difference], summary)]
-        table.add_row(_plain(title), *cells)
+        table.add_row(title, *cells)
     table.add_section()
     for title, part in (("mean", "avg"), ("worst", "worst"), (metric.tail.upper(), metric.tail)):
         cells = [metric.text(summary["mean"]) if part == "avg" else ""]
@@ -210,7 +210,7 @@ def deployed_table(summary: Summary) -> Table:
 
     for title, client in zip(_short_titles(summary["clients"]), summary["clients"], strict=True):
         if "deployed" not in client:  # the client took part in no round
-            table.add_row(_plain(title), *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2)
+            table.add_row(title, *[""] * (5 if by_class else 4), *[_delta_text(client["delta"], summary)] * 2)
             continue
         evidence = (str(client["worse"]), str(client["better"])) if by_class else (format(client["gain"], "+.4g"),)
         p_value = "" if client["p_value"] is None else f"{client['p_value']:.3g}"
@@ -219,7 +219,7 @@ def deployed_table(summary: Summary) -> Table:
         deployed_delta = client["delta"] if client["deployed"] == "federated" else local_delta
         deployed_delta = client.get("deployed_delta", deployed_delta)
         changes = _delta_text(client["delta"], summary), _delta_text(deployed_delta, summary)
-        table.add_row(_plain(title), str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
+        table.add_row(title, str(client["samples"]), *evidence, p_value, client["deployed"], *changes)
     table.add_section()
     blank = [""] * (5 if by_class else 4)
     for name, key in (("mean", "avg"), ("worst", "worst"), (tail.upper(), tail)):
@@ -236,9 +236,9 @@ def candidates_table(summary: Summary) -> Table:
     rows = candidate_rows(summary)
     table = Table(title="candidates: p-values")
     for name in rows[0]:
-        table.add_column(_plain(name), justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        table.add_row(*map(_plain, row.values()))
+        table.add_row(*row.values())
     return table
 
 
@@ -256,11 +256,6 @@ def _short_titles(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     titles = [client_title(client) for client in clients]
     short = [shorten(title, _LONGEST_NAME) for title in titles]
     return short if len(set(short)) == len(titles) else titles
-
-
-def _plain(text: str, style: str = "") -> Text:
-    """Return a text without markup: a name may have brackets."""
-    return Text(text, style)
 
 
 def _delta_text(value: float | None, summary: Summary) -> Text:
@@ -309,10 +304,20 @@ def round_line(row: Row, rounds: int) -> str:
     return "  ".join(parts)
 
 
-class _LastingConsole(Console):
-    """Console that stops printing when its pipe closes, as in `fit ... | head`."""
+class PlainConsole(Console):
+    """Console that prints text unchanged: names of clients, columns and files may have brackets and colons.
+
+    It stops printing when its pipe closes, as in `fit ... | head`.
+
+    Args:
+        **options: Options of a `rich.console.Console`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def on_broken_pipe(self) -> None:
+        """Print nothing more."""
         self.quiet = True
         # Python flushes standard output at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -331,17 +336,17 @@ class Display:
     """
 
     def __init__(
-        self, console: Console | None = None, *, quiet: bool = False, clients: Sequence[str] | None = None
+        self, console: PlainConsole | None = None, *, quiet: bool = False, clients: Sequence[str] | None = None
     ) -> None:
         self.clients = clients
-        self.console = console if console is not None else _LastingConsole()
+        self.console = console if console is not None else PlainConsole()
         self.quiet, self.rounds = quiet, 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         if self.console.is_interactive and not quiet:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                TextColumn("{task.fields[work]}", style="dim"),
+                TextColumn("{task.fields[work]}", style="dim", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -389,7 +394,7 @@ class Display:
     def logged_at(self, url: str) -> None:
         """Print the address of the run at a logger."""
         if not self.quiet:
-            self.console.print(f"logged at {url}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"logged at {url}", soft_wrap=True)
 
     def round_started(self, round_idx: int) -> None:
         """Show the number of the round."""
@@ -410,7 +415,7 @@ class Display:
     def round_finished(self, row: Row) -> None:
         """Print the line of the round."""
         if not self.quiet:
-            self.console.print(round_line(row, self.rounds), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(round_line(row, self.rounds), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print one line on standard error."""

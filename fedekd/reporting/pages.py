@@ -52,7 +52,7 @@ def markdown_cell(text: object) -> str:
         >>> print(markdown_cell("a|<b>"))
         a\|&lt;b>
     """
-    return str(text).replace("|", r"\|").replace("<", "&lt;")
+    return str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:

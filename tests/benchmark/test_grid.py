@@ -33,6 +33,11 @@ def test_cells_are_the_distinct_product() -> None:
     assert len({cell.configuration for cell in grid}) == 4
 
 
+def test_cells_errors_name_the_cell() -> None:
+    with pytest.raises(UserError, match=r"^digits FedAvg, tuned: --method"):
+        cells([Block(["digits"], [0.1], [0], {**METHOD, "FedAvg, tuned": {"class_path": "FedAvgg"}})])
+
+
 def key(method: Mapping[str, Any], **options: Any) -> str:
     return cells([Block(["digits"], [0.1], [0], {"x": method}, options)])[0].key
 

@@ -247,3 +247,5 @@ def test_check_folder_with_files_of_the_user_raises_and_keeps_them(tmp_path: Pat
     (folder / CARD).write_text("[]")
     with pytest.raises(UserError, match="which has other files"):
         check_folder(folder)
+    with pytest.raises(UserError, match="--output: expected a folder, got '/'"):
+        check_folder(Path("/"))

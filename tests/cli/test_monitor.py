@@ -297,6 +297,7 @@ def test_monitor_changed_file_or_settings_print_one_line(here: Path, error_line:
         (["--coverage=0.8"], "--coverage: expected None as at the start"),
         (["--client=1"], "--client: expected 0 as at the start, got '1'"),
         (["--coverage=2"], "--coverage: expected a number in (0, 1), got 2.0"),
+        (["--arrivals=."], "expected a CSV file, got '.'"),
         (["--arrivals=none.csv"], "expected a CSV file, got 'none.csv', which does not exist"),
         (["--arrivals=run"], "expected a CSV file, got 'run', which is a folder"),
         (["--state="], "--state: expected a folder, got ''. Omit it"),

@@ -119,6 +119,18 @@ def test_stored_and_resident_sites_report_a_small_range() -> None:
     assert line.startswith("data.value_range: images of 'site 1' use only the values")
 
 
+@pytest.mark.parametrize("other", ["uint8", "float32"])
+@pytest.mark.parametrize(("pixels", "text"), [(0, "expected different pixels, got 0"), (1, "got no pixel above 1")])
+def test_pixels_of_each_site_are_checked(other: str, pixels: int, text: str) -> None:
+    images = np.zeros((3, 8, 8), np.uint8)
+    images[0, 0, 0] = pixels
+    neighbour = replace(raw([0, 1, 0]), inputs=np.random.default_rng(0).random((3, 8, 8)).astype(np.float32))
+    if other == "uint8":
+        neighbour = replace(neighbour, inputs=(neighbour.inputs * 255).astype(np.uint8))
+    with pytest.raises(UserError, match=f"images of 'site 1': .*{text}"):
+        joined(neighbour, replace(raw([0, 1, 0]), inputs=images))
+
+
 @pytest.mark.parametrize(
     ("parts", "options", "text"),
     [

@@ -29,6 +29,13 @@ def test_group_values_of_a_feature_and_of_an_ignored_column_are_those_of_the_row
         data.group_values("site")
 
 
+def test_group_values_of_a_table_with_many_patients(tmp_path: Path) -> None:
+    rows = [f"{row},P{row // 2},{'fm'[row % 2]},{row % 2}" for row in range(2002)]  # more names than categories
+    (tmp_path / "table.csv").write_text("\n".join(["age,patient,sex,label", *rows]) + "\n")
+    data = FederatedDataModule(str(tmp_path / "table.csv"), num_clients=1, group_column="patient")
+    assert data.group_values("sex").tolist() == ["f", "m"] * 1001
+
+
 def test_group_values_missing_value_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text(

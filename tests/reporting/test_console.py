@@ -5,15 +5,14 @@ from __future__ import annotations
 from io import StringIO
 
 import pytest
-from rich.console import Console
 
 from fedekd.reporting import Display, client_table, result_tables
-from fedekd.reporting.console import _ranges, deployed_table, other_metrics_table
+from fedekd.reporting.console import PlainConsole, _ranges, deployed_table, other_metrics_table
 from fedekd.reporting.run_report import client_table as report_table
 
 
 def rendered(table, **options) -> str:
-    console = Console(file=StringIO(), width=80, **options)
+    console = PlainConsole(file=StringIO(), width=80, **options)
     console.print(table)
     return console.file.getvalue()
 
@@ -152,7 +151,7 @@ def run(display: Display) -> None:
 
 
 def test_display_without_terminal_prints_one_line_per_round(capsys):
-    console = Console(file=StringIO(), force_terminal=False, width=30)
+    console = PlainConsole(file=StringIO(), force_terminal=False, width=30)
     run(Display(console))
     line = "round {}/2  accuracy 0.9130  delta avg +0.0021 worst -0.0100\n"
     assert console.file.getvalue() == line.format(1) + line.format(2)
@@ -160,14 +159,14 @@ def test_display_without_terminal_prints_one_line_per_round(capsys):
 
 
 def test_display_quiet_prints_warnings_only(capsys):
-    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    console = PlainConsole(file=StringIO(), force_terminal=True, force_interactive=True)
     run(Display(console, quiet=True))
     assert console.file.getvalue() == ""
     assert capsys.readouterr() == ("", "warning: client 3 was missing [from round 2]\n")
 
 
 def test_display_on_terminal_shows_a_bar_and_removes_it(capsys):
-    console = Console(file=StringIO(), force_terminal=True, force_interactive=True, width=120)
+    console = PlainConsole(file=StringIO(), force_terminal=True, force_interactive=True, width=120)
     display = Display(console)
     run(display)
     text = console.file.getvalue()
@@ -179,7 +178,7 @@ def test_display_on_terminal_shows_a_bar_and_removes_it(capsys):
 
 
 def test_display_completed_steps_do_not_count_for_the_speed():
-    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    console = PlainConsole(file=StringIO(), force_terminal=True, force_interactive=True)
     with Display(console) as display:
         display.started(rounds=2, total_steps=100, done_steps=60)
         task = display._progress.tasks[0]
@@ -190,7 +189,7 @@ def test_display_completed_steps_do_not_count_for_the_speed():
 
 
 def test_display_row_without_scores_prints_a_line():
-    console = Console(file=StringIO())
+    console = PlainConsole(file=StringIO())
     display = Display(console)
     display.started(rounds=5, total_steps=1)
     display.round_finished({"round": 4, "comm/bytes_up": 3})
@@ -198,7 +197,7 @@ def test_display_row_without_scores_prints_a_line():
 
 
 def test_display_stops_when_a_run_fails():
-    console = Console(file=StringIO(), force_terminal=True, force_interactive=True)
+    console = PlainConsole(file=StringIO(), force_terminal=True, force_interactive=True)
     display = Display(console)
 
     def fail():

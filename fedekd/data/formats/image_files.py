@@ -434,9 +434,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"data.dataset: image '{shorten_path(name)}': file not found")
-    reason = describe_error(error, 100) if not isinstance(error, UnidentifiedImageError) else "not an image"
+    known = {FileNotFoundError: "file not found", UnidentifiedImageError: "not an image"}
+    reason = known.get(type(error)) or describe_error(error, 100)
     return UserError(
         f"data.dataset: image '{shorten_path(name)}' cannot be read ({reason}). Replace or remove it, or set"
         " --data.skip_unreadable true"
