@@ -149,12 +149,12 @@ def test_resume_after_sigkill_gives_same_files(
 
 #: Training options, and the moments of a kill: in a local baseline, in a proxy, in a private model.
 TRAINING = {
-    "scheduler": [
+    "schedule of steps, callbacks, clipping and accumulation": [
         *("--client.scheduler=OneCycleLR", "--client.scheduler.max_lr=1e-3", "--client.scheduler.total_steps=40"),
         *("--client.scheduler_interval=step", "--client.lr_decay=0.9"),
+        "--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]",
+        *("--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"),
     ],
-    "callbacks": ["--trainer.callbacks=[{class_path: EMAWeightAveraging, init_args: {decay: 0.5}}]"],
-    "clipping and accumulation": ["--trainer.gradient_clip_val=0.1", "--trainer.accumulate_grad_batches=2"],
     "weights and frozen parts": ["--client.private_weights=WEIGHTS", "--client.freeze=[convolutions.*]"],
     "adapters": ["--client.private_weights=WEIGHTS", "--client.lora.r=2", "--client.lora.lora_dropout=0.2"],
     "schedule of epochs, best round, clipped values": [
@@ -192,22 +192,6 @@ def test_resume_after_sigkill_with_training_options_gives_same_files(
         assert main(["fit", "--resume", str(run)]) == 0
         assert contents(run) == expected
         assert repeatable(run) == summary
-
-
-@pytest.mark.slow
-def test_wandb_has_each_round_once_after_sigkill(
-    undisturbed_run: tuple[Path, dict[str, str]],
-    tmp_path: Path,
-    read_history: Callable[[Path], list[dict[str, Any]]],
-) -> None:
-    npz, _ = undisturbed_run
-    logger = "--logger=fedekd.reporting.wandb_logger.WandbRunLogger"
-    arguments = options(npz, f"--output={tmp_path}/run", f"--baseline_dir={tmp_path}/local", logger)
-    assert kill("fsync:16", arguments)
-    assert main(["fit", "--resume", f"{tmp_path}/run"]) == 0
-    runs = [path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path.is_dir()]
-    rounds = [row["round"] for run in runs for row in read_history(run) if "round" in row]
-    assert rounds == [1, 2, 3]
 
 
 #: Kinds of events, and how many a run has, from its first file to `summary.json`.
@@ -310,6 +294,7 @@ def test_signal_prints_resume_command_and_ends_all_processes(
     assert not list((tmp_path / "tmp").glob("fedekd-*"))
     assert main(["fit", "--resume", str(run), "--engine=Sequential"]) == 0
     assert contents(run) == expected
+    assert main(["test", str(run)]) == 0  # with the engine of its configuration
 
 
 @pytest.mark.slow

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +76,24 @@ def test_config_integer_with_a_leading_zero_is_decimal(tmp_path: Path, capsys: p
     assert by_file["rounds"] == by_option["rounds"] == 10
 
 
-def test_config_pipe_is_read_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """As `--config <(...)` of a shell."""
+@pytest.fixture
+def stdin() -> Iterator[int]:
+    """Restore the standard input of the process."""
+    saved = os.dup(0)
+    yield 0
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/fd/0"])
+def test_config_pipe_is_read_once(name: str, stdin: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `--config - <FILE` and `--config <(...)` of a shell."""
     reading, writing = os.pipe()
     os.write(writing, b"---\nrounds: 9\ndata: {dataset: digits}\n")
     os.close(writing)
-    assert printed_config(capsys, f"--config=/dev/fd/{reading}")["rounds"] == 9
+    os.dup2(reading, stdin)
     os.close(reading)
-
-
-def test_config_stdin_is_read() -> None:
-    command = [sys.executable, "-m", "fedekd", "fit", "--config", "-", "--print_config"]
-    text = "{rounds: 9, data: {dataset: digits}}"
-    printed = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
-    assert yaml.safe_load(printed)["rounds"] == 9
+    assert printed_config(capsys, f"--config={name}")["rounds"] == 9
 
 
 @pytest.mark.parametrize(

@@ -270,16 +270,6 @@ def test_local_baseline_corrupt_cache_is_trained_again(federate: Federate, tmp_p
     assert repeatable(federate(baseline_dir=tmp_path / "local").run()) == repeatable(expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", [{"seed": 1}, {"client": ClientOptions(local_epochs=2)}])
-def test_local_baseline_cache_depends_on_seed_and_options(
-    federate: Federate, tmp_path: Path, other: dict[str, Any]
-) -> None:
-    federate(baseline_dir=tmp_path / "local").run()
-    federate(baseline_dir=tmp_path / "local", **other).run()
-    assert len(list((tmp_path / "local").iterdir())) == 6
-
-
 def test_evaluate_checkpoint_without_output_uses_memory(federate: Federate) -> None:
     run = federate()
     expected = run.run()

@@ -12,7 +12,7 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import BaselineOptions, MultiProcess, Orchestrator, RoundOptions, local_baseline
+from fedekd.federation import BaselineOptions, Orchestrator, RoundOptions, local_baseline
 from fedekd.federation.references import Control, TunedLocal, reference_from_json, reference_to_json
 from fedekd.methods import (
     FML,
@@ -161,14 +161,6 @@ def test_control_of_another_option_is_another_file(federate: Federate, tmp_path:
     assert len(files(FedeKD())) == 3
     assert len(files(ProxyEnsemble(), rounds=RoundOptions(rounds=3))) == 3
     assert files(ProxyEnsemble()) == set()
-
-
-def test_control_equals_with_multiprocess(federate: Federate) -> None:
-    runs = [federate(ProxyEnsemble(), engine=engine) for engine in (None, MultiProcess(2))]
-    for run in runs:
-        run.run()
-    assert text(runs[0]) == text(runs[1])
-    assert str(runs[0].progress.history) == str(runs[1].progress.history)
 
 
 def test_references_survive_a_resume(federate: Federate, tmp_path: Path) -> None:

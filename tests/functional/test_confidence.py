@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedekd.functional import CONFIDENCES, entropy_confidence, margin_confidence, max_softmax_confidence
+from fedekd.functional import CONFIDENCES, max_softmax_confidence
 
 Row = Sequence[float]
 
@@ -41,11 +41,6 @@ rows = st.integers(2, 6).flatmap(
         st.lists(st.floats(-50, 50, width=16), min_size=width, max_size=width), min_size=1, max_size=5
     )
 )
-
-
-def test_confidences_registry_has_functions() -> None:
-    expected = {"max_softmax": max_softmax_confidence, "margin": margin_confidence, "entropy": entropy_confidence}
-    assert expected == CONFIDENCES
 
 
 @every_confidence

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
-from fedekd.federation.checkpoint import CheckpointStore
+from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.functional import correctness_trust, skill_trust
-from fedekd.methods import Client, ClientOptions, FedeKD, Local
-from fedekd.modules import GatedPrivateModule, TrainerFactory
+from fedekd.methods import Client, FedeKD, Local
+from fedekd.modules import GatedPrivateModule
 from fedekd.modules.losses import GATES
 
 from .conftest import Federate, weights
@@ -216,22 +215,3 @@ def test_fedekd_message_of_one_proxy_is_its_state() -> None:
     assert _states(state, ("proxy",)) == {"proxy": state}
     both = {"proxy": {"a": torch.ones(1)}, "second_proxy": {"a": torch.zeros(1)}}
     assert _states(_message(both), ("proxy", "second_proxy")) == both
-
-
-@pytest.mark.slow
-def test_fedekd_cross_fit_multiprocess_gives_the_same_bytes_on_digits(undrawn: None, tmp_path: Path) -> None:
-    def contents(name: str, **parts: Any) -> dict[str, str]:
-        Orchestrator(
-            FedeKD(cross_fit=True, gate="correctness_shuffled"),
-            FederatedDataModule("digits", num_clients=3, alpha=0.5, batch_size=32),
-            ClientOptions(local_epochs=1, private_model={"class_path": "fedekd.models.ProxyCNN"}),
-            trainer=TrainerFactory(accelerator="cpu", precision="32-true", threads=1),
-            rounds=RoundOptions(rounds=2),
-            output=tmp_path / name,
-            baseline_dir=tmp_path / "local",
-            **parts,
-        ).run()
-        digests = CheckpointStore(tmp_path / name / "checkpoints").digests()
-        return digests | {"rows": (tmp_path / name / "metrics.csv").read_text()}
-
-    assert contents("one") == contents("two", engine=MultiProcess(2))

@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from fedekd.benchmark import Block, cells
 from fedekd.cli import main
 from fedekd.errors import UserError
-from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
+from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.checkpoint import pack
 from fedekd.federation.run_folder import first_difference
@@ -197,17 +197,6 @@ def test_private_weights_content_is_part_of_run_and_baseline(federate: Federate,
     assert keys[0] == keys[1] != keys[2]
     with pytest.raises(UserError, match=r"private_weights_sha256: expected the saved value"):
         run("cut", file).load_clients()
-
-
-@pytest.mark.slow
-def test_private_weights_and_freeze_in_processes_equal_sequential(federate: Federate, tmp_path: Path) -> None:
-    client = options(private_weights=saved(tmp_path / "w.pt", proxy()), freeze="backbone")
-    runs = [
-        federate(FedAvg(), client=client, engine=engine, output=tmp_path / name)
-        for name, engine in (("one", None), ("two", MultiProcess(2)))
-    ]
-    summaries = [run.run() for run in runs]
-    assert summaries[0]["clients"] == summaries[1]["clients"]
 
 
 def test_replaced_file_during_a_run_raises_user_error(tmp_path: Path) -> None:

@@ -48,27 +48,6 @@ def test_reliability_and_error_equal_literal_definition(pairs: list[tuple[float,
     assert type(error) is float
 
 
-def closed_above(confidence: Tensor, correct: Tensor, bins: int) -> float:
-    """ECE with inner edges in the bin below, as in Guo et al. and as this project computed it before torchmetrics."""
-    members = torch.bucketize(confidence, torch.arange(1, bins, dtype=torch.float64) / bins)
-    counts = torch.bincount(members, minlength=bins)
-    gaps = torch.bincount(members, weights=correct.double() - confidence, minlength=bins)
-    return (gaps.abs().sum() / counts.sum()).item()
-
-
-@pytest.mark.parametrize("classes", [2, 5, 100])
-@pytest.mark.parametrize("bins", [1, 10, 15])
-@pytest.mark.parametrize("sharpness", [0.5, 3.0, 40.0])
-def test_error_on_softmax_equals_earlier_implementation(classes: int, bins: int, sharpness: float) -> None:
-    torch.manual_seed(classes)
-    logits, labels = sharpness * torch.randn(500, classes), torch.randint(classes, (500,))
-    labels[::2] = logits[::2].argmax(dim=1)
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)  # sharpness 40 saturates: many are exactly 1
-    correct = predicted == labels
-    expected = closed_above(confidence.double(), correct, bins)
-    assert expected_calibration_error(confidence, correct, bins) == pytest.approx(expected, abs=1e-15)
-
-
 def test_inner_edge_belongs_to_bin_above_and_one_to_last_bin() -> None:
     confidence, correct = torch.tensor([0.0, 0.75, 0.875, 1.0]), torch.tensor([False, True, False, True])
     first, last = reliability(confidence, correct, bins=4)

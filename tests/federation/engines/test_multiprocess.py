@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedekd.cli import main
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, RoundRequest
 from fedekd.federation.checkpoint import CheckpointStore, unpack
@@ -179,19 +178,3 @@ def test_multiprocess_threads_are_an_equal_share_of_the_cores() -> None:
     assert [MultiProcess(n).threads(16, clients=6) for n in (1, 4, 5, 32)] == [16, 4, 3, 2]
     with pytest.raises(UserError, match=r"^engine\.processes: expected at least 1, got 0\.$"):
         MultiProcess(0)
-
-
-def test_cli_multiprocess_run_equals_sequential_and_resumes_with_it(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = [f"--data.dataset={npz}", "--data.num_clients=3", "--data.alpha=1", "--rounds=1", "--logger=null"]
-    options += ["--client.local_epochs=1", "--trainer.accelerator=cpu", "--trainer.threads=1"]
-    assert main(["fit", *options, "--output=a", "--baseline_dir=la"]) == 0
-    parallel = ["--engine=MultiProcess", "--engine.processes=1", "--output=b", "--baseline_dir=lb"]
-    assert main(["fit", *options, *parallel]) == 0
-    assert contents(Path("a")) == contents(Path("b"))
-    assert main(["test", "b"]) == 0
-    # The engine may change on resume.
-    Path("b/summary.json").unlink()
-    assert main(["fit", "--resume", "b", "--engine=Sequential"]) == 0
