@@ -38,7 +38,7 @@ def equal_weights(client: Client, method: ProxyEnsemble) -> Serving:
 def losses(client: Client, candidate: Candidate) -> dict[str, Tensor]:
     """Return 0 or 1 per sample of each split."""
     with client.trial(candidate):
-        return {split: client.losses(split, CANDIDATE).cpu() for split in SPLITS}
+        return {split: client.held_out(split, CANDIDATE)[0].cpu() for split in SPLITS}
 
 
 def rows_of(clients: Sequence[Client]) -> list[Row]:

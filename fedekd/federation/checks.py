@@ -14,7 +14,7 @@ from fedekd.do_no_harm.evidence import METRICS
 from fedekd.do_no_harm.power import fewest_samples
 from fedekd.do_no_harm.rule import FEDERATED, LOCAL, DoNoHarm
 from fedekd.errors import UserError, describe_error, require, shorten
-from fedekd.federation.server_state import copy_state
+from fedekd.federation.aggregate_validation import copy_state
 from fedekd.global_state import isolated_rng
 from fedekd.methods import FederationSpec, Method
 from fedekd.methods.client import has_batch_norm, independent_positions

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
+from fedekd.federation.aggregate_validation import AggregateValidator, copy_state, is_finite
 from fedekd.federation.checks import (
     check_do_no_harm,
     check_models,
@@ -34,7 +35,6 @@ from fedekd.federation.references import Reference, check_baselines, plan_refere
 from fedekd.federation.result_warnings import result_warnings
 from fedekd.federation.results import Progress, ReportedMetrics
 from fedekd.federation.run_folder import ARTIFACT_FILES, RUNTIME_OPTIONS, RunFolder, to_json_value
-from fedekd.federation.server_state import AggregateValidator, copy_state, is_finite
 from fedekd.federation.summary import artifact_metadata, summarize
 from fedekd.federation.update_validation import (
     Change,
@@ -308,7 +308,7 @@ class Orchestrator:
         """
         text = f"round {round_idx}: rejected a result: {reason}"
         if round_idx == self.options.rounds:
-            raise UserError(f"{text}. The last round needs every client: mend that client and repeat the command.")
+            raise UserError(f"{text}. The last round needs every client: repair that client and repeat the command.")
         self.observer.warn(f"{text}; left out of this round")
 
     def _aggregate(self, updates: Sequence[ClientUpdate], request: RoundRequest) -> None:

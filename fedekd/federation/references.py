@@ -184,7 +184,7 @@ class TunedLocal:
     def train(self, client: Client, method: Method, folder: Path | None) -> ReferenceScores:
         """See `Reference`; every candidate is cached as a local baseline."""
         spec, own = client.spec, learning_rate(client)
-        best_loss, best = math.nan, dict[str, float]()
+        best_loss, best = math.inf, dict[str, float]()
         choice: dict[str, float] = {}
         for rate in dict.fromkeys((own, *self.learning_rates)):
             rounds = max(self.rounds, spec.rounds) if rate == own else self.rounds
@@ -192,8 +192,9 @@ class TunedLocal:
             baseline = train_local_baseline(candidate, rounds, folder)
             order = [spec.rounds - 1, *range(rounds)] if rate == own else range(rounds)
             for index in order:
-                if not choice or baseline.tuning_losses[index] < best_loss:
-                    best_loss, best = baseline.tuning_losses[index], baseline.metrics[index]
+                loss = baseline.tuning_losses[index]
+                if not choice or loss < best_loss:
+                    best_loss, best = math.inf if math.isnan(loss) else loss, baseline.metrics[index]
                     choice = {"lr": rate, "epochs": float((index + 1) * spec.client.local_epochs)}
         return ReferenceScores(self.scored_rounds, [best], choice)
 

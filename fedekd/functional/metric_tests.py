@@ -13,6 +13,8 @@ import numpy.typing as npt
 from scipy.special import ndtr
 from scipy.stats import rankdata
 
+from fedekd.functional.paired_tests import betting_payoffs
+
 Floats = npt.NDArray[np.float64]
 
 #: Largest stake, as a share of the largest possible loss.
@@ -76,16 +78,11 @@ def plugin_betting_p_value(gains: npt.ArrayLike, margin: float, level: float) ->
         Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 2024, equations 23 to
         26.
     """
-    values = np.asarray(gains, dtype=np.float64)
-    if values.ndim != 1 or not bool((np.abs(values) <= 1).all()):
-        raise ValueError("gains: expected numbers in [-1, 1], one per sample")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
+    payoffs = betting_payoffs(gains, margin)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
-    if not len(values):
+    if not len(payoffs):
         return 1.0
-    payoffs = (values + margin) / (1.0 - margin)
     before = np.arange(len(payoffs))
     means = np.concatenate([[0.0], np.cumsum(payoffs)[:-1]]) / np.maximum(before, 1)
     squares = np.concatenate([[0.0], np.cumsum(payoffs**2)[:-1]])

@@ -9,8 +9,7 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 from scipy.stats import beta, binom
 
-#: Bet sizes as fractions of the largest possible loss; the p-value is that of their mean wealth.
-_BETS = np.geomspace(0.005, 0.9, 16)
+from fedekd.functional.e_process import STAKES
 
 
 def paired_p_value(worse: int, better: int, samples: int, margin: float = 0.0, nuisance_level: float = 0.01) -> float:
@@ -91,6 +90,24 @@ def paired_p_values(
     return values
 
 
+def betting_payoffs(gains: npt.ArrayLike, margin: float) -> npt.NDArray[np.float64]:
+    r"""Compute the payoff of each sample, $\frac{g_i + m}{1 - m}$, whose mean is at most 0 under the hypothesis.
+
+    Args:
+        gains: Improvement of the new model per sample, shape (n,), in [-1, 1].
+        margin: m, in [0, 1).
+
+    Raises:
+        ValueError: If a gain or the margin is out of range.
+    """
+    values = np.asarray(gains, dtype=np.float64)
+    if values.ndim != 1 or not bool((np.abs(values) <= 1).all()):
+        raise ValueError("gains: expected numbers in [-1, 1], one per sample")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
+    return (values + margin) / (1.0 - margin)
+
+
 def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0, stake: float | None = None) -> float:
     r"""Compute the p-value for "the mean gain is at most minus the margin" by betting.
 
@@ -120,15 +137,10 @@ def betting_p_value(gains: npt.ArrayLike, margin: float = 0.0, stake: float | No
     Reference:
         Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS B 2024.
     """
-    values = np.asarray(gains, dtype=np.float64)
-    if values.ndim != 1 or not bool((np.abs(values) <= 1).all()):
-        raise ValueError("gains: expected numbers in [-1, 1], one per sample")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin: expected a number in [0, 1), got {margin}")
+    payoffs = betting_payoffs(gains, margin)
     if stake is not None and not 0 < stake < 1:
         raise ValueError(f"stake: expected a number in (0, 1), got {stake}")
-    stakes = _BETS if stake is None else np.array([stake])
-    payoffs = (values + margin) / (1.0 - margin)
+    stakes = STAKES if stake is None else np.array([stake])
     log_wealth = np.log1p(np.outer(stakes, payoffs)).sum(axis=1)
     log_mean = float(logsumexp(log_wealth)) - math.log(len(stakes))
     return math.exp(min(0.0, -log_mean))
@@ -161,4 +173,4 @@ def betting_stake(gains: npt.ArrayLike, margin: float, samples: int, level: floa
     payoffs = (np.asarray(gains, dtype=np.float64) + margin) / (1.0 - margin)
     deviations = payoffs - payoffs.mean() if len(payoffs) else payoffs
     variance = (0.25 + float(deviations @ deviations)) / (len(payoffs) + 1)
-    return min(float(_BETS[-1]), math.sqrt(2.0 * math.log(1.0 / level) / (max(samples, 1) * variance)))
+    return min(float(STAKES[-1]), math.sqrt(2.0 * math.log(1.0 / level) / (max(samples, 1) * variance)))

@@ -210,12 +210,10 @@ class Client:
         Each class counts one sample more than the training split has. Samples count with their class weights, which
         change the prior that a network learns.
         """
-        counts = torch.bincount(self.targets("train").cpu(), minlength=self.spec.num_outputs).double()
-        weights = self.class_weights
-        return log_label_prior(counts if weights is None else counts * weights.cpu().double(), smoothing=1.0).exp()
+        return log_label_prior(self._label_counts.cpu(), smoothing=1.0).exp()
 
     def log_label_prior(self, smoothing: float) -> Tensor:
-        """Return the logarithm of the label prior of the training split.
+        """Return the logarithm of the label prior of the client's supervised loss.
 
         Args:
             smoothing: Pseudo-count of each class, above 0.
@@ -223,8 +221,14 @@ class Client:
         Returns:
             Log-probabilities, shape (C,), in the dtype of the weights.
         """
-        counts = torch.bincount(self.targets("train"), minlength=self.spec.num_outputs)
-        return log_label_prior(counts, smoothing).to(self.spec.trainer.dtype)
+        return log_label_prior(self._label_counts, smoothing).to(self.spec.trainer.dtype)
+
+    @property
+    def _label_counts(self) -> Tensor:
+        """Training samples of each class, multiplied by its class weight, float64, shape (C,)."""
+        counts = torch.bincount(self.targets("train"), minlength=self.spec.num_outputs).double()
+        weights = self.class_weights
+        return counts if weights is None else counts * weights.to(counts)
 
     @property
     def supervised_rounds(self) -> int:
@@ -424,27 +428,19 @@ class Client:
         """
         return independent_positions(self.samples, self.splits, split, self.spec.seed)
 
-    def losses(self, split: str, role: str | None = None) -> Tensor:
-        """Return the served network's loss per sample: 0 or 1, or the squared error.
-
-        A non-finite output counts as wrong, or as infinitely far off. Mixed precision is off, because do-no-harm
-        compares the model as `predict` deploys it.
-
-        Returns:
-            Losses of the split's samples in order, float64, shape (n,).
-        """
-        return self.held_out(split, role)[0]
-
     def held_out(self, split: str, role: str | None = None, with_classes: bool = False) -> tuple[Tensor, Tensor]:
         """Return the served network's losses and class scores of a split.
 
+        Mixed precision is off, because do-no-harm compares the model as `predict` deploys it.
+
         Args:
-            split: Name of the split.
+            split: Name of the split, of n samples.
             role: Network; None is what is served.
             with_classes: Also return the scores of more than two classes.
 
         Returns:
-            Losses as in `losses`, and float64 scores that rank the samples. For two classes: the log odds of class 1,
+            Loss of each sample, 0 or 1 or the squared error, float64, shape (n,); a non-finite output counts as wrong,
+            or as infinitely far off. And float64 scores that rank the samples. For two classes: log odds of class 1,
             shape (n,). For more classes and `with_classes`: log-probabilities, shape (n, C). Otherwise: shape (0,). A
             non-finite output gets the scores that are wrong for its target.
         """

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedekd.errors import require
 from fedekd.functional import Aggregator
 from fedekd.methods.base import Candidates, ClientUpdate, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
 from fedekd.models.freezing import load_exchanged
 from fedekd.modules import LossTerm, ObjectiveModule, ProximalPenalty, SupervisedLoss, SupervisedModule
-from fedekd.modules.losses import copy_parameters
+from fedekd.modules.losses import copy_parameters, require_nonnegative
 
 
 class Ditto(FedAvg):
@@ -39,7 +38,7 @@ class Ditto(FedAvg):
         aggregator: Aggregator | None = None,
     ) -> None:
         super().__init__(weights, aggregator)
-        require(lam >= 0, "method.lam", "at least 0", lam)
+        require_nonnegative("method.lam", lam)
         self.lam = lam
 
     def init_client(self, client: Client) -> None:

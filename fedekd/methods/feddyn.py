@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class FedDyn(FedAvg):
 
     def __init__(self, alpha: float = 0.01, finetune_epochs: int = 0) -> None:
         super().__init__(finetune_epochs=finetune_epochs)
-        require(alpha > 0, "method.alpha", "a number above 0", alpha, "FedDyn divides by alpha.")
+        require(0 < alpha < math.inf, "method.alpha", "a finite number above 0", alpha, "FedDyn divides by alpha.")
         self.alpha = alpha
 
     @property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fedekd.class_paths import build_object
 from fedekd.data import split_indices
 from fedekd.errors import UserError, require, require_choice
 from fedekd.functional import Aggregator, active_exits, all_finite
@@ -19,7 +19,7 @@ from fedekd.methods.client import Client, has_batch_norm
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import ENERGIES, Energy, GatedPrivateModule, HeldOutTrust, ProxyDistillModule
 from fedekd.modules.energies import Source
-from fedekd.modules.losses import GATES, Gate
+from fedekd.modules.losses import GATES, Gate, require_nonnegative
 from fedekd.seeding import derive_seed
 
 OptimizerState = Literal["carry", "reset"]
@@ -41,35 +41,6 @@ def _states(message: StateDict, roles: Sequence[str]) -> dict[str, dict[str, Ten
         is_second = SECOND in roles and name.startswith(f"{SECOND}.")
         states[SECOND if is_second else FIRST][name.removeprefix(f"{SECOND}.") if is_second else name] = tensor
     return states
-
-
-def _import_energy(class_path: str) -> Energy:
-    """Create an energy from its class path, as in package.module.MyEnergy.
-
-    Raises:
-        UserError: If there is no such energy, or its constructor requires arguments.
-    """
-    module, _, name = class_path.rpartition(".")
-    if not module:
-        require_choice("method.energy", class_path, ENERGIES)
-    try:
-        energy_class = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"method.energy: expected an importable class, got {class_path!r}. {error}") from error
-    require(
-        isinstance(energy_class, type) and issubclass(energy_class, Energy),
-        "method.energy",
-        "a subclass of fedekd.modules.Energy",
-        class_path,
-    )
-    try:
-        energy: Energy = energy_class()
-    except TypeError as error:
-        raise UserError(
-            f"method.energy: expected a class without required arguments, got {class_path!r}. Give its init_args:"
-            f" {error}"
-        ) from error
-    return energy
 
 
 class FedeKD(ProxyMethod):
@@ -113,10 +84,9 @@ class FedeKD(ProxyMethod):
             first round on and adds the others, shallow ones first, over the first half of the rounds.
         consistency_weight: For a private model with exits: weight of the distillation from its deepest exit to the
             others, at least 0.
-        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. The distilled
-            private model was trained on all samples: through it, a teacher's outputs still depend on each of them. With
-            `lambda_kd` 0 both proxies are federated, but not used as teachers. Not with augmented training samples,
-            whose teacher outputs are not computed in advance.
+        cross_fit: Federate two proxies, and teach each sample by the one that was not distilled on it. With `lambda_kd`
+            0 both are federated, but not used as teachers. Not with augmented training samples, whose teacher outputs
+            are not computed in advance.
 
     Raises:
         UserError: If a value is out of range.
@@ -143,15 +113,20 @@ class FedeKD(ProxyMethod):
     ) -> None:
         super().__init__(aggregator)
         require_choice("method.schedule", schedule, SCHEDULES)
-        require(consistency_weight >= 0, "method.consistency_weight", "at least 0", consistency_weight)
+        require_nonnegative("method.consistency_weight", consistency_weight)
         require(0 < beta < math.inf, "method.beta", "a finite number above 0", beta)
-        require(lambda_kd >= 0, "method.lambda_kd", "at least 0", lambda_kd)
+        require_nonnegative("method.lambda_kd", lambda_kd)
         require(0 < temperature < math.inf, "method.temperature", "a finite number above 0", temperature)
         require(proxy_epochs is None or proxy_epochs >= 1, "method.proxy_epochs", "at least 1, or null", proxy_epochs)
         require_choice("method.private_optimizer_state", private_optimizer_state, get_args(OptimizerState))
         require_choice("method.proxy_optimizer_state", proxy_optimizer_state, get_args(OptimizerState))
         if isinstance(energy, str) and energy not in ENERGIES:
-            energy = _import_energy(energy)
+            class_path = energy
+            if "." not in class_path:
+                require_choice("method.energy", class_path, ENERGIES)
+            energy = build_object("method.energy", class_path)
+            require(isinstance(energy, Energy), "method.energy", "a subclass of fedekd.modules.Energy", class_path)
+        require_choice("method.energy_of", energy_of, get_args(Source))
         self.beta, self.lambda_kd, self.energy = beta, lambda_kd, energy
         require_choice("method.gate", gate, GATES)
         self.gate, self.energy_of, self.cross_fit = gate, energy_of, cross_fit
@@ -181,7 +156,10 @@ class FedeKD(ProxyMethod):
         for number in {spec.architecture_key(number): number for number in range(spec.num_clients)}.values():
             private = spec.build_model("private", number)
             no_trust = HeldOutTrust(spec.task, torch.empty(0, spec.num_outputs), torch.empty(0, dtype=torch.int64))
-            self._private_module(spec, private, proxy, self.lambda_kd, trust=no_trust)
+            try:
+                self._private_module(spec, private, proxy, self.lambda_kd, trust=no_trust)
+            except UserError as error:
+                raise UserError(f"method.{error}") from error
             self._proxy_module(spec, private, proxy)
 
     def init_client(self, client: Client) -> None:

@@ -6,12 +6,11 @@ from typing import Literal
 
 from torch import nn
 
-from fedekd.errors import require
 from fedekd.functional import Aggregator
 from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
 from fedekd.modules import LossTerm, ProximalPenalty
-from fedekd.modules.losses import copy_parameters
+from fedekd.modules.losses import copy_parameters, require_nonnegative
 
 
 class FedProx(FedAvg):
@@ -41,7 +40,7 @@ class FedProx(FedAvg):
         finetune_epochs: int = 0,
     ) -> None:
         super().__init__(weights, aggregator, finetune_epochs)
-        require(mu >= 0, "method.mu", "at least 0", mu)
+        require_nonnegative("method.mu", mu)
         self.mu = mu
 
     def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:

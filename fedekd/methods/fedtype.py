@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from fedekd.errors import require
+from fedekd.errors import require, require_choice
 from fedekd.methods.base import ClientUpdate, ProxyMethod, StateDict
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
 from fedekd.modules import DistillationLoss, LossTerm, ObjectiveModule, ProximalPenalty, SupervisedLoss
-from fedekd.modules.losses import ConformalModel, SetRankingLoss, copy_parameters
+from fedekd.modules.losses import ConformalModel, SetRankingLoss, copy_parameters, require_nonnegative
 from fedekd.modules.losses.fedtype import Variant
 from fedekd.seeding import derive_seed
 
@@ -45,7 +47,8 @@ class FedType(ProxyMethod):
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
         require(0 < alpha < 1, "method.alpha", "a number in (0, 1)", alpha)
-        require(mu >= 0, "method.mu", "at least 0", mu)
+        require_nonnegative("method.mu", mu)
+        require_choice("method.variant", variant, get_args(Variant))
         self.alpha, self.mu, self.variant = alpha, mu, variant
 
     def init_server(self, spec: FederationSpec) -> None:

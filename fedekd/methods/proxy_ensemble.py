@@ -129,8 +129,11 @@ class ProxyEnsemble(ProxyMethod):
         """Build the initial global features.
 
         Raises:
-            UserError: If the proxy has no linear head, no proxy is served, or a network with exits is not a member.
+            UserError: If the proxy has no linear head, no proxy is served, a network with exits is not a member, or one
+                network is served and the round is selected: earlier rounds serve the ensemble.
         """
+        is_selected = self.serve == "private" and spec.select_round == "best"
+        require(not is_selected, "select_round", "last with method.serve private", spec.select_round)
         members = self._members(spec)
         require(
             members != ["private"] or self.members is not None,

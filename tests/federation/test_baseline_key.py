@@ -441,4 +441,4 @@ def test_baseline_is_not_reused_for_another_cut_of_validation(federate: Federate
     moved.splits = replace(moved.splits, holdout=moved.splits.calibration, calibration=moved.splits.holdout)
     assert not restore_local_baseline(moved, 1, tmp_path)
     losses = train_local_baseline(moved, 1, tmp_path).losses_after(1, "holdout")
-    assert torch.equal(losses, moved.losses("holdout"))
+    assert torch.equal(losses, moved.held_out("holdout")[0])

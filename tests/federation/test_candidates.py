@@ -67,7 +67,7 @@ def counts(client: Any, role: str, splits: tuple[str, ...]) -> tuple[int, int]:
     """Count the samples that only the private, and only the other model classifies correctly."""
     right = {}
     for name in ("private", role):
-        wrong = [client.losses(split, name).bool() for split in splits]
+        wrong = [client.held_out(split, name)[0].bool() for split in splits]
         right[name] = ~torch.cat(wrong)
     return int((right["private"] & ~right[role]).sum()), int((~right["private"] & right[role]).sum())
 

@@ -527,7 +527,8 @@ def test_do_no_harm_compares_one_sample_of_each_group(federate: Federate, npz: P
     for client, old, values, ranked in zip(engine.clients.values(), local, run.run()["clients"], auroc, strict=True):
         drawn = {split: client.independent_positions(split) for split in ("tuning", "holdout")}
         before, after = (
-            torch.cat([each.losses(split)[positions] for split, positions in drawn.items()]) for each in (old, client)
+            torch.cat([each.held_out(split)[0][positions] for split, positions in drawn.items()])
+            for each in (old, client)
         )
         targets = torch.cat([client.targets(split)[positions] for split, positions in drawn.items()])
         assert (values["worse"], values["better"]) == (int((after > before).sum()), int((before > after).sum()))

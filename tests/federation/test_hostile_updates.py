@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import ClientResult, Orchestrator, RoundOptions, RoundRequest, SequentialEngine
-from fedekd.federation.server_state import is_finite
+from fedekd.federation.aggregate_validation import is_finite
 from fedekd.methods import Client, ClientOptions, ClientUpdate, FedAvg, FedeKD, StateDict
 
 from .conftest import Federate, Recorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import BaselineOptions, Orchestrator, RoundOptions, local_baseline
-from fedekd.federation.references import Control, TunedLocal, reference_from_json, reference_to_json
+from fedekd.federation import BaselineOptions, Orchestrator, RoundOptions, local_baseline, references
+from fedekd.federation.local_baseline import LocalBaseline
+from fedekd.federation.references import Control, TunedLocal, learning_rate, reference_from_json, reference_to_json
 from fedekd.methods import (
     FML,
     Broadcast,
@@ -202,6 +204,18 @@ def test_tuned_local_without_tuning_samples_is_the_local_baseline(federate: Fede
     summary = federate(FedAvg(), data=data, baseline=BaselineOptions(tune=True)).run()
     for client in summary["clients"]:
         assert (client["tuned"], client["tuned_lr"], client["tuned_epochs"]) == (client["local"], 1e-3, 2.0)
+
+
+def test_tuned_local_replaces_a_diverged_candidate(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(client: Any, rounds: int, folder: Path | None) -> LocalBaseline:
+        rate = learning_rate(client)
+        loss = math.nan if rate == pytest.approx(1e-3) else rate
+        return LocalBaseline([], metrics=[{"rate": rate}] * rounds, tuning_losses=[loss] * rounds)
+
+    monkeypatch.setattr(references, "train_local_baseline", trained)
+    engine: Any = federate(Local()).engine
+    chosen = TunedLocal((0.5, 0.25), 1).train(engine.client(0), Local(), None)
+    assert chosen.metrics == [{"rate": pytest.approx(0.25)}]
 
 
 def test_control_of_feddyn_is_that_of_one_client(federate: Federate, npz: Path) -> None:

@@ -23,8 +23,8 @@ from fedekd.federation import (
     SilentObserver,
     UpdateValidator,
 )
+from fedekd.federation.aggregate_validation import AggregateValidator, is_finite
 from fedekd.federation.local_baseline import LocalBaseline
-from fedekd.federation.server_state import AggregateValidator, is_finite
 from fedekd.federation.update_validation import (
     MAX_LOGS,
     Change,
@@ -431,7 +431,7 @@ def test_resume_with_broken_server_state_of_an_earlier_version_warns_once(
 ) -> None:
     rounds = RoundOptions(rounds=3)
     with monkeypatch.context() as patch:
-        patch.setattr("fedekd.federation.server_state.AggregateValidator.check", lambda *arguments: None)
+        patch.setattr("fedekd.federation.aggregate_validation.AggregateValidator.check", lambda *arguments: None)
         run = federate(Broken(), observer=StopsAfterRound(), output=tmp_path, rounds=rounds)
         with pytest.raises(StoppedError):
             run.run()
@@ -472,7 +472,7 @@ def test_run_probe_out_of_memory_ends_the_run(federate: Federate, monkeypatch: p
     def predict(*arguments: Any) -> Any:
         raise errors.pop() if errors else ValueError
 
-    monkeypatch.setattr("fedekd.federation.server_state.predict", predict)
+    monkeypatch.setattr("fedekd.federation.aggregate_validation.predict", predict)
     for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         errors = [error]
         run = federate()

@@ -15,7 +15,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedekd.federation.server_state import is_finite
+from fedekd.federation.aggregate_validation import is_finite
 from fedekd.flower.messages import ROUND, STATE, VALUES, arrays_of, from_arrays, to_arrays, values_of
 from tests.federation.hostile import COUNT, WELL_FORMED, Tally, harm_of_mean, hostile_state, hostile_values
 

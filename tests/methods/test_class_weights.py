@@ -53,6 +53,20 @@ def test_class_weights_equal_scikit_learn_and_are_zero_for_absent_classes(federa
     assert client_of(federate(Local(), client=options(None))).class_weights is None
 
 
+def test_label_prior_counts_samples_with_their_class_weights(federate: Federate) -> None:
+    client = client_of(federate(Local(), client=options()))
+    present = torch.bincount(client.targets("train"), minlength=client.spec.num_outputs) > 0
+    assert present.sum() > 1
+    # Balanced weights: every class of the split has the same total, whatever its number of samples.
+    assert client.log_label_prior(1e-9)[present].exp().tolist() == pytest.approx(
+        [1 / float(present.sum())] * int(present.sum())
+    )
+    assert client.log_label_prior(1.0).double().exp().tolist() == pytest.approx(client.label_prior.tolist())
+    plain = client_of(federate(Local(), client=options(None)))
+    counts = torch.bincount(plain.targets("train"), minlength=plain.spec.num_outputs).double()
+    assert plain.label_prior.tolist() == pytest.approx(((counts + 1) / (counts + 1).sum()).tolist())
+
+
 def test_supervised_loss_with_class_weights_equals_weighted_mean() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(12, 3, requires_grad=True), torch.randint(3, (12,))

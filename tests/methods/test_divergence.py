@@ -130,9 +130,12 @@ def test_fedtype_diverged_proxy_keeps_lam(federate: Federate) -> None:
 @pytest.mark.parametrize(
     ("options", "task", "words"),
     [
-        ({"energy": "entropy"}, "regression", "energy: expected one that is defined for regression, got 'entropy'"),
-        ({"consistency_weight": 0.5}, "regression", "consistency_weight: expected 0 for regression"),
-        ({"energy_of": "nonsense"}, "classification", "energy_of: expected one of .* got 'nonsense'"),
+        (
+            {"energy": "entropy"},
+            "regression",
+            r"method\.energy: expected one that is defined for regression, got 'entropy'",
+        ),
+        ({"consistency_weight": 0.5}, "regression", r"method\.consistency_weight: expected 0 for regression"),
     ],
 )
 def test_fedekd_incompatible_option_raises_before_training(
@@ -148,6 +151,8 @@ def test_fedekd_incompatible_option_raises_before_training(
     ("options", "words"),
     [
         ({"gate": "nonsense"}, r"method\.gate: expected one of energy, .* got 'nonsense'"),
+        ({"energy_of": "nonsense"}, r"method\.energy_of: expected one of .* got 'nonsense'"),
+        ({"lambda_kd": math.inf}, r"method\.lambda_kd: expected a finite number of at least 0, got inf"),
         ({"beta": math.inf}, r"method\.beta: expected a finite number above 0, got inf"),
         ({"temperature": math.inf}, r"method\.temperature: expected a finite number above 0, got inf"),
         ({"private_optimizer_state": "cary"}, r"method\.private_optimizer_state: .* got 'cary'.* 'carry'"),

@@ -300,6 +300,8 @@ def test_options_that_would_serve_the_private_model_only_are_refused(federate: F
         federate(ProxyEnsemble(finetune_epochs=0), "regression").run()
     with pytest.raises(UserError, match=r"method\.members: expected 'private' with client\.exits"):
         federate(ProxyEnsemble(members=["proxy"]), client=ClientOptions(exits=2)).run()
+    with pytest.raises(UserError, match=r"select_round: expected last with method\.serve private, got 'best'"):
+        federate(ProxyEnsemble(serve="private"), rounds=RoundOptions(select_round="best")).run()
 
 
 def test_served_student_logs_no_weights_and_the_flops_of_one_network(federate: Federate) -> None:

@@ -69,7 +69,7 @@ def test_do_no_harm_table_real_targets_are_compared_in_their_unit() -> None:
     assert all(math.isfinite(client["gain"]) for client in summary["clients"])
     client: Any = run.engine.client(0)  # type: ignore[attr-defined]
     targets = client.samples.targets[client.splits.tuning]
-    mean_loss = client.losses("tuning").mean().item()
+    mean_loss = client.held_out("tuning")[0].mean().item()
     assert 25 < mean_loss < 225
     assert torch.isfinite(targets).all()
 

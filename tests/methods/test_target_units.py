@@ -35,7 +35,7 @@ def test_client_real_targets_are_standardised_and_scored_in_their_unit() -> None
     assert client.score("test") == pytest.approx(0.0, abs=1e-4)
     client.networks["private"].bias.data.fill_(1.0)
     assert client.score("test") == pytest.approx(10.0, abs=1e-3)
-    assert client.losses("test").tolist() == pytest.approx([100.0, 100.0], abs=1e-2)
+    assert client.held_out("test")[0].tolist() == pytest.approx([100.0, 100.0], abs=1e-2)
 
 
 def test_client_large_real_targets_differ_after_standardisation() -> None:

@@ -150,7 +150,7 @@ def test_fedekd_progressive_schedule_adds_shallow_exits() -> None:
 def test_fedekd_invalid_exit_options_raise_user_error() -> None:
     with pytest.raises(UserError, match=r"method\.schedule: expected one of"):
         FedeKD(schedule="on")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"method\.consistency_weight: expected at least 0, got -1"):
+    with pytest.raises(UserError, match=r"method\.consistency_weight: expected a finite number of at least 0, got -1"):
         FedeKD(consistency_weight=-1.0)
     with pytest.raises(UserError, match="consistency_weight: expected 0 for regression"):
         GatedPrivateModule(multi_exit(PrivateCNN(1, 8, 1), 1), ProxyCNN(1, 8, 1), "regression", consistency_weight=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from fedekd.errors import require, require_choice
 from fedekd.modules.energies import Energy
 from fedekd.modules.held_out_trust import HeldOutTrust
 from fedekd.modules.losses.base import Record, SupervisedLoss
+from fedekd.modules.losses.checks import require_nonnegative, require_temperature
 from fedekd.modules.prediction import ModelOutput
 from fedekd.tasks import Task
 
@@ -44,7 +46,7 @@ class DistillationLoss:
     name = "distilled"
 
     def __init__(self, task: Task, temperature: float = 1.0) -> None:
-        require(temperature > 0, "temperature", "a number above 0", temperature)
+        require_temperature(temperature)
         self.task, self.temperature = task, temperature
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, record: Record) -> Tensor:
@@ -138,8 +140,8 @@ class GatedDistillationLoss:
         exit_weights: Sequence[float] | None = None,
         trust: HeldOutTrust | None = None,
     ) -> None:
-        require(beta > 0, "beta", "a number above 0", beta)
-        require(lambda_kd >= 0, "lambda_kd", "at least 0", lambda_kd)
+        require(0 < beta < math.inf, "beta", "a finite number above 0", beta)
+        require_nonnegative("lambda_kd", lambda_kd)
         require_choice("gate", gate, GATES)
         self.task, self.energy, self.beta, self.lambda_kd = task, energy, beta, lambda_kd
         self.gate, self.exit_weights = GATES[gate], exit_weights
