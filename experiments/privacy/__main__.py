@@ -1,8 +1,8 @@
 """Attack the networks that methods send by membership inference.
 
-Run `python -m experiments.privacy --methods FedeKD ProxyEnsemble`. Finished cells with the same
-options and commit are not repeated, and the shadow
-federations of an unfinished one are kept. Rows with `client` -1 pool the samples of all clients.
+Run `python -m experiments.privacy --methods FedeKD ProxyEnsemble`. Finished cells with the same options are not
+repeated, and the shadow federations of an unfinished one are kept. Rows with `client` -1 pool the samples of all
+clients.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Cell:
         clipping_norm: Clipping norm; NaN without.
         shadows: Number of shadow federations; 0 for the loss-threshold attack on a federation of all samples.
         options: Further options of `fit`, separated by spaces; `default` without.
-        commit: Commit of the code.
     """
 
     dataset: str
@@ -56,7 +55,6 @@ class Cell:
     clipping_norm: float
     shadows: int
     options: str
-    commit: str
 
     def arguments(self, extra: list[str]) -> list[str]:
         """Return the options of `fit`."""
@@ -74,9 +72,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the folder of its shadow federations."""
+        """Name of the folder of its shadow federations, which are those of one commit."""
         parts = (self.dataset, self.alpha, self.seed, self.method, self.noise_multiplier, self.clipping_norm)
-        code = hashlib.sha256(f"{self.options} {self.commit}".encode()).hexdigest()[:8]
+        code = hashlib.sha256(f"{self.options} {commit()}".encode()).hexdigest()[:8]
         return "-".join([*(str(part).lower() for part in parts), code])
 
 
@@ -171,7 +169,7 @@ def run(cell: Cell, output: Path, extra: list[str]) -> list[dict[str, Any]]:
 
 def cells(arguments: argparse.Namespace, extra: list[str]) -> Iterator[Cell]:
     """Yield the cells of the command line, those without noise first."""
-    options, code = " ".join(extra) or "default", commit()
+    options = " ".join(extra) or "default"
     for noise in arguments.noise:
         for seed in seeds(arguments):
             for dataset in arguments.datasets:
@@ -179,7 +177,7 @@ def cells(arguments: argparse.Namespace, extra: list[str]) -> Iterator[Cell]:
                     for method in arguments.methods:
                         norm = np.nan if np.isnan(noise) else arguments.clipping_norm
                         for shadows in arguments.shadows:
-                            yield Cell(dataset, alpha, seed, method, noise, norm, shadows, options, code)
+                            yield Cell(dataset, alpha, seed, method, noise, norm, shadows, options)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class FedAvg(Method):
             of training samples.
         aggregator: Another aggregator, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null is the
             mean with `weights`.
-        finetune_epochs: Epochs of local training after the last round, at least 0.
+        finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
 
     Raises:
         UserError: If `finetune_epochs` is negative.

@@ -32,7 +32,7 @@ class FedDyn(FedAvg):
 
     Args:
         alpha: Weight of the regulariser, above 0.
-        finetune_epochs: Epochs of local training after the last round, at least 0.
+        finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
 
     Raises:
         UserError: If a value is out of range.

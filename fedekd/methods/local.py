@@ -10,8 +10,8 @@ from fedekd.modules import SupervisedModule
 class Local(Method):
     """Local training: clients train on their own data and exchange nothing.
 
-    This is the baseline of Delta. It is paired with every method: the same initial weights, the same order of batches,
-    and the same number of supervised epochs.
+    This is the baseline of Delta. It is paired with every method: the same order of batches, the same number of
+    supervised epochs without those of fine-tuning, and the initial weights of a client that receives no model.
     """
 
     is_local_baseline = True
