@@ -71,9 +71,7 @@ def test_experiment_writes_each_cell_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(tmp_path.glob("digits-*/shadow-*.npz"))) == 6
 
 
-def test_cells_with_other_options_run_again_and_other_code_has_other_shadows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_with_other_options_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, names = tmp_path / "membership.csv", []
 
     def run(cell: experiment.Cell, output: Path, extra: list[str]) -> list[dict[str, Any]]:

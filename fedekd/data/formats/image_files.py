@@ -434,8 +434,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    known = {FileNotFoundError: "file not found", UnidentifiedImageError: "not an image"}
-    reason = known.get(type(error)) or describe_error(error, 100)
+    if isinstance(error, FileNotFoundError):
+        reason = "file not found"
+    else:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else describe_error(error, 100)
     return UserError(
         f"data.dataset: image '{shorten_path(name)}' cannot be read ({reason}). Replace or remove it, or set"
         " --data.skip_unreadable true"
