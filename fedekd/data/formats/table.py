@@ -183,8 +183,10 @@ def _require_options(path: Path, frame: Any, options: ReadOptions, target: str) 
     """Check that all columns that the options name are in the table.
 
     Raises:
-        UserError: Names the first that is not, with the nearest name.
+        UserError: Names the first that is not, with the nearest name; or the file has another separator than commas.
     """
+    if len(frame.columns) == 1 and {";", "\t"} & set(header := str(frame.columns[0])):
+        raise UserError(f"{_where(path)}: expected commas between columns, got {shorten(repr(header))}")
     named: list[tuple[str, Iterable[str]]] = [
         ("target_column", [target]),
         ("site_column", [options.site_column] if options.site_column else []),

@@ -138,7 +138,7 @@ def test_read_table_bad_value_is_one_line_with_file_column_and_row(
         (b"age,label\n1,0\n2,1,9\n", "table.csv"),
         (b",age,label\n0,1,0\n", "to_csv(index=False)"),
         (b"age,age,label\n0,1,0\n", "'age' twice"),
-        (b"age;label\n0;1\n", "'label'"),
+        (b"age;label\n0;1\n", "table.csv': expected commas between columns, got 'age;label'"),
         (b"", "table.csv"),
         (b"age,label\n\xff\xfe,1\n", "table.csv"),
         (None, "no file"),
