@@ -91,7 +91,9 @@ def paired_p_values(
 
 
 def betting_payoffs(gains: npt.ArrayLike, margin: float) -> npt.NDArray[np.float64]:
-    r"""Compute the payoff of each sample, $\frac{g_i + m}{1 - m}$, whose mean is at most 0 under the hypothesis.
+    r"""Compute the payoff of each sample, $\frac{g_i + m}{1 - m}$.
+
+    Its mean is at most 0 under the hypothesis.
 
     Args:
         gains: Improvement of the new model per sample, shape (n,), in [-1, 1].

@@ -225,7 +225,7 @@ class Client:
 
     @property
     def _label_counts(self) -> Tensor:
-        """Training samples of each class, multiplied by its class weight, float64, shape (C,)."""
+        """Training samples of each class times its class weight, float64, shape (C,)."""
         counts = torch.bincount(self.targets("train"), minlength=self.spec.num_outputs).double()
         weights = self.class_weights
         return counts if weights is None else counts * weights.to(counts)
