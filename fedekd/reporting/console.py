@@ -307,7 +307,8 @@ def round_line(row: Row, rounds: int) -> str:
 class PlainConsole(Console):
     """Console that prints text unchanged.
 
-    Names of clients, columns and files may have brackets and colons. It stops printing when its pipe closes, as in `fit ... | head`.
+    Names of clients, columns and files may have brackets and colons. It stops printing when its pipe closes, as in
+    `fit ... | head`.
 
     Args:
         **options: Options of a `rich.console.Console`.
