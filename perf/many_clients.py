@@ -47,7 +47,7 @@ def train(folder: Path, clients: int, rounds: int, engine: str) -> dict[str, Any
     """
     from fedekd.data import FederatedDataModule
     from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, Sequential, SilentObserver
-    from fedekd.federation.engines.gc_frozen import gc_frozen
+    from fedekd.federation.engines.performance import gc_frozen
     from fedekd.methods import ClientOptions, FedeKD
     from fedekd.modules import TrainerFactory
 

@@ -17,7 +17,7 @@ from fedekd.configuration.options import as_values, build_parts, federation_pars
 from fedekd.errors import LONGEST_ERROR, UserError, describe_error, print_warning, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.checkpoint import CheckpointStore
-from fedekd.federation.engines.gc_frozen import gc_frozen
+from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.run_folder import RUNTIME_OPTIONS, first_difference, has_run
 from fedekd.reporting import Display, result_tables
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from fedekd.federation import Orchestrator, RoundOptions, SilentObserver
-from fedekd.federation.engines.gc_frozen import gc_frozen
+from fedekd.federation.engines.performance import gc_frozen
 from fedekd.methods import ClientOptions, FedAvg
 from fedekd.modules import TrainerFactory
 from perf.peers.workload import EPOCHS, RATE, Clock, Workload

@@ -19,7 +19,7 @@ from fedekd.data import ClientSplits, Inputs, Samples, StoredInputs
 from fedekd.errors import UserError
 from fedekd.federation.checkpoint import Packed, pack, unpack
 from fedekd.federation.engines.base import ClientResult, RoundRequest
-from fedekd.federation.engines.gc_frozen import gc_frozen
+from fedekd.federation.engines.performance import gc_frozen
 from fedekd.federation.engines.sequential import SequentialEngine
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.observer import Observer, SilentObserver
