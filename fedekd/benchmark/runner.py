@@ -79,17 +79,22 @@ def run_grid(
     pool = _pool(processes)
     try:
         while waiting or suspects or running:
+            broken = False
             busy = {cell.group for cell in running.values()} - with_baseline
             for cell in suspects[:1] or list(waiting):
                 if len(running) == (1 if suspects else processes):
                     break
                 if cell.group in busy:
                     continue
+                try:
+                    future = pool.submit(run, cell, output, trainer, output / "local", commit)
+                except BrokenProcessPool:  # a process died after the last wait
+                    broken = True
+                    break
                 busy |= {cell.group} - with_baseline
                 (suspects or waiting).remove(cell)
+                running[future] = cell
                 observer.cell_started(cell)
-                arguments = (cell, output, trainer, output / "local", commit)
-                running[pool.submit(run, *arguments)] = cell
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             lost: list[Cell] = []
             for future in finished:
@@ -106,7 +111,7 @@ def run_grid(
                     rows = pd.concat([rows, pd.DataFrame([row], index=[row["key"]])]).fillna("")
                     write_results(results, rows)
                     observer.cell_finished(cell, row)
-            if lost:
+            if lost or broken:
                 # A process that dies breaks the whole pool. Run these cells one at a time, to find the one that fails.
                 lost += running.values()
                 running.clear()

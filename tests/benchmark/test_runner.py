@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,25 @@ def test_run_grid_failures_and_dead_processes_do_not_stop_other_cells(tmp_path: 
     run_grid(grid[2:], tmp_path / "runs", tmp_path / "results", 2, {}, recorder, fake_run)
     assert recorder.start == (3, 3)
     assert calls == {path: path.read_text() for path in tmp_path.glob("runs/*/ran")}
+
+
+@pytest.mark.parametrize("broken_call", [0, 1, 2])
+def test_run_grid_pool_that_breaks_between_two_cells_is_replaced(
+    broken_call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    class BreaksOnce(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            if next(calls) == broken_call:
+                raise BrokenProcessPool("a process died")
+            return super().submit(*arguments, **named)
+
+    monkeypatch.setattr("fedekd.benchmark.runner._pool", BreaksOnce)
+    recorder = Recorder()
+    grid = [cell("a"), cell("b"), cell("c", seed=2)]
+    assert run_grid(grid, tmp_path / "runs", tmp_path / "results", 2, {}, recorder, fake_run) == []
+    assert set(read_results(tmp_path / "results")["key"]) == {"a-0", "b-0", "c-2"}
 
 
 @pytest.mark.slow
