@@ -40,11 +40,15 @@ _NOT_IN_KEY = (
 #: Options that were added after results had been stored, as in `data.alpha` or `FedeKD.beta`, with the value that gives
 #: the numbers of before. With this value an option is not part of the key, and the stored rows stay valid.
 ADDED_OPTIONS: dict[str, Any] = {
+    "CAFEDistill.finetune_epochs": 0,
+    "CAFEDistill.finetune_lr_factor": 0.1,
     "CAFEDistill.heads": None,
     "CAFEDistill.label_prior": None,
     "CAFEDistill.reduction": None,
     "CAFEDistill.teacher_head": None,
     "CAFEDistill.variant": "paper",
+    **{f"{name}.finetune_lr_factor": 1.0 for name in ("FedAvg", "FedDyn", "FedPer", "FedProx", "FedRep")},
+    "FedRep.finetune_epochs": 0,
     "FedeKD.cross_fit": False,
     "MLP.width": 1.0,
     "ProxyCNN.width": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedekd.errors import require
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.client import Client
 from fedekd.methods.serving import Serving
@@ -76,6 +78,12 @@ class ClientUpdate:
 def is_uniform_mean(aggregator: Aggregator) -> bool:
     """Return True if an aggregator is the unweighted mean."""
     return isinstance(aggregator, Mean) and aggregator.weights == "uniform"
+
+
+def require_finetuning(epochs: int, lr_factor: float) -> None:
+    """Check the options of the local training after the last round."""
+    require(epochs >= 0, "method.finetune_epochs", "at least 0", epochs)
+    require(0 < lr_factor < math.inf, "method.finetune_lr_factor", "a finite number above 0", lr_factor)
 
 
 class Method(ABC):

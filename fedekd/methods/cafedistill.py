@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, Unpack, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from fedekd.errors import UserError, require, require_choice
 from fedekd.functional import Mean, active_exits, average_state_dicts, cosine_similarities, mixing_weights
 from fedekd.functional.exit_scheduling import ORDERS, SCHEDULES, Order, Schedule
 from fedekd.functional.label_prior import SERVING_SMOOTHING, TRAINING_SMOOTHING
-from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean
-from fedekd.methods.client import Client
+from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean, require_finetuning
+from fedekd.methods.client import Client, PhaseOptions
 from fedekd.methods.serving import Serving
 from fedekd.methods.specification import FederationSpec
 from fedekd.models import MultiExitNetwork
@@ -44,11 +44,12 @@ class VariantDefaults(NamedTuple):
     distillation_weight: float
     reduction: Reduction
     schedule: Schedule
+    finetune_epochs: int
 
 
 VARIANTS: dict[Variant, VariantDefaults] = {
-    "paper": VariantDefaults("mixed", "own", 1.0, "mean", "progressive"),
-    "corrected": VariantDefaults("shared", "received", 0.1, "sum", "all_on"),
+    "paper": VariantDefaults("mixed", "own", 1.0, "mean", "progressive", 0),
+    "corrected": VariantDefaults("shared", "received", 0.1, "sum", "all_on", 4),
 }
 
 
@@ -74,6 +75,7 @@ class CAFEDistill(Method):
     | `distillation_weight` $\lambda$ | 1 | 0.1 |
     | `reduction` | `mean`: s = 1 / m | `sum`: s = 1 |
     | `schedule` | `progressive` | `all_on` |
+    | `finetune_epochs` | 0 | 4 |
 
     With `shared` heads all exits are averaged like the trunk. They are trained with the client's label prior,
     $\mathrm{CE}(\mathrm{softmax}(z_e + \log \pi_i), y)$, so that clients with different classes agree on them, and
@@ -106,6 +108,9 @@ class CAFEDistill(Method):
             `distillation_weight` is 0.
         reduction: `mean` or `sum` of the cross-entropies over all exits; null as in the table.
         label_prior: Train and serve all exits with the client's label prior; null does with `shared` heads.
+        finetune_epochs: Epochs of local training of all exits, with the loss above, after the last round, at least 0;
+            null as in the table. Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
         UserError: If a value is out of range.
@@ -132,6 +137,8 @@ class CAFEDistill(Method):
         teacher_head: TeacherHead | None = None,
         reduction: Reduction | None = None,
         label_prior: bool | None = None,
+        finetune_epochs: int | None = None,
+        finetune_lr_factor: float = 0.1,
     ) -> None:
         super().__init__()
         require_choice("method.variant", variant, VARIANTS)
@@ -142,7 +149,9 @@ class CAFEDistill(Method):
         self.schedule = defaults.schedule if schedule is None else schedule
         self.distillation_weight = defaults.distillation_weight if distillation_weight is None else distillation_weight
         self.label_prior = self.heads == "shared" if label_prior is None else label_prior
+        self.finetune_epochs = defaults.finetune_epochs if finetune_epochs is None else finetune_epochs
         require(spread > 0, "method.spread", "a number above 0", spread)
+        require_finetuning(self.finetune_epochs, finetune_lr_factor)
         for option, value, allowed in (
             ("order", order, ORDERS),
             ("schedule", self.schedule, SCHEDULES),
@@ -155,12 +164,13 @@ class CAFEDistill(Method):
         require_nonnegative("method.distillation_weight", self.distillation_weight)
         require_temperature(temperature, "method.temperature")
         self.temperature, self.spread, self.order, self.conflict = temperature, spread, order, conflict
+        self.finetune_lr_factor = finetune_lr_factor
         self.merge = Mean(weights)
 
     @property
     def serves_average(self) -> bool:
-        """True if the deepest exit is an average, without the client's prior."""
-        return self.heads != "personal" and not self.label_prior
+        """True if the deepest exit is an average, without the client's prior or fine-tuning."""
+        return self.heads != "personal" and not self.label_prior and not self.finetune_epochs
 
     @property
     def supports_secure_mean(self) -> bool:
@@ -170,6 +180,10 @@ class CAFEDistill(Method):
     @property
     def _compares_updates(self) -> bool:
         return self.heads != "shared" or self.schedule != "all_on"
+
+    def scheduled_epochs(self, spec: FederationSpec) -> int:
+        """Add the epochs of fine-tuning."""
+        return super().scheduled_epochs(spec) + self.finetune_epochs
 
     def init_server(self, spec: FederationSpec) -> None:
         """Build the initial trunk and deepest head; all similarities are 0."""
@@ -212,7 +226,7 @@ class CAFEDistill(Method):
         return heads[client] if client in heads else cast(StateDict, self.server_state["default_head"])
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load what is shared, and at first also the personal head."""
+        """Load what is shared, at first also the personal head; after the last round, fine-tune."""
         state, last = client.method_state, _last_head(received, _num_exits(client))
         keeps_head = self.heads == "personal" and client.supervised_epochs > 0
         client.load_received(
@@ -223,11 +237,14 @@ class CAFEDistill(Method):
         if self.label_prior:
             offsets = client.log_label_prior(SERVING_SMOOTHING).cpu()[None]
             client.serving = Serving(("private",), torch.ones(1, dtype=offsets.dtype), offsets)
-        if ACTIVE not in received:
-            return {}
-        trained = state.get(ACTIVE, ())  # in the round whose result is scored now
-        state[ACTIVE] = received[ACTIVE].cpu()
-        return {f"exit_{number}/active": float(active) for number, active in enumerate(trained, start=1)}
+        logs: dict[str, float] = {}
+        if ACTIVE in received:
+            trained = state.get(ACTIVE, ())  # in the round whose result is scored now
+            state[ACTIVE] = received[ACTIVE].cpu()
+            logs = {f"exit_{number}/active": float(active) for number, active in enumerate(trained, start=1)}
+        if round_idx == client.spec.rounds and self.finetune_epochs:
+            logs |= self._train(client, round_idx, epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor)
+        return logs
 
     @property
     def _uses_received_head(self) -> bool:
@@ -237,6 +254,13 @@ class CAFEDistill(Method):
         """Train the active exits, and return what is shared and the deepest head."""
         network = cast(MultiExitNetwork, client.networks["private"])
         _require_full_depth(network)
+        self._train(client, round_idx)
+        trunk, head = self._split(exchanged_tensors(network), network.num_exits)
+        active = {ACTIVE: client.method_state[ACTIVE]} if self._compares_updates else {}
+        return ClientUpdate.of(client, {**trunk, **head, **active})
+
+    def _train(self, client: Client, round_idx: int, **options: Unpack[PhaseOptions]) -> dict[str, float]:
+        network = cast(MultiExitNetwork, client.networks["private"])
         module = ObjectiveModule(
             network,
             self.loss_terms(client, network),
@@ -244,10 +268,7 @@ class CAFEDistill(Method):
             client.spec.optimizer,
             with_features=self._uses_received_head,
         )
-        client.train_supervised(module, round_idx)
-        trunk, head = self._split(exchanged_tensors(network), network.num_exits)
-        active = {ACTIVE: client.method_state[ACTIVE]} if self._compares_updates else {}
-        return ClientUpdate.of(client, {**trunk, **head, **active})
+        return client.train_supervised(module, round_idx, **options)
 
     def loss_terms(self, client: Client, network: MultiExitNetwork) -> list[LossTerm]:
         """Return the terms of the loss for the client's active exits."""

@@ -55,6 +55,7 @@ class PhaseOptions(TypedDict, total=False):
         carry_optimizer: Continue from the optimizer state of the last phase of this role, and keep the new state
             (default: False). The schedule of the learning rate is carried in any case.
         decay_rounds: How often `client.lr_decay` is applied (default: once per completed supervised round).
+        lr_factor: Further factor of all learning rates (default: 1).
     """
 
     epochs: int | None
@@ -63,6 +64,7 @@ class PhaseOptions(TypedDict, total=False):
     positions: Tensor | None
     carry_optimizer: bool
     decay_rounds: int | None
+    lr_factor: float
 
 
 class Client:
@@ -294,6 +296,7 @@ class Client:
         positions: Tensor | None = None,
         carry_optimizer: bool = False,
         decay_rounds: int | None = None,
+        lr_factor: float = 1.0,
     ) -> dict[str, float]:
         spec, trainer = self.spec, self.spec.trainer
         epochs = spec.client.local_epochs if epochs is None else epochs
@@ -321,7 +324,8 @@ class Client:
         module.loss_scale = self.loss_scales.get(role, {})
         if spec.client.scheduler is not None:
             module.schedule = Schedule(spec.scheduler, spec.client.scheduler_interval, self.scheduler_states.get(role))
-        module.lr_factor = spec.client.lr_decay ** (self.supervised_rounds if decay_rounds is None else decay_rounds)
+        decay_rounds = self.supervised_rounds if decay_rounds is None else decay_rounds
+        module.lr_factor = lr_factor * spec.client.lr_decay**decay_rounds
         # Each epoch has its own seed.
         failure = _named_failure(f"{self.splits.label}: training '{role}'")
         with isolated_rng(spec.seed, trainer.torch_device), failure:

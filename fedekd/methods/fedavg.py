@@ -7,9 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from fedekd.errors import require
 from fedekd.functional import Aggregator, Mean
-from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean
+from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean, require_finetuning
 from fedekd.methods.client import Client
 from fedekd.methods.specification import FederationSpec
 from fedekd.models.freezing import exchanged_tensors, load_exchanged
@@ -30,9 +29,10 @@ class FedAvg(Method):
         aggregator: Another aggregator, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null is the
             mean with `weights`.
         finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
-        UserError: If `finetune_epochs` is negative.
+        UserError: If `finetune_epochs` is negative, or `finetune_lr_factor` not above 0.
 
     Reference:
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
@@ -45,11 +45,12 @@ class FedAvg(Method):
         weights: Literal["uniform", "samples"] = "uniform",
         aggregator: Aggregator | None = None,
         finetune_epochs: int = 0,
+        finetune_lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        require(finetune_epochs >= 0, "method.finetune_epochs", "at least 0", finetune_epochs)
+        require_finetuning(finetune_epochs, finetune_lr_factor)
         self.merge = aggregator if aggregator is not None else Mean(weights)
-        self.finetune_epochs = finetune_epochs
+        self.finetune_epochs, self.finetune_lr_factor = finetune_epochs, finetune_lr_factor
 
     @property
     def supports_secure_mean(self) -> bool:
@@ -81,7 +82,9 @@ class FedAvg(Method):
         if round_idx < client.spec.rounds or not self.finetune_epochs:
             return {}
         module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
-        return client.train_supervised(module, round_idx, epochs=self.finetune_epochs)
+        return client.train_supervised(
+            module, round_idx, epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor
+        )
 
     def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """Return the terms of the client's loss in a round: L_k."""

@@ -33,6 +33,7 @@ class FedDyn(FedAvg):
     Args:
         alpha: Weight of the regulariser, above 0.
         finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
         UserError: If a value is out of range.
@@ -41,8 +42,8 @@ class FedDyn(FedAvg):
         Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2021, Algorithm 1.
     """
 
-    def __init__(self, alpha: float = 0.01, finetune_epochs: int = 0) -> None:
-        super().__init__(finetune_epochs=finetune_epochs)
+    def __init__(self, alpha: float = 0.01, finetune_epochs: int = 0, finetune_lr_factor: float = 1.0) -> None:
+        super().__init__(finetune_epochs=finetune_epochs, finetune_lr_factor=finetune_lr_factor)
         require(0 < alpha < math.inf, "method.alpha", "a finite number above 0", alpha, "FedDyn divides by alpha.")
         self.alpha = alpha
 

@@ -23,9 +23,10 @@ class FedPer(FedAvg):
         weights: `uniform`, or `samples` to weight clients by their training samples.
         aggregator: Another aggregator, by class_path; null is the mean with `weights`.
         finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
-        UserError: If `finetune_epochs` is negative.
+        UserError: If `finetune_epochs` is negative, or `finetune_lr_factor` not above 0.
 
     Reference:
         Arivazhagan et al., Federated Learning with Personalization Layers, arXiv 1912.00818.
@@ -37,8 +38,9 @@ class FedPer(FedAvg):
         weights: Literal["uniform", "samples"] = "uniform",
         aggregator: Aggregator | None = None,
         finetune_epochs: int = 0,
+        finetune_lr_factor: float = 1.0,
     ) -> None:
-        super().__init__(weights, aggregator, finetune_epochs)
+        super().__init__(weights, aggregator, finetune_epochs, finetune_lr_factor)
         self.personal = personal
 
     def init_server(self, spec: FederationSpec) -> None:

@@ -24,9 +24,10 @@ class FedProx(FedAvg):
         weights: `uniform`, or `samples` to weight clients by their training samples.
         aggregator: Another aggregator, by class_path; null is the mean with `weights`.
         finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
-        UserError: If `mu` or `finetune_epochs` is negative.
+        UserError: If `mu` or `finetune_epochs` is negative, or `finetune_lr_factor` not above 0.
 
     Reference:
         Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, Eq. 2.
@@ -38,8 +39,9 @@ class FedProx(FedAvg):
         weights: Literal["uniform", "samples"] = "uniform",
         aggregator: Aggregator | None = None,
         finetune_epochs: int = 0,
+        finetune_lr_factor: float = 1.0,
     ) -> None:
-        super().__init__(weights, aggregator, finetune_epochs)
+        super().__init__(weights, aggregator, finetune_epochs, finetune_lr_factor)
         require_nonnegative("method.mu", mu)
         self.mu = mu
 

@@ -28,9 +28,12 @@ class FedRep(FedPer):
         personal: Names of the modules of the head; null as in FedPer.
         weights: `uniform`, or `samples` to weight clients by their training samples.
         aggregator: Another aggregator, by class_path; null is the mean with `weights`.
+        finetune_epochs: Epochs of local training of head and representation together after the last round, at least 0.
+            Local has no such epochs.
+        finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
-        UserError: If `head_epochs` is below 1.
+        UserError: If `head_epochs` is below 1, `finetune_epochs` negative, or `finetune_lr_factor` not above 0.
 
     Reference:
         Collins et al., Exploiting Shared Representations for Personalized Federated Learning, ICML 2021, Algorithm 1.
@@ -42,8 +45,10 @@ class FedRep(FedPer):
         personal: list[str] | None = None,
         weights: Literal["uniform", "samples"] = "uniform",
         aggregator: Aggregator | None = None,
+        finetune_epochs: int = 0,
+        finetune_lr_factor: float = 1.0,
     ) -> None:
-        super().__init__(personal, weights, aggregator)
+        super().__init__(personal, weights, aggregator, finetune_epochs, finetune_lr_factor)
         require(head_epochs >= 1, "method.head_epochs", "at least 1", head_epochs)
         self.head_epochs = head_epochs
 

@@ -15,7 +15,7 @@ from fedekd.functional import cosine_similarities, mixing_weights
 from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, FedPer
 from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.cafedistill import ACTIVE
-from fedekd.modules import predict
+from fedekd.modules import ObjectiveModule, predict
 
 from .conftest import Federate, make_spec, weights
 
@@ -170,7 +170,9 @@ def test_cafedistill_trunk_gradient_compares_weights_without_buffers(federate: F
 
 
 def test_cafedistill_with_shared_heads_and_nothing_else_equals_fedavg(federate: Federate) -> None:
-    ours = CAFEDistill(label_prior=False, distillation_weight=0.0, reduction="mean", weights="uniform")
+    ours = CAFEDistill(
+        label_prior=False, distillation_weight=0.0, reduction="mean", weights="uniform", finetune_epochs=0
+    )
     rounds = RoundOptions(rounds=3, participation=0.6)
     runs = [federate(method, client=options(), rounds=rounds) for method in (ours, FedAvg())]
     assert runs[0].run()["clients"] == runs[1].run()["clients"]
@@ -232,6 +234,30 @@ def test_cafedistill_serves_shared_heads_with_the_prior_of_the_client(federate: 
         torch.testing.assert_close(found, (logits + log_prior).log_softmax(1), rtol=0, atol=1e-12)
 
 
+def test_cafedistill_finetunes_all_exits_after_the_last_round(federate: Federate) -> None:
+    tuned, plain = (federate(CAFEDistill(finetune_epochs=n), client=options()) for n in (2, 0))
+    for run in (tuned, plain):
+        run.run()
+    assert [client_of(tuned, number).supervised_epochs for number in range(3)] == [4, 4, 4]
+    for name, tensor in plain.method.server_state["trunk"].items():
+        assert torch.equal(tuned.method.server_state["trunk"][name], tensor), name
+    # By hand: two more epochs of the same loss at a tenth of the learning rate.
+    client = client_of(plain, 1)
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.005, "momentum": 0.9}}
+    client.spec = replace(client.spec, client=options(optimizer=sgd))
+    method = cast(CAFEDistill, plain.method)
+    module = ObjectiveModule(
+        client.networks["private"],
+        method.loss_terms(client, client.networks["private"]),
+        "classification",
+        client.spec.optimizer,
+        with_features=True,
+    )
+    client.train_supervised(module, 2, epochs=2)
+    for name, tensor in client.networks["private"].state_dict().items():
+        torch.testing.assert_close(weights(tuned)[f"1/{name}"], tensor, rtol=1e-6, atol=1e-7)
+
+
 def test_cafedistill_personal_head_stays_and_the_mixed_one_teaches(federate: Federate) -> None:
     run = federate(CAFEDistill(heads="personal"), client=options(), rounds=RoundOptions(rounds=8))
     run.method.init_server(run.spec)
@@ -281,6 +307,8 @@ def test_client_load_received_reinitialises_nonfinite_head(started_run: Orchestr
         ({"weights": "equal"}, "weights: expected one of uniform, samples, got 'equal'"),
         ({"temperature": 0.0}, "^method.temperature: .* got 0.0"),
         ({"distillation_weight": -1.0}, "^method.distillation_weight: .* got -1.0"),
+        ({"finetune_epochs": -1}, "^method.finetune_epochs: expected at least 0, got -1"),
+        ({"finetune_lr_factor": 0.0}, "^method.finetune_lr_factor: expected a finite number above 0, got 0.0"),
     ],
 )
 def test_cafedistill_invalid_argument_raises_user_error(arguments: dict[str, Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -215,15 +216,18 @@ def test_fedper_shares_base_and_keeps_heads(federate: Federate) -> None:
     assert summary["bytes_up"] == 2 * 3 * base
 
 
-def test_fedavg_finetunes_once_after_last_round(federate: Federate) -> None:
-    plain, tuned = federate(FedAvg()), federate(FedAvg(finetune_epochs=2))
-    plain.run()
-    tuned.run()
+@pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn, FedPer, FedRep])
+def test_finetuning_trains_once_after_last_round(method: Callable[..., Method], federate: Federate) -> None:
+    plain, tuned = federate(method()), federate(method(finetune_epochs=2))
+    slow = federate(method(finetune_epochs=2, finetune_lr_factor=1e-9))
+    for run in (plain, tuned, slow):
+        run.run()
     for name, tensor in plain.method.server_state["model"].items():
         assert torch.equal(tuned.method.server_state["model"][name], tensor)
     engine: Any = tuned.engine
     assert engine.clients[0].supervised_epochs == 2 * 2 + 2
-    assert not torch.equal(weights(tuned)["0/head.weight"], weights(plain)["0/head.weight"])
+    assert (weights(tuned)["0/head.weight"] - weights(plain)["0/head.weight"]).abs().max() > 1e-4
+    torch.testing.assert_close(weights(slow), weights(plain), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [FedAvg, FedProx, FedDyn, FedPer, FedRep, Ditto])
@@ -257,6 +261,7 @@ def test_fedekd_accepts_different_architectures(federate: Federate) -> None:
         (lambda: Ditto(lam=-0.1), "method.lam"),
         (lambda: FML(private_weight=2), "method.private_weight"),
         (lambda: FedAvg(finetune_epochs=-1), "method.finetune_epochs"),
+        (lambda: FedRep(finetune_lr_factor=math.inf), "method.finetune_lr_factor: .* got inf"),
         (lambda: TrimmedMean(0.5), "aggregator.fraction"),
     ],
 )
