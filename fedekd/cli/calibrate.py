@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
 from fedekd.cli.arguments import add_trained_arguments, select_clients
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
+from fedekd.cli.folder_lock import lock_folder
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
@@ -180,33 +181,35 @@ def run(argv: Sequence[str]) -> int:
     pairs = list(zip(selected, policies, strict=True))
     console = PlainConsole()
     reports = [_report(trained, client, policy) for client, policy in pairs] if has_table else []
-    if has_table and config.client is not None:
-        reports += _other_reports(trained, [client for client in clients if client not in selected])
-    for client, policy in pairs:
-        path = policy_path(folder, client.number)
-        if not config.familywise and (config.client is not None or config.site is not None):
-            _warn_of_broken_family(folder, client.number, console)
-        if held_out is not None:
-            write_text(calibrated_samples_path(folder, client.number), "\n".join(input_digests(held_out.inputs)))
-        policy.save(path)
-        if held_out is None:  # after the policy that these samples calibrated was replaced
-            calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
-        console.print(exit_table(policy, client))
-        lines = remarks(policy, client, trained_on if held_out is None else None)
-        for line in (*lines, f"written to {path}"):
-            console.print(line, soft_wrap=True)
-    if has_table:
-        rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
-        columns = [field.name for field in fields(ClientExitReport)]
-        write_text(table, csv_text(list(rows[0]) if rows else columns, rows))
-        with atomic_file(report_path(folder)) as file:
-            file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
-        if config.client is None:
-            titles, unit = [client.splits.title for client in clients], policies[0].unit
-            console.print(client_table(reports, calibrator, titles, unit))
-        skipped = len(clients) - len(selected) if config.client is None else 0
-        note = f"; {skipped} clients have no exits" if skipped else ""
-        console.print(f"written to {table}{note}", soft_wrap=True)
+    # `monitor --apply` and other calls write here, too. The table needs the policies of other clients as they stay.
+    with lock_folder(table.parent):
+        if has_table and config.client is not None:
+            reports += _other_reports(trained, [client for client in clients if client not in selected])
+        for client, policy in pairs:
+            path = policy_path(folder, client.number)
+            if not config.familywise and (config.client is not None or config.site is not None):
+                _warn_of_broken_family(folder, client.number, console)
+            if held_out is not None:
+                write_text(calibrated_samples_path(folder, client.number), "\n".join(input_digests(held_out.inputs)))
+            policy.save(path)
+            if held_out is None:  # after the policy that these samples calibrated was replaced
+                calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
+            console.print(exit_table(policy, client))
+            lines = remarks(policy, client, trained_on if held_out is None else None)
+            for line in (*lines, f"written to {path}"):
+                console.print(line, soft_wrap=True)
+        if has_table:
+            rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
+            columns = [field.name for field in fields(ClientExitReport)]
+            write_text(table, csv_text(list(rows[0]) if rows else columns, rows))
+            with atomic_file(report_path(folder)) as file:
+                file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
+            if config.client is None:
+                titles, unit = [client.splits.title for client in clients], policies[0].unit
+                console.print(client_table(reports, calibrator, titles, unit))
+            skipped = len(clients) - len(selected) if config.client is None else 0
+            note = f"; {skipped} clients have no exits" if skipped else ""
+            console.print(f"written to {table}{note}", soft_wrap=True)
     return 0
 
 

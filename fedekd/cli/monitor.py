@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.atomic import atomic_file, digest, remove_drafts
 from fedekd.cli.arguments import add_client_argument, add_trained_arguments, select_client
+from fedekd.cli.folder_lock import lock_folder
 from fedekd.cli.monitor_output import alarm_message, alarm_table, draw_evidence
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
@@ -23,7 +22,6 @@ from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import calibrated_samples, load_policy, policy_path
 from fedekd.early_exit.scoring import BATCH_SIZE
 from fedekd.errors import UserError, print_warning, require, shorten_path
-from fedekd.federation.run_folder import LOCK_FILE
 from fedekd.methods import Client
 from fedekd.methods.serving import LOCAL
 from fedekd.models import MultiExitNetwork
@@ -50,9 +48,6 @@ ALARM = 3
 
 #: Confidence of a new monitor without --confidence.
 CONFIDENCE = 0.9
-
-#: Longest wait for another call of the same monitor.
-LOCK_SECONDS = 60.0
 
 #: Splits whose samples a monitor refuses: the network, its policy or its choice depend on them.
 _USED_SPLITS = ("train", "tuning", "calibration", "holdout")
@@ -164,7 +159,7 @@ def _store(folder: Path, start: MonitorStart, arrivals: Arrivals, followed: Sequ
     Raises:
         UserError: Another first call has fixed other settings.
     """
-    with _locked(folder):
+    with lock_folder(folder):
         remove_drafts(folder, min_age=3600.0)
         path = folder / "start.json"
         if not path.is_file():
@@ -179,22 +174,6 @@ def _store(folder: Path, start: MonitorStart, arrivals: Arrivals, followed: Sequ
         # The plot comes first: a process that is killed in between draws it again.
         draw_evidence(start, followed, folder / "evidence.png")
         MonitorState.of(arrivals, followed).save(folder / "state.json")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Context manager: lock a folder against other calls.
-
-    Raises:
-        UserError: It stays locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / LOCK_FILE).acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise UserError(f"{shorten_path(folder)}: locked by another call of monitor. Repeat the command") from error
-    with lock:
-        yield
 
 
 def _start(config: Namespace, path: Path, header: Sequence[str]) -> tuple[MonitorStart, Path]:
@@ -316,7 +295,7 @@ def _apply(
 ) -> ExitPolicy | None:
     """Write the policy with closed exits, and a copy of the old one before."""
     path = policy_path(run_folder, start.client)
-    with _locked(path.parent):
+    with lock_folder(path.parent):
         policy = load_policy(run_folder, start.client)  # another monitor may have closed an exit
         start.require_policy(policy)
         if policy is None or (changed := close_exits(policy, alarms)) == policy:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
-from fedekd.cli import calibrate, main
+from fedekd.cli import calibrate, folder_lock, main
 from fedekd.configuration.load_run import open_finished
 from fedekd.early_exit import ExitPolicy
 from fedekd.early_exit.client_report import client_exit_report
@@ -173,9 +174,23 @@ def test_calibrate_input_with_repeated_images_raises(here: Path, error_line: Cal
     assert "--input: expected independent images, got 5 of 25 that repeat another one" in error_line()
 
 
+def test_calibrate_exits_locked_by_another_call_changes_no_policy(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
+) -> None:
+    assert main(["calibrate", "run", "--target_risk=0.3"]) == 0
+    before = {path: path.read_bytes() for path in Path("run/exits").iterdir()}
+    monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
+    for options in ([], ["--client=1"]):
+        with FileLock("run/exits/.lock"):  # as in `monitor --apply`
+            assert main(["calibrate", "run", "--target_risk=0.2", *options]) == 2
+        assert "run/exits: locked by another call of fedekd. Repeat the command" in error_line()
+        assert {path: path.read_bytes() for path in Path("run/exits").iterdir()} == before
+    assert main(["calibrate", "run", "--target_risk=0.2"]) == 0
+
+
 def test_calibrate_closed_exit_prints_required_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", "run", "--target_risk", "0.001", "--client", "1"]) == 0
-    assert [path.name for path in Path("run/exits").iterdir()] == ["client-001.json"]
+    assert [path.name for path in Path("run/exits").glob("client*")] == ["client-001.json"]
     policy = ExitPolicy.load(Path("run/exits/client-001.json"))
     printed = capsys.readouterr().out
     assert policy.thresholds[0] == float("inf")

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from fedekd.atomic import unseal_json
-from fedekd.cli import main
+from fedekd.cli import folder_lock, main
 from fedekd.cli import monitor as command
 from fedekd.cli.arguments import select_client
 from fedekd.early_exit import ExitPolicy
@@ -140,6 +141,19 @@ def test_monitor_killed_before_state_is_written_loses_nothing(here: Path, monkey
     shutil.copy("a.csv", "b.csv")
     assert monitor("b.csv") == 0
     assert Path("a.monitor/state.json").read_bytes() == Path("b.monitor/state.json").read_bytes()
+
+
+def test_monitor_apply_with_locked_exits_changes_no_policy(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong(pd.read_csv("run_labelled.csv")).to_csv("a.csv", index=False)
+    before = POLICY.read_bytes()
+    monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
+    with FileLock(POLICY.parent / ".lock"):  # as in `calibrate`
+        assert monitor("a.csv", "--apply") == 2
+    assert "exits: locked by another call of fedekd. Repeat the command" in capsys.readouterr().err
+    assert POLICY.read_bytes() == before
+    assert monitor("a.csv", "--apply") == 3
 
 
 def test_monitor_alarm_applies_closed_exit_and_keeps_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
