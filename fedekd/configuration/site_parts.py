@@ -15,7 +15,13 @@ from fedekd.data.formats import format_of
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.checks import check_candidates, check_models, check_round_selection, check_schedule
+from fedekd.federation.checks import (
+    check_candidates,
+    check_models,
+    check_required_splits,
+    check_round_selection,
+    check_schedule,
+)
 from fedekd.methods import FederationSpec, Method
 from fedekd.privacy import GaussianMechanism
 
@@ -111,6 +117,7 @@ class SiteParts:
         )
         check_models(spec, [splits])
         check_round_selection(spec, [splits])
+        check_required_splits(method, [splits])
         check_schedule(spec, [splits], method.scheduled_epochs(spec))
         if parts["do_no_harm"] is not None:
             check_candidates(parts["do_no_harm"], method, spec, [number])  # private models differ between sites

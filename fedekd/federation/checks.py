@@ -133,6 +133,24 @@ def _shares_parameters(network: nn.Module, others: Sequence[nn.Module]) -> bool:
     return any(first & pointers for pointers in rest)
 
 
+def check_required_splits(method: Method, clients: Sequence[ClientSplits]) -> None:
+    """Check that clients have samples of the splits that the method needs.
+
+    Raises:
+        UserError: If a client has none.
+    """
+    for splits in clients:
+        for split in method.required_splits:
+            require(
+                len(getattr(splits, split)) > 0,
+                "data.fractions",
+                f"at least 1 {split} sample of every client for method {type(method).__name__}",
+                0,
+                f"{splits.label} has {len(splits)} samples. Raise {'' if splits.name else 'data.min_samples or '}the"
+                " second of data.fractions.",
+            )
+
+
 def check_round_selection(spec: FederationSpec, clients: Sequence[ClientSplits]) -> None:
     """Check that clients can compare rounds.
 

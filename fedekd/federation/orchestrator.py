@@ -23,6 +23,7 @@ from fedekd.federation.checks import (
     check_do_no_harm,
     check_models,
     check_privacy,
+    check_required_splits,
     check_round_selection,
     check_schedule,
 )
@@ -151,6 +152,7 @@ class Orchestrator:
         tuned = tuned_rounds(self.baseline, self.spec) * self.spec.client.local_epochs
         check_schedule(self.spec, data.clients, max(method.scheduled_epochs(self.spec), tuned))
         check_round_selection(self.spec, data.clients)
+        check_required_splits(method, data.clients)
         if do_no_harm is not None:
             check_do_no_harm(do_no_harm, method, data, self.spec, self.observer.warn)
         self.engine = engine(

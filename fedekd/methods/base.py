@@ -126,6 +126,9 @@ class Method(ABC):
     #: may be listed, because it only orders the tests of a calibration.
     training_splits: tuple[str, ...] = ("train",)
 
+    #: Splits of which every client needs a sample; checked before anything is trained.
+    required_splits: tuple[str, ...] = ()
+
     def __init__(self) -> None:
         self.server_state: dict[str, Any] = {}
 

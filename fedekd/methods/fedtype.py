@@ -43,6 +43,7 @@ class FedType(ProxyMethod):
     """
 
     training_splits = ("train", "validation")
+    required_splits = ("validation",)
 
     def __init__(self, alpha: float = 0.1, mu: float = 0.0, variant: Variant = "paper") -> None:
         super().__init__()
@@ -58,13 +59,6 @@ class FedType(ProxyMethod):
 
     def init_client(self, client: Client) -> None:
         """Add the proxy, and set its initial lam."""
-        require(
-            len(client.splits.validation) > 0,
-            "data.fractions",
-            f"validation samples for method FedType on {client.splits.label}",
-            0,
-            "Raise data.min_samples or the second of data.fractions.",
-        )
         super().init_client(client)
         client.method_state["lam"] = PROXY_LAM
 

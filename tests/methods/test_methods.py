@@ -276,8 +276,11 @@ def test_fedtype_invalid_data_raises_user_error(federate: Federate, npz: Path) -
     with pytest.raises(UserError, match="task: expected classification for method FedType"):
         federate(FedType(), task="regression").run()
     data = FederatedDataModule(str(npz), num_clients=3, alpha=5.0, fractions=(0.8, 0.0, 0.2))
-    with pytest.raises(UserError, match="validation samples for method FedType on client 0"):
-        federate(FedType(), data=data).run()
+    line = (
+        "data.fractions: expected at least 1 validation sample of every client for method FedType, got 0. client 0 has"
+    )
+    with pytest.raises(UserError, match=line):  # before local baselines are trained
+        federate(FedType(), data=data)
 
 
 def test_fedper_unknown_module_raises_user_error(federate: Federate) -> None:
