@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,9 +12,11 @@ from torch import nn
 from fedekd.errors import UserError, require
 from fedekd.functional import average_submodels, submodel_state_dict
 from fedekd.methods.base import Broadcast, ClientUpdate, StateDict
+from fedekd.methods.client import Client
 from fedekd.methods.fedavg import FedAvg
 from fedekd.methods.specification import FederationSpec
 from fedekd.models.freezing import exchanged_tensors, frozen_names
+from fedekd.modules import LossTerm
 
 
 class SubmodelFedAvg(FedAvg):
@@ -70,6 +73,10 @@ class SubmodelFedAvg(FedAvg):
             for shapes in state["shapes"]
         ]
         return Broadcast(personal={client: parts[state["part_indices"][client]] for client in participants})
+
+    @abstractmethod
+    def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
+        """Return the terms of the client's loss in a round."""
 
     def aggregate(self, updates: Sequence[ClientUpdate], round_idx: int) -> None:
         """Average each weight over the clients that hold it."""
