@@ -96,6 +96,9 @@ def _resident(parts: Mapping[str | None, Any], options: ReadOptions) -> JoinedIm
             pixels, lines = to_pixels(str(site), values, options.value_range)
             rows[:] = widened(pixels)
             warnings += lines
+    # If all images together have a small range, they are reported once, by the caller.
+    if not is_mixed and len(warnings) == len(parts) > 1 and byte_warnings("", result):
+        warnings = []
     return JoinedImages(result, (-1.0, 1.0) if is_mixed else options.value_range, tuple(warnings))
 
 

@@ -119,6 +119,14 @@ def test_stored_and_resident_sites_report_a_small_range() -> None:
     assert line.startswith("data.value_range: images of 'site 1' use only the values")
 
 
+@pytest.mark.parametrize(("lowest", "lines"), [((0, 0), ["'data'"]), ((0, 200), ["'site 0'", "'site 1'"])])
+def test_small_range_of_all_sites_is_reported_once(lowest: tuple[int, int], lines: list[str]) -> None:
+    images = np.random.default_rng(0).integers(0, 16, (3, 8, 8)).astype(np.uint8)
+    warnings = joined(*(replace(raw([0, 1, 0]), inputs=images + np.uint8(low)) for low in lowest)).warnings
+    assert len(warnings) == len(lines)
+    assert all(f"images of {name} use only" in line for name, line in zip(lines, warnings, strict=True))
+
+
 @pytest.mark.parametrize("other", ["uint8", "float32"])
 @pytest.mark.parametrize(("pixels", "text"), [(0, "expected different pixels, got 0"), (1, "got no pixel above 1")])
 def test_pixels_of_each_site_are_checked(other: str, pixels: int, text: str) -> None:
