@@ -120,7 +120,7 @@ class OnnxModel:
         Raises:
             InputError: If it is not an image, or one of another size or type.
         """
-        if self.format["kind"] != "pixels" or self.shape[0] not in (1, 3):
+        if self.format["kind"] == "table" or self.shape[0] not in (1, 3):
             raise InputError(f"expected JSON, got a file: the model takes {self.format['name']} of shape {self.shape}")
         channels, height, width = self.shape
         try:
@@ -131,7 +131,9 @@ class OnnxModel:
                 picture = image.convert("RGBA")
                 black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
                 image = Image.alpha_composite(black, picture).convert("RGB")
-            image = image.convert("L" if channels == 1 else "RGB")
+            is_wide = image.mode.startswith(("I", "F"))
+            if not is_wide:
+                image = image.convert("L" if channels == 1 else "RGB")
         except InputError:
             raise
         except UnidentifiedImageError as error:
@@ -144,9 +146,29 @@ class OnnxModel:
         if image.size != (width, height):
             if not self.format["is_resized"]:
                 raise InputError(f"expected {height}x{width} pixels, got {image.size[1]}x{image.size[0]}")
+            is_whole = image.mode != "F"
+            if is_wide:  # whole numbers are rounded after the resize, as in training
+                image = Image.fromarray(np.asarray(image).astype(np.float32))
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image).reshape(height, width, channels)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+            if is_wide and is_whole:
+                image = Image.fromarray(np.rint(np.asarray(image)).astype(np.int32))
+        pixels = np.asarray(image)
+        if self.format["kind"] == "scaled_pixels":
+            pixels = self._scaled(pixels)
+        if is_wide:
+            pixels = np.repeat(pixels[..., None], channels, -1)
+        return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1)[None])
+
+    def _scaled(self, pixels: Array) -> Array:
+        """Scale the values of a file to [-1, 1], as in training."""
+        if pixels.dtype == np.uint8:
+            return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        default = (0.0, 1.0) if pixels.dtype.kind == "f" else (0.0, 65535.0)
+        low, high = self.format["value_range"] or default
+        if not (low <= pixels.min() and pixels.max() <= high):  # also NaN
+            raise InputError(f"expected values in {low:g}..{high:g}, got {pixels.min():g}..{pixels.max():g}")
+        values = (pixels.astype(np.float32) - np.float32(low)) / (np.float32(high) - np.float32(low))
+        return values * np.float32(2) - np.float32(1)
 
     def _check_header(self, image: Image.Image) -> None:
         """Check type and size of an image before it is decoded."""
@@ -154,7 +176,7 @@ class OnnxModel:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # the second image of MPO is a preview
             raise InputError(f"expected one image per file, got {frames}")
-        if image.mode.startswith(("I", "F")):
+        if self.format["kind"] == "pixels" and image.mode.startswith(("I", "F")):
             raise InputError(f"expected an image with 8 bits, got the mode {image.mode}")
         if channels == 1 and not _is_grey(image):
             raise InputError(f"expected a grey image, got the mode {image.mode}")
@@ -226,7 +248,7 @@ def _is_grey(image: Image.Image) -> bool:
     if image.mode in ("P", "PA"):
         palette = np.asarray(image.getpalette() or [], np.uint8).reshape(-1, 3)
         return bool((palette == palette[:, :1]).all())
-    return image.mode in ("1", "L", "LA", "La")
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def _text(error: Exception) -> str:

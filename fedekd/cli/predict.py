@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -288,6 +289,11 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool,
     images = read_images(path, replace(data.read_options, skip_unreadable=skip_unreadable), shape[0])
     if images.input_shape != shape:
         raise UserError(f"expected images of {shape} (channels, height, width), got {images.input_shape}")
+    # The range of wider values is unknown, and an exported model takes 8 bits only.
+    if client.samples.inputs.dtype == torch.uint8 and images.inputs.dtype != np.uint8:
+        raise UserError(
+            "expected images with 8 bits, as in training, got 16-bit or floating-point values. Convert them"
+        )
     for line in images.warnings:
         print_warning(line.replace("data.skip_unreadable", "--skip_unreadable"))
     return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)

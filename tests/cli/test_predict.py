@@ -172,6 +172,10 @@ def test_predict_concatenates_splits_in_order(here: Path) -> None:
             "--input: expected images of (1, 8, 8) (channels, height, width), got (1, 8, 9)",
         ),
         (["one", "--input", "color.npz"], "(channels, height, width), got (3, 8, 8)"),
+        (
+            ["one", "--input", "deep.npz"],
+            "--input: expected images with 8 bits, as in training, got 16-bit or floating",
+        ),
         (["one", "--input", "real.npz"], "images of 'real.npz': expected float32 values in 0..1, got 255\n"),
         (["one", "--input", "cut.npz"], "--input: 'cut.npz' cannot be read"),
         (["one", "--input", "other.npz"], "--input: 'other.npz': expected an array images"),
@@ -182,6 +186,7 @@ def test_predict_invalid_option_prints_one_line_error(
 ) -> None:
     np.savez("wide.npz", images=np.zeros((2, 8, 9), np.uint8))
     np.savez("color.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez("deep.npz", images=IMAGES[:2].astype(np.uint16) * 257)
     np.savez("real.npz", images=np.full((2, 8, 8), 255, np.float32))
     np.savez("other.npz", pictures=IMAGES)
     Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:3000])

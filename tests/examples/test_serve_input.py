@@ -22,6 +22,9 @@ pytestmark = pytest.mark.export
 from examples.serve import exit_times, service  # noqa: E402
 from examples.serve.__main__ import main  # noqa: E402
 from examples.serve.model import InputError, OnnxModel  # noqa: E402
+from fedekd.data import scale  # noqa: E402
+from fedekd.data.raw import ReadOptions  # noqa: E402
+from fedekd.data.unlabelled import read_images  # noqa: E402
 
 COLUMNS = [
     {"name": "age", "kind": "numeric", "categories": []},
@@ -147,6 +150,30 @@ def test_decode_image_unlike_training_raises_before_decoding(tmp_path: Path, mon
             assert str(error.value) == text
     assert resized.decode_image(picture("L", (30, 20))).shape == (1, 1, 8, 8)
     assert OnnxModel(write(tmp_path, shape=(3, 8, 8))).decode_image(picture("L")).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "L"])
+@pytest.mark.parametrize(("channels", "size", "bounds"), [(1, 8, None), (3, 8, (0, 4095)), (1, 12, (0, 4095))])
+def test_decode_image_of_scaled_model_equals_training(
+    tmp_path: Path, mode: str, channels: int, size: int, bounds: tuple[int, int] | None
+) -> None:
+    folder = write(tmp_path / "model", "scaled_pixels", (channels, 8, 8), is_resized=size != 8)
+    card = json.loads((folder / "model_card.json").read_text())
+    card["model"]["inputs"]["value_range"] = bounds
+    (folder / "model_card.json").write_text(json.dumps(card))
+    values = np.random.default_rng(0).random((size, size))
+    kind, highest = {"I;16": (np.uint16, 4095), "F": (np.float32, 1), "L": (np.uint8, 255)}[mode]
+    path = tmp_path / "image.tif"
+    Image.fromarray((values * highest).astype(kind)).save(path)
+    options = ReadOptions(image_size=None if size == 8 else 8, value_range=bounds)
+    [expected] = read_images(path, options, channels).batches(1)
+    decoded = OnnxModel(folder).decode_image(path.read_bytes())
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded, scale(expected).numpy())
+    if bounds and mode == "I;16":
+        Image.fromarray(np.full((size, size), 5000, np.uint16)).save(path)
+        with pytest.raises(InputError, match=r"expected values in 0\.\.4095, got 5000\.\.5000"):
+            OnnxModel(folder).decode_image(path.read_bytes())
 
 
 LARGE = picture("1", (9000, 9000))
