@@ -59,13 +59,3 @@ def federation(npz: Path, method: Method | None = None, **parts: Any) -> Orchest
 def federate(npz: Path, undrawn: None) -> Federate:
     """`federation` of the small data set, without figures."""
     return partial(federation, npz)
-
-
-def weights(orchestrator: Orchestrator, role: str = "private") -> dict[str, Any]:
-    """All clients' weights of one network, by client and name."""
-    engine: Any = orchestrator.engine
-    return {
-        f"{number}/{name}": tensor
-        for number, client in sorted(engine.clients.items())
-        for name, tensor in client.networks[role].state_dict().items()
-    }

@@ -28,6 +28,7 @@ from fedekd.methods.serving import CANDIDATE, Candidate
 from fedekd.models import MultiExitNetwork
 
 from .conftest import Federate, Recorder
+from .runs import repeatable
 
 #: At this confidence every candidate with a gain passes.
 BOTH = DoNoHarm(confidence=0.05, candidates=("tuned", "ensemble"))
@@ -57,10 +58,6 @@ def choosing(federate: Federate, write_blobs: Callable[..., Path], tmp_path: Pat
         return federate(method or ProxyEnsemble(proxy_epochs=2, finetune_epochs=2), **{**defaults, **parts})
 
     return make
-
-
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
 
 
 def counts(client: Any, role: str, splits: tuple[str, ...]) -> tuple[int, int]:

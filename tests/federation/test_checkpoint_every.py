@@ -15,6 +15,7 @@ from fedekd.federation import orchestrator as orchestrator_module
 from fedekd.federation.checkpoint import CheckpointStore
 
 from .conftest import Federate
+from .runs import contents
 
 ROUNDS = 6
 
@@ -51,10 +52,6 @@ class Logger(CSVLogger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         self.rows.append(int(metrics["round"]))
-
-
-def contents(run: Path) -> dict[str, str]:
-    return CheckpointStore(run / "checkpoints").digests() | {"rows": (run / "metrics.csv").read_text()}
 
 
 def options(seconds: float) -> RoundOptions:

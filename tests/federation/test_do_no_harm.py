@@ -19,15 +19,7 @@ import fedekd.methods
 from fedekd.data import FederatedDataModule, scale
 from fedekd.do_no_harm import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation import (
-    MultiProcess,
-    Orchestrator,
-    RoundOptions,
-    RoundRequest,
-    SequentialEngine,
-    SilentObserver,
-    local_baseline,
-)
+from fedekd.federation import MultiProcess, Orchestrator, RoundOptions, SequentialEngine, local_baseline
 from fedekd.federation.baseline_key import baseline_key
 from fedekd.federation.local_baseline import train_local_baseline
 from fedekd.federation.source_code import SourceUnavailableError
@@ -37,7 +29,8 @@ from fedekd.methods import ClientOptions, ClientUpdate, FedAvg, FedeKD, FedType,
 from fedekd.modules import ProxyDistillModule, SupervisedModule
 from fedekd.reporting import metrics_csv
 
-from .conftest import Federate, Recorder, weights
+from .conftest import Federate, Recorder
+from .runs import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable, weights
 
 HALF, NEVER = DoNoHarm(confidence=0.5), DoNoHarm(confidence=0.999999999)
 
@@ -78,16 +71,6 @@ def harmless(federate: Federate, write_blobs: Callable[..., Path], tmp_path: Pat
         return federate(method or Uneven(), **{**defaults, **parts})
 
     return make
-
-
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
-
-
-def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 def of_clients(found: dict[str, Any], *numbers: int) -> dict[str, Any]:
@@ -252,20 +235,6 @@ def test_comparison_of_regression_uses_squared_errors(harmless: Federate) -> Non
     assert {client["deployed"] for client in summary["clients"]} == {"federated", "local"}
 
 
-class StoppedError(Exception):
-    """Raised by observers to stop a run."""
-
-
-class StopAfterRound(SilentObserver):
-    def __init__(self, rounds: int) -> None:
-        self.rounds_left = rounds
-
-    def round_finished(self, row: Any) -> None:
-        self.rounds_left -= 1
-        if self.rounds_left == 0:
-            raise StoppedError
-
-
 @pytest.mark.slow
 def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path: Path) -> None:
     parts = {"rounds": RoundOptions(rounds=3), "do_no_harm": DoNoHarm(0.1, looks=2), "baseline_dir": tmp_path / "l"}
@@ -275,7 +244,7 @@ def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path
     for rounds in (1, 2, 3):
         parts["output"] = tmp_path / str(rounds)
         with pytest.raises(StoppedError):
-            harmless(**parts, observer=StopAfterRound(rounds)).run()
+            harmless(**parts, observer=StopAfter(rounds=rounds)).run()
         again = harmless(**parts)
         assert repeatable(again.run()) == repeatable(expected)
         assert metrics_csv(again.progress.history) == metrics_csv(whole.progress.history)
@@ -301,18 +270,13 @@ def test_resume_of_an_earlier_version_needs_its_rule(
     with monkeypatch.context() as patch:
         patch.setattr(Orchestrator, "_identity", without_fields)
         with pytest.raises(StoppedError):
-            harmless(**parts, do_no_harm=earlier, observer=StopAfterRound(1)).run()
+            harmless(**parts, do_no_harm=earlier, observer=StopAfter(rounds=1)).run()
     with pytest.raises(UserError, match=r"do_no_harm\.splits: expected the saved value 'holdout', got 'held_out'"):
         harmless(**parts, do_no_harm=DoNoHarm(0.1, looks=2)).run()
     harmless(**parts, do_no_harm=earlier).run()
 
 
-class Backwards(SequentialEngine):
-    def run_clients(self, request: RoundRequest) -> Any:
-        yield from super().run_clients(request.only(list(reversed(request.participants))))
-
-
-@pytest.mark.parametrize("engine", [Backwards, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", [BackwardsEngine, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
 def test_engine_and_order_of_clients_do_not_change_results(harmless: Federate, tmp_path: Path, engine: Any) -> None:
     rule = DoNoHarm(rule="better", looks=2)
     expected = harmless(FedeKD(), do_no_harm=rule, output=tmp_path / "a").run()
@@ -415,7 +379,7 @@ def test_orchestrator_without_two_models_or_samples_raises_user_error(
 @pytest.mark.parametrize("other", [None, DoNoHarm(0.8)])
 def test_resume_with_another_rule_raises_user_error(harmless: Federate, tmp_path: Path, other: Any) -> None:
     with pytest.raises(StoppedError):
-        harmless(output=tmp_path, observer=StopAfterRound(1)).run()
+        harmless(output=tmp_path, observer=StopAfter(rounds=1)).run()
     with pytest.raises(UserError, match=r"do_no_harm.*: expected the saved value .*, got"):
         harmless(do_no_harm=other, output=tmp_path).run()
 

@@ -16,13 +16,14 @@ import torch
 from fedekd.data import FederatedDataModule, scale
 from fedekd.early_exit import BUDGETS
 from fedekd.early_exit.client_tradeoff import ExitTradeoff, exit_tradeoff, mean_tradeoff
-from fedekd.federation import Orchestrator, RoundOptions, SequentialEngine, SilentObserver
+from fedekd.federation import Orchestrator, RoundOptions, SequentialEngine
 from fedekd.federation.results import ClientRecord, Progress
 from fedekd.federation.summary import summarize
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local
 from fedekd.models import exit_costs
 
 from .conftest import Federate, federation
+from .runs import StopAfter, StoppedError, repeatable
 
 
 def options(**values: Any) -> ClientOptions:
@@ -42,10 +43,6 @@ def finished(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPath
     run = federation(write_blobs(tmp_path_factory.mktemp("data") / "blobs.npz"), client=options())
     run.run()
     return run
-
-
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
 
 
 def literal(client: Any) -> dict[str, Any]:
@@ -161,20 +158,6 @@ def test_progress_json_round_trip(finished: Orchestrator) -> None:
     assert ClientRecord.from_json({**vars(plain), "tradeoff": None}) == plain
 
 
-class StoppedError(Exception):
-    """Stops a run after a given round."""
-
-
-class StopAfterRound(SilentObserver):
-    def __init__(self, rounds: int) -> None:
-        self.left = rounds
-
-    def round_finished(self, row: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
-
-
 class NoVisits(SequentialEngine):
     def run_clients(self, request: Any) -> Any:
         raise AssertionError("clients were run again")
@@ -185,7 +168,7 @@ def test_resume_after_last_visit_gives_same_summary(federate: Federate, tmp_path
     expected = federate(FedAvg(), client=options(), rounds=rounds).run()
     assert len(expected["budgets"]) > 1
     with pytest.raises(StoppedError):
-        federate(FedAvg(), client=options(), rounds=rounds, output=tmp_path, observer=StopAfterRound(2)).run()
+        federate(FedAvg(), client=options(), rounds=rounds, output=tmp_path, observer=StopAfter(rounds=2)).run()
     assert not (tmp_path / "summary.json").exists()
     resumed = federate(FedAvg(), client=options(), rounds=rounds, output=tmp_path, engine=NoVisits).run()
     assert repeatable(resumed) == repeatable(expected)

@@ -27,6 +27,7 @@ from fedekd.reporting.console import deployed_table, round_line
 from fedekd.reporting.run_report import Run, run_sections, run_table
 
 from .conftest import Federate, Recorder
+from .runs import StopAfter, StoppedError
 
 #: A client without a score of either model, one whose federated model diverged, and one that it harms.
 UNDEFINED = ((None, None), (None, 0.7), (-0.1, 0.7))
@@ -228,14 +229,10 @@ def test_progress_of_an_earlier_version_has_the_primary_metric_only(federate: Fe
 
 
 def test_resume_with_chosen_metrics_gives_equal_bytes(federate: Federate, tmp_path: Path) -> None:
-    class Stop(Recorder):
-        def round_finished(self, row: Any) -> None:
-            raise InterruptedError
-
     whole = federate(FedAvg(), metrics=CHOSEN)
     whole.run()
-    with pytest.raises(InterruptedError):
-        federate(FedAvg(), metrics=CHOSEN, output=tmp_path, observer=Stop()).run()
+    with pytest.raises(StoppedError):
+        federate(FedAvg(), metrics=CHOSEN, output=tmp_path, observer=StopAfter(rounds=1)).run()
     with pytest.raises(UserError, match="metric"):
         federate(FedAvg(), output=tmp_path).run()
     again = federate(FedAvg(), metrics=CHOSEN, output=tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,14 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import (
-    ClientResult,
-    Orchestrator,
-    RoundOptions,
-    RoundRequest,
-    RunFolder,
-    SequentialEngine,
-    SilentObserver,
-)
+from fedekd.federation import Orchestrator, RoundOptions, RunFolder, SilentObserver
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
 from fedekd.reporting import metrics_csv
 
-from .conftest import Federate, Recorder, federation, weights
-
-
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
-
-
-def assert_same_weights(one: Orchestrator, two: Orchestrator, role: str = "private") -> None:
-    ours, theirs = weights(one, role), weights(two, role)
-    assert ours.keys() == theirs.keys()
-    assert ours
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
+from .conftest import Federate, Recorder, federation
+from .runs import BackwardsEngine, StoppedError, assert_equal_weights, repeatable, weights
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -47,7 +28,7 @@ def test_run_lambda_kd_zero_equals_local_bit_for_bit(federate: Federate, npz: Pa
     parts = {"data": FederatedDataModule(str(npz), num_clients=3, alpha=5.0, batch_size=8, task=task)}
     local_run, federated = federate(Local(), **parts), federate(FedeKD(lambda_kd=0), **parts)
     ours, theirs = federated.run(), local_run.run()
-    assert_same_weights(local_run, federated)
+    assert_equal_weights(weights(local_run), weights(federated))
     assert ours["delta"]["avg"] == ours["delta"]["worst"] == 0.0
     assert [client["score"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
     assert [client["local"] for client in ours["clients"]] == [client["score"] for client in theirs["clients"]]
@@ -74,30 +55,21 @@ def test_run_same_seed_gives_equal_bytes_and_another_seed_does_not(federate: Fed
     assert contents[0] != contents[2]
 
 
-class BackwardsEngine(SequentialEngine):
-    """Runs the clients in reverse order."""
-
-    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        yield from super().run_clients(request.only(list(reversed(request.participants))))
-
+class BackwardsBaselines(BackwardsEngine):
     def local_baselines(self, rounds: Any) -> Any:
         return super().local_baselines(dict(reversed(rounds.items())))
 
 
 def test_run_order_of_clients_does_not_change_results(federate: Federate) -> None:
-    forwards, backwards = federate(), federate(engine=BackwardsEngine)
+    forwards, backwards = federate(), federate(engine=BackwardsBaselines)
     assert repeatable(forwards.run()) == repeatable(backwards.run())
-    assert_same_weights(forwards, backwards)
-    assert_same_weights(forwards, backwards, "proxy")
+    assert_equal_weights(weights(forwards), weights(backwards))
+    assert_equal_weights(weights(forwards, "proxy"), weights(backwards, "proxy"))
     assert metrics_csv(forwards.progress.history) == metrics_csv(backwards.progress.history)
 
 
-class StoppedError(Exception):
-    """Raised by observers to stop a run."""
-
-
-class StopAfter(SilentObserver):
-    """Raises at the n-th event."""
+class StopAtEvent(SilentObserver):
+    """Observer that stops a run at its n-th event."""
 
     def __init__(self, events: int) -> None:
         self.events_left = events
@@ -130,11 +102,11 @@ def test_resume_after_a_stop_at_any_event_gives_equal_results(
 ) -> None:
     whole, expected = uninterrupted
     with pytest.raises(StoppedError):
-        federate(output=tmp_path / "run", baseline_dir=tmp_path / "local", observer=StopAfter(events)).run()
+        federate(output=tmp_path / "run", baseline_dir=tmp_path / "local", observer=StopAtEvent(events)).run()
     again = federate(output=tmp_path / "run", baseline_dir=tmp_path / "local")
     assert repeatable(again.run()) == repeatable(expected)
     assert metrics_csv(again.progress.history) == metrics_csv(whole.progress.history)
-    assert_same_weights(whole, again)
+    assert_equal_weights(weights(whole), weights(again))
 
 
 def test_resume_with_partial_participation_gives_equal_results(federate: Federate, tmp_path: Path) -> None:
@@ -142,10 +114,10 @@ def test_resume_with_partial_participation_gives_equal_results(federate: Federat
     whole = federate(rounds=rounds)
     expected = whole.run()
     with pytest.raises(StoppedError):
-        federate(rounds=rounds, output=tmp_path, observer=StopAfter(9)).run()
+        federate(rounds=rounds, output=tmp_path, observer=StopAtEvent(9)).run()
     again = federate(rounds=rounds, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)
-    assert_same_weights(whole, again)
+    assert_equal_weights(weights(whole), weights(again))
     assert whole.progress.history[0]["comm/updates"] == 1
     # Delta uses the local baseline after as many supervised rounds as the client had.
     engine: Any = whole.engine
@@ -283,7 +255,7 @@ def test_run_finished_with_corrupt_checkpoints_is_reopened(federate: Federate, t
         path.write_bytes(b"")
     recorder = Recorder()
     with pytest.raises(StoppedError):
-        federate(output=tmp_path, observer=StopAfter(12)).run()
+        federate(output=tmp_path, observer=StopAtEvent(12)).run()
     assert not (tmp_path / "summary.json").exists()
     assert repeatable(federate(output=tmp_path, observer=recorder).run()) == repeatable(expected)
     assert not recorder.warnings

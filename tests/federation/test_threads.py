@@ -29,7 +29,7 @@ from fedekd.global_state import exclusive, isolated_rng
 from fedekd.methods import Client, ClientOptions, FedAvg, FedeKD, Local, Method, SafeKD
 from fedekd.modules import TrainerFactory
 
-from .conftest import weights
+from .runs import weights
 
 METHODS = (FedeKD, FedAvg, Local, SafeKD)
 

@@ -20,7 +20,6 @@ from fedekd.federation import (
     RoundOptions,
     RoundRequest,
     SequentialEngine,
-    SilentObserver,
     UpdateValidator,
 )
 from fedekd.federation.aggregate_validation import AggregateValidator, is_finite
@@ -40,6 +39,7 @@ from fedekd.reporting import metrics_csv
 from fedekd.reporting.tracking import write_metrics_csv
 
 from .conftest import Federate, Recorder
+from .runs import StopAfter, StoppedError
 
 SENT = {"w": torch.zeros(2, 3), "b": torch.zeros(3), "n": torch.tensor(4)}
 
@@ -321,15 +321,11 @@ def test_run_invalid_result_is_left_out_with_a_warning(what: str, federate: Fede
 
 
 def test_resume_after_an_invalid_result_gives_equal_results(federate: Federate, tmp_path: Path) -> None:
-    class Stop(SilentObserver):
-        def round_finished(self, row: Any) -> None:
-            raise InterruptedError
-
     engine = engine_with(logs={"a b": 1.0})
     whole = federate(engine=engine, observer=Recorder())
     whole.run()
-    with pytest.raises(InterruptedError):
-        federate(engine=engine, observer=Stop(), output=tmp_path).run()
+    with pytest.raises(StoppedError):
+        federate(engine=engine, observer=StopAfter(rounds=1), output=tmp_path).run()
     again = federate(engine=engine, observer=Recorder(), output=tmp_path)
     again.run()
     assert metrics_csv(again.progress.history) == metrics_csv(whole.progress.history)
@@ -394,22 +390,13 @@ def test_resume_with_invalid_log_names_of_an_earlier_version(
     with monkeypatch.context() as patch:
         patch.setattr("fedekd.federation.update_validation.ResultValidator.check", lambda *arguments: None)
         patch.setattr("fedekd.federation.run_folder.write_metrics_csv", lambda *arguments: None)
-        engine, observer = engine_with(logs={"\ud800": 1.0, "loss": 2.0}), StopsAfterRound()
+        engine, observer = engine_with(logs={"\ud800": 1.0, "loss": 2.0}), StopAfter(rounds=1)
         with pytest.raises(StoppedError):
             federate(Local(), engine=engine, observer=observer, output=tmp_path).run()
     run = federate(Local(), output=tmp_path)
     run.run()
     assert run.progress.history[0]["client_1/loss"] == 2.0
     assert "ud800" not in (tmp_path / "metrics.csv").read_text()
-
-
-class StoppedError(Exception):
-    """Raised to stop a run."""
-
-
-class StopsAfterRound(Recorder):
-    def round_finished(self, row: Any) -> None:
-        raise StoppedError
 
 
 def test_write_metrics_csv_invalid_name_is_escaped(tmp_path: Path) -> None:
@@ -432,7 +419,7 @@ def test_resume_with_broken_server_state_of_an_earlier_version_warns_once(
     rounds = RoundOptions(rounds=3)
     with monkeypatch.context() as patch:
         patch.setattr("fedekd.federation.aggregate_validation.AggregateValidator.check", lambda *arguments: None)
-        run = federate(Broken(), observer=StopsAfterRound(), output=tmp_path, rounds=rounds)
+        run = federate(Broken(), observer=StopAfter(rounds=1), output=tmp_path, rounds=rounds)
         with pytest.raises(StoppedError):
             run.run()
     recorder = Recorder()

@@ -17,8 +17,8 @@ from fedekd.federation.wire import from_wire, to_wire, update_to_wire, updates_f
 from fedekd.methods import Broadcast, ClientUpdate, FedDyn, FedeKD, ProxyEnsemble, SafeKD
 from fedekd.methods.base import state_dict_bytes
 
-from .conftest import Federate, Recorder, weights
-from .engines.test_multiprocess import contents
+from .conftest import Federate, Recorder
+from .runs import StopBeforeRound, StoppedError, contents, weights
 
 HALF = RoundOptions(rounds=2, wire_dtype="float16")
 
@@ -165,27 +165,11 @@ def test_multiprocess_float16_gives_the_bytes_of_the_sequential_engine(federate:
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-class StoppedError(Exception):
-    """Stops a run."""
-
-
-class StopsIn(Recorder):
-    """Stops the run when a round starts."""
-
-    def __init__(self, round_idx: int) -> None:
-        super().__init__()
-        self.round_idx = round_idx
-
-    def round_started(self, round_idx: int) -> None:
-        if round_idx == self.round_idx:
-            raise StoppedError
-
-
 @pytest.mark.parametrize("round_idx", [1, 2])
 def test_resume_float16_gives_equal_results(federate: Federate, tmp_path: Path, round_idx: int) -> None:
     federate(output=tmp_path / "whole", rounds=HALF).run()
     with pytest.raises(StoppedError):
-        federate(output=tmp_path / "part", rounds=HALF, observer=StopsIn(round_idx)).run()
+        federate(output=tmp_path / "part", rounds=HALF, observer=StopBeforeRound(round_idx)).run()
     with pytest.raises(UserError, match=r"rounds\.wire_dtype: expected the saved value 'float16', got 'float32'"):
         federate(output=tmp_path / "part").run()
     federate(output=tmp_path / "part", rounds=HALF).run()

@@ -15,8 +15,7 @@ import torch
 from fedekd.federation import RoundOptions
 from fedekd.methods import FedAvg, FedeKD
 from fedekd.modules import SupervisedModule, TrainerFactory, lean_loop
-from tests.methods.conftest import weights
-from tests.methods.test_methods import assert_equal_weights, repeatable
+from tests.federation.runs import assert_equal_weights, repeatable, weights
 from tests.modules.test_lean_loop import (
     BATCH,
     CAPTURABLE,

@@ -14,16 +14,8 @@ from fedekd.federation import MultiProcess, RoundOptions
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import ClientOptions, FedeKD, Local
 from fedekd.modules import TrainerFactory
-from tests.methods.conftest import weights
-from tests.methods.test_methods import (
-    METHODS,
-    BackwardsEngine,
-    StopAfter,
-    StoppedError,
-    assert_equal_weights,
-    repeatable,
-    small_client,
-)
+from tests.federation.runs import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable, weights
+from tests.methods.test_methods import METHODS, small_client
 
 from .conftest import Federate
 
@@ -48,7 +40,7 @@ def test_resume_after_stop_gives_same_bits(federate: Federate, tmp_path: Path, p
     whole = federate(FedeKD(gate=gate), precision)
     expected = whole.run()
     with pytest.raises(StoppedError):
-        federate(FedeKD(gate=gate), precision, output=tmp_path, observer=StopAfter(13)).run()
+        federate(FedeKD(gate=gate), precision, output=tmp_path, observer=StopAfter(phases=13)).run()
     again = federate(FedeKD(gate=gate), precision, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)
     for role in ("private", "proxy"):
@@ -62,7 +54,7 @@ def test_method_resume_gives_same_bits(federate: Federate, tmp_path: Path, name:
     whole = federate(METHODS[name](), **parts)
     expected = whole.run()
     with pytest.raises(StoppedError):
-        federate(METHODS[name](), **parts, output=tmp_path, observer=StopAfter(12)).run()
+        federate(METHODS[name](), **parts, output=tmp_path, observer=StopAfter(phases=12)).run()
     again = federate(METHODS[name](), **parts, output=tmp_path)
     assert repeatable(again.run()) == repeatable(expected)
     assert_equal_weights(weights(whole), weights(again))

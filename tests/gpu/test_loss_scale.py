@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from fedekd.federation import Orchestrator, RoundOptions
-from tests.methods.conftest import weights
-from tests.methods.test_methods import StopAfter, StoppedError, assert_equal_weights
+from tests.federation.runs import StopAfter, StoppedError, assert_equal_weights, weights
 
 from .conftest import Federate
 
@@ -50,7 +49,7 @@ def test_loss_scale_is_the_same_after_resume(federate: Federate, tmp_path: Path)
     whole = with_scaler(federate(**parts))
     whole.run()
     with pytest.raises(StoppedError):
-        with_scaler(federate(**parts, output=tmp_path, observer=StopAfter(18))).run()
+        with_scaler(federate(**parts, output=tmp_path, observer=StopAfter(phases=18))).run()
     again = federate(**parts, output=tmp_path)
     again.run()
     assert loss_scales(again) == loss_scales(whole)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from fedekd.data import FederatedDataModule
 from fedekd.federation import Orchestrator, RoundOptions
-from fedekd.federation.observer import SilentObserver
-from fedekd.methods import ClientOptions, FederationSpec, Method
+from fedekd.methods import ClientOptions, ClientUpdate, FederationSpec, Method
 from fedekd.modules import TrainerFactory
 
 Federate = Callable[..., Orchestrator]
@@ -37,22 +39,6 @@ def federate(npz: Path, undrawn: None) -> Federate:
     return make
 
 
-class StoppedError(Exception):
-    """Raised to stop a run in the middle."""
-
-
-class StopAfter(SilentObserver):
-    """Observer that stops a run after a number of phases."""
-
-    def __init__(self, phases: int) -> None:
-        self.left = phases
-
-    def phase_finished(self, client: int, phase: str, steps: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
-
-
 def make_spec(**values: Any) -> FederationSpec:
     """Create a small specification; keyword arguments replace values."""
     defaults: dict[str, Any] = {
@@ -70,11 +56,24 @@ def make_spec(**values: Any) -> FederationSpec:
     return FederationSpec(**{**defaults, **values})
 
 
-def weights(run: Orchestrator, role: str = "private") -> dict[str, Any]:
-    """Return all clients' weights of one network."""
+def client_of(run: Orchestrator, number: int = 0) -> Any:
+    """Return one client of a run in this process."""
     engine: Any = run.engine
-    return {
-        f"{number}/{name}": tensor
-        for number, client in sorted(engine.clients.items())
-        for name, tensor in client.networks[role].state_dict().items()
-    }
+    return engine.client(number)
+
+
+def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) -> list[ClientUpdate]:
+    """Run one round step by step, and return copies of the updates."""
+    broadcast, updates = run.method.broadcast(participants, round_idx), []
+    for number in participants:
+        client = client_of(run, number)
+        run.method.receive(client, broadcast.to(number), round_idx)
+        update = run.method.prepare_update(client, round_idx)
+        updates.append(replace(update, state={name: tensor.clone() for name, tensor in update.state.items()}))
+    run.method.aggregate(updates, round_idx)
+    return updates
+
+
+def differ(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Return whether at least one tensor differs."""
+    return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,12 +11,13 @@ import torch
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.functional import cosine_similarities, mixing_weights
-from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, FedPer
+from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedPer
 from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.cafedistill import ACTIVE
 from fedekd.modules import ObjectiveModule, predict
+from tests.federation.runs import weights
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, client_of, make_spec, one_round
 
 CLASSES = 3
 HEAD = ("heads.2.weight", "heads.2.bias")
@@ -35,23 +35,6 @@ def started_run(federate: Federate) -> Orchestrator:
     run = federate(CAFEDistill("paper"), client=options(), rounds=RoundOptions(rounds=8))
     run.method.init_server(run.spec)
     return run
-
-
-def client_of(run: Orchestrator, number: int) -> Any:
-    engine: Any = run.engine
-    return engine.client(number)
-
-
-def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) -> list[ClientUpdate]:
-    """Run one round step by step, and return copies of the updates."""
-    broadcast, updates = run.method.broadcast(participants, round_idx), []
-    for number in participants:
-        client = client_of(run, number)
-        run.method.receive(client, broadcast.to(number), round_idx)
-        update = run.method.prepare_update(client, round_idx)
-        updates.append(replace(update, state={name: tensor.clone() for name, tensor in update.state.items()}))
-    run.method.aggregate(updates, round_idx)
-    return updates
 
 
 def test_cafedistill_without_mixing_and_distillation_equals_fedper(federate: Federate) -> None:

@@ -15,8 +15,9 @@ from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
 from fedekd.methods import ClientOptions, FedAvg, Local, Method
 from fedekd.modules import ModelOutput, ObjectiveModule, SupervisedLoss, TrainerFactory
+from tests.federation.runs import weights
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, client_of, make_spec
 
 CLASSES = {
     name: each
@@ -33,10 +34,6 @@ def options(class_weights: str | None = "balanced", exits: int | None = None) ->
         class_weights=class_weights,
         exits=exits,
     )
-
-
-def client_of(run: Any, number: int = 0) -> Any:
-    return run.engine.client(number)
 
 
 def test_class_weights_equal_scikit_learn_and_are_zero_for_absent_classes(federate: Federate) -> None:

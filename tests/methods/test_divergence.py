@@ -12,8 +12,9 @@ from fedekd.errors import UserError
 from fedekd.federation import RoundOptions, SilentObserver
 from fedekd.methods import Client, ClientOptions, FedDyn, FedeKD, FedType, Local
 from fedekd.modules.losses.fedtype import ConformalModel
+from tests.federation.runs import weights
 
-from .conftest import Federate, weights
+from .conftest import Federate
 from .test_methods import CASES, METHODS, small_client
 
 #: Methods whose private model starts each round from the server's message.

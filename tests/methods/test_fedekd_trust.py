@@ -18,9 +18,10 @@ from fedekd.functional import correctness_trust, skill_trust
 from fedekd.methods import Client, FedeKD, Local
 from fedekd.modules import GatedPrivateModule
 from fedekd.modules.losses import GATES
+from tests.federation.runs import assert_equal_weights, weights
 
-from .conftest import Federate, weights
-from .test_methods import assert_equal_weights, run_weights
+from .conftest import Federate
+from .test_methods import run_weights
 
 
 def clients_of(run: Orchestrator) -> dict[int, Client]:

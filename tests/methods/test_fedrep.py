@@ -14,8 +14,9 @@ from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.methods import Client, ClientOptions, FedPer, FedRep, Local
 from fedekd.methods.base import state_dict_bytes
 from fedekd.modules import ObjectiveModule, SupervisedModule
+from tests.federation.runs import weights
 
-from .conftest import Federate, weights
+from .conftest import Federate, client_of
 
 PROXY = {"class_path": "fedekd.models.ProxyCNN"}
 
@@ -48,11 +49,6 @@ KINDS = pytest.mark.parametrize(
     [(options(), "head."), (options(exits=2), "heads."), (options(private_model=NORMED), "head.")],
     ids=["plain", "exits", "batch norm"],
 )
-
-
-def client_of(run: Orchestrator, number: int = 0) -> Any:
-    engine: Any = run.engine
-    return engine.client(number)
 
 
 class Phases:

@@ -13,8 +13,9 @@ from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
 from fedekd.federation.checkpoint import CheckpointStore, pack
 from fedekd.methods import Ditto, FedAvg, FedeKD, Method
+from tests.federation.runs import StopAfter, StoppedError, assert_equal_weights, weights
 
-from .conftest import Federate, StopAfter, StoppedError, weights
+from .conftest import Federate
 from .test_private_weights import options, proxy, saved
 
 ROUNDS = RoundOptions(rounds=3)
@@ -52,13 +53,12 @@ def test_checkpoint_with_pretrained_weights_has_trained_tensors_only(
     assert set(stored["private"]) == HEAD
     assert set(stored.get("global", HEAD)) == HEAD
     with pytest.raises(StoppedError):
-        run("cut", observer=StopAfter(17)).run()
+        run("cut", observer=StopAfter(phases=17)).run()
     state = state_in(tmp_path / "cut")
     assert state["selected"] is None or set(state["selected"]["served"]["networks"]["private"]) == HEAD
     again = run("cut")
     again.run()
-    ours, theirs = weights(whole), weights(again)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_weights(weights(whole), weights(again))
     [loaded, *_] = run("whole").load_clients()
     assert torch.equal(loaded.networks["private"].convolutions[0].weight, proxy().convolutions[0].weight)  # type: ignore[index, union-attr]
 

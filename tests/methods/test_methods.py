@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, RoundOptions, RoundRequest, SequentialEngine, SilentObserver
+from fedekd.federation import RoundOptions, SilentObserver
 from fedekd.functional import CoordinateMedian, TrimmedMean
 from fedekd.methods import (
     FML,
@@ -35,8 +35,9 @@ from fedekd.methods import (
     ScaleFL,
 )
 from fedekd.modules.losses import GATES
+from tests.federation.runs import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable, weights
 
-from .conftest import Federate, StopAfter, StoppedError, weights
+from .conftest import Federate
 
 METHODS: dict[str, Callable[[], Method]] = {
     "local": Local,
@@ -99,22 +100,6 @@ def small_client(name: str) -> ClientOptions:
     return ClientOptions(local_epochs=1, private_model=model, exits=exits, depths=depths)
 
 
-class BackwardsEngine(SequentialEngine):
-    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        yield from super().run_clients(request.only(list(reversed(request.participants))))
-
-
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
-
-
-def assert_equal_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert ours
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_method_resumed_run_with_other_client_order_is_identical(
@@ -127,7 +112,7 @@ def test_method_resumed_run_with_other_client_order_is_identical(
     assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
     # Three phases of the local baselines, then in the middle of round 1.
     stop = 9 if name == "local" else 12
-    stopped = federate(METHODS[name](), task, client=client, output=tmp_path, observer=StopAfter(stop))
+    stopped = federate(METHODS[name](), task, client=client, output=tmp_path, observer=StopAfter(phases=stop))
     with pytest.raises(StoppedError):
         stopped.run()
     again = federate(METHODS[name](), task, client=client, output=tmp_path, engine=BackwardsEngine)

@@ -21,8 +21,9 @@ from fedekd.federation.run_folder import first_difference
 from fedekd.flower.description import shared_config
 from fedekd.methods import ClientOptions, FedAvg, FedeKD, Local
 from fedekd.models import CIFARResNet, PrivateCNN, ProxyCNN, multi_exit
+from tests.federation.runs import StopAfter, StoppedError, assert_equal_weights, weights
 
-from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
+from .conftest import Federate, make_spec
 from .test_teacher import _wrong_files
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
@@ -186,11 +187,10 @@ def test_private_weights_content_is_part_of_run_and_baseline(federate: Federate,
     whole = run("whole", file)
     whole.run()
     with pytest.raises(StoppedError):
-        run("cut", file, observer=StopAfter(17)).run()
+        run("cut", file, observer=StopAfter(phases=17)).run()
     again = run("cut", copy)  # the same content under another path
     again.run()
-    ours, theirs = weights(whole), weights(again)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_weights(weights(whole), weights(again))
     keys = [baseline_key(run("key", path).engine.client(0)) for path in (file, copy)]  # type: ignore[attr-defined]
     saved(file, proxy(seed=1))
     keys.append(baseline_key(run("key", file).engine.client(0)))  # type: ignore[attr-defined]

@@ -19,8 +19,9 @@ from fedekd.federation import BaselineOptions, RoundOptions
 from fedekd.methods import Client, ClientOptions, ClientUpdate, Local, ProxyEnsemble, proxy_ensemble
 from fedekd.modules.losses import SupervisedLoss
 from fedekd.modules.prediction import ModelOutput
+from tests.federation.runs import weights
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, make_spec
 
 
 def clients(run: Any) -> list[Client]:

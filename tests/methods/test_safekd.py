@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import ClientResult, RoundOptions, RoundRequest, Sequential, SequentialEngine, SilentObserver
+from fedekd.federation import RoundOptions, Sequential, SilentObserver
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import FML, ClientOptions, Ditto, FedAvg, FedeKD, FedKD, FedPer, FedType, Local, SafeKD
 from fedekd.models import MultiExitNetwork
 from fedekd.modules import MultiExitModule
+from tests.federation.runs import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable, weights
 
-from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
+from .conftest import Federate, differ, make_spec
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 
@@ -26,11 +26,6 @@ SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 def client(**values: Any) -> ClientOptions:
     optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
     return ClientOptions(**{"local_epochs": 1, "private_model": SMALL, "optimizer": optimizer, "exits": 2, **values})
-
-
-class BackwardsEngine(SequentialEngine):
-    def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        yield from super().run_clients(request.only(list(reversed(request.participants))))
 
 
 class Warnings(SilentObserver):
@@ -41,26 +36,11 @@ class Warnings(SilentObserver):
         self.messages.append(message)
 
 
-def repeatable(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
-
-
-def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert ours
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def differ(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 def test_safekd_without_distillation_equals_local(federate: Federate) -> None:
     ours, local = federate(SafeKD(0.0, 0.0), client=client()), federate(Local(), client=client())
     summary = ours.run()
     local.run()
-    assert_equal(weights(ours), weights(local))
+    assert_equal_weights(weights(ours), weights(local))
     assert summary["delta"] == {"avg": 0.0, "worst": 0.0, "p10": 0.0}
     assert all(row["delta"] == 0.0 for row in summary["clients"])
     assert not any("teacher" in client.networks for client in ours.engine.clients.values())  # type: ignore[attr-defined]
@@ -115,13 +95,13 @@ def test_safekd_resumed_run_with_other_client_order_is_identical(federate: Feder
     rounds = RoundOptions(rounds=3, participation=0.5)
     whole = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "whole")
     summary = whole.run()
-    stopped = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "cut", observer=StopAfter(12))
+    stopped = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "cut", observer=StopAfter(phases=12))
     with pytest.raises(StoppedError):
         stopped.run()
     again = federate(SafeKD(), client=client(), rounds=rounds, output=tmp_path / "cut", engine=BackwardsEngine)
     assert repeatable(again.run()) == repeatable(summary)
-    assert_equal(weights(whole), weights(again))
-    assert_equal(weights(whole, "teacher"), weights(again, "teacher"))
+    assert_equal_weights(weights(whole), weights(again))
+    assert_equal_weights(weights(whole, "teacher"), weights(again, "teacher"))
     digests = [CheckpointStore(tmp_path / name / "checkpoints").digests() for name in ("whole", "cut")]
     assert digests[0] == digests[1]
 
@@ -132,13 +112,13 @@ def test_load_clients_restores_finished_run(federate: Federate, tmp_path: Path) 
     again = federate(SafeKD(), client=client(), output=tmp_path)
     clients = again.load_clients()
     assert [loaded.number for loaded in clients] == [0, 1, 2]
-    assert_equal(weights(run), weights(again))
-    assert_equal(weights(run, "teacher"), weights(again, "teacher"))
+    assert_equal_weights(weights(run), weights(again))
+    assert_equal_weights(weights(run, "teacher"), weights(again, "teacher"))
     assert [loaded.supervised_epochs for loaded in clients] == [2, 2, 2]
 
 
 def test_load_clients_unfinished_run_raises_user_error(federate: Federate, tmp_path: Path) -> None:
-    stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(12))
+    stopped = federate(SafeKD(), client=client(), output=tmp_path, observer=StopAfter(phases=12))
     with pytest.raises(StoppedError):
         stopped.run()
     with pytest.raises(UserError, match="no checkpoint of the last round"):
@@ -169,7 +149,7 @@ def test_safekd_without_exits_option_adds_exits_and_warns_once(federate: Federat
     same = federate(SafeKD(), client=client(private_model=model, exits=3), observer=no_warnings)
     same.run()
     assert not [line for line in no_warnings.messages if "exits" in line]
-    assert_equal(weights(run), weights(same))
+    assert_equal_weights(weights(run), weights(same))
 
 
 @pytest.mark.parametrize("exits", [3, None])
@@ -185,7 +165,7 @@ def test_spec_exits_belong_to_private_model_with_seeded_heads() -> None:
     one, again, other = cut.build_model("private", 0), cut.build_model("private", 0), cut.build_model("private", 1)
     assert isinstance(one, MultiExitNetwork)
     assert one.heads[0].num_features == 4 * 32
-    assert_equal(dict(one.state_dict()), dict(again.state_dict()))
+    assert_equal_weights(dict(one.state_dict()), dict(again.state_dict()))
     assert not torch.equal(one.heads[0].linear.weight, other.heads[0].linear.weight)
     # The backbone has the same initial weights as without exits.
     backbone = plain.build_model("private", 0).state_dict()

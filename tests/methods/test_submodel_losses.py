@@ -19,9 +19,10 @@ from fedekd.federation import RoundOptions
 from fedekd.methods import DepthFL, ScaleFL
 from fedekd.models import PrivateCNN, multi_exit
 from fedekd.modules import ModelOutput, MutualExitLoss
+from tests.federation.runs import assert_equal_weights
 
-from .conftest import Federate, make_spec
-from .test_submodels import assert_equal, differ, one_round, options, started
+from .conftest import Federate, differ, make_spec, one_round
+from .test_submodels import options, started
 
 BATCH, CLASSES = 5, 4
 NETWORK = multi_exit(PrivateCNN(1, 8, CLASSES), CLASSES, 3)
@@ -154,7 +155,7 @@ def test_the_round_and_the_exits_of_a_client_reach_its_loss(
 def test_scalefl_that_never_warms_up_is_scalefl_without_distillation(federate: Federate) -> None:
     runs = [federate(ScaleFL(weight, warm_up=1.0), client=options()) for weight in (0.0, 5.0)]
     assert runs[0].run()["clients"] == runs[1].run()["clients"]
-    assert_equal(*(run.method.server_state["model"] for run in runs))
+    assert_equal_weights(*(run.method.server_state["model"] for run in runs))
 
 
 def test_a_single_exit_has_nobody_to_learn_from() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from fedekd.methods import (
     CAFEDistill,
     Client,
     ClientOptions,
-    ClientUpdate,
     DepthFL,
     Ditto,
     FedAvg,
@@ -32,8 +31,9 @@ from fedekd.methods import (
     ScaleFL,
 )
 from fedekd.models import MultiExitNetwork, multi_exit
+from tests.federation.runs import assert_equal_weights, weights
 
-from .conftest import Federate, make_spec, weights
+from .conftest import Federate, client_of, make_spec, one_round
 
 DEPTHS = [1, 2, 3]
 
@@ -47,41 +47,13 @@ def options(**values: Any) -> ClientOptions:
     return replace(ClientOptions(local_epochs=1, private_model=cnn(0.25), optimizer=adam, exits=3), **values)
 
 
-def client_of(run: Orchestrator, number: int) -> Any:
-    engine: Any = run.engine
-    return engine.client(number)
-
-
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def one_round(run: Orchestrator, participants: Sequence[int], round_idx: int) -> list[ClientUpdate]:
-    """Run one round step by step, and return copies of the updates."""
-    broadcast, updates = run.method.broadcast(participants, round_idx), []
-    for number in participants:
-        client = client_of(run, number)
-        run.method.receive(client, broadcast.to(number), round_idx)
-        update = run.method.prepare_update(client, round_idx)
-        updates.append(replace(update, state=copied(update.state)))
-    run.method.aggregate(updates, round_idx)
-    return updates
 
 
 def started(run: Orchestrator) -> Orchestrator:
     run.method.init_server(run.spec)
     return run
-
-
-def assert_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert ours
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def differ(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    return any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def depth_of(name: str) -> int:
@@ -99,7 +71,7 @@ def test_depthfl_equal_depths_without_distillation_equals_fedavg(
     ours, fedavg = (federate(m(weights=average), client=client) for m in (lambda **a: DepthFL(0.0, **a), FedAvg))
     assert ours.run()["clients"] == fedavg.run()["clients"]
     assert ours.progress.bytes_up == fedavg.progress.bytes_up
-    assert_equal(weights(ours), weights(fedavg))
+    assert_equal_weights(weights(ours), weights(fedavg))
 
 
 class Watched(DepthFL):
@@ -154,7 +126,7 @@ def test_depthfl_clients_exchange_only_their_stages(federate: Federate) -> None:
         assert client.networks["private"].num_exits == len(client.evaluate()[0]) == depth
         assert method.received[number] == {name for name in whole if depth_of(name) <= depth}
         held = client.networks["private"].state_dict()
-        assert_equal(held, {name: run.method.server_state["model"][name] for name in held})
+        assert_equal_weights(held, {name: run.method.server_state["model"][name] for name in held})
     assert {name for name in rows[-1] if name.startswith("client_1/exit")} == {
         *("client_1/exit_1/accuracy", "client_1/exit_2/accuracy"),
     }
@@ -174,7 +146,7 @@ def test_depthfl_aggregate_averages_stage_over_its_holders(federate: Federate) -
         )
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-7, atol=1e-9)
     deepest = {name: t for name, t in updates[2].state.items() if depth_of(name) == 3}
-    assert_equal(deepest, {name: run.method.server_state["model"][name] for name in deepest})
+    assert_equal_weights(deepest, {name: run.method.server_state["model"][name] for name in deepest})
 
 
 def test_depthfl_aggregate_keeps_stages_without_holder(federate: Federate) -> None:
@@ -278,4 +250,4 @@ def test_scalefl_multiprocess_equals_sequential(federate: Federate) -> None:
     ours, theirs = one.run(), two.run()
     for name in ("clients", "exits", "budgets", "bytes_up", "bytes_down"):
         assert ours[name] == theirs[name]
-    assert_equal(one.method.server_state["model"], two.method.server_state["model"])
+    assert_equal_weights(one.method.server_state["model"], two.method.server_state["model"])

@@ -22,8 +22,9 @@ from fedekd.methods import ClientOptions, SafeKD
 from fedekd.methods.teacher import ExternalTeacher
 from fedekd.models import PrivateCNN, ProxyCNN
 from fedekd.modules import MultiExitModule
+from tests.federation.runs import StopAfter, StoppedError, assert_equal_weights, weights
 
-from .conftest import Federate, StopAfter, StoppedError, make_spec, weights
+from .conftest import Federate, make_spec
 
 SMALL = {"class_path": "fedekd.models.ProxyCNN"}
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -198,11 +199,10 @@ def test_safekd_with_teacher_resumes_and_refuses_other_weights(federate: Federat
     whole = run("whole")
     whole.run()
     with pytest.raises(StoppedError):
-        run("cut", observer=StopAfter(12)).run()
+        run("cut", observer=StopAfter(phases=12)).run()
     again = run("cut")
     again.run()
-    ours, theirs = weights(whole), weights(again)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_weights(weights(whole), weights(again))
     assert {role for each in whole.engine.clients.values() for role in each.state_dict()["networks"]} == {"private"}
     saved(tmp_path / "t.pt", seed=1)
     with pytest.raises(UserError, match=r"method\.SafeKD\.teacher\.sha256: expected the saved value"):

@@ -18,9 +18,9 @@ from fedekd.federation import BaselineOptions, MultiProcess, Orchestrator, Round
 from fedekd.methods import FML, Client, ClientOptions, FedAvg, FedeKD, FedRep, FedType, Local, Method, ProxyEnsemble
 from fedekd.modules import SupervisedModule, TrainerFactory
 from fedekd.seeding import derive_seed
+from tests.federation.runs import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable, weights
 
-from .conftest import Federate, make_spec, weights
-from .test_methods import BackwardsEngine, StopAfter, StoppedError, assert_equal_weights, repeatable
+from .conftest import Federate, make_spec
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 EXPONENTIAL = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.7}}
@@ -81,7 +81,7 @@ def test_resumed_run_with_other_client_order_is_identical(
     # Three phases of the local baselines (more with a control), then in the middle of round 1.
     stop = 9 if method is Local else 12
     with pytest.raises(StoppedError):
-        federate(method(), **parts(name), output=tmp_path, observer=StopAfter(stop)).run()
+        federate(method(), **parts(name), output=tmp_path, observer=StopAfter(phases=stop)).run()
     again = federate(method(), **parts(name), output=tmp_path, engine=BackwardsEngine)
     assert repeatable(again.run()) == repeatable(summary)
     assert_equal_weights(weights(whole), weights(again))

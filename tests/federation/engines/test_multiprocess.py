@@ -15,17 +15,13 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, RoundRequest
-from fedekd.federation.checkpoint import CheckpointStore, unpack
+from fedekd.federation.checkpoint import unpack
 from fedekd.methods import Broadcast, FedAvg, FedeKD
 
 from ..conftest import Federate, Recorder
+from ..runs import contents
 
 pytestmark = pytest.mark.slow
-
-
-def contents(run: Path) -> dict[str, str]:
-    """Rows and states of a run, which must not depend on the engine."""
-    return CheckpointStore(run / "checkpoints").digests() | {"rows": (run / "metrics.csv").read_text()}
 
 
 def test_multiprocess_gives_the_bytes_of_the_sequential_engine(federate: Federate, tmp_path: Path) -> None:

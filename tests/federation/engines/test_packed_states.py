@@ -10,24 +10,17 @@ import pytest
 import torch
 
 from fedekd.errors import UserError
-from fedekd.federation import RoundOptions, Sequential, SilentObserver
+from fedekd.federation import RoundOptions, Sequential
 from fedekd.federation.checkpoint import CheckpointStore, Packed, pack, unpack
 from fedekd.federation.engines.packed_states import PackedStates, client_bytes, tensor_bytes
 from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedeKD, Method
 from fedekd.models import PrivateCNN
 
-from ..conftest import Federate, weights
+from ..conftest import Federate
+from ..runs import StopBeforeRound, StoppedError, weights
 
 #: Bytes of about one client of `federate` with FedeKD: of three, one or two are packed.
 ONE_CLIENT = 2_300_000
-
-
-class Stop(SilentObserver):
-    """Observer that stops a run in round 2."""
-
-    def round_started(self, round_idx: int) -> None:
-        if round_idx == 2:
-            raise KeyboardInterrupt
 
 
 def test_packed_states_return_the_last_content_in_a_bounded_file() -> None:
@@ -76,8 +69,8 @@ def test_run_with_any_budget_gives_equal_bytes_also_after_a_resume(
             **{"client": client, "output": output, "baseline_dir": tmp_path / "local"},
             **{"rounds": RoundOptions(rounds=2, participation=0.7), "engine": Sequential(megabytes)},
         }
-        with pytest.raises(KeyboardInterrupt):
-            federate(method, observer=Stop(), **parts).run()
+        with pytest.raises(StoppedError):
+            federate(method, observer=StopBeforeRound(2), **parts).run()
         again = federate(method, **parts)
         summary = again.run()
         in_memory.append(len(weights(again)))

@@ -29,7 +29,8 @@ from fedekd.methods import CAFEDistill, ClientOptions, ClientUpdate, FedAvg, Fed
 from fedekd.methods.base import state_dict_bytes
 
 from ..conftest import Federate, Recorder
-from .test_multiprocess import FailsToUnpickle, Faulty, contents
+from ..runs import StopBeforeRound, StoppedError, contents
+from .test_multiprocess import FailsToUnpickle, Faulty
 
 ray = pytest.importorskip("ray")
 
@@ -90,20 +91,6 @@ class StateRecorder(Recorder):
     def round_finished(self, row: Mapping[str, float]) -> None:
         self.states[int(row["round"])] = names(self.temporary, "fedekd-*/*")
         self.then.get(int(row["round"]), lambda: None)()
-
-
-class StoppedError(Exception):
-    """Raised by observers to stop a run."""
-
-
-class StopBeforeRound(Recorder):
-    def __init__(self, round_idx: int) -> None:
-        super().__init__()
-        self.round = round_idx
-
-    def round_started(self, round_idx: int) -> None:
-        if round_idx == self.round:
-            raise StoppedError
 
 
 # Tests that start their own cluster.
