@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ if find_spec("flwr") is not None:
     from flwr.serverapp import Grid
     from flwr.supercore.task_identity import TaskIdentity
 
+    from fedekd.flower import apps
     from fedekd.flower.description import SiteData, require_agreement, shared_config
     from fedekd.flower.engine import FlowerEngine, wait_for_sites
     from fedekd.flower.messages import LAST_ROUND, ROUND, STATE, VALUES, pack, values_of
@@ -336,6 +337,20 @@ def options(write_blobs: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         "--trainer.precision=32-true",
         "--trainer.threads=1",
     ]
+
+
+@pytest.fixture
+def empty_site_cache() -> Iterator[None]:
+    """Drop the sites of other tests before a test, and its own after it."""
+    apps._site.cache_clear()
+    yield
+    apps._site.cache_clear()
+
+
+@pytest.fixture
+def proxy(options: list[str]) -> dict[str, torch.Tensor]:
+    """A proxy as the server sends it."""
+    return dict(build(options)[2].build_model("proxy", "server").state_dict())
 
 
 @pytest.fixture(scope="session")

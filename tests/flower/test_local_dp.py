@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 
 from fedekd.federation import UpdateValidator
-from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.messages import (
     BASELINE,
@@ -30,26 +28,17 @@ from fedekd.flower.messages import (
     values_of,
 )
 
-from .conftest import NUM_SITES, build, is_equal, over_wire
+from .conftest import NUM_SITES, is_equal, over_wire
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("empty_site_cache")]
 
 State = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def empty_site_cache() -> Iterator[None]:
-    """No site of another test; LocalDpMod draws its noise from NumPy's global generator."""
-    apps._site.cache_clear()
+def seed_numpy() -> None:
+    """Seed NumPy's global generator, from which LocalDpMod draws its noise."""
     np.random.seed(0)
-    yield
-    apps._site.cache_clear()
-
-
-@pytest.fixture
-def proxy(options: list[str]) -> State:
-    """A proxy as the server sends it."""
-    return dict(build(options)[2].build_model("proxy", "server").state_dict())
 
 
 class Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fedekd.flower.messages import DESCRIBE, pack, values_of
 
 from .conftest import NODES, FakeGrid, request_lost
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("empty_site_cache")]
 
 NAMES = ["Basel", "Zürich (CH) no. 1"]
 
@@ -33,13 +33,6 @@ FAST = (
     *("--data.batch_size=16", "--quiet"),
 )
 MLPS = ("--client.private_model=fedekd.models.MLP", "--client.proxy_model=fedekd.models.MLP")
-
-
-@pytest.fixture(autouse=True)
-def empty_site_cache() -> Iterator[None]:
-    apps._site.cache_clear()
-    yield
-    apps._site.cache_clear()
 
 
 def write_tables(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from flwr.app import Context, Message, RecordDict
 from fedekd.errors import UserError
 from fedekd.federation import RoundOptions
 from fedekd.federation.summary import _privacy
-from fedekd.flower import apps
 from fedekd.flower.apps import Settings, make_client_app
 from fedekd.flower.description import require_agreement, shared_config
 from fedekd.flower.engine import FlowerEngine
@@ -27,23 +25,9 @@ from fedekd.privacy import GaussianMechanism
 
 from .conftest import NUM_SITES, build, over_wire
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("empty_site_cache")]
 
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def empty_site_cache() -> Iterator[None]:
-    """No site of another test."""
-    apps._site.cache_clear()
-    yield
-    apps._site.cache_clear()
-
-
-@pytest.fixture
-def proxy(options: list[str]) -> State:
-    """A proxy as the server sends it."""
-    return dict(build(options)[2].build_model("proxy", "server").state_dict())
 
 
 def ask(options: list[str], folder: Path, message_type: str, values: dict[str, Any], state: Any = None) -> Message:

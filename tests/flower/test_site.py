@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,7 @@ from fedekd.flower.site import KEPT_VERSIONS, Site
 
 from .conftest import NUM_SITES, is_equal
 
-pytestmark = pytest.mark.flower
-
-
-@pytest.fixture(autouse=True)
-def empty_site_cache() -> Iterator[None]:
-    apps._site.cache_clear()
-    yield
-    apps._site.cache_clear()
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("empty_site_cache")]
 
 
 def request(message_type: str, values: dict[str, Any], state: Any = None) -> Message:
