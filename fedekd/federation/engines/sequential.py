@@ -52,7 +52,7 @@ class Sequential(EngineConfig):
         UserError: If it is out of range.
     """
 
-    def __init__(self, cache: float | None = 1000.0) -> None:
+    def __init__(self, cache: float | None = 750.0) -> None:
         if cache is not None and not 0 <= cache < math.inf:
             raise UserError(f"engine.cache: expected a finite number of at least 0, or null, got {cache}.")
         self.cache = cache
