@@ -118,9 +118,9 @@ def test_method_resumed_run_with_other_client_order_is_identical(
     again = federate(METHODS[name](), task, client=client, output=tmp_path, engine=BackwardsEngine)
     assert repeatable(again.run()) == repeatable(summary)
     assert_equal_weights(weights(whole), weights(again))
-    # Every method has the supervised epochs of the local baseline, which Delta is paired with.
+    # Every method has the supervised epochs of the local baseline, which Delta is paired with, and of fine-tuning.
     engine: Any = again.engine
-    extra = 1 if name == "fedavg-finetuned" else 0
+    extra = getattr(again.method, "finetune_epochs", 0) if not name.startswith("proxy") else 0
     assert [client.supervised_epochs for client in engine.clients.values()] == [2 + extra] * 3
 
 
