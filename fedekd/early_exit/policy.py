@@ -22,11 +22,8 @@ from fedekd.errors import UserError, describe_error, listed, shorten
 from fedekd.functional import AGREEMENT, SCORES
 from fedekd.models import MultiExitNetwork
 
-#: Version of the file layout. Since 4 the file ends with its SHA-256; 5 adds groups and the unit of calibration.
+#: Version of the file layout; others are rejected.
 FORMAT = 5
-
-#: Versions that can be read; fields that 4 lacks have their defaults.
-_READABLE = (4, 5)
 
 
 @dataclass(frozen=True)
@@ -353,11 +350,11 @@ class ExitPolicy:
         """
         try:
             layout = json.loads(text)["format"]
-            if layout not in _READABLE:
+            if layout != FORMAT:
                 raise UserError(f"exit policy: expected format {FORMAT}, got {layout!s:.20}. Run `calibrate` again")
             values = unseal_json(text.encode())
             del values["format"]
-            values["groups"] = [GroupExits(**_from_json(group)) for group in values.get("groups", ())]
+            values["groups"] = [GroupExits(**_from_json(group)) for group in values["groups"]]
             return cls(**_from_json(values))
         except UserError:
             raise

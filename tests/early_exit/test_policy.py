@@ -108,8 +108,7 @@ def changed_file(**values) -> str:
         (policy(0.5).to_json()[:-20], "exit policy: invalid content"),
         (changed_file(simultaneous_clients=0), "expected simultaneous_clients of at least 1, got 0"),
         (changed_file(simultaneous_clients="two"), "expected simultaneous_clients of at least 1, got 'two'"),
-        (changed_file(format=2), "expected format 5, got 2. Run `calibrate` again"),
-        (changed_file(format=3), "expected format 5, got 3. Run `calibrate` again"),
+        (changed_file(format=4), "expected format 5, got 4. Run `calibrate` again"),
         (policy(0.5).to_json().replace("0.5", "0.4"), "does not match its SHA-256. Run `calibrate` again"),
         (changed_file(thresholds=None), "exit policy: invalid content"),
         (changed_file(thresholds=["many", "-inf"]), "exit policy: invalid content"),
@@ -354,16 +353,6 @@ def test_policy_in_use_can_be_pickled():
     policy_of_model = policy_for(model)
     policy_of_model.require(model)
     assert pickle.loads(pickle.dumps(policy_of_model)) == policy_of_model
-
-
-def test_policy_of_format_4_loads_with_the_same_decisions():
-    values = unseal_json(policy(0.7, 0.6, search_bounds=(0.65, 0.6, -INF)).to_json().encode())
-    for name in ("group_by", "shared_thresholds", "groups", "unit"):
-        del values[name]
-    old = ExitPolicy.from_json(seal_json({**values, "format": 4}).decode())
-    scores = np.asarray([[0.8, 0.1, 0.1], [0.66, 0.9, 0.9], [0.1, 0.61, 0.2], [0.1, 0.1, 0.1]])
-    assert old.assign(scores).tolist() == [0, 2, 1, 2]
-    assert (old.group_by, old.groups, old.unit, old.grouping) == ("", (), "", None)
 
 
 @pytest.mark.parametrize(
