@@ -61,8 +61,7 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
         option: Name of the option in errors.
 
     Raises:
-        UserError: If it is neither a `state_dict` nor the state of a client, or its tensors are sparse,
-            quantized or complex.
+        UserError: If it is not a `state_dict`, or its tensors are sparse, quantized or complex.
     """
     if path.endswith(".safetensors"):
         tensors, metadata = unpack_safetensors(data, path, option)
@@ -77,21 +76,12 @@ def unpack_weights(data: bytes, path: str, option: str) -> State:
             f"{option}: expected tensors, which torch.load reads with weights_only=True, got"
             f" {shorten_path(repr(path))} with {reason.rstrip('.')}. {_SAVE}"
         ) from error
-    networks = state.get("networks") if isinstance(state, Mapping) else None
-    if isinstance(networks, Mapping) and "private" in networks:
-        if "base_sha256" in state:
-            raise UserError(
-                f"{option}: expected all tensors of a network, got {shorten_path(repr(path))}, the state of a client"
-                f" without its frozen tensors. {_EXPORT}"
-            )
-        state = networks["private"]
     if not (isinstance(state, Mapping) and state and all(isinstance(item, Tensor) for item in state.values())):
         content = type(state).__name__
         if isinstance(state, Mapping):
             content = f"with {', '.join(map(str, list(state)[:_NAMED]))}" if state else "empty"
         raise UserError(
-            f"{option}: expected a state_dict or the state of a client, got {shorten_path(repr(path))}"
-            f" ({shorten(content)}). {_SAVE}"
+            f"{option}: expected a state_dict, got {shorten_path(repr(path))} ({shorten(content)}). {_SAVE}"
         )
     for name, tensor in state.items():
         kind = _unsupported_kind(tensor)

@@ -11,7 +11,7 @@ import torch
 
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, Orchestrator, RoundOptions
-from fedekd.federation.checkpoint import CheckpointStore, pack
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Ditto, FedAvg, FedeKD, Method
 from tests.federation.runs import StopAfter, StoppedError, assert_equal_weights, weights
 
@@ -86,7 +86,7 @@ def test_client_state_in_full_still_loads_and_another_base_is_rejected(federate:
         first.networks["private"].head.bias += 1.0
     state = first.state_dict()
     full = {**state, "networks": {"private": first.networks["private"].state_dict()}}
-    full.pop("base_sha256")  # as earlier versions stored it
+    full.pop("base_sha256")  # as with a changed frozen tensor
     for stored in (state, full):
         second.load_state_dict(stored)
         assert torch.equal(second.networks["private"].head.bias, first.networks["private"].head.bias)
@@ -106,14 +106,6 @@ def test_client_state_with_a_changed_frozen_tensor_is_stored_in_full(federate: F
     state = client.state_dict()
     assert state["networks"]["private"].keys() == client.networks["private"].state_dict().keys()
     assert "base_sha256" not in state
-
-
-def test_client_state_without_base_is_no_file_of_weights(federate: Federate, tmp_path: Path) -> None:
-    run = federate(FedAvg(), client=options(private_weights=saved(tmp_path / "w.pt", proxy()), freeze="backbone"))
-    state = run.engine.client(0).state_dict()  # type: ignore[attr-defined]
-    (tmp_path / "client.pt").write_bytes(pack(state))  # as a file in the checkpoints of earlier versions
-    with pytest.raises(UserError, match=r"got .*, the state of a client without its frozen tensors. Export the model"):
-        federate(FedAvg(), client=options(private_weights=str(tmp_path / "client.pt")))
 
 
 @pytest.mark.slow

@@ -91,10 +91,10 @@ def test_private_weights_of_plain_torchvision_network_keep_its_stem(num_classes:
     assert torch.equal(first.weight, network.conv1.weight)
 
 
-def test_private_weights_of_a_client_with_exits(tmp_path: Path) -> None:
+def test_private_weights_with_exits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = multi_exit(PrivateCNN(1, 8, 3), 3, 2)
-    (tmp_path / "c.pt").write_bytes(pack({"networks": {"private": network.state_dict(), "proxy": {}}}))
+    (tmp_path / "c.pt").write_bytes(pack(network.state_dict()))
     cnn = {"class_path": "fedekd.models.PrivateCNN"}
     client = options(private_model=cnn, exits=2, private_weights=str(tmp_path / "c.pt"))
     assert_equal(dict(make_spec(client=client).build_model("private", 1).state_dict()), dict(network.state_dict()))

@@ -96,11 +96,10 @@ def test_build_plain_weights_equal_the_network(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_build_client_with_exits_keeps_the_last_exit(tmp_path: Path) -> None:
+def test_build_network_with_exits_keeps_the_last_exit(tmp_path: Path) -> None:
     spec = make_spec(client=client(private_model={"class_path": "fedekd.models.PrivateCNN"}, exits=3, exit_grid=2))
     network = spec.build_model("private", 2)
-    (tmp_path / "client.pt").write_bytes(pack({"networks": {"private": network.state_dict(), "proxy": {}}, "n": 1}))
-    value = {"class_path": "PrivateCNN", "weights": str(tmp_path / "client.pt")}
+    value = {**saved(tmp_path / "t.pt", network), "class_path": "PrivateCNN"}
     teacher = ExternalTeacher.from_config(value).build(spec)
     torch.testing.assert_close(teacher(IMAGES), network(IMAGES)[-1])
 
@@ -137,7 +136,7 @@ def _wrong_files(folder: Path) -> dict[str, tuple[Any, str]]:
         "fewer": "without 'head.bias'",
         "more": "also has 'extra'",
         "nan": "expected finite values",
-        "list": "expected a state_dict or the state of a client",
+        "list": "expected a state_dict, got",
         "nested": "with model, epoch",
         "unsafe": "with objects other than tensors",
         "noise": "expected tensors, which torch.load reads",
