@@ -145,7 +145,7 @@ def _read_run(folder: Path) -> Run:
         RunFolder(folder, {}).require_intact("config.yaml", "metrics.csv", "summary.json")
         values = as_values(parser, parse_run(parser, folder))
         text = (folder / "summary.json").read_text(encoding="utf-8")
-        summary = json.loads(text, parse_constant=lambda _: None)  # earlier versions wrote NaN
+        summary = json.loads(text)
         history = read_metrics_csv(folder / "metrics.csv")
         settings = {name.replace(".init_args", ""): value for name, value in decisive_options(values, parser).items()}
         partition = str(values["data"].get("partition") or "Dirichlet")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.table import Table
@@ -16,8 +14,7 @@ from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import open_site, require_one_source
-from fedekd.do_no_harm.rule import DoNoHarm
-from fedekd.federation.run_folder import RunFolder, first_difference, to_json_value
+from fedekd.federation.run_folder import RunFolder, first_difference
 from fedekd.methods import Client
 from fedekd.methods.serving import CANDIDATE, LOCAL
 from fedekd.reporting import metrics_csv, result_tables
@@ -85,8 +82,7 @@ def _test_run(folder: Path) -> int:
     console = PlainConsole()
     for table in result_tables(summary, config.metrics):
         console.print(table)
-    contents = with_all_rule_fields(saved), summary
-    before, now = ({k: v for k, v in content.items() if k not in _UNREPEATABLE} for content in contents)
+    before, now = ({k: v for k, v in content.items() if k not in _UNREPEATABLE} for content in (saved, summary))
     if difference := first_difference(before, now):
         key, old, new = difference
         console.print(f"differs from summary.json: {key} was {old}, is now {new}", soft_wrap=True)
@@ -101,14 +97,6 @@ def _test_run(folder: Path) -> int:
     RunFolder(folder, {}).require_intact("metrics.csv", "summary.json")
     console.print("the same as summary.json, to the last digit")
     return 0
-
-
-def with_all_rule_fields(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a summary with the fields of the rule that earlier versions lack."""
-    if "deployed" not in summary:
-        return summary
-    rule = to_json_value(asdict(DoNoHarm.from_stored(summary["deployed"]["rule"])))
-    return {**summary, "deployed": {**summary["deployed"], "rule": rule}}
 
 
 def _first_different_line(path: Path, expected: bytes) -> int | None:

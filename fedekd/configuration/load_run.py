@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.options import build_parts, federation_parser, parse
-from fedekd.configuration.yaml_files import load_yaml
-from fedekd.do_no_harm.rule import EARLIER_VALUES as EARLIER_RULE
 from fedekd.errors import UserError, shorten_path
 from fedekd.federation import Orchestrator, RunFolder, Sequential
 
-#: Values with which runs of earlier versions ran, of options that were added since with another default.
-_EARLIER_VALUES = {"CAFEDistill": {"variant": "paper"}}
-
-
-def with_earlier_rule(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a stored configuration whose do-no-harm rule has all fields.
-
-    Those that it lacks have the values with which earlier versions decided.
-    """
-    rule = config.get("do_no_harm")
-    if rule is None or rule is False:
-        return config
-    return {**config, "do_no_harm": {**EARLIER_RULE, **(rule if isinstance(rule, Mapping) else {})}}
-
 
 def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) -> Namespace:
-    """Parse the saved configuration of a run, also of an earlier version.
+    """Parse the saved configuration of a run.
 
     Args:
         parser: Parser of `fit`.
@@ -41,17 +25,7 @@ def parse_run(parser: ArgumentParser, folder: Path, argv: Sequence[str] = ()) ->
     Raises:
         UserError: If an option or value is invalid.
     """
-    path = folder / "config.yaml"
-    saved = parse(parser, ["--config", str(path)])
-    content = load_yaml(path.read_text(encoding="utf-8")) or {}
-    method, rule = content.get("method"), content.get("do_no_harm")
-    in_file = (method.get("init_args") or {}) if isinstance(method, dict) else {}
-    added = _EARLIER_VALUES.get(saved.method.class_path.rpartition(".")[2], {})
-    earlier = [f"--method.{name}={value}" for name, value in added.items() if name not in in_file]
-    if rule is not None and rule is not False:
-        in_file = rule if isinstance(rule, dict) else {}
-        earlier += [f"--do_no_harm.{name}={value}" for name, value in EARLIER_RULE.items() if name not in in_file]
-    return parse(parser, ["--config", str(path), *earlier, *argv]) if earlier or argv else saved
+    return parse(parser, ["--config", str(folder / "config.yaml"), *argv])
 
 
 def open_finished(

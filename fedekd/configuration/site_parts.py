@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedekd.configuration.load_run import with_earlier_rule
 from fedekd.configuration.options import build_parts, federation_parser, parse, parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.data.formats import format_of
@@ -91,7 +90,7 @@ class SiteParts:
             UserError: The configuration or the data are invalid.
         """
         parser = federation_parser()
-        parts = build_parts(parser, parse(parser, [], with_earlier_rule(config)))
+        parts = build_parts(parser, parse(parser, [], config))
         return cls._assemble(parts, number, sites, own_data, name)
 
     @classmethod

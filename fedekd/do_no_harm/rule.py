@@ -75,7 +75,7 @@ class Comparison:
 #: Smallest level, and smallest confidence: tails of at most 1e-12 are left out of p-values.
 _SMALLEST = 1e-9
 
-#: Values of fields with which earlier versions decided.
+#: Fields that some rows of `results/` lack, with the values of their runs.
 EARLIER_VALUES = {"test": "sign", "splits": "holdout", "unit": "sample"}
 
 
@@ -112,12 +112,11 @@ class DoNoHarm:
         looks: Number of comparisons, at least 1, evenly spaced over the rounds, the last after the last round. Each
             comparison has the level (1 - confidence) / looks (Bonferroni).
         clip: Regression only: largest difference of squared errors, above 0 and finite.
-        test: `unconditional`, the more powerful test; or `sign`, the test of earlier versions: the sign test, which
-            with a margin is conditional on the number of differing samples, and for regression a mixture of stakes.
+        test: `unconditional`, the more powerful test; or `sign`, the sign test, which with a margin is conditional on
+            the number of differing samples, and for regression a mixture of stakes.
         splits: `held_out` compares classifiers on the tuning and holdout splits together if neither training nor the
-            selection of the round uses the tuning split; `holdout` on the holdout split only, as earlier versions did.
-            For regression the test `unconditional` takes its stake from the tuning split and compares on the holdout
-            split.
+            selection of the round uses the tuning split; `holdout` on the holdout split only. For regression the test
+            `unconditional` takes its stake from the tuning split and compares on the holdout split.
         candidates: Names of the method's models among which a client chooses, in the order of the tests, declared
             before data are seen; `exit_1` etc. is the private model up to this exit. Empty: what the method serves.
         metric: `accuracy`, for regression the squared error; `balanced_accuracy`; `recall`: no class gets worse by the
@@ -168,7 +167,7 @@ class DoNoHarm:
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> Self:
-        """Create a rule from stored fields; those of earlier versions lack the last ones.
+        """Create a rule from stored fields; some rows of `results/` lack the last ones.
 
         Args:
             values: Fields by name, as in `summary.json`.

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from fedekd.atomic import atomic_file, digest, remove_drafts, seal_json, unseal_json
-from fedekd.errors import UserError, describe_error
+from fedekd.errors import UserError, describe_error, shorten_path
 
 #: Number of manifests on disk: the newest, and one to fall back to.
 NUM_MANIFESTS = 2
 
-#: Version of the manifest's layout; the first had neither this number nor a checksum, the second one file per state.
-FORMAT = 3
+#: Version of a manifest and of its notes; others are rejected.
+FORMAT = 4
 
 #: Share of a file that is still needed, below which its states are copied to the next file. With participation 0.5 a
 #: share of 1/2 copies all states in every round (1.98 times the bytes that changed), 1/3 writes 1.32 times.
@@ -40,10 +40,9 @@ SPARSE = 1 / 3
 #: Manifest file name; other files in the folder, such as a copy of a manifest, are ignored.
 _MANIFEST = re.compile(r"manifest-([0-9]{4,})\.json")
 
-#: Files of states; the second layout has one per client and one for the server.
-_STATES = re.compile(r"(?:states|client-[0-9]{3,}|server)-[0-9]{4,}\.(?:bin|pt)")
+_STATES = re.compile(r"states-[0-9]{4,}\.bin")
 
-#: Place of a state: `file` and `sha256`, and since the third layout `start` and `size` in bytes.
+#: Place of a state: `file`, `start` and `size` in bytes, and `sha256`.
 Entry = dict[str, Any]
 
 
@@ -191,11 +190,16 @@ class CheckpointStore:
 
         Returns:
             The checkpoint, None if there is none; and a message for each newer one that is corrupt.
+
+        Raises:
+            UserError: If another version of fedekd wrote it.
         """
         messages: list[str] = []
         for round_idx in reversed(self._rounds()):
             try:
                 return self._load(round_idx), messages
+            except UserError:  # of another version: not damaged
+                raise
             except Exception as error:  # a corrupt file may raise any exception: try the previous checkpoint
                 messages.append(f"the checkpoint of round {round_idx} is corrupt ({describe_error(error)})")
         self._entries = {}
@@ -250,8 +254,8 @@ class CheckpointStore:
             ValueError: If they do not match their checksum.
         """
         with open(self.folder / entry["file"], "rb") as file:
-            file.seek(entry.get("start", 0))
-            content = file.read(entry.get("size", -1))
+            file.seek(entry["start"])
+            content = file.read(entry["size"])
         if digest(content) != entry["sha256"]:
             raise ValueError(f"{entry['file']} does not match its SHA-256")
         return content
@@ -260,7 +264,7 @@ class CheckpointStore:
         """Return files most of whose states have been replaced by newer ones."""
         needed = Counter[str]()
         for entry in entries.values():
-            needed[entry["file"]] += entry.get("size", 0)
+            needed[entry["file"]] += entry["size"]
         sizes = {path.name: path.stat().st_size for path in self.folder.glob("states-*.bin")}
         return {name for name, size in sizes.items() if needed[name] < SPARSE * size}
 
@@ -279,18 +283,22 @@ class CheckpointStore:
 
         Raises:
             ValueError: If it does not match its checksum.
+            UserError: If another version of fedekd wrote it.
         """
         path = self._path(round_idx)
         content = path.read_bytes()
         try:
-            return unseal_json(content)
+            manifest = unseal_json(content)
         except ValueError as error:
-            with suppress(ValueError, RecursionError):
-                # The first layout. One changed byte cannot remove both members.
-                manifest: Any = json.loads(content)
-                if isinstance(manifest, dict) and manifest.keys() == {"round", "files", "notes"}:
-                    return manifest
-            raise ValueError(f"{path.name}: {error}") from error
+            if not _is_unsealed(content):
+                raise ValueError(f"{path.name}: {error}") from error
+            manifest = {}
+        if (layout := manifest.get("format")) != FORMAT:
+            raise UserError(
+                f"{shorten_path(path)}: expected format {FORMAT}, got {str(layout).lower():.20}. Another version of"
+                " fedekd wrote this run: use that version, or start a new run"
+            )
+        return manifest
 
     def _prune(self, newest: int) -> None:
         """Remove old manifests and unused files.
@@ -309,3 +317,14 @@ class CheckpointStore:
         for path in self._state_files():
             if path.name not in needed:
                 path.unlink()
+
+
+def _is_unsealed(content: bytes) -> bool:
+    """Return True for a manifest of a version without formats and checksums.
+
+    One changed byte cannot remove both members from another manifest.
+    """
+    try:
+        return set(json.loads(content)) == {"round", "files", "notes"}
+    except (ValueError, TypeError, RecursionError):
+        return False

@@ -34,7 +34,7 @@ class LocalBaseline:
         scores: Primary metric on the test split; entry i is after i + 1 rounds of `local_epochs` each. An engine may
             leave it empty and return all metrics.
         losses: Loss per sample of the splits `tuning` and `holdout`, see `Client.held_out`. They stay on the client.
-        metrics: All metrics on the test split by key; empty in results of earlier versions.
+        metrics: All metrics on the test split by key; an engine may leave it empty and return the scores.
         tuning_losses: Mean supervised loss on the tuning split, see `Client.supervised_loss`; NaN without samples.
         held_out_scores: Scores of two classes on the splits of `losses`, see `Client.held_out`; likewise.
     """

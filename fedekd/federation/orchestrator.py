@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from fedekd.data import FederatedDataModule
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
-from fedekd.federation.aggregate_validation import AggregateValidator, copy_state, is_finite
+from fedekd.federation.aggregate_validation import AggregateValidator, copy_state
 from fedekd.federation.checks import (
     check_do_no_harm,
     check_models,
@@ -437,11 +437,6 @@ class Orchestrator:
         A finished run whose final checkpoint is corrupt or missing is reopened.
         """
         messages = self._restore()
-        if self.progress.round <= self.options.rounds and not is_finite(self.method.server_state):
-            self.observer.warn(
-                f"the server state of round {self.progress.round} has NaN or infinity, from an update that an earlier"
-                " version accepted; updates trained from it are rejected. Start a new run"
-            )
         action = f"continuing from round {self.progress.round}" if self.progress.round else "starting from round 0"
         for message in messages:
             self.observer.warn(f"{message}; {action}")

@@ -17,7 +17,6 @@ from fedekd.federation.engines.base import ClientResult
 from fedekd.federation.local_baseline import LocalBaseline
 from fedekd.federation.references import ReferenceScores
 from fedekd.federation.stored_rows import pack_rows, unpack_rows
-from fedekd.federation.update_validation import is_log_name
 from fedekd.metrics import (
     MetricSpec,
     column_names,
@@ -39,13 +38,13 @@ class ClientRecord:
     """Latest result of a client.
 
     Attributes:
-        round: Round of that result; 0 in records of earlier versions.
+        round: Round of that result.
         score: Test score after it last received.
         supervised_rounds: Rounds of supervised training up to that score.
         logs: Scalars of the method.
         tradeoff: Accuracy against cost of a network with exits, after the last round.
         comparison: Latest do-no-harm comparison.
-        metrics: All metrics of that scoring by key; empty in records of earlier versions.
+        metrics: All metrics of that scoring by key; an engine may leave it empty.
         deployed_metrics: Those of the candidate of `comparison`; empty without one.
     """
 
@@ -141,8 +140,8 @@ class Progress:
         bytes_down: Total.
         seconds: Time of the rounds without the baselines, over stops and resumes.
         local: Scores of the local baseline per round, by client; empty if the method is Local itself.
-        local_metrics: All metrics of the local baseline per round, by client; empty if the method is Local itself, and
-            in runs of earlier versions.
+        local_metrics: All metrics of the local baseline per round, by client; empty if the method is Local itself. An
+            engine may leave it empty.
         names: Names of the sites that are the clients, in the order of their numbers; empty without sites.
         references: Scores of further references of each client, by kind: `control`, `tuned`.
     """
@@ -187,7 +186,7 @@ class Progress:
     def has_metrics(self) -> bool:
         """True if clients and local baselines have all metrics.
 
-        Runs of earlier versions, and engines of users, may have scores only.
+        Engines of users may have scores only.
         """
         return bool(self.local_metrics or not self.local) and any(record.metrics for record in self.records.values())
 
@@ -356,21 +355,14 @@ class Progress:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the progress of `to_json` values that were stored as JSON."""
         records = {int(number): ClientRecord.from_json(record) for number, record in values["records"].items()}
-        local = {int(number): scores for number, scores in values.get("local", {}).items()}
-        local_metrics = {int(number): unpack_rows(rows) for number, rows in values.get("local_metrics", {}).items()}
-        rows = unpack_rows(values["history"])
-        # Earlier versions stored any name that a site logged, also those that no file can hold.
-        history = [{name: value for name, value in row.items() if _is_column(name)} for row in rows]
-        for record in records.values():
-            record.logs = {name: value for name, value in record.logs.items() if is_log_name(name)}
         parts = {
-            "history": history,
+            "history": unpack_rows(values["history"]),
             "records": records,
-            "local": local,
-            "local_metrics": local_metrics,
+            "local": {int(number): scores for number, scores in values["local"].items()},
+            "local_metrics": {int(number): unpack_rows(rows) for number, rows in values["local_metrics"].items()},
             "references": {
                 kind: {int(number): _reference_scores(scores) for number, scores in clients.items()}
-                for kind, clients in values.get("references", {}).items()
+                for kind, clients in values["references"].items()
             },
             "traffic": Traffic(**values["traffic"]),
         }
@@ -379,12 +371,6 @@ class Progress:
 
 def _reference_scores(values: Mapping[str, Any]) -> ReferenceScores:
     return ReferenceScores(tuple(values["rounds"]), unpack_rows(values["metrics"]), values["choice"])
-
-
-def _is_column(name: str) -> bool:
-    """Return True for a log name, also with the client's prefix before it."""
-    client, _, rest = name.partition("/")
-    return is_log_name(rest if client.startswith("client_") else name)
 
 
 def _columns(metric: str, scores: ScoreSummary, delta: str = "delta") -> dict[str, float]:

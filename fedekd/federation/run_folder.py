@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from fedekd.atomic import DRAFTS, atomic_file, digest, remove_drafts
 from fedekd.data import FederatedDataModule
-from fedekd.do_no_harm.rule import EARLIER_VALUES
 from fedekd.errors import NO_ROOM, UserError
 from fedekd.federation.checkpoint import Checkpoint, CheckpointStore
 from fedekd.federation.results import Progress
@@ -187,7 +186,7 @@ class RunFolder:
         content = yaml.safe_dump(dict(config), sort_keys=False).encode()
         sums = self._sums() if self.is_finished else {}
         self._write(_CONFIG, content)
-        if sums is not None:  # a finished run of a version that wrote none is not verified
+        if sums is not None:  # a finished run without checksums is not verified
             self._write_sums([], sums | {_CONFIG: digest(content)})
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
@@ -200,7 +199,7 @@ class RunFolder:
             The checkpoint, None if there is none; and a message for each newer one that is corrupt.
 
         Raises:
-            UserError: If the checkpoint is of another configuration or other data.
+            UserError: If the checkpoint is of another configuration, other data or another version of fedekd.
         """
         for folder in (self.folder, self.folder / "figures"):
             remove_drafts(folder)  # the folder is locked
@@ -208,12 +207,9 @@ class RunFolder:
         if checkpoint is not None:
             notes = checkpoint.notes
             config = drop_unknown_keys(notes["config"], self.config)
-            before_identity = dict(notes["identity"])
-            if "do_no_harm" in before_identity:  # fields of earlier versions had other values than today's defaults
-                before_identity["do_no_harm"] = EARLIER_VALUES | before_identity["do_no_harm"]
-            now_identity = drop_unknown_keys(before_identity, dict(identity))
+            now_identity = drop_unknown_keys(notes["identity"], dict(identity))
             difference = first_difference(notes["config"], config, RUNTIME_OPTIONS)
-            if difference := difference or first_difference(before_identity, now_identity):
+            if difference := difference or first_difference(notes["identity"], now_identity):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder}: {key}: expected the saved value {before!r}, got {now!r}."
@@ -295,7 +291,7 @@ class RunFolder:
     def require_intact(self, *names: str) -> None:
         """Verify files of the run before they are read.
 
-        A run of a version that wrote no checksums is not verified.
+        A run whose checksums were removed is not verified.
 
         Args:
             names: Files of the folder.
@@ -402,7 +398,7 @@ class RunFolder:
             return None
         path = self.folder / _SUMMARY
         try:
-            summary = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN of earlier versions
+            summary = json.loads(path.read_text())
         except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too many levels
             summary = None
         if not isinstance(summary, dict):

@@ -21,14 +21,8 @@ def pack_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, list[Any]]:
     return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows]}
 
 
-def unpack_rows(stored: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Return the rows of `pack_rows`, or of earlier versions by name.
-
-    Args:
-        stored: Result of `pack_rows`, or a list of rows.
-    """
-    if not isinstance(stored, Mapping):
-        return [dict(row) for row in stored]
+def unpack_rows(stored: Mapping[str, Sequence[Any]]) -> list[dict[str, float]]:
+    """Return the rows of `pack_rows`."""
     return [
         {name: value for name, value in zip(stored["columns"], row, strict=True) if value is not None}
         for row in stored["rows"]

@@ -442,8 +442,7 @@ class FederationSpec:
     def hash_dict(self) -> dict[str, Any]:
         """Return the values that determine local training, for content hashes.
 
-        Names are those of earlier versions, and newer options are left out at their defaults, so that runs of earlier
-        versions can be resumed.
+        Names are fixed, and newer options are left out at their defaults, so that a new option changes no hash.
         """
         values = asdict(self)
         for name in ("num_clients", "rounds", "metric", "select_round"):

@@ -34,7 +34,7 @@ def metrics_csv(history: Sequence[Row], clients: Sequence[str] = ()) -> bytes:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
     table.writerows([_cell(row[name]) if name in row else "" for name in columns] for row in history)
-    return text.getvalue().encode(errors="backslashreplace")  # a name of an earlier version may be a lone surrogate
+    return text.getvalue().encode()
 
 
 def write_metrics_csv(history: Sequence[Row], path: str | os.PathLike[str], clients: Sequence[str] = ()) -> None:

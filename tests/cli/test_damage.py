@@ -124,22 +124,6 @@ def test_runtime_option_in_config_may_be_edited(finished_run: Path, capsys: pyte
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_run_of_a_version_without_checksums_is_read_and_sealed(
-    finished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    expected = repeatable(RUN)
-    (RUN / "SHA256SUMS").unlink()
-    for path in (RUN / "checkpoints").glob("manifest-*.json"):
-        content = json.loads(path.read_text())
-        del content["sha256"], content["format"]
-        path.write_text(json.dumps(content, indent=1))
-    assert main(["test", "a"]) == 0
-    assert main(["fit", "--resume", "a", "--quiet"]) == 0
-    assert "SHA256SUMS is missing; repairing" in capsys.readouterr().err
-    assert repeatable(RUN) == expected
-    assert (RUN / "SHA256SUMS").exists()
-
-
 def test_unfinished_run_with_changed_config_is_refused_and_restored(
     finished_run: Path, error_line: Callable[[], str]
 ) -> None:

@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from fedekd.cli import main
-from fedekd.cli.test import with_all_rule_fields
 from fedekd.configuration.load_run import open_finished
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.do_no_harm import DoNoHarm
@@ -184,11 +183,3 @@ def test_predict_and_calibrate_use_the_deployed_model(
     policy = ExitPolicy.load(Path("a/exits/client-001.json"))
     assert policy.network == network_fingerprint(client.networks["local"])
     assert main(["predict", "a", "--client=1", "--input=images.npz"]) == 0  # a policy of another network would raise
-
-
-def test_summary_of_an_earlier_version_has_the_fields_of_its_rule() -> None:
-    stored = {"confidence": 0.9, "margin": 0.0, "rule": "certified", "looks": 1, "clip": 1.0}
-    rule = with_all_rule_fields({"deployed": {"rule": stored, "count": 3}})["deployed"]["rule"]
-    earlier = {"test": "sign", "splits": "holdout", "candidates": [], "metric": "accuracy", "unit": "sample"}
-    assert rule == stored | earlier
-    assert with_all_rule_fields({"rounds": 2}) == {"rounds": 2}

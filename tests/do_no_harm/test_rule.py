@@ -126,7 +126,7 @@ def test_compared_splits_follow_rule_task_and_method():
     assert DoNoHarm(test="sign").compared_splits("regression", ("train",)) == ("tuning", "holdout")
 
 
-def test_from_stored_rule_of_earlier_version_keeps_its_test():
+def test_from_stored_rule_without_new_fields_keeps_its_test():
     stored = {"confidence": 0.8, "margin": 0.01, "rule": "certified", "looks": 1, "clip": 1.0}
     assert DoNoHarm.from_stored(stored) == DoNoHarm(0.8, 0.01, test="sign", splits="holdout", unit="sample")
     assert DoNoHarm.from_stored({**stored, "test": "unconditional"}).test == "unconditional"

@@ -17,6 +17,7 @@ import torch
 
 import fedekd.federation.checkpoint
 from fedekd.atomic import atomic_file, seal_json, unseal_json
+from fedekd.errors import UserError
 from fedekd.federation.checkpoint import CheckpointStore, pack, unpack
 
 
@@ -113,15 +114,24 @@ def test_load_manifest_with_one_flipped_bit_falls_back(store: CheckpointStore, o
     assert "round 2 is corrupt" in message
 
 
-def test_load_manifest_of_the_first_layout_is_accepted(store: CheckpointStore) -> None:
+@pytest.mark.parametrize(("changes", "layout"), [({"format": 3}, "3"), ({"format": None}, "none"), ({}, "none")])
+def test_load_manifest_of_another_version_raises(store: CheckpointStore, changes: dict[str, Any], layout: str) -> None:
     path = store.folder / "manifest-0002.json"
-    content = json.loads(path.read_text())
-    del content["format"], content["sha256"]
-    path.write_text(json.dumps(content, indent=1))
-    checkpoint, messages = store.load()
-    assert checkpoint is not None
-    assert (checkpoint.round, messages) == (2, [])
-    path.write_text(json.dumps({**content, "format": 2}, indent=1))  # a checksum that was lost
+    content = unseal_json(path.read_bytes())
+    if changes:
+        path.write_bytes(seal_json({**content, **changes}))
+    else:  # a version without formats and checksums
+        del content["format"]
+        path.write_text(json.dumps(content, indent=1))
+    with pytest.raises(UserError, match=f"manifest-0002.json: expected format 4, got {layout}. Another version"):
+        store.load()
+    with pytest.raises(UserError, match="Another version"):
+        CheckpointStore(store.folder).save(3, {}, {}, {0: state(1)}.items())
+
+
+def test_load_manifest_without_its_checksum_falls_back(store: CheckpointStore) -> None:
+    path = store.folder / "manifest-0002.json"
+    path.write_text(json.dumps(unseal_json(path.read_bytes()), indent=1))
     checkpoint, messages = store.load()
     assert checkpoint is not None
     assert (checkpoint.round, len(messages)) == (1, 1)
@@ -175,26 +185,6 @@ def test_save_of_the_same_round_keeps_the_other_clients(store: CheckpointStore) 
     assert checkpoint is not None
     assert messages == []
     assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [3, 8]
-
-
-def test_load_second_layout_with_a_file_per_state(store: CheckpointStore) -> None:
-    path = store.folder / "manifest-0002.json"
-    manifest = unseal_json(path.read_bytes())
-    for key, entry in manifest["files"].items():
-        whole = (store.folder / entry["file"]).read_bytes()
-        entry["file"] = f"{key}-0002.pt"
-        (store.folder / entry["file"]).write_bytes(whole[entry.pop("start") :][: entry.pop("size")])
-    path.write_bytes(seal_json({**manifest, "format": 2}))
-    store = CheckpointStore(store.folder)
-    checkpoint, messages = store.load()
-    assert checkpoint is not None
-    assert messages == []
-    assert [weight(checkpoint.clients[0]), weight(checkpoint.clients[1])] == [3, 2]
-    for round_idx in (3, 4):
-        store.save(round_idx, {}, {}, {0: state(round_idx)}.items())
-    assert sorted(path.name for path in store.folder.glob("*-*")) == [
-        *("client-001-0002.pt", "manifest-0003.json", "manifest-0004.json", "states-0003.bin", "states-0004.bin")
-    ]
 
 
 @pytest.mark.parametrize("calls", [0, 1])

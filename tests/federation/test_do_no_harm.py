@@ -253,29 +253,6 @@ def test_resume_after_any_round_gives_equal_results(harmless: Federate, tmp_path
         assert_equal_weights(deployed_local(again), deployed_local(whole))
 
 
-def test_resume_of_an_earlier_version_needs_its_rule(
-    harmless: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its checkpoints lack the fields, whose defaults have changed."""
-    parts = {"rounds": RoundOptions(rounds=2), "output": tmp_path}
-    earlier = DoNoHarm(0.1, looks=2, test="sign", splits="holdout")
-    identity = Orchestrator._identity
-
-    def without_fields(run: Orchestrator) -> dict[str, Any]:
-        values = identity(run)
-        for name in ("test", "splits"):
-            del values["do_no_harm"][name]
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Orchestrator, "_identity", without_fields)
-        with pytest.raises(StoppedError):
-            harmless(**parts, do_no_harm=earlier, observer=StopAfter(rounds=1)).run()
-    with pytest.raises(UserError, match=r"do_no_harm\.splits: expected the saved value 'holdout', got 'held_out'"):
-        harmless(**parts, do_no_harm=DoNoHarm(0.1, looks=2)).run()
-    harmless(**parts, do_no_harm=earlier).run()
-
-
 @pytest.mark.parametrize("engine", [BackwardsEngine, pytest.param(MultiProcess(2), marks=pytest.mark.slow)])
 def test_engine_and_order_of_clients_do_not_change_results(harmless: Federate, tmp_path: Path, engine: Any) -> None:
     rule = DoNoHarm(rule="better", looks=2)

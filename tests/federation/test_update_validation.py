@@ -36,7 +36,6 @@ from fedekd.functional import Mean
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local
 from fedekd.modules import TrainerFactory
 from fedekd.reporting import metrics_csv
-from fedekd.reporting.tracking import write_metrics_csv
 
 from .conftest import Federate, Recorder
 from .runs import StopAfter, StoppedError
@@ -384,26 +383,6 @@ def test_run_local_score_out_of_range_raises_user_error(federate: Federate) -> N
         federate(engine=LyingMetricsEngine).run()
 
 
-def test_resume_with_invalid_log_names_of_an_earlier_version(
-    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("fedekd.federation.update_validation.ResultValidator.check", lambda *arguments: None)
-        patch.setattr("fedekd.federation.run_folder.write_metrics_csv", lambda *arguments: None)
-        engine, observer = engine_with(logs={"\ud800": 1.0, "loss": 2.0}), StopAfter(rounds=1)
-        with pytest.raises(StoppedError):
-            federate(Local(), engine=engine, observer=observer, output=tmp_path).run()
-    run = federate(Local(), output=tmp_path)
-    run.run()
-    assert run.progress.history[0]["client_1/loss"] == 2.0
-    assert "ud800" not in (tmp_path / "metrics.csv").read_text()
-
-
-def test_write_metrics_csv_invalid_name_is_escaped(tmp_path: Path) -> None:
-    write_metrics_csv([{"round": 1, "\ud800": 1.0}], tmp_path / "metrics.csv")
-    assert (tmp_path / "metrics.csv").read_text() == "round,\\ud800\n1,1.0\n"
-
-
 class Broken(FedeKD):
     """Aggregates to NaN in round 1."""
 
@@ -411,22 +390,6 @@ class Broken(FedeKD):
         super().aggregate(updates, round_idx)
         if round_idx == 1:
             self.server_state = {name: torch.full_like(t, math.nan) for name, t in self.server_state.items()}
-
-
-def test_resume_with_broken_server_state_of_an_earlier_version_warns_once(
-    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounds = RoundOptions(rounds=3)
-    with monkeypatch.context() as patch:
-        patch.setattr("fedekd.federation.aggregate_validation.AggregateValidator.check", lambda *arguments: None)
-        run = federate(Broken(), observer=StopAfter(rounds=1), output=tmp_path, rounds=rounds)
-        with pytest.raises(StoppedError):
-            run.run()
-    recorder = Recorder()
-    federate(Broken(), observer=recorder, output=tmp_path, rounds=rounds).run()
-    broken = [text for text in recorder.warnings if "Start a new run" in text]
-    assert broken == [recorder.warnings[0]]
-    assert broken[0].startswith("the server state of round 2 has NaN or infinity")
 
 
 def test_run_aggregate_with_nan_leaves_the_server_state(federate: Federate) -> None:

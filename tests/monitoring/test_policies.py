@@ -60,7 +60,7 @@ def test_policy_hash_depends_on_groups_and_their_limits() -> None:
     "changes", [{"target_risk": 0.2}, {"confidence": 0.8}, {"mode": "naive"}, {"samples": 51}, {"unit": "patient"}]
 )
 def test_require_policy_of_another_guarantee_raises(changes: dict[str, object]) -> None:
-    """Equal thresholds, which an earlier version accepted."""
+    """Equal thresholds do not suffice."""
     settings = {"policy": policy_settings(POLICY), "limits": exit_limits(POLICY)}
     start = MonitorStart(
         "classification", 0, "", "ab" * 16, True, (Quantity("exit", "exit 1", 0.1, 1),), 0.9, **settings
