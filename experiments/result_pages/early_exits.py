@@ -137,7 +137,7 @@ def exit_methods(grid: str) -> str:
     """Methods with early exits: accuracy per exit and within FLOPs budgets."""
     comparison = _comparison(grid)
     table = exit_table(comparison).rename(columns={"method": comparison.name})
-    return markdown(list(table), [[minus(str(cell)) for cell in row] for row in table.to_numpy()])
+    return markdown(list(table), [[row[0], *(minus(str(cell)) for cell in row[1:])] for row in table.to_numpy()])
 
 
 def learning_rates(grid: str) -> str:
