@@ -115,10 +115,10 @@ class OnnxModel:
             raise InputError(f"group: expected {groups['column']} {names}, got {value}")
 
     def decode_image(self, content: bytes) -> Array:
-        """Decode an image file as in training, shape (1, C, H, W).
+        """Decode an image file as in training, shape (1, C, H, W), uint8, or float32 in [-1, 1] for scaled pixels.
 
         Raises:
-            InputError: If it is not an image, or one of another size or type.
+            InputError: If it is not an image, or one of another size, type or range of values.
         """
         if self.format["kind"] == "table" or self.shape[0] not in (1, 3):
             raise InputError(f"expected JSON, got a file: the model takes {self.format['name']} of shape {self.shape}")

@@ -117,7 +117,7 @@ def run_grid(
                 running.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = _pool(processes)
-                if len(lost) == 1:
+                if len(lost) == 1 and not broken:
                     failures.append((lost[0], "its process died"))
                     observer.cell_failed(*failures[-1])
                 else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jsonargparse import ArgumentParser
 
 from fedekd.configuration.trained import Trained
+from fedekd.data import Samples
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.errors import UserError, listed, print_warning, shorten
 from fedekd.methods import Client
@@ -100,3 +102,17 @@ def client_choices(clients: Sequence[Client]) -> str:
     names = [client.splits.name for client in clients if client.splits.name is not None]
     numbers = f"{clients[0].number}..{clients[-1].number}" if len(clients) > 1 else str(clients[0].number)
     return numbers + (f" or one of {listed(names)}" if names else "")
+
+
+def require_trained_bits(trained: Samples, has_8_bits: bool) -> None:
+    """Check that new images have 8 bits if the model was trained on such.
+
+    The range of wider values is unknown, and an exported model takes 8 bits only.
+
+    Raises:
+        UserError: If they have more.
+    """
+    if trained.inputs.dtype == torch.uint8 and not has_8_bits:
+        raise UserError(
+            "expected images with 8 bits, as in training, got 16-bit or floating-point values. Convert them"
+        )

@@ -14,7 +14,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.atomic import atomic_file, digest, seal_json, unseal_json
-from fedekd.cli.arguments import add_trained_arguments, select_clients
+from fedekd.cli.arguments import add_trained_arguments, require_trained_bits, select_clients
 from fedekd.cli.calibrate_output import client_table, exit_table, remarks
 from fedekd.cli.folder_lock import lock_folder
 from fedekd.configuration.help import BriefHelp
@@ -194,22 +194,24 @@ def run(argv: Sequence[str]) -> int:
             policy.save(path)
             if held_out is None:  # after the policy that these samples calibrated was replaced
                 calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
-            console.print(exit_table(policy, client))
-            lines = remarks(policy, client, trained_on if held_out is None else None)
-            for line in (*lines, f"written to {path}"):
-                console.print(line, soft_wrap=True)
         if has_table:
             rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
             columns = [field.name for field in fields(ClientExitReport)]
             write_text(table, csv_text(list(rows[0]) if rows else columns, rows))
             with atomic_file(report_path(folder)) as file:
                 file.write(seal_json({_report_key(folder, row["client"]): row for row in rows}))
-            if config.client is None:
-                titles, unit = [client.splits.title for client in clients], policies[0].unit
-                console.print(client_table(reports, calibrator, titles, unit))
-            skipped = len(clients) - len(selected) if config.client is None else 0
-            note = f"; {skipped} clients have no exits" if skipped else ""
-            console.print(f"written to {table}{note}", soft_wrap=True)
+    for client, policy in pairs:
+        console.print(exit_table(policy, client))
+        lines = remarks(policy, client, trained_on if held_out is None else None)
+        for line in (*lines, f"written to {policy_path(folder, client.number)}"):
+            console.print(line, soft_wrap=True)
+    if has_table:
+        if config.client is None:
+            titles, unit = [client.splits.title for client in clients], policies[0].unit
+            console.print(client_table(reports, calibrator, titles, unit))
+        skipped = len(clients) - len(selected) if config.client is None else 0
+        note = f"; {skipped} clients have no exits" if skipped else ""
+        console.print(f"written to {table}{note}", soft_wrap=True)
     return 0
 
 
@@ -358,6 +360,7 @@ def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
         if row is None or row.read_unlabelled is None:
             raise UserError(f"expected labelled images: an .npz file, a folder or a manifest, got {shorten_path(path)}")
         samples = load_samples(**_source(path, like, options))
+        require_trained_bits(like, samples.inputs.dtype == torch.uint8)
     except UserError as error:
         raise _group_error(input_error(error), error) from error
     if samples.input_shape == (1, *like.input_shape[1:]):

@@ -22,7 +22,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Used for the state of a monitor, and for the exit policies, which `calibrate` and `monitor --apply` write.
 
     Raises:
-        UserError: It stays locked.
+        UserError: If the lock is not free within `LOCK_SECONDS`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:

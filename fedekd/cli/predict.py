@@ -20,6 +20,7 @@ from fedekd.cli.arguments import (
     add_client_argument,
     add_trained_arguments,
     policy_of_group,
+    require_trained_bits,
     select_client,
     warn_without_guarantee,
 )
@@ -289,11 +290,7 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool,
     images = read_images(path, replace(data.read_options, skip_unreadable=skip_unreadable), shape[0])
     if images.input_shape != shape:
         raise UserError(f"expected images of {shape} (channels, height, width), got {images.input_shape}")
-    # The range of wider values is unknown, and an exported model takes 8 bits only.
-    if client.samples.inputs.dtype == torch.uint8 and images.inputs.dtype != np.uint8:
-        raise UserError(
-            "expected images with 8 bits, as in training, got 16-bit or floating-point values. Convert them"
-        )
+    require_trained_bits(client.samples, images.inputs.dtype == np.uint8)
     for line in images.warnings:
         print_warning(line.replace("data.skip_unreadable", "--skip_unreadable"))
     return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)

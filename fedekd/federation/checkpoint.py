@@ -31,7 +31,7 @@ from fedekd.errors import UserError, describe_error, shorten_path
 NUM_MANIFESTS = 2
 
 #: Version of a manifest and of its notes; others are rejected.
-FORMAT = 4
+FORMAT = 3
 
 #: Share of a file that is still needed, below which its states are copied to the next file. With participation 0.5 a
 #: share of 1/2 copies all states in every round (1.98 times the bytes that changed), 1/3 writes 1.32 times.

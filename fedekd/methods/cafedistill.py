@@ -109,7 +109,7 @@ class CAFEDistill(Method):
         reduction: `mean` or `sum` of the cross-entropies over all exits; null as in the table.
         label_prior: Train and serve all exits with the client's label prior; null does with `shared` heads.
         finetune_epochs: Epochs of local training of all exits, with the loss above, after the last round, at least 0;
-            null as in the table. Delta compares with Local after as many epochs, up to those of all rounds.
+            null as in the table. Local has no such epochs.
         finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:
@@ -169,7 +169,7 @@ class CAFEDistill(Method):
 
     @property
     def serves_average(self) -> bool:
-        """True if the deepest exit is an average without prior and fine-tuning."""
+        """True if the deepest exit is an average, without the client's prior or fine-tuning."""
         return self.heads != "personal" and not self.label_prior and not self.finetune_epochs
 
     @property
@@ -226,7 +226,7 @@ class CAFEDistill(Method):
         return heads[client] if client in heads else cast(StateDict, self.server_state["default_head"])
 
     def receive(self, client: Client, received: StateDict, round_idx: int) -> dict[str, float]:
-        """Load what is shared, at first the personal head too; fine-tune at the end."""
+        """Load the message of the server; after the last round, fine-tune."""
         state, last = client.method_state, _last_head(received, _num_exits(client))
         keeps_head = self.heads == "personal" and client.supervised_epochs > 0
         client.load_received(

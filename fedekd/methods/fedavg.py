@@ -28,8 +28,7 @@ class FedAvg(Method):
             of training samples.
         aggregator: Another aggregator, by class_path: fedekd.functional.CoordinateMedian or TrimmedMean; null is the
             mean with `weights`.
-        finetune_epochs: Epochs of local training after the last round, at least 0. Delta compares with Local
-            after as many epochs, up to those of all rounds.
+        finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
         finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:

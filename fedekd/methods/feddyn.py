@@ -32,8 +32,7 @@ class FedDyn(FedAvg):
 
     Args:
         alpha: Weight of the regulariser, above 0.
-        finetune_epochs: Epochs of local training after the last round, at least 0. Delta compares with Local
-            after as many epochs, up to those of all rounds.
+        finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
         finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:

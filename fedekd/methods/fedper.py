@@ -22,8 +22,7 @@ class FedPer(FedAvg):
             exits, and otherwise `head`, the last layer of the models in fedekd.models.
         weights: `uniform`, or `samples` to weight clients by their training samples.
         aggregator: Another aggregator, by class_path; null is the mean with `weights`.
-        finetune_epochs: Epochs of local training after the last round, at least 0. Delta compares with Local
-            after as many epochs, up to those of all rounds.
+        finetune_epochs: Epochs of local training after the last round, at least 0. Local has no such epochs.
         finetune_lr_factor: Factor of the learning rate in these epochs, above 0.
 
     Raises:

@@ -11,7 +11,7 @@ class Local(Method):
     """Local training: clients train on their own data and exchange nothing.
 
     This is the baseline of Delta. It is paired with every method: the same order of batches, the same number of
-    supervised epochs, up to those of all rounds, and the initial weights of a client that receives no model.
+    supervised epochs without those of fine-tuning, and the initial weights of a client that receives no model.
     """
 
     is_local_baseline = True

@@ -376,6 +376,7 @@ def pixels(*shape: int) -> np.ndarray:
         ),
         (pixels(9, 8, 8, 3), np.arange(9) % 3, "got (3, 8, 8)"),
         (pixels(9, 8, 8), np.arange(9), "got the class '3'"),
+        (pixels(9, 8, 8).astype(np.uint16), np.arange(9) % 3, "--input: expected images with 8 bits, as in training"),
         (np.full((9, 8, 8), 2, np.float32), np.arange(9) % 3, "expected float32 values in 0..1, got 2\n"),
         (
             pixels(1, 8, 8),

@@ -25,7 +25,7 @@ def test_damaged_baseline_is_trained_again(federate: Federate, tmp_path: Path) -
     [path] = (tmp_path / "local").iterdir()
     whole = path.read_bytes()
     content = unpack(unseal(whole))
-    path.write_bytes(pack({**content, "metrics": [{"accuracy": 2.0}]}))  # without a checksum, as of an older version
+    path.write_bytes(pack({**content, "metrics": [{"accuracy": 2.0}]}))  # without a checksum
     assert scores() == expected
     assert path.read_bytes() == whole
     for place in range(0, len(whole), len(whole) // 6):
