@@ -115,7 +115,9 @@ class OnnxModel:
             raise InputError(f"group: expected {groups['column']} {names}, got {value}")
 
     def decode_image(self, content: bytes) -> Array:
-        """Decode an image file as in training, shape (1, C, H, W), uint8, or float32 in [-1, 1] for scaled pixels.
+        """Decode an image file as in training, shape (1, C, H, W).
+
+        The values are uint8, or float32 in [-1, 1] for a model of scaled pixels.
 
         Raises:
             InputError: If it is not an image, or one of another size, type or range of values.

@@ -169,7 +169,7 @@ class CAFEDistill(Method):
 
     @property
     def serves_average(self) -> bool:
-        """True if the deepest exit is an average, without the client's prior or fine-tuning."""
+        """True if the deepest exit is an average without prior and fine-tuning."""
         return self.heads != "personal" and not self.label_prior and not self.finetune_epochs
 
     @property
