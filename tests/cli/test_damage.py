@@ -124,6 +124,16 @@ def test_runtime_option_in_config_may_be_edited(finished_run: Path, capsys: pyte
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_run_without_its_checksums_is_read_and_sealed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = repeatable(RUN)
+    (RUN / "SHA256SUMS").unlink()
+    assert main(["test", "a"]) == 0
+    assert main(["fit", "--resume", "a", "--quiet"]) == 0
+    assert "SHA256SUMS is missing; repairing" in capsys.readouterr().err
+    assert repeatable(RUN) == expected
+    assert (RUN / "SHA256SUMS").exists()
+
+
 def test_unfinished_run_with_changed_config_is_refused_and_restored(
     finished_run: Path, error_line: Callable[[], str]
 ) -> None:
