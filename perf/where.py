@@ -17,7 +17,7 @@ _PARTS = {
     "teacher's outputs": ("client.py", "predict"),
     "batches": ("batches.py", "__iter__"),
     "forward, losses, gate": ("objective_module.py", "training_step"),
-    "backward": ("_tensor.py", "backward"),
+    "backward": ("autograd/__init__.py", "backward"),
     "the whole phase": ("fedekd.py", "receive"),
 }
 
@@ -49,7 +49,7 @@ def _print_parts(stats: dict[tuple[str, int, str], tuple[int, int, float, float,
     whole = seconds.pop("the whole phase")
     step = sum(entry[3] for (path, _, name), entry in stats.items() if path.endswith("adam.py") and name == "adam")
     seconds["optimizer"] = step
-    seconds["other: Lightning's loop, Python"] = whole - sum(seconds.values())
+    seconds["other: training loop, Python"] = whole - sum(seconds.values())
     print("| part | share |")
     print("| --- | --- |")
     for part, value in sorted(seconds.items(), key=lambda entry: -entry[1]):
