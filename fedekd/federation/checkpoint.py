@@ -31,7 +31,7 @@ from fedekd.errors import UserError, describe_error, shorten_path
 NUM_MANIFESTS = 2
 
 #: Version of a manifest and of its notes; others are rejected.
-FORMAT = 3
+FORMAT = 4
 
 #: Share of a file that is still needed, below which its states are copied to the next file. With participation 0.5 a
 #: share of 1/2 copies all states in every round (1.98 times the bytes that changed), 1/3 writes 1.32 times.
@@ -157,7 +157,8 @@ class CheckpointStore:
             clients: Number and state of each client that changed since the last checkpoint, consumed one at a time.
         """
         if self._entries is None:
-            self.load()
+            with suppress(UserError):  # checkpoints of another version are replaced: runs load before they save
+                self.load()
         entries = dict(self._entries or {})
         name = f"states-{round_idx:04d}.bin"
         with atomic_file(self.folder / name) as file:

@@ -114,7 +114,7 @@ def test_load_manifest_with_one_flipped_bit_falls_back(store: CheckpointStore, o
     assert "round 2 is corrupt" in message
 
 
-@pytest.mark.parametrize(("changes", "layout"), [({"format": 2}, "2"), ({"format": None}, "none"), ({}, "none")])
+@pytest.mark.parametrize(("changes", "layout"), [({"format": 3}, "3"), ({"format": None}, "none"), ({}, "none")])
 def test_load_manifest_of_another_version_raises(store: CheckpointStore, changes: dict[str, Any], layout: str) -> None:
     path = store.folder / "manifest-0002.json"
     content = unseal_json(path.read_bytes())
@@ -123,10 +123,12 @@ def test_load_manifest_of_another_version_raises(store: CheckpointStore, changes
     else:  # a version without formats and checksums
         del content["format"]
         path.write_text(json.dumps(content, indent=1))
-    with pytest.raises(UserError, match=f"manifest-0002.json: expected format 3, got {layout}. Another version"):
+    with pytest.raises(UserError, match=f"manifest-0002.json: expected format 4, got {layout}. Another version"):
         store.load()
-    with pytest.raises(UserError, match="Another version"):
-        CheckpointStore(store.folder).save(3, {}, {}, {0: state(1)}.items())
+    CheckpointStore(store.folder).save(3, {"note": 3}, {}, {0: state(1)}.items())  # as at a site after training
+    checkpoint, messages = CheckpointStore(store.folder).load()
+    assert checkpoint is not None
+    assert (checkpoint.round, checkpoint.notes, list(checkpoint.clients), messages) == (3, {"note": 3}, [0], [])
 
 
 def test_load_manifest_without_its_checksum_falls_back(store: CheckpointStore) -> None:
