@@ -22,6 +22,7 @@ from experiments.fedekd_paper.datasets import dataset_table
 from experiments.fedekd_paper.do_no_harm_results import HarmTable, harm_table, harm_tables
 from experiments.fedekd_paper.exits import ExitComparison, exit_comparisons, exit_table
 from experiments.fedekd_paper.load import display_name
+from experiments.fedekd_paper.missing import missing_runs, missing_table
 from experiments.fedekd_paper.published import DEVIATIONS, SEEDS
 from experiments.fedekd_paper.statistics import LEVEL, MIN_PAIRS, MIN_SEEDS
 from experiments.fedekd_paper.tables import PLANS, paper_cells, table_section, verdict_sentence
@@ -72,6 +73,7 @@ def paper_report(
         *tables,
         _figure_section(results, cells),
         _comparison_section(results),
+        _missing_section(missing_runs(cells, results)),
         _provenance_section(results),
     ]
     return introduction, sections
@@ -211,6 +213,15 @@ def _comparison_section(results: pd.DataFrame) -> Section:
         tables=tables,
         data={"paired": compared.drop(columns="gain")},
     )
+
+
+def _missing_section(missing: pd.DataFrame) -> Section:
+    text = (
+        f"Runs without which cells have no test, up to the paper's {SEEDS} seeds. A run gives the cells of all tables."
+        " Its time is the median over the runs of the same data set and method, or of the same data set; it includes"
+        " the local baseline where a run trained it."
+    )
+    return Section("missing", "Missing runs", [text], tables={"": missing_table(missing)}, data={"missing": missing})
 
 
 def _provenance_section(results: pd.DataFrame) -> Section:

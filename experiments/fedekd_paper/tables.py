@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from experiments.fedekd_paper.load import display_name
+from experiments.fedekd_paper.missing import UNSETTLED, missing_runs, runs_text
 from experiments.fedekd_paper.published import CELL, DATASETS, SEEDS, published
 from experiments.fedekd_paper.statistics import LEVEL, MIN_SEEDS, welch
 from fedekd.metrics import primary_metric
@@ -53,7 +54,7 @@ def paper_cells(results: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per cell that is published or measured: table, dataset, alpha, method, measure, values (by seed), mean,
         std, paper_mean, paper_std, fault, derived, metric, higher (its direction), p (Welch's test), verdict, best (of
-        its column).
+        its column); and for a cell without a test what it would take: runs, device, hours, see `missing_runs`.
     """
     measured = results[results["sweep"] == ""]
     local = measured.assign(method="Local", mean=measured["local_mean"]).drop_duplicates([*CELL, "seed"])
@@ -88,7 +89,8 @@ def paper_cells(results: pd.DataFrame) -> pd.DataFrame:
     best = cells.groupby(["table", "dataset", "alpha"], sort=False, group_keys=False)[
         ["values", "mean", "higher"]
     ].apply(_best)
-    return cells.assign(best=best)
+    missing = missing_runs(cells, results).drop(columns="tables")
+    return cells.assign(best=best).merge(missing, how="left", on=CELL)
 
 
 def _in_order(cells: pd.DataFrame, rows: tuple[str, ...]) -> pd.DataFrame:
@@ -160,6 +162,7 @@ def table_section(plan: Plan, cells: pd.DataFrame) -> Section:
     data = cells.assign(seeds=cells["values"].map(len), best=cells["best"].astype(int))
     data["values"] = data["values"].map(json.dumps)
     columns = ["table", *CELL, "measure", "mean", "std", "seeds", "values", "best", "paper_mean", "paper_std", "p"]
+    missing = ["runs", "device", "hours"]
     direction = "higher" if primary_metric(plan.task).higher_is_better else "lower"
     name = f"table{plan.number:02d}"
     return Section(
@@ -167,7 +170,7 @@ def table_section(plan: Plan, cells: pd.DataFrame) -> Section:
         title=f"Table {plan.number}. {plan.title}",
         text=[f"A {direction} value is better.", *(f"⚑{i} {fault}." for i, fault in enumerate(faults, start=1))],
         tables=panels,
-        data={name: data[[*columns, "verdict", "fault"]]},
+        data={name: data[[*columns, "verdict", "fault", *missing]]},
     )
 
 
@@ -183,7 +186,10 @@ def _text(cell: dict[str, object], plan: Plan, faults: list[str]) -> str:
         fault = f" ⚑{faults.index(str(cell['fault'])) + 1}" if cell["fault"] else ""
         derived = " (derived)" if cell["derived"] else ""
         lines.append(f"paper {_pair(cell['paper_mean'], cell['paper_std'], sign)}{derived}{fault}")
-    return "\n".join([*lines, f"{cell['verdict']}{f', p {p_text(p)}' if p == p else ''}"])  # type: ignore[arg-type]
+    lines.append(f"{cell['verdict']}{f', p {p_text(p)}' if p == p else ''}")  # type: ignore[arg-type]
+    if cell["verdict"] in UNSETTLED and not cell["derived"]:
+        lines.append(runs_text(cell["runs"], cell["device"], cell["hours"]))  # type: ignore[arg-type]
+    return "\n".join(lines)
 
 
 def _pair(mean: object, std: object, sign: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pandas as pd
 
-from experiments.fedekd_paper.published import DATASETS, SEEDS, published
-from experiments.fedekd_paper.statistics import LEVEL, MIN_SEEDS, holm, signed_rank, welch
+from experiments.fedekd_paper.load import load
+from experiments.fedekd_paper.missing import missing_runs, missing_table
+from experiments.fedekd_paper.published import DATASETS
+from experiments.fedekd_paper.statistics import LEVEL, holm, signed_rank
+from experiments.fedekd_paper.tables import counts, paper_cells
 from experiments.result_pages.common import FIGURES, RESULTS, markdown, read, spread
 from fedekd.metrics import METRICS
 
@@ -97,23 +101,22 @@ def verdicts() -> str:
 
     Of those that differ, how many are marked as faulty.
     """
-    cells, faulty = published(), 0
-    counts = {"agree": 0, "differ": 0, "have too few seeds": 0, "were not run": 0}
-    for cell in cells[~cells["derived"]].to_dict("records"):
-        path = RESULTS / f"{cell['dataset']}.csv"
-        values: list[float] = []
-        if path.is_file():
-            frame = read(path.name)
-            is_cell = (frame["method"] == cell["method"]) & (frame["alpha"] == cell["alpha"])
-            values = frame.loc[is_cell, cell["measure"]].tolist()
-        if not values:
-            counts["were not run"] += 1
-        elif len(values) < MIN_SEEDS:
-            counts["have too few seeds"] += 1
-        elif welch(values, cell["mean"], cell["std"], SEEDS) > LEVEL:
-            counts["agree"] += 1
-        else:
-            counts["differ"] += 1
-            faulty += bool(cell["fault"])
-    notes = {"differ": f" (of which {faulty} are of the kinds below)"}
-    return ", ".join(f"{count} {name}{notes.get(name, '')}" for name, count in counts.items())
+    cells, _ = _paper()
+    number = counts(cells)
+    faulty = int((cells["verdict"].eq("differs") & cells["fault"].ne("")).sum())
+    words = {"agrees": "agree", "differs": "differ", "too few seeds": "have too few seeds", "not run": "were not run"}
+    notes = {"differs": f" (of which {faulty} are of the kinds below)"}
+    return ", ".join(f"{number.get(name, 0)} {text}{notes.get(name, '')}" for name, text in words.items())
+
+
+def missing() -> str:
+    """The runs without which cells have no test, by data set."""
+    table = missing_table(missing_runs(*_paper()))
+    return markdown(list(table), [[str(value) for value in row] for row in table.itertuples(index=False)])
+
+
+@cache
+def _paper() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the cells of the paper, and the rows that they are compared with."""
+    results = load([RESULTS])
+    return paper_cells(results), results
