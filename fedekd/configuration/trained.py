@@ -76,6 +76,7 @@ class Trained:
             and the do-no-harm comparison.
         local_metrics: By client number, stored metrics of the local baseline after as many supervised rounds; empty
             where they are not known.
+        local_rounds: By client number, the rounds of the local model that do-no-harm compares; empty without the rule.
         provenance: Method, rounds, seed and options of the training.
         baseline_dir: Folder of the cached local baselines; None without one.
     """
@@ -89,6 +90,7 @@ class Trained:
     do_no_harm: DoNoHarm | None
     records: Mapping[int, ClientRecord]
     local_metrics: Mapping[int, Mapping[str, float]]
+    local_rounds: Mapping[int, int]
     provenance: Provenance
     baseline_dir: Path | None
 
@@ -109,7 +111,7 @@ class Trained:
         if client.deployed_role == LOCAL:
             return client.networks[LOCAL]
         folder = self.baseline_dir if self.baseline_dir is not None and self.baseline_dir.is_dir() else None
-        rounds, parts = max(client.supervised_rounds, 1), (client.number, client.splits, client.samples, client.spec)
+        rounds, parts = self.local_rounds[client.number], (client.number, client.splits, client.samples, client.spec)
         local = Client(*parts)
         if not restore_local_baseline(local, rounds, folder):
             print_warning(
@@ -163,6 +165,8 @@ def open_run(command: str, folder: Path) -> Trained:
     progress, spec = orchestrator.progress, orchestrator.spec
     config = {} if orchestrator.folder is None else orchestrator.folder.config
     version = summary.get("versions", {}).get("fedekd", "unknown")
+    rule = orchestrator.do_no_harm
+    request = None if rule is None else orchestrator.comparison_request(rule)
     return Trained(
         folder=folder,
         argument=shlex.quote(str(folder)),
@@ -170,9 +174,12 @@ def open_run(command: str, folder: Path) -> Trained:
         data=orchestrator.data,
         method=orchestrator.method,
         spec=spec,
-        do_no_harm=orchestrator.do_no_harm,
+        do_no_harm=rule,
         records=progress.records,
         local_metrics={number: progress.local_values(number) for number in progress.records},
+        local_rounds={}
+        if request is None
+        else {client.number: request.local_rounds(client.number, client.supervised_rounds) for client in clients},
         provenance=Provenance.of(orchestrator.method, spec, version, config),
         baseline_dir=Path(options.baseline_dir),
     )
@@ -220,12 +227,13 @@ def open_site(command: str, folder: Path) -> Trained:
         do_no_harm=parts.do_no_harm,
         records={number: ClientRecord.from_json(notes["record"])},
         local_metrics={number: notes["local_metrics"]},
+        local_rounds={} if parts.do_no_harm is None else {number: notes["local_rounds"]},
         provenance=Provenance.of(parts.method, parts.spec, notes["fedekd"], notes["config"]),
         baseline_dir=folder / "local",
     )
 
 
-def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResult) -> None:
+def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResult, local_rounds: int | None) -> None:
     """Write the finished training of a site; replaces an earlier one atomically.
 
     A process that is killed at any moment leaves the earlier training or this one.
@@ -235,6 +243,7 @@ def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResu
         parts: Its data, method and specification.
         client: The client after the last round.
         result: Its result of the last round.
+        local_rounds: Rounds of the local model that do-no-harm compared; None without the rule.
     """
     record = ClientRecord(
         *(result.score, result.supervised_rounds, result.logs, result.tradeoff, result.comparison, result.metrics),
@@ -251,6 +260,7 @@ def save_site(folder: Path, parts: SiteParts, client: Client, result: ClientResu
         "config": parts.config,
         "record": asdict(record),
         "local_metrics": _local_metrics(folder, parts, client, result),
+        "local_rounds": local_rounds,
     }
     store = CheckpointStore(folder / _TRAINED)
     store.save(store.newest + 1, notes, None, [(client.number, client.state_dict())])

@@ -31,7 +31,7 @@ from fedekd.errors import UserError, describe_error, shorten_path
 NUM_MANIFESTS = 2
 
 #: Version of a manifest and of its notes; others are rejected.
-FORMAT = 4
+FORMAT = 5
 
 #: Share of a file that is still needed, below which its states are copied to the next file. With participation 0.5 a
 #: share of 1/2 copies all states in every round (1.98 times the bytes that changed), 1/3 writes 1.32 times.
@@ -207,19 +207,22 @@ class CheckpointStore:
         return None, messages
 
     def notes(self) -> dict[str, Any] | None:
-        """Return the notes of the newest valid manifest, without loading its states."""
-        for round_idx in reversed(self._rounds()):
-            with suppress(OSError, ValueError):
-                notes: dict[str, Any] = self._manifest(round_idx)["notes"]
-                return notes
-        return None
+        """Return the notes of the newest valid manifest, without loading its states.
+
+        Raises:
+            UserError: If another version of fedekd wrote it.
+        """
+        manifest = self._newest_manifest()
+        return None if manifest is None else manifest["notes"]
 
     def digests(self) -> dict[str, str]:
-        """Return SHA-256 by state in the newest valid manifest: `client-000`, `server`."""
-        for round_idx in reversed(self._rounds()):
-            with suppress(OSError, ValueError):
-                return {key: entry["sha256"] for key, entry in self._manifest(round_idx)["files"].items()}
-        return {}
+        """Return SHA-256 by state in the newest valid manifest: `client-000`, `server`.
+
+        Raises:
+            UserError: If another version of fedekd wrote it.
+        """
+        manifest = self._newest_manifest()
+        return {} if manifest is None else {key: entry["sha256"] for key, entry in manifest["files"].items()}
 
     def has_any(self) -> bool:
         """Return whether there is a checkpoint, valid or not."""
@@ -278,6 +281,16 @@ class CheckpointStore:
     def _rounds(self) -> list[int]:
         matches = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("manifest-*.json"))
         return sorted(int(match[1]) for match in matches if match)
+
+    def _newest_manifest(self) -> dict[str, Any] | None:
+        for round_idx in reversed(self._rounds()):
+            try:
+                return self._manifest(round_idx)
+            except UserError:
+                raise
+            except (OSError, ValueError):
+                continue  # corrupt: the previous one
+        return None
 
     def _manifest(self, round_idx: int) -> dict[str, Any]:
         """Read and verify a manifest.

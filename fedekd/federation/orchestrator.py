@@ -230,6 +230,11 @@ class Orchestrator:
         engine = self._sequential_engine()
         return [engine.baseline_client(number, self.options.rounds) for number in range(self.num_clients)]
 
+    def comparison_request(self, rule: DoNoHarm) -> ComparisonRequest:
+        """Return the request to compare local and federated models by a rule."""
+        splits = rule.compared_splits(self.spec.task, used_splits(self.method, self.spec))
+        return ComparisonRequest(rule, self._baseline_rounds(), splits)
+
     def evaluate_checkpoint(self) -> dict[str, Any]:
         """Score the clients of a finished run from its checkpoint, and write nothing.
 
@@ -270,8 +275,7 @@ class Orchestrator:
         broadcast, dtypes = to_wire(self.method.broadcast(numbers, round_idx), self.options.wire_dtype)
         comparison = None
         if self.do_no_harm is not None and self.do_no_harm.compares_at(round_idx, self.options.rounds):
-            splits = self.do_no_harm.compared_splits(self.spec.task, used_splits(self.method, self.spec))
-            comparison = ComparisonRequest(self.do_no_harm, self._baseline_rounds(), splits)
+            comparison = self.comparison_request(self.do_no_harm)
         request = RoundRequest(numbers, broadcast, round_idx, not is_last, comparison, dtypes, self.privacy)
         updates: list[ClientUpdate] = []
         changed: list[int] = []

@@ -153,7 +153,11 @@ class Site:
         result, _ = self.worker.run_client(self.number, version, request, {})
         if not collect_updates and request.round_idx == self.spec.rounds:
             with self.worker.loaded(self.number, version + 1):
-                save_site(self.folder, self.parts, self.worker.engine.client(self.number), result)
+                client = self.worker.engine.client(self.number)
+                rounds = None
+                if comparison is not None:
+                    rounds = comparison.local_rounds(self.number, client.supervised_rounds)
+                save_site(self.folder, self.parts, client, result, rounds)
         store = self.worker.store
         for other in store.versions(self.number):
             if not version + 1 - KEPT_VERSIONS < other <= version + 1:

@@ -17,6 +17,7 @@ from fedekd.atomic import unseal_json
 from fedekd.cli import folder_lock, main
 from fedekd.cli import monitor as command
 from fedekd.cli.arguments import select_client
+from fedekd.configuration.trained import open_run
 from fedekd.early_exit import ExitPolicy
 from fedekd.methods import Client
 from fedekd.monitoring import Arrivals, Followed, MonitorStart, follow
@@ -31,9 +32,9 @@ save_figure = figures.save
 POLICY = Path("run/exits/client-000.json")
 
 
-def fit(npz: Path, output: str, *options: str) -> None:
+def fit(npz: Path, output: str, *options: str, method: str = "FedeKD") -> None:
     data = [f"--data.dataset={npz}", "--data.num_clients=2", "--data.alpha=50", "--data.batch_size=16"]
-    options = (*options, *RULE, "--method=FedeKD", "--client.optimizer.lr=0.003", f"--output={output}")
+    options = (f"--method={method}", *options, *RULE, "--client.optimizer.lr=0.003", f"--output={output}")
     assert main(["fit", *FAST, *data, "--rounds=1", *options]) == 0
 
 
@@ -404,3 +405,13 @@ def test_predict_monitoring_trains_missing_local_model_with_one_line(
     assert "warning: the local model of client 0 is trained again: runs/local does not" in capsys.readouterr().err
     assert not Path("runs/local").exists()
     assert pd.read_csv("again.csv")["value_local"].equals(expected)
+
+
+def test_predict_monitoring_of_a_fine_tuned_model_has_the_local_model_of_the_comparison(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(here / "blobs.npz", "tuned", "--method.finetune_epochs=2", method="FedAvg")
+    trained = open_run("test", Path("tuned"))
+    assert ([client.supervised_rounds for client in trained.clients], trained.local_rounds) == ([3, 3], {0: 1, 1: 1})
+    predict("tuned", "tuned.csv")
+    assert "trained again" not in capsys.readouterr().err

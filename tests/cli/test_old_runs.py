@@ -67,7 +67,7 @@ def test_run_of_another_version_is_refused_in_one_line(
     line = error_line()
     is_unfinished = not (old_run / "summary.json").exists() and not command.startswith("fit")
     expected = (
-        "expected a finished run" if is_unfinished else f"expected format 4, got {layout}. Another version of fedekd"
+        "expected a finished run" if is_unfinished else f"expected format 5, got {layout}. Another version of fedekd"
     )
     assert expected in line
     assert {path: path.read_bytes() for path in old_run.rglob("*.*") if path.name != ".lock"} == before

@@ -123,8 +123,9 @@ def test_load_manifest_of_another_version_raises(store: CheckpointStore, changes
     else:  # a version without formats and checksums
         del content["format"]
         path.write_text(json.dumps(content, indent=1))
-    with pytest.raises(UserError, match=f"manifest-0002.json: expected format 4, got {layout}. Another version"):
-        store.load()
+    for read in (store.load, store.notes, store.digests):
+        with pytest.raises(UserError, match=f"manifest-0002.json: expected format 5, got {layout}. Another version"):
+            read()
     CheckpointStore(store.folder).save(3, {"note": 3}, {}, {0: state(1)}.items())  # as at a site after training
     checkpoint, messages = CheckpointStore(store.folder).load()
     assert checkpoint is not None

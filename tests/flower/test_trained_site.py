@@ -153,10 +153,12 @@ def test_site_uses_the_model_that_it_deploys(
         f"--do_no_harm={rule}",
     )
     output = tmp_path / "out.csv"
-    for number, client in enumerate(open_run("test", federation.run.folder).clients):
+    run = open_run("test", federation.run.folder)
+    for number, client in enumerate(run.clients):
         site = ["--site", str(federation.site[number])]
         trained = open_site("test", federation.site[number])
         assert trained.clients[0].deployed_role == client.deployed_role == role
+        assert trained.local_rounds.get(number) == run.local_rounds.get(number) == (1 if role == LOCAL else None)
         comparison = trained.records[number].comparison
         assert (None if comparison is None else comparison.deployed) == (LOCAL if role == LOCAL else None)
         predict = ["predict", *site, f"--input={images}", f"--output={output}"]
@@ -333,7 +335,7 @@ left = int(count)
 wrap(os, "fsync", "fsync")
 wrap(pathlib.Path, "replace", "replace")
 wrap(pathlib.Path, "unlink", "unlink")
-save_site(trained.folder, parts, client, result)
+save_site(trained.folder, parts, client, result, None)
 """
 
 

@@ -33,6 +33,10 @@ class ComparisonRequest:
     rounds: Mapping[int, int]
     splits: tuple[str, ...] = ("holdout",)
 
+    def local_rounds(self, number: int, supervised_rounds: int) -> int:
+        """Return the rounds of a client's local model after its supervised rounds."""
+        return min(max(supervised_rounds, 1), self.rounds[number])
+
 
 @dataclass(frozen=True)
 class RoundRequest:

@@ -243,7 +243,7 @@ class SequentialEngine:
         Returns:
             The comparison, and all metrics of a named candidate that is chosen on the test split.
         """
-        rounds = min(max(client.supervised_rounds, 1), request.rounds[client.number])
+        rounds = request.local_rounds(client.number, client.supervised_rounds)
         local = self._new_client(client.number)
         baseline = train_local_baseline(local, rounds, self.baseline_dir, memory=self.compared)
         rule = request.rule
