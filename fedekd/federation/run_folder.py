@@ -85,20 +85,6 @@ def first_difference(
     return None if both_nan or ours == theirs else (path, ours, theirs)
 
 
-def drop_unknown_keys(before: Any, now: Any) -> Any:
-    """Return `now` without the keys that `before` lacks.
-
-    Options added after a run was created are ignored: their defaults reproduce the old behaviour.
-
-    Example:
-        >>> drop_unknown_keys({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
-        {'client': {'local_epochs': 3}}
-    """
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return now
-    return {key: drop_unknown_keys(before[key], value) for key, value in now.items() if key in before}
-
-
 def to_json_value(value: Any) -> Any:
     """Convert a configuration to JSON values.
 
@@ -206,10 +192,8 @@ class RunFolder:
         checkpoint, messages = self.checkpoints.load()
         if checkpoint is not None:
             notes = checkpoint.notes
-            config = drop_unknown_keys(notes["config"], self.config)
-            now_identity = drop_unknown_keys(notes["identity"], dict(identity))
-            difference = first_difference(notes["config"], config, RUNTIME_OPTIONS)
-            if difference := difference or first_difference(notes["identity"], now_identity):
+            difference = first_difference(notes["config"], to_json_value(self.config), RUNTIME_OPTIONS)
+            if difference := difference or first_difference(notes["identity"], dict(identity)):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder}: {key}: expected the saved value {before!r}, got {now!r}."
@@ -357,7 +341,7 @@ class RunFolder:
             config = None
         if notes is None or not isinstance(config, dict):
             return f"{path} does not match {SUMS_FILE}"
-        if (difference := first_difference(notes["config"], config, RUNTIME_OPTIONS)) is None:
+        if (difference := first_difference(notes["config"], to_json_value(config), RUNTIME_OPTIONS)) is None:
             return None
         key, before, now = difference
         return f"{path}: {key}: expected the saved value {before!r}, got {now!r}"

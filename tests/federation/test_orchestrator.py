@@ -17,6 +17,7 @@ from fedekd.federation import Orchestrator, RoundOptions, RunFolder, SilentObser
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
+from fedekd.privacy import GaussianMechanism
 from fedekd.reporting import metrics_csv
 
 from .conftest import Federate, Recorder, federation
@@ -304,11 +305,27 @@ def test_run_diverged_model_has_score_nan(federate: Federate) -> None:
     assert any("client 0 has no score" in text for text in recorder.warnings)
 
 
-@pytest.mark.parametrize("other", [{"seed": 3}, {"method": FedeKD(beta=9.0)}, {"rounds": RoundOptions(rounds=3)}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 3},
+        {"method": FedeKD(beta=9.0)},
+        {"rounds": RoundOptions(rounds=3)},
+        {"privacy": GaussianMechanism(1.0, 1.0)},  # options that are off are left out of the identity
+        {"client": ClientOptions(local_epochs=1, class_weights="balanced")},
+        {"config": {"seed": 0}},
+    ],
+)
 def test_resume_with_other_settings_raises_user_error(federate: Federate, tmp_path: Path, other: Any) -> None:
     federate(output=tmp_path / "run").run()
     with pytest.raises(UserError, match=r"expected the saved value .*, got"):
         federate(**other, output=tmp_path / "run").run()
+
+
+def test_resume_accepts_numbers_as_keys_of_the_configuration(federate: Federate, tmp_path: Path) -> None:
+    config = {"method": {"init_args": {1: 2, "a": (3,)}}}
+    summary = federate(output=tmp_path / "run", config=config).run()
+    assert federate(output=tmp_path / "run", config=config).run() == summary
 
 
 def test_run_without_output_writes_no_file(federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
