@@ -12,6 +12,7 @@ import yaml
 
 from experiments.fedekd_paper.published import DATASETS
 from fedekd.benchmark import Block, cells, numeric, read_results
+from fedekd.benchmark.results import distinct_methods
 from fedekd.configuration.configs import shipped_folder
 from fedekd.errors import UserError
 from fedekd.metrics import METRICS
@@ -67,9 +68,7 @@ def arrange(frame: pd.DataFrame, runs_of: Callable[[str], frozenset[tuple[str, i
         is_known = [cell in known for cell in zip(frame["configuration"], frame["seed"], strict=True)]
         frame.loc[in_paper & ~np.asarray(is_known, dtype=bool), "dataset"] += _OTHER_OPTIONS
     runs = ["dataset", "alpha", "method"]
-    several = frame.groupby(runs)["configuration"].transform("nunique") > 1
-    frame.loc[several, "method"] += " (" + frame["configuration"].str[:6] + ")"
-    frame = frame.drop_duplicates([*runs, "seed"])
+    frame = distinct_methods(frame).drop_duplicates([*runs, "seed"])
     position = {name: index for index, name in enumerate(DATASETS)}
     frame["order"] = frame["dataset"].map(position).fillna(len(position)).astype(int)
     frame["higher"] = frame["metric"].map({name: metric.higher_is_better for name, metric in METRICS.items()})

@@ -23,7 +23,6 @@ from fedekd.configuration.options import (
     federation_parser,
     parse,
 )
-from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, require_choice
 from fedekd.federation.run_folder import RUNTIME_OPTIONS, to_json_value
@@ -82,7 +81,7 @@ ADDED_OPTIONS: dict[str, Any] = {
     "data.transform": None,
     "data.value_range": None,
     "do_no_harm.candidates": [],
-    "do_no_harm.metric": DoNoHarm.metric,
+    "do_no_harm.metric": "accuracy",
     "do_no_harm.splits": "holdout",
     "do_no_harm.test": "sign",
     "do_no_harm.unit": "sample",

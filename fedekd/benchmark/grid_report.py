@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fedekd.benchmark.provenance import mixture
-from fedekd.benchmark.results import numeric
+from fedekd.benchmark.results import distinct_methods, numeric
 from fedekd.benchmark.table import alpha_text, method_table
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import Picture, Section
@@ -24,7 +24,7 @@ def grid_sections(results: pd.DataFrame) -> list[Section]:
     Args:
         results: Rows as `read_results` returns them.
     """
-    frame = numeric(results)
+    frame = distinct_methods(numeric(results))
     text = [
         "Mean ± standard deviation over seeds. Delta is the score of a client minus the score of its local baseline; a"
         " positive Delta is better where a higher score is. Delta P10/P90 is the percentile at the harmful end."

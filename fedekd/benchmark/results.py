@@ -197,6 +197,17 @@ def numeric(results: pd.DataFrame) -> pd.DataFrame:
     return results.replace({name: {"": "nan"} for name in columns}).astype(counts | floats)
 
 
+def distinct_methods(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the configuration to the label of a method that has several.
+
+    Only rows of one configuration may be averaged.
+    """
+    cells = frame.groupby(["dataset", "alpha", "method"], dropna=False)
+    is_single = cells["configuration"].transform("nunique") == 1
+    labels = frame["method"] + " (" + frame["configuration"].str[:6] + ")"
+    return frame.assign(method=frame["method"].where(is_single, labels))
+
+
 def write_results(folder: Path, results: pd.DataFrame) -> None:
     """Write sorted rows, one file per data set.
 

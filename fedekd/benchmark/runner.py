@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+from filelock import FileLock
 
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.provenance import finished_rows
@@ -17,6 +18,7 @@ from fedekd.benchmark.results import Row, read_results, write_results
 from fedekd.benchmark.worker import run_cell
 from fedekd.child_process import die_with_parent
 from fedekd.errors import describe_error
+from fedekd.federation.run_folder import LOCK_FILE
 from fedekd.reporting.pages import current_commit
 
 CellRunner = Callable[[Cell, Path, Mapping[str, Any], Path, str], Row]
@@ -108,8 +110,7 @@ def run_grid(
                     observer.cell_failed(*failures[-1])
                 else:
                     with_baseline.add(cell.group)
-                    rows = pd.concat([rows, pd.DataFrame([row], index=[row["key"]])]).fillna("")
-                    write_results(results, rows)
+                    _add_row(results, row)
                     observer.cell_finished(cell, row)
             if lost or broken:
                 # A process that dies breaks the whole pool. Run these cells one at a time, to find the one that fails.
@@ -127,6 +128,14 @@ def run_grid(
         raise
     pool.shutdown()  # explicitly, to avoid warnings at interpreter exit
     return failures
+
+
+def _add_row(results: Path, row: Row) -> None:
+    """Add a row to the files as they are now: another grid may have added rows to them."""
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(results / LOCK_FILE):
+        rows = read_results(results).drop(index=row["key"], errors="ignore")
+        write_results(results, pd.concat([rows, pd.DataFrame([row], index=[row["key"]])]).fillna(""))
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

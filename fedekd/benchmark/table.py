@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from fedekd.benchmark.results import numeric
+from fedekd.benchmark.results import distinct_methods, numeric
 from fedekd.metrics import METRICS
 from fedekd.reporting.document import spread
 
@@ -28,7 +28,7 @@ def method_table(results: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Printed cells: data set, alpha, method, score, three summaries of Delta, number of seeds.
     """
-    frame = numeric(results)
+    frame = distinct_methods(numeric(results))
     local = frame.assign(method="Local", mean=frame["local_mean"], delta_avg=0.0, delta_worst=0.0, delta_tail=0.0)
     figures = FIGURES | {name: title for name, title in SURPLUS.items() if name in frame}
     local = local.drop(columns=[name for name in SURPLUS if name in frame])

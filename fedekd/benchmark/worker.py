@@ -17,19 +17,17 @@ from fedekd.benchmark.provenance import code_digest, record_code, recorded_code,
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
 from fedekd.early_exit.guarantee_coverage import federation_coverage
-from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RunFolder, Sequential, SilentObserver
 
 
-def provenance(trainer: Mapping[str, Any], commit: str, code: str, data: str) -> dict[str, Any]:
-    """Return the columns that record how a row was computed."""
+def provenance(trainer: Mapping[str, Any], commit: str, data: str) -> dict[str, Any]:
+    """Return the columns that record how a row was computed, without its code."""
     on_cuda = trainer["accelerator"] == "cuda"
     return {
         "commit": commit,
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         "precision": trainer["precision"],
         "threads": trainer["threads"],
-        "code": code,
         "data": data,
     }
 
@@ -64,20 +62,34 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
     def orchestrator(**replaced: Any) -> Orchestrator:
         return Orchestrator(**(parts() | replaced), output=folder, baseline_dir=baseline_dir, observer=SilentObserver())
 
-    run, summary = RunFolder(folder, {}), None
-    with suppress(UserError):  # a damaged summary is computed again
-        run.require_intact("summary.json")
-        summary = run.summary
+    run, made_by = RunFolder(folder, {}), folder / "provenance.json"
+    summary = _finished(run, cell)
     if summary is None:
         record_code(folder, code)
+        used = parts()["trainer"]
+        resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
+        with atomic_file(made_by) as file:
+            file.write(seal_json(provenance(resolved, commit, samples.digest())))
         run.reopen()
         summary = orchestrator().run()
     coverage = _coverage(cell, folder / "coverage.json", orchestrator)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    used = parts()["trainer"]
-    resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
-    columns = provenance(resolved, commit, recorded_code(folder), samples.digest())
+    columns = {**unseal_json(made_by.read_bytes()), "code": recorded_code(folder)}
     return to_row(key, cell.configuration, cell.method, summary, columns, coverage)
+
+
+def _finished(run: RunFolder, cell: Cell) -> dict[str, Any] | None:
+    """Return the summary of a finished run; None if it, or a part that its row needs, is missing or damaged."""
+    needed = [run.folder / "provenance.json"]
+    if cell.coverage is not None and not run.checkpoints.has_any():
+        needed.append(run.folder / "coverage.json")  # without checkpoints it cannot be computed
+    try:
+        run.require_intact("summary.json")
+        for path in needed:
+            unseal_json(path.read_bytes())
+        return run.summary
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _coverage(cell: Cell, path: Path, orchestrator: Callable[..., Orchestrator]) -> list[dict[str, Any]] | None:

@@ -21,7 +21,7 @@ def _row(key: str, method: str = "", coverage: Any = None, **changes: Any) -> Ro
         "versions": {"fedekd": "0.1.0", "torch": "2"},
         **changes,
     }
-    return to_row(key, f"of {key}", method or key, summary, PROVENANCE, coverage)
+    return to_row(key, f"of {method or key}", method or key, summary, PROVENANCE, coverage)
 
 
 @pytest.fixture(scope="session")

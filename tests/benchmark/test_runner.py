@@ -64,6 +64,20 @@ def cell(method: str, seed: int = 0) -> Cell:
     return Cell("digits", 0.1, seed, method, {}, f"{method}-{seed}", method)
 
 
+def test_run_grid_keeps_rows_that_another_grid_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedekd.benchmark.runner._pool", ThreadPoolExecutor)
+    others = [Cell("digits", 0.1, 5, "other", {}, "other", "other")]
+    results = tmp_path / "results"
+
+    def interrupted(cell: Cell, *arguments: Any) -> dict[str, str]:
+        if cell.seed == 0:
+            run_grid(others, tmp_path, results, 1, {}, Recorder(), fake_run)
+        return fake_run(cell, *arguments)
+
+    run_grid([cell("a", 0), cell("a", 1)], tmp_path, results, 1, {}, Recorder(), interrupted)
+    assert sorted(read_results(results).index) == ["a-0", "a-1", "other"]
+
+
 @pytest.mark.slow
 def test_run_grid_failures_and_dead_processes_do_not_stop_other_cells(tmp_path: Path) -> None:
     grid = [cell("fails"), cell("dies", seed=1), cell("a"), cell("b"), cell("c", seed=2)]

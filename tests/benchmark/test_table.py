@@ -36,3 +36,12 @@ def test_method_table_sorts_by_delta_and_adds_local(
     assert lines[3] == "| digits, accuracy | 0.1 | Local | 0.7000 ± 0.0000 | 0 | 0 | 0 | 2 |"
     # For RMSE the lowest Delta is best.
     assert [re.split(r" \| ", line)[2] for line in lines[4:]] == ["worse", "Local", "better", "worse"]
+
+
+def test_method_table_keeps_configurations_of_one_label_apart(
+    make_row: Callable[..., Row], to_frame: Callable[..., pd.DataFrame]
+) -> None:
+    rows = [make_row(f"{name}-{seed}", "FedeKD", seed=seed) for name in "ab" for seed in (0, 1)]
+    rows = [row | {"configuration": 6 * row["key"][0] + "0123"} for row in rows]
+    table = method_table(to_frame(*rows)).set_index("method")["seeds"]
+    assert table.to_dict() == {"FedeKD (aaaaaa)": 2, "FedeKD (bbbbbb)": 2, "Local": 2}

@@ -84,7 +84,9 @@ def test_run_cell_finished_is_not_repeated(
     for name in ("run", "load_clients"):
         monkeypatch.setattr(Orchestrator, name, fail)
     monkeypatch.setattr(worker, "federation_coverage", fail)
-    again = run_cell(small_cell(), folder / "runs", TRAINER, folder / "local", "abc")
+    # The row states what made the run, not this call.
+    again = run_cell(small_cell(), folder / "runs", TRAINER | {"precision": "bf16-mixed"}, folder / "local", "def")
+    assert (row["precision"], row["commit"]) == ("32-true", "abc")
     assert {**again, "seconds": ""} == {**row, "seconds": ""}
     # A cell without coverage options gets no such column.
     plain = run_cell(replace(small_cell(), coverage=None), folder / "runs", TRAINER, folder / "local", "abc")
