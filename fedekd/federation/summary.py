@@ -56,6 +56,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
     primary, records = run.metrics.primary, run.progress.records
     scores, others = run.progress.scores(primary), run.progress.other_scores(run.metrics)
     counts, deployed = run.data.class_counts(), run.progress.scores(primary, deployed=True)
+    references = {name: run.progress.scores(primary, reference=name) for name in run.progress.references}
     clients: list[dict[str, Any]] = []
     for number, (score, local, delta) in scores.clients.items():
         splits, comparison = run.data.clients[number], records[number].comparison
@@ -70,7 +71,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
                 "score": score,
                 "delta": delta,
                 **_other_values(number, others),
-                **_reference_values(run, number),
+                **_reference_values(run, references, number),
                 **_missing(run, number),
                 **_selected(run, number),
             }
@@ -95,7 +96,7 @@ def _summary(run: Orchestrator) -> dict[str, Any]:
         "local_mean": scores.local_mean,
         "delta": scores.delta,
         **_other_summaries(others),
-        **_reference_summaries(run),
+        **_reference_summaries(run, references),
         **_serving(run),
         "clients": clients,
         **_deployed(run),
@@ -145,23 +146,24 @@ def _other_values(number: int, others: Mapping[str, ScoreSummary]) -> dict[str, 
     return {"metrics": values} if values else {}
 
 
-def _reference_summaries(run: Orchestrator) -> dict[str, Any]:
+def _reference_summaries(run: Orchestrator, references: Mapping[str, ScoreSummary]) -> dict[str, Any]:
     """Return mean score, differences to the method and Delta of each reference."""
     figures: dict[str, Any] = {}
-    for name in run.progress.references:
-        scores, (score, difference) = run.progress.scores(run.metrics.primary, reference=name), REFERENCES[name][:2]
+    for name, scores in references.items():
+        score, difference = REFERENCES[name][:2]
         figures |= {f"{score}_mean": scores.local_mean, difference: scores.delta}
         figures[f"{score}_delta"] = run.progress.reference_delta(run.metrics.primary, name)
     return figures
 
 
-def _reference_values(run: Orchestrator, number: int) -> dict[str, Any]:
+def _reference_values(run: Orchestrator, references: Mapping[str, ScoreSummary], number: int) -> dict[str, Any]:
     """Return the scores of a client's references, the differences, and their choices."""
     values: dict[str, Any] = {}
-    for name, clients in run.progress.references.items():
+    for name, scores in references.items():
         score, difference = REFERENCES[name][:2]
-        _, values[score], values[difference] = run.progress.scores(run.metrics.primary, reference=name).clients[number]
-        values |= {f"{score}_{part}": value for part, value in clients[number].choice.items()}
+        _, values[score], values[difference] = scores.clients[number]
+        choice = run.progress.references[name][number].choice
+        values |= {f"{score}_{part}": value for part, value in choice.items()}
     return values
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -411,6 +412,8 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
         The reason to reject an update, by position.
     """
     reasons = {}
+    holders = Counter(name for change in changes for name in change.integers)
+    differing = Counter(name for change in changes for name, differs in change.integers.items() if differs)
     for position, change in enumerate(changes):
         others = [*changes[:position], *changes[position + 1 :]]
         if not others:
@@ -423,15 +426,14 @@ def out_of_proportion(changes: Sequence[Change]) -> dict[int, str]:
             reasons[position] = (
                 f"expected a change of at most {limit:.4g} (2-norm) next to the other updates, got {change.norm:.4g}"
             )
-        if unusual := [name for name, differs in change.integers.items() if differs and _is_kept(name, others)]:
+        unusual = [
+            name
+            for name, differs in change.integers.items()
+            if differs and holders[name] > 2 and differing[name] - 1 < (holders[name] - 1) / 2
+        ]
+        if unusual:
             reasons[position] = f"{_short(min(unusual))}: expected the integers of the message, as in the other updates"
     return reasons
-
-
-def _is_kept(name: str, changes: Sequence[Change]) -> bool:
-    """Return True if most of at least two holders of an integer tensor keep it."""
-    holders = [change.integers[name] for change in changes if name in change.integers]
-    return len(holders) > 1 and sum(holders) < len(holders) / 2
 
 
 def _short(value: object) -> str:
