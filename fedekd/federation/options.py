@@ -73,7 +73,7 @@ class RoundOptions:
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """What a run is compared with besides the local baseline.
+    """References of a run in addition to the local baseline.
 
     Args:
         control: Train the compute-matched local control of each client, which runs the method without the other

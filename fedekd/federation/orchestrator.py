@@ -222,13 +222,15 @@ class Orchestrator:
         return [engine.client(number) for number in range(self.num_clients)]
 
     def baseline_clients(self) -> list[Client | None]:
-        """Load the local baselines of this run's rounds; None where none is cached.
+        """Load the local baselines of each client's rounds; None where none is cached.
 
         Raises:
             UserError: If the engine is not sequential.
         """
         engine = self._sequential_engine()
-        return [engine.baseline_client(number, self.options.rounds) for number in range(self.num_clients)]
+        rounds = self._baseline_rounds()
+        numbers = range(self.num_clients)
+        return [engine.baseline_client(number, rounds.get(number, self.options.rounds)) for number in numbers]
 
     def comparison_request(self, rule: DoNoHarm) -> ComparisonRequest:
         """Return the request to compare local and federated models by a rule."""

@@ -187,11 +187,12 @@ class TunedLocal:
         best_loss, best = math.inf, dict[str, float]()
         choice: dict[str, float] = {}
         for rate in dict.fromkeys((own, *self.learning_rates)):
-            rounds = max(self.rounds, spec.rounds) if rate == own else self.rounds
+            tried = list(range(self.rounds)) if rate in self.learning_rates else []
+            if rate == own:
+                tried.insert(0, spec.rounds - 1)
             candidate = client if rate == own else with_learning_rate(client, rate)  # the run's own may be cached
-            baseline = train_local_baseline(candidate, rounds, folder)
-            order = [spec.rounds - 1, *range(rounds)] if rate == own else range(rounds)
-            for index in order:
+            baseline = train_local_baseline(candidate, max(tried) + 1, folder)
+            for index in tried:
                 loss = baseline.tuning_losses[index]
                 if not choice or loss < best_loss:
                     best_loss, best = math.inf if math.isnan(loss) else loss, baseline.metrics[index]
