@@ -4,10 +4,10 @@ Threat model
   Never sent by a site: images, rows of tables, labels, groups, sample indices, per-sample results, private models,
     optimizer states, the local baseline's model and exit thresholds.
   Sent to the server: names of the site and of the classes; split sizes, class counts, and SHA-256 digests of the
-    samples and of a table's columns and categories; all metrics on the test split (recall
-    per class, too) and means over samples; the method's update (FedeKD:
-    the proxy); that a reply failed, without the text of the
-    error (in the site's log), which may quote cells, groups and paths.
+    samples and of a table's columns and categories; all metrics on the test split (recall per class, too), also those
+    of the local baseline, the control and the tuned local model, and means over samples; the counts, p-value and
+    decision of do-no-harm; the method's update (FedeKD: the proxy); that a reply failed, without the text of the error
+    (in the site's log), which may quote cells, groups and paths.
   Protected against:
     - the network and unregistered sites, by Flower's TLS and SuperNode keys, which the operators must enable;
     - malformed messages: site and server parse JSON and raw arrays, never pickles, and the server rejects updates with
