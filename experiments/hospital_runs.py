@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from filelock import FileLock
 
 from fedekd.atomic import atomic_file
 from fedekd.cli import main as fedekd
@@ -58,14 +60,16 @@ def parser(name: str, description: str | None, methods: Sequence[str], results: 
     Args:
         name: Module of the experiment.
         description: Text of its help.
-        methods: Default methods.
+        methods: Default methods; the only one cannot be replaced.
         results: Default file of the rows.
     """
-    result = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    result = argparse.ArgumentParser(prog=f"python -m {name}", description=description, allow_abbrev=False)
     result.add_argument("--datasets", nargs="+", default=["cifar10", "fashionmnist"], help="Names of configurations.")
     result.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.5], help="Concentrations.")
     add_seeds(result)
-    result.add_argument("--methods", nargs="+", default=list(methods), help="Methods by name.")
+    if len(methods) > 1:
+        result.add_argument("--methods", nargs="+", default=list(methods), help="Methods by name.")
+    result.set_defaults(methods=list(methods))
     result.add_argument("--root", default="data", help="Folder of the data sets (default data).")
     result.add_argument("--output", type=Path, default=Path("runs/hospital"), help="Folder of the runs.")
     result.add_argument("--results", type=Path, default=results, help="CSV file to which the rows are written.")
@@ -90,26 +94,30 @@ def clients_of(run: Run, arguments: argparse.Namespace, options: Sequence[str] =
     """
     name = f"{run.dataset}-{run.alpha:g}-{run.method.lower()}-{run.seed:02d}"
     folder = arguments.output / name
-    if not (folder / "summary.json").is_file():
-        local = f"--baseline_dir={arguments.output / 'local'}"
-        fixed = [f"--data.alpha={run.alpha}", f"--method={run.method}", f"--seed={run.seed}", f"--output={folder}"]
-        new = [
-            f"--config={run.dataset}.yaml",
-            f"--data.root={arguments.root}",
-            *SETTING,
-            "--quiet",
-            *fixed,
-            local,
-            *options,
-        ]
-        is_started = (folder / "config.yaml").is_file()
-        if code := fedekd(["fit", *(["--quiet", "--resume", str(folder)] if is_started else new)]):
-            sys.exit(code)
+    data = [f"--config={run.dataset}.yaml", f"--data.root={arguments.root}", f"--data.alpha={run.alpha}"]
+    fixed = [f"--method={run.method}", f"--seed={run.seed}", f"--baseline_dir={arguments.output / 'local'}"]
+    fit(folder, [*data, *SETTING, *fixed, *options])
     return open_finished("fit", folder, in_process=True)[0].load_clients()
 
 
+def fit(folder: Path, options: Iterable[str]) -> None:
+    """Train a run unless it is finished; an interrupted one is resumed.
+
+    Args:
+        folder: Folder of the run.
+        options: Options of `fit` for a new run, without its folder.
+    """
+    if (folder / "summary.json").is_file():
+        return
+    is_started = (folder / "config.yaml").is_file()
+    new = ["--resume", str(folder)] if is_started else [*options, f"--output={folder}"]
+    if code := fedekd(["fit", "--quiet", *new]):
+        sys.exit(code)
+
+
+@cache
 def commit() -> str:
-    """Return the commit of the code; `unknown` outside a repository."""
+    """Return the commit of the code at the first call; `unknown` outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return shown.stdout.strip() or "unknown"
@@ -142,12 +150,13 @@ def store(key: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path)
     """
     found = [{**key, **row} for row in rows]
     frame = pd.DataFrame([row if "commit" in row else {**row, "commit": commit()} for row in found])
-    if path.is_file():
-        known = _read(path)
-        frame = pd.concat([known[~_has_key(known, key)], frame])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(frame.sort_values(list(key), kind="stable").to_csv(index=False, float_format="%.6g").encode())
+    with FileLock(path.with_name(f".{path.name}.lock")):  # another process may add rows
+        if path.is_file():
+            known = _read(path)
+            frame = pd.concat([known[~_has_key(known, key)], frame])
+        with atomic_file(path) as file:
+            file.write(frame.sort_values(list(key), kind="stable").to_csv(index=False, float_format="%.6g").encode())
 
 
 def mean_and_error(values: pd.Series) -> str:

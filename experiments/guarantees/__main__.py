@@ -24,7 +24,6 @@ from experiments.guarantees.scores import Cached, Population, cached_scores
 from experiments.hospital_runs import Row, add_seeds, is_stored, seeds, store
 from fedekd.early_exit import ExitPolicy, ExitScores, SelectiveRiskCalibrator
 from fedekd.early_exit.grouping import PREDICTED_CLASS, TRUE_CLASS, Grouping
-from fedekd.errors import UserError
 from fedekd.functional.binomial import clopper_pearson
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "guarantees" / "groups.csv"
@@ -78,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     result.add_argument("--results", type=Path, default=RESULTS, help="CSV file of the rows.")
     arguments = result.parse_args(argv)
     if arguments.draws < 1:
-        raise UserError(f"--draws: expected at least 1, got {arguments.draws}")
+        result.error(f"--draws: expected at least 1, got {arguments.draws}")
     return arguments
 
 

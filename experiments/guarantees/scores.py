@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experiments.hospital_runs import fit
 from fedekd.atomic import atomic_file
-from fedekd.cli import main as fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.data import take_inputs
 from fedekd.data.corruptions import corrupt
@@ -22,7 +21,7 @@ from fedekd.early_exit.scoring import exit_outputs
 #: Options of `fit` for the network; 18,000 images are held out.
 OPTIONS = (
     *("--config=early_exit/fashionmnist.yaml", "--data.max_samples=30000", "--data.fractions=[0.4,0.3,0.3]"),
-    *("--rounds=2", "--client.local_epochs=2", "--trainer.threads=1", "--logger=null", "--quiet"),
+    *("--rounds=2", "--client.local_epochs=2", "--trainer.threads=1", "--logger=null"),
 )
 
 #: Share of the images of scanner B, whose noise the network has not seen in training, and its severity.
@@ -92,17 +91,7 @@ def cached_scores(folder: Path, root: str, seed: int) -> Cached:
 
 def _scores(folder: Path, root: str, seed: int) -> dict[str, npt.NDArray[np.generic]]:
     run = folder / f"network-{seed}"
-    if not (run / "summary.json").is_file():
-        is_started = (run / "config.yaml").is_file()
-        new = (
-            *OPTIONS,
-            f"--data.root={root}",
-            f"--seed={seed}",
-            f"--output={run}",
-            f"--baseline_dir={folder / 'local'}",
-        )
-        if code := fedekd(["fit", *(("--quiet", "--resume", str(run)) if is_started else new)]):
-            sys.exit(code)
+    fit(run, [*OPTIONS, f"--data.root={root}", f"--seed={seed}", f"--baseline_dir={folder / 'local'}"])
     orchestrator, _, _ = open_finished("fit", run, in_process=True)
     [client] = orchestrator.load_clients()
     network, splits = exit_network(client), client.splits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experiments.hospital_runs import fit
 from fedekd.atomic import atomic_file
-from fedekd.cli import main as fedekd
 from fedekd.configuration.trained import open_run
 from fedekd.data import corrupt, split_inputs, take_inputs
 from fedekd.early_exit import ExitPolicy, SelectiveRiskCalibrator
@@ -39,12 +38,7 @@ CLEAN = "none"
 
 def train(folder: Path, root: str, options: tuple[str, ...] = SETTING) -> None:
     """Train the federation unless it is finished; an interrupted run is resumed."""
-    if (folder / "summary.json").is_file():
-        return
-    new = [*options, f"--data.root={root}", f"--output={folder}", f"--baseline_dir={folder.parent / 'local'}"]
-    is_started = (folder / "config.yaml").is_file()
-    if code := fedekd(["fit", "--quiet", *(["--resume", str(folder)] if is_started else new)]):
-        sys.exit(code)
+    fit(folder, [*options, f"--data.root={root}", f"--baseline_dir={folder.parent / 'local'}"])
 
 
 def scores_of(

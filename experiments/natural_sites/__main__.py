@@ -7,14 +7,11 @@ included; `--root` names their folder. Finished runs are not repeated.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from fedekd.atomic import atomic_file
-from fedekd.cli import main as fedekd
+from experiments.hospital_runs import Row, fit, store
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "natural_sites" / "sites.csv"
 
@@ -36,20 +33,13 @@ FEDERATIONS = {
 def run(name: str, method: str, seed: int, root: str, output: Path) -> Path:
     """Run one method on one federation unless it is finished; return its folder."""
     folder = output / f"{name}-{method.lower()}-{seed:02d}"
-    if (folder / "summary.json").is_file():
-        return folder
-    if (folder / "config.yaml").is_file():
-        arguments = ["--resume", str(folder)]
-    else:
-        options = [option.format(root=root) for option in FEDERATIONS[name]]
-        fixed = [f"--seed={seed}", f"--output={folder}", f"--baseline_dir={output / 'local'}", "--logger=null"]
-        arguments = [*options, *METHODS[method], f"--metrics=[{','.join(METRICS)}]", *fixed]
-    if code := fedekd(["fit", "--quiet", *arguments]):
-        sys.exit(code)
+    options = [option.format(root=root) for option in FEDERATIONS[name]]
+    fixed = [f"--seed={seed}", f"--baseline_dir={output / 'local'}", "--logger=null"]
+    fit(folder, [*options, *METHODS[method], f"--metrics=[{','.join(METRICS)}]", *fixed])
     return folder
 
 
-def rows_of(folder: Path, name: str, method: str, seed: int) -> list[dict[str, object]]:
+def rows_of(folder: Path) -> list[Row]:
     """Return one row per site and metric of a finished run, after the last round."""
     last = pd.read_csv(folder / "metrics.csv").iloc[-1]
     sites = [column.split("/")[0] for column in last.index if column.endswith(f"/{METRICS[0]}") and "client_" in column]
@@ -60,9 +50,6 @@ def rows_of(folder: Path, name: str, method: str, seed: int) -> list[dict[str, o
             local, delta = ("local", "delta") if is_primary else (f"local/{metric}", f"delta/{metric}")
             rows.append(
                 {
-                    "federation": name,
-                    "method": method,
-                    "seed": seed,
                     "site": site.removeprefix("client_"),
                     "metric": metric,
                     "score": last[f"{site}/{metric}"],
@@ -71,19 +58,6 @@ def rows_of(folder: Path, name: str, method: str, seed: int) -> list[dict[str, o
                 }
             )
     return rows
-
-
-def store(rows: list[dict[str, object]], path: Path) -> None:
-    """Replace the rows of the same federation, method and seed in the results."""
-    frame = pd.DataFrame(rows)
-    key = ["federation", "method", "seed"]
-    if path.is_file():
-        known = pd.read_csv(path)
-        replaced = known.set_index(key).index.isin(frame.set_index(key).index)
-        frame = pd.concat([known[~replaced], frame])
-    frame = frame.sort_values([*key, "site", "metric"], kind="stable")
-    with atomic_file(path) as file:
-        file.write(frame.to_csv(index=False).encode())
 
 
 def main() -> None:
@@ -95,13 +69,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/natural_sites"), help="Folder of the runs.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to which the scores are written.")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for name in arguments.federations:
         for seed in range(arguments.seeds):
             for method in METHODS:
                 folder = run(name, method, seed, arguments.root, arguments.output)
-                rows = rows_of(folder, name, method, seed)
-                store([row | {"commit": commit} for row in rows], arguments.results)
+                store({"federation": name, "method": method, "seed": seed}, rows_of(folder), arguments.results)
                 print(f"{name}, seed {seed}, {method}: {folder}")
 
 

@@ -11,7 +11,6 @@ The runs of four seeds take about four minutes on one core.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -21,9 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments.hospital_runs import Row, add_seeds, is_stored, mean_and_error, seeds, store
+from experiments.hospital_runs import Row, add_seeds, fit, is_stored, mean_and_error, seeds, store
 from fedekd.atomic import atomic_file
-from fedekd.cli import main as fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.methods import Client
 from fedekd.models.freezing import frozen_names
@@ -83,21 +81,12 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
         yield Run(method, start, seed, arguments.rounds, arguments.source, *sizes)
 
 
-def fit(folder: Path, options: Iterable[str]) -> None:
-    """Train a run unless it is finished."""
-    if (folder / "summary.json").is_file():
-        return
-    is_started = (folder / "config.yaml").is_file()
-    if code := fedekd(["fit", *(["--quiet", "--resume", str(folder)] if is_started else [*options, *MODEL])]):
-        sys.exit(code)
-
-
 def pretrain(run: Run, arguments: argparse.Namespace) -> Path:
     """Return the file with the weights of a private model trained on the source data."""
     folder = arguments.output / f"{Path(run.source).stem}-{run.source_samples}-{run.seed:02d}"
     data = [f"--data.dataset={run.source}", f"--data.root={arguments.root}", "--data.num_clients=1"]
     size = [f"--data.max_samples={run.source_samples}", "--data.batch_size=64", "--rounds=3"]
-    fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={run.seed}", f"--output={folder}"])
+    fit(folder, ["--config=digits.yaml", "--method=Local", *data, *size, f"--seed={run.seed}", *MODEL])
     [client] = open_finished("fit", folder, in_process=True)[0].load_clients()
     weights = folder / "private.pt"
     with atomic_file(weights) as file:
@@ -113,7 +102,7 @@ def train(run: Run, weights: Path, arguments: argparse.Namespace) -> Path:
     size = [f"--data.max_samples={run.max_samples}", "--data.extra_test=100", "--data.alpha=0.5"]
     options = [f"--method={run.method}", *(option.format(weights=weights) for option in STARTS[run.start])]
     fixed = [f"--rounds={run.rounds}", f"--seed={run.seed}", f"--baseline_dir={arguments.output / 'local'}"]
-    fit(folder, ["--config=digits.yaml", *options, *size, *fixed, f"--output={folder}"])
+    fit(folder, ["--config=digits.yaml", *options, *size, *fixed, *MODEL])
     return folder
 
 
@@ -171,10 +160,12 @@ def table(results: pd.DataFrame) -> str:
     ]
     groups = {name: group.set_index("seed") for name, group in results.groupby(["method", "start"])}
     for method, start in sorted(groups, key=lambda name: (name[0], list(STARTS).index(name[1]))):
-        part, random = groups[method, start], groups[method, RANDOM]
+        part, random = groups[method, start], groups.get((method, RANDOM))
         cells = []
         for name in ("accuracy", "local_accuracy"):
-            gain = mean_and_error((part[name] - random[name]).dropna()) if start != RANDOM else ""
+            gain = (
+                mean_and_error((part[name] - random[name]).dropna()) if start != RANDOM and random is not None else ""
+            )
             cells += [f"{part[name].mean():.4f}", gain]
         size = part["bytes_up"].mean() / 1e6
         cells += [mean_and_error(part["delta"]), f"{size:.2f}", str(len(part))]

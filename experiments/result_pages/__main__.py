@@ -49,12 +49,13 @@ def render() -> dict[Path, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Write the pages; with `--check` only compare them."""
-    stale = [path for path, text in render().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    pages = render()
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)}: {'differs' if '--check' in argv else 'written'}")
         if "--check" not in argv:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(render()[path], encoding="utf-8")
+            path.write_text(pages[path], encoding="utf-8")
     return 1 if stale and "--check" in argv else 0
 
 

@@ -89,10 +89,14 @@ def gate() -> str:
     for (dataset, alpha), cells in found.items():
         for column, name in DELTAS.items():
             row = [f"{DATASETS[dataset]}, {alpha:g}", name]
+            pairs = 0
             for first, _ in steps:
-                _, gain, p, adjusted = cells[first, column]
+                if (first, column) not in cells:  # too few seeds
+                    row.append("")
+                    continue
+                pairs, gain, p, adjusted = cells[first, column]
                 row.append(f"{gain:+.4f} (p = {p:.2g}{'*' if adjusted <= LEVEL else ''})")
-            rows.append([*row, str(cells[first, column][0])])
+            rows.append([*row, str(pairs)])
     return markdown(["data set, alpha", "Delta", "shuffled − none", "gate − shuffled", "seeds"], rows)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,9 +22,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from experiments.hospital_runs import add_seeds, is_stored, mean_and_error, seeds, store
+from experiments.hospital_runs import add_seeds, fit, is_stored, mean_and_error, seeds, store
 from experiments.safe_exits.measures import FILES, Extent, rows_of
-from fedekd.cli import main as fedekd
 from fedekd.configuration.load_run import open_finished
 from fedekd.errors import UserError
 from fedekd.methods import Client
@@ -98,11 +96,7 @@ def clients_of(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Clien
     size = f"{run.samples or 'all'}-{run.epochs}"
     name = f"{run.dataset}-{run.model.rpartition('.')[2]}-{run.method}-{size}-{run.seed:02d}".lower()
     folder = arguments.output / name.replace(", ", "-").replace(" ", "-")
-    if not (folder / "summary.json").is_file():
-        is_started = (folder / "config.yaml").is_file()
-        new = ["--quiet", "--resume", str(folder)] if is_started else options_of(run, arguments, folder)
-        if code := fedekd(["fit", *new]):
-            sys.exit(code)
+    fit(folder, options_of(run, arguments))
     orchestrator, _, summary = open_finished("fit", folder, in_process=True)
     [trained], [baseline] = orchestrator.load_clients(), orchestrator.baseline_clients()
     if baseline is None:
@@ -110,15 +104,15 @@ def clients_of(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Clien
     return {run.method: trained, LOCAL: baseline}, float(summary["seconds"])
 
 
-def options_of(run: Run, arguments: argparse.Namespace, folder: Path) -> list[str]:
+def options_of(run: Run, arguments: argparse.Namespace) -> list[str]:
     """Return the options of `fit` for a new run."""
     model = f"--client.private_model={run.model}"
     return [
-        *(f"--config=early_exit/{run.dataset}.yaml", f"--data.root={arguments.root}", "--quiet", "--logger=null"),
+        *(f"--config=early_exit/{run.dataset}.yaml", f"--data.root={arguments.root}", "--logger=null"),
         *(f"--method.{name}={value}" for name, value in METHODS[run.method].items()),
         *(f"--rounds={run.epochs}", "--client.local_epochs=1", f"--seed={run.seed}", "--trainer.threads=1", model),
         *([f"--data.max_samples={run.samples}"] if run.samples else []),
-        *(f"--output={folder}", f"--baseline_dir={arguments.output / 'local'}"),
+        f"--baseline_dir={arguments.output / 'local'}",
     ]
 
 

@@ -31,7 +31,7 @@ def test_main_measures_each_run_once_and_finds_changed_bytes(tmp_path: Path, mon
     def fail(*arguments: Any) -> int:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(experiment, "fedekd", fail)
+    monkeypatch.setattr("experiments.hospital_runs.fedekd", fail)
     before = results.read_bytes()
     experiment.main(argv)
     assert results.read_bytes() == before

@@ -80,7 +80,7 @@ def test_main_measures_both_networks_once_and_resumes(tmp_path: Path, monkeypatc
     def fail(*arguments: Any) -> int:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(experiment, "fedekd", fail)
+    monkeypatch.setattr("experiments.hospital_runs.fedekd", fail)
     before = (results / "networks.csv").read_bytes()
     experiment.main(argv)
     assert (results / "networks.csv").read_bytes() == before
