@@ -35,7 +35,7 @@ COMMANDS = {"benchmark", "cli", "configuration", "flower"}
 def imported_packages(package: str) -> Iterator[tuple[str, str]]:
     for path in (ROOT / "fedekd" / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [f"{node.module}.{name.name}" for name in node.names] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 root, _, rest = name.partition(".")

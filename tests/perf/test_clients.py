@@ -50,7 +50,6 @@ def test_main_invalid_option_names_it(wrong: str, capsys: pytest.CaptureFixture[
 @pytest.mark.ray
 @pytest.mark.flower
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("ray", "flwr"))), reason="needs Ray and Flower")
 def test_main_all_engines_have_equal_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--clients=6", "--rounds=2", "--options=--client.local_epochs 1"]) == 0
