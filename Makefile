@@ -65,7 +65,7 @@ gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(INSTALLED))
 
 # Ray, Flower, Hugging Face datasets, timm, peft, other loggers and ONNX are optional; without them their tests are skipped.
 EXTRAS := $(VENV)/.extras
-$(EXTRAS): $(INSTALLED)
+$(EXTRAS): $(INSTALLED) examples/serve/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,flower,hf,timm,lora,loggers,export]' \
 		-r examples/serve/requirements.txt
 	touch $@
@@ -108,7 +108,7 @@ sites: $(EXTRAS)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not (slow or ray or flower)" --doctest-modules tests fedekd experiments $(ARGS)
 
-# Tests of Ray and Flower start clusters, of which one at a time runs: see test-extras.
+# Tests of Ray and Flower start clusters: see test-extras.
 ## test-all: run all tests but those of Ray and Flower, and the notebooks (options: ARGS="-k metrics")
 .PHONY: test-all
 test-all: $(INSTALLED)

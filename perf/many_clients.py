@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, default=None, help="another checkout of fedekd")
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
+    if chosen.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, got {chosen.rounds}")
     if chosen.folder is not None:
         print(json.dumps(train(chosen.folder, chosen.clients[0], chosen.rounds, chosen.engine)))
         return 0
