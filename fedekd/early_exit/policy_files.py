@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from fedekd.atomic import atomic_file, seal, unseal
 from fedekd.early_exit.policy import ExitPolicy
+from fedekd.errors import UserError, shorten_path
 
 
 def policy_path(run: Path, client: int) -> Path:
@@ -23,9 +26,24 @@ def report_path(run: Path) -> Path:
 
 
 def calibrated_samples(run: Path, client: int) -> list[str]:
-    """Return the hashes of the samples of `calibrate --input`; empty without."""
+    """Return the hashes of the samples of `calibrate --input`; empty without.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     path = calibrated_samples_path(run, client)
-    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return unseal(path.read_bytes()).decode().split()
+    except ValueError as error:
+        raise UserError(f"{shorten_path(path)}: damaged ({error}). Run calibrate again") from error
+
+
+def save_calibrated_samples(run: Path, client: int, hashes: Iterable[str]) -> None:
+    """Write the hashes of the samples of `calibrate --input`, with a checksum."""
+    with atomic_file(calibrated_samples_path(run, client)) as file:
+        file.write(seal("\n".join(hashes).encode()))
 
 
 def calibrated_samples_path(run: Path, client: int) -> Path:

@@ -19,7 +19,7 @@ from fedekd.early_exit.calibration.ltt_joint import ltt_joint
 from fedekd.early_exit.calibration.types import CalibrationRule, CalibrationTarget, SelectedThresholds
 from fedekd.early_exit.grouping import Grouping
 from fedekd.early_exit.policy import ExitPolicy, GroupExits
-from fedekd.errors import UserError, require_choice
+from fedekd.errors import UserError, require, require_choice
 
 
 class Mode(NamedTuple):
@@ -92,6 +92,7 @@ class SelectiveRiskCalibrator:
             if not 0.0 < value < 1.0:
                 raise UserError(f"{name}: expected a number in (0, 1), got {value}")
         require_choice("mode", mode, MODES, _RENAMED_MODES)
+        require(simultaneous_clients >= 1, "simultaneous_clients", "at least 1", simultaneous_clients)
         self.target_risk, self.confidence, self.mode = target_risk, confidence, mode
         self.simultaneous_clients = simultaneous_clients
         #: Failure probability of one client. Rounded, because 1 - 0.9 is not 0.1 in floating point.

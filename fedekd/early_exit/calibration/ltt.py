@@ -112,7 +112,8 @@ def survivor_fixed_sequence(
                 threshold = search_bound
             thresholds.append(threshold)
             search_bounds.append(search_bound)
-            stays &= ~members | (calibration.scores[:, exit_] < search_bound)
+            below = calibration.scores[:, exit_] < search_bound
+            stays &= below if target.shared else ~members | below  # a shared threshold holds for untested groups, too
         alive = stays
     return SelectedThresholds(tuple(thresholds), tuple(search_bounds), plan.required_samples)
 
@@ -155,7 +156,8 @@ def make_plan(tuning: ExitScores, samples: int, target: CalibrationTarget) -> Se
                         at_grid = curve.take(np.searchsorted(-curve.thresholds, -grid))
                         failing = expected_p_value(at_grid, target.target_risk, ratio) > level
                         search_bound = grid[int(np.argmax(failing))] if failing.any() else grid[-1]
-                        stays &= ~members | (tuning.scores[:, exit_] < search_bound)
+                        below = tuning.scores[:, exit_] < search_bound
+                        stays &= below if target.shared else ~members | below
                 elif cell not in closed:
                     prospects[cell] = (math.inf, None, 0)  # no sample reaches this exit
                 grids.append(grid)

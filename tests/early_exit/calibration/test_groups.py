@@ -210,3 +210,23 @@ def test_shared_predicted_classes_are_those_of_the_tuning_samples():
 def test_fit_groups_with_another_mode_raises(mode):
     with pytest.raises(UserError, match="mode: expected ltt with groups"):
         SelectiveRiskCalibrator(0.1, 0.9, mode).fit_scores(draw(1, 50), draw(2, 50), None, Grouping("x", NAMES, False))
+
+
+def test_shared_threshold_removes_samples_of_groups_without_tuning_samples() -> None:
+    rng = np.random.default_rng(0)
+
+    def known(samples: int) -> ExitScores:
+        scores = np.column_stack([rng.uniform(size=(samples, 2)), np.ones(samples)])
+        correct = np.column_stack([scores[:, 0] > 0.5, np.ones((samples, 2), dtype=bool)])
+        return ExitScores(scores, correct, None, np.zeros((samples, 3), dtype=np.int64))
+
+    # Samples of an unknown class take exit 1 at deployment, so that their errors at exit 2 do not count.
+    tuning, some = known(1000), known(2000)
+    unknown = ExitScores(np.full((300, 3), 0.99), np.zeros((300, 3), bool), None, np.tile([-1, 0, 0], (300, 1)))
+    parts = ((getattr(some, name), getattr(unknown, name)) for name in ("scores", "correct"))
+    scores, correct = map(np.concatenate, parts)
+    calibration = ExitScores(scores, correct, None, np.concatenate([some.groups, unknown.groups]))
+    target = CalibrationTarget(0.1, 0.1, np.arange(1.0, 4.0), groups=1, shared=True)
+    first, second = ltt.survivor_fixed_sequence(calibration, tuning, target).thresholds[:2]
+    assert 0.3 < first < 0.6
+    assert second < 0.1
