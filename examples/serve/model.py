@@ -241,9 +241,10 @@ def _value(column: Mapping[str, Any], value: Any) -> float:
         if not is_number or not abs(value) <= sys.float_info.max:  # also NaN; math.isfinite fails for huge integers
             raise InputError(f"{column['name']}: expected a finite number or null, got {reprlib.repr(value)}")
         return float(value)
-    if isinstance(value, list | dict) or str(value) not in categories:
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, list | dict) or text not in categories:
         raise InputError(f"{column['name']}: expected one of {', '.join(categories)}, got {reprlib.repr(value)}")
-    return float(categories.index(str(value)))
+    return float(categories.index(text))
 
 
 def _is_grey(image: Image.Image) -> bool:

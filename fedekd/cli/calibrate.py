@@ -20,7 +20,7 @@ from fedekd.cli.folder_lock import lock_folder
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
-from fedekd.data import Samples, load_samples
+from fedekd.data import Samples, load_samples, scale
 from fedekd.data.formats import format_of
 from fedekd.data.formats.torch_dataset import GROUP_ATTRIBUTE
 from fedekd.data.group_values import group_values, is_one_to_one
@@ -43,6 +43,7 @@ from fedekd.early_exit.policy_files import (
     load_policy,
     policy_path,
     report_path,
+    save_calibrated_samples,
 )
 from fedekd.errors import UserError, print_warning, require_choice, shorten, shorten_path
 from fedekd.functional import SCORES
@@ -190,7 +191,7 @@ def run(argv: Sequence[str]) -> int:
             if not config.familywise and (config.client is not None or config.site is not None):
                 _warn_of_broken_family(folder, client.number, console)
             if held_out is not None:
-                write_text(calibrated_samples_path(folder, client.number), "\n".join(input_digests(held_out.inputs)))
+                save_calibrated_samples(folder, client.number, input_digests(held_out.inputs))
             policy.save(path)
             if held_out is None:  # after the policy that these samples calibrated was replaced
                 calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
@@ -361,6 +362,8 @@ def _load(path: str, like: Samples, options: ReadOptions) -> Samples:
             raise UserError(f"expected labelled images: an .npz file, a folder or a manifest, got {shorten_path(path)}")
         samples = load_samples(**_source(path, like, options))
         require_trained_bits(like, samples.inputs.dtype == torch.uint8)
+        if like.inputs.dtype != torch.uint8:  # sites of 8 and of 16 bits were joined: digests must agree
+            samples = replace(samples, inputs=scale(cast(torch.Tensor, samples.inputs)))
     except UserError as error:
         raise _group_error(input_error(error), error) from error
     if samples.input_shape == (1, *like.input_shape[1:]):

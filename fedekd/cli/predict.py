@@ -44,7 +44,7 @@ from fedekd.cli.prediction_file import (
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
-from fedekd.data import FederatedDataModule
+from fedekd.data import FederatedDataModule, scale
 from fedekd.data.formats.table import is_table_file
 from fedekd.data.group_values import input_values
 from fedekd.data.unlabelled import read_images
@@ -293,7 +293,10 @@ def _read(data: FederatedDataModule, client: Client, path: Path, is_table: bool,
     require_trained_bits(client.samples, images.inputs.dtype == np.uint8)
     for line in images.warnings:
         print_warning(line.replace("data.skip_unreadable", "--skip_unreadable"))
-    return _Inputs(images.batches(BATCH_SIZE), len(images), images.names)
+    batches = images.batches(BATCH_SIZE)
+    if client.samples.inputs.dtype != torch.uint8:  # sites of 8 and of 16 bits were joined: digests must agree
+        batches = map(scale, batches)
+    return _Inputs(batches, len(images), images.names)
 
 
 def _predictions(

@@ -221,4 +221,12 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str], ArgumentParser], str]]
         r"Not a valid subclass of (\w+)|argument of type '\w+' is not iterable",
         "--{key}: expected a class path, or keys and values, got {value}",
     ),
+    (
+        r"(?s)Subtypes: \[(?:list|collections)\[.*Given value: ([^\n]*)",
+        "--{key}: expected a list, as in [a, b], got {0!r}",
+    ),
+    (
+        r"(?s)Subtypes: \[dict\[.*Given value: ([^\n]*)",
+        "--{key}: expected keys and values, as in {{a: [b, c]}}, got {0!r}",
+    ),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from fedekd.configuration.options import build_parts, federation_parser, parse, parts_of
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.data.formats import format_of
+from fedekd.data.formats.hugging_face import is_hugging_face
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
@@ -160,11 +161,19 @@ def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     data["root"] = _absolute(data["root"])
     if isinstance(data["sites"], str):
         data["sites"] = _absolute(data["sites"])
-    if data["dataset"] is not None and format_of(Path(data["dataset"]).expanduser()) is not None:  # else a name
-        data["dataset"] = _absolute(data["dataset"])
+    elif data["sites"] is not None:
+        data["sites"] = {name: _absolute_data(path) for name, path in data["sites"].items()}
+    if data["dataset"] is not None:
+        data["dataset"] = _absolute_data(data["dataset"])
     if client["private_weights"] is not None:
         client["private_weights"] = _absolute(client["private_weights"])
     return {**config, "data": data, "client": client}
+
+
+def _absolute_data(source: str) -> str:
+    """Return an absolute path of a file or folder; a name of a data set unchanged."""
+    path = Path(source).expanduser()
+    return source if format_of(path) is None or is_hugging_face(path) else _absolute(source)
 
 
 def _absolute(path: str) -> str:

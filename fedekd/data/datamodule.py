@@ -264,8 +264,6 @@ class FederatedDataModule(lightning.LightningDataModule):
         samples = cast(Samples, self._samples)
         if self._clients is None:
             if self.transform is not None:
-                if samples.columns:
-                    raise UserError("data.transform: expected null for tables, because it is an option of images")
                 check_transform(self.transform, samples.inputs[torch.tensor([0])])
             first = 0
             if self._only_client is not None:

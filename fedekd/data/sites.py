@@ -94,8 +94,8 @@ def _in_folder(folder: Path) -> dict[str, Any]:
     # An empty site would leave the federation without a message.
     if unread := [repr(path.name) for path in paths if path.is_dir() and format_of(path) is None]:
         raise UserError(
-            "data.sites: expected images, or a file in a known format, in each subfolder, got none in"
-            f" {listed(unread)}. Remove empty folders"
+            f"data.sites: expected images in each subfolder, got none in {listed(unread)}. Remove it, or move its table"
+            " or .npz file up and name it like the site"
         )
     for path in paths:
         if format_of(path) is None:

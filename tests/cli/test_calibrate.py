@@ -433,3 +433,25 @@ def test_calibrate_policy_is_strict_json(here: Path) -> None:
     values = json.loads(Path("run/exits/client-000.json").read_text(), parse_constant=pytest.fail)
     assert values["thresholds"][-1] == "-inf"
     assert {"target_risk", "confidence", "samples", "exit_counts", "error_counts", "network", "versions"} <= set(values)
+
+
+def test_calibrate_input_of_an_8_bit_site_is_compared_with_its_training_images(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undrawn: None,
+    capsys: pytest.CaptureFixture[str],
+    error_line: Callable[[], str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    Path("sites").mkdir()
+    for name, largest, dtype in (("eight", 255, np.uint8), ("sixteen", 65_535, np.uint16)):  # joined as float32
+        images = rng.integers(0, largest, (60, 8, 8), endpoint=True).astype(dtype)
+        np.savez(f"sites/{name}.npz", images=images, labels=labels)
+    options = ["--data.sites=sites", "--rounds=1", "--data.batch_size=16", "--method=Local", "--client.exits=2"]
+    assert main(["fit", *FAST, *options, "--output=run"]) == 0
+    capsys.readouterr()
+    for name in ("eight", "sixteen"):
+        command = ["calibrate", "run", f"--client={name}", f"--input=sites/{name}.npz"]
+        assert main([*command, "--target_risk=0.3", "--confidence=0.5"]) == 2
+        assert "--input: expected unseen images, got " in error_line()

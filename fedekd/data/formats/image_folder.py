@@ -46,6 +46,12 @@ def read_image_folder(path: Path, options: ReadOptions) -> RawSamples:
     splits = [SPLIT_NAMES.get(folder.name.lower(), -1) for folder in folders]
     # A class may be called `test`; without a folder of training images these are classes.
     has_splits = 0 in splits and -1 not in splits
+    if not has_splits and 0 in splits and {1, 2} & set(splits):
+        other = folders[splits.index(-1)].name
+        raise UserError(
+            f"data.dataset: '{shorten_path(path)}': expected no other folder next to those of the splits, got"
+            f" {shorten(repr(other))}. Move it away"
+        )
     _require_no_loose_image(path, path)
     if has_splits:
         by_split = sorted(zip(splits, folders, strict=True), key=lambda pair: pair[0])

@@ -27,9 +27,9 @@ _IMAGES, _LABELS, _CLASS_NAMES = "images", ("labels", "targets"), "class_names"
 def read_arrays(path: Path, options: ReadOptions) -> RawSamples:
     """Read an .npz file.
 
-    In MedMNIST's layout the arrays are `{train,val,test}_{images,labels}` and, with columns of sites or groups,
-    `{train,val,test}_{column}`. In one part they are `images`, `labels` or `targets`, and optionally `split` and the
-    columns. `class_names` are the names of the classes 0, 1, ...
+    In MedMNIST's layout the arrays are `{train,val,test}_{images,labels}` and, with a column of targets, sites or
+    groups, `{train,val,test}_{column}`. In one part they are `images`, `labels` or `targets`, and optionally `split`
+    and the columns. `class_names` are the names of the classes 0, 1, ...
 
     Args:
         path: The file.
@@ -42,9 +42,10 @@ def read_arrays(path: Path, options: ReadOptions) -> RawSamples:
         UserError: If the file is missing or corrupt, or an array is missing or has another length.
     """
     with _open(path) as file:
-        has_splits = any(key in file for split in SPLITS for key in _keys(split))
+        label = options.target_column or "labels"
+        has_splits = any(key in file for split in SPLITS for key in _keys(split, label))
         if has_splits or _IMAGES not in file:
-            raw, sizes = pool(path.stem, read_npz(path), options), _sizes(file)
+            raw, sizes = pool(path.stem, read_npz(path, label), options), _sizes(file, label)
         else:
             raw, sizes = _in_one_part(path, file, options), {}
         extra: dict[str, Any] = {}
@@ -102,11 +103,12 @@ def read_column(path: Path, name: str) -> list[Any] | None:
         return [value for array in arrays for value in np.asarray(file[array]).reshape(-1).tolist()]
 
 
-def read_npz(path: Path) -> Splits:
+def read_npz(path: Path, label: str = "labels") -> Splits:
     """Read an .npz file in MedMNIST's layout.
 
     Args:
         path: The file, with arrays `{train,val,test}_{images,labels}`. Some splits may be missing or empty.
+        label: Name in place of `labels`.
 
     Returns:
         Images and labels of each split in the file.
@@ -115,21 +117,21 @@ def read_npz(path: Path) -> Splits:
         UserError: If the file is missing, corrupt, or has another layout.
     """
     with _open(path) as file:
-        arrays = {key: np.asarray(file[key]) for split in SPLITS for key in _keys(split) if key in file}
+        arrays = {key: np.asarray(file[key]) for split in SPLITS for key in _keys(split, label) if key in file}
     splits: Splits = {}
     for split in SPLITS:
-        present = [key for key in _keys(split) if key in arrays]
+        present = [key for key in _keys(split, label) if key in arrays]
         if len(present) == 1:
-            missing = next(key for key in _keys(split) if key not in arrays)
+            missing = next(key for key in _keys(split, label) if key not in arrays)
             raise UserError(
                 f"data.dataset: '{path}': expected both arrays of a split, got '{present[0]}' without '{missing}'"
             )
         if present:
-            images, labels = (np.atleast_1d(arrays[key]) for key in _keys(split))
+            images, labels = (np.atleast_1d(arrays[key]) for key in _keys(split, label))
             splits[split] = images, labels
     if not any(len(array) for pair in splits.values() for array in pair):
         raise UserError(
-            f"data.dataset: '{path}': expected train_images and train_labels, and optionally those of val and test, or"
+            f"data.dataset: '{path}': expected train_images and train_{label}, and optionally those of val and test, or"
             " images and labels, got no samples"
         )
     return splits
@@ -203,9 +205,10 @@ def _in_one_part(path: Path, file: Any, options: ReadOptions) -> RawSamples:
     return RawSamples(_resized(path.stem, images, size_of(options.image_size)), targets, split=split)
 
 
-def _sizes(file: Any) -> dict[str, int]:
+def _sizes(file: Any, label: str) -> dict[str, int]:
     """Return the number of samples of each split that is not empty."""
-    sizes = {split: len(np.atleast_1d(file[_keys(split)[1]])) for split in SPLITS if _keys(split)[1] in file}
+    names = {split: _keys(split, label)[1] for split in SPLITS}
+    sizes = {split: len(np.atleast_1d(file[name])) for split, name in names.items() if name in file}
     return {split: size for split, size in sizes.items() if size}
 
 
@@ -242,5 +245,5 @@ def _joined(name: str, parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _keys(split: str) -> tuple[str, str]:
-    return f"{split}_images", f"{split}_labels"
+def _keys(split: str, label: str = "labels") -> tuple[str, str]:
+    return f"{split}_images", f"{split}_{label}"

@@ -14,6 +14,7 @@ import pandas as pd
 
 from fedekd.data.columns import Column
 from fedekd.data.formats.columns import MISSING, csv_header, number_of, split_numbers
+from fedekd.data.formats.image_files import SUFFIXES
 from fedekd.data.raw import SPLIT_COLUMN, Array, RawSamples, ReadOptions, text_of
 from fedekd.errors import UserError, describe_error, listed, nearest, shorten, shorten_path
 from fedekd.global_state import exclusive
@@ -58,6 +59,13 @@ def read_table(path: Path, options: ReadOptions) -> RawSamples:
     if not names:
         raise UserError(f"{where}: expected at least one feature column, got none")
     features = {name: _feature(where, frame[name], options) for name in names}
+    for name, values in features.items():
+        texts = [text for text in values if text is not None] if values.dtype == object else []
+        if texts and all(Path(text).suffix.lower() in SUFFIXES for text in texts):
+            raise UserError(
+                f"{where}: column {name!r}: expected features, got names of images. Rename it to path for a list of"
+                " images, or leave it out by --data.ignored_columns"
+            )
     # pandas would make texts of objects a type of their own.
     features = {name: pd.Series(values, dtype=values.dtype) for name, values in features.items()}
     return RawSamples(
@@ -93,8 +101,10 @@ def read_features(path: Path, columns: Sequence[Column]) -> npt.NDArray[np.float
         categories = {column.name: column.categories} if column.kind == "categorical" else None
         part = _feature(where, frame[column.name], ReadOptions(categories=categories))
         if column.kind == "numeric" and part.dtype == object:
-            row = next(row for row, text in enumerate(part) if text is not None)
-            raise _text_error(where, column.name, part[row], row, "Correct it")
+            for row, text in enumerate(part):
+                if text is not None:
+                    raise _text_error(where, column.name, text, row, "Correct it")
+            part = np.full(len(part), np.nan)
         values.append(column.code(part) if column.kind == "categorical" else part)
     return np.stack(values, axis=1)
 

@@ -173,3 +173,10 @@ def test_folder_with_links_to_folders_above_or_twice_has_each_image_once(tmp_pat
         samples = load_samples(str(path))
         assert (len(samples), samples.targets.tolist()) == (6, [0, 0, 0, 1, 1, 1])
     assert len(list(find_images(folder))) == 6
+
+
+def test_folder_next_to_those_of_splits_is_refused(written: Written) -> None:
+    folder = written.folder / "folder"
+    shutil.copytree(folder / "train", folder / "external")
+    with pytest.raises(UserError, match=r"expected no other folder next to those of the splits, got 'external'"):
+        load_samples(str(folder))

@@ -252,3 +252,14 @@ def test_read_arrays_missing_label_raises(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=images, labels=np.array(["a", "?", "b"]))
     with pytest.raises(UserError, match="expected a label in each row of the column 'labels', got none in row 2"):
         load_samples(str(tmp_path / "x.npz"))
+
+
+def test_target_column_names_the_labels_of_splits(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    arrays = {"train_images": images, "train_labels": [0, 1] * 3, "train_grade": [0, 1, 2] * 2}
+    np.savez(tmp_path / "two.npz", **arrays)
+    path = str(tmp_path / "two.npz")
+    assert load_samples(path).targets.tolist() == [0, 1] * 3
+    assert load_samples(path, target_column="grade").targets.tolist() == [0, 1, 2] * 2
+    with pytest.raises(UserError, match="got 'train_images' without 'train_stage'"):
+        load_samples(path, target_column="stage")

@@ -230,3 +230,9 @@ def test_read_table_numbers_of_splits_are_given_splits(tmp_path: Path) -> None:
     samples = load_samples(write(tmp_path, FRAME.assign(split=[0, 1, 2, 0, 1, 2])), splits="given", **OPTIONS)
     assert samples.split is not None
     assert samples.split.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_table_of_names_of_images_is_refused(tmp_path: Path) -> None:
+    pd.DataFrame({"Image": ["a.png", "b.PNG", None], "label": [0, 1, 0]}).to_csv(tmp_path / "list.csv", index=False)
+    with pytest.raises(UserError, match=r"column 'Image': expected features, got names of images\. Rename it to path"):
+        load_samples(str(tmp_path / "list.csv"), target_column="label")
