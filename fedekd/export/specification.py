@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -286,6 +286,8 @@ def deployed_tensors(client: Client, specification: ModelSpecification) -> dict[
     networks = {role: client.networks[role] for role in specification.networks}
     if not specification.members:
         networks[specification.deployed] = client.deployed_model  # of which an exit may be deployed
+    elif client.candidate is not None and client.candidate.depth is not None:
+        networks["private"] = cast(MultiExitNetwork, networks["private"]).shallow(client.candidate.depth)
     networks = {role: merged(network) for role, network in networks.items()}
     if not specification.members:
         tensors = dict(networks[specification.deployed].state_dict())

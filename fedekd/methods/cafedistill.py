@@ -243,7 +243,8 @@ class CAFEDistill(Method):
             state[ACTIVE] = received[ACTIVE].cpu()
             logs = {f"exit_{number}/active": float(active) for number, active in enumerate(trained, start=1)}
         if round_idx == client.spec.rounds and self.finetune_epochs:
-            logs |= self._train(client, round_idx, epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor)
+            options = PhaseOptions(epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor)
+            logs |= self._train(client, round_idx, is_counted=False, **options)
         return logs
 
     @property
@@ -259,7 +260,9 @@ class CAFEDistill(Method):
         active = {ACTIVE: client.method_state[ACTIVE]} if self._compares_updates else {}
         return ClientUpdate.of(client, {**trunk, **head, **active})
 
-    def _train(self, client: Client, round_idx: int, **options: Unpack[PhaseOptions]) -> dict[str, float]:
+    def _train(
+        self, client: Client, round_idx: int, is_counted: bool = True, **options: Unpack[PhaseOptions]
+    ) -> dict[str, float]:
         network = cast(MultiExitNetwork, client.networks["private"])
         module = ObjectiveModule(
             network,
@@ -268,7 +271,7 @@ class CAFEDistill(Method):
             client.spec.optimizer,
             with_features=self._uses_received_head,
         )
-        return client.train_supervised(module, round_idx, **options)
+        return client.train_supervised(module, round_idx, is_counted=is_counted, **options)
 
     def loss_terms(self, client: Client, network: MultiExitNetwork) -> list[LossTerm]:
         """Return the terms of the loss for the client's active exits."""

@@ -238,7 +238,12 @@ class Client:
         return self.supervised_epochs // self.spec.client.local_epochs
 
     def train_supervised(
-        self, module: ObjectiveModule, round_idx: int | None = None, **options: Unpack[PhaseOptions]
+        self,
+        module: ObjectiveModule,
+        round_idx: int | None = None,
+        *,
+        is_counted: bool = True,
+        **options: Unpack[PhaseOptions],
     ) -> dict[str, float]:
         """Train the private model and count its supervised epochs.
 
@@ -249,6 +254,7 @@ class Client:
             module: The LightningModule that trains `networks["private"]`.
             round_idx: Round, for the seed. None is the client's next supervised round, as in the local baseline, which
                 then sees the same batches in the same order.
+            is_counted: False for fine-tuning, which has no counterpart in the local baseline.
             **options: See `PhaseOptions`.
 
         Returns:
@@ -257,7 +263,8 @@ class Client:
         round_idx = self.supervised_rounds + 1 if round_idx is None else round_idx
         means = self._train("private", module, round_idx, **options)
         epochs = options.get("epochs")
-        self.supervised_epochs += self.spec.client.local_epochs if epochs is None else epochs
+        if is_counted:
+            self.supervised_epochs += self.spec.client.local_epochs if epochs is None else epochs
         return means
 
     def train(

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedekd.functional import Aggregator, Mean
 from fedekd.methods.base import Broadcast, ClientUpdate, Method, StateDict, is_uniform_mean, require_finetuning
-from fedekd.methods.client import Client
+from fedekd.methods.client import Client, PhaseOptions
 from fedekd.methods.specification import FederationSpec
 from fedekd.models.freezing import exchanged_tensors, load_exchanged
 from fedekd.modules import LossTerm, ObjectiveModule, SupervisedLoss, SupervisedModule
@@ -82,9 +82,8 @@ class FedAvg(Method):
         if round_idx < client.spec.rounds or not self.finetune_epochs:
             return {}
         module = SupervisedModule(network, client.spec.task, client.spec.optimizer)
-        return client.train_supervised(
-            module, round_idx, epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor
-        )
+        options = PhaseOptions(epochs=self.finetune_epochs, lr_factor=self.finetune_lr_factor)
+        return client.train_supervised(module, round_idx, is_counted=False, **options)
 
     def loss_terms(self, client: Client, network: nn.Module, round_idx: int) -> list[LossTerm]:
         """Return the terms of the client's loss in a round: L_k."""

@@ -91,13 +91,10 @@ class SafeKD(Method):
             "Use FedeKD or Local.",
         )
         if self.exit_weights is not None:
-            exits = getattr(spec.build_model("private", "server"), "num_exits", 1)
-            require(
-                len(self.exit_weights) == exits,
-                "method.exit_weights",
-                f"{exits} weights, one per exit",
-                self.exit_weights,
-            )
+            for number in {spec.architecture_key(number): number for number in range(spec.num_clients)}.values():
+                exits = getattr(spec.build_model("private", number), "num_exits", 1)
+                expected = f"{exits} weights, one per exit of client {number}"
+                require(len(self.exit_weights) == exits, "method.exit_weights", expected, self.exit_weights)
         if self.teacher is not None:
             self.teacher.check(spec)
 

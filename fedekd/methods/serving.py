@@ -62,7 +62,8 @@ class Candidate:
 
     Attributes:
         name: Its name in `Method.candidates`, or that of an exit.
-        serving: How it is served; None is the private model, or its first stages for the name of an exit.
+        serving: How it is served; None is the private model. For the name of an exit the private model, also as a
+            member of the combination, has the first stages only.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Candidate:
     @property
     def depth(self) -> int | None:
         """Number of the private model's stages that are served; None for all."""
-        return exit_of_candidate(self.name) if self.serving is None else None
+        return exit_of_candidate(self.name)
 
     def to_state(self) -> dict[str, Any]:
         """Return plain values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,11 @@ class MultiExitEnsemble(MultiExitNetwork):
         self.stages = nn.ModuleList([_FirstStage(first, others), *map(_LaterStage, rest)])
         self.heads = nn.ModuleList([_Head(head, weight, offset, task) for head in network.heads])
         self._network = (network,)
+
+    def shallow(self, depth: int) -> MultiExitNetwork:
+        """Return the ensemble at the first exits; see `MultiExitNetwork.shallow`."""
+        head, first = cast(_Head, self.heads[0]), cast(_FirstStage, self.stages[0])
+        return MultiExitEnsemble(self._network[0].shallow(depth), head.weight, head.offset, first.others, head.task)
 
     @property
     def head(self) -> nn.Linear:

@@ -412,6 +412,6 @@ def test_predict_monitoring_of_a_fine_tuned_model_has_the_local_model_of_the_com
 ) -> None:
     fit(here / "blobs.npz", "tuned", "--method.finetune_epochs=2", method="FedAvg")
     trained = open_run("test", Path("tuned"))
-    assert ([client.supervised_rounds for client in trained.clients], trained.local_rounds) == ([3, 3], {0: 1, 1: 1})
+    assert trained.local_rounds == {0: 1, 1: 1}  # fine-tuning has no counterpart in the local baseline
     predict("tuned", "tuned.csv")
     assert "trained again" not in capsys.readouterr().err

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
 from fedekd.federation import Orchestrator, RoundOptions
 from fedekd.functional import cosine_similarities, mixing_weights
 from fedekd.methods import CAFEDistill, ClientOptions, FedAvg, FedPer
 from fedekd.methods.base import state_dict_bytes
 from fedekd.methods.cafedistill import ACTIVE
+from fedekd.methods.serving import CANDIDATE, Candidate
 from fedekd.modules import ObjectiveModule, predict
 from tests.federation.runs import weights
 
@@ -221,7 +224,8 @@ def test_cafedistill_finetunes_all_exits_after_the_last_round(federate: Federate
     tuned, plain = (federate(CAFEDistill(finetune_epochs=n), client=options()) for n in (2, 0))
     for run in (tuned, plain):
         run.run()
-    assert [client_of(tuned, number).supervised_epochs for number in range(3)] == [4, 4, 4]
+    # The local baseline has no epochs of fine-tuning.
+    assert [client_of(tuned, number).supervised_epochs for number in range(3)] == [2, 2, 2]
     for name, tensor in plain.method.server_state["trunk"].items():
         assert torch.equal(tuned.method.server_state["trunk"][name], tensor), name
     # By hand: two more epochs of the same loss at a tenth of the learning rate.
@@ -317,3 +321,18 @@ def test_lr_decay_reduces_learning_rate_per_round(federate: Federate) -> None:
         torch.testing.assert_close(tensor, weights(one)[name], rtol=0, atol=1e-5)
     with pytest.raises(UserError, match=r"client\.lr_decay: .* got 0"):
         options(lr_decay=0)
+
+
+def test_exit_candidate_of_cafedistill_has_the_label_prior_of_what_is_served(
+    federate: Federate, tmp_path: Path
+) -> None:
+    rule = DoNoHarm(rule="better", candidates=("exit_1",))
+    run = federate(CAFEDistill(), client=options(), do_no_harm=rule, output=tmp_path / "run")
+    run.run()
+    again = federate(CAFEDistill(), client=options(), do_no_harm=rule, output=tmp_path / "run")
+    for client, loaded in zip((client_of(run, number) for number in range(3)), again.load_clients(), strict=True):
+        client.use_candidate(Candidate("exit_1", client.serving))
+        first = client.predict(client.served_role, "test").exits[0]
+        assert torch.equal(client.predict(CANDIDATE, "test").output, first)
+        if loaded.candidate is not None:
+            assert torch.equal(loaded.predict(CANDIDATE, "test").output, first)

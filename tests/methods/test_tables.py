@@ -49,10 +49,9 @@ def test_method_table_of_four_hospitals_is_scored(name: str) -> None:
         "switzerland",
     ]
     assert all(0 <= client[key] <= 1 for client in summary["clients"] for key in ("score", "local"))
-    # As many as the local baseline, which Delta is paired with, and the default fine-tuning.
+    # As many as the local baseline, which Delta is paired with.
     engine: Any = run.engine
-    extra = 4 if name == "CAFEDistill" else 0
-    assert [client.supervised_epochs for client in engine.clients.values()] == [1 + extra] * 4
+    assert [client.supervised_epochs for client in engine.clients.values()] == [1] * 4
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in CLASSIFICATION_ONLY])

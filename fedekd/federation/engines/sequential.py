@@ -301,7 +301,10 @@ def _candidates(method: Method, client: Client, rule: DoNoHarm) -> dict[str, Can
     if not rule.candidates:
         return {FEDERATED: None}
     known = method.candidates()
-    return {name: Candidate(name, known[name](client) if name in known else None) for name in rule.candidates}
+    # An exit of the private model has the label prior with which this model is served.
+    serves_one = client.serving is not None and client.serving.members == ("private",)
+    exits = client.serving if serves_one else None
+    return {name: Candidate(name, known[name](client) if name in known else exits) for name in rule.candidates}
 
 
 def _serving_costs(client: Client) -> dict[str, float]:
