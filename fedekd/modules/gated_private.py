@@ -97,7 +97,7 @@ class GatedPrivateModule(ObjectiveModule):
             task,
             optimizer,
             teacher=proxy if lambda_kd else None,
-            with_features=energy_module.needs_features,
+            with_features=bool(lambda_kd) and energy_module.needs_features,
         )
         # Registered, so that their tensors move to the device with the networks.
         self.energy, self.trust = energy_module, gated.trust

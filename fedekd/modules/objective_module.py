@@ -39,9 +39,9 @@ class ObjectiveModule(LightningModule):
     is not finite are not distilled.
 
     Logs per epoch `loss`, `loss/NAME` of each term and the scalars that terms record; in validation and test
-    `val/loss` (the supervised loss) and `val/<metric>` with the task's primary metric (`fedekd.metrics`), and the same
-    under `test/`. Sums stay on the device, so no step synchronises. With several processes all values are means over
-    all of them.
+    `val/loss` (cross-entropy or squared error of the last exit) and `val/<metric>` with the task's primary metric
+    (`fedekd.metrics`), and the same under `test/`. Sums stay on the device, so no step synchronises. With several
+    processes all values are means over all of them.
 
     A checkpoint of LightningCLI has the configuration of the module: `load_from_checkpoint(path)` builds its networks.
     Otherwise it has the arguments that are plain values or tensors, and the class names of other optional ones but
@@ -171,10 +171,10 @@ class ObjectiveModule(LightningModule):
         student = predict(self.network, x, self.with_features)
         if teacher is not None:
             teacher = teacher.finite_teacher_of(student)
-        losses = {term.name: term(student, teacher, y, self.record) for term in self.loss_terms}
-        for name, loss in losses.items():
-            self.record(f"loss/{name}", loss)
-        total = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        losses = [term(student, teacher, y, self.record) for term in self.loss_terms]
+        for term, loss in zip(self.loss_terms, losses, strict=True):
+            self.record(f"loss/{term.name}", loss)
+        total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
         self.record("loss", total)
         return total
 

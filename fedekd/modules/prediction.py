@@ -51,8 +51,8 @@ class ModelOutput:
     def finite_teacher_of(self, student: ModelOutput) -> ModelOutput:
         """Return the output as a teacher whose values are finite where the student's are.
 
-        A sample with NaN or infinity in an exit or in the features gets the student's own output there, which has no
-        divergence from the student and so no effect.
+        A sample with NaN or infinity in an exit or in the features gets the student's output there, which has no
+        divergence from the student and so no gradient. Its energy of 0 still enters the gate's normalisation.
 
         Args:
             student: Output for the same samples. Its exits replace those of the teacher in order, or its last exit

@@ -13,7 +13,9 @@ from fedekd.modules.prediction import ModelOutput
 
 def copy_parameters(network: nn.Module) -> dict[str, Tensor]:
     """Return detached copies of all parameters by name, without buffers."""
-    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    # A shared parameter under each of its names, as in `state_dict`.
+    named = network.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach().clone() for name, parameter in named}
 
 
 class ProximalPenalty:
