@@ -117,7 +117,7 @@ def fit(folder: Path, options: Iterable[str]) -> None:
 
 @cache
 def commit() -> str:
-    """Return the commit of the code at the first call; `unknown` outside a repository."""
+    """Return the commit at the first call; `unknown` outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return shown.stdout.strip() or "unknown"

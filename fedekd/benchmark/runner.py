@@ -131,7 +131,7 @@ def run_grid(
 
 
 def _add_row(results: Path, row: Row) -> None:
-    """Add a row to the files as they are now: another grid may have added rows to them."""
+    """Add a row to the files, to which another grid may have added rows."""
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / LOCK_FILE):
         rows = read_results(results).drop(index=row["key"], errors="ignore")

@@ -79,7 +79,7 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
 
 
 def _finished(run: RunFolder, cell: Cell) -> dict[str, Any] | None:
-    """Return the summary of a finished run; None if it, or a part that its row needs, is missing or damaged."""
+    """Return the summary of a finished run; None if its row lacks a file."""
     needed = [run.folder / "provenance.json"]
     if cell.coverage is not None and not run.checkpoints.has_any():
         needed.append(run.folder / "coverage.json")  # without checkpoints it cannot be computed

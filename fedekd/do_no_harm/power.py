@@ -53,7 +53,7 @@ def acceptance_probability(rule: DoNoHarm, gain: float, differing: float, sample
             f" {gain}, {differing} and {samples}"
         )
     worse_rate = (differing - gain) / 2.0
-    better_rate = (differing + gain) / 2.0 / (1.0 - worse_rate) if worse_rate < 1.0 else 0.0
+    better_rate = min(1.0, (differing + gain) / 2.0 / (1.0 - worse_rate)) if worse_rate < 1.0 else 0.0
     counts = np.arange(samples + 1)
     probabilities = binom.pmf(counts, samples, worse_rate)
     total = 0.0

@@ -1,7 +1,8 @@
 """Registry of metrics: function, direction, unit and format of each.
 
-No other package names a metric. The primary metric of a task is the score of a client's test split
-(FedeKD Section 4.2: accuracy for classification, RMSE for regression), unless a run chooses another one.
+Tables, figures and logs take the name, format and direction of a metric from its row. The primary metric of a task is
+the score of a client's test split (FedeKD Section 4.2: accuracy for classification, RMSE for regression), unless a run
+chooses another one.
 """
 
 from __future__ import annotations
