@@ -20,8 +20,8 @@ from fedekd import functional as F
 from fedekd.errors import UserError
 from fedekd.metrics import primary_metric
 from fedekd.models import PrivateCNN, ProxyCNN
-from fedekd.modules import HeldOutTrust, ModelOutput, ObjectiveModule, SupervisedModule
-from fedekd.modules.losses import GATES
+from fedekd.modules import HeldOutTrust, ModelOutput, ObjectiveModule, SupervisedLoss, SupervisedModule
+from fedekd.modules.losses import GATES, copy_parameters
 from fedekd.tasks import Task
 
 
@@ -495,3 +495,15 @@ def test_finite_teacher_of_replaces_only_broken_rows() -> None:
     assert torch.equal(teacher.output[[1, 3]], student.output[[1, 3]])
     assert teacher.features is not None
     assert bool(teacher.features.isfinite().all())
+
+
+def test_objective_module_adds_loss_terms_of_one_name() -> None:
+    network, x, y = nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+    module = ObjectiveModule(network, [SupervisedLoss("classification")] * 2, "classification")
+    torch.testing.assert_close(module.training_step((x, y), 0), 2 * nn.functional.cross_entropy(network(x), y))
+
+
+def test_copy_parameters_has_each_name_of_a_shared_parameter() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].weight = network[0].weight
+    assert copy_parameters(network).keys() == network.state_dict().keys()
