@@ -363,7 +363,7 @@ def test_resume_with_another_rule_raises_user_error(harmless: Federate, tmp_path
 def test_resume_finished_run_with_a_new_rule_raises_user_error(harmless: Federate, tmp_path: Path) -> None:
     """It has no comparisons: its summary would claim that all clients deploy the federated model."""
     harmless(do_no_harm=None, output=tmp_path).run()
-    with pytest.raises(UserError, match="do_no_harm: this run finished without it"):
+    with pytest.raises(UserError, match="do_no_harm: expected the saved value None, got"):
         harmless(output=tmp_path).run()
 
 
