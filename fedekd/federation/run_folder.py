@@ -85,6 +85,20 @@ def first_difference(
     return None if both_nan or ours == theirs else (path, ours, theirs)
 
 
+def drop_unknown_keys(before: Any, now: Any) -> Any:
+    """Return `now` without the keys that `before` lacks.
+
+    Options added after a run was created are ignored: their defaults reproduce the old behaviour.
+
+    Example:
+        >>> drop_unknown_keys({"client": {"local_epochs": 2}}, {"client": {"local_epochs": 3, "exits": None}})
+        {'client': {'local_epochs': 3}}
+    """
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return now
+    return {key: drop_unknown_keys(before[key], value) for key, value in now.items() if key in before}
+
+
 def to_json_value(value: Any) -> Any:
     """Convert a configuration to JSON values.
 
@@ -192,8 +206,11 @@ class RunFolder:
         checkpoint, messages = self.checkpoints.load()
         if checkpoint is not None:
             notes = checkpoint.notes
-            difference = first_difference(notes["config"], to_json_value(self.config), RUNTIME_OPTIONS)
-            if difference := difference or first_difference(notes["identity"], dict(identity)):
+            config = drop_unknown_keys(notes["config"], to_json_value(self.config))
+            # A part that is off is left out: one that is new was not part of the run.
+            parts = {name: drop_unknown_keys(notes["identity"].get(name), part) for name, part in identity.items()}
+            difference = first_difference(notes["config"], config, RUNTIME_OPTIONS)
+            if difference := difference or first_difference(notes["identity"], parts):
                 key, before, now = difference
                 raise UserError(
                     f"{self.folder}: {key}: expected the saved value {before!r}, got {now!r}."

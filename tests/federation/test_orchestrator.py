@@ -311,9 +311,7 @@ def test_run_diverged_model_has_score_nan(federate: Federate) -> None:
         {"seed": 3},
         {"method": FedeKD(beta=9.0)},
         {"rounds": RoundOptions(rounds=3)},
-        {"privacy": GaussianMechanism(1.0, 1.0)},  # options that are off are left out of the identity
-        {"client": ClientOptions(local_epochs=1, class_weights="balanced")},
-        {"config": {"seed": 0}},
+        {"privacy": GaussianMechanism(1.0, 1.0)},  # left out of the identity where it is off
     ],
 )
 def test_resume_with_other_settings_raises_user_error(federate: Federate, tmp_path: Path, other: Any) -> None:
