@@ -68,9 +68,9 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
         record_code(folder, code)
         used = parts()["trainer"]
         resolved = {name: getattr(used, name) for name in ("accelerator", "precision", "threads")}
+        run.reopen()  # first, so that a kill leaves no summary of another call
         with atomic_file(made_by) as file:
             file.write(seal_json(provenance(resolved, commit, samples.digest())))
-        run.reopen()
         summary = orchestrator().run()
     coverage = _coverage(cell, folder / "coverage.json", orchestrator)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
