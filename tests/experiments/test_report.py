@@ -85,7 +85,7 @@ def test_main_writes_csv_files_with_the_values_of_the_page(report: Path) -> None
 
     names = {path.stem for path in (report / "tables").glob("*.csv")}
     numbered = {*(f"table{number:02d}" for number in range(1, 11)), *(f"figure{number}" for number in (2, 3))}
-    assert names == numbered | {"paired", "gate", "rankings"}
+    assert names == numbered | {"paired", "gate", "rankings", "missing"}
     cells = read("table01", ["dataset", "method", "alpha"]).sort_index()
     cell = cells.loc[("fashionmnist", "FedeKD", 0.1)]
     assert cell["mean"] == pytest.approx(-0.0065)

@@ -117,7 +117,7 @@ def quoted_keys(path: Path) -> Iterator[str]:
 
 def test_metric_keys_are_quoted_in_the_registry_only() -> None:
     package = Path(fedekd.__file__).parent
-    exempt = ("metrics", *OF_EXITS, *OF_HARM)
+    exempt = ("metrics", "benchmark/grid.py", *OF_EXITS, *OF_HARM)  # grid.py: values of stored rows, not of today
     modules = [path for path in package.rglob("*.py") if not str(path.relative_to(package)).startswith(exempt)]
     assert [line for path in modules for line in quoted_keys(path)] == []
 
