@@ -107,8 +107,8 @@ class DoNoHarm:
     Args:
         confidence: Probability that the client deploys no harmful model, in (0, 1).
         margin: Tolerated loss, at least 0 and below `clip`: a difference of accuracies, or of squared errors.
-        rule: `certified` requires statistical evidence; `better` deploys the model with the lower loss on the tuning
-            split and has no guarantee (baseline).
+        rule: `certified` requires statistical evidence; `better` deploys the federated model if `metric` is better on
+            the tuning split and has no guarantee (baseline).
         looks: Number of comparisons, at least 1, evenly spaced over the rounds, the last after the last round. Each
             comparison has the level (1 - confidence) / looks (Bonferroni).
         clip: Regression only: largest difference of squared errors, above 0 and finite.

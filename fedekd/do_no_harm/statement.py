@@ -18,11 +18,13 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
 
     Example:
         >>> do_no_harm_guarantee(DoNoHarm(rule="better"), "classification")
-        'No guarantee of do no harm: the model with the lower loss on the tuning split is deployed.'
+        'No guarantee of do no harm: the federated model is deployed if its accuracy is better on the tuning split.'
     """
-    if rule.rule != "certified":
-        return "No guarantee of do no harm: the model with the lower loss on the tuning split is deployed."
     metric = METRICS[rule.metric]
+    if rule.rule != "certified":
+        compared = metric.title if task == "classification" else "mean squared error"
+        decision = f"the federated model is deployed if its {compared} is better on the tuning split"
+        return f"No guarantee of do no harm: {decision}."
     loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
     is_of_sets = metric.ranks and metric.is_exact

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fedekd.data.formats.columns import read_csv
 from fedekd.errors import UserError, shorten, shorten_path
 from fedekd.monitoring.cells import TARGET, Cells, ClassLabels
 from fedekd.monitoring.columns import NOT_FINITE
@@ -104,7 +105,7 @@ def _check_samples(table: Cells, start: MonitorStart) -> None:
     hint = "Predict the samples with the policy of the start, or start a new monitor with another --state"
     is_policy = table.column("policy").str.lower().isin(start.policy_hashes).to_numpy()
     table.require(is_policy, "policy", "the hash of the policy of the start", hint)
-    hint = "Remove the rows: the network has seen these samples"
+    hint = "Remove the rows: these samples are not new"
     table.require((~samples.isin(start.used)).to_numpy(), "sample", "no sample of training or calibration", hint)
     repeats = samples.duplicated().to_numpy()
     table.require(~repeats, "sample", "each sample once", "Remove the repeated rows")
@@ -185,7 +186,7 @@ def _complete_lines(path: Path) -> bytes:
 
 def _frame(content: bytes, path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except (ValueError, pd.errors.ParserError) as error:
+        return read_csv(io.BytesIO(content), dtype=str, skip_blank_lines=False)
+    except ValueError as error:
         reason = shorten(str(error), 120)
         raise UserError(f"--arrivals: {shorten_path(path)}: expected a CSV file in UTF-8, got: {reason}") from error

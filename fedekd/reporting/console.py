@@ -29,9 +29,9 @@ from fedekd.reporting.rows import (
     candidate_rows,
     client_title,
     is_harm,
-    metric_note,
     metric_spec,
     references_of,
+    rule_note,
     value_title,
 )
 
@@ -197,10 +197,9 @@ def deployed_table(summary: Summary) -> Table:
     Args:
         summary: Content of `summary.json` of a run with `do_no_harm`.
     """
-    rule, delta, after = summary["deployed"]["rule"], summary["delta"], summary["deployed"]["delta"]
+    delta, after = summary["delta"], summary["deployed"]["delta"]
     by_class, tail = summary["task"] == "classification", metric_spec(summary["metric"]).tail
-    guarantee = f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}{metric_note(rule)}"
-    title = f"do no harm: {guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}"
+    title = f"do no harm: {rule_note(summary['deployed']['rule'])}"
     table = Table(title=title, collapse_padding=True, pad_edge=False)  # as narrow as possible, for names of sites
     _add_client_column(table, summary)
     for heading in ("compared on", *(("worse", "better") if by_class else ("gain",)), "p", "deployed"):

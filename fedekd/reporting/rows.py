@@ -172,11 +172,18 @@ def candidate_rows(summary: Summary) -> list[dict[str, str]]:
     return rows
 
 
-def metric_note(rule: Mapping[str, Any]) -> str:
-    """Return the metric of a do-no-harm rule as a part of a text; empty for accuracy.
+def rule_note(rule: Mapping[str, Any]) -> str:
+    """Return level, margin and metric of a do-no-harm rule as a part of a text.
 
     Args:
         rule: Fields of the rule, as in `summary.json`.
+
+    Example:
+        >>> rule_note({"rule": "certified", "confidence": 0.9, "margin": 0.0, "metric": "recall"})
+        'confidence 0.9, margin 0, recall'
     """
     name = rule.get("metric", "accuracy")
-    return "" if name == "accuracy" else f", {name}" + (" (asymptotic)" if name == "auroc_delong" else "")
+    metric = "" if name == "accuracy" else f", {name}" + (" (asymptotic)" if name == "auroc_delong" else "")
+    if rule["rule"] != "certified":
+        return f"better on the tuning split{metric}, no guarantee"
+    return f"confidence {rule['confidence']:.12g}, margin {rule['margin']:g}{metric}"

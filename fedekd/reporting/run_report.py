@@ -17,9 +17,9 @@ from fedekd.reporting.rows import (
     candidate_rows,
     client_title,
     is_harm,
-    metric_note,
     metric_spec,
     references_of,
+    rule_note,
     value_title,
 )
 
@@ -166,12 +166,11 @@ def _run_section(name: str, run: Run) -> Section:
     if summary.get("metrics"):
         tables["Other metrics"] = other_metrics_table(summary)
     if "deployed" in summary:
-        rule, deployed = summary["deployed"]["rule"], summary["deployed"]
-        guarantee = f"confidence {rule['confidence']:g}, margin {rule['margin']:g}{metric_note(rule)}"
+        deployed = summary["deployed"]
         if rows := candidate_rows(summary):
             tables["Candidates: p-values in the order of the tests"] = pd.DataFrame(rows)
         text.append(
-            f"Do no harm ({guarantee if rule['rule'] == 'certified' else 'lower loss, no guarantee'}):"
+            f"Do no harm ({rule_note(deployed['rule'])}):"
             f" {deployed['federated']:.0%} of the clients deploy the federated model. With the deployed models: mean"
             f" {metric.text(deployed['mean'])}, Delta average {metric.difference_text(deployed['delta']['avg'])}, worst"
             f" client {metric.difference_text(deployed['delta']['worst'])}."

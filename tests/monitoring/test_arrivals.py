@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -92,3 +93,15 @@ def test_read_arrivals_naive_times_are_utc(tmp_path: Path, monkeypatch: pytest.M
         read(tmp_path, COVERAGE, time=[times[0], "2026-07-01T12:59:00+01:00", times[2]], **columns)
     monkeypatch.undo()
     time.tzset()
+
+
+@pytest.mark.parametrize(("start", "end", "message"), [("\ufeff", "", ""), ("", ",", "the rows have more cells")])
+def test_read_arrivals_of_a_spreadsheet(tmp_path: Path, start: str, end: str, message: str) -> None:
+    """A byte order mark is no part of a name; a comma after the last cell does not shift the columns."""
+    read(tmp_path, COVERAGE, set=["0", "1"], target=[0, 0])
+    header, *rows = (tmp_path / "a.csv").read_text().splitlines()
+    text = "\n".join([start + header, *(row + end for row in rows), ""])
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    settings = MonitorStart("classification", 0, "", NETWORK, True, (COVERAGE,), 0.9, class_names=NAMES)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        assert read_arrivals(tmp_path / "a.csv", settings).values["coverage"].tolist() == [0, 1]

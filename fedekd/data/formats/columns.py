@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from fedekd.data.raw import SPLIT_NAMES, SPLITS, name_of
 from fedekd.errors import UserError, listed, nearest, shorten
+from fedekd.global_state import exclusive
 
 #: Texts that mean a missing value. UCI's tables have `?`.
 MISSING = ("", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A")
@@ -103,6 +105,26 @@ def number_of(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+def read_csv(source: Any, **options: Any) -> Any:
+    """Read a CSV file in UTF-8 as a data frame.
+
+    Args:
+        source: A path or a binary stream.
+        **options: Of `pandas.read_csv`.
+
+    Raises:
+        ValueError: The file is no CSV file in UTF-8, or its rows have more cells than the header.
+    """
+    import pandas as pd
+
+    try:
+        with exclusive(), warnings.catch_warnings():  # the filters belong to the process
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas leaves out the cells
+            return pd.read_csv(source, index_col=False, keep_default_na=False, encoding="utf-8-sig", **options)
+    except pd.errors.ParserWarning as error:
+        raise ValueError("the rows have more cells than the header has names") from error
 
 
 def csv_header(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from fedekd.data.formats.columns import (
     csv_header,
     is_missing,
     missing_column,
+    read_csv,
     require_present,
     split_numbers,
     targets_of_texts,
@@ -98,11 +99,8 @@ def read_texts(path: Path) -> dict[str, list[str]]:
     Raises:
         UserError: The file cannot be read, or has no rows.
     """
-    import pandas as pd
-
     try:
-        # As text: 007 may be a patient.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+        table = read_csv(path, dtype=str)  # as text: 007 may be a patient
     except Exception as error:  # ragged rows, another encoding
         raise UserError(
             f"data.dataset: '{shorten_path(path)}' cannot be read as CSV ({describe_error(error, 120)})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from fedekd.data.columns import Column
-from fedekd.data.formats.columns import MISSING, csv_header, number_of, split_numbers
+from fedekd.data.formats.columns import MISSING, csv_header, number_of, read_csv, split_numbers
 from fedekd.data.formats.image_files import SUFFIXES
 from fedekd.data.raw import SPLIT_COLUMN, Array, RawSamples, ReadOptions, text_of
 from fedekd.errors import UserError, describe_error, listed, nearest, shorten, shorten_path
-from fedekd.global_state import exclusive
 
 #: Before pandas 3.1 the default differs from Parquet's numbers in the last bit.
 _EXACT_NUMBERS: dict[str, Any] = (
@@ -140,26 +138,16 @@ def read_frame(path: Path) -> Any:
 
 
 def _read_csv(path: Path) -> Any:
-    # The filters belong to the process; pandas only warns of rows that are longer than the header.
-    with exclusive(), warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        return pd.read_csv(
-            path,
-            header=0,
-            names=_renamed(csv_header(path)),
-            index_col=False,
-            skipinitialspace=True,
-            keep_default_na=False,
-            na_values=list(MISSING),
-            **_EXACT_NUMBERS,
-            low_memory=False,  # one type per column
-            encoding="utf-8-sig",
-        ).set_axis(csv_header(path), axis=1)
-
-
-def _renamed(header: Sequence[str]) -> list[int]:
-    # pandas accepts no name twice; `read_frame` reports it.
-    return list(range(len(header)))
+    header = csv_header(path)
+    return read_csv(
+        path,
+        header=0,
+        names=list(range(len(header))),  # pandas accepts no name twice; `read_frame` reports it
+        skipinitialspace=True,
+        na_values=list(MISSING),
+        **_EXACT_NUMBERS,
+        low_memory=False,  # one type per column
+    ).set_axis(header, axis=1)
 
 
 def _read_parquet(path: Path) -> Any:

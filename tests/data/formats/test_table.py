@@ -134,7 +134,7 @@ def test_read_table_bad_value_is_one_line_with_file_column_and_row(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"age,label\n1,0,9\n2,1,9\n", "table.csv"),
+        (b"age,label\n1,0,9\n2,1,9\n", "table.csv' cannot be read: ValueError: the rows have more cells"),
         (b"age,label\n1,0\n2,1,9\n", "table.csv"),
         (b",age,label\n0,1,0\n", "to_csv(index=False)"),
         (b"age,age,label\n0,1,0\n", "'age' twice"),
