@@ -458,6 +458,9 @@ class FederatedDataModule(lightning.LightningDataModule):
         generator: torch.Generator | None = None,
         transform: TransformSpec | None = None,
     ) -> TensorBatches:
+        processes = getattr(self.trainer, "world_size", 1)
+        if processes > 1:  # Lightning gives each process a part of a DataLoader only
+            raise UserError(f"FederatedDataModule: expected a Trainer with one process, got {processes}")
         clients = self.clients if self.client is None else [self.clients[self.client]]
         indices = torch.cat([split(splits) for splits in clients])
         return TensorBatches(

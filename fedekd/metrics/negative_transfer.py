@@ -79,7 +79,7 @@ class NegativeTransfer(Metric):
         >>> metric.update([1.5, 1.0], [1.0, 1.0])
         >>> metric.update([0.5], [1.0])
         >>> {name: value.tolist() for name, value in metric.compute().items()}
-        {'avg': 0.0, 'worst': 0.5, 'p90': 0.4, 'client': [0.5, 0.0, -0.5]}
+        {'avg': 0.0, 'worst': 0.5, 'p90': 0.4}
     """
 
     is_differentiable = False
@@ -113,15 +113,15 @@ class NegativeTransfer(Metric):
         """Summarize all clients added so far.
 
         Returns:
-            The result of `negative_transfer`; for a single client `client` is a scalar, since torchmetrics squeezes
-            results of one element.
+            The scalars of `negative_transfer`, which a LightningModule can log.
 
         Raises:
             ValueError: If no clients were added.
         """
         if not self.method_scores:
-            return negative_transfer([], [], self.task)
-        return negative_transfer(dim_zero_cat(self.method_scores), dim_zero_cat(self.local_scores), self.task)
+            return negative_transfer([], [], self.task)  # raises
+        summary = negative_transfer(dim_zero_cat(self.method_scores), dim_zero_cat(self.local_scores), self.task)
+        return {name: value for name, value in summary.items() if name != "client"}
 
 
 def _as_scores(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedekd import functional as F
-from fedekd.errors import UserError, require, require_choice
+from fedekd.errors import UserError, listed, require, require_choice
 from fedekd.modules.prediction import ModelOutput
 from fedekd.seeding import derive_seed
 from fedekd.tasks import Task
@@ -107,7 +107,8 @@ class FeatureEnergy(Energy):
         assert private.features is not None
         assert proxy.features is not None
         features = F.upcast_to_float32(private.features)
-        projected = features @ self.projection.to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            projected = features @ self.projection.to(features.dtype)
         return F.feature_distance_energy(proxy.features, projected)
 
 
@@ -141,12 +142,14 @@ def build_energy(energy: str | Energy, task: Task, of: Source, private: nn.Modul
         proxy: The proxy, for the dimension of its features.
 
     Raises:
-        UserError: If a name is unknown, the energy is not defined for the task, or a network has no features.
+        UserError: If a name is unknown, an object is no energy, it is not defined for the task, or a network has no
+            features.
     """
     require_choice("energy_of", of, get_args(Source))
     name = energy if isinstance(energy, str) else type(energy).__name__
     if isinstance(energy, str):
         require_choice("energy", energy, ENERGIES)
         energy = ENERGIES[energy](task, of, private, proxy)
+    require(isinstance(energy, Energy), "energy", f"{listed(ENERGIES)} or an instance of Energy", energy)
     require(task in energy.tasks, "energy", f"one that is defined for {task}", name)
     return energy

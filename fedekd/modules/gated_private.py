@@ -78,6 +78,7 @@ class GatedPrivateModule(ObjectiveModule):
         consistency_temperature: float = 2.0,
         trust: HeldOutTrust | None = None,
     ) -> None:
+        require(active is None or any(active), "active", "at least one exit that is trained", active)
         energy_module = build_energy(energy, task, energy_of, private, proxy)
         exit_weights = None if active is None else [float(is_active) / len(active) for is_active in active]
         gated = GatedDistillationLoss(task, energy_module, beta, lambda_kd, gate, exit_weights, trust)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from torch import Tensor, nn
 
 from fedekd import functional as F
@@ -47,6 +50,14 @@ class HeldOutTrust(nn.Module):
             edges, weights = F.correctness_trust(outputs, targets)
         self.register_buffer("edges", edges, persistent=False)
         self.register_buffer("weights", weights.to(edges.dtype), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the module, not to half precision, which would merge edges."""
+        edges, weights = self.edges, self.weights
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.edges.dtype.itemsize < edges.dtype.itemsize:
+            self.edges, self.weights = edges.to(self.edges.device), weights.to(self.weights.device)
+        return self
 
     def forward(self, output: Tensor) -> Tensor:
         """Return the weights of a teacher's outputs (B, C), shape (B,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,9 +39,13 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
         _require_decay(decay)
-        ema = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        super().__init__(network, multi_avg_fn=ema, use_buffers=True)
+        super().__init__(network, multi_avg_fn=partial(_average, decay), use_buffers=True)
         self.requires_grad_(False)
+
+
+def _average(decay: float, averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
+    """Update averages in place; the function that torch returns cannot be pickled."""
+    get_ema_multi_avg_fn(decay)(averages, values, updates)  # type: ignore[no-untyped-call]
 
 
 def _require_decay(decay: float) -> None:
@@ -155,9 +160,16 @@ class MultiExitModule(ObjectiveModule):
             first_epoch=first_epoch,
         )
 
+    def on_train_start(self) -> None:
+        """Set the distillation weight: Lightning resumes within an epoch."""
+        self._warm_up()
+
     def on_train_epoch_start(self) -> None:
         """Reset the epoch's means, and increase the distillation weight (warm-up)."""
         super().on_train_epoch_start()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
         if self.warmup_epochs:
             epoch = self.first_epoch + self.current_epoch
             self.distillation.warmup_factor = min((epoch + 1) / self.warmup_epochs, 1.0)

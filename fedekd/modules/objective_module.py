@@ -138,11 +138,17 @@ class ObjectiveModule(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Set train mode, which Lightning does not restore, and move the teacher."""
+        """Set train mode, which Lightning does not restore, and move the teacher.
+
+        Frozen parts in evaluation mode stay in it, such as a backbone whose BatchNorm statistics are kept.
+        """
+        kept = [part for part in self.network.modules() if not part.training and _is_frozen(part)]
         self.train()
-        self._sums = {}
+        for part in kept:
+            part.eval()
+        self._sums, self.samples_seen = {}, 0
         if self.teacher is not None:
-            self.teacher.to(device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
+            self.teacher.to(device=self.device, dtype=next(self.network.parameters()).dtype)
         if self.loss_scale:
             self.trainer.precision_plugin.load_state_dict(self.loss_scale)
 
@@ -157,7 +163,7 @@ class ObjectiveModule(LightningModule):
 
     def record(self, name: str, value: Tensor) -> None:
         """Add a batch's mean to the epoch's mean of `name`, weighted by the batch size."""
-        weighted = value.detach() * self._batch_size
+        weighted = upcast_to_float32(value.detach()) * self._batch_size
         if name in self._sums:
             self._sums[name] += weighted  # in place: a CUDA graph adds to the same tensor at every replay
         else:
@@ -165,8 +171,8 @@ class ObjectiveModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the sum of the loss terms, a scalar."""
-        x, y, *teacher_outputs = batch
-        self._count(len(x))
+        x, y, *teacher_outputs = _items(batch)
+        self._count(len(y))
         teacher = self._teacher_output(x, tuple(teacher_outputs))
         student = predict(self.network, x, self.with_features)
         if teacher is not None:
@@ -188,6 +194,10 @@ class ObjectiveModule(LightningModule):
         if self.teacher is None:
             return None
         if teacher_outputs:
+            output = teacher_outputs[0]
+            if not output.is_floating_point() or output.ndim < 2:
+                got = f"{output.dtype} of shape {tuple(output.shape)}"
+                raise UserError(f"batch: expected the teacher's outputs (B, C) as the third item, got {got}")
             return ModelOutput.from_tensors(teacher_outputs)
         return teacher_forward(self.teacher, x, self.with_features)
 
@@ -223,7 +233,7 @@ class ObjectiveModule(LightningModule):
         return predict(self.network, batch[0] if isinstance(batch, list | tuple) else batch).output
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        x, y, *_ = batch
+        x, y, *_ = _items(batch)
         self._log_evaluation(predict(self.network, x), y, stage)
 
     def _log_evaluation(self, prediction: ModelOutput, targets: Tensor, stage: str) -> None:
@@ -315,6 +325,23 @@ class SupervisedModule(ObjectiveModule):
     ) -> None:
         super().__init__(network, [SupervisedLoss(task, offset=offset)], task, optimizer)
         self._save_arguments(task=task, offset=offset)
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    parameters = [*part.parameters()]
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _items(batch: Any) -> Sequence[Any]:
+    """Return the items of a batch.
+
+    Raises:
+        UserError: It has other items than inputs and targets, and outputs of a teacher.
+    """
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3, 4):
+        return batch
+    got = f"{len(batch)} items" if isinstance(batch, list | tuple) else f"a {type(batch).__name__}"
+    raise UserError(f"batch: expected (x, y) or (x, y, teacher outputs, teacher features), got {got}")
 
 
 def _plain(value: Any) -> Any:

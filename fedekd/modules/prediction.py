@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedekd.errors import UserError
+from fedekd.errors import UserError, listed
+from fedekd.functional import upcast_to_float32
 from fedekd.models import MultiExitNetwork, eval_mode
+
+#: Largest absolute output of a teacher: squares of larger ones overflow in float32.
+LARGEST_OUTPUT = 1e15
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ class ModelOutput:
     def finite_teacher_of(self, student: ModelOutput) -> ModelOutput:
         """Return the output as a teacher whose values are finite where the student's are.
 
-        A sample with NaN or infinity in an exit or in the features gets the student's output there, which has no
-        divergence from the student and so no gradient. Its energy of 0 still enters the gate's normalisation.
+        A sample with NaN, infinity or a value above `LARGEST_OUTPUT` in an exit or in the features gets the student's
+        output there, which has no divergence from the student and so no gradient. Its energy of 0 still enters the
+        gate's normalisation.
 
         Args:
             student: Output for the same samples. Its exits replace those of the teacher in order, or its last exit
@@ -60,8 +65,8 @@ class ModelOutput:
         """
         finite_features, features = None, self.features
         if features is not None:
-            finite_features = features.isfinite().flatten(1).all(dim=1, keepdim=True)
-            features = torch.where(finite_features, features, 0.0)
+            finite_features = _is_finite(features)
+            features = torch.where(_as_mask(finite_features, features), features, 0.0)
         is_paired = len(student.exits) == len(self.exits)
         own = student.exits if is_paired else (student.output,) * len(self.exits)
         exits = [_finite(*pair, finite_features) for pair in zip(self.exits, own, strict=True)]
@@ -69,12 +74,21 @@ class ModelOutput:
 
 
 def _finite(output: Tensor, own: Tensor, finite_features: Tensor | None) -> Tensor:
-    """Return an exit's output (B, C), with `own` for samples that are not finite."""
+    """Return an exit's output (B, ...), with `own` for samples that are not finite."""
     own = own.detach().to(output.dtype)
     if own.shape != output.shape:  # of a user's loss that compares other outputs
         own = torch.zeros_like(output)
-    finite = output.isfinite().flatten(1).all(dim=1, keepdim=True)
-    return torch.where(finite if finite_features is None else finite & finite_features, output, own)
+    finite = _is_finite(output)
+    return torch.where(_as_mask(finite if finite_features is None else finite & finite_features, output), output, own)
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    """Return which samples (B, ...) have only finite values, shape (B,)."""
+    return (upcast_to_float32(values).abs() <= LARGEST_OUTPUT).reshape(len(values), -1).all(dim=1)
+
+
+def _as_mask(of_samples: Tensor, values: Tensor) -> Tensor:
+    return of_samples.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> ModelOutput:
@@ -86,7 +100,7 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
         with_features: Also return the features; the network must then have `features(x)` and `head`.
 
     Raises:
-        UserError: If `with_features` is set and the network has no `features` and `head`.
+        UserError: If `with_features` is set and the network has no `features` and `head`, or exits differ in shape.
 
     Example:
         >>> output = predict(nn.Flatten(), torch.zeros(2, 1, 2, 2))
@@ -106,7 +120,13 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
         features = network_.features(x)
         return ModelOutput((network_.head(features),), features)
     output = network(x)
-    return ModelOutput((output,) if isinstance(output, Tensor) else tuple(output))
+    if isinstance(output, Tensor):
+        return ModelOutput((output,))
+    outputs: tuple[Tensor, ...] = tuple(output)
+    if len({exit_.shape for exit_ in outputs}) > 1:
+        shapes = listed(str(tuple(exit_.shape)) for exit_ in outputs)
+        raise UserError(f"network: expected one output per exit, all of one shape, got the shapes {shapes}")
+    return ModelOutput(outputs)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def test_metric_updated_in_parts_equals_function(task: str) -> None:
             assert torch.equal(value, expected[name])
     several_updates.reset()
     several_updates.update([1.0], [0.5])
-    assert several_updates.compute()["client"].reshape(-1).tolist() == [0.5]
+    assert several_updates.compute()["avg"].tolist() == 0.5
 
 
 def test_metric_keeps_scores_in_float64() -> None:

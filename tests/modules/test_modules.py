@@ -20,7 +20,14 @@ from fedekd import functional as F
 from fedekd.errors import UserError
 from fedekd.metrics import primary_metric
 from fedekd.models import PrivateCNN, ProxyCNN
-from fedekd.modules import HeldOutTrust, ModelOutput, ObjectiveModule, SupervisedLoss, SupervisedModule
+from fedekd.modules import (
+    HeldOutTrust,
+    ModelOutput,
+    ObjectiveModule,
+    SupervisedLoss,
+    SupervisedModule,
+)
+from fedekd.modules.energies import DisagreementEnergy, FeatureEnergy
 from fedekd.modules.losses import GATES, copy_parameters
 from fedekd.tasks import Task
 
@@ -215,6 +222,15 @@ def test_module_sets_train_mode_of_student_and_eval_mode_of_teacher(tmp_path: Pa
     assert teacher.modes == [False] * 3
 
 
+def test_module_keeps_statistics_of_a_frozen_backbone_in_evaluation_mode(tmp_path: Path) -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8)).requires_grad_(False).eval()
+    network = nn.Sequential(backbone, nn.Linear(8, 4))
+    before = copy.deepcopy(backbone.state_dict())
+    plain_trainer(tmp_path, epochs=1).fit(SupervisedModule(network), loader())
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+
+
 def test_gated_private_module_lambda_0_equals_supervised_bit_for_bit(tmp_path: Path) -> None:
     private, proxy = networks()
     supervised = copy.deepcopy(private)
@@ -279,6 +295,54 @@ def test_module_double_precision_converts_teacher_and_projection(tmp_path: Path)
     )
     trainer.fit(module, loader())
     assert torch.isfinite(trainer.callback_metrics["loss"])
+
+
+def test_module_with_networks_of_its_own_dtype_keeps_it(tmp_path: Path) -> None:
+    """Here the samples have the dtype of the networks, and the Trainer's precision is the default."""
+    networks_ = [nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).double() for _ in range(2)]
+    x, y = batch()
+    plain_trainer(tmp_path, epochs=1).fit(
+        GatedPrivateModule(*networks_), DataLoader(TensorDataset(x.double(), y), batch_size=4)
+    )
+    assert {parameter.dtype for network in networks_ for parameter in network.parameters()} == {torch.float64}
+
+
+def test_module_sums_half_precision_values_in_float32() -> None:
+    module = ObjectiveModule(nn.Linear(2, 2), [])
+    module._count(1)
+    for _ in range(1000):
+        module.record("value", torch.tensor(0.1, dtype=torch.bfloat16))
+    assert module._sums["value"].item() == pytest.approx(100, rel=0.01)  # a sum in bfloat16 stops at 32
+
+
+def test_module_forgets_an_interrupted_epoch() -> None:
+    module = ObjectiveModule(nn.Linear(2, 2), [])
+    module._count(8)
+    module.on_fit_start()
+    assert module.samples_seen == 0
+
+
+class WithFeatures(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("network", "items", "words"),
+    [
+        (nn.Linear(3, 4), {"x": torch.zeros(2, 3), "y": torch.zeros(2)}, r"batch: expected \(x, y\).*, got a dict"),
+        (nn.Linear(3, 4), (torch.zeros(2, 3),), "batch: expected .*, got 1 items"),
+        (nn.Linear(3, 4), (torch.zeros(2, 3), torch.tensor([0, 1]), torch.arange(2)), r"third item, got torch\.int64"),
+        (
+            WithFeatures(3, 4),
+            (torch.zeros(2, 3), torch.tensor([0, 1])),
+            r"of one shape, got the shapes \(2, 4\), \(2, 3\)",
+        ),
+    ],
+)
+def test_training_step_of_other_batches_and_outputs_raises_one_line(network: Any, items: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ProxyDistillModule(network, nn.Linear(3, 4)).training_step(items, 0)
 
 
 @pytest.mark.parametrize("energy", ["kl", "entropy", "margin", "logsumexp", "feature"])
@@ -365,6 +429,21 @@ def test_gated_private_module_trust_moves_with_the_module_and_is_not_saved() -> 
     assert not any("trust" in name for name in module.state_dict())
 
 
+def test_trust_in_half_precision_keeps_its_edges() -> None:
+    logits = torch.linspace(0, 12, 200)[:, None] * torch.tensor([1.0, 0.0])
+    trust = HeldOutTrust("classification", logits, torch.arange(200) % 7 // 6)
+    expected = trust(logits)
+    assert torch.equal(trust.to(torch.bfloat16)(logits), expected)
+
+
+def test_feature_energy_under_autocast_is_computed_in_float32() -> None:
+    private, proxy = (ModelOutput((torch.zeros(4, 2),), torch.randn(4, size)) for size in (6, 3))
+    energy = FeatureEnergy(6, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = energy(private, proxy)
+    assert torch.equal(found, energy(private, proxy))
+
+
 def test_uncertainty_energy_uses_selected_model() -> None:
     from fedekd.functional import entropy_energy
     from fedekd.modules import build_energy
@@ -387,6 +466,9 @@ def test_uncertainty_energy_uses_selected_model() -> None:
         ({"gate": "energetic"}, "gate: expected one of energy, shuffled, none, reversed, .*, got 'energetic'"),
         ({"task": "ranking"}, "ranking"),
         ({"task": "regression", "energy": "margin"}, "defined for regression, got 'margin'"),
+        ({"energy": F.kl_energy}, "energy: expected kl, .*, feature or an instance of Energy, got <function kl_energy"),
+        ({"energy": DisagreementEnergy}, "energy: expected .* an instance of Energy, got <class"),
+        ({"active": [False]}, "active: expected at least one exit"),
     ],
 )
 def test_gated_module_invalid_argument_raises_one_line_user_error(arguments: dict[str, Any], words: str) -> None:
@@ -495,6 +577,16 @@ def test_finite_teacher_of_replaces_only_broken_rows() -> None:
     assert torch.equal(teacher.output[[1, 3]], student.output[[1, 3]])
     assert teacher.features is not None
     assert bool(teacher.features.isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 4, 2, 2)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e19])  # the square of 3e19 overflows
+def test_finite_teacher_of_outputs_of_any_shape(shape: tuple[int, ...], value: float) -> None:
+    student, output = torch.randn(shape), torch.randn(shape)
+    output.view(3, -1)[1, -1] = value
+    teacher = ModelOutput((output,)).finite_teacher_of(ModelOutput((student,))).output
+    assert torch.equal(teacher[1], student[1])
+    assert torch.equal(teacher[[0, 2]], output[[0, 2]])
 
 
 def test_objective_module_adds_loss_terms_of_one_name() -> None:

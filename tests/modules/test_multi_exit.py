@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,17 @@ def test_multi_exit_module_invalid_argument_raises_one_line_user_error(arguments
 def test_multi_exit_module_invalid_exit_weights_raise_user_error(weights):
     with pytest.raises(UserError, match="exit_weights"):
         MultiExitModule(network(), exit_weights=weights)
+
+
+def test_multi_exit_module_resumed_within_an_epoch_continues_the_warm_up():
+    """Lightning then calls `on_train_start`, but not `on_train_epoch_start`."""
+    module = MultiExitModule(network(), warmup_epochs=20, first_epoch=4)
+    module.on_train_start()
+    assert module.distillation.warmup_factor == 5 / 20
+
+
+def test_multi_exit_module_can_be_pickled():
+    module = pickle.loads(pickle.dumps(MultiExitModule(network(), ema_decay=0.5)))
+    assert module.average is module.teacher
+    for _ in range(2):
+        module.average.update_parameters(module.network)
