@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -16,11 +17,17 @@ FIGURES = {"mean": "score", "delta_avg": "Delta avg", "delta_worst": "Delta wors
 #: Further quantities of runs with a control: the surplus over it, see `fedekd.federation.references`.
 SURPLUS = {"surplus_avg": "surplus avg", "surplus_worst": "surplus worst"}
 
+#: Rows of one table, in which methods are compared.
+_CELL = ("dataset", "alpha", "metric")
+
+_LOCAL = "Local"
+
 
 def method_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per data set, alpha and method, best average Delta first.
+    """Return one row per data set, alpha, metric and method, best average Delta first.
 
-    The local baseline `Local` has a row without runs of its own, because every run trains it.
+    The local baseline `Local` has a row without runs of its own, because every run trains it; methods with other
+    training options have another one.
 
     Args:
         results: Rows as `read_results` returns them.
@@ -29,25 +36,45 @@ def method_table(results: pd.DataFrame) -> pd.DataFrame:
         Printed cells: data set, alpha, method, score, three summaries of Delta, number of seeds.
     """
     frame = distinct_methods(numeric(results))
-    local = frame.assign(method="Local", mean=frame["local_mean"], delta_avg=0.0, delta_worst=0.0, delta_tail=0.0)
     figures = FIGURES | {name: title for name, title in SURPLUS.items() if name in frame}
-    local = local.drop(columns=[name for name in SURPLUS if name in frame])
-    frame = pd.concat([frame, local]).drop_duplicates(["dataset", "alpha", "method", "seed"])
+    frame = pd.concat([frame.assign(is_local=False), _local_rows(frame)]).drop_duplicates([*_CELL, "method", "seed"])
     rows = []
-    for (dataset, alpha, method), group in frame.groupby(["dataset", "alpha", "method"], dropna=False):
-        metric = METRICS[group["metric"].iloc[0]]
+    for (dataset, alpha, name, method), group in frame.groupby([*_CELL, "method"], dropna=False):
+        metric = METRICS[name]
         values = {
             column: group[column].dropna().tolist() if column in SURPLUS else group[column].tolist()
             for column in figures
         }
         cells = [spread(values[column], signed=column != "mean") if values[column] else "" for column in figures]
-        if method == "Local":
+        if group["is_local"].any():
             cells[1:] = ["0"] * (len(FIGURES) - 1) + [""] * (len(figures) - len(FIGURES))
         rank = (-1 if metric.higher_is_better else 1) * group["delta_avg"].mean()
         rows.append([f"{dataset}, {metric.name}", alpha, rank, method, *cells, len(group)])
     table = pd.DataFrame(rows, columns=["data set", "alpha", "rank", "method", *figures.values(), "seeds"])
     table = table.sort_values(["data set", "alpha", "rank"], kind="stable").drop(columns="rank")
     return table.assign(alpha=table["alpha"].map(alpha_text))
+
+
+def _local_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per seed of each local baseline; methods with equal ones share it."""
+    rows: list[dict[str, Any]] = []
+    for cell, group in frame.groupby(list(_CELL), dropna=False):
+        baselines: list[tuple[list[str], dict[float, float]]] = []
+        for method, runs in group.groupby("method"):
+            scores = dict(zip(runs["seed"], runs["local_mean"], strict=True))
+            for methods, known in baselines:
+                if all(repr(known.get(seed, score)) == repr(score) for seed, score in scores.items()):  # NaN is equal
+                    methods.append(method)
+                    known.update(scores)
+                    break
+            else:
+                baselines.append(([method], scores))
+        for methods, scores in baselines:
+            more = f" and {len(methods) - 1} more" if len(methods) > 1 else ""
+            label = _LOCAL if len(baselines) == 1 else f"{_LOCAL} of {methods[0]}{more}"
+            values = dict(zip(_CELL, cell, strict=True)) | {"method": label, "delta_avg": 0.0, "is_local": True}
+            rows += [{**values, "seed": seed, "mean": score} for seed, score in scores.items()]
+    return pd.DataFrame(rows)
 
 
 def alpha_text(alpha: float) -> str:

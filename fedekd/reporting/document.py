@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,9 +110,11 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     """Return mean and sample standard deviation (with two values) as text.
 
     Example:
-        >>> spread([0.1, 0.3], signed=True), spread([0.25])
-        ('+0.2000 ± 0.1414', '0.2500')
+        >>> spread([0.1, 0.3], signed=True), spread([0.25]), spread([0.25, math.nan])
+        ('+0.2000 ± 0.1414', '0.2500', '-')
     """
+    if any(map(math.isnan, values)):
+        return "-"
     middle = f"{mean(values):{'+' if signed else ''}.4f}"
     return f"{middle} ± {stdev(values):.4f}" if len(values) > 1 else middle
 

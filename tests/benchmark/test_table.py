@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,18 @@ def test_method_table_keeps_configurations_of_one_label_apart(
     rows = [row | {"configuration": 6 * row["key"][0] + "0123"} for row in rows]
     table = method_table(to_frame(*rows)).set_index("method")["seeds"]
     assert table.to_dict() == {"FedeKD (aaaaaa)": 2, "FedeKD (bbbbbb)": 2, "Local": 2}
+
+
+def test_method_table_has_a_local_row_per_local_baseline(
+    make_row: Callable[..., Row], to_frame: Callable[..., pd.DataFrame]
+) -> None:
+    def row(method: str, seed: int, local: float, metric: str = "accuracy") -> Row:
+        return make_row(f"{method}-{seed}-{metric}", method, seed=seed, mean=local, local_mean=local, metric=metric)
+
+    rows = [row("A", 0, 0.5), row("A", 1, 0.5), row("B", 1, 0.5), row("C", 0, 0.9), row("A", 0, math.nan, "auroc")]
+    table = method_table(to_frame(*rows))
+    seeds = {data: dict(zip(part["method"], part["seeds"], strict=True)) for data, part in table.groupby("data set")}
+    assert seeds["digits, accuracy"] == {"A": 2, "B": 1, "C": 1, "Local of A and 1 more": 2, "Local of C": 1}
+    assert seeds["digits, auroc"] == {"A": 1, "Local": 1}
+    assert table.set_index("method")["score"]["Local of C"] == "0.9000"
+    assert table[table["data set"] == "digits, auroc"]["score"].tolist() == ["-", "-"]
