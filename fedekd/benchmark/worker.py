@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 
 from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.benchmark.grid import Cell
 from fedekd.benchmark.provenance import code_digest, record_code, recorded_code, row_key, samples_of
 from fedekd.benchmark.results import Row, to_row
 from fedekd.configuration.options import build_parts, federation_parser, parse
+from fedekd.data import Samples
 from fedekd.early_exit.guarantee_coverage import federation_coverage
 from fedekd.federation import Orchestrator, RunFolder, Sequential, SilentObserver
 
@@ -43,11 +45,24 @@ def run_cell(cell: Cell, output: Path, trainer: Mapping[str, Any], baseline_dir:
         baseline_dir: Shared folder of local baselines.
         commit: Commit of the code.
     """
-    samples, code = samples_of(cell.values), code_digest(cell.values)
+    samples = samples_of(cell.values)
     key = row_key(cell, samples.digest())
     folder = output / key
-    parser = federation_parser()
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "cell.lock"):  # waits for another grid that runs the same cell
+        return _run_cell(cell, key, samples, folder, trainer, baseline_dir, commit)
+
+
+def _run_cell(
+    cell: Cell,
+    key: str,
+    samples: Samples,
+    folder: Path,
+    trainer: Mapping[str, Any],
+    baseline_dir: Path,
+    commit: str,
+) -> Row:
+    parser, code = federation_parser(), code_digest(cell.values)
     values = {**cell.values, "logger": None, "baseline_dir": str(baseline_dir)}
     values["trainer"] = {**values["trainer"], **trainer}
     request = folder / "request.yaml"

@@ -555,7 +555,11 @@ class Orchestrator:
         rounds = {name: value for name, value in vars(self.options).items() if name not in RUNTIME_OPTIONS}
         return {
             "method": {type(self.method).__name__: to_json_value(settings)},
-            "rounds": {"class": type(self.options).__name__, **to_json_value(rounds)},
+            "rounds": {
+                "class": type(self.options).__name__,
+                **to_json_value(rounds),
+                "baseline": to_json_value(vars(self.baseline)),
+            },
             **({} if self.do_no_harm is None else {"do_no_harm": to_json_value(self.do_no_harm)}),
             **({} if self.privacy is None else {"privacy": to_json_value(self.privacy)}),
             "spec": to_json_value(self.spec.hash_dict()),

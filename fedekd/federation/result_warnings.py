@@ -91,7 +91,8 @@ def _one_class(run: Orchestrator) -> list[str]:
     if all(counts[number].max() < _UNEVEN * counts[number].min() for number in found):
         return [f"{line}. Their classes are balanced: raise --rounds, --client.local_epochs or --client.optimizer.lr"]
     advice = []
-    if not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
+    is_defined = any(_test_counts(run, number).min() > 0 for number in found)  # balanced accuracy needs each class
+    if is_defined and not (run.metrics.are_chosen and BALANCED in (row.name for row in run.metrics.rows)):
         advice.append(f"--metrics [{BALANCED}]")
     # Weights do not help a client that lacks a class.
     if run.spec.client.class_weights is None and any(counts[number].min() > 0 for number in found):

@@ -10,8 +10,9 @@ from fedekd.modules import SupervisedModule
 class Local(Method):
     """Local training: clients train on their own data and exchange nothing.
 
-    This is the baseline of Delta. It is paired with every method: the same order of batches, the same number of
-    supervised epochs without those of fine-tuning, and the initial weights of a client that receives no model.
+    This is the baseline of Delta. It is paired with every method: the same training samples, the same number of
+    supervised epochs without those of fine-tuning, and the initial weights of a client that receives no model. Methods
+    whose `train_supervised` has no `round_idx` also have the same order of batches.
     """
 
     is_local_baseline = True

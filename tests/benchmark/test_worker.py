@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from fedekd.benchmark import Block, Cell, cells, worker
 from fedekd.benchmark.provenance import code_digest, data_digest
@@ -92,6 +94,17 @@ def test_run_cell_finished_is_not_repeated(
     plain = run_cell(replace(small_cell(), coverage=None), folder / "runs", TRAINER, folder / "local", "abc")
     assert {**plain, "seconds": "", COVERAGE: row[COVERAGE]} == {**row, "seconds": ""}
     assert COVERAGE not in plain
+
+
+def test_run_cell_waits_for_another_grid_with_the_same_cell(finished: tuple[Path, Row, list[Any]]) -> None:
+    folder, row, _ = finished
+    arguments = small_cell(), folder / "runs", TRAINER, folder / "local", "abc"
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(run_folder(folder) / "cell.lock"):
+            waiting = pool.submit(run_cell, *arguments)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1.0)
+        assert waiting.result()["key"] == row["key"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fedekd.data import FederatedDataModule
 from fedekd.errors import UserError
-from fedekd.federation import Orchestrator, RoundOptions, RunFolder, SilentObserver
+from fedekd.federation import BaselineOptions, Orchestrator, RoundOptions, RunFolder, SilentObserver
 from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.methods import Broadcast, ClientOptions, ClientUpdate, FedAvg, FedeKD, Local, Method
 from fedekd.methods.base import state_dict_bytes
@@ -311,6 +311,7 @@ def test_run_diverged_model_has_score_nan(federate: Federate) -> None:
         {"seed": 3},
         {"method": FedeKD(beta=9.0)},
         {"rounds": RoundOptions(rounds=3)},
+        {"baseline": BaselineOptions(tune=True)},
         {"privacy": GaussianMechanism(1.0, 1.0)},  # left out of the identity where it is off
     ],
 )
