@@ -32,8 +32,6 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
-        self._depth = 0
-        self._pending: int | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -49,22 +47,7 @@ class Interrupts:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._depth:
-            self._pending = number
-        else:
-            raise Interrupted(number)
-
-    @contextmanager
-    def defer_signals(self) -> Iterator[None]:
-        """Context manager: raise `Interrupted` at the end of the block."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        if self._pending is not None and not self._depth:
-            number, self._pending = self._pending, None
-            raise Interrupted(number)
+        raise Interrupted(number)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from fedekd.federation.checks import (
 )
 from fedekd.federation.engines.base import ComparisonRequest, Engine, EngineConfig, RoundRequest
 from fedekd.federation.engines.sequential import Sequential, SequentialEngine
-from fedekd.federation.interrupts import Interrupted, Interrupts
+from fedekd.federation.interrupts import Interrupted, Interrupts, block_signals
 from fedekd.federation.observer import Observer, SilentObserver
 from fedekd.federation.options import BaselineOptions, RoundOptions, lost_updates, participants
 from fedekd.federation.references import Reference, check_baselines, plan_references, tuned_rounds
@@ -490,7 +490,7 @@ class Orchestrator:
     def _save(self) -> None:
         """Save the rounds since the last save: the checkpoint, then the logs."""
         if self.folder is not None:
-            with self.interrupts.defer_signals():
+            with block_signals():
                 states = ((number, self.engine.client_state(number)) for number in sorted(self._unsaved))
                 self.folder.save(self.progress, self.method.server_state, states, self._identity())
         self._unsaved.clear()
