@@ -165,7 +165,7 @@ def run(argv: Sequence[str]) -> int:
         # Architectures without exits are skipped; if no client has exits, the first raises the error.
         selected = [each for each in selected if isinstance(each.deployed_model, MultiExitNetwork)] or selected[:1]
     # A site has one of the clients, and counts all of them.
-    together = len(selected) if config.site is None else trained.provenance.clients
+    together = len(selected) if config.site is None else trained.spec.num_clients
     simultaneous = together if config.familywise else 1
     calibrator = _calibrator(config.target_risk, config.confidence, config.mode, simultaneous)
     # All policies before the first is written: after an error the run folder is unchanged.

@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _facts(trained: Trained, client: Client, license: str, group: str | None) -> RunFacts:
     """Collect the facts of the card; warn if the model has exits without a policy."""
-    source, number = trained.provenance, client.number
+    spec, number = trained.spec, client.number
     policy = trained.policy(client) if isinstance(client.deployed_model, MultiExitNetwork) else None
     date = None
     if policy is not None:
@@ -107,10 +107,10 @@ def _facts(trained: Trained, client: Client, license: str, group: str | None) ->
     compared = None if record.comparison is None else record.comparison.samples
     is_grouped = client.samples.group is not None
     return RunFacts(
-        method=source.method,
-        rounds=source.rounds,
-        seed=source.seed,
-        clients=source.clients,
+        method=type(trained.method).__name__,
+        rounds=spec.rounds,
+        seed=spec.seed,
+        clients=spec.num_clients,
         sites=[known.splits.label for known in trained.clients],
         metrics=record.metrics if client.candidate is None else record.deployed_metrics,
         local_metrics=trained.local_metrics.get(number, {}),

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -30,33 +29,6 @@ from fedekd.methods.serving import LOCAL
 _TRAINED = "trained"
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Training from which a model comes.
-
-    Attributes:
-        method: Class name of the method.
-        rounds: Number of rounds.
-        seed: Seed of the run.
-        clients: Number of clients of the federation.
-        fedekd: Version of fedekd that trained.
-        config: All options as plain values.
-    """
-
-    method: str
-    rounds: int
-    seed: int
-    clients: int
-    fedekd: str
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, method: Method, spec: FederationSpec, version: str, config: Mapping[str, Any]) -> Provenance:
-        """Return the provenance of clients of a specification."""
-        name = type(method).__name__
-        return cls(name, spec.rounds, spec.seed, spec.num_clients, version, dict(config))
-
-
 @dataclass(frozen=True, eq=False)
 class Trained:
     """Clients of a finished training; the networks are those after the last round.
@@ -77,7 +49,6 @@ class Trained:
         local_metrics: By client number, stored metrics of the local baseline after as many supervised rounds; empty
             where they are not known.
         local_rounds: By client number, the rounds of the local model that do-no-harm compares; empty without the rule.
-        provenance: Method, rounds, seed and options of the training.
         baseline_dir: Folder of the cached local baselines; None without one.
     """
 
@@ -91,7 +62,6 @@ class Trained:
     records: Mapping[int, ClientRecord]
     local_metrics: Mapping[int, Mapping[str, float]]
     local_rounds: Mapping[int, int]
-    provenance: Provenance
     baseline_dir: Path | None
 
     def policy(self, client: Client) -> ExitPolicy | None:
@@ -160,11 +130,9 @@ def open_run(command: str, folder: Path) -> Trained:
     Raises:
         UserError: If the folder holds no run, the run is not finished or damaged, or its data cannot be loaded.
     """
-    orchestrator, options, summary = open_finished(command, folder, in_process=True)
+    orchestrator, options, _ = open_finished(command, folder, in_process=True)
     clients = orchestrator.load_clients()
     progress, spec = orchestrator.progress, orchestrator.spec
-    config = {} if orchestrator.folder is None else orchestrator.folder.config
-    version = summary.get("versions", {}).get("fedekd", "unknown")
     rule = orchestrator.do_no_harm
     request = None if rule is None else orchestrator.comparison_request(rule)
     return Trained(
@@ -180,7 +148,6 @@ def open_run(command: str, folder: Path) -> Trained:
         local_rounds={}
         if request is None
         else {client.number: request.local_rounds(client.number, client.supervised_rounds) for client in clients},
-        provenance=Provenance.of(orchestrator.method, spec, version, config),
         baseline_dir=Path(options.baseline_dir),
     )
 
@@ -228,7 +195,6 @@ def open_site(command: str, folder: Path) -> Trained:
         records={number: ClientRecord.from_json(notes["record"])},
         local_metrics={number: notes["local_metrics"]},
         local_rounds={} if parts.do_no_harm is None else {number: notes["local_rounds"]},
-        provenance=Provenance.of(parts.method, parts.spec, notes["fedekd"], notes["config"]),
         baseline_dir=folder / "local",
     )
 

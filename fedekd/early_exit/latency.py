@@ -23,15 +23,11 @@ class Latency:
 
     Attributes:
         batch_size: Images per forward pass.
-        full: Mean milliseconds per image through the whole network with the last head only.
-        early: Mean milliseconds per image with early exits.
-        ratio: early / full, on the same images.
+        ratio: Time with early exits / time through the whole network with the last head only, on the same images.
         error: Standard error of the ratio, over batches.
     """
 
     batch_size: int
-    full: float
-    early: float
     ratio: float
     error: float
 
@@ -101,7 +97,7 @@ def measure_latency(
             # Standard error of a ratio of means, to first order.
             deviation = statistics.stdev(with_exits - ratio * without for without, with_exits in pairs)
             error = deviation / full / math.sqrt(len(pairs))
-            results.append(Latency(size, 1000 * full / size, 1000 * early / size, ratio, error))
+            results.append(Latency(size, ratio, error))
     return results
 
 

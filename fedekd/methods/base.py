@@ -46,10 +46,6 @@ class Broadcast:
         """Return the tensors for one client."""
         return {**self.shared, **self.personal.get(client, {})}
 
-    def only(self, clients: Sequence[int]) -> Broadcast:
-        """Return the message without the personal tensors of other clients."""
-        return Broadcast(self.shared, {number: self.personal[number] for number in clients if number in self.personal})
-
 
 @dataclass(frozen=True)
 class ClientUpdate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class BackwardsEngine(SequentialEngine):
     """Engine that runs the clients in reverse order."""
 
     def run_clients(self, request: RoundRequest) -> Iterator[ClientResult]:
-        yield from super().run_clients(request.only(list(reversed(request.participants))))
+        yield from super().run_clients(replace(request, participants=request.participants[::-1]))
 
 
 def repeatable(summary: dict[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,7 @@ def test_open_site_has_the_client_of_the_run_bit_for_bit(sites: Sites, single_pr
         assert is_equal(client.state_dict(), expected[number])
         assert first_difference(asdict(trained.records[number]), asdict(progress.records[number])) is None
         assert first_difference(trained.local_metrics[number], progress.local_values(number)) is None
-        assert trained.provenance.method == "FedeKD"
-        assert (trained.provenance.rounds, trained.provenance.clients) == (2, 3)
+        assert (trained.spec.rounds, trained.spec.num_clients) == (2, 3)
 
 
 def test_commands_of_a_site_give_the_files_of_the_run(
@@ -288,7 +287,7 @@ def test_site_next_run_replaces_the_training_at_its_last_round(options: list[str
     assert is_equal(open_site("test", folder).clients[0].state_dict(), old.clients[0].state_dict())
     finish(other)
     new = open_site("test", folder)
-    assert new.provenance.seed == 1
+    assert new.spec.seed == 1
     assert not is_equal(new.clients[0].state_dict(), old.clients[0].state_dict())
 
 
@@ -309,12 +308,13 @@ VICTIM = """
 import os, pathlib, signal
 import torch
 from fedekd.configuration.trained import open_site, save_site
+from fedekd.federation.checkpoint import CheckpointStore
 from fedekd.configuration.site_parts import SiteParts
 
 trained = open_site("test", pathlib.Path(folder))
 [client] = trained.clients
-notes = trained.provenance.config
-parts = SiteParts.from_config(notes, client.number, trained.provenance.clients, None, client.splits.name)
+config = CheckpointStore(pathlib.Path(folder) / "trained").notes()["config"]
+parts = SiteParts.from_config(config, client.number, trained.spec.num_clients, None, client.splits.name)
 result = trained.records[client.number]
 for tensor in client.networks["private"].parameters():
     tensor.data.zero_()

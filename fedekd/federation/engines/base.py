@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
 from fedekd.do_no_harm.rule import Comparison, DoNoHarm
@@ -61,13 +61,6 @@ class RoundRequest:
     dtypes: Dtypes = field(default_factory=dict)
     privacy: GaussianMechanism | None = None
     has_seeded_noise: bool = True
-
-    def only(self, participants: Sequence[int]) -> Self:
-        """Return the request for some of the participants.
-
-        Personal messages of the others are left out.
-        """
-        return replace(self, participants=participants, broadcast=self.broadcast.only(participants))
 
 
 @dataclass(frozen=True)

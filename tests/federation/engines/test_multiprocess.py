@@ -16,7 +16,7 @@ import torch
 from fedekd.errors import UserError
 from fedekd.federation import MultiProcess, RoundRequest
 from fedekd.federation.checkpoint import unpack
-from fedekd.methods import Broadcast, FedAvg, FedeKD
+from fedekd.methods import FedAvg, FedeKD
 
 from ..conftest import Federate, Recorder
 from ..runs import contents
@@ -159,15 +159,6 @@ def test_multiprocess_loads_states_and_ends_its_processes(federate: Federate) ->
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-
-
-def test_broadcast_only_keeps_the_personal_part_of_the_clients() -> None:
-    shared = {"a": torch.zeros(1)}
-    broadcast = Broadcast(shared, {0: {"b": torch.ones(1)}, 1: {"b": torch.ones(2)}})
-    part = broadcast.only([1, 2])
-    assert part.to(1)["b"].shape == (2,)
-    assert part.personal.keys() == {1}
-    assert part.to(2).keys() == {"a"}
 
 
 def test_multiprocess_threads_are_an_equal_share_of_the_cores() -> None:

@@ -363,7 +363,7 @@ def without(*missing: tuple[int, int]) -> Any:
     class Missing(SequentialEngine):
         def run_clients(self, request: RoundRequest) -> Any:
             present = [number for number in request.participants if (number, request.round_idx) not in missing]
-            yield from super().run_clients(request.only(present))
+            yield from super().run_clients(replace(request, participants=present))
 
     return Missing
 
