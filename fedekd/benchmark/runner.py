@@ -140,5 +140,6 @@ def _add_row(results: Path, row: Row) -> None:
 
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Forked processes can use neither CUDA nor the parent's thread pools.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedekd.cli.fit"])
     return ProcessPoolExecutor(processes, mp_context=context, initializer=die_with_parent)
