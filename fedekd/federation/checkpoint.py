@@ -11,7 +11,6 @@ to 1).
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from collections import Counter
@@ -300,13 +299,10 @@ class CheckpointStore:
             UserError: If another version of fedekd wrote it.
         """
         path = self._path(round_idx)
-        content = path.read_bytes()
         try:
-            manifest = unseal_json(content)
+            manifest = unseal_json(path.read_bytes())
         except ValueError as error:
-            if not _is_unsealed(content):
-                raise ValueError(f"{path.name}: {error}") from error
-            manifest = {}
+            raise ValueError(f"{path.name}: {error}") from error
         if (layout := manifest.get("format")) != FORMAT:
             raise UserError(
                 f"{shorten_path(path)}: expected format {FORMAT}, got {str(layout).lower():.20}. Another version of"
@@ -331,14 +327,3 @@ class CheckpointStore:
         for path in self._state_files():
             if path.name not in needed:
                 path.unlink()
-
-
-def _is_unsealed(content: bytes) -> bool:
-    """Return True for a manifest of a version without formats and checksums.
-
-    One changed byte cannot remove both members from another manifest.
-    """
-    try:
-        return set(json.loads(content)) == {"round", "files", "notes"}
-    except (ValueError, TypeError, RecursionError):
-        return False
