@@ -198,6 +198,8 @@ def parse_filter(text: str) -> dict[str, str]:
         if not equals:
             raise UserError(f"--filter: expected NAME=VALUE, as in dataset=digits,alpha=0.1, got {part!r}.")
         require_choice("--filter", name, known)
+        if name in conditions:
+            raise UserError(f"--filter: expected {name} once, got {text!r}. Run the command once per value.")
         conditions[name] = value
     return conditions
 

@@ -24,7 +24,7 @@ _LOCAL = "Local"
 
 
 def method_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per data set, alpha, metric and method, best average Delta first.
+    """Return one row per data set, alpha, metric and method, best mean Delta first.
 
     The local baseline `Local` has a row without runs of its own, because every run trains it; methods with other
     training options have another one.

@@ -460,7 +460,7 @@ class FederatedDataModule(lightning.LightningDataModule):
     ) -> TensorBatches:
         processes = getattr(self.trainer, "world_size", 1)
         if processes > 1:  # Lightning gives each process a part of a DataLoader only
-            raise UserError(f"FederatedDataModule: expected a Trainer with one process, got {processes}")
+            raise UserError(f"trainer.devices: expected 1 with FederatedDataModule, got {processes} processes")
         clients = self.clients if self.client is None else [self.clients[self.client]]
         indices = torch.cat([split(splits) for splits in clients])
         return TensorBatches(

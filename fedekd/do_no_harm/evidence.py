@@ -34,7 +34,7 @@ class HeldOut:
 
     Attributes:
         losses: 0 and 1 for correct and wrong classes, or squared errors, shape (n,).
-        scores: Scores of class 1 of two classes, shape (n,); of more classes their log-probabilities (n, C) if the
+        scores: Scores of class 1 of two classes, shape (n,); of more classes their log odds (n, C) if the
             metric ranks samples; else empty.
     """
 

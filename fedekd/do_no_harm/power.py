@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from fedekd.do_no_harm.evidence import METRICS, Evidence
 from fedekd.do_no_harm.rule import DoNoHarm
@@ -123,6 +123,8 @@ def _betting(rule: DoNoHarm, gains: npt.NDArray[np.float64]) -> Callable[[npt.ND
 def deciding_gains(rule: DoNoHarm, gains: npt.ArrayLike) -> int | None:
     """Estimate how many values a betting test needs, if those observed repeat.
 
+    The observed ones must have been rejected: the number is larger than theirs.
+
     Args:
         rule: The decision rule; its `rule` must be `certified`.
         gains: Observed values, see `estimate_acceptance`.
@@ -139,11 +141,16 @@ def deciding_gains(rule: DoNoHarm, gains: npt.ArrayLike) -> int | None:
     if not len(values) or values.mean() <= -margin:
         return None
     p_value = _betting(rule, values)
-    return _first(lambda number: p_value(np.resize(values, number)) <= rule.level, 1, MOST_SAMPLES)
+    accepts = len(values) + 1  # the observed ones did not
+    return _first(lambda number: p_value(np.resize(values, number)) <= rule.level, accepts, MOST_SAMPLES)
 
 
 def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:
     """Estimate how many samples let every test of the evidence accept.
+
+    At the number of `deciding_samples` one test accepts in half of all draws. For all m independent tests to accept in
+    at least half of them, each must with probability $q = 2^{-1/m}$. By the normal approximation it does at
+    $(1 + z_q / z_{1-level})^2$ times this number.
 
     Args:
         rule: The decision rule; its `rule` must be `certified`.
@@ -152,12 +159,14 @@ def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:
     Returns:
         The number over all tests, at the observed shares of the tests; None if one of them finds none.
     """
-    scale = 1.0
+    scale, critical = 1.0, norm.isf(rule.level)
+    joint = norm.ppf(0.5 ** (1 / max(len(evidence.parts), 1)))
+    more = (1 + joint / critical) ** 2 if critical > 0 else 1.0
     for part in evidence.parts:
         found = deciding_samples(rule, *part) if part.samples else None
         if found is None:
             return None
-        scale = max(scale, found / part.samples)
+        scale = max(scale, more * found / part.samples)
     return math.ceil(scale * sum(part.samples for part in evidence.parts))
 
 

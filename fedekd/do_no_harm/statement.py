@@ -25,7 +25,8 @@ def do_no_harm_guarantee(rule: DoNoHarm, task: Task, samples: int | None = None,
         compared = metric.title if task == "classification" else "mean squared error"
         decision = f"the federated model is deployed if its {compared} is better on the tuning split"
         return f"No guarantee of do no harm: {decision}."
-    loss = f"{metric.title} is lower" if task == "classification" else "mean squared error is larger"
+    clipped = f"mean squared error, each difference of squared errors clipped to ±{rule.clip:g}, is larger"
+    loss = f"{metric.title} is lower" if task == "classification" else clipped
     amount = f" by {rule.margin:g} or more" if rule.margin else ""
     is_of_sets = metric.ranks and metric.is_exact
     unit = "disjoint sets of samples with at least one of each class" if is_of_sets else "samples"

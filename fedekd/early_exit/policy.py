@@ -78,7 +78,7 @@ class ExitPolicy:
         tuning_samples: Number of samples on which the sequence of tests was fixed.
         exit_counts: Calibration samples that take each exit, shape (E,).
         error_counts: Errors among them, shape (E,).
-        required_samples: For a closed exit the estimated number of calibration samples that would open it; None if it
+        required_samples: For a closed exit the estimated least number of calibration samples that it needs; None if it
             is open, or if the rule has no estimate.
         network: Fingerprint of the calibrated network; empty accepts any network.
         versions: Versions of fedekd and torch at calibration.

@@ -114,7 +114,7 @@ def closed_exits(policy: ExitPolicy) -> str:
 
 
 def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:
-    """Return why an exit is closed, and the number of samples that would open it.
+    """Return why an exit is closed, and the number of samples that it needs at least.
 
     Args:
         policy: A policy without groups, or one of `group_policies`.
@@ -128,7 +128,7 @@ def why_closed(policy: ExitPolicy, index: int, group: str = "") -> str:
     samples = policy.tested_samples[index] if policy.tested_samples else policy.samples
     is_tested = policy.search_bounds[index] < math.inf
     if estimate is not None and not is_tested and estimate > samples:
-        return f"closed: about {estimate} calibration {unit}{of_group} would open it, there are {samples}"
+        return f"closed: at least about {estimate} calibration {unit}{of_group} are needed, there are {samples}"
     if policy.mode == "ltt_joint":
         if any(policy.certified):
             return "closed: closed in the cheapest certified threshold vector"

@@ -43,6 +43,34 @@ def max_softmax_confidence(logits: Tensor) -> Tensor:
     return upcast_to_float32(logits).softmax(dim=1).amax(dim=1)
 
 
+def class_log_odds(logits: Tensor) -> Tensor:
+    r"""Compute the log odds of each class, $z_c - \log \sum_{j \neq c} e^{z_j}$.
+
+    They rank samples as the probability of the class does, also where it rounds to 1.
+
+    Args:
+        logits: Shape (B, C), C at least 2.
+
+    Returns:
+        Shape (B, C), float64.
+
+    Raises:
+        ValueError: If the shape is not (B, C).
+
+    Example:
+        >>> class_log_odds(torch.tensor([[90.0, 0.0], [0.0, 80.0]])).tolist()
+        [[90.0, -90.0], [-80.0, 80.0]]
+    """
+    require_matrix(logits=logits)
+    logits = logits.double()
+    log_p = logits.log_softmax(dim=1)
+    top = logits.argmax(dim=1, keepdim=True)
+    others = logits.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
+    # Only the largest probability can be near 1, where 1 - p has no digits.
+    odds = log_p - torch.log1p(-log_p.exp())
+    return odds.scatter(1, top, logits.gather(1, top) - others)
+
+
 def margin_confidence(logits: Tensor) -> Tensor:
     r"""Compute the difference of the two largest probabilities, $p_{(1)} - p_{(2)}$.
 

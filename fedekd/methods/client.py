@@ -19,7 +19,7 @@ from fedekd.data import (
     scale,
 )
 from fedekd.errors import require
-from fedekd.functional import all_finite, log_label_prior, upcast_to_float32
+from fedekd.functional import all_finite, class_log_odds, log_label_prior, upcast_to_float32
 from fedekd.global_state import isolated_rng, seed_generators
 from fedekd.methods.client_state import client_state, load_client_state, load_served_state, served_state
 from fedekd.methods.serving import CANDIDATE, ENSEMBLE, LOCAL, Candidate, Serving
@@ -452,7 +452,7 @@ class Client:
         Returns:
             Loss of each sample, 0 or 1 or the squared error, float64, shape (n,); a non-finite output counts as wrong,
             or as infinitely far off. And float64 scores that rank the samples. For two classes: log odds of class 1,
-            shape (n,). For more classes and `with_classes`: log-probabilities, shape (n, C). Otherwise: shape (0,). A
+            shape (n,). For more classes and `with_classes`: log odds of each, shape (n, C). Otherwise: shape (0,). A
             non-finite output gets the scores that are wrong for its target.
         """
         output = self.in_target_unit(self.predict(role or self.served_role, split, mixed=False).output)
@@ -464,7 +464,7 @@ class Client:
         if self.spec.num_outputs > 2:
             is_target = torch.nn.functional.one_hot(targets, self.spec.num_outputs).bool()
             all_wrong = torch.where(is_target, -torch.inf, torch.inf).to(losses)
-            return losses, torch.where(is_finite[:, None], output.double().log_softmax(dim=1), all_wrong)
+            return losses, torch.where(is_finite[:, None], class_log_odds(output), all_wrong)
         odds = (output[:, 1] - output[:, 0]).double()
         wrong = torch.where(targets == 1, -torch.inf, torch.inf).to(odds)
         return losses, torch.where(is_finite, odds, wrong)

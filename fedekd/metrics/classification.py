@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from fedekd.functional import class_log_odds
 from fedekd.metrics.calibration import expected_calibration_error
 
 
@@ -102,7 +103,8 @@ def auroc(logits: Tensor, labels: Tensor, num_classes: int) -> float:
 
     $$\frac1C \sum_c P(p_c(x^+) > p_c(x^-)) + \frac12 P(p_c(x^+) = p_c(x^-))$$
 
-    with $p_c$ the softmax, $x^+$ a sample of class $c$ and $x^-$ one of another class; by average ranks, in float64.
+    with $p_c$ the softmax, $x^+$ a sample of class $c$ and $x^-$ one of another class; by average ranks of the log
+    odds of $p_c$, in float64, which differ where $p_c$ rounds to 1.
 
     Args:
         logits: Shape (N, C).
@@ -124,7 +126,8 @@ def auroc(logits: Tensor, labels: Tensor, num_classes: int) -> float:
 
     is_class = torch.nn.functional.one_hot(labels, num_classes).cpu().numpy()
     # Mann-Whitney U: equal to roc_auc_score of scikit-learn, which takes 60 ms for 200 samples of 100 classes.
-    ranks = rankdata(logits.double().softmax(dim=1).cpu().numpy(), axis=0)
+    # Rounded: equal logits in another order are a tie.
+    ranks = rankdata(class_log_odds(logits).round(decimals=9).cpu().numpy(), axis=0)
     positive = is_class.sum(axis=0)
     wins = (ranks * is_class).sum(axis=0) - positive * (positive + 1) / 2
     return float((wins / (positive * (len(labels) - positive))).mean())

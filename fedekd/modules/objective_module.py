@@ -194,9 +194,10 @@ class ObjectiveModule(LightningModule):
         if self.teacher is None:
             return None
         if teacher_outputs:
-            output = teacher_outputs[0]
-            if not output.is_floating_point() or output.ndim < 2:
-                got = f"{output.dtype} of shape {tuple(output.shape)}"
+            output: Any = teacher_outputs[0]
+            if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
+                is_tensor = isinstance(output, Tensor)
+                got = f"{output.dtype} of shape {tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
                 raise UserError(f"batch: expected the teacher's outputs (B, C) as the third item, got {got}")
             return ModelOutput.from_tensors(teacher_outputs)
         return teacher_forward(self.teacher, x, self.with_features)
@@ -228,9 +229,9 @@ class ObjectiveModule(LightningModule):
         """Evaluate a test batch."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the output of the last exit for a batch `(x, y)` or for images only."""
-        return predict(self.network, batch[0] if isinstance(batch, list | tuple) else batch).output
+        return predict(self.network, batch if isinstance(batch, Tensor) else _items(batch, (1, 2, 3, 4))[0]).output
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         x, y, *_ = _items(batch)
@@ -332,13 +333,13 @@ def _is_frozen(part: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _items(batch: Any) -> Sequence[Any]:
+def _items(batch: Any, lengths: tuple[int, ...] = (2, 3, 4)) -> Sequence[Any]:
     """Return the items of a batch.
 
     Raises:
         UserError: It has other items than inputs and targets, and outputs of a teacher.
     """
-    if isinstance(batch, list | tuple) and len(batch) in (2, 3, 4):
+    if isinstance(batch, list | tuple) and len(batch) in lengths:
         return batch
     got = f"{len(batch)} items" if isinstance(batch, list | tuple) else f"a {type(batch).__name__}"
     raise UserError(f"batch: expected (x, y) or (x, y, teacher outputs, teacher features), got {got}")

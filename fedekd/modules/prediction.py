@@ -100,7 +100,8 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
         with_features: Also return the features; the network must then have `features(x)` and `head`.
 
     Raises:
-        UserError: If `with_features` is set and the network has no `features` and `head`, or exits differ in shape.
+        UserError: If `with_features` is set and the network has no `features` and `head`, or the network
+            returns no tensor, or exits of different shapes.
 
     Example:
         >>> output = predict(nn.Flatten(), torch.zeros(2, 1, 2, 2))
@@ -122,11 +123,12 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
     output = network(x)
     if isinstance(output, Tensor):
         return ModelOutput((output,))
-    outputs: tuple[Tensor, ...] = tuple(output)
-    if len({exit_.shape for exit_ in outputs}) > 1:
-        shapes = listed(str(tuple(exit_.shape)) for exit_ in outputs)
+    if not isinstance(output, list | tuple) or not all(isinstance(exit_, Tensor) for exit_ in output):
+        raise UserError(f"network: expected a tensor, or a list of one tensor per exit, got a {type(output).__name__}")
+    if any(exit_.shape != output[0].shape for exit_ in output):  # not a set: traced sizes have no hash
+        shapes = listed(str(tuple(exit_.shape)) for exit_ in output)
         raise UserError(f"network: expected one output per exit, all of one shape, got the shapes {shapes}")
-    return ModelOutput(outputs)
+    return ModelOutput(tuple(output))
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def test_calibrate_closed_exit_prints_required_samples(here: Path, capsys: pytes
     assert policy.thresholds[0] == float("inf")
     if policy.required_samples[0] is not None:
         needed = policy.required_samples[0]
-        expected = f"about {needed} calibration samples would open it, there are {policy.samples}"
+        expected = f"at least about {needed} calibration samples are needed, there are {policy.samples}"
         assert f"exit 1: closed: {expected}" in printed
     assert "closed" in printed
     assert "mean FLOPs saved" in printed

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from fedekd.do_no_harm import DoNoHarm
-from fedekd.do_no_harm.evidence import HeldOut, Labels, labels_of
+from fedekd.do_no_harm.evidence import ClassCounts, Evidence, HeldOut, Labels, labels_of
 from fedekd.do_no_harm.power import (
     acceptance_probability,
     deciding_gains,
+    deciding_parts,
     estimate_acceptance,
     fewest_samples,
     recall_acceptance,
@@ -261,6 +262,22 @@ def test_fewest_samples_of_a_class_can_accept():
         for size, expected in ((fewest, "federated"), (fewest - 1, "local")):
             labels = Labels(torch.tensor([0] * size + [1] * size), (0, 1))
             assert select(rule, [1.0] * 2 * size, {"a": [0.0] * 2 * size}, labels)[0].deployed == expected
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10])
+def test_deciding_parts_of_recall_accept_in_half_of_the_draws(classes):
+    rule, part = DoNoHarm(metric="recall", margin=0.02), ClassCounts(worse=1, better=3, samples=40)
+    evidence = Evidence(40 * classes, classes, 3 * classes, 0.05, 0.5, parts=(part,) * classes)
+    samples = deciding_parts(rule, evidence) // classes
+    power = recall_acceptance(rule, [2 / 40] * classes, [4 / 40] * classes, [samples] * classes)
+    assert 0.5 <= power <= 0.85
+
+
+def test_deciding_gains_exceed_the_number_of_rejected_gains():
+    """The first of these values accept by themselves."""
+    gains = [1.0] * 10 + [-0.2] * 30
+    assert DoNoHarm().compare(torch.tensor(gains), torch.zeros(40), "regression").is_local
+    assert deciding_gains(DoNoHarm(), gains) > 40
 
 
 def test_deciding_gains_of_regression_is_the_first_number_that_accepts():

@@ -206,7 +206,7 @@ def test_exit_statistics_per_exit():
 
 def test_exit_statistics_note_why_an_exit_is_closed():
     far = exit_statistics(policy_of((INF, 0.8), exit_counts=(0, 8, 2), required_samples=(335, None, None)), COSTS)
-    assert far[0].note == "closed: about 335 calibration samples would open it, there are 10"
+    assert far[0].note == "closed: at least about 335 calibration samples are needed, there are 10"
     assert (far[0].certified_risk, far[0].threshold) == (None, None)
     assert far[1].saved == pytest.approx(1 - 320 / 640)  # the head of the closed exit is not evaluated
     failed = exit_statistics(policy_of((INF, 0.8), search_bounds=(0.9, 0.8), exit_counts=(0, 8, 2)), COSTS)

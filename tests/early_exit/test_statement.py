@@ -85,7 +85,7 @@ def test_exit_guarantee_without_unit_of_grouped_data_claims_no_independent_draws
 @pytest.mark.parametrize(
     ("bound", "estimate", "words"),
     [
-        (INF, 90, "about 90 calibration samples of group A would open it, there are 70"),
+        (INF, 90, "at least about 90 calibration samples of group A are needed, there are 70"),
         (INF, 60, "no threshold was expected to pass, by the tuning samples of group A"),
         (0.8, None, "the first test failed"),
         (INF, None, "no threshold reaches error rate"),
@@ -136,7 +136,7 @@ def test_do_no_harm_guarantee_states_the_rule_and_the_unit() -> None:
     counted = do_no_harm_guarantee(DoNoHarm(unit="sample"), "classification", 300, is_grouped=True)
     assert "Samples of one group, such as a patient, are counted as independent: this must be so." in counted
     assert "patient" not in do_no_harm_guarantee(DoNoHarm(), "regression")
-    assert "mean squared error is larger than" in do_no_harm_guarantee(DoNoHarm(), "regression")
+    assert "mean squared error, each difference of squared errors clipped to ±1, is larger than" in do_no_harm_guarantee(DoNoHarm(), "regression")
 
 
 def test_do_no_harm_guarantee_names_candidates_and_asymptotic_metrics() -> None:

@@ -109,13 +109,27 @@ def test_auroc_two_classes_is_that_of_one_score() -> None:
     assert compute_metrics(logits, labels, "classification", 2)["auroc"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auroc_ranks_samples_whose_probability_rounds_to_one(classes: int) -> None:
+    torch.manual_seed(4)
+    labels = torch.arange(200) % classes
+    margin = 40 + 30 * torch.rand(200, dtype=torch.float64) + 10 * (labels == 0)
+    logits = torch.stack([margin, *torch.zeros(classes - 1, 200, dtype=torch.float64)], dim=1)
+    value = compute_metrics(logits, labels, "classification", classes)["auroc"]
+    area = sklearn_metrics.roc_auc_score(labels == 0, margin)
+    # The other classes have equal logits: their probabilities fall with the margin.
+    areas = [area, *(sklearn_metrics.roc_auc_score(labels == c, -margin) for c in range(1, classes))]
+    assert value == pytest.approx(sum(areas) / classes, rel=1e-12)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("decimals", [6, 0, -3])  # distinct, with ties, all equal
 def test_auroc_equals_scikit_learn(classes: int, decimals: int) -> None:
     torch.manual_seed(8)
     logits, labels = torch.randn(80, classes).round(decimals=decimals), torch.arange(80) % classes
     is_class = torch.nn.functional.one_hot(labels, classes)
-    expected = sklearn_metrics.roc_auc_score(is_class, logits.double().softmax(1), average="macro")
+    scores = logits.double().softmax(1).round(decimals=12)  # equal logits in another order are a tie
+    expected = sklearn_metrics.roc_auc_score(is_class, scores, average="macro")
     assert compute_metrics(logits, labels, "classification", classes)["auroc"] == pytest.approx(expected, rel=1e-12)
 
 

@@ -63,7 +63,7 @@ class SearchPlan(NamedTuple):
     Attributes:
         grids: Per cell the thresholds to test in decreasing order; empty for a closed cell.
         level: Significance level of the tests of each open cell.
-        required_samples: Per closed cell the estimated number of calibration samples that would open it, or None.
+        required_samples: Per closed cell the estimated least number of calibration samples, or None.
     """
 
     grids: list[Scores]

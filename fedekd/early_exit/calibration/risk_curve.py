@@ -106,6 +106,9 @@ def expected_p_value(curve: RiskCurve, target_risk: float, ratio: float) -> Scor
 def required_samples(curve: RiskCurve, target_risk: float, level: float, samples: int) -> int | None:
     """Estimate the sample size at which some threshold is expected to pass.
 
+    It is too low with few tuning samples: the smallest of their error rates, over all thresholds, is taken as a true
+    one.
+
     Args:
         curve: Counts of the tuning samples at one exit.
         target_risk: Tested error rate, in (0, 1).

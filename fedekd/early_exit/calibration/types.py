@@ -20,8 +20,8 @@ class SelectedThresholds:
     Attributes:
         thresholds: Lowest score at which a sample exits; inf closes the exit.
         search_bounds: Lowest threshold that was tested, at most the threshold; equal to it for a rule without tests.
-        required_samples: For a closed exit the estimated number of calibration samples that would open it; None if
-            the exit is open or the number cannot be estimated.
+        required_samples: For a closed exit the estimated least number of calibration samples; None if the exit
+            is open or the number cannot be estimated.
     """
 
     thresholds: tuple[float, ...]
