@@ -20,7 +20,7 @@ from fedekd.cli.folder_lock import lock_folder
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source
-from fedekd.data import Samples, load_samples, scale
+from fedekd.data import Samples, load_samples, scale, take_inputs
 from fedekd.data.formats import format_of
 from fedekd.data.formats.torch_dataset import GROUP_ATTRIBUTE
 from fedekd.data.group_values import group_values, is_one_to_one
@@ -38,19 +38,22 @@ from fedekd.early_exit.client_report import ClientExitReport, client_exit_report
 from fedekd.early_exit.grouping import CLASSES, TRUE_CLASS
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.early_exit.policy_files import (
-    calibrated_samples_path,
+    OtherSamples,
     client_table_path,
     load_policy,
+    other_samples_path,
     policy_path,
     report_path,
-    save_calibrated_samples,
+    save_other_samples,
 )
 from fedekd.errors import UserError, print_warning, require_choice, shorten, shorten_path
 from fedekd.functional import SCORES
 from fedekd.methods import Client
 from fedekd.models import MultiExitNetwork
+from fedekd.monitoring import MonitoredColumns
 from fedekd.reporting.console import PlainConsole
 from fedekd.reporting.pages import csv_text, write_text
+from fedekd.seeding import derive_seed
 
 
 def calibrate_parser() -> ArgumentParser:
@@ -177,6 +180,7 @@ def run(argv: Sequence[str]) -> int:
         ]
     except UserError as error:
         raise UserError(re.sub("^groups:", "--groups:", str(error))) from error
+    others = {} if held_out is None else {client.number: _others(client, held_out) for client in selected}
     table = client_table_path(folder)
     has_table = table.is_file() if config.client is not None else len(clients) > 1
     pairs = list(zip(selected, policies, strict=True))
@@ -191,10 +195,10 @@ def run(argv: Sequence[str]) -> int:
             if not config.familywise and (config.client is not None or config.site is not None):
                 _warn_of_broken_family(folder, client.number, console)
             if held_out is not None:
-                save_calibrated_samples(folder, client.number, input_digests(held_out.inputs))
+                save_other_samples(folder, client.number, others[client.number])
             policy.save(path)
             if held_out is None:  # after the policy that these samples calibrated was replaced
-                calibrated_samples_path(folder, client.number).unlink(missing_ok=True)
+                other_samples_path(folder, client.number).unlink(missing_ok=True)
         if has_table:
             rows = [_row(report, clients) for report in sorted(reports, key=lambda report: report.client)]
             columns = [field.name for field in fields(ClientExitReport)]
@@ -214,6 +218,13 @@ def run(argv: Sequence[str]) -> int:
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", soft_wrap=True)
     return 0
+
+
+def _others(client: Client, held_out: Samples) -> OtherSamples:
+    """Return what a monitor needs of other samples."""
+    drawn = held_out.one_per_group(torch.arange(len(held_out)), derive_seed(client.spec.seed, client.number, "drift"))
+    drift = MonitoredColumns(client).drift_values(take_inputs(held_out.inputs, drawn.to(held_out.inputs.device)))
+    return OtherSamples(list(input_digests(held_out.inputs)), drift)
 
 
 def _compared(client: Client, rule: DoNoHarm) -> torch.Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.atomic import atomic_file, digest, remove_drafts
@@ -15,12 +14,11 @@ from fedekd.cli.monitor_output import alarm_message, alarm_table, draw_evidence
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.options import parse
 from fedekd.configuration.trained import Trained, open_trained, require_one_source, site_folder, state_digest
-from fedekd.data import split_inputs, take_inputs
+from fedekd.data import take_inputs
 from fedekd.early_exit.client_calibration import independent_indices, input_digests, require_unused_validation
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.policy_files import calibrated_samples, load_policy, policy_path
-from fedekd.early_exit.scoring import BATCH_SIZE
+from fedekd.early_exit.policy_files import load_other_samples, load_policy, policy_path
 from fedekd.errors import UserError, print_warning, require, shorten_path
 from fedekd.methods import Client
 from fedekd.methods.serving import LOCAL
@@ -220,7 +218,8 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
     if not is_labelled and config.coverage is not None:
         raise UserError("--coverage: expected arrivals with a column target, got none. Append the true labels")
     splits, inputs, rule = client.splits, client.samples.inputs, trained.do_no_harm
-    reference: dict[str, tuple[float, ...]] = {}
+    others = load_other_samples(trained.folder, client.number)
+    reference: Mapping[str, Sequence[float]] = {}
     if is_labelled:
         quantities = [] if policy is None else _exits(policy)
         if rule is not None and client.deployed_role != LOCAL:
@@ -236,15 +235,16 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
                 f" Calibrate its exits: calibrate {trained.argument}; or follow arrivals without labels"
             )
     else:
-        require_unused_validation(client, "Follow arrivals with a column target")
-        reference = _reference(client, independent_indices(client, "calibration"))
+        if others is None:
+            require_unused_validation(client, "Follow arrivals with a column target")
+        reference = _reference(client) if others is None else others.drift
         quantities = [Quantity("drift", name) for name in reference]
     used = [
         each
         for name in _USED_SPLITS
         for each in input_digests(take_inputs(inputs, getattr(splits, name).to(inputs.device)))
     ]
-    used += calibrated_samples(trained.folder, client.number)
+    used += [] if others is None else others.hashes
     return MonitorStart(
         task=client.spec.task,
         client=client.number,
@@ -258,7 +258,7 @@ def _new_start(trained: Trained, client: Client, config: Namespace, is_labelled:
         limits=() if policy is None else exit_limits(policy),
         class_names=() if client.spec.task == "regression" else tuple(client.samples.class_names),
         clip=1.0 if rule is None or client.spec.task != "regression" else rule.clip,
-        reference=reference,
+        reference={name: tuple(values) for name, values in reference.items()},
         used=frozenset(each[:SAMPLE_DIGITS] for each in used),
         seed=client.spec.seed,
     )
@@ -275,19 +275,18 @@ def _exits(policy: ExitPolicy) -> list[Quantity]:
     ]
 
 
-def _reference(client: Client, indices: torch.Tensor) -> dict[str, tuple[float, ...]]:
-    """Return the drift columns of the calibration split."""
-    columns = MonitoredColumns(client)
-    values: dict[str, list[float]] = {}
-    for batch in split_inputs(take_inputs(client.samples.inputs, indices.to(client.samples.inputs.device)), BATCH_SIZE):
-        for name, part in columns.drift_values(batch).items():
-            values.setdefault(name, []).extend(part)
+def _reference(client: Client) -> dict[str, list[float]]:
+    """Return the drift columns of the calibration split, one sample per group."""
+    inputs = client.samples.inputs
+    values = MonitoredColumns(client).drift_values(
+        take_inputs(inputs, independent_indices(client, "calibration").to(inputs.device))
+    )
     if not values:
         raise UserError(
             f"monitor: expected calibration samples of {client.splits.label} as a reference, got none. Change"
             " data.fractions or data.min_samples"
         )
-    return {name: tuple(numbers) for name, numbers in values.items()}
+    return values
 
 
 def _apply(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from fedekd.atomic import atomic_file, seal, unseal
+from fedekd.atomic import atomic_file, seal_json, unseal_json
 from fedekd.early_exit.policy import ExitPolicy
 from fedekd.errors import UserError, shorten_path
 
@@ -25,28 +25,41 @@ def report_path(run: Path) -> Path:
     return run / "exits" / "clients.json"
 
 
-def calibrated_samples(run: Path, client: int) -> list[str]:
-    """Return the hashes of the samples of `calibrate --input`; empty without.
+class OtherSamples(NamedTuple):
+    """Samples of `calibrate --input`.
+
+    Attributes:
+        hashes: `input_digests` of all.
+        drift: Columns by which a monitor recognises drift, of one sample per group.
+    """
+
+    hashes: list[str]
+    drift: dict[str, list[float]]
+
+
+def load_other_samples(run: Path, client: int) -> OtherSamples | None:
+    """Return the samples of `calibrate --input` of the present policy; None without.
 
     Raises:
         UserError: If the file is damaged.
     """
-    path = calibrated_samples_path(run, client)
+    path = other_samples_path(run, client)
     if not path.is_file():
-        return []
+        return None
     try:
-        return unseal(path.read_bytes()).decode().split()
-    except ValueError as error:
+        content = unseal_json(path.read_bytes())
+        return OtherSamples(content["hashes"], content["drift"])
+    except (ValueError, KeyError) as error:
         raise UserError(f"{shorten_path(path)}: damaged ({error}). Run calibrate again") from error
 
 
-def save_calibrated_samples(run: Path, client: int, hashes: Iterable[str]) -> None:
-    """Write the hashes of the samples of `calibrate --input`, with a checksum."""
-    with atomic_file(calibrated_samples_path(run, client)) as file:
-        file.write(seal("\n".join(hashes).encode()))
+def save_other_samples(run: Path, client: int, samples: OtherSamples) -> None:
+    """Write samples of `calibrate --input`, with a checksum."""
+    with atomic_file(other_samples_path(run, client)) as file:
+        file.write(seal_json(samples._asdict()))
 
 
-def calibrated_samples_path(run: Path, client: int) -> Path:
+def other_samples_path(run: Path, client: int) -> Path:
     """Return the path of the hashes of other samples that calibrated a policy."""
     return run / "exits" / f"client-{client:03d}.samples"
 

@@ -24,13 +24,41 @@ _LONGEST_NAME, _MOST_CLASSES = 24, 4
 
 
 def result_warnings(run: Orchestrator) -> list[str]:
-    """Return warnings of undefined metrics and of networks that predict one class.
+    """Return warnings of results that mislead, such as undefined metrics.
 
     Args:
         run: A run whose last round is finished. Undefined metrics are named only if the run's metrics were chosen.
     """
     lines = _undefined_metrics(run) if run.metrics.are_chosen else []
-    return [*lines, *_one_class(run), *_without_difference(run)]
+    return [*lines, *_one_class(run), *_without_difference(run), *_of_clients(run)]
+
+
+def _of_clients(run: Orchestrator) -> list[str]:
+    """Return lines that name clients whose result is not what it seems to be."""
+    records, rule = sorted(run.progress.records.items()), run.do_no_harm
+    lines = [
+        (
+            [number for number, record in records if run.progress.local and not record.supervised_rounds],
+            "were never drawn to train: Delta compares them with one round of local training. Raise --participation"
+            " or --rounds",
+        ),
+        (
+            [number for number, record in records if math.isnan(record.logs.get("selected/score", 0.0))],
+            f"deploy the last round: --select_round best needs {run.metrics.primary.name}, which is undefined on"
+            " their tuning split",
+        ),
+    ]
+    if rule is not None and rule.rule == "certified" and run.task == "regression":
+        compared = [(number, record.comparison) for number, record in records if record.comparison is not None]
+        lines.append(
+            (
+                [number for number, result in compared if not result.is_local and result.gain <= -rule.margin],
+                "deploy a model with a larger mean squared error on the compared samples, whose differences are clipped"
+                f" to ±{rule.clip:g}. Raise --do_no_harm.clip",
+            )
+        )
+    clients = run.data.clients
+    return [f"clients {listed(clients[k].title for k in numbers)} {text}" for numbers, text in lines if numbers]
 
 
 def _without_difference(run: Orchestrator) -> list[str]:

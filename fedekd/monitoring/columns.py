@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedekd.data import split_inputs
 from fedekd.early_exit.client_calibration import input_digests
 from fedekd.early_exit.fingerprint import network_fingerprint
 from fedekd.early_exit.policy import ExitPolicy
-from fedekd.early_exit.scoring import network_input
+from fedekd.early_exit.scoring import BATCH_SIZE, network_input
 from fedekd.methods import Client
 from fedekd.models import eval_mode
 from fedekd.modules.prediction import predict
@@ -68,9 +69,17 @@ class MonitoredColumns:
         return columns
 
     @torch.no_grad()
-    def drift_values(self, batch: Tensor) -> dict[str, list[float]]:
-        """Return the columns of drift tests, such as `confidence` and `disagreement`."""
-        return self._drift_values(self._last(self.deployed, batch), batch)
+    def drift_values(self, inputs: Any) -> dict[str, list[float]]:
+        """Return the columns of drift tests, such as `confidence` and `disagreement`.
+
+        Args:
+            inputs: n samples, as in `Samples.inputs`.
+        """
+        values: dict[str, list[float]] = {}
+        for batch in split_inputs(inputs, BATCH_SIZE):
+            for name, part in self._drift_values(self._last(self.deployed, batch), batch).items():
+                values.setdefault(name, []).extend(part)
+        return values
 
     def _drift_values(self, output: Tensor, batch: Tensor) -> dict[str, list[float]]:
         networks = self.client.networks

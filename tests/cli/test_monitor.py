@@ -351,6 +351,18 @@ def test_monitor_samples_of_calibrate_input_are_refused(
     assert not Path("run/exits/client-000.samples").exists()
 
 
+@pytest.mark.parametrize(("options", "expected"), [(["--input=more.npz"], 0), ([], 3)])
+def test_monitor_drift_is_relative_to_the_samples_of_the_calibration(
+    here: Path, options: list[str], expected: int
+) -> None:
+    others = IMAGES % 16  # dark: of high confidence
+    np.savez("more.npz", images=others[:80], labels=LABELS[:80])
+    np.savez("images.npz", images=others[80:])
+    assert main(["calibrate", "run", "--target_risk=0.5", "--confidence=0.7", "--client=0", *options]) == 0
+    predict("run", "a.csv")
+    assert monitor("a.csv") == expected
+
+
 def test_monitor_method_trained_on_validation_has_no_reference(
     here: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
 ) -> None:

@@ -275,7 +275,7 @@ def test_one_class_warning_of_a_server_without_labels_uses_counts_of_sites(count
         task="classification",
         do_no_harm=None,
         data=data,
-        metrics=SimpleNamespace(are_chosen=False, rows=[]),
+        metrics=SimpleNamespace(are_chosen=False, rows=[], primary=SimpleNamespace(name="accuracy")),
         progress=Progress(records={0: ClientRecord(0.3, 1, {}, metrics={"accuracy": 0.3})}),
         spec=SimpleNamespace(client=SimpleNamespace(class_weights=None)),
     )
