@@ -23,6 +23,7 @@ from fedekd.configuration.options import (
     federation_parser,
     parse,
 )
+from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.early_exit.guarantee_coverage import CoverageOptions
 from fedekd.errors import UserError, require_choice
 from fedekd.federation.run_folder import RUNTIME_OPTIONS, to_json_value
@@ -410,6 +411,9 @@ def decisive_options(values: Mapping[str, Any], parser: ArgumentParser) -> dict[
     """
     chosen = {name: values["client"][name.partition(".")[2]]["class_path"] for name in _CLASSES[1:]}
     defaults = _defaults(parser, (*chosen.items(), ("method", values["method"]["class_path"])))
+    # The option is off by default; its rule shows that it is on.
+    rule = {f"do_no_harm.{name}": value for name, value in to_json_value(asdict(DoNoHarm())).items() if name != "rule"}
+    defaults = {**rule, **defaults}
     return {
         name: value
         for name, value in _leaves(values)

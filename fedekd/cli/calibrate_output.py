@@ -64,8 +64,8 @@ def client_table(
     if unit:
         title += f"; test risk counts all test images, not one per {unit}"
     headings = (
-        *("client", "open\nexits", "early\nexits", "FLOPs\nsaved", "guaranteed\nrisk", "test\nrisk"),
-        *("accuracy", "change"),
+        "client" if titles == [str(number) for number in range(len(titles))] else "site",
+        *("open\nexits", "early\nexits", "FLOPs\nsaved", "guaranteed\nrisk", "test\nrisk", "accuracy", "change"),
     )
     rows = (
         (

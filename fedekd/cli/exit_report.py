@@ -60,6 +60,7 @@ def exit_report(folders: Sequence[Path], config: Namespace) -> ExitReport:
     device = next(iter(clients.values())).samples.inputs.device
     provenance = {
         "runs": ", ".join(map(str, folders)),
+        "client": next(iter(clients.values())).splits.label,
         "commit": current_commit(),
         "fedekd": fedekd.__version__,
         "torch": torch.__version__,

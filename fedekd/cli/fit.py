@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.load_run import parse_run
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
+from fedekd.configuration.paths import copy_paths, with_absolute_paths
 from fedekd.errors import LONGEST_ERROR, UserError, describe_error, print_warning, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.checkpoint import CheckpointStore
@@ -33,10 +34,12 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(
                 "--data.dataset: expected a data set or --data.sites, got nothing. Give one, or --config digits.yaml."
             )
+        copy_paths(with_absolute_paths(as_values(parser, config)), config)
     if resume is not None:
         if not any((resume / name).exists() for name in ("config.yaml", "checkpoints")):
             raise UserError(
-                f"--resume {shorten_path(resume)}: expected the folder of a run, got one without config.yaml"
+                f"--resume {shorten_path(resume)}: expected the folder of a run, got {_state(resume)}. Start a new run"
+                " without --resume"
             )
         folder = RunFolder(resume, {})
         is_complete = folder.is_complete(print_warning)
@@ -112,6 +115,10 @@ def _resumed_folder(argv: Sequence[str]) -> Path | None:
     return None if folder is None else Path(folder)
 
 
+def _state(folder: Path) -> str:
+    return "one without config.yaml" if folder.is_dir() else "one that does not exist"
+
+
 def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFolder) -> Namespace:
     """Return the saved configuration of a run, updated by runtime options.
 
@@ -121,7 +128,7 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
     folder = run.folder
     path = folder / "config.yaml"
     if not path.exists():
-        raise UserError(f"--resume {shorten_path(folder)}: expected the folder of a run, got one without config.yaml")
+        raise UserError(f"--resume {shorten_path(folder)}: expected the folder of a run, got {_state(folder)}")
     run.require_intact("config.yaml")
     try:
         saved = parse_run(parser, folder)
@@ -133,12 +140,17 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
             f"--output: expected none with --resume {shorten_path(folder)}, got {shorten(repr(now.output))}. A run"
             " resumes in its own folder."
         )
-    if difference := first_difference(as_values(parser, saved), as_values(parser, now), RUNTIME_OPTIONS):
+    before, after = (as_values(parser, config) for config in (saved, now))
+    difference = first_difference(with_absolute_paths(before), with_absolute_paths(after), RUNTIME_OPTIONS)
+    if difference is not None:
         key, old, new = difference
         raise UserError(
             f"--resume {shorten_path(folder)}: {key}: expected the saved value {shorten(repr(old))}, got"
             f" {shorten(repr(new))}. Start a new run to change it."
         )
+    root = now.data.root
+    copy_paths(before, now)  # as they were saved, which the checkpoint compares
+    now.data.root = root
     return now
 
 

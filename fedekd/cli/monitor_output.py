@@ -50,7 +50,7 @@ def alarm_table(start: MonitorStart, followed: Sequence[Followed], policy: ExitP
             each.quantity.name + (" (closed)" if is_closed else ""),
             str(len(each.rows)),
             f"{each.observed:.4f}" if len(each.rows) else "",
-            "exchangeable" if kind == "drift" else f"≤ {each.quantity.limit:g}",
+            "no drift" if kind == "drift" else f"≤ {each.quantity.limit:g}",
             f"{each.last:.3g}",
             f"{each.largest:.3g}",
             "" if each.alarm is None else str(each.alarm + 2),

@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedekd.data.pixels import range_of, resized, size_of, to_pixels
 from fedekd.data.raw import ReadOptions
-from fedekd.errors import UserError, describe_error, shorten, shorten_path
+from fedekd.errors import UserError, describe_error, listed, shorten, shorten_path
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".pnm"})
 """Suffixes of image files, in small letters."""
@@ -216,8 +216,8 @@ def read_images(files: Sequence[Any], names: Sequence[str], options: ReadOptions
     _require_any(is_read, names)
     skipped = [name for name, is_kept in zip(names, is_read.tolist(), strict=True) if not is_kept]
     warnings = (
-        f"data.skip_unreadable: {len(skipped)} of {len(names)} images cannot be read and are left out, such as"
-        f" '{shorten_path(skipped[0])}'"
+        f"data.skip_unreadable: {len(skipped)} of {len(names)} images cannot be read and are left out:"
+        f" {listed(repr(shorten_path(name)) for name in skipped)}"
         for _ in skipped[:1]
     )
     return ReadImages(inputs, is_read, tuple(warnings))

@@ -89,19 +89,20 @@ def read_features(path: Path, columns: Sequence[Column]) -> npt.NDArray[np.float
         UserError: If the file cannot be read, or a column is missing or has an invalid value.
     """
     frame, where = read_frame(path), _where(path)
+    _require_commas(where, frame)
     if missing := [column.name for column in columns if column.name not in frame]:
         raise UserError(
-            f"{where}: expected the columns of the training data, got none named {listed(missing)}."
-            f" {nearest(missing[0], frame.columns)}"
+            f"{where}: expected the columns of the training data, got none named {listed(missing)}. The columns of the"
+            f" file are {listed(map(str, frame.columns))}"
         )
-    values = []
+    values, hint = [], "Correct it, or leave it empty if it is missing"
     for column in columns:
         categories = {column.name: column.categories} if column.kind == "categorical" else None
-        part = _feature(where, frame[column.name], ReadOptions(categories=categories))
+        part = _feature(where, frame[column.name], ReadOptions(categories=categories), hint)
         if column.kind == "numeric" and part.dtype == object:
             for row, text in enumerate(part):
                 if text is not None:
-                    raise _text_error(where, column.name, text, row, "Correct it")
+                    raise _text_error(where, column.name, text, row, hint)
             part = np.full(len(part), np.nan)
         values.append(column.code(part) if column.kind == "categorical" else part)
     return np.stack(values, axis=1)
@@ -183,8 +184,7 @@ def _require_options(path: Path, frame: Any, options: ReadOptions, target: str) 
     Raises:
         UserError: Names the first that is not, with the nearest name; or the file has another separator than commas.
     """
-    if len(frame.columns) == 1 and {";", "\t"} & set(header := str(frame.columns[0])):
-        raise UserError(f"{_where(path)}: expected commas between columns, got {shorten(repr(header))}")
+    _require_commas(_where(path), frame)
     named: list[tuple[str, Iterable[str]]] = [
         ("target_column", [target]),
         ("site_column", [options.site_column] if options.site_column else []),
@@ -255,8 +255,19 @@ def _require_complete(where: str, name: str, missing: Sequence[bool], kind: str)
         )
 
 
-def _feature(where: str, series: Any, options: ReadOptions) -> Array:
+def _require_commas(where: str, frame: Any) -> None:
+    if len(frame.columns) == 1 and {";", "\t"} & set(header := str(frame.columns[0])):
+        raise UserError(f"{where}: expected commas between columns, got {shorten(repr(header))}")
+
+
+def _feature(where: str, series: Any, options: ReadOptions, hint: str = "") -> Array:
     """Return a column as float64 with NaN, or as texts and None.
+
+    Args:
+        where: The file, for errors.
+        series: The column.
+        options: Categories and names of categorical columns.
+        hint: What to do about a wrong value. Default: to correct it, or an option of `fit`.
 
     Raises:
         UserError: If a value is infinite, text among numbers, a date, or an unknown category.
@@ -268,9 +279,9 @@ def _feature(where: str, series: Any, options: ReadOptions) -> Array:
             " --data.ignored_columns"
         )
     if categories is not None or series.name in (options.categorical_columns or ()):
-        return _categories(where, name, _texts(series), categories)
+        return _categories(where, name, _texts(series), categories, hint or "Correct it or --data.categories")
     if series.dtype.kind == "b" or isinstance(series.dtype, pd.CategoricalDtype):
-        return _categories(where, name, _texts(series), None)
+        return np.asarray(_texts(series), dtype=object)
     if series.dtype.kind in "iuf":
         return _finite(where, name, series.to_numpy(dtype=np.float64, na_value=np.nan))
     values = _plain(series)
@@ -280,17 +291,18 @@ def _feature(where: str, series: Any, options: ReadOptions) -> Array:
         return _finite(where, name, np.asarray(numbers, dtype=np.float64))
     present = sum(value is not None for value in values)
     if len(texts) < present / 2:
-        raise _text_error(where, name, values[texts[0]], texts[0])
+        hint = hint or "Correct it, or add the column to --data.categorical_columns"
+        raise _text_error(where, name, values[texts[0]], texts[0], hint)
     return np.asarray(_texts(series), dtype=object)
 
 
-def _categories(where: str, name: str, texts: list[str | None], categories: Iterable[Any] | None) -> Array:
+def _categories(where: str, name: str, texts: list[str | None], categories: Iterable[Any] | None, hint: str) -> Array:
     if categories is not None:
         known = [text_of(value) for value in categories]
         if unknown := [row for row, text in enumerate(texts) if text is not None and text not in known]:
             raise UserError(
                 f"{where}: column {name!r}: expected one of {listed(known)}, got"
-                f" {shorten(repr(texts[unknown[0]]))} in row {unknown[0] + 1}. Correct it or --data.categories"
+                f" {shorten(repr(texts[unknown[0]]))} in row {unknown[0] + 1}. {hint}"
             )
     return np.asarray(texts, dtype=object)
 
@@ -304,13 +316,7 @@ def _finite(where: str, name: str, values: npt.NDArray[np.float64]) -> npt.NDArr
     return values
 
 
-def _text_error(
-    where: str,
-    name: str,
-    value: Any,
-    row: int,
-    hint: str = "Correct it, or add the column to --data.categorical_columns",
-) -> UserError:
+def _text_error(where: str, name: str, value: Any, row: int, hint: str) -> UserError:
     return UserError(f"{where}: column {name!r}: expected numbers, got {shorten(repr(value))} in row {row + 1}. {hint}")
 
 

@@ -101,10 +101,12 @@ def finding(report: ExitReport) -> str:
         return "No policy was calibrated."
     metrics = result.metrics
     change = 100 * (metrics.point.accuracy - metrics.full_accuracy)
+    early = 1 - metrics.exit_shares[-1]
     sentence = (
-        f"{1 - metrics.exit_shares[-1]:.1%} of the test images exit early and {percent(1 - metrics.point.cost)} of the"
-        f" FLOPs are saved at target risk {result.policy.target_risk:g}. Accuracy changes by {change:+.2f} points, from"
-        f" {metrics.full_accuracy:.4f} to {metrics.point.accuracy:.4f}. {exit_guarantee(result.policy)}"
+        f"{report.provenance.get('client', 'Exits')}, by a policy calibrated for this page: {early:.1%} of the test"
+        f" images exit early and {percent(1 - metrics.point.cost)} of the FLOPs are saved at target risk"
+        f" {result.policy.target_risk:g}. Accuracy changes by {change:+.2f} points, from {metrics.full_accuracy:.4f} to"
+        f" {metrics.point.accuracy:.4f}. {exit_guarantee(result.policy)}"
     )
     first, *others = report.networks
     ranges = {(round(network.curve[0].cost, 9), round(network.curve[-1].cost, 9)) for network in (first, *others[:1])}

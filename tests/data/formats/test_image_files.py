@@ -165,7 +165,7 @@ def test_unreadable_image_is_named_or_left_out(tmp_path: Path, kind: str, words:
     assert found.is_read.tolist() == [True, False, True]
     np.testing.assert_array_equal(found.inputs[1][..., 0], np.asarray(Image.open(good[1])))
     [line] = found.warnings
-    assert "1 of 3 images cannot be read and are left out, such as 'bad.png'" in line
+    assert "1 of 3 images cannot be read and are left out: 'bad.png'" in line
     with pytest.raises(UserError, match=r"expected at least one readable image"):
         read(broken(tmp_path / "only.png", kind), skip_unreadable=True)
 

@@ -136,7 +136,7 @@ def test_manifest_skips_unreadable_and_missing_images(written: Written) -> None:
     assert data.group is not None
     assert data.group.tolist() == [i // 2 for i in kept]
     [line] = data.warnings
-    assert "2 of 24 images cannot be read and are left out, such as 'gone.png'" in line
+    assert "2 of 24 images cannot be read and are left out: 'gone.png'" in line
 
 
 @pytest.mark.parametrize("text", ["path,label\n", "path,label\na.png,b\nb.png,c,d\n", 'path,label\n"a'])
