@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from fedekd.benchmark.results import COLUMNS, to_row
 from fedekd.data import FederatedDataModule
-from fedekd.do_no_harm.rule import DoNoHarm
+from fedekd.do_no_harm.rule import Comparison, DoNoHarm
 from fedekd.errors import LONGEST_ERROR, UserError
 from fedekd.federation import RoundOptions
 from fedekd.federation.result_warnings import result_warnings
@@ -256,6 +257,43 @@ def test_predicts_like_one_class_compares_with_majority_and_chance() -> None:
     assert not predicts_like_one_class({"accuracy": math.nan}, counts)
 
 
+def stub_run(record: ClientRecord, counts: Sequence[int] = (3, 3, 3), **changes: Any) -> Any:
+    """A finished run of one site, north, with what the warnings read."""
+    data = SimpleNamespace(
+        samples=SimpleNamespace(targets=torch.zeros(0, dtype=torch.int64), num_classes=3),
+        clients=[SimpleNamespace(title="north", test=torch.arange(3))],
+        class_counts=lambda: np.array([counts]),
+    )
+    values = {
+        "task": "classification",
+        "do_no_harm": None,
+        "data": data,
+        "metrics": SimpleNamespace(are_chosen=False, rows=[], primary=SimpleNamespace(name="accuracy")),
+        "progress": Progress(records={0: record}, local={0: [0.3]}),
+        "spec": SimpleNamespace(client=SimpleNamespace(class_weights=None)),
+    }
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "line"),
+    [
+        (ClientRecord(0.5, 0, {}), "classification", "clients north were never drawn to train: Delta compares"),
+        (ClientRecord(0.5, 1, {"selected/score": math.nan}), "classification", "clients north deploy the last round:"),
+        (
+            ClientRecord(0.5, 1, {}, comparison=Comparison("federated", 9, 0, 0, -9.1, 1e-9, 0.1)),
+            "regression",
+            "clients north deploy a model with a larger mean squared error",
+        ),
+    ],
+)
+def test_result_that_misleads_is_named(record: ClientRecord, task: str, line: str) -> None:
+    [found] = result_warnings(stub_run(record, task=task, do_no_harm=DoNoHarm(margin=0.1)))
+    assert found.startswith(line)
+    plain = ClientRecord(0.5, 1, {"selected/score": 0.5}, comparison=Comparison("federated", 9, 0, 0, 0.1, 1e-9, 0.1))
+    assert result_warnings(stub_run(plain, task=task, do_no_harm=DoNoHarm(margin=0.1))) == []
+
+
 @pytest.mark.parametrize(
     ("counts", "advice"),
     [
@@ -265,21 +303,7 @@ def test_predicts_like_one_class_compares_with_majority_and_chance() -> None:
     ],
 )
 def test_one_class_warning_of_a_server_without_labels_uses_counts_of_sites(counts: list[int], advice: str) -> None:
-    part = SimpleNamespace(title="north", test=torch.arange(3))
-    data = SimpleNamespace(
-        samples=SimpleNamespace(targets=torch.zeros(0, dtype=torch.int64), num_classes=3),
-        clients=[part],
-        class_counts=lambda: np.array([counts]),
-    )
-    run: Any = SimpleNamespace(
-        task="classification",
-        do_no_harm=None,
-        data=data,
-        metrics=SimpleNamespace(are_chosen=False, rows=[], primary=SimpleNamespace(name="accuracy")),
-        progress=Progress(records={0: ClientRecord(0.3, 1, {}, metrics={"accuracy": 0.3})}),
-        spec=SimpleNamespace(client=SimpleNamespace(class_weights=None)),
-    )
-    [line] = result_warnings(run)
+    [line] = result_warnings(stub_run(ClientRecord(0.3, 1, {}, metrics={"accuracy": 0.3}), counts))
     assert line.startswith("scores of 1 of 1 clients are not better than predicting one class (north)")
     assert line.endswith(f"(north){advice}")
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fedekd.data import FederatedDataModule, load_samples
+from fedekd.data.columns import Column
 from fedekd.data.formats import format_of
+from fedekd.data.formats.table import read_features
 from fedekd.errors import UserError
 
 FRAME = pd.DataFrame(
@@ -236,3 +238,20 @@ def test_table_of_names_of_images_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"Image": ["a.png", "b.PNG", None], "label": [0, 1, 0]}).to_csv(tmp_path / "list.csv", index=False)
     with pytest.raises(UserError, match=r"column 'Image': expected features, got names of images\. Rename it to path"):
         load_samples(str(tmp_path / "list.csv"), target_column="label")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("age,sex\n1,x\n", "expected one of f, m, got 'x' in row 1. Correct it, or leave it empty if it is missing"),
+        ("age,sex\n1,f\nold,f\n2,f\n", "expected numbers, got 'old' in row 2. Correct it, or leave it empty if it is"),
+        ("age,SEX\n1,f\n", "none named sex. The columns of the file are age, SEX"),
+        ("age;sex\n1;f\n", "expected commas between columns, got 'age;sex'"),
+    ],
+)
+def test_read_features_names_no_option_of_training(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text(content)
+    with pytest.raises(UserError) as raised:
+        read_features(tmp_path / "new.csv", (Column("age", "numeric"), Column("sex", "categorical", ("f", "m"))))
+    assert message in str(raised.value)
+    assert "--data" not in str(raised.value)
