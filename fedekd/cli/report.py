@@ -101,7 +101,8 @@ def _do_no_harm(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if "deployed" in run.summary:
             rule = DoNoHarm.from_stored(run.summary["deployed"]["rule"])
-            is_grouped = "data.group_column" in run.settings
+            # A server of sites has no groups; a data set may have them without the option.
+            is_grouped = "grouped" in run.summary["deployed"] or "data.group_column" in run.settings
             statement = do_no_harm_guarantee(rule, run.summary["task"], is_grouped=is_grouped)
             names.setdefault(statement, []).append(run.name)
     return [f"{listed(of)}: {statement}" if len(runs) > 1 else statement for statement, of in names.items()]

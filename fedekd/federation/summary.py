@@ -221,6 +221,7 @@ def _deployed(run: Orchestrator) -> dict[str, Any]:
         "deployed": {
             "rule": asdict(run.do_no_harm),
             **({} if METRICS[run.do_no_harm.metric].is_exact else {"asymptotic": True}),
+            **({"grouped": True} if run.data.samples.group is not None else {}),
             "federated": run.progress.share_federated(),
             "mean": scores.mean,
             "worst": scores.worst,
