@@ -36,8 +36,9 @@ def report_parser() -> ArgumentParser:
         prog="orchestrator.py report",
         usage="%(prog)s RUNS [RUNS ...] [OPTIONS]",
         description="Write one page (HTML and Markdown, with CSV and PNG files) about finished runs: settings,"
-        " clients, scores, Delta, rounds, and the commands that repeat them. For a run whose network has exits, the"
-        " page also has the calibrated exits. For the results of `benchmark`, it has the methods over seeds.",
+        " clients, scores, Delta, rounds, and the commands that repeat them. For a run whose network has exits, it"
+        " also calibrates the exits of the federated model again, at fixed target risks. For the results of"
+        " `benchmark`, the page has the methods over seeds.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
