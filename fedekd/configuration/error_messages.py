@@ -112,7 +112,7 @@ def _unknown_class(match: re.Match[str], parser: ArgumentParser) -> str:
     name, bases = match[1], _bases(match)
     hint = "Give a class path, as in package.module.Class."
     if bases:
-        known = {subclass.__name__ for subclass in _subclasses(_import(bases[-1]))}
+        known = set(subclass_names(_import(bases[-1])))
         if message := _new_name(name.rpartition(".")[2], known):
             return f"--{_key(match)} {shorten(name)}: {message}"
         suggestion = nearest(name, known)
@@ -123,13 +123,13 @@ def _unknown_class(match: re.Match[str], parser: ArgumentParser) -> str:
 
 def _invalid_class(match: re.Match[str], parser: ArgumentParser) -> str:
     class_path, reason = match.groups()
-    known = {subclass.__name__ for base in _bases(match) for subclass in _subclasses(_import(base))}
+    known = {name for base in _bases(match) for name in subclass_names(_import(base))}
     reason = _new_name(class_path.rpartition(".")[2], known) or " ".join(reason.split())
     return f"--{_key(match)} {shorten(class_path)}: {shorten(reason, _LONGEST_PART)}"
 
 
 def _abstract_class(match: re.Match[str], parser: ArgumentParser) -> str:
-    known = sorted(subclass.__name__ for subclass in _subclasses(_import(_bases(match)[-1])))
+    known = subclass_names(_import(_bases(match)[-1]))
     return (
         f"--{_key(match)}: expected a class with an implementation, got an abstract one. Choose from: {listed(known)}."
     )
@@ -165,6 +165,15 @@ def _import(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     found: type = getattr(import_module(module), name)
     return found
+
+
+def subclass_names(base: type) -> list[str]:
+    """Return the names of the public subclasses that have an implementation, sorted.
+
+    Args:
+        base: A class; subclasses that are not imported are left out.
+    """
+    return sorted({subclass.__name__ for subclass in _subclasses(base)})
 
 
 def _subclasses(base: type) -> Iterator[type]:

@@ -6,7 +6,7 @@ from argparse import Action, _HelpAction
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 
 
 class BriefHelp(DefaultHelpFormatter):
@@ -22,7 +22,7 @@ class BriefHelp(DefaultHelpFormatter):
         if "--print_config" in action.option_strings:
             return "Print the resulting configuration as YAML and exit."
         default = action.default
-        if isinstance(default, Mapping) and "class_path" in default:
+        if isinstance(default, Mapping | Namespace) and "class_path" in default:
             default = str(default["class_path"]).rpartition(".")[2]
         is_plain = isinstance(default, str | int | float | tuple) and default not in ("", "==SUPPRESS==")
         return f"{text} [{str(default).lower() if isinstance(default, bool) else default}]" if is_plain else text

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger
 
 from fedekd.configuration.configs import resolve_configs
-from fedekd.configuration.error_messages import explain
+from fedekd.configuration.error_messages import explain, subclass_names
 from fedekd.configuration.help import BriefHelp
 from fedekd.configuration.jsonargparse_patches import patched_jsonargparse
 from fedekd.data import FederatedDataModule
@@ -66,10 +66,9 @@ def federation_parser() -> ArgumentParser:
         prog="orchestrator.py fit",
         usage="%(prog)s --config digits.yaml [--output runs/NAME] [OPTIONS]   |   %(prog)s --resume RUN",
         description="Run a federation, or resume one.",
-        epilog="To list the arguments of a class, use --method.help, --engine.help, --logger.help,"
-        " --do_no_harm.help, --client.optimizer.help, --client.scheduler.help, --client.private_model.help or"
-        " --client.proxy_model.help,"
-        " followed by the name of the class.",
+        epilog="To list the arguments of a class, give its name, as in --method.help FedeKD; likewise --engine.help,"
+        " --logger.help, --client.optimizer.help, --client.scheduler.help, --client.private_model.help and"
+        " --client.proxy_model.help. Without a name: --do_no_harm.help, --privacy.help and --client.lora.help.",
         formatter_class=BriefHelp,
         allow_abbrev=False,
         exit_on_error=False,
@@ -100,7 +99,8 @@ def federation_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(RoundOptions, instantiate=False)
     parser.add_class_arguments(BaselineOptions, "baseline", instantiate=False)
-    parser.add_subclass_arguments(Method, "method", help="Federated method: a name in fedekd.methods or a class path.")
+    methods = ", ".join(subclass_names(Method))
+    parser.add_subclass_arguments(Method, "method", help=f"Federated method: {methods}, or a class path.")
     parser.add_class_arguments(FederatedDataModule, "data", skip={"seed", "task", "client"}, instantiate=False)
     parser.add_class_arguments(
         ClientOptions, "client", skip={"private_model", "proxy_model", "optimizer", "scheduler"}, instantiate=False
@@ -119,7 +119,7 @@ def federation_parser() -> ArgumentParser:
         "client.optimizer",
         skip={"params"},
         instantiate=False,
-        help="Optimizer: a name in torch.optim or a class path. Arguments: --client.optimizer.lr 1e-3.",
+        help="Optimizer: a name in torch.optim or a class path. Arguments: --client.optimizer.lr 1e-3 (default 1e-4).",
     )
     parser.add_subclass_arguments(
         torch.optim.lr_scheduler.LRScheduler,

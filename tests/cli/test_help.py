@@ -46,6 +46,14 @@ def test_fit_help_has_a_title_per_group_and_is_short(
     assert "[(0.6, 0.2, 0.2)]" in text
 
 
+def test_fit_help_lists_the_methods_and_the_default_classes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = help_text("fit", capsys, monkeypatch).split()
+    assert {"FedeKD,", "FedAvg,", "ProxyEnsemble,", "Local,"} <= set(words)
+    assert {"[FedeKD]", "[PrivateCNN]", "[ProxyCNN]", "[Adam]", "[Sequential]"} <= set(words)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_every_option_has_a_text(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
