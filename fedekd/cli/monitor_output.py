@@ -17,7 +17,7 @@ from fedekd.reporting import figures
 _REMEDIES = {
     "do_no_harm": "Deploy the local model of this client",
     "coverage": "Calibrate the prediction sets again",
-    "drift": "Calibrate again on labelled samples of today: the assumption of every guarantee is violated",
+    "drift": "Calibrate again on current labelled samples: the assumption of every guarantee is violated",
 }
 
 
