@@ -14,33 +14,44 @@ import pytest
 from documents import DOCS, ROOT
 
 RUN = "import sys; from fedekd.cli import main; sys.exit(main())"
-#: By patch: options that use what it adds, and a column that the metrics must then have.
+#: Runs that use what the patches add, and a column that the metrics must then have.
 USES = {
-    "method": (["--method", "FedAvgM", "--method.momentum", "0.5"], "accuracy/mean"),
-    "partition": (["--data.partition", "shards"], "accuracy/mean"),
-    "data_format": (["--data.dataset", "images.npy"], "accuracy/mean"),
-    "metric": (["--task", "regression", "--metrics", "[medae]"], "medae/mean"),
+    ("method", "partition", "data_format"): (
+        [*("--method=FedAvgM", "--method.momentum=0.5", "--data.partition=shards", "--data.dataset=images.npy")],
+        "accuracy/mean",
+    ),
+    ("metric",): (["--task=regression", "--metrics=[medae]"], "medae/mean"),
 }
 
 
 def test_every_patch_is_used() -> None:
-    assert {path.stem for path in (DOCS / "how-to" / "patches").glob("*.patch")} == set(USES)
+    used = [name for names in USES for name in names]
+    assert {path.stem for path in (DOCS / "how-to" / "patches").glob("*.patch")} == set(used)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with all patches."""
+    folder = tmp_path_factory.mktemp("patched")
+    for name in ("fedekd", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    for path in (DOCS / "how-to" / "patches").glob("*.patch"):
+        subprocess.run(["git", "apply", str(path)], cwd=folder, check=True)
+    _write_npy(folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", USES)
-def test_patch_runs_on_digits(patch: str, tmp_path: Path) -> None:
-    for folder in ("fedekd", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "apply", str(DOCS / "how-to" / "patches" / f"{patch}.patch")], cwd=tmp_path, check=True)
-    _write_npy(tmp_path)
-    options, column = USES[patch]
-    small = ["--rounds=1", "--client.local_epochs=1", "--data.num_clients=2", "--logger=null", "--output=run"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("patches", USES, ids=" ".join)
+def test_patches_run_on_digits(patches: tuple[str, ...], patched: Path) -> None:
+    options, column = USES[patches]
+    run = "run_" + patches[0]
+    small = ["--rounds=1", "--client.local_epochs=1", "--data.num_clients=2", "--logger=null", f"--output={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(patched), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, "fit", "--config", "digits.yaml", *small, *options]
-    subprocess.run(command, cwd=tmp_path, check=True, env=environment)
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+    subprocess.run(command, cwd=patched, check=True, env=environment)
+    with (patched / run / "metrics.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert 0 <= float(row[column]) < 5
 
