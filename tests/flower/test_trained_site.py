@@ -313,7 +313,7 @@ from fedekd.configuration.site_parts import SiteParts
 
 trained = open_site("test", pathlib.Path(folder))
 [client] = trained.clients
-config = CheckpointStore(pathlib.Path(folder) / "trained").notes()["config"]
+config = CheckpointStore(trained.folder / "trained").notes()["config"]
 parts = SiteParts.from_config(config, client.number, trained.spec.num_clients, None, client.splits.name)
 result = trained.records[client.number]
 for tensor in client.networks["private"].parameters():
