@@ -140,6 +140,5 @@ def _add_row(results: Path, row: Row) -> None:
 
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Forked processes can use neither CUDA nor the parent's thread pools.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedekd.cli.fit"])
+    context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, mp_context=context, initializer=die_with_parent)

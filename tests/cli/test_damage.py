@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +276,6 @@ def test_file_size_limit_names_the_file_and_loses_nothing(
     assert (RUN / "metrics.csv").read_bytes() == (trained_run / "metrics.csv").read_bytes()
 
 
-def stop_fork_server() -> None:
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-
 @pytest.mark.slow
 def test_file_size_limit_in_worker_processes_names_the_file(
     npz: Path,
@@ -292,10 +287,8 @@ def test_file_size_limit_in_worker_processes_names_the_file(
     engine = ("--quiet", "--engine=MultiProcess", "--engine.processes=1")
     for size, name in ((4_000, r"fedekd-\w+/inputs"), (20_000, r"\.pt")):
         file_size_limit(size)
-        stop_fork_server()  # the workers have the limit of the process that started it
         assert fit(npz, *engine, "--output=a") == 2
         file_size_limit(resource.RLIM_INFINITY)
-        stop_fork_server()
         text = error_line()
         assert re.search(rf"file size limit reached while writing \S*{name}; finished work is kept", text), text
         shutil.rmtree(RUN)

@@ -149,8 +149,7 @@ class _Process:
         self.answer: tuple[str, Any] = ("", None)
         self.has_answered = False
         # A forked process could use neither CUDA nor the thread pools of its parent.
-        context = multiprocessing.get_context("forkserver")  # the imports of a process are made once
-        context.set_forkserver_preload(["fedekd.federation.engines.multiprocess"])
+        context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, folder), daemon=True)
         with _signals_masked():
