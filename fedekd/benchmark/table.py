@@ -37,7 +37,7 @@ def method_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     frame = distinct_methods(numeric(results))
     figures = FIGURES | {name: title for name, title in SURPLUS.items() if name in frame}
-    frame = pd.concat([frame.assign(is_local=False), _local_rows(frame)]).drop_duplicates([*_CELL, "method", "seed"])
+    frame = pd.concat([_local_rows(frame), frame.assign(is_local=False)]).drop_duplicates([*_CELL, "method", "seed"])
     rows = []
     for (dataset, alpha, name, method), group in frame.groupby([*_CELL, "method"], dropna=False):
         metric = METRICS[name]
@@ -71,7 +71,7 @@ def _local_rows(frame: pd.DataFrame) -> pd.DataFrame:
                 baselines.append(([method], scores))
         for methods, scores in baselines:
             more = f" and {len(methods) - 1} more" if len(methods) > 1 else ""
-            label = _LOCAL if len(baselines) == 1 else f"{_LOCAL} of {methods[0]}{more}"
+            label = _LOCAL if len(baselines) == 1 or _LOCAL in methods else f"{_LOCAL} of {methods[0]}{more}"
             values = dict(zip(_CELL, cell, strict=True)) | {"method": label, "delta_avg": 0.0, "is_local": True}
             rows += [{**values, "seed": seed, "mean": score} for seed, score in scores.items()]
     return pd.DataFrame(rows)

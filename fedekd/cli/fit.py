@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fedekd.configuration.load_run import parse_run
 from fedekd.configuration.options import as_values, build_parts, federation_parser, parse
-from fedekd.configuration.paths import copy_paths, with_absolute_paths
 from fedekd.errors import LONGEST_ERROR, UserError, describe_error, print_warning, shorten, shorten_path
 from fedekd.federation import Interrupted, Orchestrator, RunFolder
 from fedekd.federation.checkpoint import CheckpointStore
@@ -34,7 +33,6 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(
                 "--data.dataset: expected a data set or --data.sites, got nothing. Give one, or --config digits.yaml."
             )
-        copy_paths(with_absolute_paths(as_values(parser, config)), config)
     if resume is not None:
         if not any((resume / name).exists() for name in ("config.yaml", "checkpoints")):
             raise UserError(
@@ -116,7 +114,9 @@ def _resumed_folder(argv: Sequence[str]) -> Path | None:
 
 
 def _state(folder: Path) -> str:
-    return "one without config.yaml" if folder.is_dir() else "one that does not exist"
+    if folder.is_dir():
+        return "one without config.yaml"
+    return "a file" if folder.exists() else "one that does not exist"
 
 
 def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFolder) -> Namespace:
@@ -140,17 +140,12 @@ def _saved_configuration(parser: ArgumentParser, argv: Sequence[str], run: RunFo
             f"--output: expected none with --resume {shorten_path(folder)}, got {shorten(repr(now.output))}. A run"
             " resumes in its own folder."
         )
-    before, after = (as_values(parser, config) for config in (saved, now))
-    difference = first_difference(with_absolute_paths(before), with_absolute_paths(after), RUNTIME_OPTIONS)
-    if difference is not None:
+    if difference := first_difference(as_values(parser, saved), as_values(parser, now), RUNTIME_OPTIONS):
         key, old, new = difference
         raise UserError(
             f"--resume {shorten_path(folder)}: {key}: expected the saved value {shorten(repr(old))}, got"
             f" {shorten(repr(new))}. Start a new run to change it."
         )
-    root = now.data.root
-    copy_paths(before, now)  # as they were saved, which the checkpoint compares
-    now.data.root = root
     return now
 
 

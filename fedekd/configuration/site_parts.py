@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fedekd.configuration.options import build_parts, federation_parser, parse, parts_of
-from fedekd.configuration.paths import with_absolute_paths
 from fedekd.data import ClientSplits, FederatedDataModule, Samples
+from fedekd.data.formats import format_of
+from fedekd.data.formats.hugging_face import is_hugging_face
 from fedekd.data.sites import require_site_name
 from fedekd.do_no_harm.rule import DoNoHarm
 from fedekd.errors import UserError
@@ -120,7 +122,7 @@ class SiteParts:
         if parts["do_no_harm"] is not None:
             check_candidates(parts["do_no_harm"], method, spec, [number])  # private models differ between sites
         rules = parts["privacy"], parts["do_no_harm"]
-        config = with_absolute_paths(parts["config"])
+        config = _with_absolute_paths(parts["config"])
         return cls(number, sites, own_data, data, splits, method, spec, *rules, config)
 
     @property
@@ -148,6 +150,36 @@ def _own_data_options(options: Sequence[str], data: str) -> list[str]:
         )
     # One client: with `auto`, the number of threads depends on it.
     return [*options, f"--data.dataset={data}", "--data.sites=null", "--data.num_clients=1", "--logger=null"]
+
+
+def _with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with absolute paths, for commands in another working folder.
+
+    Symbolic links are kept: the suffix of a link, not of its target, is that of the format.
+    """
+    data, client = dict(config["data"]), dict(config["client"])
+    data["root"] = _absolute(data["root"])
+    if isinstance(data["sites"], str):
+        data["sites"] = _absolute(data["sites"])
+    elif data["sites"] is not None:
+        data["sites"] = {name: _absolute_data(path) for name, path in data["sites"].items()}
+    if data["dataset"] is not None:
+        data["dataset"] = _absolute_data(data["dataset"])
+    if client["private_weights"] is not None:
+        client["private_weights"] = _absolute(client["private_weights"])
+    return {**config, "data": data, "client": client}
+
+
+def _absolute_data(source: Any) -> Any:
+    """Return an absolute path of a file or folder; other data sets unchanged."""
+    if not isinstance(source, str):  # by class_path
+        return source
+    path = Path(source).expanduser()
+    return source if format_of(path) is None or is_hugging_face(path) else _absolute(source)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _splits(module: FederatedDataModule, number: int, sites: int, own_data: str | None) -> ClientSplits:

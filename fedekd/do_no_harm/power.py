@@ -148,9 +148,9 @@ def deciding_gains(rule: DoNoHarm, gains: npt.ArrayLike) -> int | None:
 def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:
     """Estimate how many samples let every test of the evidence accept.
 
-    At the number of `deciding_samples` one test accepts in half of all draws. For all m independent tests to accept in
-    at least half of them, each must with probability $q = 2^{-1/m}$. By the normal approximation it does at
-    $(1 + z_q / z_{1-level})^2$ times this number.
+    At the number of `deciding_samples` one test accepts in half of all draws. For the m tests that do not accept yet to
+    accept together in at least half of them, each must with probability $q = 2^{-1/m}$. By the normal
+    approximation it does at $(1 + z_q / z_{1-level})^2$ times this number.
 
     Args:
         rule: The decision rule; its `rule` must be `certified`.
@@ -159,14 +159,16 @@ def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:
     Returns:
         The number over all tests, at the observed shares of the tests; None if one of them finds none.
     """
-    scale, critical = 1.0, norm.isf(rule.level)
-    joint = norm.ppf(0.5 ** (1 / max(len(evidence.parts), 1)))
-    more = (1 + joint / critical) ** 2 if critical > 0 else 1.0
+    ratios: list[float] = []
     for part in evidence.parts:
         found = deciding_samples(rule, *part) if part.samples else None
         if found is None:
             return None
-        scale = max(scale, more * found / part.samples)
+        ratios.append(found / part.samples)
+    rejected = [ratio for ratio in ratios if ratio > 1]
+    critical, joint = norm.isf(rule.level), norm.ppf(0.5 ** (1 / max(len(rejected), 1)))
+    more = (1 + joint / critical) ** 2 if critical > 0 else 1.0
+    scale = max([1.0, *(more * ratio for ratio in rejected)])
     return math.ceil(scale * sum(part.samples for part in evidence.parts))
 
 

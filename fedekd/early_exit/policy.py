@@ -39,8 +39,8 @@ class GroupExits:
             prediction.
         exit_counts: Calibration samples of the group that take each exit, shape (E,).
         error_counts: Errors among them, shape (E,).
-        required_samples: For a closed exit the estimated number of calibration samples of the group that would open
-            it, or None, shape (E,).
+        required_samples: For a closed exit the estimated least number of calibration samples of the group, or None,
+            shape (E,).
         tested_samples: As in `ExitPolicy`, shape (E,).
     """
 

@@ -50,7 +50,8 @@ def load_other_samples(run: Path, client: int) -> OtherSamples | None:
         content = unseal_json(path.read_bytes())
         return OtherSamples(content["hashes"], content["drift"])
     except (ValueError, KeyError) as error:
-        raise UserError(f"{shorten_path(path)}: damaged ({error}). Run calibrate again") from error
+        reason = f"damaged, or of another version of fedekd ({error})"
+        raise UserError(f"{shorten_path(path)}: {reason}. Run calibrate again") from error
 
 
 def save_other_samples(run: Path, client: int, samples: OtherSamples) -> None:

@@ -34,17 +34,17 @@ def result_warnings(run: Orchestrator) -> list[str]:
 
 
 def _of_clients(run: Orchestrator) -> list[str]:
-    """Return lines that name clients whose result is not what it seems to be."""
+    """Return lines that name clients whose result misleads."""
     records, rule = sorted(run.progress.records.items()), run.do_no_harm
     lines = [
         (
             [number for number, record in records if run.progress.local and not record.supervised_rounds],
-            "were never drawn to train: Delta compares them with one round of local training. Raise --participation"
+            "never drawn to train. Delta compares them with one round of local training. Raise --participation"
             " or --rounds",
         ),
         (
             [number for number, record in records if math.isnan(record.logs.get("selected/score", 0.0))],
-            f"deploy the last round: --select_round best needs {run.metrics.primary.name}, which is undefined on"
+            f"the last round is deployed. --select_round best needs {run.metrics.primary.name}, which is undefined on"
             " their tuning split",
         ),
     ]
@@ -53,12 +53,12 @@ def _of_clients(run: Orchestrator) -> list[str]:
         lines.append(
             (
                 [number for number, result in compared if not result.is_local and result.gain <= -rule.margin],
-                "deploy a model with a larger mean squared error on the compared samples, whose differences are clipped"
-                f" to ±{rule.clip:g}. Raise --do_no_harm.clip",
+                "the deployed model has a larger mean squared error on the compared samples. Their differences are"
+                f" clipped to ±{rule.clip:g}. Raise --do_no_harm.clip",
             )
         )
     clients = run.data.clients
-    return [f"clients {listed(clients[k].title for k in numbers)} {text}" for numbers, text in lines if numbers]
+    return [f"clients ({listed(clients[k].title for k in numbers)}): {text}" for numbers, text in lines if numbers]
 
 
 def _without_difference(run: Orchestrator) -> list[str]:

@@ -142,8 +142,8 @@ def build_energy(energy: str | Energy, task: Task, of: Source, private: nn.Modul
         proxy: The proxy, for the dimension of its features.
 
     Raises:
-        UserError: If a name is unknown, an object is no energy, it is not defined for the task, or a network has no
-            features.
+        UserError: If a name is unknown, an object is not an `Energy`, it is not defined for the task, or a network has
+            no features.
     """
     require_choice("energy_of", of, get_args(Source))
     name = energy if isinstance(energy, str) else type(energy).__name__

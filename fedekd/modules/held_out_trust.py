@@ -55,7 +55,7 @@ class HeldOutTrust(nn.Module):
         """Move or cast the module, not to half precision, which would merge edges."""
         edges, weights = self.edges, self.weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.edges.dtype.itemsize < edges.dtype.itemsize:
+        if self.edges.dtype.itemsize < 4:
             self.edges, self.weights = edges.to(self.edges.device), weights.to(self.weights.device)
         return self
 

@@ -84,7 +84,8 @@ def _finite(output: Tensor, own: Tensor, finite_features: Tensor | None) -> Tens
 
 def _is_finite(values: Tensor) -> Tensor:
     """Return which samples (B, ...) have only finite values, shape (B,)."""
-    return (upcast_to_float32(values).abs() <= LARGEST_OUTPUT).reshape(len(values), -1).all(dim=1)
+    is_finite = upcast_to_float32(values).abs() <= LARGEST_OUTPUT
+    return is_finite.flatten(1).all(dim=1) if values.ndim > 1 else is_finite
 
 
 def _as_mask(of_samples: Tensor, values: Tensor) -> Tensor:

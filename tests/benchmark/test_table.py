@@ -61,3 +61,13 @@ def test_method_table_has_a_local_row_per_local_baseline(
     assert seeds["digits, auroc"] == {"A": 1, "Local": 1}
     assert table.set_index("method")["score"]["Local of C"] == "0.9000"
     assert table[table["data set"] == "digits, auroc"]["score"].tolist() == ["-", "-"]
+
+
+def test_method_table_has_one_row_of_a_grid_with_local(
+    make_row: Callable[..., Row], to_frame: Callable[..., pd.DataFrame]
+) -> None:
+    rows = [make_row("a", "FedAvg", mean=0.8), make_row("c", "Local", mean=0.7, delta={"avg": 0, "worst": 0, "p10": 0})]
+    rows += [make_row("b", "B", mean=0.8, local_mean=0.5)]
+    table = method_table(to_frame(*rows)).set_index("method")
+    assert sorted(table.index) == ["B", "FedAvg", "Local", "Local of B"]
+    assert table.loc["Local", ["score", "Delta avg"]].tolist() == ["0.7000", "0"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -104,9 +103,7 @@ def test_export_safetensors_is_a_private_weights_file(blobs: Path, error_line: E
     Path("broken.safetensors").write_bytes(Path("out/model.safetensors").read_bytes()[:-9])
     options = ["--data.dataset", str(blobs), "--client.private_weights=broken.safetensors", "--output=no"]
     assert main(["fit", *FAST, *options]) == 2
-    assert re.search(
-        r"client\.private_weights: expected a safetensors file, got '\S+broken\.safetensors'", error_line()
-    )
+    assert "client.private_weights: expected a safetensors file, got 'broken.safetensors'" in error_line()
 
 
 def test_export_regression_has_the_unit_of_the_targets(blobs: Path) -> None:

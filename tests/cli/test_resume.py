@@ -45,17 +45,6 @@ def test_resume_finished_run_changes_no_file(finished_run: Path, capsys: pytest.
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
-def test_run_with_relative_paths_is_used_from_another_folder(
-    workdir: Path, write_blobs: Callable[..., Path], fit: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_blobs(Path("blobs.npz"))
-    assert fit(Path("blobs.npz"), "--output=run", "--quiet") == 0
-    assert main(["fit", "--resume", "run", "--data.dataset=./blobs.npz"]) == 0
-    Path("sub").mkdir()
-    monkeypatch.chdir("sub")
-    assert main(["test", "../run"]) == 0
-
-
 def test_resume_without_checkpoint_trains_from_the_start(finished_run: Path) -> None:
     expected = Path("a/metrics.csv").read_bytes()
     remove(*Path("a/checkpoints").iterdir(), Path("a/summary.json"), Path("a/metrics.csv"))

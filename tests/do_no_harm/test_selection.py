@@ -273,6 +273,13 @@ def test_deciding_parts_of_recall_accept_in_half_of_the_draws(classes):
     assert 0.5 <= power <= 0.85
 
 
+def test_deciding_parts_of_recall_is_of_the_classes_that_do_not_accept_yet():
+    rule = DoNoHarm(metric="recall", margin=0.02)
+    parts = (ClassCounts(1, 3, 40), *[ClassCounts(0, 30, 40)] * 9)
+    samples = deciding_parts(rule, Evidence(400, 1, 273, 0.05, 0.5, parts=parts))
+    assert 400 < samples <= 480
+
+
 def test_deciding_gains_exceed_the_number_of_rejected_gains():
     """The first of these values accept by themselves."""
     gains = [1.0] * 10 + [-0.2] * 30

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from documents import DOCS, FENCE, ROOT, blocks, commands, documents, inline_cod
 import fedekd
 from experiments.result_pages.__main__ import render
 from fedekd import methods
+from fedekd.benchmark import cells
 from fedekd.cli import COMMANDS, main
 from fedekd.cli.benchmark import benchmark_parser
 from fedekd.configuration.options import parse
@@ -100,6 +102,15 @@ def _of_fedekd(command: str) -> list[str] | None:
     return None
 
 
+@cache
+def _require_cells(config: str) -> None:
+    """Build the cells of a grid, of one seed and alpha per block: configurations are parsed, which takes seconds."""
+    grid = parse(benchmark_parser(), ["--config", config]).blocks
+    for block in grid:
+        block.seeds, block.alphas = block.seeds[:1], block.alphas and block.alphas[:1]
+    assert cells(grid)
+
+
 @pytest.mark.parametrize("command", COMMANDS_OF_ALL)
 def test_command_parses(command: str, work: Path) -> None:
     if "timm." in command:
@@ -113,6 +124,7 @@ def test_command_parses(command: str, work: Path) -> None:
         assert ended.value.code == 0
     elif words[0] == "benchmark":
         parse(benchmark_parser(), words[1:])
+        _require_cells(words[words.index("--config") + 1])
     elif words[0] != "fit":
         cli_reference.parser_of(words[0]).parse_args(words[1:])
 

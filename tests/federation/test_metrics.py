@@ -278,12 +278,16 @@ def stub_run(record: ClientRecord, counts: Sequence[int] = (3, 3, 3), **changes:
 @pytest.mark.parametrize(
     ("record", "task", "line"),
     [
-        (ClientRecord(0.5, 0, {}), "classification", "clients north were never drawn to train: Delta compares"),
-        (ClientRecord(0.5, 1, {"selected/score": math.nan}), "classification", "clients north deploy the last round:"),
+        (ClientRecord(0.5, 0, {}), "classification", "clients (north): never drawn to train. Delta compares"),
+        (
+            ClientRecord(0.5, 1, {"selected/score": math.nan}),
+            "classification",
+            "clients (north): the last round",
+        ),
         (
             ClientRecord(0.5, 1, {}, comparison=Comparison("federated", 9, 0, 0, -9.1, 1e-9, 0.1)),
             "regression",
-            "clients north deploy a model with a larger mean squared error",
+            "clients (north): the deployed model has a larger mean squared error",
         ),
     ],
 )

@@ -434,6 +434,7 @@ def test_trust_in_half_precision_keeps_its_edges() -> None:
     trust = HeldOutTrust("classification", logits, torch.arange(200) % 7 // 6)
     expected = trust(logits)
     assert torch.equal(trust.to(torch.bfloat16)(logits), expected)
+    assert trust.double().float().edges.dtype == torch.float32
 
 
 def test_feature_energy_under_autocast_is_computed_in_float32() -> None:
@@ -587,6 +588,8 @@ def test_finite_teacher_of_outputs_of_any_shape(shape: tuple[int, ...], value: f
     teacher = ModelOutput((output,)).finite_teacher_of(ModelOutput((student,))).output
     assert torch.equal(teacher[1], student[1])
     assert torch.equal(teacher[[0, 2]], output[[0, 2]])
+    empty = ModelOutput((output[:0],))
+    assert empty.finite_teacher_of(empty).output.shape == (0, *shape[1:])
 
 
 def test_objective_module_adds_loss_terms_of_one_name() -> None:

@@ -115,7 +115,7 @@ def read_csv(source: Any, **options: Any) -> Any:
         **options: Of `pandas.read_csv`.
 
     Raises:
-        ValueError: The file is no CSV file in UTF-8, or its rows have more cells than the header.
+        ValueError: The file is not a CSV file in UTF-8, or its rows have more cells than the header.
     """
     import pandas as pd
 

@@ -275,8 +275,8 @@ def _feature(where: str, series: Any, options: ReadOptions, hint: str = "") -> A
     name, categories = str(series.name), (options.categories or {}).get(series.name)
     if series.dtype.kind in "mM":
         raise UserError(
-            f"{where}: column {name!r}: expected numbers, text or booleans, got dates. Leave it out by"
-            " --data.ignored_columns"
+            f"{where}: column {name!r}: expected numbers, text or booleans, got dates."
+            f" {hint or 'Leave it out by --data.ignored_columns'}"
         )
     if categories is not None or series.name in (options.categorical_columns or ()):
         return _categories(where, name, _texts(series), categories, hint or "Correct it or --data.categories")
