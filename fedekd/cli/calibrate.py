@@ -213,7 +213,8 @@ def run(argv: Sequence[str]) -> int:
     if has_table:
         if config.client is None:
             titles, unit = [client.splits.title for client in clients], policies[0].unit
-            console.print(client_table(reports, calibrator, titles, unit))
+            has_names = clients[0].splits.name is not None
+            console.print(client_table(reports, calibrator, titles, unit, has_names))
         skipped = len(clients) - len(selected) if config.client is None else 0
         note = f"; {skipped} clients have no exits" if skipped else ""
         console.print(f"written to {table}{note}", soft_wrap=True)

@@ -46,7 +46,11 @@ def _parts(policy: ExitPolicy) -> dict[str, ExitPolicy]:
 
 
 def client_table(
-    reports: Sequence[ClientExitReport], calibrator: SelectiveRiskCalibrator, titles: Sequence[str], unit: str = ""
+    reports: Sequence[ClientExitReport],
+    calibrator: SelectiveRiskCalibrator,
+    titles: Sequence[str],
+    unit: str = "",
+    has_names: bool = False,
 ) -> Table:
     """Format the results of all clients on their test splits.
 
@@ -55,6 +59,7 @@ def client_table(
         calibrator: How their exits were calibrated.
         titles: Name or number of every client.
         unit: Unit of the policies, such as the patient, if they have one.
+        has_names: Whether the clients are sites with names.
     """
     scope = "for all clients at once" if calibrator.simultaneous_clients > 1 else "per client"
     title = (
@@ -64,7 +69,7 @@ def client_table(
     if unit:
         title += f"; test risk counts all test images, not one per {unit}"
     headings = (
-        "client" if titles == [str(number) for number in range(len(titles))] else "site",
+        "site" if has_names else "client",
         *("open\nexits", "early\nexits", "FLOPs\nsaved", "guaranteed\nrisk", "test\nrisk", "accuracy", "change"),
     )
     rows = (

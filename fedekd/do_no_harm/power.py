@@ -141,8 +141,8 @@ def deciding_gains(rule: DoNoHarm, gains: npt.ArrayLike) -> int | None:
     if not len(values) or values.mean() <= -margin:
         return None
     p_value = _betting(rule, values)
-    accepts = len(values) + 1  # the observed ones did not
-    return _first(lambda number: p_value(np.resize(values, number)) <= rule.level, accepts, MOST_SAMPLES)
+    start = len(values) + 1
+    return _first(lambda number: p_value(np.resize(values, number)) <= rule.level, start, MOST_SAMPLES)
 
 
 def deciding_parts(rule: DoNoHarm, evidence: Evidence) -> int | None:

@@ -124,8 +124,10 @@ def predict(network: nn.Module, x: Tensor, with_features: bool = False) -> Model
     output = network(x)
     if isinstance(output, Tensor):
         return ModelOutput((output,))
-    if not isinstance(output, list | tuple) or not all(isinstance(exit_, Tensor) for exit_ in output):
-        raise UserError(f"network: expected a tensor, or a list of one tensor per exit, got a {type(output).__name__}")
+    is_list = isinstance(output, list | tuple) and len(output) > 0
+    if not is_list or not all(isinstance(exit_, Tensor) for exit_ in output):
+        expected = "a tensor, or a list with one tensor per exit, at least one"
+        raise UserError(f"network: expected {expected}, got a {type(output).__name__}")
     if any(exit_.shape != output[0].shape for exit_ in output):  # not a set: traced sizes have no hash
         shapes = listed(str(tuple(exit_.shape)) for exit_ in output)
         raise UserError(f"network: expected one output per exit, all of one shape, got the shapes {shapes}")

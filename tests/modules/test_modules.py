@@ -26,6 +26,7 @@ from fedekd.modules import (
     ObjectiveModule,
     SupervisedLoss,
     SupervisedModule,
+    predict,
 )
 from fedekd.modules.energies import DisagreementEnergy, FeatureEnergy
 from fedekd.modules.losses import GATES, copy_parameters
@@ -320,6 +321,16 @@ def test_module_forgets_an_interrupted_epoch() -> None:
     module._count(8)
     module.on_fit_start()
     assert module.samples_seen == 0
+
+
+@pytest.mark.parametrize(("output", "got"), [({"logits": torch.zeros(2, 4)}, "dict"), ([], "list"), ([1], "list")])
+def test_predict_of_other_outputs_raises_one_line(output: Any, got: str) -> None:
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return output
+
+    with pytest.raises(UserError, match=f"network: expected a tensor, or a list .*, got a {got}$"):
+        predict(Network(), torch.zeros(2, 3))
 
 
 class WithFeatures(nn.Linear):
